@@ -1,0 +1,269 @@
+"""The exceptions distckpt raises, and how one rank's error becomes everybody's.
+
+Owns the exception tree and nothing else; must not know about backends, files or handlers. Layer L1.
+
+The tree::
+
+    DistckptError(Exception)
+    ├── CollectiveError                 a collective could not be completed; the group is unusable now
+    │   └── CollectiveTimeout           ... because some ranks did not come in time (``missing`` names them)
+    ├── RanksDriftedApart               ranks came to the same collective from different places
+    ├── PhaseError                      one or more ranks failed in a phase that all ranks walk together;
+    │   └── (PhaseError, <cause>)       raised alike on every rank, and caught as the cause's type too
+    ├── SaveError(OSError)              a checkpoint could not be written; what was there before stands
+    │   └── CommitNotDurable            it was renamed into place, but may not survive a power cut
+    └── LoadError
+        ├── DamagedCheckpoint(RuntimeError, pickle.UnpicklingError, EOFError)
+        │                               the file is no checkpoint, or is truncated or damaged
+        └── UnsafeCheckpoint(pickle.UnpicklingError)
+                                        it holds objects that loading would have to execute; nothing was
+
+A mistake of the caller (a wrong type, a name that leaves the directory) is a plain ``TypeError`` or
+``ValueError``. A failure inside a phase that all ranks walk together reaches all of them as one
+:class:`PhaseError` which is *also* of the failing rank's type where that is a common one
+(``except OSError`` goes on catching a full disk, on every rank).
+"""
+
+import functools
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = [
+    "CollectiveError",
+    "CollectiveTimeout",
+    "CommitNotDurable",
+    "DamagedCheckpoint",
+    "DistckptError",
+    "LoadError",
+    "PhaseError",
+    "RankFailure",
+    "RanksDriftedApart",
+    "SaveError",
+    "UnsafeCheckpoint",
+]
+
+
+class DistckptError(Exception):
+    """Base of every error of distckpt's own."""
+
+    def __str__(self) -> str:
+        """Return the message as it was given (``KeyError`` and ``OSError`` would dress it up)."""
+        return str(self.args[0]) if self.args else ""
+
+
+class CollectiveError(DistckptError):
+    """A collective could not be completed: a peer is gone, or the group was given up before.
+
+    Args:
+        message: what was attempted, on which rank, and what is known of the others.
+        missing: the ranks that did not come, as far as known.
+    """
+
+    def __init__(self, message: str, missing: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.missing = tuple(missing)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Keep ``missing`` when the error travels between processes."""
+        return (type(self), (str(self), self.missing))
+
+
+class CollectiveTimeout(CollectiveError):  # noqa: N818 - the name is the sentence; it is public API
+    """Some ranks did not come to a collective in time; ``missing`` names them."""
+
+
+class RanksDriftedApart(DistckptError):  # noqa: N818 - the name is the sentence; it is public API
+    """Ranks came to one collective from different handlers, events or steps."""
+
+
+class SaveError(DistckptError, OSError):
+    """A checkpoint could not be written. What was committed before is untouched.
+
+    Args:
+        message: what happened, and what stands.
+        cause: the operating system's error; its ``errno`` and ``strerror`` are taken over.
+    """
+
+    def __init__(self, message: str, cause: OSError | None = None) -> None:
+        super().__init__(message)
+        if cause is not None:
+            self.errno, self.strerror = cause.errno, cause.strerror
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Rebuild through :func:`_rebuild_save_error`: the mixed-in types have no importable name."""
+        kinds = tuple(base.__name__ for base in type(self).__mro__)
+        return (_rebuild_save_error, (str(self), self.errno, self.strerror, kinds))
+
+
+class CommitNotDurable(SaveError):  # noqa: N818 - the name is the sentence; it is public API
+    """The checkpoint stands under its name, but the directory could not be synced.
+
+    It loads now; after a power cut it may be gone. The older checkpoint has been kept for that reason.
+    """
+
+
+class LoadError(DistckptError):
+    """A checkpoint could not be read or does not fit. No live object was changed."""
+
+
+class DamagedCheckpoint(LoadError, RuntimeError, pickle.UnpicklingError, EOFError):  # noqa: N818 - public name
+    """The file is no checkpoint, or is truncated or damaged."""
+
+
+class UnsafeCheckpoint(LoadError, pickle.UnpicklingError):  # noqa: N818 - public name
+    """The checkpoint holds objects that can only be loaded by executing code. Nothing was executed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankFailure:
+    """What went wrong on one rank, in a form that travels between ranks.
+
+    Attributes:
+        rank: the rank that failed.
+        kinds: names of the exception's type and of its bases, nearest first.
+        message: ``str`` of the exception.
+        errno: the operating system's error number, if it had one.
+        traceback: the formatted traceback on that rank.
+    """
+
+    rank: int
+    kinds: tuple[str, ...]
+    message: str
+    errno: int | None
+    traceback: str
+
+    @classmethod
+    def of(cls, rank: int, error: BaseException, traceback_text: str) -> "RankFailure":
+        """Describe `error` as it was caught on `rank`."""
+        number = getattr(error, "errno", None)
+        return cls(
+            rank=rank,
+            kinds=tuple(base.__name__ for base in type(error).__mro__),
+            message=str(error),
+            errno=number if isinstance(number, int) else None,
+            traceback=traceback_text,
+        )
+
+
+class PhaseError(DistckptError):
+    """One or more ranks failed in a phase that all ranks walk together.
+
+    Raised on every rank alike, with the same type, message and failures. On a rank that failed itself
+    ``__cause__`` is its own exception.
+
+    Args:
+        phase: what the ranks were doing, with step and place.
+        failures: one entry for each rank that failed, by rank.
+
+    Attributes:
+        phase: see above.
+        failures: see above.
+    """
+
+    def __init__(self, phase: str, failures: Sequence[RankFailure]) -> None:
+        self.phase = phase
+        self.failures = tuple(failures)
+        # Where the failures differ, the message of the lowest rank leads: programs match on leading words.
+        first = self.failures[0]
+        others = [f"rank {f.rank}: {f.kinds[0]}: {f.message}" for f in self.failures[1:] if f.message != first.message]
+        ranks = ", ".join(str(f.rank) for f in self.failures)
+        where = f"({first.kinds[0]} on rank {ranks}, while: {phase})"
+        super().__init__("\n".join([f"{first.message} {where}".strip(), *others]))
+        if isinstance(self, OSError):
+            self.errno = first.errno
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Rebuild through :func:`phase_error`: the mixed-in types have no importable name."""
+        return (phase_error, (self.phase, self.failures))
+
+    def tracebacks(self) -> str:
+        """Return the traceback of every failing rank, as text."""
+        return "\n".join(f"--- rank {f.rank} ---\n{f.traceback}" for f in self.failures)
+
+
+# Nearest first: of each list the first one found among the bases of what was raised is mixed in.
+_OURS: tuple[type[Exception], ...] = (
+    CommitNotDurable,
+    SaveError,
+    DamagedCheckpoint,
+    UnsafeCheckpoint,
+    LoadError,
+    CollectiveTimeout,
+    CollectiveError,
+    RanksDriftedApart,
+)
+_BUILTIN: tuple[type[Exception], ...] = (
+    FileNotFoundError,
+    FileExistsError,
+    PermissionError,
+    NotADirectoryError,
+    IsADirectoryError,
+    OSError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    NotImplementedError,
+    MemoryError,
+    ArithmeticError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+@functools.cache
+def _mixed(*bases: type[Exception]) -> type[Any]:
+    # A base that another one derives from already would break the order of resolution.
+    needed = [base for base in bases if not any(other is not base and issubclass(other, base) for other in bases)]
+    if len(needed) == 1:
+        return needed[0]
+    return type("".join(base.__name__ for base in needed), tuple(needed), {"__doc__": needed[0].__doc__})
+
+
+def _named(known: Sequence[type[Exception]], kinds: Sequence[str]) -> list[type[Exception]]:
+    return [base for base in known if base.__name__ in kinds][:1]
+
+
+def phase_error(phase: str, failures: Sequence[RankFailure]) -> PhaseError:
+    """Make the error that all ranks raise for `failures`.
+
+    Args:
+        phase: what the ranks were doing.
+        failures: at least one, sorted by rank.
+
+    Returns:
+        A :class:`PhaseError` that is also of the type of the first failure, where that is a common one.
+
+    Example:
+        >>> error = phase_error("save a.pt", [RankFailure.of(1, OSError(28, "No space left"), "")])
+        >>> isinstance(error, PhaseError), isinstance(error, OSError), error.errno
+        (True, True, 28)
+    """
+    kinds = failures[0].kinds
+    error: PhaseError = _mixed(PhaseError, *_named(_OURS, kinds), *_named(_BUILTIN, kinds))(phase, failures)
+    return error
+
+
+def save_error(message: str, cause: OSError, *, renamed: bool = False) -> SaveError:
+    """Make the error of a save that failed by `cause`; it is of the cause's type too.
+
+    Args:
+        message: what happened, and what stands.
+        cause: the operating system's error.
+        renamed: whether the checkpoint stands under its name already, but is not durable.
+
+    Example:
+        >>> isinstance(save_error("gone", FileNotFoundError(2, "No such file")), FileNotFoundError)
+        True
+    """
+    kinds = [base.__name__ for base in type(cause).__mro__]
+    ours = CommitNotDurable if renamed else SaveError
+    error: SaveError = _mixed(ours, *_named(_BUILTIN, kinds))(message, cause)
+    return error
+
+
+def _rebuild_save_error(message: str, number: int | None, text: str | None, kinds: tuple[str, ...]) -> SaveError:
+    cause = OSError(number, text) if number is not None else OSError(text)
+    return save_error(message, cause, renamed="CommitNotDurable" in kinds)
