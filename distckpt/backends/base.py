@@ -1,0 +1,244 @@
+"""What the rest of distckpt asks of the ranks: who am I, and a few small exact collectives.
+
+Owns the contract that every backend honours, and the collectives that follow from its two primitives. Must
+not know about checkpoints or handlers, nor which runtimes exist. Layer L2.
+"""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+
+from distckpt.backends import wire
+
+__all__ = ["DEFAULT_TIMEOUT_S", "Backend", "ReduceOp", "TensorOp", "default_timeout_s"]
+
+ReduceOp = Literal["SUM", "MIN", "MAX"]
+TensorOp = Literal["SUM", "PRODUCT", "MIN", "MAX", "AND", "OR"]
+
+DEFAULT_TIMEOUT_S = 300.0
+TIMEOUT_VARIABLE = "DISTCKPT_TIMEOUT_S"
+
+
+def default_timeout_s() -> float:
+    """Return how long a collective waits for the other ranks, in seconds.
+
+    ``DISTCKPT_TIMEOUT_S`` in the environment overrides the default of 300.
+
+    Raises:
+        ValueError: the variable holds no positive number.
+    """
+    text = os.environ.get(TIMEOUT_VARIABLE)
+    if text is None:
+        return DEFAULT_TIMEOUT_S
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not value > 0.0:
+        msg = f"{TIMEOUT_VARIABLE} should be a positive number of seconds, but is {text!r}"
+        raise ValueError(msg)
+    return value
+
+
+class Backend(ABC):
+    """One job's ranks, as one of them sees it.
+
+    The identity (``rank``, ``world_size``, ``local_rank``, ``node``) is known without any collective. Every
+    method said to be collective is entered by all ranks, in the same order; it returns the same on each.
+    Host values are exact: int64 and float64 in, the same bits out. A backend is not thread-safe, and only the
+    thread that trains may use it; :meth:`post_note` alone may be called from any thread.
+
+    A collective that some ranks do not enter ends after `timeout_s` with
+    :class:`~distckpt.errors.CollectiveTimeout`, which names them; one whose peer died ends with
+    :class:`~distckpt.errors.CollectiveError`. Either way the backend's host group is given up and every later
+    collective on it fails at once.
+    """
+
+    name: str
+    """What the backend is called: ``serial``, or the name that torch.distributed knows it by."""
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """Rank of this process in the job, from 0."""
+
+    @property
+    @abstractmethod
+    def world_size(self) -> int:
+        """Number of ranks in the job."""
+
+    @property
+    @abstractmethod
+    def local_rank(self) -> int:
+        """Rank of this process among those on its node, from 0."""
+
+    @property
+    @abstractmethod
+    def node(self) -> int:
+        """Number of this process's node, from 0."""
+
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Return the device this rank computes on. Rank-local; issues no collectives."""
+
+    # -- the primitives ----------------------------------------------------------------------------
+
+    @abstractmethod
+    def reduce_host(self, values: torch.Tensor, op: ReduceOp, *, what: str, timeout_s: float | None) -> torch.Tensor:
+        """Collective. Reduce a small host tensor element by element.
+
+        Args:
+            values: int64 or float64, shape (n,), the same n and dtype on every rank.
+            op: SUM, MIN or MAX.
+            what: what the ranks are doing, for error messages.
+            timeout_s: seconds to wait for the other ranks; None for :func:`default_timeout_s`.
+
+        Returns:
+            A new tensor of the same shape and dtype.
+        """
+
+    @abstractmethod
+    def gather_host(self, data: bytes, num_bytes: int, *, what: str, timeout_s: float | None) -> list[bytes]:
+        """Collective. Give every rank every rank's bytes.
+
+        Args:
+            data: at most `num_bytes` bytes; lengths may differ between ranks.
+            num_bytes: the most that any rank brings, the same on every rank.
+            what: what the ranks are doing, for error messages.
+            timeout_s: seconds to wait for the other ranks; None for :func:`default_timeout_s`.
+
+        Returns:
+            One entry a rank, in rank order, each of the length it was given with.
+        """
+
+    @abstractmethod
+    def reduce_tensor(self, tensor: torch.Tensor, op: TensorOp) -> torch.Tensor:
+        """Collective. Reduce a tensor of any shape where it lies; returns a new one."""
+
+    @abstractmethod
+    def gather_tensor(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Collective. Give every rank every rank's tensor; shape and dtype are the same on all."""
+
+    @abstractmethod
+    def broadcast_tensor(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
+        """Collective. Give every rank `src`'s tensor; shape and dtype are the same on all."""
+
+    @abstractmethod
+    def take_ticket(self, kind: str) -> str | None:
+        """Number the objects of one kind that this rank makes. Rank-local; issues no collectives.
+
+        Ranks that make the same objects in the same order get the same tickets, so that a note about one
+        finds its counterpart on another rank.
+
+        Returns:
+            ``kind#n``, or None where the runtime has no store to leave notes in.
+        """
+
+    @abstractmethod
+    def post_note(self, ticket: str, text: str) -> None:
+        """Leave a note about `ticket` that other ranks read in :meth:`roll_call`. Rank-local; any thread.
+
+        Where a runtime has no common store (Horovod, XLA) nothing is left.
+        """
+
+    @abstractmethod
+    def roll_call(self, name: str, *, watch: str | None, timeout_s: float | None) -> str | None:
+        """Wait until every rank has called `name`, without a collective. All ranks.
+
+        Args:
+            name: what is called, e.g. a handler; once in a job.
+            watch: a ticket; a note about it ends the waiting.
+            timeout_s: seconds to wait for the other ranks; None for :func:`default_timeout_s`.
+
+        Returns:
+            None when all ranks have come, or the note about `watch`.
+
+        Raises:
+            CollectiveTimeout: some ranks did not come in time.
+        """
+
+    # -- what follows from them --------------------------------------------------------------------
+
+    def all_reduce_ints(
+        self, values: Sequence[int], op: ReduceOp = "SUM", *, what: str = "all_reduce", timeout_s: float | None = None
+    ) -> list[int]:
+        """Collective. Reduce a vector of int64.
+
+        Example:
+            >>> from distckpt.backends.serial import SerialBackend
+            >>> SerialBackend().all_reduce_ints([1, 2**53 + 1], "MAX")
+            [1, 9007199254740993]
+        """
+        result = self.reduce_host(torch.tensor(list(values), dtype=torch.int64), op, what=what, timeout_s=timeout_s)
+        return [int(value) for value in result.tolist()]
+
+    def all_reduce_floats(
+        self, values: Sequence[float], op: ReduceOp = "SUM", *, what: str = "all_reduce", timeout_s: float | None = None
+    ) -> list[float]:
+        """Collective. Reduce a vector of float64. MIN and MAX over a NaN depend on the runtime: reduce a flag."""
+        result = self.reduce_host(torch.tensor(list(values), dtype=torch.float64), op, what=what, timeout_s=timeout_s)
+        return [float(value) for value in result.tolist()]
+
+    def any(self, flag: bool, *, what: str = "any", timeout_s: float | None = None) -> bool:  # noqa: FBT001
+        """Collective. Tell whether the flag is set on at least one rank."""
+        return self.all_reduce_ints([int(flag)], "MAX", what=what, timeout_s=timeout_s)[0] == 1
+
+    def all(self, flag: bool, *, what: str = "all", timeout_s: float | None = None) -> bool:  # noqa: FBT001
+        """Collective. Tell whether the flag is set on every rank."""
+        return self.all_reduce_ints([int(flag)], "MIN", what=what, timeout_s=timeout_s)[0] == 1
+
+    def gather_objects(self, value: Any, *, what: str = "gather", timeout_s: float | None = None) -> list[Any]:  # noqa: ANN401
+        """Collective. Give every rank every rank's small object.
+
+        1. (all ranks) encode the object; a rank that cannot says so instead of staying away.
+        2. (all ranks) agree on the longest.
+        3. (all ranks) gather.
+
+        Args:
+            value: see :func:`distckpt.backends.wire.encode`.
+            what: what the ranks are doing, for error messages.
+            timeout_s: seconds to wait for the other ranks; None for :func:`default_timeout_s`.
+
+        Returns:
+            One entry a rank, in rank order.
+
+        Raises:
+            TypeError: some rank's object cannot be sent; on every rank.
+        """
+        try:
+            data, problem = wire.encode([True, value]), None
+        except TypeError as error:
+            data, problem = wire.encode([False, str(error)]), error
+        num_bytes = self.all_reduce_ints([len(data)], "MAX", what=what, timeout_s=timeout_s)[0]
+        answers = [wire.decode(part) for part in self.gather_host(data, num_bytes, what=what, timeout_s=timeout_s)]
+        refused = [f"rank {rank}: {answer[1]}" for rank, answer in enumerate(answers) if not answer[0]]
+        if refused:
+            raise TypeError("; ".join(refused)) from problem
+        return [answer[1] for answer in answers]
+
+    def broadcast_object(self, value: Any, src: int = 0, *, what: str = "broadcast", timeout_s: float | None = None) -> Any:  # noqa: ANN401
+        """Collective. Give every rank the small object of rank `src`; what the others bring is ignored.
+
+        Raises:
+            ValueError: there is no rank `src`.
+            TypeError: the object cannot be sent; on every rank.
+        """
+        self.check_rank(src, "src")
+        return self.gather_objects(value if self.rank == src else None, what=what, timeout_s=timeout_s)[src]
+
+    def barrier(self, *, what: str = "barrier", timeout_s: float | None = None) -> None:
+        """Collective. Return when every rank has come."""
+        self.all_reduce_ints([0], "MAX", what=what, timeout_s=timeout_s)
+
+    def check_rank(self, rank: int, what: str) -> None:
+        """Refuse a rank that this job does not have. Rank-local; issues no collectives.
+
+        Raises:
+            ValueError: `rank` is not between 0 and ``world_size - 1``.
+        """
+        if not 0 <= rank < self.world_size:
+            msg = f"Argument {what} should be a rank of this job (0 to {self.world_size - 1}), but given {rank}"
+            raise ValueError(msg)

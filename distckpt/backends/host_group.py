@@ -1,0 +1,216 @@
+"""A Gloo group of our own for host values, over the job's store.
+
+Owns how the group is formed, how an operation on it is waited for, and how it is found out which ranks did
+not come. It is made straight on the store, not by ``torch.distributed.new_group``: that one pairs by a count of all
+groups made so far, and blocks for the process group's own timeout when a rank stays away. Must not know
+what the values mean. Layer L2.
+"""
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+from distckpt.backends.base import ReduceOp
+from distckpt.errors import CollectiveError, CollectiveTimeout
+
+__all__ = ["HostGroup", "call_the_roll"]
+
+_REDUCE = {"SUM": dist.ReduceOp.SUM, "MIN": dist.ReduceOp.MIN, "MAX": dist.ReduceOp.MAX}
+# How long an operation is waited for before this rank writes down that it came, and looks for bad news.
+_PATIENCE_S = 1.0
+# How long the others get to write down that they came, once an operation has failed.
+_GRACE_S = 2.0
+_LENGTH_BYTES = 8
+
+
+def call_the_roll(
+    store: dist.Store,
+    rank: int,
+    world_size: int,
+    *,
+    what: str,
+    timeout_s: float,
+    watch: Callable[[], str | None] = lambda: None,
+) -> str | None:
+    """Write down that this rank came to `what`, and wait until all have.
+
+    Polls the store instead of waiting in it: a wait would hold the store's connection, which other threads share.
+
+    Args:
+        store: the job's, under a prefix of this roll's own.
+        rank: this rank.
+        world_size: how many have to come.
+        what: what the ranks come to, for the error.
+        timeout_s: seconds to wait.
+        watch: asked between looks; an answer other than None ends the waiting.
+
+    Returns:
+        None when all came; what `watch` answered when that came first.
+
+    Raises:
+        CollectiveTimeout: some did not come; it names them.
+        CollectiveError: the store is gone.
+    """
+    deadline = time.monotonic() + timeout_s
+    pause_s = 0.001
+    try:
+        store.set(f"here/{rank}", "1")
+        num_here = store.add("num_here", 1)
+        while True:
+            if (news := watch()) is not None:
+                return news
+            if num_here >= world_size:
+                return None
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(pause_s)
+            pause_s = min(pause_s * 1.5, 0.05)
+            num_here = store.add("num_here", 0)
+        missing = _absent(store, "here", world_size)
+    except RuntimeError as error:
+        raise _store_is_gone(rank, what, error) from error
+    if not missing:
+        return None
+    msg = (
+        f"rank {rank}: waited {timeout_s:g} s for {what}, but {_ranks(missing)} did not come. Is it there on every "
+        "rank, and is every rank still running? Handlers have to be built and attached on all ranks alike."
+    )
+    raise CollectiveTimeout(msg, missing)
+
+
+class HostGroup:
+    """A Gloo group over all ranks of a job, for host values only.
+
+    Args:
+        store: the job's store, under a prefix that no other group uses.
+        rank: this rank.
+        world_size: number of ranks.
+        timeout_s: seconds to wait for the others while the group is formed.
+
+    Raises:
+        CollectiveTimeout: some ranks did not come to form it; it names them.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int, *, what: str, timeout_s: float) -> None:
+        self._store = store
+        self._rank = rank
+        self._world_size = world_size
+        self._given_up: str | None = None
+        self._num_operations = 0
+        call_the_roll(store, rank, world_size, what=what, timeout_s=timeout_s)
+        gloo = dist.PrefixStore("gloo", store)
+        try:
+            self._group = dist.ProcessGroupGloo(gloo, rank, world_size, timedelta(seconds=timeout_s))
+        except RuntimeError as error:
+            msg = f"rank {rank}: the ranks could not be connected over Gloo for {what}: {error}"
+            raise CollectiveError(msg) from error
+
+    def reduce(self, values: torch.Tensor, op: dist.ReduceOp | ReduceOp, *, what: str, timeout_s: float) -> torch.Tensor:
+        """Collective. Reduce a CPU tensor; returns a new one."""
+        options = c10d.AllreduceOptions()
+        options.reduceOp = _REDUCE[op] if isinstance(op, str) else op
+        result = values.detach().clone(memory_format=torch.contiguous_format)
+        self._run(lambda: self._group.allreduce([result], options), options, what, timeout_s)
+        return result
+
+    def gather(self, tensor: torch.Tensor, *, what: str, timeout_s: float) -> list[torch.Tensor]:
+        """Collective. Give every rank every rank's CPU tensor; shape and dtype are the same on all."""
+        options = c10d.AllgatherOptions()
+        mine = tensor.detach().contiguous()
+        result = [torch.empty_like(mine) for _ in range(self._world_size)]
+        self._run(lambda: self._group.allgather([result], [mine], options), options, what, timeout_s)
+        return result
+
+    def broadcast(self, tensor: torch.Tensor, src: int, *, what: str, timeout_s: float) -> torch.Tensor:
+        """Collective. Give every rank the CPU tensor of rank `src`; returns a new one."""
+        options = c10d.BroadcastOptions()
+        options.rootRank = src
+        options.rootTensor = 0
+        result = tensor.detach().clone(memory_format=torch.contiguous_format)
+        self._run(lambda: self._group.broadcast([result], options), options, what, timeout_s)
+        return result
+
+    def gather_bytes(self, data: bytes, num_bytes: int, *, what: str, timeout_s: float) -> list[bytes]:
+        """Collective. Give every rank every rank's bytes, each padded to `num_bytes` on the way."""
+        padded = torch.zeros(_LENGTH_BYTES + num_bytes, dtype=torch.uint8)
+        framed = len(data).to_bytes(_LENGTH_BYTES, "little") + data
+        padded[: len(framed)] = torch.frombuffer(bytearray(framed), dtype=torch.uint8)
+        parts = [bytes(part.numpy()) for part in self.gather(padded, what=what, timeout_s=timeout_s)]
+        lengths = [int.from_bytes(part[:_LENGTH_BYTES], "little") for part in parts]
+        return [part[_LENGTH_BYTES : _LENGTH_BYTES + length] for part, length in zip(parts, lengths, strict=True)]
+
+    def _run(self, start: Callable[[], Any], options: Any, what: str, timeout_s: float) -> None:  # noqa: ANN401
+        if self._given_up is not None:
+            msg = f"rank {self._rank}: {what} cannot run: the ranks' host group was given up earlier ({self._given_up})"
+            raise CollectiveError(msg)
+        self._num_operations += 1
+        # The operation's own limit comes a second after ours, so that we are the ones who explain it.
+        options.timeout = timedelta(seconds=timeout_s + 1.0)
+        try:
+            self._wait(start(), what, timeout_s)
+        except RuntimeError as error:
+            self._explain(error, what, timeout_s, timed_out=False)
+
+    def _wait(self, work: Any, what: str, timeout_s: float) -> None:  # noqa: ANN401 - torch's Work
+        deadline = time.monotonic() + timeout_s
+        came = False
+        while True:
+            left_s = deadline - time.monotonic()
+            try:
+                work.wait(timedelta(seconds=max(min(_PATIENCE_S, left_s), 0.001)))
+            except RuntimeError as error:
+                if work.is_completed():
+                    work.wait()  # returns if it ended well just now, else raises what ended it
+                    return
+                if time.monotonic() >= deadline:
+                    self._explain(error, what, timeout_s, timed_out=True)
+                if not came:
+                    self._note("came", what)
+                    came = True
+                if self._store.check(["given_up"]):
+                    raise
+            else:
+                return
+
+    def _note(self, key: str, text: str) -> None:
+        self._store.set(f"{key}/{self._num_operations}/{self._rank}", text)
+
+    def _explain(self, error: RuntimeError, what: str, timeout_s: float, *, timed_out: bool) -> None:
+        """Find out who came to the failed operation, give the group up, and raise."""
+        self._given_up = what
+        try:
+            self._note("came", what)
+            self._store.set("given_up", what)
+            until = time.monotonic() + _GRACE_S
+            missing = _absent(self._store, f"came/{self._num_operations}", self._world_size)
+            while missing and time.monotonic() < until:
+                time.sleep(0.02)
+                missing = _absent(self._store, f"came/{self._num_operations}", self._world_size)
+        except RuntimeError as gone:
+            raise _store_is_gone(self._rank, what, gone) from error
+        who = f"{_ranks(missing)} did not come" if missing else "every rank came, but the connection broke"
+        if timed_out:
+            msg = f"rank {self._rank}: waited {timeout_s:g} s in {what}, but {who}"
+            raise CollectiveTimeout(msg, missing) from error
+        msg = f"rank {self._rank}: {what} broke off: {who} ({error})"
+        raise CollectiveError(msg, missing) from error
+
+
+def _absent(store: dist.Store, key: str, world_size: int) -> list[int]:
+    if store.check([f"{key}/{rank}" for rank in range(world_size)]):
+        return []
+    return [rank for rank in range(world_size) if not store.check([f"{key}/{rank}"])]
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(str(rank) for rank in ranks)}"
+
+
+def _store_is_gone(rank: int, what: str, error: RuntimeError) -> CollectiveError:
+    msg = f"rank {rank}: lost the job's store during {what}; the process that hosts it (often rank 0) has ended: {error}"
+    return CollectiveError(msg)

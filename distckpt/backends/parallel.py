@@ -1,0 +1,234 @@
+"""Starting the ranks of a job from a script.
+
+Owns :func:`spawn` and :class:`Parallel`, in the manner of ignite's ``idist``. Layer L2.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from distckpt.backends.entry import check_backend, finalize, get_local_rank, get_world_size, initialize
+
+__all__ = ["Parallel", "spawn"]
+
+_STORE_TIMEOUT_S = 300.0
+
+
+def spawn(  # noqa: PLR0913 - ignite's signature
+    backend: str,
+    fn: Callable[..., Any],
+    args: Sequence[Any] = (),
+    kwargs_dict: Mapping[str, Any] | None = None,
+    nproc_per_node: int = 1,
+    *,
+    nnodes: int = 1,
+    node_rank: int = 0,
+    master_addr: str | None = None,
+    master_port: int | None = None,
+    init_method: str | None = None,
+    timeout: timedelta | float | None = None,
+    join: bool = True,
+    daemon: bool = False,
+    start_method: str = "spawn",
+) -> Any:  # noqa: ANN401 - torch's context of processes, or None
+    """Run ``fn(local_rank, *args, **kwargs_dict)`` in new processes, joined to one job.
+
+    On one node the ranks meet in a store of this process's, at a port that the system gives: nothing has to be chosen,
+    and the store outlives any rank.
+
+    Args:
+        backend: one of :func:`~distckpt.backends.entry.available_backends`.
+        fn: defined at the top level of a module.
+        args: its arguments, after the local rank.
+        kwargs_dict: its keyword arguments.
+        nproc_per_node: number of processes to start here.
+        nnodes: number of nodes; with more than one, `master_addr` and `master_port`, or `init_method`, are needed.
+        node_rank: of this node.
+        master_addr: the first node's address.
+        master_port: a free port there.
+        init_method: as for ``torch.distributed.init_process_group``.
+        timeout: of the job's process group; seconds, or a timedelta.
+        join: wait for the processes; otherwise return their context.
+        daemon: as in ``torch.multiprocessing.start_processes``.
+        start_method: as there.
+
+    Raises:
+        ValueError: an argument has a wrong value.
+        torch.multiprocessing.ProcessRaisedException: `fn` raised in some process.
+    """
+    check_backend(backend)
+    check_nodes(nproc_per_node, nnodes, node_rank, master_addr, master_port, init_method)
+    environment = {
+        "WORLD_SIZE": str(nproc_per_node * nnodes),
+        "LOCAL_WORLD_SIZE": str(nproc_per_node),
+        "GROUP_RANK": str(node_rank),
+    }
+    store = None
+    if init_method in (None, "env://"):
+        init_method = None
+        if nnodes == 1 and master_port is None:
+            host = master_addr or "127.0.0.1"
+            store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=_STORE_TIMEOUT_S))
+            master_addr, master_port = host, store.port
+            environment["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # rank 0 shall join a store, not open one
+        environment.update(MASTER_ADDR=master_addr or "127.0.0.1", MASTER_PORT=str(master_port))
+    first_rank = node_rank * nproc_per_node
+    context = mp.start_processes(
+        _worker,
+        (backend, fn, tuple(args), dict(kwargs_dict or {}), environment, first_rank, init_method, timeout),
+        nprocs=nproc_per_node,
+        join=join,
+        daemon=daemon,
+        start_method=start_method,
+    )
+    if context is not None:
+        context.distckpt_store = store  # lives as long as the context does
+    return context
+
+
+def _worker(  # noqa: PLR0913 - what a process needs to know
+    local_rank: int,
+    backend: str,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    environment: dict[str, str],
+    first_rank: int,
+    init_method: str | None,
+    timeout: timedelta | float | None,
+) -> None:
+    rank = first_rank + local_rank
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(local_rank))
+    if init_method is None:
+        initialize(backend, timeout=timeout)
+    else:
+        size = int(environment["WORLD_SIZE"])
+        initialize(backend, init_method=init_method, rank=rank, world_size=size, timeout=timeout)
+    try:
+        fn(local_rank, *args, **kwargs)
+    finally:
+        finalize()
+
+
+def check_nodes(  # noqa: PLR0913 - one check a line
+    nproc_per_node: int,
+    nnodes: int,
+    node_rank: int,
+    master_addr: str | None,
+    master_port: int | None,
+    init_method: str | None,
+) -> None:
+    """Refuse numbers of processes and nodes that cannot be.
+
+    Raises:
+        ValueError: it names the argument.
+    """
+    if nproc_per_node < 1:
+        msg = f"Argument nproc_per_node should positive, but given {nproc_per_node}"
+        raise ValueError(msg)
+    if nnodes < 1:
+        msg = f"Argument nnodes should positive, but given {nnodes}"
+        raise ValueError(msg)
+    if not 0 <= node_rank < nnodes:
+        msg = f"Argument node_rank should be between 0 and {nnodes - 1}, but given {node_rank}"
+        raise ValueError(msg)
+    if nnodes > 1 and (master_addr is None or master_port is None) and init_method is None:
+        msg = (
+            "If number of nodes larger than one, arguments master_addr and master_port or init_method should be specified, "
+            f"but given master_addr={master_addr}, master_port={master_port} and init_method={init_method}."
+        )
+        raise ValueError(msg)
+
+
+class Parallel:
+    """Context in which a function runs on all ranks, whether a launcher started them or this class does.
+
+    With a launcher (torchrun and its like): ``Parallel(backend=...)`` joins the job on entry and leaves it on exit. With
+    `nproc_per_node`: :meth:`run` starts the processes. Without `backend`: a world of one, or whatever job is live.
+
+    Args:
+        backend: one of :func:`~distckpt.backends.entry.available_backends`, or None.
+        nproc_per_node: number of processes to start on this node.
+        nnodes: number of nodes.
+        node_rank: of this node; needed with several.
+        master_addr: the first node's address.
+        master_port: a free port there.
+        init_method: as for ``torch.distributed.init_process_group``.
+        spawn_kwargs: further arguments of :func:`spawn`.
+
+    Raises:
+        ValueError: there is no such backend, or the other arguments do not go together.
+
+    Example:
+        >>> with Parallel() as parallel:
+        ...     parallel.run(lambda local_rank, text: print(local_rank, text), "hello")
+        0 hello
+    """
+
+    def __init__(  # noqa: PLR0913 - ignite's signature
+        self,
+        backend: str | None = None,
+        nproc_per_node: int | None = None,
+        nnodes: int | None = None,
+        node_rank: int | None = None,
+        master_addr: str | None = None,
+        master_port: int | None = None,
+        init_method: str | None = None,
+        **spawn_kwargs: Any,  # noqa: ANN401 - spawn's
+    ) -> None:
+        given = {
+            "nproc_per_node": nproc_per_node,
+            "nnodes": nnodes,
+            "node_rank": node_rank,
+            "master_addr": master_addr,
+            "master_port": master_port,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        if backend is None:
+            for name, value in given.items():
+                msg = f"If backend is None, argument '{name}' should be also None, but given {value}"
+                raise ValueError(msg)
+        else:
+            check_backend(backend)
+        self._spawn_options: dict[str, Any] | None = None
+        if backend is not None and nproc_per_node is not None:
+            if (nnodes or 1) > 1 and node_rank is None:
+                msg = "If number of nodes larger than one, arguments node_rank should be given"
+                raise ValueError(msg)
+            check_nodes(nproc_per_node, 1 if nnodes is None else nnodes, node_rank or 0, master_addr, master_port, init_method)
+            self._spawn_options = {**given, "init_method": init_method, **spawn_kwargs}
+        self.backend = backend
+        self.init_method = init_method
+        self._logger = logging.getLogger(f"{__name__}.{type(self).__name__}")
+
+    def __enter__(self) -> "Parallel":
+        """Join the job, if a launcher started it."""
+        if self.backend is not None and self._spawn_options is None:
+            initialize(self.backend, init_method=self.init_method)
+            self._logger.info("Initialized processing group with backend: '%s'", self.backend)
+        return self
+
+    def run(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - func's
+        """Run ``func(local_rank, *args, **kwargs)`` on every rank."""
+        if self._spawn_options is not None and self.backend is not None:
+            self._logger.info("Spawn function '%s' in %s processes", func, self._spawn_options["nproc_per_node"])
+            spawn(self.backend, func, args=args, kwargs_dict=kwargs, **self._spawn_options)
+        else:
+            self._logger.info("- Run '%s' in %s processes", func, get_world_size())
+            func(get_local_rank(), *args, **kwargs)
+        self._logger.info("End of run")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the job that was joined on entry."""
+        del kind, error, trace
+        if self.backend is not None and self._spawn_options is None:
+            finalize()
+            self._logger.info("Finalized processing group with backend: '%s'", self.backend)

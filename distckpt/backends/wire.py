@@ -1,0 +1,120 @@
+"""Small objects <-> bytes, for the road between ranks.
+
+Owns the encoding of the values that backends broadcast and gather. It is JSON with marks for what JSON
+lacks, so that values come back *equal* (type, float64 bits, big integers, non-ASCII text) and decoding
+never executes code. Must not know who sends or receives. Layer L2.
+"""
+
+import base64
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distckpt.scalars import is_numpy_scalar
+
+__all__ = ["decode", "encode"]
+
+_MARK = "$"
+
+
+def encode(value: Any) -> bytes:  # noqa: ANN401 - any small value; what is not supported is a TypeError
+    """Encode a small value.
+
+    Args:
+        value: None, bool, int, float, complex, str, bytes, Path, a tensor of any dtype and shape (it comes
+            back on the CPU), NumPy scalars (they come back as Python's), and dicts, lists, tuples and sets of them.
+
+    Returns:
+        ASCII bytes.
+
+    Raises:
+        TypeError: the value, or something in it, is of another type.
+
+    Example:
+        >>> decode(encode({"naïve": (1, None, 2**70)}))
+        {'naïve': (1, None, 1180591620717411303424)}
+    """
+    return json.dumps(_pack(value), ensure_ascii=True, separators=(",", ":")).encode("ascii")
+
+
+def decode(data: bytes) -> Any:  # noqa: ANN401 - whatever was encoded
+    """Decode what :func:`encode` made."""
+    return _unpack(json.loads(data))
+
+
+def _pack(value: Any) -> Any:  # noqa: ANN401, PLR0911 - one line a type reads best
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, dict):
+        if all(type(key) is str for key in value) and _MARK not in value:
+            return {key: _pack(item) for key, item in value.items()}
+        return {_MARK: "dict", "v": [[_pack(key), _pack(item)] for key, item in value.items()]}
+    if isinstance(value, list):
+        return [_pack(item) for item in value]
+    if isinstance(value, tuple | set | frozenset):
+        kind = "tuple" if isinstance(value, tuple) else type(value).__name__
+        return {_MARK: kind, "v": [_pack(item) for item in value]}
+    if isinstance(value, bytes | bytearray):
+        return {_MARK: "bytes", "v": base64.b64encode(value).decode("ascii")}
+    if isinstance(value, complex):
+        return {_MARK: "complex", "v": [value.real, value.imag]}
+    if isinstance(value, Path):
+        return {_MARK: "path", "v": str(value)}
+    if isinstance(value, torch.Tensor):
+        return _pack_tensor(value)
+    if is_numpy_scalar(value):
+        return _pack(value.item())
+    if isinstance(value, bool | int | float | str):  # a subclass: an IntEnum, a str of its own kind
+        for base in (bool, int, float, str):
+            if isinstance(value, base):
+                return base(value)
+    msg = f"cannot send {type(value)} between ranks; send numbers, text, bytes, tensors, and dicts or lists of them"
+    raise TypeError(msg)
+
+
+def _pack_tensor(tensor: torch.Tensor) -> dict[str, Any]:
+    plain = tensor.detach().to("cpu").contiguous()
+    raw = bytes(plain.reshape(-1).view(torch.uint8).numpy()) if plain.numel() else b""
+    return {
+        _MARK: "tensor",
+        "v": base64.b64encode(raw).decode("ascii"),
+        "dtype": str(plain.dtype).removeprefix("torch."),
+        "shape": list(plain.shape),
+    }
+
+
+def _unpack_tensor(packed: dict[str, Any]) -> torch.Tensor:
+    dtype = getattr(torch, packed["dtype"], None)
+    if not isinstance(dtype, torch.dtype):
+        msg = f"no such dtype: {packed['dtype']!r}"
+        raise TypeError(msg)
+    raw = bytearray(base64.b64decode(packed["v"]))
+    flat = torch.frombuffer(raw, dtype=torch.uint8).view(dtype) if raw else torch.empty(0, dtype=dtype)
+    return flat.reshape(packed["shape"])
+
+
+_UNPACK: dict[str, Callable[[Any], Any]] = {
+    "dict": lambda pairs: {_unpack(key): _unpack(item) for key, item in pairs},
+    "tuple": lambda items: tuple(_unpack(item) for item in items),
+    "set": lambda items: {_unpack(item) for item in items},
+    "frozenset": lambda items: frozenset(_unpack(item) for item in items),
+    "bytes": base64.b64decode,
+    "complex": lambda parts: complex(*parts),
+    "path": Path,
+}
+
+
+def _unpack(value: Any) -> Any:  # noqa: ANN401 - JSON in, the value out
+    if isinstance(value, list):
+        return [_unpack(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    mark = value.get(_MARK)
+    if mark is None:
+        return {key: _unpack(item) for key, item in value.items()}
+    if mark == "tensor":
+        return _unpack_tensor(value)
+    return _UNPACK[mark](value["v"])
