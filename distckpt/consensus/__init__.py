@@ -1,0 +1,1 @@
+"""Decisions that are the same on every rank. Layer L3."""

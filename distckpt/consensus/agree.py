@@ -1,0 +1,223 @@
+"""Phases that all ranks walk together: errors travel, and one rank's value is everybody's.
+
+Owns how a decision is reached from every rank's facts. Must not know what is decided, nor which runtime
+carries it: it stands on the backend contract alone. Layer L3.
+
+The protocol of a phase, the same for every kind of phase:
+
+1. (all ranks) do the phase's own work and catch whatever it raises. Nothing is waited for here.
+2. (all ranks) reduce one *header* of eight int64 with MAX: place and step, each with its negative, the
+   length of this rank's answer, and whether it raised a flag or an error. Every collective of distckpt's
+   begins with a header, so that ranks which came from different places meet in one and are told so.
+3. (all ranks) if place or step differ between ranks: gather the places, and raise
+   :class:`~distckpt.errors.RanksDriftedApart`, which names them, on every rank.
+4. (all ranks) gather the answers, padded to the longest. A vote without any flag or error ends at 2.
+5. (all ranks) if any rank failed: raise the same :class:`~distckpt.errors.PhaseError` on every rank.
+6. (all ranks) every rank now holds every rank's answer, in rank order. What is computed from them by pure
+   arithmetic is bit-identical everywhere; where one rank decides alone, its answer is picked from the list.
+
+In a world of one no collective is made, and errors pass through as they were raised.
+"""
+
+import traceback
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from distckpt.backends import wire
+from distckpt.backends.base import Backend
+from distckpt.errors import RankFailure, RanksDriftedApart, phase_error
+
+__all__ = ["Place", "Seat", "post_failure", "run", "vote"]
+
+T = TypeVar("T")
+
+_HASH_BITS = 0x7FFFFFFF  # XLA's exact reduction is of int32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where in the program a rank is.
+
+    Attributes:
+        who: the handler, numbered among its like: ``Checkpoint#0``.
+        doing: the phase, and the event that led to it.
+        step: the engine's iteration.
+    """
+
+    who: str
+    doing: str
+    step: int
+
+    def __str__(self) -> str:
+        """Return it as a phrase for messages."""
+        return f"{self.who}, {self.doing}, step {self.step}"
+
+    @property
+    def digest(self) -> int:
+        """A number that differs between places, for the header."""
+        return zlib.crc32(f"{self.who}\0{self.doing}".encode()) & _HASH_BITS
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What this rank brings: a value, or the error that kept it from having one."""
+
+    value: Any
+    error: BaseException | None
+    data: bytes
+
+
+def _attempt(backend: Backend, work: Callable[[], Any]) -> _Answer:
+    try:
+        value = work()
+        return _Answer(value, None, wire.encode({"value": value}))
+    except BaseException as error:  # noqa: BLE001 - KeyboardInterrupt too: the others must hear of it first
+        failure = RankFailure.of(backend.rank, error, traceback.format_exc())
+        fields = {"kinds": failure.kinds, "message": failure.message, "errno": failure.errno, "tb": failure.traceback}
+        return _Answer(None, error, wire.encode({"failure": fields}))
+
+
+def run(backend: Backend, place: Place, work: Callable[[], T], *, timeout_s: float | None = None) -> list[T]:
+    """Collective. Do `work` on every rank and give every rank all the results.
+
+    Steps 1-6 of the module's protocol.
+
+    Args:
+        backend: the job's.
+        place: where this rank is; must be the same on all.
+        work: returns a small value (see :func:`distckpt.backends.wire.encode`). It may itself be collective, as
+            a user's ``state_dict`` can be, provided that it is so on all ranks.
+        timeout_s: seconds to wait for the other ranks once this one is done; None for the default.
+
+    Returns:
+        One result a rank, in rank order; the same list on every rank.
+
+    Raises:
+        PhaseError: `work` failed on some rank; alike on every rank.
+        RanksDriftedApart: the ranks are not at the same place; on every rank.
+        CollectiveError: some rank did not come, or died.
+
+    Example:
+        >>> from distckpt.backends.serial import SerialBackend
+        >>> run(SerialBackend(), Place(who="doc", doing="count", step=0), lambda: 7)
+        [7]
+    """
+    if backend.world_size == 1:
+        return [work()]
+    answer = _attempt(backend, work)
+    what = str(place)
+    num_bytes = _meet(backend, place, answer, flag=False, timeout_s=timeout_s)[0]
+    return _settle(backend, place, answer, backend.gather_host(answer.data, num_bytes, what=what, timeout_s=timeout_s))
+
+
+def vote(
+    backend: Backend, place: Place, probe: Callable[[], bool], *, timeout_s: float | None = None
+) -> tuple[int, ...]:
+    """Collective. Ask every rank a yes-or-no question.
+
+    Steps 1-6 of the module's protocol; where nobody raises the flag it costs one reduction.
+
+    Args:
+        backend: the job's.
+        place: where this rank is; must be the same on all.
+        probe: this rank's answer.
+        timeout_s: seconds to wait for the other ranks; None for the default.
+
+    Returns:
+        The ranks that said yes, in order; the same on every rank.
+
+    Raises:
+        PhaseError: `probe` failed on some rank; alike on every rank.
+        RanksDriftedApart: the ranks are not at the same place; on every rank.
+        CollectiveError: some rank did not come, or died.
+    """
+    if backend.world_size == 1:
+        return (0,) if probe() else ()
+    answer = _attempt(backend, probe)
+    num_bytes, flagged, failed = _meet(backend, place, answer, flag=bool(answer.value), timeout_s=timeout_s)
+    if not (flagged or failed):
+        return ()
+    parts = backend.gather_host(answer.data, num_bytes, what=str(place), timeout_s=timeout_s)
+    return tuple(rank for rank, said in enumerate(_settle(backend, place, answer, parts)) if said)
+
+
+def _meet(
+    backend: Backend, place: Place, answer: _Answer, *, flag: bool, timeout_s: float | None
+) -> tuple[int, bool, bool]:
+    """Collective. Steps 2 and 3: reduce the header; return longest answer, any flag, any error."""
+    digest, step = place.digest, place.step
+    header = [digest, -digest, step, -step, len(answer.data), int(flag), int(answer.error is not None), 0]
+    total = backend.all_reduce_ints(header, "MAX", what=str(place), timeout_s=timeout_s)
+    if total[0] != -total[1] or total[2] != -total[3]:
+        places = backend.gather_objects(str(place), what="telling the ranks where each one is", timeout_s=timeout_s)
+        where = "; ".join(f"rank {rank} is at: {text}" for rank, text in enumerate(places))
+        msg = (
+            f"The ranks came to one collective from different places. {where}. Handlers have to be built and attached "
+            "on all ranks, in the same order, and all ranks have to run the same iterations."
+        )
+        raise RanksDriftedApart(msg) from answer.error
+    return total[4], bool(total[5]), bool(total[6])
+
+
+def _settle(backend: Backend, place: Place, answer: _Answer, parts: list[bytes]) -> list[Any]:
+    """Steps 5 and 6, without any collective: the values of all ranks, or the error of those that failed."""
+    answers = [wire.decode(part) for part in parts]
+    failures = [
+        RankFailure(rank=rank, kinds=f["kinds"], message=f["message"], errno=f["errno"], traceback=f["tb"])
+        for rank, f in ((rank, said.get("failure")) for rank, said in enumerate(answers))
+        if f is not None
+    ]
+    if answer.error is not None and not isinstance(answer.error, Exception):
+        raise answer.error  # KeyboardInterrupt, SystemExit: the others get it as a PhaseError
+    if failures:
+        raise phase_error(f"{place}, of {backend.world_size} ranks", failures) from answer.error
+    return [said["value"] for said in answers]
+
+
+class Seat:
+    """One handler's seat among its like on the other ranks.
+
+    Constructors issue no collectives, so it is only at a handler's first event that the ranks can find out
+    whether all of them have it. Taken anew when the process group is destroyed and made anew.
+
+    Args:
+        kind: the handler's class name.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+        self._backend: Backend | None = None
+        self._name = kind
+
+    def take(self, backend: Backend, *, watch: str | None = None, timeout_s: float | None = None) -> str:
+        """All ranks. Return the handler's name; the first time, wait for the other ranks to have it.
+
+        Args:
+            backend: the job's.
+            watch: a ticket (:meth:`~distckpt.backends.base.Backend.take_ticket`) of something that the handler needs
+                and whose construction may have failed on another rank.
+            timeout_s: seconds to wait for the other ranks; None for the default.
+
+        Raises:
+            CollectiveTimeout: some ranks do not have the handler; it names them.
+            PhaseError: construction failed on another rank; it is of the type that was raised there.
+        """
+        if backend is not self._backend:
+            name = self._kind
+            if backend.world_size > 1:
+                name = backend.take_ticket(self._kind) or self._kind
+                note = backend.roll_call(f"the first event of {name}", watch=watch, timeout_s=timeout_s)
+                if note is not None:
+                    fields = wire.decode(note.encode("ascii"))
+                    raise phase_error(f"constructing {name}", [RankFailure(**fields)])
+            self._backend, self._name = backend, name
+        return self._name
+
+
+def post_failure(backend: Backend, ticket: str, error: Exception) -> None:
+    """Rank-local. Leave a note that what `ticket` stands for could not be made here; see :meth:`Seat.take`."""
+    failure = RankFailure.of(backend.rank, error, "")
+    fields = {"rank": failure.rank, "kinds": failure.kinds, "message": failure.message, "errno": failure.errno}
+    backend.post_note(ticket, wire.encode({**fields, "traceback": ""}).decode("ascii"))
