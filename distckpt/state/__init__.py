@@ -1,0 +1,1 @@
+"""Live objects <-> plain state. Layer L2."""

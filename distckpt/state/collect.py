@@ -1,0 +1,91 @@
+"""to_save -> state dicts.
+
+Owns the capture: which objects give which state, on which rank. Must not know about files. Layer L2.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from distckpt.scalars import is_numpy_scalar
+from distckpt.state.unwrap import unwrap
+
+__all__ = ["capture", "check_objects", "map_tree"]
+
+
+def map_tree(func: Callable[[Any], Any], tree: Any) -> Any:  # noqa: ANN401 - a tree of objects
+    """Apply `func` to the leaves of nested mappings and sequences; returns plain dicts and lists of the same shape.
+
+    A mapping or sequence that has a ``state_dict`` of its own (``nn.ModuleDict``, ``nn.ModuleList``) is a leaf.
+    """
+    if hasattr(tree, "state_dict") or hasattr(tree, "load_state_dict"):
+        return func(tree)
+    if isinstance(tree, Mapping):
+        return {key: map_tree(func, item) for key, item in tree.items()}
+    if isinstance(tree, Sequence) and not isinstance(tree, str | bytes):
+        return [map_tree(func, item) for item in tree]
+    return func(tree)
+
+
+def check_objects(tree: Any, method: str) -> None:  # noqa: ANN401
+    """Refuse objects that cannot be saved or loaded.
+
+    Raises:
+        TypeError: some object lacks `method`.
+    """
+
+    def check(obj: Any) -> None:  # noqa: ANN401
+        if not hasattr(obj, method):
+            msg = f"Object {type(obj)} should have `{method}` method"
+            raise TypeError(msg)
+
+    map_tree(check, tree)
+
+
+def capture(to_save: Mapping[str, Any], *, rank: int, save_on_rank: int) -> dict[str, Any]:
+    """Call ``state_dict()`` on every object. All ranks.
+
+    A ZeroRedundancyOptimizer is consolidated first, which is collective: all ranks capture or none does. Ranks
+    that do not save hold ``{}`` for it.
+
+    Args:
+        to_save: mappings and lists of objects, nested at will.
+        rank: this rank.
+        save_on_rank: the rank that saves.
+
+    Returns:
+        The same tree with states in place of objects. Tensors are the live ones, not copies; NumPy scalars have
+        become Python's, since ``torch.load(weights_only=True)`` refuses them.
+    """
+
+    def state_of(obj: Any) -> Any:  # noqa: ANN401
+        obj = unwrap(obj)
+        if isinstance(obj, ZeroRedundancyOptimizer):
+            obj.consolidate_state_dict(to=save_on_rank)
+            if rank != save_on_rank:
+                return {}
+        return plain_scalars(obj.state_dict())
+
+    captured: dict[str, Any] = map_tree(state_of, dict(to_save))
+    return captured
+
+
+def plain_scalars(state: Any) -> Any:  # noqa: ANN401 - a state dict, or a part of one
+    """Replace NumPy scalars by Python's. Containers that hold none are handed back as they are."""
+    if is_numpy_scalar(state):
+        return state.item()
+    kind = type(state)
+    if kind in (dict, OrderedDict):
+        replaced = {key: plain_scalars(item) for key, item in state.items()}
+        if all(replaced[key] is item for key, item in state.items()):
+            return state
+        fresh = kind(replaced)
+        if kind is OrderedDict:
+            vars(fresh).update(vars(state))  # a module's `_metadata`
+        return fresh
+    if kind in (list, tuple):
+        items = [plain_scalars(item) for item in state]
+        return state if all(new is old for new, old in zip(items, state, strict=True)) else kind(items)
+    return state
