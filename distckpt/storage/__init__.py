@@ -1,0 +1,1 @@
+"""Bytes <-> durable media. Layer L2."""

@@ -1,0 +1,107 @@
+"""One checkpoint as one ordinary ``.pt``: writing its bytes, and reading them without executing anything.
+
+Owns the file's content. Must not know where the file lies or how it becomes durable. Layer L2.
+"""
+
+import errno
+import functools
+import inspect
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distckpt.errors import DamagedCheckpoint, UnsafeCheckpoint
+from distckpt.storage.sink import Sink
+
+__all__ = ["check_save_options", "read_pt", "write_pt"]
+
+@functools.cache
+def _save_options() -> frozenset[str]:
+    return frozenset(inspect.signature(torch.save).parameters) - {"obj", "f"}
+
+
+def check_save_options(options: Mapping[str, Any]) -> None:
+    """Refuse keyword arguments that ``torch.save`` does not have.
+
+    Raises:
+        TypeError: there is an unknown one.
+    """
+    for name in options:
+        if name not in _save_options():
+            known = ", ".join(sorted(_save_options()))
+            msg = f"save() got an unexpected keyword argument '{name}'; torch.save takes: {known}"
+            raise TypeError(msg)
+
+
+def write_pt(state: Any, sink: Sink, options: Mapping[str, Any]) -> None:  # noqa: ANN401 - any tree of states
+    """Serialise `state` into `sink` and flush it.
+
+    Args:
+        state: what ``torch.save`` takes.
+        sink: where to.
+        options: keyword arguments for ``torch.save``.
+
+    Raises:
+        OSError: the operating system refused a write; the file is to be thrown away.
+    """
+    try:
+        torch.save(state, sink, **options)  # type: ignore[arg-type]  # it needs write() and flush() alone
+        sink.flush()
+    except Exception as error:
+        if sink.error is not None and error is not sink.error:
+            raise sink.error from error
+        raise
+
+
+def read_pt(path: Path) -> Any:  # noqa: ANN401 - whatever was saved
+    """Read a checkpoint onto the CPU. Never executes code: there is no fallback to an unsafe way.
+
+    Args:
+        path: of a file that ``torch.save`` or distckpt wrote.
+
+    Raises:
+        OSError: it cannot be opened or read.
+        UnsafeCheckpoint: it holds objects that only execution could restore.
+        DamagedCheckpoint: it is no checkpoint, is truncated or damaged.
+    """
+    with path.open("rb") as file:  # a missing or forbidden file is the operating system's own error
+        is_empty = not file.read(1)
+    if is_empty:
+        msg = f"{path} is no checkpoint: it is empty"
+        raise DamagedCheckpoint(msg)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = _reason(str(error))
+        if "global" in reason.lower() or "class" in reason.lower():
+            msg = (
+                f"{path} holds objects that can only be loaded by executing code, which distckpt never does: {reason} "
+                "Nothing was executed. Save plain tensors, numbers, text and containers of them."
+            )
+            raise UnsafeCheckpoint(msg) from error
+        msg = f"{path} is no checkpoint, or is damaged: {reason}"
+        raise DamagedCheckpoint(msg) from error
+    except OSError as error:
+        if error.errno not in (None, errno.EINVAL):  # EINVAL: a seek that the damaged directory asked for
+            raise
+        msg = f"{path} is no checkpoint, or is truncated: {error}"
+        raise DamagedCheckpoint(msg) from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        msg = f"{path} is no checkpoint, or is truncated or damaged: {type(error).__name__}: {_reason(str(error))}"
+        raise DamagedCheckpoint(msg) from error
+
+
+def _reason(text: str) -> str:
+    """Pick what went wrong out of torch's long advice, which recommends the unsafe way."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith(("Check the documentation", "Please file an issue"))]
+    told = [line for line in lines if "GLOBAL" in line or "Unsupported" in line]
+    line = (told or lines or ["no reason given"])[-1]
+    line = line.removeprefix("WeightsUnpickler error: ").split(" Please use ", 1)[0].split(". In PyTorch 2.6", 1)[0]
+    return line if line.endswith(".") else line + "."
+
