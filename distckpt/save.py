@@ -1,0 +1,325 @@
+"""One save: the order of its hops.
+
+Owns the way from a handler's intent to a committed file and the removal of what it replaces. Must not know about
+engines, nor how a decision travels between ranks. Layer L4.
+
+The protocol of one save, in the foreground:
+
+1. (all ranks) :class:`SaveIntent`: this rank's step, score and history. User code runs here.
+2. (all ranks) from all intents, by pure functions: :class:`SaveDecision`, identical on every rank. The names and
+   numbers to decide by are the coordinator's; so is the history.
+3. (all ranks) capture: call ``state_dict()``. It may be collective itself.
+4. (all ranks) write: the save handler is called. A DiskSaver writes on the coordinator alone, and returns when the
+   file is durable under its name. This is the commit.
+5. (all ranks) the handler takes over the new history.
+6. (all ranks) remove what was evicted.
+
+IMPORTANT: 6 never comes before 4 has succeeded on all ranks. An error in 1, 3 or 4, on any rank, is raised on every
+rank, and what was committed before is untouched.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from distckpt import naming, retention
+from distckpt.backends.base import Backend, default_timeout_s
+from distckpt.consensus import agree
+from distckpt.consensus.scores import ScoreRule, agreed_score
+from distckpt.errors import CommitNotDurable, SaveError, save_error
+from distckpt.retention import Entry
+from distckpt.scalars import is_nan
+
+__all__ = ["Agreed", "NameRules", "Removal", "SaveDecision", "SaveIntent", "commit", "decide", "nan_is_why", "remove"]
+
+# Ranks that write nothing wait for the one that does; a disk may take its time over a large checkpoint.
+_WRITE_TIMEOUT_S = 1800.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NameRules:
+    """How a saver names its files and what it keeps.
+
+    Attributes:
+        prefix: ``filename_prefix``.
+        name: the single object's key, or ``checkpoint``.
+        ext: the extension, without its dot.
+        pattern: the user's ``filename_pattern``, if any.
+        score_name: goes into the name, if given.
+        n_saved: how many are kept; None for all.
+        greater_or_equal: whether a tie replaces.
+        score_rule: which score counts when the ranks' differ.
+    """
+
+    prefix: str
+    name: str
+    ext: str
+    pattern: str | None
+    score_name: str | None
+    n_saved: int | None
+    greater_or_equal: bool
+    score_rule: ScoreRule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveIntent:
+    """What one rank knows before the ranks have spoken.
+
+    Attributes:
+        rules: see :class:`NameRules`.
+        save_on_rank: the coordinator, as this rank was told.
+        global_step: for the name and, without a score, for the priority.
+        score: None when there is no score function.
+        history: what this rank believes to be kept, lowest priority first.
+        strays: files that should have been removed and could not be.
+    """
+
+    rules: NameRules
+    save_on_rank: int
+    global_step: Any
+    score: int | float | None
+    history: tuple[Entry, ...]
+    strays: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveDecision:
+    """What all ranks do now.
+
+    Attributes:
+        filename: of the new checkpoint.
+        priority: of the new checkpoint; higher is better.
+        metadata: for the save handler: ``basename``, ``score_name``, ``priority``.
+        kept: the history once it is committed.
+        evicted: files to remove once it is committed.
+    """
+
+    filename: str
+    priority: int | float
+    metadata: Mapping[str, Any]
+    kept: tuple[Entry, ...]
+    evicted: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreed:
+    """What came out of step 2.
+
+    Attributes:
+        coordinator: the rank that saves.
+        history: the coordinator's history, now everybody's.
+        strays: the coordinator's strays.
+        scores: every rank's score when they differed, else None.
+        score: the one that counts.
+        decision: None when nothing is to be saved.
+    """
+
+    coordinator: int
+    history: tuple[Entry, ...]
+    strays: tuple[str, ...]
+    scores: tuple[int | float, ...] | None
+    score: int | float | None
+    decision: SaveDecision | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Removal:
+    """What became of one evicted file.
+
+    Attributes:
+        filename: which.
+        problem: None when it is removed.
+        gone: whether it had been removed by somebody else; otherwise a later save tries again.
+    """
+
+    filename: str
+    problem: str | None
+    gone: bool
+
+
+def decide(
+    backend: Backend, place: agree.Place, intend: Callable[[], SaveIntent], *, timeout_s: float | None
+) -> Agreed:
+    """Collective. Steps 1 and 2 of the protocol.
+
+    Raises:
+        PhaseError: user code failed on some rank; on every rank.
+        ValueError: the ranks name different coordinators, or one that does not exist; on every rank.
+        KeyError: the pattern names an unknown field; on every rank.
+    """
+    if backend.world_size == 1:
+        intents = [intend()]
+    else:
+        intents = [_intent(fields) for fields in agree.run(backend, place, lambda: asdict(intend()), timeout_s=timeout_s)]
+    named = [intent.save_on_rank for intent in intents]
+    if len(set(named)) > 1:
+        msg = f"Argument save_on_rank should be the same on every rank, but is, by rank: {named}"
+        raise ValueError(msg)
+    coordinator = named[0]
+    backend.check_rank(coordinator, "save_on_rank")
+    return _decide(intents, coordinator)
+
+
+def _intent(fields: Mapping[str, Any]) -> SaveIntent:
+    values = dict(fields)
+    rules = NameRules(**values.pop("rules"))
+    history = tuple((priority, name) for priority, name in values.pop("history"))
+    return SaveIntent(rules=rules, history=history, **values)
+
+
+def _decide(intents: Sequence[SaveIntent], coordinator: int) -> Agreed:
+    chief = intents[coordinator]
+    rules = chief.rules
+    scores = [intent.score for intent in intents]
+    score, differed = chief.score, False
+    if score is not None:
+        known = [chief.score if one is None else one for one in scores]
+        score, differed = agreed_score([one for one in known if one is not None], rules.score_rule, coordinator)
+    priority = score if score is not None else chief.global_step
+    decision = None
+    if retention.wants(chief.history, priority, n_saved=rules.n_saved, greater_or_equal=rules.greater_or_equal):
+        decision = _decision(chief, score, priority)
+    return Agreed(
+        coordinator=coordinator,
+        history=chief.history,
+        strays=chief.strays,
+        scores=tuple(one for one in scores if one is not None) if differed else None,
+        score=score,
+        decision=decision,
+    )
+
+
+def _decision(chief: SaveIntent, score: float | None, priority: float) -> SaveDecision:
+    rules = chief.rules
+    pattern = rules.pattern
+    if pattern is None:
+        pattern = naming.default_pattern(
+            with_prefix=bool(rules.prefix),
+            with_score=score is not None,
+            with_score_name=score is not None and rules.score_name is not None,
+            with_global_step=chief.global_step is not None,
+        )
+    filename = naming.render(
+        pattern,
+        {
+            "filename_prefix": rules.prefix,
+            "ext": rules.ext,
+            "name": rules.name,
+            "score_name": rules.score_name,
+            "score": None if score is None else naming.format_score(score),
+            "global_step": chief.global_step,
+        },
+    )
+    retained = retention.admit(chief.history, (priority, filename), n_saved=rules.n_saved)
+    strays = [name for name in chief.strays if name != filename and name not in retained.evicted]
+    return SaveDecision(
+        filename=filename,
+        priority=priority,
+        metadata={
+            "basename": naming.basename(rules.prefix, rules.name),
+            "score_name": rules.score_name,
+            "priority": priority,
+        },
+        kept=retained.kept,
+        evicted=(*retained.evicted, *strays),
+    )
+
+
+def commit(
+    backend: Backend,
+    place: Callable[[str], agree.Place],
+    agreed: Agreed,
+    capture: Callable[[], Any],
+    write: Callable[[Any], None],
+    *,
+    timeout_s: float | None,
+) -> None:
+    """Collective. Steps 3 and 4 of the protocol.
+
+    Args:
+        backend: the job's.
+        place: makes the place of a phase from what is done in it.
+        agreed: what :func:`decide` returned; it holds a decision.
+        capture: returns the checkpoint on this rank.
+        write: hands the checkpoint to the save handler on this rank.
+        timeout_s: seconds to wait for the other ranks; None for the default.
+
+    Raises:
+        PhaseError: capture or write failed on some rank; on every rank. In a world of one: what they raised.
+        CommitNotDurable: the file is in place, but may not survive a power cut.
+    """
+    if agreed.decision is None:
+        return
+    filename = agreed.decision.filename
+    captured: list[Any] = []
+    agree.run(backend, place(f"capturing {filename}"), lambda: captured.append(capture()), timeout_s=timeout_s)
+    here = place(f"saving {filename}")
+
+    def write_here() -> None:
+        try:
+            write(captured[0])
+        except SaveError as error:
+            raise _with_context(error, backend.rank, here.step, agreed.history) from error
+
+    patience_s = max(default_timeout_s() if timeout_s is None else timeout_s, _WRITE_TIMEOUT_S)
+    agree.run(backend, here, write_here, timeout_s=patience_s)
+
+
+def _with_context(error: SaveError, rank: int, step: int, history: Sequence[Entry]) -> SaveError:
+    stands = f" {history[-1][1]} is intact." if history else " There is no earlier checkpoint."
+    not_durable = isinstance(error, CommitNotDurable)
+    if not_durable and history:
+        stands = f" {history[-1][1]} was kept for that reason."
+    return save_error(f"rank {rank}, step {step}: {error}.{stands}", error, renamed=not_durable)
+
+
+def remove(
+    backend: Backend,
+    place: agree.Place,
+    filenames: Sequence[str],
+    remove_one: Callable[[str], None],
+    *,
+    timeout_s: float | None,
+) -> list[Removal]:
+    """Collective. Step 6 of the protocol.
+
+    Args:
+        backend: the job's.
+        place: where this rank is.
+        filenames: what to remove, the same on every rank.
+        remove_one: the save handler's ``remove``.
+        timeout_s: seconds to wait for the other ranks; None for the default.
+
+    Returns:
+        One entry for each of `filenames`; the same on every rank. A file that is gone or cannot be removed is no
+        error: the new checkpoint is committed.
+
+    Raises:
+        PhaseError: `remove_one` raised something else than an OSError on some rank; on every rank.
+    """
+    if not filenames:
+        return []
+
+    def remove_here() -> dict[str, Any]:
+        problems = {}
+        for filename in filenames:
+            try:
+                remove_one(filename)
+            except FileNotFoundError:
+                problems[filename] = [True, f"{filename} was already gone"]
+            except OSError as error:
+                problems[filename] = [False, f"{filename} could not be removed: {error}"]
+        return problems
+
+    answers = agree.run(backend, place, remove_here, timeout_s=timeout_s)
+    removals = []
+    for filename in filenames:
+        told = [f"rank {rank}: {answer[filename][1]}" for rank, answer in enumerate(answers) if filename in answer]
+        gone = all(answer[filename][0] for answer in answers if filename in answer)
+        removals.append(Removal(filename=filename, problem="; ".join(told) or None, gone=gone))
+    return removals
+
+
+def nan_is_why(agreed: Agreed) -> bool:
+    """Tell whether nothing was saved because the score is NaN."""
+    return agreed.decision is None and is_nan(agreed.score)
