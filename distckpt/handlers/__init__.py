@@ -1,0 +1,25 @@
+"""The handlers: what users attach to ignite engines. The only place that imports ignite. Layer L5."""
+
+from distckpt.handlers.checkpoint import Checkpoint
+from distckpt.handlers.disk_saver import DiskSaver
+from distckpt.handlers.early_stopping import EarlyStopping
+from distckpt.handlers.events import CheckpointEvents
+from distckpt.handlers.global_step import global_step_from_engine
+from distckpt.handlers.model_checkpoint import ModelCheckpoint
+from distckpt.handlers.save_handler import BaseSaveHandler
+from distckpt.handlers.terminate_on_nan import TerminateOnNan
+from distckpt.handlers.time_limit import TimeLimit
+from distckpt.handlers.timer import Timer
+
+__all__ = [
+    "BaseSaveHandler",
+    "Checkpoint",
+    "CheckpointEvents",
+    "DiskSaver",
+    "EarlyStopping",
+    "ModelCheckpoint",
+    "TerminateOnNan",
+    "TimeLimit",
+    "Timer",
+    "global_step_from_engine",
+]

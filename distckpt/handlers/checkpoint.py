@@ -1,0 +1,472 @@
+"""Saving and loading objects during a run.
+
+Owns :class:`Checkpoint`: what a user asks for, on an engine's event. How the ranks agree, how a file becomes
+durable, and in which order, lies below. Layer L5.
+"""
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, MutableMapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ignite.base import Serializable
+from ignite.engine import Engine, Events
+
+from distckpt import load, save
+from distckpt.backends.base import Backend
+from distckpt.backends.detect import current
+from distckpt.consensus.agree import Place, Seat
+from distckpt.consensus.scores import check_rule
+from distckpt.errors import CommitNotDurable
+from distckpt.handlers.disk_saver import DiskSaver
+from distckpt.handlers.events import CheckpointEvents, register
+from distckpt.handlers.older import accept_older_order, deprecated
+from distckpt.handlers.save_handler import BaseSaveHandler, hand_over
+from distckpt.naming import check_name, default_pattern, render
+from distckpt.scalars import is_numpy_scalar, plain_score
+from distckpt.state.collect import capture, check_objects
+
+__all__ = ["Checkpoint"]
+
+_OLDER_ORDER = (
+    "to_save",
+    "save_handler",
+    "filename_prefix",
+    "score_function",
+    "score_name",
+    "n_saved",
+    "global_step_transform",
+    "archived",
+    "filename_pattern",
+    "include_self",
+    "greater_or_equal",
+)
+
+
+class Checkpoint(Serializable):
+    """Handler that saves objects during a run, the same on every rank, and keeps the best or latest of them.
+
+    Attach it on all ranks. What is saved, under which name, and what it replaces is decided once from every rank's
+    facts. A call returns when the file is durable; only then is an older one removed. An error on any rank is raised
+    on every rank, and what was saved before is untouched.
+
+    Args:
+        to_save: objects with ``state_dict`` and ``load_state_dict``, in mappings and lists nested at will.
+            DistributedDataParallel, DataParallel and torch.compile are seen through.
+        save_handler: a directory (str or Path), a :class:`BaseSaveHandler`, or a callable that takes
+            ``(checkpoint, filename, metadata)`` or ``(checkpoint, filename)``. A custom one is called on every rank.
+        filename_prefix: leads the file name.
+        score_function: takes the engine, returns a number; the highest are kept. NaN is never better than anything:
+            it saves nothing.
+        score_name: goes into the file name. Alone it means ``get_default_score_fn(score_name)``.
+        n_saved: how many are kept; None for all.
+        global_step_transform: takes ``(engine, event_name)``, returns the global step;
+            see :func:`global_step_from_engine`.
+        filename_pattern: with the fields ``filename_prefix``, ``name``, ``score``, ``score_name``, ``global_step``, ``ext``.
+        include_self: save this handler's own state too, under ``checkpointer``.
+        greater_or_equal: whether a checkpoint of the same score replaces the lowest one.
+        save_on_rank: the coordinator, which saves. A :class:`DiskSaver`'s own ``save_on_rank`` comes first.
+        archived: without effect, deprecated.
+        score_rule: which score counts when the ranks' differ: ``"mean"``, ``"min"``, ``"max"``, or the
+            ``"coordinator"``'s. Equal scores are taken as they are.
+        timeout_s: seconds to wait for the other ranks; None for ``DISTCKPT_TIMEOUT_S``, or 300.
+
+    Attributes:
+        to_save: see above.
+        save_handler: see above; may be assigned.
+        ext: the files' extension, ``pt``.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: an argument has a wrong value.
+
+    Example:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> from ignite.engine import Engine, Events
+        >>> trainer = Engine(lambda engine, batch: None)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     handler = Checkpoint({"model": nn.Linear(1, 1)}, folder, n_saved=2)
+        ...     trainer.add_event_handler(Events.EPOCH_COMPLETED, handler) and None
+        ...     trainer.run([0, 1], max_epochs=3) and None
+        ...     handler.last_checkpoint.name
+        'model_6.pt'
+    """
+
+    SAVED_CHECKPOINT = CheckpointEvents.SAVED_CHECKPOINT
+    _state_dict_all_req_keys = ("_saved",)
+
+    class Item(NamedTuple):
+        """A kept checkpoint."""
+
+        priority: int | float
+        filename: str
+
+    @accept_older_order(_OLDER_ORDER, lambda given: isinstance(given.get("filename_pattern"), bool))
+    def __init__(  # noqa: PLR0913 - the arguments of ignite's Checkpoint, in its order
+        self,
+        to_save: Mapping[str, Any],
+        save_handler: str | Path | Callable[..., Any] | BaseSaveHandler,
+        filename_prefix: str = "",
+        score_function: Callable[[Engine], int | float] | None = None,
+        score_name: str | None = None,
+        n_saved: int | None = 1,
+        global_step_transform: Callable[..., int] | None = None,
+        filename_pattern: str | None = None,
+        include_self: bool = False,  # noqa: FBT001, FBT002 - as above
+        greater_or_equal: bool = False,  # noqa: FBT001, FBT002
+        save_on_rank: int = 0,
+        *,
+        archived: bool | None = None,
+        score_rule: str = "mean",
+        timeout_s: float | None = None,
+    ) -> None:
+        _check_arguments(to_save, save_handler, filename_prefix, n_saved, score_name, filename_pattern)
+        _check_callables(score_function, global_step_transform)
+        _check_include_self(to_save, include_self=include_self)
+        if timeout_s is not None and not timeout_s > 0:
+            msg = f"Argument timeout_s should be a positive number of seconds or None, but given {timeout_s!r}"
+            raise ValueError(msg)
+        self.score_rule = check_rule(score_rule)
+        if archived is not None:
+            deprecated("Argument archived is deprecated and has no effect: checkpoints are not compressed", stacklevel=4)
+        self.to_save = to_save
+        self.filename_prefix = filename_prefix
+        self.save_handler: Callable[..., Any] | BaseSaveHandler = (
+            DiskSaver(save_handler, create_dir=True, save_on_rank=save_on_rank)
+            if isinstance(save_handler, str | Path)
+            else save_handler
+        )
+        self.score_name = score_name
+        if score_name is not None and score_function is None:
+            score_function = self.get_default_score_fn(score_name)
+        self.score_function = score_function
+        self.n_saved = n_saved
+        self.ext = "pt"
+        self.global_step_transform = global_step_transform
+        self.filename_pattern = filename_pattern
+        self.include_self = include_self
+        self.greater_or_equal = greater_or_equal
+        self.save_on_rank = save_on_rank
+        self.timeout_s = timeout_s
+        if filename_prefix and isinstance(self.save_handler, DiskSaver):
+            check_name(f"{filename_prefix}_", what="filename_prefix")
+        self._saved: list[Checkpoint.Item] = []
+        self._strays: tuple[str, ...] = ()
+        self._seat = Seat("Checkpoint")
+        self._num_calls = 0
+        self._warned: set[str] = set()
+
+    # -- saving ------------------------------------------------------------------------------------
+
+    def __call__(self, engine: Engine, *_args: Any, **_kwargs: Any) -> None:  # noqa: ANN401 - an event's
+        """Collective. Save if this event deserves it; see :mod:`distckpt.save` for the protocol.
+
+        Raises:
+            PhaseError: something failed on some rank; alike on every rank, and of the type that was raised there.
+            SaveError: in a world of one, the checkpoint could not be written.
+            CommitNotDurable: it is there, but may not survive a power cut.
+        """
+        register(engine)
+        backend = current()
+        place = self._place_maker(engine, backend)
+        agreed = save.decide(
+            backend, place("deciding what to save"), lambda: self._intend(engine), timeout_s=self.timeout_s
+        )
+        self._saved = [Checkpoint.Item(*entry) for entry in agreed.history]
+        self._strays = agreed.strays
+        self._warn_of_scores(agreed)
+        decision = agreed.decision
+        if decision is None:
+            return
+        try:
+            save.commit(
+                backend,
+                place,
+                agreed,
+                lambda: self._capture(backend, agreed.coordinator, decision),
+                lambda checkpoint: hand_over(self.save_handler, checkpoint, decision.filename, dict(decision.metadata)),
+                timeout_s=self.timeout_s,
+            )
+        except CommitNotDurable:
+            # It stands beside the older one, which was kept: not ours to count on, but to remove with the next save.
+            if decision.filename not in [item.filename for item in self._saved]:
+                self._strays = (*self._strays, decision.filename)
+            raise
+        self._saved = [Checkpoint.Item(*entry) for entry in decision.kept]
+        self._strays = ()
+        self._remove(backend, place("removing what was evicted"), decision.evicted)
+        self._tell(engine)
+
+    def _place_maker(self, engine: Engine, backend: Backend) -> Callable[[str], Place]:
+        watch = self.save_handler.ticket if isinstance(self.save_handler, DiskSaver) else None
+        who = self._seat.take(backend, watch=watch, timeout_s=self.timeout_s)
+        event = getattr(engine.last_event_name, "name", engine.last_event_name)
+        return lambda doing: Place(who=who, doing=f"on {event}, {doing}", step=engine.state.iteration)
+
+    def _intend(self, engine: Engine) -> save.SaveIntent:
+        global_step: Any = None
+        if self.global_step_transform is not None:
+            global_step = self.global_step_transform(engine, engine.last_event_name)
+        score = None
+        if self.score_function is not None:
+            score = plain_score(self.score_function(engine))
+        elif global_step is None:
+            global_step = engine.state.get_event_attrib_value(Events.ITERATION_COMPLETED)
+        return save.SaveIntent(
+            rules=self._rules(),
+            save_on_rank=self._coordinator(),
+            global_step=global_step.item() if is_numpy_scalar(global_step) else global_step,
+            score=score,
+            history=tuple((item.priority, item.filename) for item in self._saved),
+            strays=self._strays,
+        )
+
+    def _rules(self) -> save.NameRules:
+        return save.NameRules(
+            prefix=self.filename_prefix,
+            name=next(iter(self.to_save)) if len(self.to_save) == 1 else "checkpoint",
+            ext=self.ext,
+            pattern=self.filename_pattern,
+            score_name=self.score_name,
+            n_saved=self.n_saved,
+            greater_or_equal=self.greater_or_equal,
+            score_rule=self.score_rule,
+        )
+
+    def _coordinator(self) -> int:
+        return self.save_handler.save_on_rank if isinstance(self.save_handler, DiskSaver) else self.save_on_rank
+
+    def _capture(self, backend: Backend, coordinator: int, decision: save.SaveDecision) -> dict[str, Any]:
+        checkpoint = capture(self.to_save, rank=backend.rank, save_on_rank=coordinator)
+        if self.include_self:
+            checkpoint["checkpointer"] = OrderedDict(_saved=list(decision.kept))
+        elif len(checkpoint) == 1:
+            (checkpoint,) = checkpoint.values()
+        return checkpoint
+
+    def _remove(self, backend: Backend, place: Place, evicted: tuple[str, ...]) -> None:
+        handler = self.save_handler
+        if not isinstance(handler, BaseSaveHandler):
+            return
+        for removal in save.remove(backend, place, evicted, handler.remove, timeout_s=self.timeout_s):
+            if removal.problem is None:
+                continue
+            if not removal.gone:
+                self._strays = (*self._strays, removal.filename)
+            again = "" if removal.gone else " The next save tries again."
+            warnings.warn(f"Checkpoint: while removing older checkpoints: {removal.problem}.{again}", stacklevel=2)
+
+    def _tell(self, engine: Engine) -> None:
+        before = engine.last_event_name
+        try:
+            engine.fire_event(CheckpointEvents.SAVED_CHECKPOINT)
+        finally:
+            # The next handler on the same event asks for its name; so does the engine's loop.
+            engine.last_event_name = before
+
+    def _warn_of_scores(self, agreed: save.Agreed) -> None:
+        if agreed.scores is not None and "differ" not in self._warned:
+            self._warned.add("differ")
+            warnings.warn(
+                f"Checkpoint: the ranks have different scores, {list(agreed.scores)}; their {self.score_rule} counts, "
+                f"{agreed.score}. Reduce the metric over all ranks. This is said once.",
+                stacklevel=3,
+            )
+        if save.nan_is_why(agreed) and "nan" not in self._warned:
+            self._warned.add("nan")
+            warnings.warn("Checkpoint: the score is NaN; nothing was saved. This is said once.", stacklevel=3)
+
+    # -- history -----------------------------------------------------------------------------------
+
+    @property
+    def last_checkpoint(self) -> str | Path | None:
+        """The kept checkpoint of highest priority: with a score the best, else the latest.
+
+        A path with a :class:`DiskSaver`, else the file name; None when there is none.
+        """
+        if not self._saved:
+            return None
+        filename = self._saved[-1].filename
+        return self.save_handler.dirname / filename if isinstance(self.save_handler, DiskSaver) else filename
+
+    def reset(self) -> None:
+        """Forget the saved checkpoints, for an engine that runs several times independently. Files stay."""
+        self._saved = []
+        self._strays = ()
+
+    def state_dict(self) -> "OrderedDict[str, list[tuple[int | float, str]]]":
+        """Return the history: ``_saved``, a list of (priority, file name), lowest priority first."""
+        return OrderedDict(_saved=[(item.priority, item.filename) for item in self._saved])
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over a history. Loaded on the coordinator alone, it holds on every rank from the next event on.
+
+        Args:
+            state_dict: what :meth:`state_dict` returned; an older release's ``saved`` is accepted.
+
+        Raises:
+            TypeError: it is no mapping.
+            ValueError: it lacks ``_saved``.
+        """
+        if isinstance(state_dict, Mapping) and "_saved" not in state_dict and "saved" in state_dict:
+            state_dict = {"_saved": state_dict["saved"]}
+        super().load_state_dict(state_dict)
+        items = [Checkpoint.Item(plain_score(priority), str(name)) for priority, name in state_dict["_saved"]]
+        self._saved = items
+        self._strays = ()
+
+    # -- helpers of ignite's -----------------------------------------------------------------------
+
+    @staticmethod
+    def setup_filename_pattern(
+        with_prefix: bool = True,  # noqa: FBT001, FBT002 - ignite's signature
+        with_score: bool = True,  # noqa: FBT001, FBT002
+        with_score_name: bool = True,  # noqa: FBT001, FBT002
+        with_global_step: bool = True,  # noqa: FBT001, FBT002
+    ) -> str:
+        """Return the pattern a checkpoint's name is made from when none is given.
+
+        Raises:
+            ValueError: neither score nor global step is asked for, or a score's name without a score.
+
+        Example:
+            >>> Checkpoint.setup_filename_pattern()
+            '{filename_prefix}_{name}_{global_step}_{score_name}={score}.{ext}'
+        """
+        return default_pattern(
+            with_prefix=with_prefix,
+            with_score=with_score,
+            with_score_name=with_score_name,
+            with_global_step=with_global_step,
+        )
+
+    @staticmethod
+    def get_default_score_fn(metric_name: str, score_sign: float = 1.0) -> Callable[[Engine], float]:
+        """Return a score function that reads a metric of the engine.
+
+        Args:
+            metric_name: in ``engine.state.metrics``.
+            score_sign: 1.0, or -1.0 for metrics of which the smaller is better.
+
+        Raises:
+            ValueError: `score_sign` is neither.
+
+        Example:
+            >>> engine = Engine(lambda engine, batch: None)
+            >>> engine.state.metrics["loss"] = 0.25
+            >>> Checkpoint.get_default_score_fn("loss", -1.0)(engine)
+            -0.25
+        """
+        if score_sign not in (1.0, -1.0):
+            msg = "Argument score_sign should be 1 or -1"
+            raise ValueError(msg)
+        return lambda engine: score_sign * engine.state.metrics[metric_name]
+
+    @staticmethod
+    def load_objects(to_load: Mapping[str, Any], checkpoint: str | Path | Mapping[str, Any], **kwargs: Any) -> None:  # noqa: ANN401
+        """Load a checkpoint into objects: all of them, or none. Never executes code. Rank-local.
+
+        Args:
+            to_load: objects with ``load_state_dict``, in mappings and lists nested at will.
+            checkpoint: a path, or what was saved, as a mapping. A single object's bare state dict will do.
+            kwargs: for ``nn.Module.load_state_dict``, e.g. ``strict=False``; modules only.
+
+        Raises:
+            TypeError: `checkpoint` is neither, or an object cannot be loaded into.
+            LoadError: the file is no checkpoint, is damaged, or would have to execute code.
+            ValueError: the checkpoint lacks an object.
+
+        Example:
+            >>> from torch import nn
+            >>> model, twin = nn.Linear(2, 2), nn.Linear(2, 2)
+            >>> Checkpoint.load_objects({"model": twin}, {"model": model.state_dict()})
+            >>> bool((model.weight == twin.weight).all())
+            True
+        """
+        load.load_objects(to_load, checkpoint, **kwargs)
+
+    def reload_objects(
+        self, to_load: Mapping[str, Any], load_kwargs: Mapping[str, Any] | None = None, **filename_components: Any  # noqa: ANN401
+    ) -> None:
+        """Load one of this handler's files into objects, found by its name's components.
+
+        Args:
+            to_load: objects with ``load_state_dict``.
+            load_kwargs: for ``nn.Module.load_state_dict``.
+            filename_components: ``name``, ``score``, ``global_step``.
+
+        Raises:
+            AttributeError: the save handler is no :class:`DiskSaver`.
+        """
+        if not isinstance(self.save_handler, DiskSaver):
+            msg = f"Checkpoint's `save_handler` should be of type `DiskSaver`, given {type(self.save_handler)}"
+            raise AttributeError(msg)
+        rules = self._rules()
+        global_step = filename_components.get("global_step")
+        pattern = rules.pattern
+        if pattern is None:
+            pattern = default_pattern(
+                with_prefix=bool(rules.prefix),
+                with_score=self.score_function is not None,
+                with_score_name=rules.score_name is not None,
+                with_global_step=global_step is not None,
+            )
+        fields = {
+            "filename_prefix": rules.prefix,
+            "ext": rules.ext,
+            "name": filename_components.get("name", rules.name),
+            "score_name": rules.score_name,
+            "score": filename_components.get("score"),
+            "global_step": global_step,
+        }
+        path = self.save_handler.dirname / render(pattern, fields)
+        load.load_objects(to_load, path, **(load_kwargs or {}))
+
+
+def _check_arguments(  # noqa: PLR0913 - one check a line
+    to_save: object, save_handler: object, prefix: object, n_saved: object, score_name: object, pattern: object
+) -> None:
+    if not isinstance(to_save, Mapping):
+        msg = f"Argument `to_save` should be a dictionary, but given {type(to_save)}"
+        raise TypeError(msg)
+    check_objects(dict(to_save), "state_dict")
+    if not (isinstance(save_handler, str | Path | BaseSaveHandler) or callable(save_handler)):
+        msg = (
+            "Argument `save_handler` should be a string or Path object or callable or inherit from BaseSaveHandler, "
+            f"but given {type(save_handler)}"
+        )
+        raise TypeError(msg)
+    for name, value, kind in (
+        ("filename_prefix", prefix, str),
+        ("score_name", score_name, str | None),
+        ("filename_pattern", pattern, str | None),
+        ("n_saved", n_saved, int | None),
+    ):
+        if not isinstance(value, kind) or (name == "n_saved" and isinstance(value, bool)):
+            msg = f"Argument {name} should be {getattr(kind, '__name__', kind)}, but given {type(value)}"
+            raise TypeError(msg)
+    if isinstance(n_saved, int) and n_saved < 1:
+        msg = f"n_saved must be a positive integer or None, got {n_saved}"
+        raise ValueError(msg)
+
+
+def _check_callables(score_function: object, global_step_transform: object) -> None:
+    if score_function is not None and not callable(score_function):
+        msg = f"score_function should be a function, got {type(score_function)} instead."
+        raise TypeError(msg)
+    if global_step_transform is not None and not callable(global_step_transform):
+        msg = f"global_step_transform should be a function, got {type(global_step_transform)} instead."
+        raise TypeError(msg)
+
+
+def _check_include_self(to_save: Mapping[str, Any], *, include_self: bool) -> None:
+    if not include_self:
+        return
+    if not isinstance(to_save, MutableMapping):
+        msg = f"If `include_self` is True, then `to_save` must be mutable, but given {type(to_save)}."
+        raise TypeError(msg)
+    if "checkpointer" in to_save:
+        msg = f"Cannot have key 'checkpointer' if `include_self` is True: {to_save}"
+        raise ValueError(msg)

@@ -1,0 +1,143 @@
+"""Checkpoints as files in a local directory.
+
+Owns :class:`DiskSaver`: who writes, and what a directory must look like. Layer L5.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distckpt.backends.base import Backend
+from distckpt.backends.detect import current
+from distckpt.consensus.agree import post_failure
+from distckpt.handlers.save_handler import BaseSaveHandler
+from distckpt.naming import check_name
+from distckpt.storage.disk import Directory, make_directory
+from distckpt.storage.ptfile import check_save_options, write_pt
+
+__all__ = ["DiskSaver"]
+
+
+class DiskSaver(BaseSaveHandler):
+    """Handler that saves a checkpoint on a disk, whole and durable.
+
+    The file is written under a temporary name in the same directory, synced, renamed, and the directory is synced
+    before the call returns. Only ``save_on_rank`` creates, writes and removes; the others return at once. Neither
+    the constructor nor a call issues collectives: agreement is :class:`~distckpt.Checkpoint`'s.
+
+    Args:
+        dirname: the directory; ``~`` is expanded.
+        atomic: write under a temporary name first. Off only for file systems that cannot rename: a failed save
+            then leaves a partial file.
+        create_dir: make the directory where it is missing.
+        require_empty: refuse a directory that holds any ``*.pt``.
+        save_on_rank: the rank that writes.
+        kwargs: keyword arguments of ``torch.save``.
+
+    Attributes:
+        dirname: the directory, as a path.
+        save_on_rank: see above.
+        kwargs: see above.
+
+    Raises:
+        TypeError: `dirname` is neither str nor Path, or `save_on_rank` no int.
+        ValueError: the directory is missing or not empty. Every rank looks for itself.
+        OSError: the directory cannot be made.
+
+    Example:
+        >>> import tempfile, torch
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saver = DiskSaver(folder)
+        ...     saver({"a": torch.ones(2)}, "a.pt")
+        ...     torch.load(saver.dirname / "a.pt", weights_only=True)
+        {'a': tensor([1., 1.])}
+    """
+
+    def __init__(  # noqa: PLR0913 - the arguments of ignite's DiskSaver, in its order
+        self,
+        dirname: str | Path,
+        atomic: bool = True,  # noqa: FBT001, FBT002 - as above
+        create_dir: bool = True,  # noqa: FBT001, FBT002
+        require_empty: bool = True,  # noqa: FBT001, FBT002
+        save_on_rank: int = 0,
+        **kwargs: Any,  # noqa: ANN401 - torch.save's
+    ) -> None:
+        if not isinstance(dirname, str | Path):
+            msg = f"Argument dirname should be a string or Path object, but given {type(dirname)}"
+            raise TypeError(msg)
+        if not isinstance(save_on_rank, int) or isinstance(save_on_rank, bool) or save_on_rank < 0:
+            msg = f"Argument save_on_rank should be a non-negative integer, but given {save_on_rank!r}"
+            raise TypeError(msg) if not isinstance(save_on_rank, int) else ValueError(msg)
+        self.dirname = Path(dirname).expanduser()
+        self.save_on_rank = save_on_rank
+        self.kwargs = kwargs
+        self._atomic = bool(atomic)
+        backend = current()
+        # What fails here on the saving rank alone reaches the others at the handler's first event, through a note.
+        self._ticket = backend.take_ticket(type(self).__name__)
+        try:
+            self._look(backend, create_dir=bool(create_dir), require_empty=bool(require_empty))
+        except (ValueError, OSError) as error:
+            if self._ticket is not None and backend.rank == save_on_rank:
+                post_failure(backend, self._ticket, error)
+            raise
+
+    @property
+    def ticket(self) -> str | None:
+        """What notes about this saver's construction stand under, if the runtime has a place for them."""
+        return self._ticket
+
+    def _look(self, backend: Backend, *, create_dir: bool, require_empty: bool) -> None:
+        if create_dir and backend.rank == self.save_on_rank:
+            make_directory(self.dirname)
+        if not self.dirname.exists():
+            if not create_dir:
+                msg = f"Directory path '{self.dirname}' is not found"
+                raise ValueError(msg)
+            return  # the saving rank makes it; here it may be another node's disk
+        if not self.dirname.is_dir():
+            msg = f"Directory path '{self.dirname}' is not a directory"
+            raise ValueError(msg)
+        if require_empty:
+            matched = sorted(path.name for path in self.dirname.iterdir() if path.name.endswith(".pt"))
+            if matched:
+                msg = (
+                    f"Files {matched} with extension '.pt' are already present in the directory {self.dirname}. "
+                    "If you want to use this directory anyway, pass `require_empty=False`."
+                )
+                raise ValueError(msg)
+
+    def __call__(
+        self, checkpoint: Mapping[str, Any], filename: str, metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        """Save `checkpoint` as `filename` on the saving rank. Rank-local; issues no collectives.
+
+        Args:
+            checkpoint: what ``torch.save`` takes.
+            filename: relative to the directory; must not leave it.
+            metadata: not used by this handler.
+
+        Raises:
+            TypeError: a keyword argument of the constructor is none of ``torch.save``'s; on every rank.
+            ValueError: the name would leave the directory, or meets a symlink.
+            SaveError: the file could not be written; what was there before is untouched.
+            CommitNotDurable: it is there, but may not survive a power cut.
+        """
+        del metadata
+        check_save_options(self.kwargs)
+        check_name(filename)
+        if current().rank == self.save_on_rank:
+            Directory(self.dirname).write(
+                filename, lambda sink: write_pt(checkpoint, sink, self.kwargs), atomic=self._atomic
+            )
+
+    def remove(self, filename: str) -> None:
+        """Remove `filename` on the saving rank. Rank-local; issues no collectives.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the name would leave the directory, or meets a symlink.
+        """
+        check_name(filename)
+        if current().rank == self.save_on_rank:
+            Directory(self.dirname).remove(filename)

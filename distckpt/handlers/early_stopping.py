@@ -1,0 +1,266 @@
+"""Stopping a run that no longer improves.
+
+Owns :class:`EarlyStopping`. Layer L5.
+"""
+
+import logging
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from ignite.base import ResettableHandler, Serializable
+from ignite.engine import Engine, Events
+
+from distckpt.backends.detect import current
+from distckpt.consensus import agree
+from distckpt.consensus.scores import agreed_score, check_rule
+from distckpt.handlers.older import deprecated
+from distckpt.scalars import is_nan, plain_score
+
+__all__ = ["EarlyStopping"]
+
+
+class EarlyStopping(Serializable, ResettableHandler):
+    """Handler that stops a run after a number of events without improvement, on every rank at the same one.
+
+    Attach it on all ranks, usually to an evaluator. The score that counts is one for all ranks, and so is the state.
+    NaN is never an improvement. The first score only sets the best one.
+
+    Args:
+        patience: number of events without improvement after which the run stops.
+        score_function: takes the engine, returns a number.
+        trainer: the engine to stop.
+        threshold: the least change that counts as improvement; an equal one does not.
+        cumulative: measure the change since the last improvement; otherwise since the best score so far.
+        threshold_mode: ``"abs"``: best + threshold has to be passed; ``"rel"``: best * (1 + threshold).
+        mode: whether a higher (``"max"``) or a lower (``"min"``) score is better.
+        min_delta: deprecated name of `threshold`.
+        min_delta_mode: deprecated name of `threshold_mode`.
+        cumulative_delta: deprecated name of `cumulative`.
+        score_rule: which score counts when the ranks' differ: ``"mean"``, ``"min"``, ``"max"``, or the
+            ``"coordinator"``'s, rank 0. Equal scores are taken as they are.
+        timeout_s: seconds to wait for the other ranks; None for ``DISTCKPT_TIMEOUT_S``, or 300.
+
+    Attributes:
+        counter: events since the last improvement.
+        best_score: the best score so far, or None.
+
+    Raises:
+        TypeError: `score_function` is not callable, or `trainer` no Engine.
+        ValueError: an argument has a wrong value.
+
+    Example:
+        >>> trainer = Engine(lambda engine, batch: None)
+        >>> evaluator = Engine(lambda engine, batch: None)
+        >>> handler = EarlyStopping(patience=2, score_function=lambda engine: 0.5, trainer=trainer)
+        >>> evaluator.add_event_handler(Events.COMPLETED, handler) and None
+        >>> for _ in range(3):
+        ...     evaluator.run([0]) and None
+        >>> handler.counter, trainer.should_terminate
+        (2, True)
+    """
+
+    # `threshold_mode` is written too; states of releases before 0.5.4 lack it and load.
+    _state_dict_all_req_keys = ("counter", "best_score")
+
+    def __init__(  # noqa: PLR0913 - the arguments of ignite's EarlyStopping, in its order
+        self,
+        patience: int,
+        score_function: Callable[[Engine], int | float],
+        trainer: Engine,
+        threshold: float = 0.0,
+        cumulative: bool = False,  # noqa: FBT001, FBT002 - as above
+        threshold_mode: Literal["abs", "rel"] = "abs",
+        mode: Literal["min", "max"] = "max",
+        min_delta: float | None = None,
+        min_delta_mode: Literal["abs", "rel"] | None = None,
+        cumulative_delta: bool | None = None,  # noqa: FBT001
+        *,
+        score_rule: str = "mean",
+        timeout_s: float | None = None,
+    ) -> None:
+        if min_delta is not None:
+            deprecated("'min_delta' is deprecated. Please use 'threshold' instead.")
+            threshold = min_delta
+        if min_delta_mode is not None:
+            deprecated("'min_delta_mode' is deprecated. Please use 'threshold_mode' instead.")
+            threshold_mode = min_delta_mode
+        if cumulative_delta is not None:
+            deprecated("'cumulative_delta' is deprecated. Please use 'cumulative' instead.")
+            cumulative = cumulative_delta
+        _check_arguments(patience, score_function, trainer, threshold, threshold_mode, mode)
+        self.score_rule = check_rule(score_rule)
+        self.score_function = score_function
+        self.patience = patience
+        self.threshold = threshold
+        self.threshold_mode = threshold_mode
+        self.cumulative = cumulative
+        self.mode = mode
+        self.trainer = trainer
+        self.timeout_s = timeout_s
+        self.counter = 0
+        self.best_score: float | None = None
+        self.logger = logging.getLogger(f"{__name__}.{type(self).__name__}")
+        self._seat = agree.Seat(type(self).__name__)
+        self._warned = False
+
+    def __call__(self, engine: Engine | None) -> None:
+        """Collective. Count this event, and stop the trainer on every rank when patience is at its end.
+
+        1. (all ranks) call the score function; gather scores, and the coordinator's state.
+        2. (all ranks) from them, by the same arithmetic: the score that counts and the new state.
+
+        Raises:
+            PhaseError: the score function failed on some rank; on every rank. In a world of one: its own error.
+        """
+        backend = current()
+        who = self._seat.take(backend, timeout_s=self.timeout_s)
+        step = 0 if engine is None else engine.state.iteration
+        place = agree.Place(who=who, doing="comparing the score", step=step)
+        facts = agree.run(
+            backend,
+            place,
+            lambda: (plain_score(self.score_function(engine)), self.counter, self.best_score),  # type: ignore[arg-type]
+            timeout_s=self.timeout_s,
+        )
+        scores = [fact[0] for fact in facts]
+        _, self.counter, self.best_score = facts[0]
+        score, differed = agreed_score(scores, self.score_rule, 0)
+        if differed and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"EarlyStopping: the ranks have different scores, {scores}; their {self.score_rule} counts, {score}. "
+                "Reduce the metric over all ranks. This is said once.",
+                stacklevel=2,
+            )
+        self._count(score)
+
+    def _count(self, score: float) -> None:
+        if self.best_score is None and not is_nan(score):
+            self.best_score = score
+            self.counter = 0
+            return
+        if self._improves(score):
+            self.best_score = score
+            self.counter = 0
+            return
+        if not self.cumulative and not is_nan(score) and self.best_score is not None:
+            better = max if self.mode == "max" else min
+            self.best_score = better(score, self.best_score)
+        self.counter += 1
+        self.logger.debug("EarlyStopping: %i / %i", self.counter, self.patience)
+        if self.counter >= self.patience:
+            self.logger.info("EarlyStopping: Stop training")
+            self.trainer.terminate()
+
+    def _improves(self, score: float) -> bool:
+        if is_nan(score) or self.best_score is None:
+            return False
+        threshold = -self.threshold if self.mode == "min" else self.threshold
+        bar = self.best_score + threshold if self.threshold_mode == "abs" else self.best_score * (1 + threshold)
+        return score > bar if self.mode == "max" else score < bar
+
+    def attach(  # type: ignore[override]  # ignite's signature, which its base does not have
+        self,
+        engine: Engine,
+        event: Any = Events.COMPLETED,  # noqa: ANN401 - any event of ignite's
+        reset_engine: Engine | None = None,
+        reset_event: Any = Events.STARTED,  # noqa: ANN401
+        *_args: Any,  # noqa: ANN401
+        **_kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        """Attach the handler, and its reset.
+
+        Args:
+            engine: whose event is counted, usually an evaluator.
+            event: which event is counted.
+            reset_engine: whose event resets the handler; `engine` if None.
+            reset_event: which event resets it.
+        """
+        engine.add_event_handler(event, self)
+        (reset_engine or engine).add_event_handler(reset_event, self.reset)
+
+    def reset(self) -> None:
+        """Forget the best score and the count."""
+        self.counter = 0
+        self.best_score = None
+
+    def state_dict(self) -> "OrderedDict[str, Any]":
+        """Return ``counter``, ``best_score`` and ``threshold_mode``."""
+        return OrderedDict(counter=self.counter, best_score=self.best_score, threshold_mode=self.threshold_mode)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over a state. Loaded on rank 0 alone, it holds on every rank from the next event on.
+
+        Args:
+            state_dict: what :meth:`state_dict` returned, here or in an older release of ignite's.
+
+        Raises:
+            TypeError: it is no mapping.
+            ValueError: it lacks a key.
+        """
+        super().load_state_dict(state_dict)
+        self.counter = state_dict["counter"]
+        best = state_dict["best_score"]
+        self.best_score = None if best is None else plain_score(best)
+        self.threshold_mode = state_dict.get("threshold_mode", self.threshold_mode)
+
+    def _renamed(self, old: str, new: str) -> None:
+        deprecated(f"{old} is deprecated. Please use '{new}' instead.", stacklevel=4)
+
+    @property
+    def min_delta(self) -> float:
+        """Deprecated name of ``threshold``."""
+        self._renamed("min_delta", "threshold")
+        return self.threshold
+
+    @min_delta.setter
+    def min_delta(self, value: float) -> None:
+        self._renamed("min_delta", "threshold")
+        self.threshold = value
+
+    @property
+    def min_delta_mode(self) -> Literal["abs", "rel"]:
+        """Deprecated name of ``threshold_mode``."""
+        self._renamed("min_delta_mode", "threshold_mode")
+        return self.threshold_mode
+
+    @min_delta_mode.setter
+    def min_delta_mode(self, value: Literal["abs", "rel"]) -> None:
+        self._renamed("min_delta_mode", "threshold_mode")
+        self.threshold_mode = value
+
+    @property
+    def cumulative_delta(self) -> bool:
+        """Deprecated name of ``cumulative``."""
+        self._renamed("cumulative_delta", "cumulative")
+        return self.cumulative
+
+    @cumulative_delta.setter
+    def cumulative_delta(self, value: bool) -> None:
+        self._renamed("cumulative_delta", "cumulative")
+        self.cumulative = value
+
+
+def _check_arguments(  # noqa: PLR0913 - one check a line
+    patience: Any, score_function: Any, trainer: Any, threshold: Any, threshold_mode: Any, mode: Any  # noqa: ANN401
+) -> None:
+    if not callable(score_function):
+        msg = f"Argument score_function should be a function. Given {type(score_function)}"
+        raise TypeError(msg)
+    if patience < 1:
+        msg = f"Argument patience should be positive integer. Given {patience!r}"
+        raise ValueError(msg)
+    if not isinstance(trainer, Engine):
+        msg = f"Argument trainer should be an instance of Engine. Given {type(trainer)}"
+        raise TypeError(msg)
+    if threshold < 0.0:
+        msg = f"Argument threshold should not be a negative number. Given {threshold!r}"
+        raise ValueError(msg)
+    if threshold_mode not in ("abs", "rel"):
+        msg = f"Argument threshold_mode should be either 'abs' or 'rel'. Given {threshold_mode!r}"
+        raise ValueError(msg)
+    if mode not in ("min", "max"):
+        msg = f"Argument mode should be either 'min' or 'max'. Given {mode!r}"
+        raise ValueError(msg)

@@ -1,0 +1,48 @@
+"""The global step of another engine.
+
+Owns :func:`global_step_from_engine`. Rank-local. Layer L5.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from ignite.engine import Engine, State
+
+__all__ = ["global_step_from_engine"]
+
+
+def global_step_from_engine(
+    engine: Engine,
+    custom_event_name: Any = None,  # noqa: ANN401 - any event of ignite's
+    fallback_attr: str = "epoch",
+) -> Callable[[Any, Any], int]:
+    """Return a ``global_step_transform`` that reads the step of `engine`, usually the trainer.
+
+    Args:
+        engine: whose step.
+        custom_event_name: the event whose count is the step; by default the event that the handler is called on.
+        fallback_attr: attribute of the engine's state that is read for events without a count.
+
+    Raises:
+        TypeError: `engine` is no Engine.
+
+    Example:
+        >>> from ignite.engine import Events
+        >>> trainer = Engine(lambda engine, batch: None)
+        >>> trainer.run([0, 1, 2], max_epochs=2) and None
+        >>> global_step_from_engine(trainer)(None, Events.EPOCH_COMPLETED)
+        2
+    """
+    if not isinstance(engine, Engine):
+        msg = f"Argument engine should be an instance of Engine, but given {type(engine)}"
+        raise TypeError(msg)
+
+    def global_step(_: Any, event_name: Any) -> int:  # noqa: ANN401 - as ignite calls it
+        event = event_name if custom_event_name is None else custom_event_name
+        if event not in State.event_to_attr:
+            step: int = getattr(engine.state, fallback_attr)
+        else:
+            step = engine.state.get_event_attrib_value(event)
+        return step
+
+    return global_step

@@ -1,0 +1,84 @@
+"""Stopping a run whose numbers broke.
+
+Owns :class:`TerminateOnNan`. Layer L5.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from ignite.engine import Engine
+
+from distckpt.backends.detect import current
+from distckpt.consensus import agree
+from distckpt.state.finite import all_finite
+
+__all__ = ["TerminateOnNan"]
+
+
+def _as_it_is(output: Any) -> Any:  # noqa: ANN401 - whatever a process function returned
+    return output
+
+
+class TerminateOnNan:
+    """Handler that stops the run, on every rank at the same iteration, when any rank's output is NaN or infinite.
+
+    Attach it on all ranks.
+
+    Args:
+        output_transform: takes the process function's output, returns what is looked at: a number, a tensor, a NumPy
+            array, None, or a collection of them.
+
+    Raises:
+        TypeError: `output_transform` is not callable.
+
+    Example:
+        >>> from ignite.engine import Events
+        >>> trainer = Engine(lambda engine, batch: float("nan") if batch == 2 else 0.0)
+        >>> trainer.add_event_handler(Events.ITERATION_COMPLETED, TerminateOnNan()) and None
+        >>> trainer.run([0, 1, 2, 3]).iteration
+        3
+    """
+
+    def __init__(
+        self, output_transform: Callable[[Any], Any] = _as_it_is, *, timeout_s: float | None = None
+    ) -> None:
+        if not callable(output_transform):
+            msg = f"Argument output_transform should be a function, but given {type(output_transform)}"
+            raise TypeError(msg)
+        self.logger = logging.getLogger(f"{__name__}.{type(self).__name__}")
+        self.timeout_s = timeout_s
+        self._output_transform = output_transform
+        self._seat = agree.Seat(type(self).__name__)
+
+    def __call__(self, engine: Engine) -> None:
+        """Collective. One reduction when all is well.
+
+        Raises:
+            PhaseError: the output cannot be looked at on some rank; on every rank. In a world of one: a TypeError.
+        """
+        backend = current()
+        if backend.world_size == 1:
+            if not all_finite(self._output_transform(engine.state.output)):
+                self._stop(engine, (0,), 0)
+            return
+        who = self._seat.take(backend, timeout_s=self.timeout_s)
+        place = agree.Place(who=who, doing="looking for NaN", step=engine.state.iteration)
+        ranks = agree.vote(
+            backend,
+            place,
+            lambda: not all_finite(self._output_transform(engine.state.output)),
+            timeout_s=self.timeout_s,
+        )
+        if ranks:
+            self._stop(engine, ranks, backend.rank)
+
+    def _stop(self, engine: Engine, ranks: tuple[int, ...], rank: int) -> None:
+        name, iteration = type(self).__name__, engine.state.iteration
+        where = f"rank {', '.join(str(one) for one in ranks)}, iteration {iteration}"
+        if rank in ranks:
+            output = self._output_transform(engine.state.output)
+            self.logger.warning("%s: Output '%s' contains NaN or Inf. Stop training (%s)", name, output, where)
+        else:
+            self.logger.warning("%s: Output of another rank contains NaN or Inf. Stop training (%s)", name, where)
+        engine.terminate()
