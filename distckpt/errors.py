@@ -214,7 +214,7 @@ _BUILTIN: tuple[type[Exception], ...] = (
 
 
 @functools.cache
-def _mixed(*bases: type[Exception]) -> type[Any]:
+def _mixed(bases: tuple[type[Exception], ...]) -> type[Any]:
     # A base that another one derives from already would break the order of resolution.
     needed = [base for base in bases if not any(other is not base and issubclass(other, base) for other in bases)]
     if len(needed) == 1:
@@ -222,8 +222,8 @@ def _mixed(*bases: type[Exception]) -> type[Any]:
     return type("".join(base.__name__ for base in needed), tuple(needed), {"__doc__": needed[0].__doc__})
 
 
-def _named(known: Sequence[type[Exception]], kinds: Sequence[str]) -> list[type[Exception]]:
-    return [base for base in known if base.__name__ in kinds][:1]
+def _named(known: Sequence[type[Exception]], kinds: Sequence[str]) -> tuple[type[Exception], ...]:
+    return tuple(base for base in known if base.__name__ in kinds)[:1]
 
 
 def phase_error(phase: str, failures: Sequence[RankFailure]) -> PhaseError:
@@ -242,7 +242,7 @@ def phase_error(phase: str, failures: Sequence[RankFailure]) -> PhaseError:
         (True, True, 28)
     """
     kinds = failures[0].kinds
-    error: PhaseError = _mixed(PhaseError, *_named(_OURS, kinds), *_named(_BUILTIN, kinds))(phase, failures)
+    error: PhaseError = _mixed((PhaseError, *_named(_OURS, kinds), *_named(_BUILTIN, kinds)))(phase, failures)
     return error
 
 
@@ -260,7 +260,7 @@ def save_error(message: str, cause: OSError, *, renamed: bool = False) -> SaveEr
     """
     kinds = [base.__name__ for base in type(cause).__mro__]
     ours = CommitNotDurable if renamed else SaveError
-    error: SaveError = _mixed(ours, *_named(_BUILTIN, kinds))(message, cause)
+    error: SaveError = _mixed((ours, *_named(_BUILTIN, kinds)))(message, cause)
     return error
 
 

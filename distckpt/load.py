@@ -14,7 +14,7 @@ from distckpt.storage.ptfile import read_pt
 __all__ = ["load_objects"]
 
 
-def load_objects(to_load: Mapping[str, Any], checkpoint: str | Path | Mapping[str, Any], **kwargs: Any) -> None:  # noqa: ANN401
+def load_objects(to_load: Mapping[str, Any], checkpoint: str | Path | Mapping[str, Any], **kwargs: Any) -> None:
     """Load a checkpoint into live objects: all of them, or none. Rank-local; issues no collectives.
 
     Args:

@@ -4,7 +4,6 @@ Owns what a checkpoint is called and which names may be used at all: pure functi
 touch no file. Must not know about handlers, ranks or directories. Layer L1.
 """
 
-import numbers
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -66,7 +65,7 @@ def format_score(score: float) -> str:
         >>> format_score(7), format_score(0.12345)
         ('7', '0.1235')
     """
-    return f"{score}" if isinstance(score, numbers.Integral) else f"{score:.4f}"
+    return f"{score}" if isinstance(score, int) else f"{score:.4f}"
 
 
 def basename(prefix: str, name: str) -> str:
@@ -125,19 +124,22 @@ def check_name(name: str, *, what: str = "filename") -> tuple[str, ...]:
 
 
 def _problem_of(name: str) -> str | None:
-    if "\0" in name:
-        return "it holds a NUL"
+    parts = name.split("/")
+    problems = (
+        ("\0" in name, "it holds a NUL"),
+        (not _can_be_encoded(name), "it cannot be encoded as a file name"),
+        (name.startswith("/"), "it is absolute"),
+        (".." in parts, "'..' would leave the directory"),
+        (name == "", "it is empty"),
+        (parts[-1] in ("", "."), "it names a directory"),
+        (is_temp(parts[-1]), f"{TEMP_PREFIX}*{TEMP_SUFFIX} is kept for temporary files"),
+    )
+    return next((problem for found, problem in problems if found), None)
+
+
+def _can_be_encoded(name: str) -> bool:
     try:
         os.fsencode(name)
     except UnicodeEncodeError:
-        return "it cannot be encoded as a file name"
-    if name.startswith("/"):
-        return "it is absolute"
-    parts = name.split("/")
-    if ".." in parts:
-        return "'..' would leave the directory"
-    if parts[-1] in ("", "."):
-        return "it is empty" if name == "" else "it names a directory"
-    if is_temp(parts[-1]):
-        return f"{TEMP_PREFIX}*{TEMP_SUFFIX} is kept for temporary files"
-    return None
+        return False
+    return True

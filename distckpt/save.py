@@ -30,7 +30,18 @@ from distckpt.errors import CommitNotDurable, SaveError, save_error
 from distckpt.retention import Entry
 from distckpt.scalars import is_nan
 
-__all__ = ["Agreed", "NameRules", "Removal", "SaveDecision", "SaveIntent", "commit", "decide", "nan_is_why", "remove"]
+__all__ = [
+    "Agreed",
+    "NameRules",
+    "Removal",
+    "SaveDecision",
+    "SaveIntent",
+    "commit",
+    "decide",
+    "filename_of",
+    "nan_is_why",
+    "remove",
+]
 
 # Ranks that write nothing wait for the one that does; a disk may take its time over a large checkpoint.
 _WRITE_TIMEOUT_S = 1800.0
@@ -150,7 +161,9 @@ def decide(
     if backend.world_size == 1:
         intents = [intend()]
     else:
-        intents = [_intent(fields) for fields in agree.run(backend, place, lambda: asdict(intend()), timeout_s=timeout_s)]
+        intents = [
+            _intent(fields) for fields in agree.run(backend, place, lambda: asdict(intend()), timeout_s=timeout_s)
+        ]
     named = [intent.save_on_rank for intent in intents]
     if len(set(named)) > 1:
         msg = f"Argument save_on_rank should be the same on every rank, but is, by rank: {named}"
@@ -189,27 +202,40 @@ def _decide(intents: Sequence[SaveIntent], coordinator: int) -> Agreed:
     )
 
 
-def _decision(chief: SaveIntent, score: float | None, priority: float) -> SaveDecision:
-    rules = chief.rules
+def filename_of(rules: NameRules, *, score: str | None, global_step: Any) -> str:
+    """Return the name of a checkpoint.
+
+    Args:
+        rules: how the saver names its files.
+        score: as it stands in the name; None for a name without.
+        global_step: None for a name without.
+
+    Raises:
+        KeyError: the user's pattern names an unknown field.
+    """
     pattern = rules.pattern
     if pattern is None:
         pattern = naming.default_pattern(
             with_prefix=bool(rules.prefix),
             with_score=score is not None,
             with_score_name=score is not None and rules.score_name is not None,
-            with_global_step=chief.global_step is not None,
+            with_global_step=global_step is not None,
         )
-    filename = naming.render(
-        pattern,
-        {
-            "filename_prefix": rules.prefix,
-            "ext": rules.ext,
-            "name": rules.name,
-            "score_name": rules.score_name,
-            "score": None if score is None else naming.format_score(score),
-            "global_step": chief.global_step,
-        },
-    )
+    fields = {
+        "filename_prefix": rules.prefix,
+        "ext": rules.ext,
+        "name": rules.name,
+        "score_name": rules.score_name,
+        "score": score,
+        "global_step": global_step,
+    }
+    return naming.render(pattern, fields)
+
+
+def _decision(chief: SaveIntent, score: float | None, priority: float) -> SaveDecision:
+    rules = chief.rules
+    told = None if score is None else naming.format_score(score)
+    filename = filename_of(rules, score=told, global_step=chief.global_step)
     retained = retention.admit(chief.history, (priority, filename), n_saved=rules.n_saved)
     strays = [name for name in chief.strays if name != filename and name not in retained.evicted]
     return SaveDecision(

@@ -12,13 +12,13 @@ from typing import Any
 __all__ = ["is_nan", "is_numpy_scalar", "plain_score"]
 
 
-def is_numpy_scalar(value: Any) -> bool:  # noqa: ANN401 - anything may be asked about
+def is_numpy_scalar(value: Any) -> bool:
     """Tell whether `value` is a NumPy scalar, without importing NumPy: torch does not require it."""
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(value, numpy.generic)
 
 
-def plain_score(score: Any) -> int | float:  # noqa: ANN401 - whatever a user's score function returned
+def plain_score(score: Any) -> int | float:
     """Return a user's score as a plain Python number.
 
     Args:

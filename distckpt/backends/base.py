@@ -190,7 +190,7 @@ class Backend(ABC):
         """Collective. Tell whether the flag is set on every rank."""
         return self.all_reduce_ints([int(flag)], "MIN", what=what, timeout_s=timeout_s)[0] == 1
 
-    def gather_objects(self, value: Any, *, what: str = "gather", timeout_s: float | None = None) -> list[Any]:  # noqa: ANN401
+    def gather_objects(self, value: Any, *, what: str = "gather", timeout_s: float | None = None) -> list[Any]:
         """Collective. Give every rank every rank's small object.
 
         1. (all ranks) encode the object; a rank that cannot says so instead of staying away.
@@ -219,7 +219,9 @@ class Backend(ABC):
             raise TypeError("; ".join(refused)) from problem
         return [answer[1] for answer in answers]
 
-    def broadcast_object(self, value: Any, src: int = 0, *, what: str = "broadcast", timeout_s: float | None = None) -> Any:  # noqa: ANN401
+    def broadcast_object(
+        self, value: Any, src: int = 0, *, what: str = "broadcast", timeout_s: float | None = None
+    ) -> Any:
         """Collective. Give every rank the small object of rank `src`; what the others bring is ignored.
 
         Raises:

@@ -46,7 +46,9 @@ def available_backends() -> tuple[str, ...]:
     """Return the names that :func:`initialize` takes: torch.distributed's, and those a build has registered."""
     if not dist.is_available():
         return ()
-    built_in = [name for name, there in (("nccl", dist.is_nccl_available()), ("gloo", dist.is_gloo_available())) if there]
+    built_in = [
+        name for name, there in (("nccl", dist.is_nccl_available()), ("gloo", dist.is_gloo_available())) if there
+    ]
     undefined = {dist.Backend.UNDEFINED, "nccl", "gloo"}
     return (*built_in, *[name for name in dist.Backend.backend_list if name not in undefined])
 
@@ -102,7 +104,7 @@ def initialize(
         options.update(init_method=init_method, rank=rank, world_size=world_size)
     elif "RANK" not in os.environ:
         if world_size not in (None, 1):
-            msg = f"Argument world_size is {world_size}, but neither a launcher nor an init_method says where the others are"
+            msg = f"Argument world_size is {world_size}, but no launcher or init_method says where the others are"
             raise ValueError(msg)
         options.update(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group(backend, **options)
@@ -142,7 +144,9 @@ def _environment_from_slurm() -> None:
                 timeout=30,
             )
         except (OSError, subprocess.SubprocessError) as error:
-            msg = f"MASTER_ADDR is not set, and scontrol cannot tell the first of {nodes!r}: set MASTER_ADDR to its name"
+            msg = (
+                f"MASTER_ADDR is not set, and scontrol cannot tell the first of {nodes!r}: set MASTER_ADDR to its name"
+            )
             raise RuntimeError(msg) from error
         os.environ["MASTER_ADDR"] = told.stdout.split()[0]
     # The same on every node, and seldom another job's.
@@ -223,7 +227,7 @@ def all_reduce(tensor: torch.Tensor | float, op: TensorOp = "SUM") -> torch.Tens
     return result
 
 
-def all_gather(tensor: Any) -> Any:  # noqa: ANN401 - tensors in, a tensor out; anything else in, a list out
+def all_gather(tensor: Any) -> Any:
     """Collective. Give every rank every rank's tensor or small object.
 
     Args:
@@ -241,7 +245,7 @@ def all_gather(tensor: Any) -> Any:  # noqa: ANN401 - tensors in, a tensor out; 
     return current().gather_objects(tensor, what="all_gather")
 
 
-def broadcast(tensor: Any, src: int = 0, safe_mode: bool = False) -> Any:  # noqa: ANN401, FBT001, FBT002 - ignite's signature
+def broadcast(tensor: Any, src: int = 0, safe_mode: bool = False) -> Any:  # noqa: FBT001, FBT002 - ignite's signature
     """Collective. Give every rank what rank `src` has.
 
     Args:
@@ -264,7 +268,7 @@ def broadcast(tensor: Any, src: int = 0, safe_mode: bool = False) -> Any:  # noq
     return live.broadcast_object(tensor, src)
 
 
-def _broadcast_anything(live: Backend, value: Any, src: int) -> Any:  # noqa: ANN401
+def _broadcast_anything(live: Backend, value: Any, src: int) -> Any:
     mine = value if live.rank == src else None
     described = [str(mine.dtype).removeprefix("torch."), list(mine.shape)] if isinstance(mine, torch.Tensor) else None
     shape = live.broadcast_object(described, src)
@@ -298,7 +302,7 @@ def one_rank_only(rank: int = 0, with_barrier: bool = False) -> Callable[[Callab
 
     def decorate(func: Callable[..., T]) -> Callable[..., T | None]:
         @functools.wraps(func)
-        def wrapper(*args: Any, **kwargs: Any) -> T | None:  # noqa: ANN401 - any function's
+        def wrapper(*args: Any, **kwargs: Any) -> T | None:
             try:
                 return func(*args, **kwargs) if get_rank() == rank else None
             finally:
@@ -308,4 +312,3 @@ def one_rank_only(rank: int = 0, with_barrier: bool = False) -> Callable[[Callab
         return wrapper
 
     return decorate
-

@@ -105,15 +105,17 @@ class HostGroup:
         call_the_roll(store, rank, world_size, what=what, timeout_s=timeout_s)
         gloo = dist.PrefixStore("gloo", store)
         try:
-            self._group = dist.ProcessGroupGloo(gloo, rank, world_size, timedelta(seconds=timeout_s))
+            self._group: Any = dist.ProcessGroupGloo(gloo, rank, world_size, timedelta(seconds=timeout_s))
         except RuntimeError as error:
             msg = f"rank {rank}: the ranks could not be connected over Gloo for {what}: {error}"
             raise CollectiveError(msg) from error
 
-    def reduce(self, values: torch.Tensor, op: dist.ReduceOp | ReduceOp, *, what: str, timeout_s: float) -> torch.Tensor:
+    def reduce(
+        self, values: torch.Tensor, op: dist.ReduceOp.RedOpType | ReduceOp, *, what: str, timeout_s: float
+    ) -> torch.Tensor:
         """Collective. Reduce a CPU tensor; returns a new one."""
         options = c10d.AllreduceOptions()
-        options.reduceOp = _REDUCE[op] if isinstance(op, str) else op
+        options.reduceOp = dist.ReduceOp(_REDUCE[op] if isinstance(op, str) else op)
         result = values.detach().clone(memory_format=torch.contiguous_format)
         self._run(lambda: self._group.allreduce([result], options), options, what, timeout_s)
         return result
@@ -144,7 +146,7 @@ class HostGroup:
         lengths = [int.from_bytes(part[:_LENGTH_BYTES], "little") for part in parts]
         return [part[_LENGTH_BYTES : _LENGTH_BYTES + length] for part, length in zip(parts, lengths, strict=True)]
 
-    def _run(self, start: Callable[[], Any], options: Any, what: str, timeout_s: float) -> None:  # noqa: ANN401
+    def _run(self, start: Callable[[], Any], options: Any, what: str, timeout_s: float) -> None:
         if self._given_up is not None:
             msg = f"rank {self._rank}: {what} cannot run: the ranks' host group was given up earlier ({self._given_up})"
             raise CollectiveError(msg)
@@ -156,7 +158,7 @@ class HostGroup:
         except RuntimeError as error:
             self._explain(error, what, timeout_s, timed_out=False)
 
-    def _wait(self, work: Any, what: str, timeout_s: float) -> None:  # noqa: ANN401 - torch's Work
+    def _wait(self, work: Any, what: str, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
         came = False
         while True:
@@ -212,5 +214,7 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def _store_is_gone(rank: int, what: str, error: RuntimeError) -> CollectiveError:
-    msg = f"rank {rank}: lost the job's store during {what}; the process that hosts it (often rank 0) has ended: {error}"
+    msg = (
+        f"rank {rank}: lost the job's store during {what}; the process that hosts it (often rank 0) has ended: {error}"
+    )
     return CollectiveError(msg)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -20,7 +20,7 @@ __all__ = ["Parallel", "spawn"]
 _STORE_TIMEOUT_S = 300.0
 
 
-def spawn(  # noqa: PLR0913 - ignite's signature
+def spawn(
     backend: str,
     fn: Callable[..., Any],
     args: Sequence[Any] = (),
@@ -36,7 +36,7 @@ def spawn(  # noqa: PLR0913 - ignite's signature
     join: bool = True,
     daemon: bool = False,
     start_method: str = "spawn",
-) -> Any:  # noqa: ANN401 - torch's context of processes, or None
+) -> Any:
     """Run ``fn(local_rank, *args, **kwargs_dict)`` in new processes, joined to one job.
 
     On one node the ranks meet in a store of this process's, at a port that the system gives: nothing has to be chosen,
@@ -74,12 +74,14 @@ def spawn(  # noqa: PLR0913 - ignite's signature
         init_method = None
         if nnodes == 1 and master_port is None:
             host = master_addr or "127.0.0.1"
-            store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=_STORE_TIMEOUT_S))
+            store = dist.TCPStore(
+                host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=_STORE_TIMEOUT_S)
+            )
             master_addr, master_port = host, store.port
             environment["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # rank 0 shall join a store, not open one
         environment.update(MASTER_ADDR=master_addr or "127.0.0.1", MASTER_PORT=str(master_port))
     first_rank = node_rank * nproc_per_node
-    context = mp.start_processes(
+    context = mp.start_processes(  # type: ignore[no-untyped-call]  # torch has no types for it
         _worker,
         (backend, fn, tuple(args), dict(kwargs_dict or {}), environment, first_rank, init_method, timeout),
         nprocs=nproc_per_node,
@@ -92,7 +94,7 @@ def spawn(  # noqa: PLR0913 - ignite's signature
     return context
 
 
-def _worker(  # noqa: PLR0913 - what a process needs to know
+def _worker(
     local_rank: int,
     backend: str,
     fn: Callable[..., Any],
@@ -116,7 +118,7 @@ def _worker(  # noqa: PLR0913 - what a process needs to know
         finalize()
 
 
-def check_nodes(  # noqa: PLR0913 - one check a line
+def check_nodes(
     nproc_per_node: int,
     nnodes: int,
     node_rank: int,
@@ -140,8 +142,8 @@ def check_nodes(  # noqa: PLR0913 - one check a line
         raise ValueError(msg)
     if nnodes > 1 and (master_addr is None or master_port is None) and init_method is None:
         msg = (
-            "If number of nodes larger than one, arguments master_addr and master_port or init_method should be specified, "
-            f"but given master_addr={master_addr}, master_port={master_port} and init_method={init_method}."
+            "If number of nodes larger than one, arguments master_addr and master_port or init_method should be "
+            f"specified, but given master_addr={master_addr}, master_port={master_port} and init_method={init_method}."
         )
         raise ValueError(msg)
 
@@ -149,8 +151,8 @@ def check_nodes(  # noqa: PLR0913 - one check a line
 class Parallel:
     """Context in which a function runs on all ranks, whether a launcher started them or this class does.
 
-    With a launcher (torchrun and its like): ``Parallel(backend=...)`` joins the job on entry and leaves it on exit. With
-    `nproc_per_node`: :meth:`run` starts the processes. Without `backend`: a world of one, or whatever job is live.
+    With a launcher (torchrun and its like): ``Parallel(backend=...)`` joins the job on entry and leaves it on exit.
+    With `nproc_per_node`: :meth:`run` starts the processes. Without `backend`: a world of one, or whatever is live.
 
     Args:
         backend: one of :func:`~distckpt.backends.entry.available_backends`, or None.
@@ -171,7 +173,7 @@ class Parallel:
         0 hello
     """
 
-    def __init__(  # noqa: PLR0913 - ignite's signature
+    def __init__(
         self,
         backend: str | None = None,
         nproc_per_node: int | None = None,
@@ -180,7 +182,7 @@ class Parallel:
         master_addr: str | None = None,
         master_port: int | None = None,
         init_method: str | None = None,
-        **spawn_kwargs: Any,  # noqa: ANN401 - spawn's
+        **spawn_kwargs: Any,
     ) -> None:
         given = {
             "nproc_per_node": nproc_per_node,
@@ -201,20 +203,22 @@ class Parallel:
             if (nnodes or 1) > 1 and node_rank is None:
                 msg = "If number of nodes larger than one, arguments node_rank should be given"
                 raise ValueError(msg)
-            check_nodes(nproc_per_node, 1 if nnodes is None else nnodes, node_rank or 0, master_addr, master_port, init_method)
+            check_nodes(
+                nproc_per_node, 1 if nnodes is None else nnodes, node_rank or 0, master_addr, master_port, init_method
+            )
             self._spawn_options = {**given, "init_method": init_method, **spawn_kwargs}
         self.backend = backend
         self.init_method = init_method
         self._logger = logging.getLogger(f"{__name__}.{type(self).__name__}")
 
-    def __enter__(self) -> "Parallel":
+    def __enter__(self) -> Self:
         """Join the job, if a launcher started it."""
         if self.backend is not None and self._spawn_options is None:
             initialize(self.backend, init_method=self.init_method)
             self._logger.info("Initialized processing group with backend: '%s'", self.backend)
         return self
 
-    def run(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - func's
+    def run(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Run ``func(local_rank, *args, **kwargs)`` on every rank."""
         if self._spawn_options is not None and self.backend is not None:
             self._logger.info("Spawn function '%s' in %s processes", func, self._spawn_options["nproc_per_node"])

@@ -66,6 +66,7 @@ class SerialBackend(Backend):
     def take_ticket(self, kind: str) -> str | None:
         """Return None: there is nobody to compare with."""
         del kind
+        return None
 
     def post_note(self, ticket: str, text: str) -> None:
         """Leave nothing: there is nobody to read it."""
@@ -74,3 +75,4 @@ class SerialBackend(Backend):
     def roll_call(self, name: str, *, watch: str | None, timeout_s: float | None) -> str | None:
         """Return at once: everybody is here."""
         del name, watch, timeout_s
+        return None

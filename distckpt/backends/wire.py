@@ -20,7 +20,7 @@ __all__ = ["decode", "encode"]
 _MARK = "$"
 
 
-def encode(value: Any) -> bytes:  # noqa: ANN401 - any small value; what is not supported is a TypeError
+def encode(value: Any) -> bytes:
     """Encode a small value.
 
     Args:
@@ -40,39 +40,33 @@ def encode(value: Any) -> bytes:  # noqa: ANN401 - any small value; what is not 
     return json.dumps(_pack(value), ensure_ascii=True, separators=(",", ":")).encode("ascii")
 
 
-def decode(data: bytes) -> Any:  # noqa: ANN401 - whatever was encoded
+def decode(data: bytes) -> Any:
     """Decode what :func:`encode` made."""
     return _unpack(json.loads(data))
 
 
-def _pack(value: Any) -> Any:  # noqa: ANN401, PLR0911 - one line a type reads best
+def _pack(value: Any) -> Any:
     if value is None or type(value) in (bool, int, float, str):
         return value
-    if isinstance(value, dict):
-        if all(type(key) is str for key in value) and _MARK not in value:
-            return {key: _pack(item) for key, item in value.items()}
-        return {_MARK: "dict", "v": [[_pack(key), _pack(item)] for key, item in value.items()]}
     if isinstance(value, list):
         return [_pack(item) for item in value]
-    if isinstance(value, tuple | set | frozenset):
-        kind = "tuple" if isinstance(value, tuple) else type(value).__name__
-        return {_MARK: kind, "v": [_pack(item) for item in value]}
-    if isinstance(value, bytes | bytearray):
-        return {_MARK: "bytes", "v": base64.b64encode(value).decode("ascii")}
-    if isinstance(value, complex):
-        return {_MARK: "complex", "v": [value.real, value.imag]}
-    if isinstance(value, Path):
-        return {_MARK: "path", "v": str(value)}
-    if isinstance(value, torch.Tensor):
-        return _pack_tensor(value)
     if is_numpy_scalar(value):
         return _pack(value.item())
-    if isinstance(value, bool | int | float | str):  # a subclass: an IntEnum, a str of its own kind
-        for base in (bool, int, float, str):
-            if isinstance(value, base):
-                return base(value)
+    for kind, pack in _PACK:
+        if isinstance(value, kind):
+            return pack(value)
     msg = f"cannot send {type(value)} between ranks; send numbers, text, bytes, tensors, and dicts or lists of them"
     raise TypeError(msg)
+
+
+def _pack_dict(value: dict[Any, Any]) -> dict[str, Any]:
+    if all(type(key) is str for key in value) and _MARK not in value:
+        return {key: _pack(item) for key, item in value.items()}
+    return {_MARK: "dict", "v": [[_pack(key), _pack(item)] for key, item in value.items()]}
+
+
+def _pack_items(mark: str) -> Callable[[Any], dict[str, Any]]:
+    return lambda value: {_MARK: mark, "v": [_pack(item) for item in value]}
 
 
 def _pack_tensor(tensor: torch.Tensor) -> dict[str, Any]:
@@ -84,6 +78,23 @@ def _pack_tensor(tensor: torch.Tensor) -> dict[str, Any]:
         "dtype": str(plain.dtype).removeprefix("torch."),
         "shape": list(plain.shape),
     }
+
+
+# The first that fits. bool, int, float and str stand here for their subclasses, an IntEnum for one.
+_PACK: tuple[tuple[type, Callable[[Any], Any]], ...] = (
+    (dict, _pack_dict),
+    (tuple, _pack_items("tuple")),
+    (set, _pack_items("set")),
+    (frozenset, _pack_items("frozenset")),
+    (bytes, lambda value: {_MARK: "bytes", "v": base64.b64encode(value).decode("ascii")}),
+    (bytearray, lambda value: {_MARK: "bytes", "v": base64.b64encode(value).decode("ascii")}),
+    (complex, lambda value: {_MARK: "complex", "v": [value.real, value.imag]}),
+    (Path, lambda value: {_MARK: "path", "v": str(value)}),
+    (torch.Tensor, _pack_tensor),
+    (int, int),
+    (float, float),
+    (str, str),
+)
 
 
 def _unpack_tensor(packed: dict[str, Any]) -> torch.Tensor:
@@ -107,7 +118,7 @@ _UNPACK: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def _unpack(value: Any) -> Any:  # noqa: ANN401 - JSON in, the value out
+def _unpack(value: Any) -> Any:
     if isinstance(value, list):
         return [_unpack(item) for item in value]
     if not isinstance(value, dict):

@@ -4,13 +4,14 @@ Owns :class:`Checkpoint`: what a user asks for, on an engine's event. How the ra
 durable, and in which order, lies below. Layer L5.
 """
 
+import dataclasses
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ignite.base import Serializable
+from ignite.base.mixins import Serializable
 from ignite.engine import Engine, Events
 
 from distckpt import load, save
@@ -19,13 +20,15 @@ from distckpt.backends.detect import current
 from distckpt.consensus.agree import Place, Seat
 from distckpt.consensus.scores import check_rule
 from distckpt.errors import CommitNotDurable
+from distckpt.handlers import arguments
+from distckpt.handlers.checkpoint_helpers import CheckpointHelpers
 from distckpt.handlers.disk_saver import DiskSaver
 from distckpt.handlers.events import CheckpointEvents, register
 from distckpt.handlers.older import accept_older_order, deprecated
 from distckpt.handlers.save_handler import BaseSaveHandler, hand_over
-from distckpt.naming import check_name, default_pattern, render
+from distckpt.naming import check_name
 from distckpt.scalars import is_numpy_scalar, plain_score
-from distckpt.state.collect import capture, check_objects
+from distckpt.state.collect import capture
 
 __all__ = ["Checkpoint"]
 
@@ -44,7 +47,7 @@ _OLDER_ORDER = (
 )
 
 
-class Checkpoint(Serializable):
+class Checkpoint(CheckpointHelpers, Serializable):
     """Handler that saves objects during a run, the same on every rank, and keeps the best or latest of them.
 
     Attach it on all ranks. What is saved, under which name, and what it replaces is decided once from every rank's
@@ -63,7 +66,8 @@ class Checkpoint(Serializable):
         n_saved: how many are kept; None for all.
         global_step_transform: takes ``(engine, event_name)``, returns the global step;
             see :func:`global_step_from_engine`.
-        filename_pattern: with the fields ``filename_prefix``, ``name``, ``score``, ``score_name``, ``global_step``, ``ext``.
+        filename_pattern: with the fields ``filename_prefix``, ``name``, ``score``, ``score_name``, ``global_step`` and
+            ``ext``.
         include_self: save this handler's own state too, under ``checkpointer``.
         greater_or_equal: whether a checkpoint of the same score replaces the lowest one.
         save_on_rank: the coordinator, which saves. A :class:`DiskSaver`'s own ``save_on_rank`` comes first.
@@ -104,7 +108,7 @@ class Checkpoint(Serializable):
         filename: str
 
     @accept_older_order(_OLDER_ORDER, lambda given: isinstance(given.get("filename_pattern"), bool))
-    def __init__(  # noqa: PLR0913 - the arguments of ignite's Checkpoint, in its order
+    def __init__(
         self,
         to_save: Mapping[str, Any],
         save_handler: str | Path | Callable[..., Any] | BaseSaveHandler,
@@ -114,23 +118,25 @@ class Checkpoint(Serializable):
         n_saved: int | None = 1,
         global_step_transform: Callable[..., int] | None = None,
         filename_pattern: str | None = None,
-        include_self: bool = False,  # noqa: FBT001, FBT002 - as above
-        greater_or_equal: bool = False,  # noqa: FBT001, FBT002
+        include_self: bool = False,
+        greater_or_equal: bool = False,
         save_on_rank: int = 0,
         *,
         archived: bool | None = None,
         score_rule: str = "mean",
         timeout_s: float | None = None,
     ) -> None:
-        _check_arguments(to_save, save_handler, filename_prefix, n_saved, score_name, filename_pattern)
-        _check_callables(score_function, global_step_transform)
-        _check_include_self(to_save, include_self=include_self)
+        arguments.check_values(to_save, save_handler, filename_prefix, n_saved, score_name, filename_pattern)
+        arguments.check_callables(score_function, global_step_transform)
+        arguments.check_include_self(to_save, include_self=include_self)
         if timeout_s is not None and not timeout_s > 0:
             msg = f"Argument timeout_s should be a positive number of seconds or None, but given {timeout_s!r}"
             raise ValueError(msg)
         self.score_rule = check_rule(score_rule)
         if archived is not None:
-            deprecated("Argument archived is deprecated and has no effect: checkpoints are not compressed", stacklevel=4)
+            deprecated(
+                "Argument archived is deprecated and has no effect: checkpoints are not compressed", stacklevel=4
+            )
         self.to_save = to_save
         self.filename_prefix = filename_prefix
         self.save_handler: Callable[..., Any] | BaseSaveHandler = (
@@ -160,7 +166,7 @@ class Checkpoint(Serializable):
 
     # -- saving ------------------------------------------------------------------------------------
 
-    def __call__(self, engine: Engine, *_args: Any, **_kwargs: Any) -> None:  # noqa: ANN401 - an event's
+    def __call__(self, engine: Engine, *_args: Any, **_kwargs: Any) -> None:
         """Collective. Save if this event deserves it; see :mod:`distckpt.save` for the protocol.
 
         Raises:
@@ -317,78 +323,8 @@ class Checkpoint(Serializable):
         self._saved = items
         self._strays = ()
 
-    # -- helpers of ignite's -----------------------------------------------------------------------
-
-    @staticmethod
-    def setup_filename_pattern(
-        with_prefix: bool = True,  # noqa: FBT001, FBT002 - ignite's signature
-        with_score: bool = True,  # noqa: FBT001, FBT002
-        with_score_name: bool = True,  # noqa: FBT001, FBT002
-        with_global_step: bool = True,  # noqa: FBT001, FBT002
-    ) -> str:
-        """Return the pattern a checkpoint's name is made from when none is given.
-
-        Raises:
-            ValueError: neither score nor global step is asked for, or a score's name without a score.
-
-        Example:
-            >>> Checkpoint.setup_filename_pattern()
-            '{filename_prefix}_{name}_{global_step}_{score_name}={score}.{ext}'
-        """
-        return default_pattern(
-            with_prefix=with_prefix,
-            with_score=with_score,
-            with_score_name=with_score_name,
-            with_global_step=with_global_step,
-        )
-
-    @staticmethod
-    def get_default_score_fn(metric_name: str, score_sign: float = 1.0) -> Callable[[Engine], float]:
-        """Return a score function that reads a metric of the engine.
-
-        Args:
-            metric_name: in ``engine.state.metrics``.
-            score_sign: 1.0, or -1.0 for metrics of which the smaller is better.
-
-        Raises:
-            ValueError: `score_sign` is neither.
-
-        Example:
-            >>> engine = Engine(lambda engine, batch: None)
-            >>> engine.state.metrics["loss"] = 0.25
-            >>> Checkpoint.get_default_score_fn("loss", -1.0)(engine)
-            -0.25
-        """
-        if score_sign not in (1.0, -1.0):
-            msg = "Argument score_sign should be 1 or -1"
-            raise ValueError(msg)
-        return lambda engine: score_sign * engine.state.metrics[metric_name]
-
-    @staticmethod
-    def load_objects(to_load: Mapping[str, Any], checkpoint: str | Path | Mapping[str, Any], **kwargs: Any) -> None:  # noqa: ANN401
-        """Load a checkpoint into objects: all of them, or none. Never executes code. Rank-local.
-
-        Args:
-            to_load: objects with ``load_state_dict``, in mappings and lists nested at will.
-            checkpoint: a path, or what was saved, as a mapping. A single object's bare state dict will do.
-            kwargs: for ``nn.Module.load_state_dict``, e.g. ``strict=False``; modules only.
-
-        Raises:
-            TypeError: `checkpoint` is neither, or an object cannot be loaded into.
-            LoadError: the file is no checkpoint, is damaged, or would have to execute code.
-            ValueError: the checkpoint lacks an object.
-
-        Example:
-            >>> from torch import nn
-            >>> model, twin = nn.Linear(2, 2), nn.Linear(2, 2)
-            >>> Checkpoint.load_objects({"model": twin}, {"model": model.state_dict()})
-            >>> bool((model.weight == twin.weight).all())
-            True
-        """
-        load.load_objects(to_load, checkpoint, **kwargs)
-
     def reload_objects(
-        self, to_load: Mapping[str, Any], load_kwargs: Mapping[str, Any] | None = None, **filename_components: Any  # noqa: ANN401
+        self, to_load: Mapping[str, Any], load_kwargs: Mapping[str, Any] | None = None, **filename_components: Any
     ) -> None:
         """Load one of this handler's files into objects, found by its name's components.
 
@@ -402,71 +338,14 @@ class Checkpoint(Serializable):
         """
         if not isinstance(self.save_handler, DiskSaver):
             msg = f"Checkpoint's `save_handler` should be of type `DiskSaver`, given {type(self.save_handler)}"
-            raise AttributeError(msg)
+            raise AttributeError(msg)  # noqa: TRY004 - ignite's type
         rules = self._rules()
-        global_step = filename_components.get("global_step")
-        pattern = rules.pattern
-        if pattern is None:
-            pattern = default_pattern(
-                with_prefix=bool(rules.prefix),
-                with_score=self.score_function is not None,
-                with_score_name=rules.score_name is not None,
-                with_global_step=global_step is not None,
-            )
-        fields = {
-            "filename_prefix": rules.prefix,
-            "ext": rules.ext,
-            "name": filename_components.get("name", rules.name),
-            "score_name": rules.score_name,
-            "score": filename_components.get("score"),
-            "global_step": global_step,
-        }
-        path = self.save_handler.dirname / render(pattern, fields)
-        load.load_objects(to_load, path, **(load_kwargs or {}))
-
-
-def _check_arguments(  # noqa: PLR0913 - one check a line
-    to_save: object, save_handler: object, prefix: object, n_saved: object, score_name: object, pattern: object
-) -> None:
-    if not isinstance(to_save, Mapping):
-        msg = f"Argument `to_save` should be a dictionary, but given {type(to_save)}"
-        raise TypeError(msg)
-    check_objects(dict(to_save), "state_dict")
-    if not (isinstance(save_handler, str | Path | BaseSaveHandler) or callable(save_handler)):
-        msg = (
-            "Argument `save_handler` should be a string or Path object or callable or inherit from BaseSaveHandler, "
-            f"but given {type(save_handler)}"
+        rules = dataclasses.replace(rules, name=filename_components.get("name", rules.name))
+        score = filename_components.get("score")
+        filename = save.filename_of(
+            rules,
+            score=None if score is None and self.score_function is None else str(score),
+            global_step=filename_components.get("global_step"),
         )
-        raise TypeError(msg)
-    for name, value, kind in (
-        ("filename_prefix", prefix, str),
-        ("score_name", score_name, str | None),
-        ("filename_pattern", pattern, str | None),
-        ("n_saved", n_saved, int | None),
-    ):
-        if not isinstance(value, kind) or (name == "n_saved" and isinstance(value, bool)):
-            msg = f"Argument {name} should be {getattr(kind, '__name__', kind)}, but given {type(value)}"
-            raise TypeError(msg)
-    if isinstance(n_saved, int) and n_saved < 1:
-        msg = f"n_saved must be a positive integer or None, got {n_saved}"
-        raise ValueError(msg)
-
-
-def _check_callables(score_function: object, global_step_transform: object) -> None:
-    if score_function is not None and not callable(score_function):
-        msg = f"score_function should be a function, got {type(score_function)} instead."
-        raise TypeError(msg)
-    if global_step_transform is not None and not callable(global_step_transform):
-        msg = f"global_step_transform should be a function, got {type(global_step_transform)} instead."
-        raise TypeError(msg)
-
-
-def _check_include_self(to_save: Mapping[str, Any], *, include_self: bool) -> None:
-    if not include_self:
-        return
-    if not isinstance(to_save, MutableMapping):
-        msg = f"If `include_self` is True, then `to_save` must be mutable, but given {type(to_save)}."
-        raise TypeError(msg)
-    if "checkpointer" in to_save:
-        msg = f"Cannot have key 'checkpointer' if `include_self` is True: {to_save}"
-        raise ValueError(msg)
+        path = self.save_handler.dirname / filename
+        load.load_objects(to_load, path, **(load_kwargs or {}))

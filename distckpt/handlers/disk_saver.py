@@ -53,14 +53,14 @@ class DiskSaver(BaseSaveHandler):
         {'a': tensor([1., 1.])}
     """
 
-    def __init__(  # noqa: PLR0913 - the arguments of ignite's DiskSaver, in its order
+    def __init__(
         self,
         dirname: str | Path,
-        atomic: bool = True,  # noqa: FBT001, FBT002 - as above
-        create_dir: bool = True,  # noqa: FBT001, FBT002
-        require_empty: bool = True,  # noqa: FBT001, FBT002
+        atomic: bool = True,
+        create_dir: bool = True,
+        require_empty: bool = True,
         save_on_rank: int = 0,
-        **kwargs: Any,  # noqa: ANN401 - torch.save's
+        **kwargs: Any,
     ) -> None:
         if not isinstance(dirname, str | Path):
             msg = f"Argument dirname should be a string or Path object, but given {type(dirname)}"
@@ -107,9 +107,7 @@ class DiskSaver(BaseSaveHandler):
                 )
                 raise ValueError(msg)
 
-    def __call__(
-        self, checkpoint: Mapping[str, Any], filename: str, metadata: Mapping[str, Any] | None = None
-    ) -> None:
+    def __call__(self, checkpoint: Mapping[str, Any], filename: str, metadata: Mapping[str, Any] | None = None) -> None:
         """Save `checkpoint` as `filename` on the saving rank. Rank-local; issues no collectives.
 
         Args:

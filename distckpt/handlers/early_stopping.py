@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from ignite.base import ResettableHandler, Serializable
+from ignite.base.mixins import ResettableHandler, Serializable
 from ignite.engine import Engine, Events
 
 from distckpt.backends.detect import current
@@ -64,18 +64,18 @@ class EarlyStopping(Serializable, ResettableHandler):
     # `threshold_mode` is written too; states of releases before 0.5.4 lack it and load.
     _state_dict_all_req_keys = ("counter", "best_score")
 
-    def __init__(  # noqa: PLR0913 - the arguments of ignite's EarlyStopping, in its order
+    def __init__(
         self,
         patience: int,
         score_function: Callable[[Engine], int | float],
         trainer: Engine,
         threshold: float = 0.0,
-        cumulative: bool = False,  # noqa: FBT001, FBT002 - as above
+        cumulative: bool = False,
         threshold_mode: Literal["abs", "rel"] = "abs",
         mode: Literal["min", "max"] = "max",
         min_delta: float | None = None,
         min_delta_mode: Literal["abs", "rel"] | None = None,
-        cumulative_delta: bool | None = None,  # noqa: FBT001
+        cumulative_delta: bool | None = None,
         *,
         score_rule: str = "mean",
         timeout_s: float | None = None,
@@ -161,14 +161,14 @@ class EarlyStopping(Serializable, ResettableHandler):
         bar = self.best_score + threshold if self.threshold_mode == "abs" else self.best_score * (1 + threshold)
         return score > bar if self.mode == "max" else score < bar
 
-    def attach(  # type: ignore[override]  # ignite's signature, which its base does not have
+    def attach(
         self,
         engine: Engine,
-        event: Any = Events.COMPLETED,  # noqa: ANN401 - any event of ignite's
+        event: Any = Events.COMPLETED,
         reset_engine: Engine | None = None,
-        reset_event: Any = Events.STARTED,  # noqa: ANN401
-        *_args: Any,  # noqa: ANN401
-        **_kwargs: Any,  # noqa: ANN401
+        reset_event: Any = Events.STARTED,
+        *_args: Any,
+        **_kwargs: Any,
     ) -> None:
         """Attach the handler, and its reset.
 
@@ -243,8 +243,8 @@ class EarlyStopping(Serializable, ResettableHandler):
         self.cumulative = value
 
 
-def _check_arguments(  # noqa: PLR0913 - one check a line
-    patience: Any, score_function: Any, trainer: Any, threshold: Any, threshold_mode: Any, mode: Any  # noqa: ANN401
+def _check_arguments(
+    patience: Any, score_function: Any, trainer: Any, threshold: Any, threshold_mode: Any, mode: Any
 ) -> None:
     if not callable(score_function):
         msg = f"Argument score_function should be a function. Given {type(score_function)}"

@@ -44,7 +44,7 @@ def _teach_engines() -> None:
         return
 
     @functools.wraps(check)
-    def check_and_register(self: Engine, event_name: Any) -> None:  # noqa: ANN401 - as ignite has it
+    def check_and_register(self: Engine, event_name: Any) -> None:
         if getattr(event_name, "value", None) == CheckpointEvents.SAVED_CHECKPOINT.value:
             register(self)
         check(self, event_name)

@@ -13,7 +13,7 @@ __all__ = ["global_step_from_engine"]
 
 def global_step_from_engine(
     engine: Engine,
-    custom_event_name: Any = None,  # noqa: ANN401 - any event of ignite's
+    custom_event_name: Any = None,
     fallback_attr: str = "epoch",
 ) -> Callable[[Any, Any], int]:
     """Return a ``global_step_transform`` that reads the step of `engine`, usually the trainer.
@@ -37,7 +37,7 @@ def global_step_from_engine(
         msg = f"Argument engine should be an instance of Engine, but given {type(engine)}"
         raise TypeError(msg)
 
-    def global_step(_: Any, event_name: Any) -> int:  # noqa: ANN401 - as ignite calls it
+    def global_step(_: Any, event_name: Any) -> int:
         event = event_name if custom_event_name is None else custom_event_name
         if event not in State.event_to_attr:
             step: int = getattr(engine.state, fallback_attr)

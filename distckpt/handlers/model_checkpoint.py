@@ -86,28 +86,28 @@ class ModelCheckpoint(Checkpoint):
     """
 
     @accept_older_order(_OLDER_ORDER, _is_older)
-    def __init__(  # noqa: PLR0913 - the arguments of ignite's ModelCheckpoint, in its order
+    def __init__(
         self,
         dirname: str | Path,
         filename_prefix: str = "",
         score_function: Callable[[Engine], int | float] | None = None,
         score_name: str | None = None,
         n_saved: int | None = 1,
-        atomic: bool = True,  # noqa: FBT001, FBT002 - as above
-        require_empty: bool = True,  # noqa: FBT001, FBT002
-        create_dir: bool = True,  # noqa: FBT001, FBT002
+        atomic: bool = True,
+        require_empty: bool = True,
+        create_dir: bool = True,
         global_step_transform: Callable[..., int] | None = None,
         filename_pattern: str | None = None,
-        include_self: bool = False,  # noqa: FBT001, FBT002
-        greater_or_equal: bool = False,  # noqa: FBT001, FBT002
+        include_self: bool = False,
+        greater_or_equal: bool = False,
         save_on_rank: int = 0,
         *,
-        archived: Any = _UNSET,  # noqa: ANN401 - whatever an older program passes
+        archived: Any = _UNSET,
         save_interval: int | None = None,
-        save_as_state_dict: Any = _UNSET,  # noqa: ANN401
+        save_as_state_dict: Any = _UNSET,
         score_rule: str = "mean",
         timeout_s: float | None = None,
-        **kwargs: Any,  # noqa: ANN401 - torch.save's
+        **kwargs: Any,
     ) -> None:
         if isinstance(filename_pattern, bool) or isinstance(include_self, str):
             # Given by position in the order that has include_self first.
@@ -148,7 +148,7 @@ class ModelCheckpoint(Checkpoint):
             raise RuntimeError(msg)  # noqa: TRY004 - ignite's type
         return self.save_handler.dirname / self._saved[-1].filename
 
-    def __call__(self, engine: Engine, to_save: Mapping[str, Any]) -> None:  # type: ignore[override]  # ignite's signature
+    def __call__(self, engine: Engine, to_save: Mapping[str, Any]) -> None:
         """Collective. Save `to_save` if this event deserves it; see :meth:`Checkpoint.__call__`.
 
         Raises:

@@ -34,7 +34,7 @@ def accept_older_order(older: tuple[str, ...], is_older: Callable[[Values], bool
         newer = tuple(inspect.signature(init).parameters)[1:]
 
         @functools.wraps(init)
-        def wrapper(self: object, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any constructor's
+        def wrapper(self: object, *args: Any, **kwargs: Any) -> None:
             if len(args) <= len(older) and is_older(dict(zip(newer, args, strict=False))):
                 given = dict(zip(older, args, strict=False))
                 deprecated(

@@ -36,9 +36,7 @@ class BaseSaveHandler(ABC):
     """
 
     @abstractmethod
-    def __call__(
-        self, checkpoint: Mapping[str, Any], filename: str, metadata: Mapping[str, Any] | None = None
-    ) -> None:
+    def __call__(self, checkpoint: Mapping[str, Any], filename: str, metadata: Mapping[str, Any] | None = None) -> None:
         """Save `checkpoint` as `filename`.
 
         Args:
@@ -56,7 +54,7 @@ class BaseSaveHandler(ABC):
         """
 
 
-BaseSaveHandler.register(_IgniteSaveHandler)
+BaseSaveHandler.register(_IgniteSaveHandler)  # type: ignore[type-abstract]  # mypy 4717: an ABC may be registered
 
 
 def hand_over(

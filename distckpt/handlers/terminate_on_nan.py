@@ -16,7 +16,7 @@ from distckpt.state.finite import all_finite
 __all__ = ["TerminateOnNan"]
 
 
-def _as_it_is(output: Any) -> Any:  # noqa: ANN401 - whatever a process function returned
+def _as_it_is(output: Any) -> Any:
     return output
 
 
@@ -40,9 +40,7 @@ class TerminateOnNan:
         3
     """
 
-    def __init__(
-        self, output_transform: Callable[[Any], Any] = _as_it_is, *, timeout_s: float | None = None
-    ) -> None:
+    def __init__(self, output_transform: Callable[[Any], Any] = _as_it_is, *, timeout_s: float | None = None) -> None:
         if not callable(output_transform):
             msg = f"Argument output_transform should be a function, but given {type(output_transform)}"
             raise TypeError(msg)

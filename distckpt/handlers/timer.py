@@ -32,17 +32,17 @@ class Timer:
         (4.0, True, True)
     """
 
-    def __init__(self, average: bool = False) -> None:  # noqa: FBT001, FBT002 - ignite's signature
+    def __init__(self, average: bool = False) -> None:
         self._average = average
         self.reset()
 
     def attach(
         self,
         engine: Engine,
-        start: Any = Events.STARTED,  # noqa: ANN401 - any event of ignite's
-        pause: Any = Events.COMPLETED,  # noqa: ANN401
-        resume: Any = None,  # noqa: ANN401
-        step: Any = None,  # noqa: ANN401
+        start: Any = Events.STARTED,
+        pause: Any = Events.COMPLETED,
+        resume: Any = None,
+        step: Any = None,
     ) -> "Timer":
         """Let an engine's events drive the timer.
 
@@ -64,7 +64,7 @@ class Timer:
             engine.add_event_handler(step, self.step)
         return self
 
-    def reset(self, *_args: Any) -> "Timer":  # noqa: ANN401 - an event's
+    def reset(self, *_args: Any) -> "Timer":
         """Start anew from zero; returns the timer."""
         self._since = time.perf_counter()
         self.total = 0.0
@@ -72,13 +72,13 @@ class Timer:
         self.running = True
         return self
 
-    def pause(self, *_args: Any) -> None:  # noqa: ANN401
+    def pause(self, *_args: Any) -> None:
         """Stop measuring. Does nothing while paused."""
         if self.running:
             self.total += self._elapsed()
             self.running = False
 
-    def resume(self, *_args: Any) -> None:  # noqa: ANN401
+    def resume(self, *_args: Any) -> None:
         """Go on measuring. Does nothing while running."""
         if not self.running:
             self.running = True
@@ -89,7 +89,7 @@ class Timer:
         total = self.total + (self._elapsed() if self.running else 0.0)
         return total / max(self.step_count, 1.0) if self._average else total
 
-    def step(self, *_args: Any) -> None:  # noqa: ANN401
+    def step(self, *_args: Any) -> None:
         """Count a step."""
         self.step_count += 1.0
 

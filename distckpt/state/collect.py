@@ -15,7 +15,7 @@ from distckpt.state.unwrap import unwrap
 __all__ = ["capture", "check_objects", "map_tree"]
 
 
-def map_tree(func: Callable[[Any], Any], tree: Any) -> Any:  # noqa: ANN401 - a tree of objects
+def map_tree(func: Callable[[Any], Any], tree: Any) -> Any:
     """Apply `func` to the leaves of nested mappings and sequences; returns plain dicts and lists of the same shape.
 
     A mapping or sequence that has a ``state_dict`` of its own (``nn.ModuleDict``, ``nn.ModuleList``) is a leaf.
@@ -29,14 +29,14 @@ def map_tree(func: Callable[[Any], Any], tree: Any) -> Any:  # noqa: ANN401 - a 
     return func(tree)
 
 
-def check_objects(tree: Any, method: str) -> None:  # noqa: ANN401
+def check_objects(tree: Any, method: str) -> None:
     """Refuse objects that cannot be saved or loaded.
 
     Raises:
         TypeError: some object lacks `method`.
     """
 
-    def check(obj: Any) -> None:  # noqa: ANN401
+    def check(obj: Any) -> None:
         if not hasattr(obj, method):
             msg = f"Object {type(obj)} should have `{method}` method"
             raise TypeError(msg)
@@ -60,7 +60,7 @@ def capture(to_save: Mapping[str, Any], *, rank: int, save_on_rank: int) -> dict
         become Python's, since ``torch.load(weights_only=True)`` refuses them.
     """
 
-    def state_of(obj: Any) -> Any:  # noqa: ANN401
+    def state_of(obj: Any) -> Any:
         obj = unwrap(obj)
         if isinstance(obj, ZeroRedundancyOptimizer):
             obj.consolidate_state_dict(to=save_on_rank)
@@ -72,7 +72,7 @@ def capture(to_save: Mapping[str, Any], *, rank: int, save_on_rank: int) -> dict
     return captured
 
 
-def plain_scalars(state: Any) -> Any:  # noqa: ANN401 - a state dict, or a part of one
+def plain_scalars(state: Any) -> Any:
     """Replace NumPy scalars by Python's. Containers that hold none are handed back as they are."""
     if is_numpy_scalar(state):
         return state.item()

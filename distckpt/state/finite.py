@@ -15,7 +15,7 @@ import torch
 __all__ = ["all_finite"]
 
 
-def all_finite(output: Any) -> bool:  # noqa: ANN401 - whatever a process function returned
+def all_finite(output: Any) -> bool:
     """Tell whether `output` holds neither NaN nor infinity. A Python float is finite if float64 says so.
 
     Args:
@@ -29,23 +29,29 @@ def all_finite(output: Any) -> bool:  # noqa: ANN401 - whatever a process functi
         >>> all_finite([1.0, {"loss": torch.tensor([1.0, float("inf")])}, None])
         False
     """
-    kind = type(output)
-    if kind is float:
+    # In the order of what training loops return, since this runs in every iteration.
+    if type(output) is float:
         return math.isfinite(output)
     if isinstance(output, torch.Tensor):
         return _tensor_is_finite(output)
-    if output is None or isinstance(output, str | bytes | int):
-        return True
     if isinstance(output, Mapping):
         return all(all_finite(item) for item in output.values())
-    if isinstance(output, Sequence):
+    if isinstance(output, Sequence) and not isinstance(output, str | bytes):
         return all(all_finite(item) for item in output)
+    return _scalar_is_finite(output)
+
+
+def _scalar_is_finite(value: Any) -> bool:
+    if value is None or isinstance(value, str | bytes | int):
+        return True
     numpy = sys.modules.get("numpy")
-    if numpy is not None and isinstance(output, numpy.ndarray | numpy.generic):
-        return bool(numpy.isfinite(output).all()) if output.dtype.kind in "fc" else True
-    if isinstance(output, numbers.Number):
-        return cmath.isfinite(output) if isinstance(output, complex) else math.isfinite(output)  # type: ignore[arg-type]
-    msg = f"x must contain numbers, tensors, NumPy arrays, dicts or lists; found {kind}"
+    if numpy is not None and isinstance(value, numpy.ndarray | numpy.generic):
+        return bool(numpy.isfinite(value).all()) if value.dtype.kind in "fc" else True
+    if isinstance(value, complex):
+        return cmath.isfinite(value)
+    if isinstance(value, numbers.Number):
+        return math.isfinite(value)  # type: ignore[arg-type]  # Decimal, Fraction and the like
+    msg = f"x must contain numbers, tensors, NumPy arrays, dicts or lists; found {type(value)}"
     raise TypeError(msg)
 
 

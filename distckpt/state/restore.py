@@ -33,7 +33,7 @@ class _Pair:
     state: Any
 
 
-def restore(to_load: Mapping[str, Any], state: Any, module_options: Mapping[str, Any]) -> None:  # noqa: ANN401
+def restore(to_load: Mapping[str, Any], state: Any, module_options: Mapping[str, Any]) -> None:
     """Load `state` into the objects of `to_load`, all or none. Rank-local; issues no collectives.
 
     Args:
@@ -74,7 +74,7 @@ def restore(to_load: Mapping[str, Any], state: Any, module_options: Mapping[str,
         raise
 
 
-def _pair_up(to_load: Mapping[str, Any], state: Any) -> list[_Pair]:  # noqa: ANN401
+def _pair_up(to_load: Mapping[str, Any], state: Any) -> list[_Pair]:
     if len(to_load) == 1:
         ((key, obj),) = to_load.items()
         if not isinstance(state, Mapping) or key not in state:
@@ -82,7 +82,7 @@ def _pair_up(to_load: Mapping[str, Any], state: Any) -> list[_Pair]:  # noqa: AN
     return _pairs("", dict(to_load), state)
 
 
-def _pairs(name: str, obj: Any, state: Any) -> list[_Pair]:  # noqa: ANN401
+def _pairs(name: str, obj: Any, state: Any) -> list[_Pair]:
     if hasattr(obj, "load_state_dict"):
         return [_Pair(name, unwrap(obj), state)]
     if isinstance(obj, Mapping) and isinstance(state, Mapping):
@@ -101,7 +101,7 @@ def _pairs(name: str, obj: Any, state: Any) -> list[_Pair]:  # noqa: ANN401
     raise ValueError(msg)
 
 
-def _can_be_asked(obj: Any) -> bool:  # noqa: ANN401
+def _can_be_asked(obj: Any) -> bool:
     """Tell whether it can be found out beforehand that a state fits `obj`."""
     if isinstance(obj, torch.optim.Optimizer):
         return type(obj).load_state_dict is torch.optim.Optimizer.load_state_dict
@@ -134,7 +134,7 @@ def _undo_module(module: nn.Module) -> Callable[[], None]:
     return undo
 
 
-def _undo_attributes(obj: Any) -> Callable[[], None]:  # noqa: ANN401
+def _undo_attributes(obj: Any) -> Callable[[], None]:
     """Note what `obj` holds, two levels deep: its attributes, their containers, and its parts' attributes.
 
     An ignite Engine keeps its counters in ``engine.state``, a scheduler its own in its attributes.
@@ -158,6 +158,10 @@ def _shallow(attributes: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _parts(obj: Any) -> list[Any]:  # noqa: ANN401
+def _parts(obj: Any) -> list[Any]:
     opaque = (nn.Module, torch.Tensor, torch.optim.Optimizer, type)
-    return [part for part in vars(obj).values() if hasattr(part, "__dict__") and not isinstance(part, opaque) and not callable(part)]
+    return [
+        part
+        for part in vars(obj).values()
+        if hasattr(part, "__dict__") and not isinstance(part, opaque) and not callable(part)
+    ]

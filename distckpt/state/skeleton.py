@@ -19,7 +19,7 @@ class NotCopyable(Exception):  # noqa: N818 - not an error: the caller takes ano
     """The module cannot be copied (a ScriptModule, for one): no dry run is possible."""
 
 
-def try_on_skeleton(module: nn.Module, state: Any, options: dict[str, Any]) -> None:  # noqa: ANN401
+def try_on_skeleton(module: nn.Module, state: Any, options: dict[str, Any]) -> None:
     """Load `state` into a copy of `module` on the meta device.
 
     Args:
@@ -71,14 +71,14 @@ def _meta_tensor(tensor: torch.Tensor | None, tensors: dict[int, torch.Tensor]) 
 def _meta_parameter(parameter: nn.Parameter | None, tensors: dict[int, torch.Tensor]) -> nn.Parameter | None:
     if parameter is None:
         return None
-    if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+    if nn.parameter.is_lazy(parameter):
         raise NotCopyable
     if id(parameter) not in tensors:
         tensors[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
     return tensors[id(parameter)]  # type: ignore[return-value]  # put there as a Parameter
 
 
-def _on_meta(state: Any) -> Any:  # noqa: ANN401
+def _on_meta(state: Any) -> Any:
     """Copy a state dict with its tensors on the meta device; ``_metadata`` comes along."""
     if isinstance(state, torch.Tensor):
         return state.detach().to("meta")

@@ -12,7 +12,7 @@ from torch import nn
 __all__ = ["unwrap"]
 
 
-def unwrap(obj: Any) -> Any:  # noqa: ANN401 - modules are unwrapped, anything else is handed back
+def unwrap(obj: Any) -> Any:
     """Return the module that `obj` wraps, through any nesting of wrappers; `obj` itself if it wraps none.
 
     Example:
@@ -29,7 +29,7 @@ def unwrap(obj: Any) -> Any:  # noqa: ANN401 - modules are unwrapped, anything e
             return obj
 
 
-def _is_compiled(obj: Any) -> bool:  # noqa: ANN401
+def _is_compiled(obj: Any) -> bool:
     # Not imported here: it takes seconds, and there is no compiled module before somebody else imported it.
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
     return dynamo is not None and isinstance(obj, dynamo.OptimizedModule)

@@ -18,6 +18,7 @@ from distckpt.storage.sink import Sink
 
 __all__ = ["check_save_options", "read_pt", "write_pt"]
 
+
 @functools.cache
 def _save_options() -> frozenset[str]:
     return frozenset(inspect.signature(torch.save).parameters) - {"obj", "f"}
@@ -36,7 +37,7 @@ def check_save_options(options: Mapping[str, Any]) -> None:
             raise TypeError(msg)
 
 
-def write_pt(state: Any, sink: Sink, options: Mapping[str, Any]) -> None:  # noqa: ANN401 - any tree of states
+def write_pt(state: Any, sink: Sink, options: Mapping[str, Any]) -> None:
     """Serialise `state` into `sink` and flush it.
 
     Args:
@@ -56,7 +57,7 @@ def write_pt(state: Any, sink: Sink, options: Mapping[str, Any]) -> None:  # noq
         raise
 
 
-def read_pt(path: Path) -> Any:  # noqa: ANN401 - whatever was saved
+def read_pt(path: Path) -> Any:
     """Read a checkpoint onto the CPU. Never executes code: there is no fallback to an unsafe way.
 
     Args:
@@ -104,4 +105,3 @@ def _reason(text: str) -> str:
     line = (told or lines or ["no reason given"])[-1]
     line = line.removeprefix("WeightsUnpickler error: ").split(" Please use ", 1)[0].split(". In PyTorch 2.6", 1)[0]
     return line if line.endswith(".") else line + "."
-

@@ -55,7 +55,7 @@ class Sink:
             while len(view):
                 written = os.write(self._fd, view)
                 if written == 0:
-                    raise OSError(errno.EIO, "a write of the file system took no bytes")
+                    raise OSError(errno.EIO, "the file system took no bytes")  # noqa: TRY301 - kept like the system's own
                 view = view[written:]
         except OSError as error:
             self.error = error
