@@ -6,10 +6,10 @@ carries it: it stands on the backend contract alone. Layer L3.
 The protocol of a phase, the same for every kind of phase:
 
 1. (all ranks) do the phase's own work and catch whatever it raises. Nothing is waited for here.
-2. (all ranks) reduce one *header* of eight int64 with MAX: place and step, each with its negative, the
+2. (all ranks) reduce one *header* of eight int64 with MAX: place and turn, each with its negative, the
    length of this rank's answer, and whether it raised a flag or an error. Every collective of distckpt's
    begins with a header, so that ranks which came from different places meet in one and are told so.
-3. (all ranks) if place or step differ between ranks: gather the places, and raise
+3. (all ranks) if place or turn differ between ranks: gather the places, and raise
    :class:`~distckpt.errors.RanksDriftedApart`, which names them, on every rank.
 4. (all ranks) gather the answers, padded to the longest. A vote without any flag or error ends at 2.
 5. (all ranks) if any rank failed: raise the same :class:`~distckpt.errors.PhaseError` on every rank.
@@ -43,12 +43,15 @@ class Place:
     Attributes:
         who: the handler, numbered among its like: ``Checkpoint#0``.
         doing: the phase, and the event that led to it.
-        step: the engine's iteration.
+        step: the engine's iteration, for messages. It may differ between ranks where that is no fault: an
+            evaluator's shards can be of unequal length.
+        turn: what has to be equal on all ranks: how often the handler was called, or an iteration.
     """
 
     who: str
     doing: str
     step: int
+    turn: int = 0
 
     def __str__(self) -> str:
         """Return it as a phrase for messages."""
@@ -147,11 +150,13 @@ def _meet(
     backend: Backend, place: Place, answer: _Answer, *, flag: bool, timeout_s: float | None
 ) -> tuple[int, bool, bool]:
     """Collective. Steps 2 and 3: reduce the header; return longest answer, any flag, any error."""
-    digest, step = place.digest, place.step
-    header = [digest, -digest, step, -step, len(answer.data), int(flag), int(answer.error is not None), 0]
+    digest, turn = place.digest, place.turn
+    header = [digest, -digest, turn, -turn, len(answer.data), int(flag), int(answer.error is not None), 0]
     total = backend.all_reduce_ints(header, "MAX", what=str(place), timeout_s=timeout_s)
     if total[0] != -total[1] or total[2] != -total[3]:
-        places = backend.gather_objects(str(place), what="telling the ranks where each one is", timeout_s=timeout_s)
+        places = backend.gather_objects(
+            f"{place} (turn {turn})", what="telling the ranks where each one is", timeout_s=timeout_s
+        )
         where = "; ".join(f"rank {rank} is at: {text}" for rank, text in enumerate(places))
         msg = (
             f"The ranks came to one collective from different places. {where}. Handlers have to be built and attached "
@@ -190,9 +195,10 @@ class Seat:
         self._kind = kind
         self._backend: Backend | None = None
         self._name = kind
+        self._num_turns = 0
 
-    def take(self, backend: Backend, *, watch: str | None = None, timeout_s: float | None = None) -> str:
-        """All ranks. Return the handler's name; the first time, wait for the other ranks to have it.
+    def take(self, backend: Backend, *, watch: str | None = None, timeout_s: float | None = None) -> tuple[str, int]:
+        """All ranks. Return the handler's name and turn; the first time, wait for the other ranks to have it.
 
         Args:
             backend: the job's.
@@ -212,8 +218,9 @@ class Seat:
                 if note is not None:
                     fields = wire.decode(note.encode("ascii"))
                     raise phase_error(f"constructing {name}", [RankFailure(**fields)])
-            self._backend, self._name = backend, name
-        return self._name
+            self._backend, self._name, self._num_turns = backend, name, 0
+        self._num_turns += 1
+        return self._name, self._num_turns
 
 
 def post_failure(backend: Backend, ticket: str, error: Exception) -> None:

@@ -25,6 +25,7 @@ from distckpt.handlers.checkpoint_helpers import CheckpointHelpers
 from distckpt.handlers.disk_saver import DiskSaver
 from distckpt.handlers.events import CheckpointEvents, register
 from distckpt.handlers.older import accept_older_order, deprecated
+from distckpt.handlers.places import take_place
 from distckpt.handlers.save_handler import BaseSaveHandler, hand_over
 from distckpt.naming import check_name
 from distckpt.scalars import is_numpy_scalar, plain_score
@@ -176,7 +177,8 @@ class Checkpoint(CheckpointHelpers, Serializable):
         """
         register(engine)
         backend = current()
-        place = self._place_maker(engine, backend)
+        watch = self.save_handler.ticket if isinstance(self.save_handler, DiskSaver) else None
+        place = take_place(self._seat, backend, engine, watch=watch, timeout_s=self.timeout_s)
         agreed = save.decide(
             backend, place("deciding what to save"), lambda: self._intend(engine), timeout_s=self.timeout_s
         )
@@ -204,12 +206,6 @@ class Checkpoint(CheckpointHelpers, Serializable):
         self._strays = ()
         self._remove(backend, place("removing what was evicted"), decision.evicted)
         self._tell(engine)
-
-    def _place_maker(self, engine: Engine, backend: Backend) -> Callable[[str], Place]:
-        watch = self.save_handler.ticket if isinstance(self.save_handler, DiskSaver) else None
-        who = self._seat.take(backend, watch=watch, timeout_s=self.timeout_s)
-        event = getattr(engine.last_event_name, "name", engine.last_event_name)
-        return lambda doing: Place(who=who, doing=f"on {event}, {doing}", step=engine.state.iteration)
 
     def _intend(self, engine: Engine) -> save.SaveIntent:
         global_step: Any = None

@@ -73,12 +73,12 @@ class DiskSaver(BaseSaveHandler):
         self.kwargs = kwargs
         self._atomic = bool(atomic)
         backend = current()
-        # What fails here on the saving rank alone reaches the others at the handler's first event, through a note.
+        # What fails here on some ranks only reaches the others at the handler's first event, through a note.
         self._ticket = backend.take_ticket(type(self).__name__)
         try:
             self._look(backend, create_dir=bool(create_dir), require_empty=bool(require_empty))
         except (ValueError, OSError) as error:
-            if self._ticket is not None and backend.rank == save_on_rank:
+            if self._ticket is not None:
                 post_failure(backend, self._ticket, error)
             raise
 

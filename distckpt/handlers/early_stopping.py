@@ -16,6 +16,7 @@ from distckpt.backends.detect import current
 from distckpt.consensus import agree
 from distckpt.consensus.scores import agreed_score, check_rule
 from distckpt.handlers.older import deprecated
+from distckpt.handlers.places import take_place
 from distckpt.scalars import is_nan, plain_score
 
 __all__ = ["EarlyStopping"]
@@ -115,9 +116,7 @@ class EarlyStopping(Serializable, ResettableHandler):
             PhaseError: the score function failed on some rank; on every rank. In a world of one: its own error.
         """
         backend = current()
-        who = self._seat.take(backend, timeout_s=self.timeout_s)
-        step = 0 if engine is None else engine.state.iteration
-        place = agree.Place(who=who, doing="comparing the score", step=step)
+        place = take_place(self._seat, backend, engine, timeout_s=self.timeout_s)("comparing the score")
         facts = agree.run(
             backend,
             place,

@@ -11,6 +11,7 @@ from ignite.engine import Engine
 
 from distckpt.backends.detect import current
 from distckpt.consensus import agree
+from distckpt.handlers.places import take_place
 from distckpt.state.finite import all_finite
 
 __all__ = ["TerminateOnNan"]
@@ -57,25 +58,25 @@ class TerminateOnNan:
         """
         backend = current()
         if backend.world_size == 1:
-            if not all_finite(self._output_transform(engine.state.output)):
-                self._stop(engine, (0,), 0)
-            return
-        who = self._seat.take(backend, timeout_s=self.timeout_s)
-        place = agree.Place(who=who, doing="looking for NaN", step=engine.state.iteration)
-        ranks = agree.vote(
-            backend,
-            place,
-            lambda: not all_finite(self._output_transform(engine.state.output)),
-            timeout_s=self.timeout_s,
-        )
-        if ranks:
-            self._stop(engine, ranks, backend.rank)
-
-    def _stop(self, engine: Engine, ranks: tuple[int, ...], rank: int) -> None:
-        name, iteration = type(self).__name__, engine.state.iteration
-        where = f"rank {', '.join(str(one) for one in ranks)}, iteration {iteration}"
-        if rank in ranks:
             output = self._output_transform(engine.state.output)
+            if not all_finite(output):
+                self._stop(engine, output, (0,), 0)
+            return
+        place = take_place(self._seat, backend, engine, timeout_s=self.timeout_s)
+        seen: list[Any] = []
+
+        def is_broken() -> bool:
+            seen.append(self._output_transform(engine.state.output))
+            return not all_finite(seen[0])
+
+        ranks = agree.vote(backend, place("looking for NaN"), is_broken, timeout_s=self.timeout_s)
+        if ranks:
+            self._stop(engine, seen[0], ranks, backend.rank)
+
+    def _stop(self, engine: Engine, output: Any, ranks: tuple[int, ...], rank: int) -> None:
+        name = type(self).__name__
+        where = f"rank {', '.join(str(one) for one in ranks)}, iteration {engine.state.iteration}"
+        if rank in ranks:
             self.logger.warning("%s: Output '%s' contains NaN or Inf. Stop training (%s)", name, output, where)
         else:
             self.logger.warning("%s: Output of another rank contains NaN or Inf. Stop training (%s)", name, where)

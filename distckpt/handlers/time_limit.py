@@ -10,6 +10,7 @@ from ignite.engine import Engine
 
 from distckpt.backends.detect import current
 from distckpt.consensus import agree
+from distckpt.handlers.places import take_place
 
 __all__ = ["TimeLimit"]
 
@@ -57,9 +58,8 @@ class TimeLimit:
         if backend.world_size == 1:
             ranks: tuple[int, ...] = (0,) if self._is_over() else ()
         else:
-            who = self._seat.take(backend, timeout_s=self.timeout_s)
-            place = agree.Place(who=who, doing="looking at the clock", step=engine.state.iteration)
-            ranks = agree.vote(backend, place, self._is_over, timeout_s=self.timeout_s)
+            place = take_place(self._seat, backend, engine, timeout_s=self.timeout_s)
+            ranks = agree.vote(backend, place("looking at the clock"), self._is_over, timeout_s=self.timeout_s)
         if ranks:
             first = ", ".join(str(rank) for rank in ranks)
             self.logger.info("Reached the time limit: %s sec. Stop training (on rank %s)", self.limit_sec, first)

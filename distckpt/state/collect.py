@@ -3,11 +3,10 @@
 Owns the capture: which objects give which state, on which rank. Must not know about files. Layer L2.
 """
 
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from distckpt.scalars import is_numpy_scalar
 from distckpt.state.unwrap import unwrap
@@ -62,7 +61,7 @@ def capture(to_save: Mapping[str, Any], *, rank: int, save_on_rank: int) -> dict
 
     def state_of(obj: Any) -> Any:
         obj = unwrap(obj)
-        if isinstance(obj, ZeroRedundancyOptimizer):
+        if _is_sharded_optimizer(obj):
             obj.consolidate_state_dict(to=save_on_rank)
             if rank != save_on_rank:
                 return {}
@@ -89,3 +88,9 @@ def plain_scalars(state: Any) -> Any:
         items = [plain_scalars(item) for item in state]
         return state if all(new is old for new, old in zip(items, state, strict=True)) else kind(items)
     return state
+
+
+def _is_sharded_optimizer(obj: Any) -> bool:
+    # Not imported here: there is none before somebody else imported it.
+    zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    return zero is not None and isinstance(obj, zero.ZeroRedundancyOptimizer)

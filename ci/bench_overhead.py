@@ -1,0 +1,81 @@
+"""What TerminateOnNan and TimeLimit cost an iteration in a world of one: ours beside ignite's, in one run.
+
+Rounds are interleaved, so that a busy machine slows both alike; the figure is the ratio of medians. Run it as
+``python ci/bench_overhead.py [--rounds N] [--iterations N]``. Exit status 1 where ours costs more.
+"""
+
+import argparse
+import logging
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ignite.handlers
+import torch
+from ignite.engine import Engine, Events
+
+import distckpt
+
+OUTPUTS: dict[str, Callable[[], Any]] = {
+    "a float": lambda: 0.5,
+    "a scalar tensor": lambda: torch.tensor(0.5),
+    "a (32, 10) tensor": lambda: torch.full((32, 10), 0.5),
+    "a dict of loss and tensor": lambda: {"loss": 0.5, "y": torch.full((32, 10), 0.5)},
+}
+
+
+def seconds_per_iteration(output: Any, handlers: Any | None, num_iterations: int) -> float:
+    """Run an engine that does nothing else, and return the seconds an iteration takes.
+
+    Args:
+        output: what the process function returns.
+        handlers: the module to take TerminateOnNan and TimeLimit from; None for none.
+        num_iterations: length of the run.
+    """
+    trainer = Engine(lambda _engine, _batch: output)
+    if handlers is not None:
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, handlers.TerminateOnNan())
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, handlers.TimeLimit(3600))
+    data = range(num_iterations)
+    start = time.perf_counter()
+    trainer.run(data)
+    return (time.perf_counter() - start) / num_iterations
+
+
+def measure(make_output: Callable[[], Any], num_rounds: int, num_iterations: int) -> dict[str, float]:
+    """Return medians over interleaved rounds, in microseconds an iteration: none, ignite, distckpt."""
+    kinds = {"none": None, "ignite": ignite.handlers, "distckpt": distckpt}
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    output = make_output()
+    for round_number in range(num_rounds + 1):
+        for name, handlers in kinds.items():
+            taken = seconds_per_iteration(output, handlers, num_iterations)
+            if round_number > 0:  # the first round warms up
+                seconds[name].append(taken)
+    return {name: statistics.median(values) * 1e6 for name, values in seconds.items()}
+
+
+def main() -> int:
+    """Print the table; return 1 where ours costs more than ignite's."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--iterations", type=int, default=2000)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.disable(logging.CRITICAL)
+    print("TerminateOnNan + TimeLimit on every iteration, world of one; microseconds an iteration, medians")
+    print(f"{'the output is':28} {'no handlers':>12} {'ignite':>10} {'distckpt':>10} {'ours/theirs':>12}")
+    is_slower = False
+    for label, make_output in OUTPUTS.items():
+        medians = measure(make_output, arguments.rounds, arguments.iterations)
+        ratio = medians["distckpt"] / medians["ignite"]
+        is_slower = is_slower or ratio > 1.0
+        print(f"{label:28} {medians['none']:12.1f} {medians['ignite']:10.1f} {medians['distckpt']:10.1f} {ratio:12.2f}")
+    print("distckpt costs more than ignite" if is_slower else "distckpt costs no more than ignite: OK")
+    return int(is_slower)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

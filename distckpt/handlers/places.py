@@ -1,0 +1,46 @@
+"""Where in a run a handler is called: an engine's event as the ranks compare it.
+
+Owns the translation from ignite's engine to :class:`~distckpt.consensus.agree.Place`. Layer L5.
+"""
+
+from collections.abc import Callable
+
+from ignite.engine import Engine, State
+
+from distckpt.backends.base import Backend
+from distckpt.consensus.agree import Place, Seat
+
+__all__ = ["take_place"]
+
+
+def take_place(
+    seat: Seat,
+    backend: Backend,
+    engine: Engine | None,
+    *,
+    watch: str | None = None,
+    timeout_s: float | None = None,
+) -> Callable[[str], Place]:
+    """All ranks. Take the handler's seat for this call, and return what makes its places.
+
+    Ranks have to be at the same iteration on events that count iterations. On others only the number of calls has to
+    agree: at the end of an evaluation the ranks may have seen shards of unequal length.
+
+    Args:
+        seat: the handler's.
+        backend: the job's.
+        engine: on which the handler is called; None when a user calls it.
+        watch: see :meth:`Seat.take`.
+        timeout_s: seconds to wait for the other ranks; None for the default.
+
+    Returns:
+        Makes a place from what is done there.
+    """
+    who, turn = seat.take(backend, watch=watch, timeout_s=timeout_s)
+    if engine is None:
+        return lambda doing: Place(who=who, doing=doing, step=0, turn=turn)
+    event, step = engine.last_event_name, engine.state.iteration
+    name = getattr(event, "name", event)
+    if event is not None and State.event_to_attr.get(event) == "iteration":
+        turn = step
+    return lambda doing: Place(who=who, doing=f"on {name}, {doing}", step=step, turn=turn)
