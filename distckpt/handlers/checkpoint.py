@@ -27,7 +27,7 @@ from distckpt.handlers.events import CheckpointEvents, register
 from distckpt.handlers.older import accept_older_order, deprecated
 from distckpt.handlers.places import take_place
 from distckpt.handlers.save_handler import BaseSaveHandler, hand_over
-from distckpt.naming import check_name
+from distckpt.naming import check_name, format_score
 from distckpt.scalars import is_numpy_scalar, plain_score
 from distckpt.state.collect import capture
 
@@ -338,10 +338,10 @@ class Checkpoint(CheckpointHelpers, Serializable):
         rules = self._rules()
         rules = dataclasses.replace(rules, name=filename_components.get("name", rules.name))
         score = filename_components.get("score")
+        told = format_score(score) if isinstance(score, float) else str(score)
+        has_score = self.score_function is not None or rules.pattern is not None
         filename = save.filename_of(
-            rules,
-            score=None if score is None and self.score_function is None else str(score),
-            global_step=filename_components.get("global_step"),
+            rules, score=told if has_score else None, global_step=filename_components.get("global_step")
         )
         path = self.save_handler.dirname / filename
         load.load_objects(to_load, path, **(load_kwargs or {}))
