@@ -1,6 +1,6 @@
-"""What a Checkpoint's arguments have to be.
+"""What the handlers' arguments have to be.
 
-Owns the errors of its constructor: they name the argument, what was given and what is expected. Layer L5.
+Owns the errors of their constructors: they name the argument, what was given and what is expected. Layer L5.
 """
 
 from collections.abc import Mapping, MutableMapping
@@ -10,7 +10,7 @@ from typing import Any
 from distckpt.handlers.save_handler import BaseSaveHandler
 from distckpt.state.collect import check_objects
 
-__all__ = ["check_callables", "check_include_self", "check_values"]
+__all__ = ["check_callables", "check_include_self", "check_rank", "check_timeout", "check_values"]
 
 
 def check_values(
@@ -74,4 +74,36 @@ def check_include_self(to_save: Mapping[str, Any], *, include_self: bool) -> Non
         raise TypeError(msg)
     if "checkpointer" in to_save:
         msg = f"Cannot have key 'checkpointer' if `include_self` is True: {to_save}"
+        raise ValueError(msg)
+
+
+def check_rank(rank: object, name: str = "save_on_rank") -> None:
+    """Check an argument that is a rank. Whether the job has it is known at the first event only.
+
+    Raises:
+        TypeError: it is no int.
+        ValueError: it is negative.
+    """
+    if not isinstance(rank, int) or isinstance(rank, bool):
+        msg = f"Argument {name} should be a non-negative integer, but given {type(rank)}"
+        raise TypeError(msg)
+    if rank < 0:
+        msg = f"Argument {name} should be a non-negative integer, but given {rank}"
+        raise ValueError(msg)
+
+
+def check_timeout(timeout_s: object) -> None:
+    """Check the argument ``timeout_s``.
+
+    Raises:
+        TypeError: it is neither a number nor None.
+        ValueError: it is not positive.
+    """
+    if timeout_s is None:
+        return
+    if not isinstance(timeout_s, int | float) or isinstance(timeout_s, bool):
+        msg = f"Argument timeout_s should be a positive number of seconds or None, but given {type(timeout_s)}"
+        raise TypeError(msg)
+    if not timeout_s > 0:
+        msg = f"Argument timeout_s should be a positive number of seconds or None, but given {timeout_s!r}"
         raise ValueError(msg)

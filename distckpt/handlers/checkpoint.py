@@ -130,9 +130,8 @@ class Checkpoint(CheckpointHelpers, Serializable):
         arguments.check_values(to_save, save_handler, filename_prefix, n_saved, score_name, filename_pattern)
         arguments.check_callables(score_function, global_step_transform)
         arguments.check_include_self(to_save, include_self=include_self)
-        if timeout_s is not None and not timeout_s > 0:
-            msg = f"Argument timeout_s should be a positive number of seconds or None, but given {timeout_s!r}"
-            raise ValueError(msg)
+        arguments.check_rank(save_on_rank)
+        arguments.check_timeout(timeout_s)
         self.score_rule = check_rule(score_rule)
         if archived is not None:
             deprecated(

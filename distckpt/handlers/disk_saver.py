@@ -10,6 +10,7 @@ from typing import Any
 from distckpt.backends.base import Backend
 from distckpt.backends.detect import current
 from distckpt.consensus.agree import post_failure
+from distckpt.handlers.arguments import check_rank
 from distckpt.handlers.save_handler import BaseSaveHandler
 from distckpt.naming import check_name
 from distckpt.storage.disk import Directory, make_directory
@@ -65,9 +66,7 @@ class DiskSaver(BaseSaveHandler):
         if not isinstance(dirname, str | Path):
             msg = f"Argument dirname should be a string or Path object, but given {type(dirname)}"
             raise TypeError(msg)
-        if not isinstance(save_on_rank, int) or isinstance(save_on_rank, bool) or save_on_rank < 0:
-            msg = f"Argument save_on_rank should be a non-negative integer, but given {save_on_rank!r}"
-            raise TypeError(msg) if not isinstance(save_on_rank, int) else ValueError(msg)
+        check_rank(save_on_rank)
         self.dirname = Path(dirname).expanduser()
         self.save_on_rank = save_on_rank
         self.kwargs = kwargs

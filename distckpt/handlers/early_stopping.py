@@ -4,6 +4,7 @@ Owns :class:`EarlyStopping`. Layer L5.
 """
 
 import logging
+import numbers
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from ignite.engine import Engine, Events
 from distckpt.backends.detect import current
 from distckpt.consensus import agree
 from distckpt.consensus.scores import agreed_score, check_rule
+from distckpt.handlers.arguments import check_timeout
 from distckpt.handlers.older import deprecated
 from distckpt.handlers.places import take_place
 from distckpt.scalars import is_nan, plain_score
@@ -91,6 +93,7 @@ class EarlyStopping(Serializable, ResettableHandler):
             deprecated("'cumulative_delta' is deprecated. Please use 'cumulative' instead.")
             cumulative = cumulative_delta
         _check_arguments(patience, score_function, trainer, threshold, threshold_mode, mode)
+        check_timeout(timeout_s)
         self.score_rule = check_rule(score_rule)
         self.score_function = score_function
         self.patience = patience
@@ -248,6 +251,10 @@ def _check_arguments(
     if not callable(score_function):
         msg = f"Argument score_function should be a function. Given {type(score_function)}"
         raise TypeError(msg)
+    for name, value in (("patience", patience), ("threshold", threshold)):
+        if not isinstance(value, numbers.Real):
+            msg = f"Argument {name} should be a number. Given {type(value)}"
+            raise TypeError(msg)
     if patience < 1:
         msg = f"Argument patience should be positive integer. Given {patience!r}"
         raise ValueError(msg)

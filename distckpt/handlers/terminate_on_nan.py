@@ -11,6 +11,7 @@ from ignite.engine import Engine
 
 from distckpt.backends.detect import current
 from distckpt.consensus import agree
+from distckpt.handlers.arguments import check_timeout
 from distckpt.handlers.places import take_place
 from distckpt.state.finite import all_finite
 
@@ -45,6 +46,7 @@ class TerminateOnNan:
         if not callable(output_transform):
             msg = f"Argument output_transform should be a function, but given {type(output_transform)}"
             raise TypeError(msg)
+        check_timeout(timeout_s)
         self.logger = logging.getLogger(f"{__name__}.{type(self).__name__}")
         self.timeout_s = timeout_s
         self._output_transform = output_transform

@@ -10,6 +10,7 @@ from ignite.engine import Engine
 
 from distckpt.backends.detect import current
 from distckpt.consensus import agree
+from distckpt.handlers.arguments import check_timeout
 from distckpt.handlers.places import take_place
 
 __all__ = ["TimeLimit"]
@@ -46,6 +47,7 @@ class TimeLimit:
         if isinstance(limit_sec, bool) or limit_sec <= 0:
             msg = f"Argument limit_sec should be a positive integer. Given {limit_sec!r}"
             raise ValueError(msg)
+        check_timeout(timeout_s)
         self.limit_sec = limit_sec
         self.start_time = time.monotonic()
         self.timeout_s = timeout_s
