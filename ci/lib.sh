@@ -1,0 +1,28 @@
+# Shared by the scripts of ci/; to be sourced. Knows where things are and how to speak; does nothing.
+# shellcheck shell=bash disable=SC2034  # its variables are for the scripts that source it
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+CACHE="${DISTCKPT_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/distckpt}"
+
+# Progress goes to standard error, so that a script's answer on standard output stays clean.
+say() { printf '[%s] %s\n' "$(date +%H:%M:%S)" "$*" >&2; }
+
+die() {
+    printf '%s: error: %s\n' "$(basename "$0")" "$*" >&2
+    exit 1
+}
+
+# The usage text of a script is its leading comment.
+usage() { sed -n '2,/^[^#]/{/^#/!d;s/^# \{0,1\}//;p}' "$0"; }
+
+# Print the command of a Python that is new enough. The pins were proven with 3.11, so that comes first.
+find_python() {
+    local candidate
+    for candidate in ${DISTCKPT_PYTHON:+"$DISTCKPT_PYTHON"} python3.11 python3.12 python3.13 python3 python; do
+        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            printf '%s\n' "$candidate"
+            return 0
+        fi
+    done
+    die "no Python 3.11 or newer with venv found; install one, or name it in DISTCKPT_PYTHON"
+}

@@ -1,0 +1,33 @@
+"""What pytest has to know of the ranks and of the folders."""
+
+import os
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import settings
+
+from tests.support.pool import shared_pool
+from tests.support.store import bound_lookups
+
+# Examples are the same in every run, and a busy machine is no failure. HYPOTHESIS_PROFILE=explore looks for new
+# ones.
+settings.register_profile("steady", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None, max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
+
+
+def pytest_configure() -> None:
+    """Spare torchrun and its like, when tests start them, long waits for a name server."""
+    bound_lookups()
+
+
+def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
+    """Mark what lies in tests/crash/, which `ci/test.sh --fast` leaves out."""
+    for item in items:
+        if "crash" in item.path.parts:
+            item.add_marker(pytest.mark.crash)
+
+
+def pytest_sessionfinish() -> None:
+    """Kill this process's pool of ranks."""
+    shared_pool().discard()

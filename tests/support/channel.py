@@ -1,0 +1,49 @@
+"""A rank's pipe to the test that started it.
+
+Owns the connection inside a rank process; in any other process there is none. Thread-safe: a task's
+background thread may tell the parent something too.
+"""
+
+import threading
+from multiprocessing.connection import Connection
+
+from tests.support.messages import Told, pack, unpack
+
+
+class Channel:
+    """Messages of `tests.support.messages`, each sent whole."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+
+    def send(self, message: object) -> None:
+        """Send one message."""
+        data = pack(message)
+        with self._lock:
+            self._connection.send_bytes(data)
+
+    def receive(self) -> object:
+        """Wait for the next message; `EOFError` when the parent is gone."""
+        return unpack(self._connection.recv_bytes())
+
+
+_of_this_rank: list[Channel] = []
+
+
+def open_channel(descriptor: int) -> Channel:
+    """Adopt the inherited descriptor as this rank's channel, and keep it from the rank's own children."""
+    channel = Channel(Connection(descriptor))
+    _of_this_rank.append(channel)
+    return channel
+
+
+def tell_parent(payload: object) -> None:
+    """From a rank: hand a picklable payload to `FreshRanks.told` in the test that started it.
+
+    Raises:
+        RuntimeError: this process is not a rank.
+    """
+    if not _of_this_rank:
+        raise RuntimeError("tell_parent() works on a rank that fresh_ranks started")
+    _of_this_rank[0].send(Told(payload=pack(payload)))

@@ -1,0 +1,109 @@
+"""Ranks of a test's own, for what would spoil a pool: signals, kills, exit codes, wrappers like strace."""
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tests.support.dispatch import Call, Dispatch
+from tests.support.handle import RankHandle
+from tests.support.report import RankEnd, RankFailedError
+
+_EXIT_LIMIT_S = 10.0
+
+
+class FreshRanks:
+    """A function under way on fresh processes. Made by `fresh_ranks`."""
+
+    def __init__(self, call: Call, handles: Sequence[RankHandle]) -> None:
+        self._call, self._handles = call, handles
+        self._dispatch = Dispatch(call, handles)
+
+    def pid(self, rank: int) -> int:
+        """Return the process id of a rank, to signal it."""
+        return self._handles[rank].pid
+
+    def told(self, rank: int, *, timeout_s: float = 20.0) -> object:
+        """Wait for the next thing that a rank says with `tell_parent`, and return it."""
+        return self._dispatch.told(rank, time.monotonic() + timeout_s)
+
+    def finish(self, *, timeout_s: float = 30.0, may_fail: Sequence[int] = ()) -> list[RankEnd]:
+        """Wait for the end of every rank's function and process.
+
+        Args:
+            timeout_s: limit for the functions; a rank that runs longer is `hung`, and killed.
+            may_fail: ranks of which a failure (an exception, a death, a hang, an exit code) is expected.
+
+        Returns:
+            Each rank's end, in rank order, with its exit code.
+
+        Raises:
+            RankFailedError: another rank failed.
+        """
+        ends = self._dispatch.collect(timeout_s, may_fail=may_fail)
+        self._dispatch.release()
+        ends = [self._exited(end) for end in ends]
+        if any(end.failed and end.rank not in may_fail for end in ends):
+            raise RankFailedError(self._call.name, ends, limit_s=timeout_s)
+        return ends
+
+    def _exited(self, end: RankEnd) -> RankEnd:
+        if end.kind == "hung":
+            return end
+        handle = self._handles[end.rank]
+        code = handle.wait_exit(_EXIT_LIMIT_S)
+        if code is None:
+            reason = f"{end.kind}, but the process does not end"
+            return replace(end, kind="hung", reason=reason, traceback=handle.stacks())
+        if code != 0 and not end.failed:
+            return replace(end, kind="died", reason=f"{end.kind}, then ended with {code}", exit_code=code)
+        return replace(end, exit_code=code)
+
+
+@contextlib.contextmanager
+def fresh_ranks(
+    function: Callable[..., object],
+    world_size: int = 2,
+    *args: object,
+    backend: str | None = "gloo",
+    env: Mapping[str, str] | None = None,
+    prefix: Callable[[int], Sequence[str]] | None = None,
+    collective_timeout_s: float = 60.0,
+) -> Iterator[FreshRanks]:
+    """Start `function(*args)` on processes of its own, which are killed when the block ends.
+
+    Args:
+        function: a module-level function; runs on each rank.
+        world_size: number of ranks.
+        *args: picklable arguments.
+        backend: of the default process group; None leaves it uninitialised.
+        env: environment variables of the processes, from their start.
+        prefix: rank -> command in front of that rank's Python, such as strace and its options.
+        collective_timeout_s: timeout of the default process group.
+
+    Example:
+        with fresh_ranks(_trains_for_ever, 2, tmp_path) as ranks:
+            assert ranks.told(1) == "in the first epoch"
+            os.kill(ranks.pid(1), signal.SIGKILL)
+            ends = ranks.finish(may_fail=[1])
+        assert ends[1].exit_code == -signal.SIGKILL
+    """
+    call = Call(
+        function=function,
+        args=args,
+        backend=backend,
+        environment=env or {},
+        collective_timeout_s=collective_timeout_s,
+        fresh=True,
+    )
+    with tempfile.TemporaryDirectory(prefix="distckpt-ranks-") as directory, contextlib.ExitStack() as stack:
+        handles = []
+        for rank in range(world_size):
+            handle = RankHandle(rank, Path(directory), prefix=prefix(rank) if prefix else (), environment=env)
+            stack.callback(handle.kill)
+            handles.append(handle)
+        for handle in handles:
+            handle.wait_ready()
+        yield FreshRanks(call, handles)

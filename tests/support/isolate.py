@@ -1,0 +1,149 @@
+"""Give each task on a pooled rank a clean process, as far as a process can be cleaned.
+
+Owns what a task may change and the next one must not see: environment, working directory, umask,
+signal handlers, warning filters, loggers, random numbers, the default dtype. What it cannot undo
+(resource limits, a module's globals, threads left running) it either leaves to `fresh_ranks` or reports.
+"""
+
+import contextlib
+import logging
+import os
+import random
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from tests.support.messages import unpack
+
+_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGALRM,
+    signal.SIGCHLD,
+)
+
+
+@contextlib.contextmanager
+def isolated(environment: dict[str, str], warning_filters: tuple[bytes, ...]) -> Iterator[None]:
+    """Run a task with this environment and these warning filters, and undo what it changed."""
+    with _environment(environment), _signals(), _loggers(), warnings.catch_warnings(), _torch_settings():
+        _set_warning_filters(warning_filters)
+        yield
+
+
+@contextlib.contextmanager
+def background_errors() -> Iterator[list[str]]:
+    """Collect exceptions that no caller saw: those of threads and of finalizers."""
+    seen: list[str] = []
+
+    def of_thread(args: threading.ExceptHookArgs) -> None:
+        name = args.thread.name if args.thread is not None else "unknown"
+        seen.append(f"uncaught exception in thread {name}: {args.exc_type.__name__}: {args.exc_value}")
+        threading.__excepthook__(args)
+
+    def of_finalizer(args: "sys.UnraisableHookArgs") -> None:
+        seen.append(f"exception ignored in {args.object!r}: {args.exc_type.__name__}: {args.exc_value}")
+        sys.__unraisablehook__(args)
+
+    threading.excepthook, sys.unraisablehook = of_thread, of_finalizer
+    try:
+        yield seen
+    finally:
+        threading.excepthook, sys.unraisablehook = threading.__excepthook__, sys.__unraisablehook__
+
+
+def leftover_threads(before: set[threading.Thread], *, limit_s: float = 0.5) -> tuple[str, ...]:
+    """Name the threads started since `before` that do not end within `limit_s`.
+
+    tqdm's monitor thread, which it never ends, is harmless and not counted.
+    """
+    deadline = time.monotonic() + limit_s
+    left = []
+    for thread in set(threading.enumerate()) - before:
+        if type(thread).__module__.startswith("tqdm"):
+            continue
+        thread.join(max(0.0, deadline - time.monotonic()))
+        if thread.is_alive():
+            left.append(f"thread {thread.name}")
+    return tuple(sorted(left))
+
+
+@contextlib.contextmanager
+def _environment(extra: dict[str, str]) -> Iterator[None]:
+    environment, directory, umask = dict(os.environ), os.getcwd(), os.umask(0o022)  # noqa: PTH109 - chdir's twin
+    os.environ.update(extra)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(directory)
+        os.umask(umask)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _loggers() -> Iterator[None]:
+    def known() -> list[logging.Logger]:
+        loggers = logging.Logger.manager.loggerDict.values()
+        return [logging.root, *(item for item in loggers if isinstance(item, logging.Logger))]
+
+    before = {item: (item.level, list(item.handlers), item.propagate, item.disabled) for item in known()}
+    try:
+        yield
+    finally:
+        for item in known():
+            handlers: list[logging.Handler]
+            if item in before:
+                item.level, handlers, item.propagate, item.disabled = before[item]
+                item.handlers[:] = handlers
+        logging.disable(logging.NOTSET)
+        logging.Logger.manager._clear_cache()  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def _torch_settings() -> Iterator[None]:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - the legacy generator is the one programs share
+    torch.manual_seed(0)
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    deterministic, grad = torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+        torch.set_grad_enabled(grad)
+
+
+def _set_warning_filters(packed: tuple[bytes, ...]) -> None:
+    """Take over the parent's filters; one whose category cannot be imported here cannot match here."""
+    filters = []
+    for data in packed:
+        with contextlib.suppress(ImportError, AttributeError):
+            filters.append(unpack(data))
+    warnings.resetwarnings()
+    # No warning can be raised between these two lines, so the version that resetwarnings() has just
+    # advanced, which the per-module caches of seen warnings go by, is right for the new list as well.
+    cast("list[Any]", warnings.filters).extend(filters)
