@@ -1,0 +1,231 @@
+"""The demo: one run left alone; the same run killed in the middle of a save, and resumed.
+
+Owns the three acts, what has to be true after each, and the table that says so. Must not know how distckpt
+works: what is said here of a checkpoint, a directory listing and plain ``torch.load`` have said.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from die_in_save import unfinished
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).resolve().parent
+NUM_RANKS = 2
+EPOCHS = 8
+DEADLY_SAVE = 4
+BALLAST_MB = 96
+# Where arithmetic is not deterministic (GPUs), a resumed run may end this far from the other one.
+NOISE = 0.01
+ACT_LIMIT_S = 180.0
+# torchrun gives its ranks 30 s to end before it kills them.
+END_LIMIT_S = 45.0
+TIMED_OUT = 124
+INTERRUPTED = 130
+
+ALONE = "1  Train, left alone"
+KILLED = "2  Train, killed in the middle of a save"
+RESUMED = "3  Resume"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that had to be true, and whether it is."""
+
+    act: str
+    is_true: bool
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Demo:
+    """Where things lie, where they are shown, and what was found."""
+
+    directory: Path
+    console: Console
+    findings: list[Finding] = field(default_factory=list)
+
+    def find(self, act: str, text: str, *, is_true: bool) -> bool:
+        """Keep a finding for the table, and hand `is_true` back."""
+        self.findings.append(Finding(act, is_true, text))
+        return is_true
+
+    def summary(self, name: str) -> dict[str, Any]:
+        """Return what a run wrote about itself."""
+        content: dict[str, Any] = json.loads((self.directory / f"{name}.json").read_text(encoding="utf-8"))
+        return content
+
+    def train(self, act: str, name: str, *arguments: str) -> int:
+        """Run the training script under torchrun.
+
+        The ranks' standard output is shown; their standard error, full of tracebacks when one is killed, is
+        added to a log.
+
+        Returns:
+            Its exit code, or :data:`TIMED_OUT` when it had to be ended.
+        """
+        self.console.print(f"\n[bold]{act}[/bold]")
+        command = ["bash", str(HERE / "torchrun.sh"), "--epochs", str(EPOCHS), "--no-table"]
+        command += [
+            "--output-dir",
+            str(self.directory / name),
+            "--summary",
+            str(self.directory / f"{name}.json"),
+        ]
+        environment = os.environ | {"PYTHON": sys.executable, "NPROC_PER_NODE": str(NUM_RANKS), "NNODES": "1"}
+        with (
+            (self.directory / f"{name}.log").open("ab") as log,
+            subprocess.Popen([*command, *arguments], env=environment, stderr=log) as process,  # noqa: S603 - ours
+        ):
+            try:
+                return process.wait(ACT_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                return TIMED_OUT
+            finally:
+                if process.poll() is None:
+                    process.terminate()
+                    process.wait(END_LIMIT_S)
+                self.console.show_cursor()  # a rank that was killed with its progress bar leaves it hidden
+
+
+def main() -> int:
+    """Play the three acts, show what came of them, and return the exit code."""
+    begin = time.monotonic()
+    console = Console(highlight=False)
+    directory = Path(os.environ.get("DEMO_DIR") or tempfile.mkdtemp(prefix="distckpt-demo-")).resolve()
+    directory.mkdir(parents=True, exist_ok=True)
+    if any(directory.iterdir()):
+        console.print(f"DEMO_DIR should name an empty or new directory, but {directory} holds files", soft_wrap=True)
+        return 2
+
+    demo = Demo(directory, console)
+    if train_alone(demo) and train_and_kill(demo) and resume(demo):
+        console.print(comparison(demo))
+    console.print(happenings(demo))
+
+    console.print(f"checkpoints and logs: {directory}", soft_wrap=True)
+    failed = [finding for finding in demo.findings if not finding.is_true]
+    if failed:
+        console.print(f"[bold red]FAILED[/bold red] in act {failed[0].act}: {failed[0].text}", soft_wrap=True)
+        return 1
+    seconds = time.monotonic() - begin
+    console.print(
+        f"[bold green]OK[/bold green]: killed in the middle of a save, and nothing was lost ({seconds:.0f} s)"
+    )
+    return 0
+
+
+def train_alone(demo: Demo) -> bool:
+    """Act 1: train without a fault."""
+    code = demo.train(ALONE, "alone")
+    return demo.find(ALONE, f"trained {EPOCHS} epochs on {NUM_RANKS} ranks{_unless_zero(code)}", is_true=code == 0)
+
+
+def train_and_kill(demo: Demo) -> bool:
+    """Act 2: the same, but the saving rank is killed in its fourth save; look at what it left."""
+    code = demo.train(KILLED, "killed", "--ballast-mb", str(BALLAST_MB), "--die-in-save", str(DEADLY_SAVE))
+    directory = demo.directory / "killed"
+    leftovers = unfinished(directory) if directory.is_dir() else {}
+    if demo.console.is_terminal:
+        demo.console.print()  # the progress bar ended with its rank, in the middle of the line
+    written = " and ".join(f"{num_bytes / 1e6:.0f} MB" for num_bytes in leftovers.values()) or "nothing"
+    demo.console.print(f"rank 0 is dead, {written} into a save; torchrun ended with exit code {code}")
+    demo.find(
+        KILLED,
+        f"SIGKILL hit rank 0 in the middle of a save: {written} of an unfinished file left behind",
+        is_true=code not in (0, TIMED_OUT) and bool(leftovers),
+    )
+    newest = max(directory.glob("latest_*.pt"), key=lambda path: path.stat().st_mtime_ns, default=None)
+    if newest is None:
+        return demo.find(KILLED, "an earlier checkpoint is left", is_true=False)
+    try:
+        epoch = epoch_of(newest)
+    except Exception as error:  # noqa: BLE001 - whatever is wrong with it belongs into the table
+        return demo.find(KILLED, f"{newest.name} loads: {error}", is_true=False)
+    size = newest.stat().st_size / 1e6
+    return demo.find(KILLED, f"{newest.name} ({size:.0f} MB) stands: torch.load reads epoch {epoch}", is_true=True)
+
+
+def resume(demo: Demo) -> bool:
+    """Act 3: go on from what is left, and compare with the run that was left alone."""
+    directory = demo.directory / "killed"
+    before = unfinished(directory)
+    code = demo.train(RESUMED, "killed", "--resume")
+    if not demo.find(RESUMED, f"trained to the end{_unless_zero(code)}", is_true=code == 0):
+        return False
+    alone, resumed = demo.summary("alone"), demo.summary("killed")
+    first = resumed["first_epoch"]
+    demo.find(
+        RESUMED,
+        f"went on from {resumed['resumed_from']} with epoch {first}",
+        is_true=resumed["resumed_from"] is not None and first > 1,
+    )
+    after = unfinished(directory)
+    demo.find(
+        RESUMED,
+        f"unfinished files: {len(before)} before, {len(after)} after",
+        is_true=not after,
+    )
+    distance = abs(alone["val_acc"] - resumed["val_acc"])
+    is_equal = alone["parameters_sha256"] == resumed["parameters_sha256"]
+    how = "bit-equal parameters" if is_equal else f"accuracy {distance:.2%} apart"
+    demo.find(RESUMED, f"ended where act 1 did: {how}", is_true=distance <= NOISE)
+    return True
+
+
+def epoch_of(checkpoint: Path) -> int:
+    """Return the epoch after which `checkpoint` was written, as plain ``torch.load`` finds it."""
+    import torch  # noqa: PLC0415 - two seconds that nobody should wait for before the first act
+
+    trainer = torch.load(checkpoint, weights_only=True, map_location="cpu")["trainer"]
+    return int(trainer["iteration"]) // int(trainer["epoch_length"])
+
+
+def comparison(demo: Demo) -> Table:
+    """Return the two runs side by side."""
+    alone, resumed = demo.summary("alone"), demo.summary("killed")
+    table = Table(title="\nSide by side", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    table.add_column("left alone", overflow="fold")
+    table.add_column("killed and resumed", overflow="fold")
+    first = resumed["first_epoch"]
+    table.add_row("epochs", f"1 to {alone['epoch']}", f"1 to {first - 1}, killed, {first} to {resumed['epoch']}")
+    for title, key in (("val accuracy", "val_acc"), ("best", "best_val_acc")):
+        table.add_row(title, f"{alone[key]:.2%}", f"{resumed[key]:.2%}")
+    table.add_row("parameters", *(f"sha256 {run['parameters_sha256'][:12]}" for run in (alone, resumed)))
+    table.add_row("checkpoints", "\n".join(alone["checkpoints"]), "\n".join(resumed["checkpoints"]))
+    return table
+
+
+def happenings(demo: Demo) -> Table:
+    """Return all findings, act by act."""
+    table = Table(title="\nWhat happened", title_justify="left", title_style="bold", show_header=False, box=None)
+    table.add_column()
+    table.add_column(overflow="fold")
+    previous = None
+    for finding in demo.findings:
+        if finding.act != previous:
+            table.add_row(finding.act[0], finding.act[3:], style="bold")
+        table.add_row("[green]yes[/green]" if finding.is_true else "[bold red]NO[/bold red]", finding.text)
+        previous = finding.act
+    return table
+
+
+def _unless_zero(code: int) -> str:
+    return f", but it ended with exit code {code}: see the log" if code else ""
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

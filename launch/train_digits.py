@@ -1,0 +1,261 @@
+"""Train a small convolutional network on real handwritten digits, on any number of ranks, and survive.
+
+    PYTHONPATH=. python launch/train_digits.py            # one process
+    bash launch/torchrun.sh                               # two ranks; its header tells about several machines
+    PYTHONPATH=. python launch/train_digits.py --help     # all options
+
+``main(local_rank, config)`` runs on each rank, whatever launched it. Everything random is a function of seed,
+epoch and rank, so a run that was killed and resumed ends where one left alone does. Owns the engines and what
+watches them; must not know how a launcher works or how a checkpoint is written.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import launchers
+import options
+import torch
+from die_in_save import DieInSave
+from digits import Net, Samples, TrainBatches, load
+from ignite.engine import Engine, Events
+from ignite.metrics import Accuracy, Loss
+from options import Config
+from report import Display, Summary, digest
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim.lr_scheduler import ExponentialLR
+
+from distckpt import (
+    Checkpoint,
+    DiskSaver,
+    EarlyStopping,
+    TerminateOnNan,
+    TimeLimit,
+    Timer,
+    all_reduce,
+    broadcast,
+    device,
+    get_rank,
+    get_world_size,
+    global_step_from_engine,
+)
+
+
+def main(local_rank: int, config: Config) -> None:
+    """Train on this rank. Collective: every rank of the job calls it, with the same `config`."""
+    del local_rank  # ``device()`` is this rank's already
+    refuse_to_mix_runs(config)
+    rank, world_size = get_rank(), get_world_size()
+    backend = launchers.live_backend(config) or "one process"
+    ranks = f"{world_size} ranks, {backend}" if world_size > 1 else backend
+    display = Display(f"digits on {device().type}, {ranks}", is_shown=rank == 0)
+    timer = Timer()
+
+    train_samples, val_samples = load(device())
+    batches = TrainBatches(
+        train_samples, batch_size=config.batch_size, seed=config.seed, rank=rank, world_size=world_size
+    )
+    run = build(config, batches, val_samples.take(slice(rank, None, world_size)))
+    display.attach(run.trainer)
+
+    resumed_from = resume(run, config) if config.resume else None
+    first_epoch = run.trainer.state.epoch + 1
+    if config.resume:
+        what = f"resuming from {resumed_from}" if resumed_from else "nothing to resume from: starting afresh"
+        display.say(what)
+    try:
+        if run.is_to_go_on(config):
+            run.trainer.run(batches, max_epochs=config.epochs, epoch_length=len(batches))
+    finally:
+        display.close()
+        run.fault.close()
+
+    stopped = run.why_it_stopped(config)
+    if rank != 0:
+        return
+    newest_best = run.best.last_checkpoint
+    summary = Summary(
+        stopped=stopped,
+        resumed_from=resumed_from,
+        first_epoch=first_epoch,
+        epoch=run.trainer.state.iteration // len(batches),
+        val_acc=run.trainer.state.metrics.get("val_acc"),
+        best_val_acc=run.early_stopping.best_score,
+        parameters_sha256=digest(run.net),
+        checkpoints=sorted(path.name for path in config.output_dir.glob("*.pt")),
+        best_checkpoint=None if newest_best is None else Path(newest_best).name,
+        world_size=world_size,
+        backend=backend,
+        seconds=timer.value(),
+    )
+    if config.table:
+        display.table(summary, config.output_dir)
+    if config.summary is not None:
+        summary.write(config.summary)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """The engines of one run, and what a resumed one has to get back."""
+
+    trainer: Engine
+    net: nn.Module
+    best: Checkpoint
+    early_stopping: EarlyStopping
+    to_resume: dict[str, Any]
+    fault: DieInSave
+
+    def has_stopped_early(self, config: Config) -> bool:
+        """Tell whether early stopping has had enough, in this process or before a resume."""
+        return bool(self.early_stopping.counter >= config.patience)
+
+    def is_to_go_on(self, config: Config) -> bool:
+        """Tell whether there is an epoch left to train."""
+        return self.trainer.state.epoch < config.epochs and not self.has_stopped_early(config)
+
+    def why_it_stopped(self, config: Config) -> str:
+        """Say why no further epoch follows. Collective: a loss may have become NaN on one rank only."""
+        loss = torch.tensor(0.0 if self.trainer.state.output is None else self.trainer.state.output)
+        if all_reduce(int(not loss.isfinite()), "MAX"):
+            return "the loss is no finite number"
+        if self.has_stopped_early(config):
+            return f"early: no better accuracy in {config.patience} epochs"
+        if self.trainer.state.iteration < config.epochs * (self.trainer.state.epoch_length or 0):
+            return f"time limit of {config.time_limit_s} s"
+        return f"all {config.epochs} epochs done"
+
+
+def build(config: Config, batches: TrainBatches, val_samples: Samples) -> Run:
+    """Make model, engines and handlers. Collective where there are several ranks."""
+    torch.manual_seed(config.seed)
+    net = Net()
+    model = launchers.parallelize(net)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
+    scheduler = ExponentialLR(optimizer, gamma=0.9)
+
+    def train_step(_: Engine, batch: Samples) -> float:
+        model.train()
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(batch.images), batch.labels)
+        loss.backward()  # type: ignore[no-untyped-call] # torch ships it without types
+        optimizer.step()
+        return loss.item()
+
+    def val_step(_: Engine, batch: Samples) -> tuple[Tensor, Tensor]:
+        model.eval()
+        with torch.no_grad():
+            return model(batch.images), batch.labels
+
+    trainer, evaluator = Engine(train_step), Engine(val_step)
+    Accuracy(device=device()).attach(evaluator, "val_acc")
+    Loss(functional.cross_entropy, device=device()).attach(evaluator, "val_loss")
+    # The last epoch's figures travel with the trainer's state: a run with nothing left to do knows them too.
+    trainer.state_dict_user_keys.append("metrics")
+
+    @trainer.on(Events.EPOCH_STARTED)
+    def fix_randomness() -> None:
+        epoch = trainer.state.epoch
+        batches.set_epoch(epoch)
+        torch.manual_seed((config.seed * 1_000_003 + epoch) * 4099 + get_rank())  # dropout differs between ranks
+
+    # From here on the order of the lines is the order of what happens at the end of an epoch.
+    @trainer.on(Events.EPOCH_COMPLETED)
+    def validate() -> None:
+        trainer.state.metrics = dict(evaluator.run([val_samples]).metrics)
+        scheduler.step()
+
+    def accuracy(engine: Engine) -> float:
+        return float(engine.state.metrics["val_acc"])
+
+    saver = DiskSaver(config.output_dir, require_empty=not config.resume)
+    best = Checkpoint(
+        {"model": model},
+        saver,
+        "best",
+        score_function=accuracy,
+        score_name="val_acc",
+        n_saved=2,
+        global_step_transform=global_step_from_engine(trainer),
+    )
+    early_stopping = EarlyStopping(config.patience, accuracy, trainer)
+    evaluator.add_event_handler(Events.COMPLETED, best)
+    evaluator.add_event_handler(Events.COMPLETED, early_stopping)
+
+    to_resume = {
+        "model": model,
+        "optimizer": optimizer,
+        "lr_scheduler": scheduler,
+        "trainer": trainer,
+        "early_stopping": early_stopping,
+        "best": best,
+    }
+    latest = Checkpoint(
+        to_resume | {"ballast": Ballast(config.ballast_mb)},
+        saver,
+        "latest",
+        n_saved=1,
+        global_step_transform=global_step_from_engine(trainer),
+        include_self=True,
+    )
+    half_bytes = max(config.ballast_mb << 19, 1)
+    fault = DieInSave(config.output_dir, config.die_in_save, at_bytes=half_bytes, is_saving_rank=get_rank() == 0)
+    for handler in (fault.before, latest, fault.after):
+        trainer.add_event_handler(Events.EPOCH_COMPLETED(every=config.save_every), handler)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, TerminateOnNan())
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, TimeLimit(config.time_limit_s))
+
+    return Run(
+        trainer=trainer,
+        net=net,
+        best=best,
+        early_stopping=early_stopping,
+        to_resume=to_resume | {"checkpointer": latest},
+        fault=fault,
+    )
+
+
+def refuse_to_mix_runs(config: Config) -> None:
+    """End this run where another one's checkpoints lie in its directory. Collective: rank 0 looks for all."""
+    is_taken = get_rank() == 0 and not config.resume and any(config.output_dir.glob("*.pt"))
+    if broadcast(int(is_taken), src=0):
+        way_out = "--resume goes on from the newest, another --output-dir starts afresh"
+        sys.exit(f"{config.output_dir} holds another run's checkpoints: {way_out}" if get_rank() == 0 else 1)
+
+
+def resume(run: Run, config: Config) -> str | None:
+    """Load the newest ``latest`` checkpoint, if there is one, and return its name.
+
+    Collective.
+
+    1. (coordinator) looks into the directory.
+    2. (all ranks) load what it found, whatever they see there themselves.
+    """
+    name = newest_latest(config.output_dir) if get_rank() == 0 else None
+    name = broadcast(name or "", src=0)
+    if not name:
+        return None
+    Checkpoint.load_objects(run.to_resume, config.output_dir / name)
+    return str(name)
+
+
+def newest_latest(directory: Path) -> str | None:
+    """Return the name of the highest epoch's ``latest`` checkpoint. Rank-local; issues no collectives."""
+    names = [path.name for path in directory.glob("latest_checkpoint_*.pt")]
+    return max(names, key=lambda name: int(name.removesuffix(".pt").rpartition("_")[2]), default=None)
+
+
+class Ballast:
+    """Bytes that make a checkpoint larger and teach nothing."""
+
+    def __init__(self, num_mb: int) -> None:
+        self._bytes = torch.full((num_mb << 20,), 7, dtype=torch.uint8)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the bytes: uint8 (num_mb * 2**20,)."""
+        return {"bytes": self._bytes}
+
+
+if __name__ == "__main__":
+    launchers.run(main, options.parse())

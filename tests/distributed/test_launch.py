@@ -1,0 +1,203 @@
+"""The training script under its launchers: real processes, real data, a real SIGKILL.
+
+Owns what a user of ``launch/`` counts on. A new launcher is a line in ``LAUNCHERS`` and a name in the first test.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = ROOT / "launch"
+TRAIN = [sys.executable, str(LAUNCH / "train_digits.py")]
+TORCHRUN = ["bash", str(LAUNCH / "torchrun.sh")]
+LIMIT_S = 90.0
+
+
+@dataclass(frozen=True, slots=True)
+class Launcher:
+    """A way to start the script, and the world that comes of it."""
+
+    command: Sequence[str]
+    world_size: int
+
+
+LAUNCHERS = {
+    "python": Launcher(TRAIN, 1),
+    "spawn": Launcher([*TRAIN, "--backend", "gloo", "--nproc-per-node", "2"], 2),
+    "torchrun": Launcher(TORCHRUN, 2),
+}
+
+
+@contextlib.contextmanager
+def started(command: Sequence[str], **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """Start a launcher; whatever happens in the body, it and its ranks end."""
+    base = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "PYTEST_"))}
+    base |= {"PYTHON": sys.executable, "NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, env=base | environment, stdout=pipe, stderr=pipe, text=True)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()  # torchrun passes it on to its ranks, and waits for them
+            try:
+                process.communicate(timeout=40)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate(timeout=10)
+
+
+def train(command: Sequence[str], directory: Path, *options: str, succeeds: bool = True) -> str:
+    """Run the script to its end and return what it printed."""
+    options = ("--output-dir", str(directory), "--summary", str(directory / "summary.json"), *options)
+    with started([*command, *options]) as process:
+        stdout, stderr = process.communicate(timeout=LIMIT_S)
+        assert (process.returncode == 0) is succeeds, stdout + stderr
+    return stdout if succeeds else stdout + stderr
+
+
+def summary_in(directory: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+    return summary
+
+
+def unfinished_in(directory: Path) -> list[Path]:
+    return [path for path in directory.iterdir() if path.suffix not in {".pt", ".json"}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["python", "torchrun"])
+def test_run_killed_in_the_middle_of_a_save_resumes_to_the_same_parameters(name: str, tmp_path: Path) -> None:
+    launcher = LAUNCHERS[name]
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+
+    shown = train(launcher.command, alone, "--epochs", "4")
+    expected = summary_in(alone)
+    assert expected["stopped"] == "all 4 epochs done"
+    assert expected["stopped"] in shown
+    assert expected["world_size"] == launcher.world_size
+    assert (expected["resumed_from"], expected["first_epoch"], expected["epoch"]) == (None, 1, 4)
+    assert expected["val_acc"] > 0.9
+    assert len(expected["checkpoints"]) == 3
+    assert expected["checkpoints"][-1] == "latest_checkpoint_4.pt"
+    assert expected["best_checkpoint"].endswith(f"val_acc={expected['best_val_acc']:.4f}.pt")
+
+    fault = ("--ballast-mb", "64", "--die-in-save", "2")
+    train(launcher.command, killed, "--epochs", "4", *fault, succeeds=False)
+    left = unfinished_in(killed)
+    assert len(left) == 1, "the rank was to be killed in the middle of a save"
+    assert left[0].stat().st_size > 1 << 20
+    (newest,) = killed.glob("latest_*.pt")
+    content = torch.load(newest, weights_only=True, mmap=True)
+    last_epoch = content["trainer"]["iteration"] // content["trainer"]["epoch_length"]
+    assert newest.name == f"latest_checkpoint_{last_epoch}.pt"
+
+    shown = train(launcher.command, killed, "--epochs", "4", "--resume")
+    resumed = summary_in(killed)
+    assert f"resuming from {newest.name}" in shown
+    assert (resumed["resumed_from"], resumed["first_epoch"]) == (newest.name, last_epoch + 1)
+    assert not unfinished_in(killed)
+    for key in ("stopped", "epoch", "val_acc", "best_val_acc", "parameters_sha256", "checkpoints"):
+        assert resumed[key] == expected[key], key
+
+
+def test_two_nodes_train_as_one_job_and_have_nothing_to_resume_from(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    nodes = {"NNODES": "2", "NPROC_PER_NODE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    nodes |= {"LOCAL_ADDR": "127.0.0.1", "IFNAME": "lo"}
+    command = [*TORCHRUN, "--output-dir", str(tmp_path), "--summary", str(tmp_path / "summary.json")]
+    command += ["--epochs", "3", "--resume"]
+
+    with (
+        started(command, NODE_RANK="0", **nodes) as first,
+        started(command, NODE_RANK="1", **nodes) as second,
+    ):
+        for process in (first, second):
+            stdout, stderr = process.communicate(timeout=LIMIT_S)
+            assert process.returncode == 0, stdout + stderr
+            assert ("nothing to resume from: starting afresh" in stdout) is (process is first)
+    summary = summary_in(tmp_path)
+    assert (summary["world_size"], summary["epoch"], summary["resumed_from"]) == (2, 3, None)
+    assert summary["val_acc"] > 0.85
+
+
+def test_job_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
+    train(LAUNCHERS["spawn"].command, tmp_path, "--epochs", "2")
+    assert summary_in(tmp_path)["world_size"] == 2
+    train(LAUNCHERS["python"].command, tmp_path, "--epochs", "4", "--resume")
+    summary = summary_in(tmp_path)
+    assert (summary["first_epoch"], summary["epoch"], summary["world_size"]) == (3, 4, 1)
+    assert summary["val_acc"] > 0.9
+
+
+@pytest.fixture
+def train_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Run the script in this process, as a world of one: no start-up to wait for."""
+    monkeypatch.syspath_prepend(str(LAUNCH))
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for path in LAUNCH.glob("*.py"):
+        monkeypatch.delitem(sys.modules, path.stem, raising=False)
+    launchers, options, script = (importlib.import_module(name) for name in ("launchers", "options", "train_digits"))
+
+    def run(*arguments: str) -> dict[str, Any]:
+        common = ["--output-dir", str(tmp_path), "--summary", str(tmp_path / "summary.json")]
+        launchers.run(script.main, options.parse([*common, *arguments]))
+        return summary_in(tmp_path)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stopped"),
+    [
+        (["--patience", "9999", "--time-limit-s", "1"], "time limit of 1 s"),
+        (["--lr", "1e20"], "the loss is no finite number"),
+        (["--lr", "1e-30", "--patience", "2"], "early: no better accuracy in 2 epochs"),
+    ],
+    ids=["time", "nan", "early"],
+)
+def test_run_that_ends_before_its_last_epoch_says_why(
+    train_here: Callable[..., dict[str, Any]],
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    stopped: str,
+) -> None:
+    summary = train_here("--epochs", "9999", *arguments)
+    assert summary["stopped"] == stopped
+    assert stopped in capsys.readouterr().out
+
+
+def test_finished_run_has_nothing_left_to_do_when_resumed(train_here: Callable[..., dict[str, Any]]) -> None:
+    finished = train_here("--epochs", "2")
+    resumed = train_here("--epochs", "2", "--resume")
+    assert (resumed["first_epoch"], resumed["epoch"]) == (3, 2)
+    for key in ("val_acc", "best_val_acc", "parameters_sha256", "checkpoints", "best_checkpoint"):
+        assert resumed[key] == finished[key], key
+
+
+def test_directory_of_another_run_is_refused_on_every_rank(tmp_path: Path) -> None:
+    (tmp_path / "best_model_1_val_acc=0.5000.pt").touch()
+    printed = train(TORCHRUN, tmp_path, succeeds=False)
+    assert "holds another run's checkpoints: --resume goes on" in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best_model_1_val_acc=0.5000.pt"]
+
+
+@pytest.mark.parametrize("script", sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")]), ids=lambda path: path.name)
+def test_bash_parses_every_launcher(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True, timeout=10)
+    assert script.read_text(encoding="utf-8").startswith("#!/usr/bin/env bash\n# ")
