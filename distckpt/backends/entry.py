@@ -211,17 +211,22 @@ def all_reduce(tensor: torch.Tensor | float, op: TensorOp = "SUM") -> torch.Tens
         A new tensor on the same device, or a number.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: it is neither, or its dtype has no such operation.
         ValueError: there is no such operation.
     """
     if op not in _TENSOR_OPS:
         msg = f"Unsupported reduction operation: '{op}'"
         raise ValueError(msg)
-    if isinstance(tensor, torch.Tensor):
-        return current().reduce_tensor(tensor, op)
-    if not isinstance(tensor, int | float):
+    if not isinstance(tensor, torch.Tensor | int | float):
         msg = f"Unhandled input type {type(tensor)}"
         raise TypeError(msg)
+    kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor)
+    is_real = tensor.is_floating_point() or tensor.is_complex() if isinstance(tensor, torch.Tensor) else kind is float
+    if op in ("AND", "OR") and is_real:
+        msg = f"{op} takes integers or booleans, but given {kind}"
+        raise TypeError(msg)
+    if isinstance(tensor, torch.Tensor):
+        return current().reduce_tensor(tensor, op)
     dtype = torch.float64 if isinstance(tensor, float) else torch.int64
     result: int | float = current().reduce_tensor(torch.tensor([tensor], dtype=dtype), op).item()
     return result

@@ -5,7 +5,9 @@ own (:mod:`distckpt.backends.host_group`), whatever the job's backend, so that t
 job's collectives and have time limits of their own. Tensors on a device go by the job's group. Layer L2.
 """
 
+import functools
 import os
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -23,6 +25,17 @@ _TENSOR_OPS = {
     "MAX": dist.ReduceOp.MAX,
     "AND": dist.ReduceOp.BAND,
     "OR": dist.ReduceOp.BOR,
+}
+_GLOO_REDUCES = frozenset(
+    {torch.float64, torch.float32, torch.float16, torch.int64, torch.int32, torch.int8, torch.uint8}
+)
+_FOLD: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "SUM": torch.add,
+    "PRODUCT": torch.mul,
+    "MIN": torch.minimum,
+    "MAX": torch.maximum,
+    "AND": torch.bitwise_and,
+    "OR": torch.bitwise_or,
 }
 _LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 _LOCAL_SIZE_VARIABLES = ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
@@ -44,7 +57,7 @@ class TorchDistBackend(Backend):
         # The same number on every rank: each counts the backends that it made on this store.
         root = c10d._get_default_store()  # noqa: SLF001 - the job's store has no public name
         self._store = dist.PrefixStore(f"distckpt/{root.add(f'distckpt/made/{self._rank}', 1)}", root)
-        self._host_group: HostGroup | None = None
+        self._host = HostGroup(dist.PrefixStore("host", self._store), self._rank, self._world_size)
         self._num_tickets: dict[str, int] = {}
 
     @property
@@ -74,23 +87,23 @@ class TorchDistBackend(Backend):
     def reduce_host(self, values: torch.Tensor, op: ReduceOp, *, what: str, timeout_s: float | None) -> torch.Tensor:
         """Collective. Reduce over our own Gloo group."""
         limit_s = default_timeout_s() if timeout_s is None else timeout_s
-        return self._host(what, limit_s).reduce(values, op, what=what, timeout_s=limit_s)
+        return self._host.reduce(values, op, what=what, timeout_s=limit_s)
 
     def gather_host(self, data: bytes, num_bytes: int, *, what: str, timeout_s: float | None) -> list[bytes]:
         """Collective. Gather over our own Gloo group."""
         limit_s = default_timeout_s() if timeout_s is None else timeout_s
-        return self._host(what, limit_s).gather_bytes(data, num_bytes, what=what, timeout_s=limit_s)
+        return self._host.gather_bytes(data, num_bytes, what=what, timeout_s=limit_s)
 
     def reduce_tensor(self, tensor: torch.Tensor, op: TensorOp) -> torch.Tensor:
         """Collective. Reduce over our own group on the CPU, over the job's elsewhere."""
         if tensor.dtype is torch.bool:  # neither NCCL nor Gloo reduces bools
             instead: TensorOp = {"AND": "MIN", "OR": "MAX"}.get(op, op)  # type: ignore[assignment]
             return self.reduce_tensor(tensor.to(torch.uint8), instead).to(torch.bool)
+        if tensor.device.type == "cpu" and tensor.dtype not in _GLOO_REDUCES:
+            return functools.reduce(_FOLD[op], self.gather_tensor(tensor))
         if tensor.device.type == "cpu":
             limit_s = default_timeout_s()
-            return self._host("all_reduce", limit_s).reduce(
-                tensor, _TENSOR_OPS[op], what="all_reduce", timeout_s=limit_s
-            )
+            return self._host.reduce(tensor, _TENSOR_OPS[op], what="all_reduce", timeout_s=limit_s)
         result = tensor.detach().clone(memory_format=torch.contiguous_format)
         dist.all_reduce(result, _TENSOR_OPS[op])
         return result
@@ -99,7 +112,7 @@ class TorchDistBackend(Backend):
         """Collective. Gather over our own group on the CPU, over the job's elsewhere."""
         if tensor.device.type == "cpu":
             limit_s = default_timeout_s()
-            return self._host("all_gather", limit_s).gather(tensor, what="all_gather", timeout_s=limit_s)
+            return self._host.gather(tensor, what="all_gather", timeout_s=limit_s)
         mine = tensor.detach().contiguous()
         result = [torch.empty_like(mine) for _ in range(self._world_size)]
         dist.all_gather(result, mine)
@@ -109,7 +122,7 @@ class TorchDistBackend(Backend):
         """Collective. Broadcast over our own group on the CPU, over the job's elsewhere."""
         if tensor.device.type == "cpu":
             limit_s = default_timeout_s()
-            return self._host("broadcast", limit_s).broadcast(tensor, src, what="broadcast", timeout_s=limit_s)
+            return self._host.broadcast(tensor, src, what="broadcast", timeout_s=limit_s)
         result = tensor.detach().clone(memory_format=torch.contiguous_format)
         dist.broadcast(result, src=src)
         return result
@@ -140,13 +153,6 @@ class TorchDistBackend(Backend):
             timeout_s=default_timeout_s() if timeout_s is None else timeout_s,
             watch=news,
         )
-
-    def _host(self, what: str, timeout_s: float) -> HostGroup:
-        """Collective when called first: the ranks form their host group."""
-        if self._host_group is None:
-            store = dist.PrefixStore("host", self._store)
-            self._host_group = HostGroup(store, self._rank, self._world_size, what=what, timeout_s=timeout_s)
-        return self._host_group
 
 
 def _place(rank: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import torch
 from ignite.base.mixins import ResettableHandler, Serializable
 from ignite.engine import Engine, Events
 
@@ -123,7 +124,7 @@ class EarlyStopping(Serializable, ResettableHandler):
         facts = agree.run(
             backend,
             place,
-            lambda: (plain_score(self.score_function(engine)), self.counter, self.best_score),  # type: ignore[arg-type]
+            lambda: (self._score_of(engine), self.counter, self.best_score),
             timeout_s=self.timeout_s,
         )
         scores = [fact[0] for fact in facts]
@@ -137,6 +138,11 @@ class EarlyStopping(Serializable, ResettableHandler):
                 stacklevel=2,
             )
         self._count(score)
+
+    def _score_of(self, engine: Engine | None) -> int | float:
+        score: Any = self.score_function(engine)  # type: ignore[arg-type]  # None is the caller's wish
+        # ignite compares whatever comes: a tensor of one element is a score here, though not for Checkpoint.
+        return plain_score(score.item() if isinstance(score, torch.Tensor) else score)
 
     def _count(self, score: float) -> None:
         if self.best_score is None and not is_nan(score):

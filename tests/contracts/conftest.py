@@ -1,0 +1,27 @@
+"""Says in pytest's report which implementations of the contract had no part in the run; shared fixtures."""
+
+from collections.abc import Iterator
+from datetime import timedelta
+
+import pytest
+from torch.distributed import TCPStore
+
+from tests.contracts.implementations import not_run
+from tests.support.store import ADDRESS
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Add a line for each."""
+    for line in not_run():
+        terminalreporter.write_line(line)
+
+
+@pytest.fixture
+def agents_port() -> Iterator[int]:
+    """Serve a store as torchrun's agent does, and give its port: for ranks that join a job by ``env://``.
+
+    Such a store holds one job's keys for as long as it lives, so each test has its own.
+    """
+    store = TCPStore(ADDRESS, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    yield store.port
+    del store
