@@ -335,6 +335,8 @@ def remove(
                 problems[filename] = [True, f"{filename} was already gone"]
             except OSError as error:
                 problems[filename] = [False, f"{filename} could not be removed: {error}"]
+            except ValueError as error:  # a name from a loaded history that would leave the directory
+                problems[filename] = [True, f"{filename} is left alone: {error}"]
         return problems
 
     answers = agree.run(backend, place, remove_here, timeout_s=timeout_s)

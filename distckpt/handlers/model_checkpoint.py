@@ -36,11 +36,10 @@ _UNSET: Any = object()
 
 def _is_older(given: dict[str, Any]) -> bool:
     """Tell from types that stand at the wrong place in today's order: an interval, a function, a count."""
-    atomic = given.get("atomic")
     return (
         isinstance(given.get("score_function"), int)
         or callable(given.get("score_name"))
-        or (isinstance(atomic, int) and not isinstance(atomic, bool))
+        or not isinstance(given.get("atomic", True), bool)
         or isinstance(given.get("n_saved"), str)
     )
 

@@ -1,8 +1,8 @@
 """A local directory in which a file appears whole and durable, or not at all.
 
 Owns the order of the system calls: temporary file in the same directory, write, fsync, rename, fsync of the
-directory. Owns which names are followed (none that leaves the directory, no symlink) and the clearing of what
-dead processes left behind. Must not know what the bytes mean, nor who the other ranks are. Layer L2.
+directory. Owns which names are followed: none that leaves the directory, no symlink. Must not know what the bytes
+mean, nor who the other ranks are. Layer L2.
 
 IMPORTANT: nothing here removes a committed file. The caller does, by :meth:`Directory.remove`, and only after
 :meth:`Directory.write` has returned.
@@ -10,30 +10,20 @@ IMPORTANT: nothing here removes a committed file. The caller does, by :meth:`Dir
 
 import contextlib
 import errno
-import fcntl
 import os
-import secrets
-import socket
 import stat
-import time
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from distckpt.errors import save_error
-from distckpt.naming import TEMP_PREFIX, TEMP_SUFFIX, check_name, is_temp
+from distckpt.naming import check_name, is_temp
 from distckpt.storage.sink import Sink
+from distckpt.storage.temp import FILE_MODE, NEW_FILE_FLAGS, close_quietly, open_temp, remove_if_dead
 
 __all__ = ["Directory", "WriteReceipt", "make_directory"]
 
-_FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-# Before umask: a checkpoint is as readable as any file that its user makes.
-_MODE = 0o666
-# Locks are not seen across hosts on every network file system. Another host's leftover counts as dead only if
-# nothing was written to it for this long.
-_FOREIGN_STALE_S = 900.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,16 +46,17 @@ def make_directory(path: Path) -> None:
         OSError: it cannot be made.
     """
     missing = []
-    while not path.exists():
-        missing.append(path)
-        path = path.parent
+    lowest = path
+    while not lowest.exists():
+        missing.append(lowest)
+        lowest = lowest.parent
     for directory in reversed(missing):
         directory.mkdir(exist_ok=True)
-        fd = os.open(directory.parent, _DIRECTORY_FLAGS)
-        try:
-            _sync_directory(fd)
-        finally:
-            os.close(fd)
+        _sync_entry(directory)
+    if not missing:
+        # A process that made it may have died before it synced. Not ours to insist on: we may not be let in.
+        with contextlib.suppress(OSError):
+            _sync_entry(path)
 
 
 class Directory:
@@ -151,18 +142,18 @@ class Directory:
                         raise _symlink_in_the_way(name, here) from error
                     msg = f"cannot {doing} {name}: folder {here} cannot be opened ({_named(error)})"
                     raise save_error(msg, error) from error
-                os.close(fd)
+                close_quietly(fd)
                 fd = below
             if _is_symlink(leaf, fd):
                 raise _symlink_in_the_way(name, f"{here}/{leaf}")
             yield fd, leaf
         finally:
-            os.close(fd)
+            close_quietly(fd)
 
     def _write_atomic(self, parent: int, name: str, leaf: str, fill: Callable[[Sink], None]) -> int:
         temp = ""
         try:
-            fd, temp = _open_temp(parent)
+            fd, temp = open_temp(parent)
         except OSError as error:
             msg = f"cannot save {name}: no temporary file can be made in {self.path} ({_named(error)})"
             raise save_error(msg, error) from error
@@ -171,7 +162,7 @@ class Directory:
             try:
                 os.rename(temp, leaf, src_dir_fd=parent, dst_dir_fd=parent)
             except OSError as error:
-                msg = f"cannot save {name}: its temporary file could not be renamed to it ({_named(error)})"
+                msg = f"cannot save {name} in {self.path}: its temporary file could not be renamed ({_named(error)})"
                 raise save_error(msg, error) from error
         except BaseException:
             # Also for KeyboardInterrupt. What cannot be removed now, the next save clears.
@@ -179,27 +170,29 @@ class Directory:
                 os.unlink(temp, dir_fd=parent)
             raise
         finally:
-            with contextlib.suppress(OSError):  # the data is synced, or the save has failed already
-                os.close(fd)
+            close_quietly(fd)
         return num_bytes
 
     def _write_plain(self, parent: int, name: str, leaf: str, fill: Callable[[Sink], None]) -> int:
         try:
-            fd = os.open(leaf, _FILE_FLAGS | os.O_TRUNC, _MODE, dir_fd=parent)
+            # A new file, not a new content: the old one may have a second name outside, or be a pipe.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(leaf, dir_fd=parent)
+            fd = os.open(leaf, NEW_FILE_FLAGS, FILE_MODE, dir_fd=parent)
         except OSError as error:
             msg = f"cannot save {name}: it cannot be opened in {self.path} ({_named(error)})"
             raise save_error(msg, error) from error
         try:
             return self._fill_and_sync(fd, name, fill)
         finally:
-            with contextlib.suppress(OSError):
-                os.close(fd)
+            close_quietly(fd)
 
     def _fill_and_sync(self, fd: int, name: str, fill: Callable[[Sink], None]) -> int:
         sink = Sink(fd)
         doing = "writing"
         try:
             fill(sink)
+            sink.flush()
             doing = "syncing"
             os.fsync(fd)
             doing = "checking"
@@ -221,7 +214,16 @@ class Directory:
             return
         for name in names:
             with contextlib.suppress(OSError):
-                _remove_if_dead(parent, name)
+                remove_if_dead(parent, name)
+
+
+def _sync_entry(path: Path) -> None:
+    """Make the name of a directory durable in its parent."""
+    fd = os.open(path.parent, _DIRECTORY_FLAGS)
+    try:
+        _sync_directory(fd)
+    finally:
+        close_quietly(fd)
 
 
 def _sync_directory(fd: int) -> None:
@@ -231,38 +233,6 @@ def _sync_directory(fd: int) -> None:
         # These file systems keep no directory of their own to sync (CIFS, some FUSE); there is nothing to wait for.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
-
-
-def _host_tag() -> str:
-    return f"{zlib.crc32(socket.gethostname().encode()):08x}"
-
-
-def _open_temp(parent: int) -> tuple[int, str]:
-    """Make a temporary file and lock it for as long as this process lives and holds it open."""
-    while True:
-        temp = f"{TEMP_PREFIX}{_host_tag()}-{os.getpid()}-{secrets.token_hex(8)}{TEMP_SUFFIX}"
-        fd = os.open(temp, _FILE_FLAGS | os.O_EXCL, _MODE, dir_fd=parent)
-        # A file system without locks: nobody else can take one either, so nobody clears this file.
-        with contextlib.suppress(OSError):
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        # Between open and lock another process may have taken it for a dead one's and removed it.
-        if os.fstat(fd).st_nlink:
-            return fd, temp
-        os.close(fd)
-
-
-def _remove_if_dead(parent: int, name: str) -> None:
-    fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
-    try:
-        found = os.fstat(fd)
-        ours = name.startswith(f"{TEMP_PREFIX}{_host_tag()}-")
-        if not stat.S_ISREG(found.st_mode) or not (ours or time.time() - found.st_mtime > _FOREIGN_STALE_S):
-            return
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: its writer lives
-        if os.stat(name, dir_fd=parent, follow_symlinks=False).st_ino == found.st_ino:
-            os.unlink(name, dir_fd=parent)
-    finally:
-        os.close(fd)
 
 
 def _is_symlink(name: str, parent: int) -> bool:

@@ -38,7 +38,7 @@ def check_save_options(options: Mapping[str, Any]) -> None:
 
 
 def write_pt(state: Any, sink: Sink, options: Mapping[str, Any]) -> None:
-    """Serialise `state` into `sink` and flush it.
+    """Serialise `state` into `sink`; the caller flushes it.
 
     Args:
         state: what ``torch.save`` takes.
@@ -50,7 +50,6 @@ def write_pt(state: Any, sink: Sink, options: Mapping[str, Any]) -> None:
     """
     try:
         torch.save(state, sink, **options)  # type: ignore[arg-type]  # it needs write() and flush() alone
-        sink.flush()
     except Exception as error:
         if sink.error is not None and error is not sink.error:
             raise sink.error from error

@@ -1,0 +1,55 @@
+"""What the crash tests share: how many trials, which random numbers, and a way to say what was counted.
+
+The full counts are the default. A developer's quick round sets them lower:
+
+    DISTCKPT_CRASH_KILLS=50 DISTCKPT_CRASH_CUTS=10 pytest tests/crash
+
+`DISTCKPT_CRASH_SEED` repeats a round whose seed was printed (the moments of the kills are repeated, what the
+machine makes of them is not).
+"""
+
+import os
+import secrets
+import sys
+from collections.abc import Callable
+
+import pytest
+
+FULL_KILLS = 1000
+FULL_CUTS = 200
+
+
+def _from_environment(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal() or int(text) < 1:
+        pytest.fail(f"{name} should be a positive whole number, but is {text!r}")
+    return int(text)
+
+
+@pytest.fixture
+def kills() -> int:
+    """Return at how many random moments a saver is killed."""
+    return _from_environment("DISTCKPT_CRASH_KILLS", FULL_KILLS)
+
+
+@pytest.fixture
+def cuts() -> int:
+    """Return how often the power is cut."""
+    return _from_environment("DISTCKPT_CRASH_CUTS", FULL_CUTS)
+
+
+@pytest.fixture
+def seed() -> int:
+    """Return the seed of this round's random moments."""
+    return _from_environment("DISTCKPT_CRASH_SEED", 1 + secrets.randbelow(2**31))
+
+
+@pytest.fixture
+def tell(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
+    """Return a function that prints a line past pytest's capture, also from a worker of pytest-xdist."""
+
+    def say(text: str) -> None:
+        with capsys.disabled():
+            print(f"\n[crash] {text}", file=sys.stderr, flush=True)  # noqa: T201 - counts belong into CI's log
+
+    return say

@@ -1,0 +1,213 @@
+"""One failure in the middle of a save, on a real job: what each rank saw, and whether that is right.
+
+`observe` runs on every rank and returns what the rank saw; `judge` is given every rank's and says what is wrong
+with it. The judge is a pure function, so that broken savers go through it exactly as distckpt does.
+"""
+
+import contextlib
+import errno
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from distckpt.naming import TEMP_PREFIX, TEMP_SUFFIX, is_temp
+from distckpt.storage import temp
+from tests.crash.shim import Called, Fault, How
+from tests.crash.subject import Counted, idle_engine, name_of, steps_in, whole_steps
+
+__all__ = ["Expected", "Seen", "Trouble", "expected_of", "judge", "observe"]
+
+Expected = Literal["saved", "failed", "not durable"]
+HandlerMaker = Callable[[Counted, Path, int], Any]
+DEAD = f"{TEMP_PREFIX}{temp._host_tag()}-1-of-the-dead{TEMP_SUFFIX}"
+"""A temporary file that a dead process of this host has left behind."""
+_NUM_FLOATS = 300_000
+_FIRST, _SECOND, _THIRD = 1, 2, 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trouble:
+    """What goes wrong during the second of three saves.
+
+    Attributes:
+        what: a phrase.
+        start: makes a context in which it is wrong; entered on the saving rank.
+        expected: what every rank has to be told.
+        errno: what the error has to name.
+        may_stay: whether the second file may stay for ever, since its rename was done but reported as failed.
+    """
+
+    what: str
+    start: Callable[[Path], AbstractContextManager[object]]
+    expected: Expected
+    errno: int
+    may_stay: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """What one rank saw. The last five are filled on the saving rank only.
+
+    Attributes:
+        outcome: of the second save: `saved`, or the error's type.
+        message: the error's, if there was one.
+        kinds: the error's type and its bases.
+        told: warnings of the second save.
+        last: the handler's last checkpoint after it.
+        third: `saved`, or the error of the third save.
+        whole: the steps that load after the second save.
+        problems: files that do not load, after the second or the third save.
+        open_files: descriptors into the directory that the second save left open.
+        others: files that are no checkpoints, after the third save.
+        steps: checkpoints that are there after the third save.
+    """
+
+    outcome: str
+    message: str
+    kinds: tuple[str, ...]
+    told: tuple[str, ...]
+    last: str
+    third: str
+    whole: tuple[int, ...] = ()
+    problems: tuple[str, ...] = ()
+    open_files: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+    steps: tuple[int, ...] = ()
+
+
+def observe(directory: Path, rank: int, saving: int, trouble: Trouble, make: HandlerMaker) -> Seen:
+    """Collective. Save three times, the second time in trouble.
+
+    Args:
+        directory: does not exist yet; is removed in the end.
+        rank: this rank.
+        saving: the rank that saves.
+        trouble: on the saving rank; the others only need its phrase.
+        make: makes the handler.
+    """
+    counted = Counted(_NUM_FLOATS)
+    handler = make(counted, directory, saving)
+    here = rank == saving
+    _save(handler, counted, _FIRST)
+    if here:
+        (directory / DEAD).write_bytes(b"half a checkpoint")
+    error: Exception | None = None
+    with warnings.catch_warnings(record=True) as told, trouble.start(directory) if here else contextlib.nullcontext():
+        warnings.simplefilter("always")
+        try:
+            _save(handler, counted, _SECOND)
+        except Exception as caught:  # noqa: BLE001 - whatever it is, it is what this rank saw
+            error = caught
+    seen: dict[str, Any] = {
+        "outcome": "saved" if error is None else type(error).__name__,
+        "message": str(error or ""),
+        "kinds": tuple(base.__name__ for base in type(error).__mro__),
+        "told": tuple(str(one.message) for one in told),
+        "last": Path(handler.last_checkpoint or "").name,
+    }
+    del error  # it holds frames, and these may hold descriptors
+    if here:
+        whole, problems = whole_steps(directory)
+        seen |= {"whole": tuple(whole), "problems": tuple(problems), "open_files": _open_files(directory)}
+    seen["third"] = _third_save(handler, counted)
+    if here:
+        seen["problems"] += tuple(whole_steps(directory)[1])
+        seen["others"] = tuple(path.name for path in directory.iterdir() if path.suffix != ".pt")
+        seen["steps"] = tuple(steps_in(directory))
+        shutil.rmtree(directory)
+    return Seen(**seen)
+
+
+def _save(handler: Any, counted: Counted, step: int) -> None:
+    counted.step = step
+    engine = idle_engine()
+    engine.state.iteration = step
+    handler(engine)
+
+
+def _third_save(handler: Any, counted: Counted) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the second one's removal may turn out to have been done
+        try:
+            _save(handler, counted, _THIRD)
+        except Exception as error:  # noqa: BLE001 - judged by its absence
+            return f"{type(error).__name__}: {error}"
+    return "saved"
+
+
+def _open_files(directory: Path) -> tuple[str, ...]:
+    found = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # the listing's own
+            path = str(descriptor.readlink())
+            found += [path] if path.startswith(str(directory.resolve())) else []
+    return tuple(found)
+
+
+def expected_of(fault: Fault, calls: Sequence[Called]) -> Expected:
+    """Say what a fault has to lead to, from the calls of a save without one.
+
+    A failure before the rename, or of it, fails the save. A failing fsync of the directory leaves it not durable.
+    What comes after, and what clears up before, does no harm to the checkpoint: it is not an error.
+    """
+    counts = 0
+    for index, call in enumerate(calls):
+        if fault.call not in ("*", call.name):
+            continue
+        counts += 1
+        if counts == fault.nth or (fault.for_ever and counts > fault.nth):
+            expected = _expected_of_call(fault, index, calls)
+            if expected != "saved":
+                return expected
+    assert counts >= fault.nth, f"a save makes only {counts} calls of {fault.call}"
+    return "saved"
+
+
+def _expected_of_call(fault: Fault, index: int, calls: Sequence[Called]) -> Expected:
+    call = calls[index]
+    if fault.how is How.SHORT:
+        return "saved"
+    if call.name == "fsync" and call.path == "":
+        return "saved" if fault.errno == errno.EINVAL else "not durable"
+    of_new_file = is_temp(call.path) and call.path != DEAD
+    if of_new_file and call.name in {"openat", "write", "fsync", "fstat"}:
+        return "failed"
+    if call.name == "rename":
+        return "failed"
+    # The directory is opened twice: to write into it, and to remove from it.
+    return "failed" if call.name == "openat" and index == 0 else "saved"
+
+
+def judge(directory: Path, saving: int, trouble: Trouble, seen: Sequence[Seen]) -> list[str]:
+    """Say what is wrong with what the ranks saw."""
+    here = seen[saving]
+    saved = here.outcome == "saved"
+    outcome: Expected = "saved" if saved else "not durable" if "CommitNotDurable" in here.kinds else "failed"
+    acknowledged = _SECOND if all(one.outcome == "saved" for one in seen) else _FIRST
+    named = f"rank {saving}, step {_SECOND}", str(directory), errno.errorcode[trouble.errno]
+    wrong = {
+        f"the ranks saw different things: {[(one.outcome, one.message) for one in seen]}": (
+            len({(one.outcome, one.message, one.kinds, one.told) for one in seen}) > 1
+        ),
+        f"expected {trouble.expected}, saw {outcome}: {here.message}": outcome != trouble.expected,
+        f"the message does not name all of {named}: {here.message}": (
+            not saved and not all(text in here.message for text in named)
+        ),
+        f"lost: step {acknowledged} was acknowledged, {here.whole} load": acknowledged not in here.whole,
+        "the older checkpoint stays and nobody was told": saved and _FIRST in here.whole and not here.told,
+        f"last_checkpoint is {[one.last for one in seen]}, not {name_of(acknowledged)}": any(
+            one.last != name_of(acknowledged) for one in seen
+        ),
+        f"files do not load: {here.problems}": bool(here.problems),
+        f"files are still open: {here.open_files}": bool(here.open_files),
+        f"the next save failed: {[one.third for one in seen]}": any(one.third != "saved" for one in seen),
+        f"left after the next save: {here.others}": bool(here.others),
+        f"checkpoints after the next save: {here.steps}": (
+            set(here.steps) - ({_SECOND} if trouble.may_stay else set()) != {_THIRD}
+        ),
+    }
+    return [f"{trouble.what}, rank {saving} saves: {problem}" for problem, is_so in wrong.items() if is_so]

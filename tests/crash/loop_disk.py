@@ -1,0 +1,108 @@
+"""A file system of our own whose power can be cut: ext4 in a file, behind a loop device.
+
+Works in a mount namespace of its own, which `OWN_MOUNTS` gives to a process: nobody else sees the mounts, and
+when the last process in it ends, whatever it died of, the kernel unmounts them and frees the loop devices. So
+tests of several pytest-xdist workers never meet, and nothing has to be cleaned up after a kill.
+"""
+
+import contextlib
+import fcntl
+import os
+import struct
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+__all__ = ["OWN_MOUNTS", "LoopDisk", "mounted_tmpfs", "why_no_mounts"]
+
+OWN_MOUNTS: Sequence[str] = ("unshare", "--mount", "--propagation", "private")
+"""Command in front of a program that is to mount things unseen."""
+
+_LIMIT_S = 30.0
+_IMAGE_BYTES = 16 << 20
+# EXT4_IOC_SHUTDOWN and EXT4_GOING_FLAGS_NOLOGFLUSH (linux: fs/ext4/ext4.h): what has not reached the disk by now
+# never will, the journal included.
+_SHUTDOWN = 0x8004587D
+_NO_LOG_FLUSH = struct.pack("I", 2)
+
+
+def _command(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, capture_output=True, text=True, timeout=_LIMIT_S, check=False)
+
+
+def why_no_mounts(directory: Path, *, kind: str = "ext4") -> str | None:
+    """Try to mount once; returns what the machine said when it does not allow it.
+
+    Args:
+        directory: to try in.
+        kind: `ext4` in a file behind a loop device, or `tmpfs`.
+    """
+    target = directory / f"probe-{kind}"
+    target.mkdir()
+    script = 'mount -t tmpfs tmpfs "$1"'
+    if kind == "ext4":
+        script = 'truncate -s 16M "$1.image" && mkfs.ext4 -q "$1.image" && mount -o loop "$1.image" "$1"'
+    try:
+        done = _command(*OWN_MOUNTS, "sh", "-c", f'{script} && umount "$1"', "sh", str(target))
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{type(error).__name__}: {error}"
+    return None if done.returncode == 0 else done.stderr.strip()
+
+
+class LoopDisk:
+    """An ext4 of 16 MiB.
+
+    Args:
+        directory: exists; holds the image and the mount point.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._image, self.root = directory / "image", directory / "disk"
+        self.root.mkdir()
+        with self._image.open("wb") as image:
+            image.truncate(_IMAGE_BYTES)
+        _must("mkfs.ext4", "-q", str(self._image))
+
+    @contextlib.contextmanager
+    def powered(self) -> Iterator[Path]:
+        """Have it mounted in the block, under the yielded path."""
+        self.power_on()
+        try:
+            yield self.root
+        finally:
+            self.power_off()
+
+    def power_on(self) -> None:
+        """Mount it, replaying its journal."""
+        _must("mount", "-o", "loop", str(self._image), str(self.root))
+
+    def power_off(self) -> None:
+        """Unmount it."""
+        _must("umount", str(self.root))
+
+    def cut(self) -> None:
+        """Cut the power: every later write fails, and what was not on the disk is lost at the next `power_on`."""
+        fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.ioctl(fd, _SHUTDOWN, _NO_LOG_FLUSH)
+        finally:
+            os.close(fd)
+
+
+@contextlib.contextmanager
+def mounted_tmpfs(directory: Path, size: str) -> Iterator[None]:
+    """Have a tmpfs of a limited size at `directory` in the block."""
+    _must("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(directory))
+    try:
+        yield
+    finally:
+        _must("umount", str(directory))
+
+
+def _must(*words: str) -> None:
+    """Run a command; one that finds a device busy, another worker's or a dying process's, may try again."""
+    deadline = time.monotonic() + _LIMIT_S
+    while (done := _command(*words)).returncode != 0:
+        if "busy" not in done.stderr or time.monotonic() > deadline:
+            raise RuntimeError(f"{' '.join(words)} failed: {done.stderr.strip()}")

@@ -1,0 +1,85 @@
+"""The shim that makes calls fail sees every system call of a save: what strace sees, it can fail."""
+
+import errno
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.crash import strace
+from tests.crash.injected import Seen, Trouble, observe
+from tests.crash.shim import Called, Shim, build, why_no_compiler
+from tests.crash.subject import Counted
+from tests.support import fresh_ranks
+
+pytestmark = pytest.mark.crash
+
+LIMIT_S = 120.0
+_SHIMS_NAME = {
+    "openat": "openat", "write": "write", "fsync": "fsync", "renameat": "rename", "unlinkat": "unlink",
+    "flock": "flock", "close": "close",
+}  # fmt: skip
+
+
+def _handler(counted: Counted, directory: Path, _saving: int) -> Any:
+    return counted.handler(directory)
+
+
+def _watch_a_save(directory: str) -> tuple[Seen, Sequence[Called]]:
+    shim, begin, end = Shim(), Path(directory, "begin"), Path(directory, "end")
+    begin.touch()
+    end.touch()
+
+    @contextmanager
+    def between_marks(watched: Path) -> Iterator[None]:
+        with shim.watching(watched):
+            begin.stat()
+            yield
+            end.stat()
+
+    calm = Trouble(what="none", start=between_marks, expected="saved", errno=errno.EIO)
+    return observe(Path(directory) / "checkpoints", 0, 0, calm, _handler), shim.log()
+
+
+def _in_the_shims_words(call: strace.Call) -> str:
+    if call.name == "newfstatat":
+        return "fstat" if "AT_EMPTY_PATH" in call.arguments else "stat"
+    if call.name == "fcntl":
+        return "fcntl" if "F_DUPFD" in call.arguments else "fcntl that cannot harm"
+    return _SHIMS_NAME.get(call.name, call.name)
+
+
+def test_the_shim_sees_every_call_that_strace_sees(tmp_path: Path, tell: Callable[[str], None]) -> None:
+    reason = strace.why_no_strace() or why_no_compiler()
+    if reason is not None:
+        pytest.skip(reason)
+    environment, trace = {"LD_PRELOAD": str(build(tmp_path))}, tmp_path / "trace"
+    place = tmp_path / "place"
+    place.mkdir()
+    with fresh_ranks(
+        _watch_a_save, 1, str(place), backend=None, env=environment, prefix=lambda _: strace.command(trace)
+    ) as ranks:
+        seen, log = ranks.finish(timeout_s=LIMIT_S)[0].value
+    assert seen.outcome == "saved"
+    calls = strace.calls_in(trace, place, failed=True)
+    (begin, end) = [
+        index
+        for index, call in enumerate(calls)
+        if call.name == "newfstatat" and call.paths[-1] in {str(place / "begin"), str(place / "end")}
+    ]
+    straces = Counter(map(_in_the_shims_words, calls[begin + 1 : end]))
+    shims = Counter(call.name for call in log)
+    tell(f"failing calls: the shim sees {shims.total()} calls of a save, strace {straces.total()}")
+    # The C library's own, inside the listing of a directory: opendir looks at its descriptor and closedir closes it;
+    # getdents64 is what readdir fails by; rewinddir and F_GETFL, F_SETFD work on the descriptor alone.
+    num_listings = shims.pop("opendir")
+    assert num_listings == 1
+    assert straces.pop("lseek") == num_listings
+    assert straces.pop("fcntl that cannot harm") == 2 * num_listings
+    assert straces.pop("getdents64") > 0
+    assert shims.pop("readdir") > 0
+    shims += Counter({"fstat": num_listings, "close": num_listings})
+    assert straces == shims
