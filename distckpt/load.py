@@ -34,6 +34,9 @@ def load_objects(to_load: Mapping[str, Any], checkpoint: str | Path | Mapping[st
     if not isinstance(checkpoint, Mapping | str | Path):
         msg = f"Argument checkpoint should be a string or a dictionary, but given {type(checkpoint)}"
         raise TypeError(msg)
+    if not isinstance(to_load, Mapping):
+        msg = f"Argument to_load should be a dictionary, but given {type(to_load)}"
+        raise TypeError(msg)
     check_objects(dict(to_load), "load_state_dict")
     state = checkpoint if isinstance(checkpoint, Mapping) else read_pt(Path(checkpoint))
     restore(to_load, state, kwargs)

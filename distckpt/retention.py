@@ -40,12 +40,12 @@ def wants(history: Sequence[Entry], priority: float, *, n_saved: int | None, gre
         >>> wants([(0.5, "a.pt")], 0.5, n_saved=1, greater_or_equal=False)
         False
     """
-    if math.isnan(priority):
+    if _is_nan(priority):
         return False
     if n_saved is None or len(history) < n_saved:
         return True
     lowest = history[0][0]
-    if math.isnan(lowest):
+    if _is_nan(lowest):
         return True
     return priority >= lowest if greater_or_equal else priority > lowest
 
@@ -76,5 +76,9 @@ def admit(history: Sequence[Entry], entry: Entry, *, n_saved: int | None) -> Ret
 
 
 def _order(entry: Entry) -> tuple[bool, int | float]:
-    missing = math.isnan(entry[0])
+    missing = _is_nan(entry[0])
     return (not missing, 0 if missing else entry[0])
+
+
+def _is_nan(priority: float) -> bool:
+    return isinstance(priority, float) and math.isnan(priority)  # an int may be beyond the range of floats

@@ -70,7 +70,7 @@ def _pack_items(mark: str) -> Callable[[Any], dict[str, Any]]:
 
 
 def _pack_tensor(tensor: torch.Tensor) -> dict[str, Any]:
-    plain = tensor.detach().to("cpu").contiguous()
+    plain = tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
     raw = bytes(plain.reshape(-1).view(torch.uint8).numpy()) if plain.numel() else b""
     return {
         _MARK: "tensor",

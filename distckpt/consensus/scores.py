@@ -6,7 +6,10 @@ know what the score is for. Layer L3.
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Literal, get_args
+
+from distckpt.scalars import is_nan
 
 __all__ = ["ScoreRule", "agreed_score", "check_rule"]
 
@@ -42,7 +45,7 @@ def agreed_score(scores: Sequence[float], rule: ScoreRule, coordinator: int) -> 
         ((0.1, False), (1.5, True))
     """
     own = scores[coordinator]
-    num_nan = sum(math.isnan(score) for score in scores)
+    num_nan = sum(is_nan(score) for score in scores)
     if num_nan == len(scores) or (num_nan == 0 and all(score == own for score in scores)):
         return own, False
     if rule == "coordinator":
@@ -50,7 +53,16 @@ def agreed_score(scores: Sequence[float], rule: ScoreRule, coordinator: int) -> 
     if num_nan:
         return math.nan, True
     if rule == "mean":
-        # fsum rounds once, and infinities of both signs have no mean
-        infinite = {score for score in scores if math.isinf(score)}
-        return (math.nan if len(infinite) > 1 else math.fsum(scores) / len(scores)), True
+        return _mean(scores), True
     return (min(scores) if rule == "min" else max(scores)), True
+
+
+def _mean(scores: Sequence[float]) -> float:
+    infinite = {score for score in scores if isinstance(score, float) and math.isinf(score)}
+    if infinite:
+        return infinite.pop() if len(infinite) == 1 else math.nan  # those of both signs have no mean
+    exact = sum(map(Fraction, scores)) / len(scores)  # rounded once, and no sum that overflows
+    try:
+        return float(exact)
+    except OverflowError:
+        return math.inf if exact > 0 else -math.inf

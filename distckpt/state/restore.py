@@ -7,10 +7,11 @@ from. Layer L2.
 2. modules try their state on a skeleton, optimizers compare their groups: nothing live is touched.
 3. the objects that cannot be asked beforehand are loaded first, after a note of what they held; if one refuses,
    all of them get that back.
-4. optimizers and modules are loaded: they are known to fit.
+4. optimizers, then modules that load in a way of their own, are loaded; their notes are used like those of 3.
+5. plain modules are loaded last: they are known to fit, and no copy of them is made.
 """
 
-import copy
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from distckpt.state.skeleton import NotCopyable, try_on_skeleton
+from distckpt.state.undo import undo_module, undo_object, undo_optimizer
 from distckpt.state.unwrap import unwrap
 
 __all__ = ["restore"]
@@ -48,38 +50,61 @@ def restore(to_load: Mapping[str, Any], state: Any, module_options: Mapping[str,
     """
     options = dict(module_options)
     pairs = _pair_up(to_load, state)
-    known = [pair for pair in pairs if _can_be_asked(pair.obj)]
-    first = [pair for pair in pairs if not _can_be_asked(pair.obj)]
+    turns: list[tuple[int, _Pair]] = []
     undo: list[Callable[[], None]] = []
-    for pair in known:
-        if isinstance(pair.obj, nn.Module):
-            try:
-                try_on_skeleton(pair.obj, pair.state, options)
-            except NotCopyable:
-                undo.append(_undo_module(pair.obj))
-        else:
-            _check_groups(pair)
-    undo.extend(_undo_attributes(pair.obj) for pair in first)
-    # Modules last: they were tried on a skeleton, and are the largest.
-    order = first + sorted(known, key=lambda pair: isinstance(pair.obj, nn.Module))
+    for pair in pairs:
+        turn, step = _examine(pair, options)
+        turns.append((turn, pair))
+        undo.extend([] if step is None else [step])
     try:
-        for pair in order:
+        for _, pair in sorted(turns, key=lambda item: item[0]):
             if isinstance(pair.obj, nn.Module):
                 pair.obj.load_state_dict(pair.state, **options)
             else:
                 pair.obj.load_state_dict(pair.state)
     except BaseException:
-        for step in undo:
-            step()
+        with contextlib.ExitStack() as stack:  # every step is taken, also when one of them fails
+            for step in undo:
+                stack.callback(step)
         raise
+
+
+def _examine(pair: _Pair, options: dict[str, Any]) -> tuple[int, Callable[[], None] | None]:
+    """Find out whether a state fits, as far as that can be known.
+
+    Returns:
+        When the object is to be loaded (the surest last), and how to undo that; None where it cannot fail.
+
+    Raises:
+        ValueError, RuntimeError: it does not fit.
+    """
+    obj = pair.obj
+    if isinstance(obj, nn.Module):
+        try:
+            try_on_skeleton(obj, pair.state, options)
+        except NotCopyable:
+            return 2, undo_module(obj)
+        return 3, None
+    if isinstance(obj, torch.optim.Optimizer) and _loads_as_torch_does(obj):
+        _check_groups(pair)
+        return 1, undo_optimizer(obj)
+    return 0, undo_object(obj)
 
 
 def _pair_up(to_load: Mapping[str, Any], state: Any) -> list[_Pair]:
     if len(to_load) == 1:
         ((key, obj),) = to_load.items()
-        if not isinstance(state, Mapping) or key not in state:
+        if not isinstance(state, Mapping) or key not in state or _is_bare(obj, state, key):
             return _pairs(key, obj, state)
     return _pairs("", dict(to_load), state)
+
+
+def _is_bare(obj: Any, state: Mapping[str, Any], key: str) -> bool:
+    """Tell a single object's bare state that happens to hold `key` from a mapping with its state at `key`."""
+    if isinstance(obj, torch.optim.Optimizer):
+        inner = state[key]
+        return "param_groups" in state and not (isinstance(inner, Mapping) and "param_groups" in inner)
+    return hasattr(obj, "load_state_dict") and not isinstance(state[key], Mapping)
 
 
 def _pairs(name: str, obj: Any, state: Any) -> list[_Pair]:
@@ -101,11 +126,8 @@ def _pairs(name: str, obj: Any, state: Any) -> list[_Pair]:
     raise ValueError(msg)
 
 
-def _can_be_asked(obj: Any) -> bool:
-    """Tell whether it can be found out beforehand that a state fits `obj`."""
-    if isinstance(obj, torch.optim.Optimizer):
-        return type(obj).load_state_dict is torch.optim.Optimizer.load_state_dict
-    return isinstance(obj, nn.Module)
+def _loads_as_torch_does(optimizer: torch.optim.Optimizer) -> bool:
+    return type(optimizer).load_state_dict is torch.optim.Optimizer.load_state_dict
 
 
 def _check_groups(pair: _Pair) -> None:
@@ -123,45 +145,3 @@ def _check_groups(pair: _Pair) -> None:
     if ours != theirs:
         msg = f"loaded state dict contains a parameter group that doesn't match the size of optimizer's group {told}"
         raise ValueError(msg)
-
-
-def _undo_module(module: nn.Module) -> Callable[[], None]:
-    before = {key: value.detach().clone() for key, value in module.state_dict().items() if torch.is_tensor(value)}
-
-    def undo() -> None:
-        module.load_state_dict(before, strict=False)
-
-    return undo
-
-
-def _undo_attributes(obj: Any) -> Callable[[], None]:
-    """Note what `obj` holds, two levels deep: its attributes, their containers, and its parts' attributes.
-
-    An ignite Engine keeps its counters in ``engine.state``, a scheduler its own in its attributes.
-    """
-    notes = [(part, _shallow(vars(part))) for part in (obj, *_parts(obj))] if hasattr(obj, "__dict__") else []
-    state = None if notes else copy.deepcopy(obj.state_dict())
-
-    def undo() -> None:
-        for part, held in notes:
-            vars(part).clear()
-            vars(part).update(held)
-        if state is not None:
-            obj.load_state_dict(state)
-
-    return undo
-
-
-def _shallow(attributes: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: copy.copy(value) if isinstance(value, list | dict | set) else value for key, value in attributes.items()
-    }
-
-
-def _parts(obj: Any) -> list[Any]:
-    opaque = (nn.Module, torch.Tensor, torch.optim.Optimizer, type)
-    return [
-        part
-        for part in vars(obj).values()
-        if hasattr(part, "__dict__") and not isinstance(part, opaque) and not callable(part)
-    ]

@@ -1,8 +1,8 @@
 """A module's shape without its data, to try a state on.
 
-Owns the dry run: whether ``load_state_dict`` would accept a state, asked of a copy on the meta device, so that
-the live module is not touched and no memory is spent. It runs the module's own code, hooks included, and so
-refuses exactly what the real load would refuse. Layer L2.
+Owns the dry run: whether ``load_state_dict`` would accept a state, asked of a twin on the meta device, so that the
+live module is not touched and no memory is spent. Modules that load in a way of their own (hooks, overridden methods)
+are not tried: what their code does to a twin, and to what it shares with the live one, nobody knows. Layer L2.
 """
 
 import copy
@@ -14,13 +14,16 @@ from torch import nn
 
 __all__ = ["NotCopyable", "try_on_skeleton"]
 
+_METHODS = ("load_state_dict", "_load_from_state_dict", "set_extra_state")
+_HOOKS = ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+
 
 class NotCopyable(Exception):  # noqa: N818 - not an error: the caller takes another way
-    """The module cannot be copied (a ScriptModule, for one): no dry run is possible."""
+    """The module loads in a way of its own, or cannot be copied: no dry run is possible."""
 
 
 def try_on_skeleton(module: nn.Module, state: Any, options: dict[str, Any]) -> None:
-    """Load `state` into a copy of `module` on the meta device.
+    """Load `state` into a twin of `module` on the meta device.
 
     Args:
         module: the live one; it is not changed.
@@ -31,9 +34,10 @@ def try_on_skeleton(module: nn.Module, state: Any, options: dict[str, Any]) -> N
         NotCopyable: no dry run is possible.
         Exception: whatever ``load_state_dict`` raises when the state does not fit.
     """
-    tensors: dict[int, torch.Tensor] = {}
+    if any(_loads_its_own_way(part) for part in module.modules()):
+        raise NotCopyable
     try:
-        skeleton = _skeleton_of(module, tensors, {})
+        skeleton = _twin_of(module, {}, {})
     except Exception as error:
         raise NotCopyable from error
     with warnings.catch_warnings():
@@ -41,22 +45,33 @@ def try_on_skeleton(module: nn.Module, state: Any, options: dict[str, Any]) -> N
         skeleton.load_state_dict(_on_meta(state), **options)
 
 
-def _skeleton_of(module: nn.Module, tensors: dict[int, torch.Tensor], done: dict[int, nn.Module]) -> nn.Module:
+def _loads_its_own_way(module: nn.Module) -> bool:
+    if isinstance(module, torch.jit.ScriptModule) or any(vars(module).get(name) for name in _HOOKS):
+        return True
+    # torch.nn's own overrides (BatchNorm's counter) work on the meta device and touch nothing else.
+    owners = (_owner(type(module), name) for name in _METHODS)
+    return any(owner.__module__.split(".")[:2] != ["torch", "nn"] for owner in owners)
+
+
+def _owner(kind: type, name: str) -> type:
+    return next(base for base in kind.__mro__ if name in vars(base))
+
+
+def _twin_of(module: nn.Module, tensors: dict[int, torch.Tensor], done: dict[int, nn.Module]) -> nn.Module:
     if id(module) in done:
         return done[id(module)]
-    twin = copy.copy(module)
+    twin: nn.Module = object.__new__(type(module))  # no __setstate__: DDP's would build a second reducer
     done[id(module)] = twin
-    parts = vars(twin)
-    if type(module).set_extra_state is not nn.Module.set_extra_state:
-        # It may change what the attributes refer to; those have to be the twin's own.
-        kept = ("_parameters", "_buffers", "_modules")
-        parts.update(copy.deepcopy({key: value for key, value in parts.items() if key not in kept}))
-    parts["_parameters"] = {key: _meta_parameter(value, tensors) for key, value in module._parameters.items()}  # noqa: SLF001
-    parts["_buffers"] = {key: _meta_tensor(value, tensors) for key, value in module._buffers.items()}  # noqa: SLF001
-    parts["_modules"] = {
-        key: None if child is None else _skeleton_of(child, tensors, done)
+    held = {
+        key: copy.copy(value) if isinstance(value, list | dict | set) else value for key, value in vars(module).items()
+    }
+    held["_parameters"] = {key: _meta_parameter(value, tensors) for key, value in module._parameters.items()}  # noqa: SLF001
+    held["_buffers"] = {key: _meta_tensor(value, tensors) for key, value in module._buffers.items()}  # noqa: SLF001
+    held["_modules"] = {
+        key: None if child is None else _twin_of(child, tensors, done)
         for key, child in module._modules.items()  # noqa: SLF001
     }
+    vars(twin).update(held)
     return twin
 
 
@@ -71,8 +86,6 @@ def _meta_tensor(tensor: torch.Tensor | None, tensors: dict[int, torch.Tensor]) 
 def _meta_parameter(parameter: nn.Parameter | None, tensors: dict[int, torch.Tensor]) -> nn.Parameter | None:
     if parameter is None:
         return None
-    if nn.parameter.is_lazy(parameter):
-        raise NotCopyable
     if id(parameter) not in tensors:
         tensors[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
     return tensors[id(parameter)]  # type: ignore[return-value]  # put there as a Parameter

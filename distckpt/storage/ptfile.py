@@ -7,6 +7,7 @@ import errno
 import functools
 import inspect
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from distckpt.storage.sink import Sink
 __all__ = ["check_save_options", "read_pt", "write_pt"]
 
 
+_NEWEST_PROTOCOL = 3
+
+
 @functools.cache
 def _save_options() -> frozenset[str]:
     return frozenset(inspect.signature(torch.save).parameters) - {"obj", "f"}
@@ -29,12 +33,20 @@ def check_save_options(options: Mapping[str, Any]) -> None:
 
     Raises:
         TypeError: there is an unknown one.
+        ValueError: the file could not be loaded again.
     """
     for name in options:
         if name not in _save_options():
             known = ", ".join(sorted(_save_options()))
             msg = f"save() got an unexpected keyword argument '{name}'; torch.save takes: {known}"
             raise TypeError(msg)
+    protocol = options.get("pickle_protocol", 2)
+    if isinstance(protocol, int) and protocol > _NEWEST_PROTOCOL:
+        msg = (
+            f"Argument pickle_protocol should be at most {_NEWEST_PROTOCOL}, but given {protocol}: "
+            "torch.load(weights_only=True), which loads without executing code, reads none newer"
+        )
+        raise ValueError(msg)
 
 
 def write_pt(state: Any, sink: Sink, options: Mapping[str, Any]) -> None:
@@ -73,7 +85,9 @@ def read_pt(path: Path) -> Any:
         msg = f"{path} is no checkpoint: it is empty"
         raise DamagedCheckpoint(msg)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle protocol that its own loader may not know: it will say so
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = _reason(str(error))
         if "global" in reason.lower() or "class" in reason.lower():
@@ -102,5 +116,7 @@ def _reason(text: str) -> str:
     lines = [line for line in lines if not line.startswith(("Check the documentation", "Please file an issue"))]
     told = [line for line in lines if "GLOBAL" in line or "Unsupported" in line]
     line = (told or lines or ["no reason given"])[-1]
+    if "weights_only" in line:  # torch's advice to load it unsafely
+        return "its format can only be read by executing what it holds."
     line = line.removeprefix("WeightsUnpickler error: ").split(" Please use ", 1)[0].split(". In PyTorch 2.6", 1)[0]
     return line if line.endswith(".") else line + "."

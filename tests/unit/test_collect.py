@@ -1,0 +1,133 @@
+"""From live objects to plain state: what is replaced, what stays the very same object."""
+
+import copy
+from collections import OrderedDict, namedtuple
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from distckpt.state.collect import capture, check_objects, map_tree, plain_scalars
+from distckpt.storage.ptfile import read_pt
+
+Pair = namedtuple("Pair", "a b")  # noqa: PYI024 - an untyped one is what states hold
+
+
+class Stateful:
+    def __init__(self, state: Any) -> None:
+        self.state = state
+
+    def state_dict(self) -> Any:
+        return self.state
+
+
+@pytest.mark.parametrize(
+    ("state", "plain"),
+    [
+        (np.float64(0.1), 0.1),
+        (np.float32(0.5), 0.5),
+        (np.int64(3), 3),
+        (np.bool_(True), True),  # noqa: FBT003 - NumPy's bool is the point
+        (np.str_("a"), "a"),
+        ({"a": np.float64(1)}, {"a": 1.0}),
+        ([1, np.int8(2)], [1, 2]),
+        ((1, (np.int8(2),)), (1, (2,))),
+        ({"a": [{"b": (np.float64(1), None)}]}, {"a": [{"b": (1.0, None)}]}),
+        (OrderedDict(b=np.int8(1), a=2), OrderedDict(b=1, a=2)),
+    ],
+    ids=repr,
+)
+def test_numpy_scalars_become_pythons(state: Any, plain: Any) -> None:
+    result = plain_scalars(state)
+    assert repr(result) == repr(plain)  # types too: NumPy's show theirs
+    assert type(result) is type(plain)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"a": [1, (2, {"b": None})]},
+        OrderedDict(a=torch.ones(2)),
+        [torch.ones(1)],
+        (),
+        "text",
+        np.ones(2),
+        Pair(1, 2),
+        {1, 2},
+        None,
+    ],
+    ids=lambda state: type(state).__name__,
+)
+def test_state_without_numpy_scalars_is_handed_back_as_it_is(state: Any) -> None:
+    assert plain_scalars(state) is state
+
+
+def test_only_the_way_to_a_numpy_scalar_is_new() -> None:
+    clean, tensor = {"x": [1, 2]}, torch.ones(2)
+    state: dict[str, Any] = {"clean": clean, "tensor": tensor, "dirty": [np.float64(1)]}
+    before = copy.copy(state)
+    result = plain_scalars(state)
+    assert result is not state
+    assert result["clean"] is clean
+    assert result["tensor"] is tensor
+    assert state == before, "the object's own state must not change"
+    assert type(state["dirty"][0]) is np.float64
+
+
+def test_modules_metadata_is_kept_when_something_is_replaced() -> None:
+    state: Any = nn.BatchNorm1d(2).state_dict()
+    state["extra"] = np.float64(1)  # as a get_extra_state may hold
+    result: Any = plain_scalars(state)
+    assert type(result) is OrderedDict
+    assert vars(result)["_metadata"] == state._metadata
+    assert result["weight"] is state["weight"]
+    assert list(result) == list(state)
+
+
+def test_module_gives_its_live_tensors() -> None:
+    module = nn.Linear(2, 3)
+    captured = capture({"m": module}, rank=0, save_on_rank=0)
+    assert captured["m"]["weight"].data_ptr() == module.weight.data_ptr()
+
+
+def test_tree_keeps_its_shape() -> None:
+    one, two = Stateful({"n": np.int64(1)}), Stateful({"n": 2})
+    tree = {"list": [one, two], "tuple": (one,), "dict": OrderedDict(deep={"x": two}), "empty": [], "single": one}
+    captured = capture(tree, rank=0, save_on_rank=0)
+    assert captured == {
+        "list": [{"n": 1}, {"n": 2}],
+        "tuple": [{"n": 1}],
+        "dict": {"deep": {"x": {"n": 2}}},
+        "empty": [],
+        "single": {"n": 1},
+    }
+
+
+def test_containers_with_a_state_of_their_own_are_leaves() -> None:
+    modules = nn.ModuleDict({"a": nn.Linear(1, 1)})
+    listed = nn.ModuleList([nn.Linear(1, 1)])
+    assert map_tree(type, {"d": modules, "l": [listed]}) == {"d": nn.ModuleDict, "l": [nn.ModuleList]}
+    assert set(capture({"d": modules}, rank=0, save_on_rank=0)["d"]) == {"a.weight", "a.bias"}
+
+
+def test_captured_numpy_scalars_can_be_loaded_without_executing(tmp_path: Any) -> None:
+    state = capture({"s": Stateful({"best": np.float64(0.1), "seen": [np.int64(2)]})}, rank=0, save_on_rank=0)
+    torch.save(state, tmp_path / "a.pt")
+    assert read_pt(tmp_path / "a.pt") == {"s": {"best": 0.1, "seen": [2]}}
+
+
+@pytest.mark.parametrize("method", ["state_dict", "load_state_dict"])
+@pytest.mark.parametrize("odd", [1, None, "text", object(), len], ids=lambda odd: type(odd).__name__)
+def test_object_without_the_method_is_a_type_error(odd: Any, method: str) -> None:
+    for tree in ({"a": odd}, {"a": [nn.Linear(1, 1), odd]}, {"a": {"b": (odd,)}}):
+        with pytest.raises(TypeError, match="should have") as caught:
+            check_objects(tree, method)
+        assert str(caught.value) == f"Object {type(odd)} should have `{method}` method"
+
+
+def test_object_that_saves_but_does_not_load_is_named() -> None:
+    check_objects({"a": Stateful(1)}, "state_dict")
+    with pytest.raises(TypeError, match="Stateful'> should have `load_state_dict` method"):
+        check_objects({"a": Stateful(1)}, "load_state_dict")

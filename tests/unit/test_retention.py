@@ -1,0 +1,146 @@
+"""Which checkpoints are kept: tables, and properties over every history."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distckpt.retention import Entry, admit, wants
+
+NAN = math.nan
+HUGE = 10**400  # beyond the range of floats
+PRIORITIES = st.one_of(st.integers(-3, 3), st.floats(allow_nan=False), st.sampled_from([math.inf, -math.inf]))
+NAMES = st.sampled_from([f"{letter}.pt" for letter in "abcdefgh"])
+SAVES = st.lists(st.tuples(PRIORITIES, NAMES), max_size=12)
+LIMITS = st.one_of(st.none(), st.integers(1, 4))
+
+
+def saved(entries: list[Entry], n_saved: int | None) -> list[Entry]:
+    """Return the history after these saves, whatever `wants` says."""
+    history: tuple[Entry, ...] = ()
+    for entry in entries:
+        history = admit(history, entry, n_saved=n_saved).kept
+    return list(history)
+
+
+def readable(value: object) -> str:
+    """Return a test's name that can be read."""
+    return repr(value).replace(str(HUGE), "huge")
+
+
+@pytest.mark.parametrize(
+    ("history", "priority", "n_saved", "strict", "ties"),
+    [
+        ([], 1, 1, True, True),
+        ([], NAN, 1, False, False),
+        ([], NAN, None, False, False),
+        ([], -math.inf, 1, True, True),
+        ([(1, "a")], 1, 1, False, True),
+        ([(1, "a")], 1.0, 1, False, True),
+        ([(1, "a")], 0, 1, False, False),
+        ([(1, "a")], 2, 1, True, True),
+        ([(1, "a")], NAN, 1, False, False),
+        ([(1, "a")], 0, 2, True, True),
+        ([(1, "a"), (2, "b")], 1.5, 2, True, True),
+        ([(1, "a"), (2, "b")], 0, None, True, True),
+        ([(NAN, "a")], 0, 1, True, True),
+        ([(NAN, "a")], -math.inf, 1, True, True),
+        ([(NAN, "a")], NAN, 1, False, False),
+        ([(-math.inf, "a")], -math.inf, 1, False, True),
+        ([(1, "a")], HUGE, 1, True, True),
+        ([(HUGE, "a")], 1.0, 1, False, False),
+        ([(math.inf, "a")], HUGE, 1, False, False),
+        ([(2**53, "a")], 2**53 + 1, 1, True, True),
+    ],
+    ids=readable,
+)
+def test_checkpoint_is_wanted_if_there_is_room_or_it_is_better(
+    history: list[Entry], priority: float, n_saved: int | None, *, strict: bool, ties: bool
+) -> None:
+    assert wants(history, priority, n_saved=n_saved, greater_or_equal=False) is strict
+    assert wants(history, priority, n_saved=n_saved, greater_or_equal=True) is ties
+
+
+@pytest.mark.parametrize(
+    ("history", "entry", "n_saved", "kept", "evicted"),
+    [
+        ([], (1, "a"), 1, [(1, "a")], []),
+        ([(1, "a")], (2, "b"), 1, [(2, "b")], ["a"]),
+        ([(1, "a")], (2, "b"), None, [(1, "a"), (2, "b")], []),
+        ([(1, "a"), (2, "b")], (1.5, "c"), 2, [(1.5, "c"), (2, "b")], ["a"]),
+        # The same name: its file was overwritten, so nothing else goes and the name is not removed.
+        ([(1, "a")], (0, "a"), 1, [(0, "a")], []),
+        ([(1, "a"), (2, "b")], (3, "a"), 2, [(2, "b"), (3, "a")], []),
+        # The newer of a tie is the higher.
+        ([(1, "a"), (1, "b")], (1, "c"), 3, [(1, "a"), (1, "b"), (1, "c")], []),
+        ([(1, "a"), (1, "b")], (1, "c"), 2, [(1, "b"), (1, "c")], ["a"]),
+        # Even a worse one is kept once it is committed: its file is there.
+        ([(5, "a")], (1, "b"), 1, [(1, "b")], ["a"]),
+        ([(NAN, "a"), (1, "b")], (0, "c"), 2, [(0, "c"), (1, "b")], ["a"]),
+        ([(1, "a"), (HUGE, "b")], (5, "c"), 2, [(5, "c"), (HUGE, "b")], ["a"]),
+        ([(NAN, "a")], (0, "c"), None, [(NAN, "a"), (0, "c")], []),
+        # A smaller n_saved than before.
+        ([(1, "a"), (2, "b"), (3, "c")], (4, "d"), 2, [(3, "c"), (4, "d")], ["a", "b"]),
+    ],
+    ids=readable,
+)
+def test_admitted_checkpoint_replaces_the_lowest(
+    history: list[Entry], entry: Entry, n_saved: int | None, kept: list[Entry], evicted: list[str]
+) -> None:
+    retained = admit(history, entry, n_saved=n_saved)
+    assert repr(list(retained.kept)) == repr(kept)  # NaN equals nothing, its text does
+    assert list(retained.evicted) == evicted
+
+
+@given(SAVES, LIMITS, st.tuples(PRIORITIES, NAMES))
+def test_new_checkpoint_is_kept_and_never_evicted(saves: list[Entry], n_saved: int | None, entry: Entry) -> None:
+    history = saved(saves, n_saved)
+    retained = admit(history, entry, n_saved=n_saved)
+    assert entry in retained.kept
+    assert entry[1] not in retained.evicted
+    assert n_saved is None or len(retained.kept) <= n_saved
+    assert [name for _, name in retained.kept] == list(dict.fromkeys(name for _, name in retained.kept))
+    priorities = [priority for priority, _ in retained.kept]
+    assert priorities == sorted(priorities)
+
+
+@given(SAVES, LIMITS, st.tuples(PRIORITIES, NAMES))
+def test_every_old_file_is_either_kept_or_evicted(saves: list[Entry], n_saved: int | None, entry: Entry) -> None:
+    history = saved(saves, n_saved)
+    retained = admit(history, entry, n_saved=n_saved)
+    others = {name for _, name in history} - {entry[1]}
+    left = {name for _, name in retained.kept} - {entry[1]}
+    assert left | set(retained.evicted) == others
+    assert not left & set(retained.evicted)
+
+
+@given(st.lists(PRIORITIES, max_size=15), st.integers(1, 4), st.booleans())
+def test_best_scores_are_kept(scores: list[float], n_saved: int, greater_or_equal: bool) -> None:  # noqa: FBT001 - a strategy's
+    history: tuple[Entry, ...] = ()
+    for turn, score in enumerate(scores):
+        if wants(history, score, n_saved=n_saved, greater_or_equal=greater_or_equal):
+            history = admit(history, (score, f"{turn}.pt"), n_saved=n_saved).kept
+    newest_wins = sorted(range(len(scores)), key=lambda turn: (scores[turn], turn if greater_or_equal else -turn))
+    best = set(newest_wins[-n_saved:])
+    assert {int(name.removesuffix(".pt")) for _, name in history} == best
+
+
+@given(st.lists(st.one_of(PRIORITIES, st.just(NAN)), max_size=15), st.integers(1, 3))
+def test_nan_among_the_scores_changes_nothing(scores: list[float], n_saved: int) -> None:
+    def history_of(values: list[float]) -> list[float]:
+        history: tuple[Entry, ...] = ()
+        for turn, value in enumerate(values):
+            if wants(history, value, n_saved=n_saved, greater_or_equal=True):
+                history = admit(history, (value, f"{turn}.pt"), n_saved=n_saved).kept
+        return [priority for priority, _ in history]
+
+    assert history_of(scores) == history_of([score for score in scores if not math.isnan(score)])
+
+
+@given(SAVES, LIMITS, st.tuples(PRIORITIES, NAMES))
+def test_history_that_was_handed_in_is_not_changed(saves: list[Entry], n_saved: int | None, entry: Entry) -> None:
+    history = saved(saves, n_saved)
+    before = list(history)
+    admit(history, entry, n_saved=n_saved)
+    assert history == before
