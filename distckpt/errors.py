@@ -141,10 +141,17 @@ class RankFailure:
         return cls(
             rank=rank,
             kinds=tuple(base.__name__ for base in type(error).__mro__),
-            message=str(error),
+            message=_text_of(error),
             errno=number if isinstance(number, int) else None,
             traceback=traceback_text,
         )
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as again:  # noqa: BLE001 - a user's __str__ may fail too; the other ranks wait for an answer
+        return f"<its text could not be made: {type(again).__name__}>"
 
 
 class PhaseError(DistckptError):
@@ -195,6 +202,7 @@ _OURS: tuple[type[Exception], ...] = (
     RanksDriftedApart,
 )
 _BUILTIN: tuple[type[Exception], ...] = (
+    TimeoutError,
     FileNotFoundError,
     FileExistsError,
     PermissionError,
@@ -206,6 +214,8 @@ _BUILTIN: tuple[type[Exception], ...] = (
     AttributeError,
     NotImplementedError,
     MemoryError,
+    AssertionError,
+    pickle.PicklingError,
     ArithmeticError,
     RuntimeError,
     TypeError,
@@ -219,7 +229,8 @@ def _mixed(bases: tuple[type[Exception], ...]) -> type[Any]:
     needed = [base for base in bases if not any(other is not base and issubclass(other, base) for other in bases)]
     if len(needed) == 1:
         return needed[0]
-    return type("".join(base.__name__ for base in needed), tuple(needed), {"__doc__": needed[0].__doc__})
+    # Shown under the name that the documentation knows.
+    return type(needed[0].__name__, tuple(needed), {"__doc__": needed[0].__doc__, "__module__": __name__})
 
 
 def _named(known: Sequence[type[Exception]], kinds: Sequence[str]) -> tuple[type[Exception], ...]:

@@ -8,7 +8,7 @@ The protocol of one save, in the foreground:
 1. (all ranks) :class:`SaveIntent`: this rank's step, score and history. User code runs here.
 2. (all ranks) from all intents, by pure functions: :class:`SaveDecision`, identical on every rank. The names and
    numbers to decide by are the coordinator's; so is the history.
-3. (all ranks) capture: call ``state_dict()``. It may be collective itself.
+3. (all ranks) consolidate what is sharded; then capture: call ``state_dict()``, which may be collective itself.
 4. (all ranks) write: the save handler is called. A DiskSaver writes on the coordinator alone, and returns when the
    file is durable under its name. This is the commit.
 5. (all ranks) the handler takes over the new history.
@@ -26,7 +26,7 @@ from distckpt import naming, retention
 from distckpt.backends.base import Backend, default_timeout_s
 from distckpt.consensus import agree
 from distckpt.consensus.scores import ScoreRule, agreed_score
-from distckpt.errors import CommitNotDurable, SaveError, save_error
+from distckpt.errors import CommitNotDurable, RanksDriftedApart, SaveError, save_error
 from distckpt.retention import Entry
 from distckpt.scalars import is_nan
 
@@ -164,6 +164,7 @@ def decide(
         intents = [
             _intent(fields) for fields in agree.run(backend, place, lambda: asdict(intend()), timeout_s=timeout_s)
         ]
+    _refuse_strangers(intents)
     named = [intent.save_on_rank for intent in intents]
     if len(set(named)) > 1:
         msg = f"Argument save_on_rank should be the same on every rank, but is, by rank: {named}"
@@ -171,6 +172,20 @@ def decide(
     coordinator = named[0]
     backend.check_rank(coordinator, "save_on_rank")
     return _decide(intents, coordinator)
+
+
+def _refuse_strangers(intents: Sequence[SaveIntent]) -> None:
+    """Raise where the ranks met in one event, but with handlers of another making."""
+    names = [
+        (one.rules.prefix, one.rules.name, one.rules.ext, one.rules.pattern, one.rules.score_name) for one in intents
+    ]
+    if len(set(names)) > 1:
+        told = "; ".join(f"rank {rank}: {name}" for rank, name in enumerate(names))
+        msg = (
+            "The ranks came to one save with different handlers (prefix, name, extension, pattern, score's name): "
+            f"{told}. Handlers have to be built and attached on all ranks, in the same order."
+        )
+        raise RanksDriftedApart(msg)
 
 
 def _intent(fields: Mapping[str, Any]) -> SaveIntent:
@@ -255,9 +270,11 @@ def commit(
     backend: Backend,
     place: Callable[[str], agree.Place],
     agreed: Agreed,
+    *,
+    consolidate: Callable[[], None],
     capture: Callable[[], Any],
     write: Callable[[Any], None],
-    *,
+    all_write: bool,
     timeout_s: float | None,
 ) -> None:
     """Collective. Steps 3 and 4 of the protocol.
@@ -266,8 +283,12 @@ def commit(
         backend: the job's.
         place: makes the place of a phase from what is done in it.
         agreed: what :func:`decide` returned; it holds a decision.
+        consolidate: gathers what is sharded over the ranks; collective, and apart so that no user code can keep a
+            rank from it.
         capture: returns the checkpoint on this rank.
         write: hands the checkpoint to the save handler on this rank.
+        all_write: whether every rank may take long over it. Else the ranks that write nothing are patient, and
+            the coordinator waits for them no longer than `timeout_s`.
         timeout_s: seconds to wait for the other ranks; None for the default.
 
     Raises:
@@ -277,6 +298,7 @@ def commit(
     if agreed.decision is None:
         return
     filename = agreed.decision.filename
+    agree.run(backend, place(f"consolidating {filename}"), consolidate, timeout_s=timeout_s)
     captured: list[Any] = []
     agree.run(backend, place(f"capturing {filename}"), lambda: captured.append(capture()), timeout_s=timeout_s)
     here = place(f"saving {filename}")
@@ -285,18 +307,23 @@ def commit(
         try:
             write(captured[0])
         except SaveError as error:
-            raise _with_context(error, backend.rank, here.step, agreed.history) from error
+            raise _with_context(error, backend.rank, here.step, filename, agreed.history) from error
 
-    patience_s = max(default_timeout_s() if timeout_s is None else timeout_s, _WRITE_TIMEOUT_S)
+    patience_s = default_timeout_s() if timeout_s is None else timeout_s
+    if all_write or backend.rank != agreed.coordinator:
+        patience_s = max(patience_s, _WRITE_TIMEOUT_S)
     agree.run(backend, here, write_here, timeout_s=patience_s)
 
 
-def _with_context(error: SaveError, rank: int, step: int, history: Sequence[Entry]) -> SaveError:
-    stands = f" {history[-1][1]} is intact." if history else " There is no earlier checkpoint."
-    not_durable = isinstance(error, CommitNotDurable)
-    if not_durable and history:
-        stands = f" {history[-1][1]} was kept for that reason."
-    return save_error(f"rank {rank}, step {step}: {error}.{stands}", error, renamed=not_durable)
+def _with_context(error: SaveError, rank: int, step: int, filename: str, history: Sequence[Entry]) -> SaveError:
+    """Say on which rank and step it happened, and what stands. A file of the same name is not vouched for."""
+    others = [name for _, name in history if name != filename]
+    is_renamed = isinstance(error, CommitNotDurable)
+    if others:
+        stands = f" {others[-1]} {'was kept for that reason' if is_renamed else 'is intact'}."
+    else:
+        stands = "" if history else " There is no earlier checkpoint."
+    return save_error(f"rank {rank}, step {step}: {error}.{stands}", error, renamed=is_renamed)
 
 
 def remove(
@@ -319,9 +346,6 @@ def remove(
     Returns:
         One entry for each of `filenames`; the same on every rank. A file that is gone or cannot be removed is no
         error: the new checkpoint is committed.
-
-    Raises:
-        PhaseError: `remove_one` raised something else than an OSError on some rank; on every rank.
     """
     if not filenames:
         return []
@@ -333,10 +357,10 @@ def remove(
                 remove_one(filename)
             except FileNotFoundError:
                 problems[filename] = [True, f"{filename} was already gone"]
-            except OSError as error:
-                problems[filename] = [False, f"{filename} could not be removed: {error}"]
             except ValueError as error:  # a name from a loaded history that would leave the directory
                 problems[filename] = [True, f"{filename} is left alone: {error}"]
+            except Exception as error:  # noqa: BLE001 - a custom handler's; the new checkpoint is committed
+                problems[filename] = [False, f"{filename} could not be removed: {type(error).__name__}: {error}"]
         return problems
 
     answers = agree.run(backend, place, remove_here, timeout_s=timeout_s)

@@ -4,7 +4,9 @@ Owns the contract that every backend honours, and the collectives that follow fr
 not know about checkpoints or handlers, nor which runtimes exist. Layer L2.
 """
 
+import math
 import os
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -12,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from distckpt.backends import wire
+from distckpt.errors import RanksDriftedApart
 
 __all__ = ["DEFAULT_TIMEOUT_S", "Backend", "ReduceOp", "TensorOp", "default_timeout_s"]
 
@@ -19,6 +22,8 @@ ReduceOp = Literal["SUM", "MIN", "MAX"]
 TensorOp = Literal["SUM", "PRODUCT", "MIN", "MAX", "AND", "OR"]
 
 DEFAULT_TIMEOUT_S = 300.0
+_HASH_BITS = 0x7FFFFFFF  # XLA's exact reduction is of int32
+_NUM_NUMBERS = 4
 TIMEOUT_VARIABLE = "DISTCKPT_TIMEOUT_S"
 
 
@@ -37,7 +42,7 @@ def default_timeout_s() -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not value > 0.0:
+    if not 0.0 < value < math.inf:
         msg = f"{TIMEOUT_VARIABLE} should be a positive number of seconds, but is {text!r}"
         raise ValueError(msg)
     return value
@@ -162,6 +167,53 @@ class Backend(ABC):
 
     # -- what follows from them --------------------------------------------------------------------
 
+    def meet(
+        self,
+        where: str,
+        numbers: Sequence[int] = (),
+        *,
+        turn: int = 0,
+        told: str | None = None,
+        timeout_s: float | None,
+    ) -> list[int]:
+        """Collective. Find out that all ranks are at the same place, and reduce a few numbers with MAX on the way.
+
+        The header of eight int64 with which every collective of distckpt begins: ranks that came from different places
+        meet in it and are told so, instead of pairing wrong collectives.
+
+        1. (all ranks) reduce place and turn, each with its negative, and the numbers.
+        2. (all ranks) place or turn differ: gather what each rank is doing.
+
+        Args:
+            where: the place; has to be equal on all ranks.
+            numbers: at most four, each below 2**31.
+            turn: has to be equal on all ranks.
+            told: the place for people, if it says more.
+            timeout_s: seconds to wait for the other ranks; None for :func:`default_timeout_s`.
+
+        Returns:
+            The largest of each of `numbers`.
+
+        Raises:
+            RanksDriftedApart: the ranks are not at the same place; on every rank, naming all places.
+        """
+        digest = zlib.crc32(where.encode()) & _HASH_BITS
+        header = [digest, -digest, turn, -turn, *numbers, *[0] * (_NUM_NUMBERS - len(numbers))]
+        what = told or where
+        total = self.all_reduce_ints(header, "MAX", what=what, timeout_s=timeout_s)
+        if total[0] == -total[1] and total[2] == -total[3]:
+            return total[4 : 4 + len(numbers)]
+        data = f"{what} (turn {turn})".encode()
+        why = "telling the ranks where each one is"
+        num_bytes = self.all_reduce_ints([len(data)], "MAX", what=why, timeout_s=timeout_s)[0]
+        places = [part.decode() for part in self.gather_host(data, num_bytes, what=why, timeout_s=timeout_s)]
+        where_all = "; ".join(f"rank {rank} is at: {text}" for rank, text in enumerate(places))
+        msg = (
+            f"The ranks came to one collective from different places. {where_all}. Handlers have to be built and "
+            "attached on all ranks, in the same order, and all ranks have to run the same iterations."
+        )
+        raise RanksDriftedApart(msg)
+
     def all_reduce_ints(
         self, values: Sequence[int], op: ReduceOp = "SUM", *, what: str = "all_reduce", timeout_s: float | None = None
     ) -> list[int]:
@@ -184,11 +236,11 @@ class Backend(ABC):
 
     def any(self, flag: bool, *, what: str = "any", timeout_s: float | None = None) -> bool:  # noqa: FBT001
         """Collective. Tell whether the flag is set on at least one rank."""
-        return self.all_reduce_ints([int(flag)], "MAX", what=what, timeout_s=timeout_s)[0] == 1
+        return self.meet(what, [int(flag)], timeout_s=timeout_s)[0] == 1
 
     def all(self, flag: bool, *, what: str = "all", timeout_s: float | None = None) -> bool:  # noqa: FBT001
         """Collective. Tell whether the flag is set on every rank."""
-        return self.all_reduce_ints([int(flag)], "MIN", what=what, timeout_s=timeout_s)[0] == 1
+        return self.meet(what, [int(not flag)], timeout_s=timeout_s)[0] == 0
 
     def gather_objects(self, value: Any, *, what: str = "gather", timeout_s: float | None = None) -> list[Any]:
         """Collective. Give every rank every rank's small object.
@@ -210,9 +262,10 @@ class Backend(ABC):
         """
         try:
             data, problem = wire.encode([True, value]), None
-        except TypeError as error:
-            data, problem = wire.encode([False, str(error)]), error
-        num_bytes = self.all_reduce_ints([len(data)], "MAX", what=what, timeout_s=timeout_s)[0]
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks wait for an answer
+            text = str(error) if isinstance(error, TypeError) else f"{type(error).__name__}: {error}"
+            data, problem = wire.encode([False, text]), error
+        num_bytes = self.meet(what, [len(data)], timeout_s=timeout_s)[0]
         answers = [wire.decode(part) for part in self.gather_host(data, num_bytes, what=what, timeout_s=timeout_s)]
         refused = [f"rank {rank}: {answer[1]}" for rank, answer in enumerate(answers) if not answer[0]]
         if refused:
@@ -233,7 +286,7 @@ class Backend(ABC):
 
     def barrier(self, *, what: str = "barrier", timeout_s: float | None = None) -> None:
         """Collective. Return when every rank has come."""
-        self.all_reduce_ints([0], "MAX", what=what, timeout_s=timeout_s)
+        self.meet(what, timeout_s=timeout_s)
 
     def check_rank(self, rank: int, what: str) -> None:
         """Refuse a rank that this job does not have. Rank-local; issues no collectives.

@@ -148,7 +148,7 @@ class HostGroup:
         call_the_roll(
             self._store, self._rank, self._world_size, what=what, timeout_s=timeout_s, watch=self._who_gave_up
         )
-        self._refuse_if_given_up(what)
+        self.refuse_if_given_up(what)
         gloo = dist.PrefixStore("gloo", self._store)
         try:
             self._group = dist.ProcessGroupGloo(gloo, self._rank, self._world_size, timedelta(seconds=timeout_s))
@@ -168,17 +168,20 @@ class HostGroup:
             if self._group is None:
                 self._form(what, timeout_s)
             elif is_late:
-                self._refuse_if_given_up(what)
+                self.refuse_if_given_up(what)
             self._num_operations += 1
             was_slow = self._wait(start(), what, timeout_s)
             if (was_slow or is_late) and self._verdict("done") != "done":
-                self._refuse_if_given_up(what)
+                self.refuse_if_given_up(what)
         except CollectiveError as error:
             if self._given_up is None:
                 self._give_up(what, error.missing)
             raise
         except RuntimeError as error:
             self._explain(error, what, timeout_s, timed_out=False)
+        except BaseException:  # an interrupt: this rank is out of step now
+            self._give_up(what, ())
+            raise
         self._last_end_s = time.monotonic()
 
     def _wait(self, work: Any, what: str, timeout_s: float) -> bool:
@@ -208,13 +211,21 @@ class HostGroup:
 
     def _verdict(self, mine: str) -> str:
         """Write down how this operation ended, unless another rank has; return what stands."""
-        stands: bytes = self._store.compare_set(f"verdict/{self._num_operations}", "", mine)
+        try:
+            stands: bytes = self._store.compare_set(f"verdict/{self._num_operations}", "", mine)
+        except RuntimeError:  # the store's host has ended; there is nobody left to differ with
+            return mine
         return stands.decode("utf-8")
 
     def _who_gave_up(self) -> str | None:
         return self._store.get("given_up").decode("utf-8") if self._store.check(["given_up"]) else None
 
-    def _refuse_if_given_up(self, what: str) -> None:
+    def refuse_if_given_up(self, what: str) -> None:
+        """Raise where another rank has given the group up. Rank-local.
+
+        Raises:
+            CollectiveError: it names the ranks that did not come, as far as known.
+        """
         news = self._who_gave_up()
         if news is None:
             return

@@ -54,11 +54,21 @@ class TorchDistBackend(Backend):
         self._world_size = dist.get_world_size(group)
         self.name = str(dist.get_backend(group))
         self._local_rank, self._node = _place(self._rank)
-        # The same number on every rank: each counts the backends that it made on this store.
-        root = c10d._get_default_store()  # noqa: SLF001 - the job's store has no public name
-        self._store = dist.PrefixStore(f"distckpt/{root.add(f'distckpt/made/{self._rank}', 1)}", root)
-        self._host = HostGroup(dist.PrefixStore("host", self._store), self._rank, self._world_size)
         self._num_tickets: dict[str, int] = {}
+
+    @functools.cached_property
+    def _store(self) -> dist.Store:
+        """The job's store, under a prefix of this backend's own. Not touched for identity alone.
+
+        A forked data loader may ask for its rank, and must not speak on the store's connection.
+        """
+        root = c10d._get_default_store()  # noqa: SLF001 - the job's store has no public name
+        # The same number on every rank: each counts the backends that it used on this store.
+        return dist.PrefixStore(f"distckpt/{root.add(f'distckpt/made/{self._rank}', 1)}", root)
+
+    @functools.cached_property
+    def _host(self) -> HostGroup:
+        return HostGroup(dist.PrefixStore("host", self._store), self._rank, self._world_size)
 
     @property
     def rank(self) -> int:
@@ -142,6 +152,7 @@ class TorchDistBackend(Backend):
 
         def news() -> str | None:
             key = f"note/{watch}"
+            self._host.refuse_if_given_up(name)
             found = watch is not None and self._store.check([key])
             return self._store.get(key).decode("utf-8") if found else None
 

@@ -20,7 +20,6 @@ In a world of one no collective is made, and errors pass through as they were ra
 """
 
 import traceback
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -32,8 +31,6 @@ from distckpt.errors import RankFailure, RanksDriftedApart, phase_error
 __all__ = ["Place", "Seat", "post_failure", "run", "vote"]
 
 T = TypeVar("T")
-
-_HASH_BITS = 0x7FFFFFFF  # XLA's exact reduction is of int32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,9 +55,9 @@ class Place:
         return f"{self.who}, {self.doing}, step {self.step}"
 
     @property
-    def digest(self) -> int:
-        """A number that differs between places, for the header."""
-        return zlib.crc32(f"{self.who}\0{self.doing}".encode()) & _HASH_BITS
+    def key(self) -> str:
+        """What has to be equal on all ranks."""
+        return f"{self.who}\0{self.doing}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,20 +147,12 @@ def _meet(
     backend: Backend, place: Place, answer: _Answer, *, flag: bool, timeout_s: float | None
 ) -> tuple[int, bool, bool]:
     """Collective. Steps 2 and 3: reduce the header; return longest answer, any flag, any error."""
-    digest, turn = place.digest, place.turn
-    header = [digest, -digest, turn, -turn, len(answer.data), int(flag), int(answer.error is not None), 0]
-    total = backend.all_reduce_ints(header, "MAX", what=str(place), timeout_s=timeout_s)
-    if total[0] != -total[1] or total[2] != -total[3]:
-        places = backend.gather_objects(
-            f"{place} (turn {turn})", what="telling the ranks where each one is", timeout_s=timeout_s
-        )
-        where = "; ".join(f"rank {rank} is at: {text}" for rank, text in enumerate(places))
-        msg = (
-            f"The ranks came to one collective from different places. {where}. Handlers have to be built and attached "
-            "on all ranks, in the same order, and all ranks have to run the same iterations."
-        )
-        raise RanksDriftedApart(msg) from answer.error
-    return total[4], bool(total[5]), bool(total[6])
+    numbers = [len(answer.data), int(flag), int(answer.error is not None)]
+    try:
+        total = backend.meet(place.key, numbers, turn=place.turn, told=str(place), timeout_s=timeout_s)
+    except RanksDriftedApart as error:
+        raise error from answer.error
+    return total[0], bool(total[1]), bool(total[2])
 
 
 def _settle(backend: Backend, place: Place, answer: _Answer, parts: list[bytes]) -> list[Any]:
@@ -196,6 +185,15 @@ class Seat:
         self._backend: Backend | None = None
         self._name = kind
         self._num_turns = 0
+        self._has_met = False
+
+    def __getstate__(self) -> dict[str, str]:
+        """Keep the kind alone: a copy has a seat of its own, and a backend cannot be copied."""
+        return {"kind": self._kind}
+
+    def __setstate__(self, state: dict[str, str]) -> None:
+        """Start anew."""
+        self.__init__(state["kind"])  # type: ignore[misc]  # a seat has nothing else
 
     def take(self, backend: Backend, *, watch: str | None = None, timeout_s: float | None = None) -> tuple[str, int]:
         """All ranks. Return the handler's name and turn; the first time, wait for the other ranks to have it.
@@ -211,14 +209,16 @@ class Seat:
             PhaseError: construction failed on another rank; it is of the type that was raised there.
         """
         if backend is not self._backend:
-            name = self._kind
-            if backend.world_size > 1:
-                name = backend.take_ticket(self._kind) or self._kind
-                note = backend.roll_call(f"the first event of {name}", watch=watch, timeout_s=timeout_s)
-                if note is not None:
-                    fields = wire.decode(note.encode("ascii"))
-                    raise phase_error(f"constructing {name}", [RankFailure(**fields)])
-            self._backend, self._name, self._num_turns = backend, name, 0
+            ticket = backend.take_ticket(self._kind) if backend.world_size > 1 else None
+            self._backend, self._name, self._num_turns = backend, ticket or self._kind, 0
+            self._has_met = backend.world_size == 1
+        if not self._has_met:
+            # The name is kept when this fails: a second try must not be taken for a second handler.
+            note = backend.roll_call(f"the first event of {self._name}", watch=watch, timeout_s=timeout_s)
+            if note is not None:
+                fields = wire.decode(note.encode("ascii"))
+                raise phase_error(f"constructing {self._name}", [RankFailure(**fields)])
+            self._has_met = True
         self._num_turns += 1
         return self._name, self._num_turns
 

@@ -3,6 +3,8 @@
 Owns the errors of their constructors: they name the argument, what was given and what is expected. Layer L5.
 """
 
+import math
+import numbers
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -36,12 +38,13 @@ def check_values(
         ("filename_prefix", prefix, str),
         ("score_name", score_name, str | None),
         ("filename_pattern", pattern, str | None),
-        ("n_saved", n_saved, int | None),
+        ("n_saved", n_saved, numbers.Integral | None),
     ):
         if not isinstance(value, kind) or (name == "n_saved" and isinstance(value, bool)):
-            msg = f"Argument {name} should be {getattr(kind, '__name__', kind)}, but given {type(value)}"
+            expected = "int | None" if name == "n_saved" else getattr(kind, "__name__", kind)
+            msg = f"Argument {name} should be {expected}, but given {type(value)}"
             raise TypeError(msg)
-    if isinstance(n_saved, int) and n_saved < 1:
+    if isinstance(n_saved, numbers.Integral) and n_saved < 1:
         msg = f"n_saved must be a positive integer or None, got {n_saved}"
         raise ValueError(msg)
 
@@ -104,6 +107,6 @@ def check_timeout(timeout_s: object) -> None:
     if not isinstance(timeout_s, int | float) or isinstance(timeout_s, bool):
         msg = f"Argument timeout_s should be a positive number of seconds or None, but given {type(timeout_s)}"
         raise TypeError(msg)
-    if not timeout_s > 0:
+    if not 0 < timeout_s < math.inf:
         msg = f"Argument timeout_s should be a positive number of seconds or None, but given {timeout_s!r}"
         raise ValueError(msg)

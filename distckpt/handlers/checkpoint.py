@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from ignite.base.mixins import Serializable
 from ignite.engine import Engine, Events
+from ignite.handlers.checkpoint import DiskSaver as _IgniteDiskSaver
 
 from distckpt import load, save
 from distckpt.backends.base import Backend
@@ -29,10 +30,11 @@ from distckpt.handlers.places import take_place
 from distckpt.handlers.save_handler import BaseSaveHandler, hand_over
 from distckpt.naming import check_name, format_score
 from distckpt.scalars import is_numpy_scalar, plain_score
-from distckpt.state.collect import capture
+from distckpt.state.collect import capture, consolidate
 
 __all__ = ["Checkpoint"]
 
+_ON_DISK = (DiskSaver, _IgniteDiskSaver)
 _OLDER_ORDER = (
     "to_save",
     "save_handler",
@@ -161,7 +163,6 @@ class Checkpoint(CheckpointHelpers, Serializable):
         self._saved: list[Checkpoint.Item] = []
         self._strays: tuple[str, ...] = ()
         self._seat = Seat("Checkpoint")
-        self._num_calls = 0
         self._warned: set[str] = set()
 
     # -- saving ------------------------------------------------------------------------------------
@@ -174,7 +175,6 @@ class Checkpoint(CheckpointHelpers, Serializable):
             SaveError: in a world of one, the checkpoint could not be written.
             CommitNotDurable: it is there, but may not survive a power cut.
         """
-        register(engine)
         backend = current()
         watch = self.save_handler.ticket if isinstance(self.save_handler, DiskSaver) else None
         place = take_place(self._seat, backend, engine, watch=watch, timeout_s=self.timeout_s)
@@ -187,24 +187,37 @@ class Checkpoint(CheckpointHelpers, Serializable):
         decision = agreed.decision
         if decision is None:
             return
+        is_overwritten = decision.filename in [name for _, name in agreed.history]
+        handler = self.save_handler
         try:
             save.commit(
                 backend,
                 place,
                 agreed,
-                lambda: self._capture(backend, agreed.coordinator, decision),
-                lambda checkpoint: hand_over(self.save_handler, checkpoint, decision.filename, dict(decision.metadata)),
+                consolidate=lambda: consolidate(self.to_save, save_on_rank=agreed.coordinator),
+                capture=lambda: self._capture(backend, agreed.coordinator, decision),
+                write=lambda checkpoint: hand_over(handler, checkpoint, decision.filename, dict(decision.metadata)),
+                all_write=not isinstance(handler, DiskSaver),
                 timeout_s=self.timeout_s,
             )
         except CommitNotDurable:
-            # It stands beside the older one, which was kept: not ours to count on, but to remove with the next save.
-            if decision.filename not in [item.filename for item in self._saved]:
+            if is_overwritten:  # what it replaced is gone: the new one is what there is
+                self._saved = [Checkpoint.Item(*entry) for entry in decision.kept]
+                self._strays = (*decision.evicted,)
+            else:  # it stands beside the older one, which was kept; the next save removes it
+                self._strays = (*self._strays, decision.filename)
+            raise
+        except BaseException as error:
+            # After an interrupt nobody knows whether the file was renamed into place; the next save removes it.
+            if not isinstance(error, Exception) and not is_overwritten:
                 self._strays = (*self._strays, decision.filename)
             raise
         self._saved = [Checkpoint.Item(*entry) for entry in decision.kept]
-        self._strays = ()
-        self._remove(backend, place("removing what was evicted"), decision.evicted)
+        self._strays = decision.evicted
+        problems = self._remove(backend, place("removing what was evicted"), decision.evicted)
         self._tell(engine)
+        if problems:
+            warnings.warn(f"Checkpoint: while removing older checkpoints: {' '.join(problems)}", stacklevel=2)
 
     def _intend(self, engine: Engine) -> save.SaveIntent:
         global_step: Any = None
@@ -215,6 +228,8 @@ class Checkpoint(CheckpointHelpers, Serializable):
             score = plain_score(self.score_function(engine))
         elif global_step is None:
             global_step = engine.state.get_event_attrib_value(Events.ITERATION_COMPLETED)
+        else:
+            _check_is_number(global_step)
         return save.SaveIntent(
             rules=self._rules(),
             save_on_rank=self._coordinator(),
@@ -227,7 +242,7 @@ class Checkpoint(CheckpointHelpers, Serializable):
     def _rules(self) -> save.NameRules:
         return save.NameRules(
             prefix=self.filename_prefix,
-            name=next(iter(self.to_save)) if len(self.to_save) == 1 else "checkpoint",
+            name=str(next(iter(self.to_save))) if len(self.to_save) == 1 else "checkpoint",
             ext=self.ext,
             pattern=self.filename_pattern,
             score_name=self.score_name,
@@ -247,19 +262,19 @@ class Checkpoint(CheckpointHelpers, Serializable):
             (checkpoint,) = checkpoint.values()
         return checkpoint
 
-    def _remove(self, backend: Backend, place: Place, evicted: tuple[str, ...]) -> None:
+    def _remove(self, backend: Backend, place: Place, evicted: tuple[str, ...]) -> list[str]:
+        """Collective. Remove what was evicted, keep what could not be removed for the next save; return what to say."""
         handler = self.save_handler
         if not isinstance(handler, BaseSaveHandler):
-            return
-        for removal in save.remove(backend, place, evicted, handler.remove, timeout_s=self.timeout_s):
-            if removal.problem is None:
-                continue
-            if not removal.gone:
-                self._strays = (*self._strays, removal.filename)
-            again = "" if removal.gone else " The next save tries again."
-            warnings.warn(f"Checkpoint: while removing older checkpoints: {removal.problem}.{again}", stacklevel=2)
+            self._strays = ()
+            return []
+        removals = save.remove(backend, place, evicted, handler.remove, timeout_s=self.timeout_s)
+        self._strays = tuple(one.filename for one in removals if one.problem is not None and not one.gone)
+        told = [one for one in removals if one.problem is not None]
+        return [f"{one.problem}.{'' if one.gone else ' The next save tries again.'}" for one in told]
 
     def _tell(self, engine: Engine) -> None:
+        register(engine)
         before = engine.last_event_name
         try:
             engine.fire_event(CheckpointEvents.SAVED_CHECKPOINT)
@@ -290,7 +305,7 @@ class Checkpoint(CheckpointHelpers, Serializable):
         if not self._saved:
             return None
         filename = self._saved[-1].filename
-        return self.save_handler.dirname / filename if isinstance(self.save_handler, DiskSaver) else filename
+        return self.save_handler.dirname / filename if isinstance(self.save_handler, _ON_DISK) else filename
 
     def reset(self) -> None:
         """Forget the saved checkpoints, for an engine that runs several times independently. Files stay."""
@@ -331,7 +346,7 @@ class Checkpoint(CheckpointHelpers, Serializable):
         Raises:
             AttributeError: the save handler is no :class:`DiskSaver`.
         """
-        if not isinstance(self.save_handler, DiskSaver):
+        if not isinstance(self.save_handler, _ON_DISK):
             msg = f"Checkpoint's `save_handler` should be of type `DiskSaver`, given {type(self.save_handler)}"
             raise AttributeError(msg)  # noqa: TRY004 - ignite's type
         rules = self._rules()
@@ -344,3 +359,12 @@ class Checkpoint(CheckpointHelpers, Serializable):
         )
         path = self.save_handler.dirname / filename
         load.load_objects(to_load, path, **(load_kwargs or {}))
+
+
+def _check_is_number(global_step: Any) -> None:
+    """Refuse what could not be a priority: as text, "9" would be higher than "10"."""
+    try:
+        plain_score(global_step)
+    except ValueError:
+        msg = f"Output of global_step_transform should be a number, but given {type(global_step)}"
+        raise ValueError(msg) from None

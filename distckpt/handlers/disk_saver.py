@@ -3,6 +3,9 @@
 Owns :class:`DiskSaver`: who writes, and what a directory must look like. Layer L5.
 """
 
+import errno
+import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from distckpt.handlers.arguments import check_rank
 from distckpt.handlers.save_handler import BaseSaveHandler
 from distckpt.naming import check_name
 from distckpt.storage.disk import Directory, make_directory
-from distckpt.storage.ptfile import check_save_options, write_pt
+from distckpt.storage.ptfile import check_save_options, what_loading_refuses, write_pt
 
 __all__ = ["DiskSaver"]
 
@@ -56,14 +59,14 @@ class DiskSaver(BaseSaveHandler):
 
     def __init__(
         self,
-        dirname: str | Path,
+        dirname: str | os.PathLike[str],
         atomic: bool = True,
         create_dir: bool = True,
         require_empty: bool = True,
         save_on_rank: int = 0,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(dirname, str | Path):
+        if not isinstance(dirname, str | os.PathLike):
             msg = f"Argument dirname should be a string or Path object, but given {type(dirname)}"
             raise TypeError(msg)
         check_rank(save_on_rank)
@@ -71,6 +74,7 @@ class DiskSaver(BaseSaveHandler):
         self.save_on_rank = save_on_rank
         self.kwargs = kwargs
         self._atomic = bool(atomic)
+        self._has_looked = False
         backend = current()
         # What fails here on some ranks only reaches the others at the handler's first event, through a note.
         self._ticket = backend.take_ticket(type(self).__name__)
@@ -95,8 +99,7 @@ class DiskSaver(BaseSaveHandler):
                 raise ValueError(msg)
             return  # the saving rank makes it; here it may be another node's disk
         if not self.dirname.is_dir():
-            msg = f"Directory path '{self.dirname}' is not a directory"
-            raise ValueError(msg)
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self.dirname))
         if require_empty:
             matched = sorted(path.name for path in self.dirname.iterdir() if path.name.endswith(".pt"))
             if matched:
@@ -126,6 +129,18 @@ class DiskSaver(BaseSaveHandler):
         if current().rank == self.save_on_rank:
             Directory(self.dirname).write(
                 filename, lambda sink: write_pt(checkpoint, sink, self.kwargs), atomic=self._atomic
+            )
+            if not self._has_looked:
+                self._has_looked = True
+                self._warn_of_what_cannot_be_loaded(self.dirname / filename)
+
+    def _warn_of_what_cannot_be_loaded(self, path: Path) -> None:
+        refused = what_loading_refuses(path)
+        if refused:
+            warnings.warn(
+                f"{path} holds objects that cannot be loaded without executing code, which load_objects never does: "
+                f"{', '.join(refused)}. Save plain tensors, numbers, text and containers of them. This is said once.",
+                stacklevel=2,
             )
 
     def remove(self, filename: str) -> None:

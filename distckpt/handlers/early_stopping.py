@@ -24,6 +24,18 @@ from distckpt.scalars import is_nan, plain_score
 
 __all__ = ["EarlyStopping"]
 
+# All that a decision depends on beside the score.
+_SETTINGS = (
+    "counter",
+    "best_score",
+    "patience",
+    "threshold",
+    "threshold_mode",
+    "cumulative",
+    "mode",
+    "score_rule",
+)
+
 
 class EarlyStopping(Serializable, ResettableHandler):
     """Handler that stops a run after a number of events without improvement, on every rank at the same one.
@@ -121,15 +133,12 @@ class EarlyStopping(Serializable, ResettableHandler):
         """
         backend = current()
         place = take_place(self._seat, backend, engine, timeout_s=self.timeout_s)("comparing the score")
-        facts = agree.run(
-            backend,
-            place,
-            lambda: (self._score_of(engine), self.counter, self.best_score),
-            timeout_s=self.timeout_s,
-        )
-        scores = [fact[0] for fact in facts]
-        _, self.counter, self.best_score = facts[0]
-        score, differed = agreed_score(scores, self.score_rule, 0)
+        facts = agree.run(backend, place, lambda: (self._score_of(engine), self._settings()), timeout_s=self.timeout_s)
+        scores = [score for score, _ in facts]
+        # Rank 0's: a state, or an argument, that only rank 0 was given holds on all.
+        for name, value in facts[0][1].items():
+            setattr(self, name, value)
+        score, differed = agreed_score(scores, check_rule(self.score_rule), 0)
         if differed and not self._warned:
             self._warned = True
             warnings.warn(
@@ -139,10 +148,12 @@ class EarlyStopping(Serializable, ResettableHandler):
             )
         self._count(score)
 
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _SETTINGS}
+
     def _score_of(self, engine: Engine | None) -> int | float:
         score: Any = self.score_function(engine)  # type: ignore[arg-type]  # None is the caller's wish
-        # ignite compares whatever comes: a tensor of one element is a score here, though not for Checkpoint.
-        return plain_score(score.item() if isinstance(score, torch.Tensor) else score)
+        return _plain(score)
 
     def _count(self, score: float) -> None:
         if self.best_score is None and not is_nan(score):
@@ -211,7 +222,7 @@ class EarlyStopping(Serializable, ResettableHandler):
         super().load_state_dict(state_dict)
         self.counter = state_dict["counter"]
         best = state_dict["best_score"]
-        self.best_score = None if best is None else plain_score(best)
+        self.best_score = None if best is None else _plain(best)
         self.threshold_mode = state_dict.get("threshold_mode", self.threshold_mode)
 
     def _renamed(self, old: str, new: str) -> None:
@@ -249,6 +260,11 @@ class EarlyStopping(Serializable, ResettableHandler):
     def cumulative_delta(self, value: bool) -> None:
         self._renamed("cumulative_delta", "cumulative")
         self.cumulative = value
+
+
+def _plain(score: Any) -> int | float:
+    # ignite compares whatever comes: a tensor of one element is a score here, though not for Checkpoint.
+    return plain_score(score.item() if isinstance(score, torch.Tensor) else score)
 
 
 def _check_arguments(

@@ -9,9 +9,11 @@ from typing import Any
 
 from ignite.engine import Engine
 
+from distckpt.handlers.arguments import check_include_self
 from distckpt.handlers.checkpoint import Checkpoint
 from distckpt.handlers.disk_saver import DiskSaver
 from distckpt.handlers.older import accept_older_order, deprecated
+from distckpt.save import SaveIntent
 from distckpt.state.collect import check_objects
 
 __all__ = ["ModelCheckpoint"]
@@ -154,12 +156,17 @@ class ModelCheckpoint(Checkpoint):
             RuntimeError: there is nothing to save.
             TypeError: an object has no ``state_dict``.
         """
-        if len(to_save) == 0:
-            msg = "No objects to checkpoint found."
-            raise RuntimeError(msg)
-        check_objects(dict(to_save), "state_dict")
         self.to_save = to_save
         super().__call__(engine)
+
+    def _intend(self, engine: Engine) -> SaveIntent:
+        # In the phase where every rank hears of every rank's error, not before it.
+        if len(self.to_save) == 0:
+            msg = "No objects to checkpoint found."
+            raise RuntimeError(msg)
+        check_objects(dict(self.to_save), "state_dict")
+        check_include_self(self.to_save, include_self=self.include_self)
+        return super()._intend(engine)
 
 
 def _check_older(archived: object, save_interval: int | None, save_as_state_dict: object) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from distckpt.scalars import is_numpy_scalar
 from distckpt.state.unwrap import unwrap
 
-__all__ = ["capture", "check_objects", "map_tree"]
+__all__ = ["capture", "check_objects", "consolidate", "map_tree", "plain_scalars"]
 
 
 def map_tree(func: Callable[[Any], Any], tree: Any) -> Any:
@@ -46,8 +46,8 @@ def check_objects(tree: Any, method: str) -> None:
 def capture(to_save: Mapping[str, Any], *, rank: int, save_on_rank: int) -> dict[str, Any]:
     """Call ``state_dict()`` on every object. All ranks.
 
-    A ZeroRedundancyOptimizer is consolidated first, which is collective: all ranks capture or none does. Ranks
-    that do not save hold ``{}`` for it.
+    Whatever is collective about it has been done by :func:`consolidate`. Ranks that do not save hold ``{}`` for a
+    ZeroRedundancyOptimizer.
 
     Args:
         to_save: mappings and lists of objects, nested at will.
@@ -61,14 +61,25 @@ def capture(to_save: Mapping[str, Any], *, rank: int, save_on_rank: int) -> dict
 
     def state_of(obj: Any) -> Any:
         obj = unwrap(obj)
-        if _is_sharded_optimizer(obj):
-            obj.consolidate_state_dict(to=save_on_rank)
-            if rank != save_on_rank:
-                return {}
+        if _is_sharded_optimizer(obj) and rank != save_on_rank:
+            return {}
         return plain_scalars(obj.state_dict())
 
     captured: dict[str, Any] = map_tree(state_of, dict(to_save))
     return captured
+
+
+def consolidate(to_save: Mapping[str, Any], *, save_on_rank: int) -> None:
+    """Collective where there is a ZeroRedundancyOptimizer. Gather its shards on the rank that saves.
+
+    Apart from :func:`capture`, whose calls of users' code may fail on one rank while the others would wait here.
+    """
+
+    def gather_shards(obj: Any) -> None:
+        if _is_sharded_optimizer(obj):
+            obj.consolidate_state_dict(to=save_on_rank)
+
+    map_tree(gather_shards, dict(to_save))
 
 
 def plain_scalars(state: Any) -> Any:
@@ -77,8 +88,9 @@ def plain_scalars(state: Any) -> Any:
         return state.item()
     kind = type(state)
     if kind in (dict, OrderedDict):
-        replaced = {key: plain_scalars(item) for key, item in state.items()}
-        if all(replaced[key] is item for key, item in state.items()):
+        replaced = {plain_scalars(key): plain_scalars(item) for key, item in state.items()}
+        pairs = zip(replaced.items(), state.items(), strict=False)
+        if len(replaced) == len(state) and all(new[0] is old[0] and new[1] is old[1] for new, old in pairs):
             return state
         fresh = kind(replaced)
         if kind is OrderedDict:

@@ -17,10 +17,7 @@ import torch
 from distckpt.errors import DamagedCheckpoint, UnsafeCheckpoint
 from distckpt.storage.sink import Sink
 
-__all__ = ["check_save_options", "read_pt", "write_pt"]
-
-
-_NEWEST_PROTOCOL = 3
+__all__ = ["check_save_options", "read_pt", "what_loading_refuses", "write_pt"]
 
 
 @functools.cache
@@ -33,20 +30,12 @@ def check_save_options(options: Mapping[str, Any]) -> None:
 
     Raises:
         TypeError: there is an unknown one.
-        ValueError: the file could not be loaded again.
     """
     for name in options:
         if name not in _save_options():
             known = ", ".join(sorted(_save_options()))
             msg = f"save() got an unexpected keyword argument '{name}'; torch.save takes: {known}"
             raise TypeError(msg)
-    protocol = options.get("pickle_protocol", 2)
-    if isinstance(protocol, int) and protocol > _NEWEST_PROTOCOL:
-        msg = (
-            f"Argument pickle_protocol should be at most {_NEWEST_PROTOCOL}, but given {protocol}: "
-            "torch.load(weights_only=True), which loads without executing code, reads none newer"
-        )
-        raise ValueError(msg)
 
 
 def write_pt(state: Any, sink: Sink, options: Mapping[str, Any]) -> None:
@@ -108,6 +97,19 @@ def read_pt(path: Path) -> Any:
     except Exception as error:
         msg = f"{path} is no checkpoint, or is truncated or damaged: {type(error).__name__}: {_reason(str(error))}"
         raise DamagedCheckpoint(msg) from error
+
+
+def what_loading_refuses(path: Path) -> list[str]:
+    """Return the names of what keeps a checkpoint from being loaded without executing code.
+
+    Args:
+        path: of a file that was written whole; of the pickle inside, only the names are looked at.
+    """
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception as error:  # noqa: BLE001 - it reads the usual format alone, and stops at a newer pickle protocol
+        told = str(error)
+        return [told.splitlines()[0]] if "Unsupported operand" in told else []
 
 
 def _reason(text: str) -> str:

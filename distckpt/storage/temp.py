@@ -71,7 +71,8 @@ def remove_if_dead(parent: int, name: str) -> None:
     Raises:
         OSError: it cannot be told, or not be removed; ``BlockingIOError`` when the writer lives.
     """
-    fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
+    fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
+    # Open for writing: a network file system grants its locks on nothing else.
     try:
         found = os.fstat(fd)
         ours = name.startswith(f"{TEMP_PREFIX}{_host_tag()}-")
