@@ -83,6 +83,7 @@ class SaveIntent:
         score: None when there is no score function.
         history: what this rank believes to be kept, lowest priority first.
         strays: files that should have been removed and could not be.
+        directory: where this rank would save; None where that is no local directory.
     """
 
     rules: NameRules
@@ -91,6 +92,7 @@ class SaveIntent:
     score: int | float | None
     history: tuple[Entry, ...]
     strays: tuple[str, ...]
+    directory: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +122,7 @@ class Agreed:
         coordinator: the rank that saves.
         history: the coordinator's history, now everybody's.
         strays: the coordinator's strays.
+        directory: the coordinator's directory.
         scores: every rank's score when they differed, else None.
         score: the one that counts.
         decision: None when nothing is to be saved.
@@ -128,6 +131,7 @@ class Agreed:
     coordinator: int
     history: tuple[Entry, ...]
     strays: tuple[str, ...]
+    directory: str | None
     scores: tuple[int | float, ...] | None
     score: int | float | None
     decision: SaveDecision | None
@@ -182,7 +186,7 @@ def _refuse_strangers(intents: Sequence[SaveIntent]) -> None:
     if len(set(names)) > 1:
         told = "; ".join(f"rank {rank}: {name}" for rank, name in enumerate(names))
         msg = (
-            "The ranks came to one save with different handlers (prefix, name, extension, pattern, score's name): "
+            "The ranks came to one save with different handlers (name, extension, score's name, has a score): "
             f"{told}. Handlers have to be built and attached on all ranks, in the same order."
         )
         raise RanksDriftedApart(msg)
@@ -211,6 +215,7 @@ def _decide(intents: Sequence[SaveIntent], coordinator: int) -> Agreed:
         coordinator=coordinator,
         history=chief.history,
         strays=chief.strays,
+        directory=chief.directory,
         scores=tuple(one for one in scores if one is not None) if differed else None,
         score=score,
         decision=decision,

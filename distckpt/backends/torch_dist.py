@@ -7,6 +7,7 @@ job's collectives and have time limits of their own. Tensors on a device go by t
 
 import functools
 import os
+import time
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from distckpt.backends.base import Backend, ReduceOp, TensorOp, default_timeout_s
 from distckpt.backends.host_group import HostGroup, call_the_roll
+from distckpt.errors import RanksDriftedApart
 
 __all__ = ["TorchDistBackend"]
 
@@ -37,6 +39,7 @@ _FOLD: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "AND": torch.bitwise_and,
     "OR": torch.bitwise_or,
 }
+_DRIFT_S = 1.0
 _LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 _LOCAL_SIZE_VARIABLES = ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 _NODE_VARIABLES = ("GROUP_RANK", "SLURM_NODEID")
@@ -148,15 +151,22 @@ class TorchDistBackend(Backend):
         self._store.set(f"note/{ticket}", text)
 
     def roll_call(self, name: str, *, watch: str | None, timeout_s: float | None) -> str | None:
-        """Wait in the job's store until every rank has called `name`."""
+        """Wait in the job's store until every rank has called `name`.
+
+        Raises:
+            RanksDriftedApart: every rank waits, at different names: none can ever come to the other.
+        """
+        self._store.set(f"at/{self._rank}", name)
+        drift = _Drift(self._store, self._world_size)
 
         def news() -> str | None:
-            key = f"note/{watch}"
             self._host.refuse_if_given_up(name)
+            drift.look(name)
+            key = f"note/{watch}"
             found = watch is not None and self._store.check([key])
             return self._store.get(key).decode("utf-8") if found else None
 
-        return call_the_roll(
+        note = call_the_roll(
             dist.PrefixStore(f"roll/{name}", self._store),
             self._rank,
             self._world_size,
@@ -164,6 +174,35 @@ class TorchDistBackend(Backend):
             timeout_s=default_timeout_s() if timeout_s is None else timeout_s,
             watch=news,
         )
+        self._store.set(f"at/{self._rank}", "")
+        return note
+
+
+class _Drift:
+    """Finds out that all ranks wait, but not for each other.
+
+    A rank that has just left a roll is written down there for a moment longer: only what lasts counts.
+    """
+
+    def __init__(self, store: dist.Store, world_size: int) -> None:
+        self._store = store
+        self._keys = [f"at/{rank}" for rank in range(world_size)]
+        self._since_s: float | None = None
+        self._seen: list[str] = []
+
+    def look(self, mine: str) -> None:
+        if not self._store.check(self._keys):
+            return
+        places = [self._store.get(key).decode("utf-8") for key in self._keys]
+        if not all(places) or all(place == mine for place in places) or places != self._seen:
+            self._seen, self._since_s = places, time.monotonic()
+        elif self._since_s is not None and time.monotonic() - self._since_s > _DRIFT_S:
+            where = "; ".join(f"rank {rank} is at {place}" for rank, place in enumerate(places))
+            msg = (
+                f"The ranks wait at different places, and none can come to the other: {where}. Handlers have to be "
+                "built and attached on all ranks, in the same order."
+            )
+            raise RanksDriftedApart(msg)
 
 
 def _place(rank: int) -> tuple[int, int]:

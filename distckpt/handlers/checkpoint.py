@@ -162,6 +162,7 @@ class Checkpoint(CheckpointHelpers, Serializable):
             check_name(f"{filename_prefix}_", what="filename_prefix")
         self._saved: list[Checkpoint.Item] = []
         self._strays: tuple[str, ...] = ()
+        self._directory: Path | None = None  # the saving rank's, which may be another than this rank's
         self._seat = Seat("Checkpoint")
         self._warned: set[str] = set()
 
@@ -183,6 +184,7 @@ class Checkpoint(CheckpointHelpers, Serializable):
         )
         self._saved = [Checkpoint.Item(*entry) for entry in agreed.history]
         self._strays = agreed.strays
+        self._directory = None if agreed.directory is None else Path(agreed.directory)
         self._warn_of_scores(agreed)
         decision = agreed.decision
         if decision is None:
@@ -237,6 +239,7 @@ class Checkpoint(CheckpointHelpers, Serializable):
             score=score,
             history=tuple((item.priority, item.filename) for item in self._saved),
             strays=self._strays,
+            directory=str(self.save_handler.dirname) if isinstance(self.save_handler, _ON_DISK) else None,
         )
 
     def _rules(self) -> save.NameRules:
@@ -305,7 +308,9 @@ class Checkpoint(CheckpointHelpers, Serializable):
         if not self._saved:
             return None
         filename = self._saved[-1].filename
-        return self.save_handler.dirname / filename if isinstance(self.save_handler, _ON_DISK) else filename
+        if not isinstance(self.save_handler, _ON_DISK):
+            return filename
+        return (self._directory or self.save_handler.dirname) / filename
 
     def reset(self) -> None:
         """Forget the saved checkpoints, for an engine that runs several times independently. Files stay."""

@@ -147,7 +147,7 @@ class ModelCheckpoint(Checkpoint):
         if not isinstance(self.save_handler, DiskSaver):
             msg = f"Internal error, save_handler should be DiskSaver, but has {type(self.save_handler)}."
             raise RuntimeError(msg)  # noqa: TRY004 - ignite's type
-        return self.save_handler.dirname / self._saved[-1].filename
+        return (self._directory or self.save_handler.dirname) / self._saved[-1].filename
 
     def __call__(self, engine: Engine, to_save: Mapping[str, Any]) -> None:
         """Collective. Save `to_save` if this event deserves it; see :meth:`Checkpoint.__call__`.
