@@ -180,9 +180,8 @@ def decide(
 
 def _refuse_strangers(intents: Sequence[SaveIntent]) -> None:
     """Raise where the ranks met in one event, but with handlers of another making."""
-    names = [
-        (one.rules.prefix, one.rules.name, one.rules.ext, one.rules.pattern, one.rules.score_name) for one in intents
-    ]
+    # Not prefix and pattern: a program may make them from its clock, and the coordinator's count.
+    names = [(one.rules.name, one.rules.ext, one.rules.score_name, one.score is not None) for one in intents]
     if len(set(names)) > 1:
         told = "; ".join(f"rank {rank}: {name}" for rank, name in enumerate(names))
         msg = (
@@ -324,7 +323,9 @@ def _with_context(error: SaveError, rank: int, step: int, filename: str, history
     """Say on which rank and step it happened, and what stands. A file of the same name is not vouched for."""
     others = [name for _, name in history if name != filename]
     is_renamed = isinstance(error, CommitNotDurable)
-    if others:
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        stands = ""  # with the directory gone nothing is vouched for
+    elif others:
         stands = f" {others[-1]} {'was kept for that reason' if is_renamed else 'is intact'}."
     else:
         stands = "" if history else " There is no earlier checkpoint."

@@ -47,6 +47,7 @@ _OLDER_ORDER = (
     "filename_pattern",
     "include_self",
     "greater_or_equal",
+    "save_on_rank",
 )
 
 
@@ -162,7 +163,8 @@ class Checkpoint(CheckpointHelpers, Serializable):
             check_name(f"{filename_prefix}_", what="filename_prefix")
         self._saved: list[Checkpoint.Item] = []
         self._strays: tuple[str, ...] = ()
-        self._directory: Path | None = None  # the saving rank's, which may be another than this rank's
+        # The saving rank's, which may be another than this rank's; of the handler it was heard for.
+        self._directory: tuple[Any, str | None] = (None, None)
         self._seat = Seat("Checkpoint")
         self._warned: set[str] = set()
 
@@ -184,7 +186,7 @@ class Checkpoint(CheckpointHelpers, Serializable):
         )
         self._saved = [Checkpoint.Item(*entry) for entry in agreed.history]
         self._strays = agreed.strays
-        self._directory = None if agreed.directory is None else Path(agreed.directory)
+        self._directory = (self.save_handler, agreed.directory)
         self._warn_of_scores(agreed)
         decision = agreed.decision
         if decision is None:
@@ -310,7 +312,14 @@ class Checkpoint(CheckpointHelpers, Serializable):
         filename = self._saved[-1].filename
         if not isinstance(self.save_handler, _ON_DISK):
             return filename
-        return (self._directory or self.save_handler.dirname) / filename
+        return self._path_of(filename)
+
+    def _path_of(self, filename: str) -> Path:
+        handler, directory = self._directory
+        if handler is self.save_handler and directory is not None:
+            return Path(directory) / filename
+        path: Path = self.save_handler.dirname / filename  # type: ignore[union-attr]  # asked of such handlers only
+        return path
 
     def reset(self) -> None:
         """Forget the saved checkpoints, for an engine that runs several times independently. Files stay."""

@@ -31,9 +31,20 @@ _OLDER_ORDER = (
     "save_as_state_dict",
     "global_step_transform",
     "archived",
+    "filename_pattern",
     "include_self",
+    "greater_or_equal",
+    "save_on_rank",
 )
+_PATTERN_AT = _OLDER_ORDER.index("filename_pattern")
 _UNSET: Any = object()
+
+
+def _older_order(args: tuple[Any, ...]) -> tuple[str, ...]:
+    """Return the order of 0.4.13, or that of releases before 0.4.9, where include_self stood in the pattern's place."""
+    if len(args) > _PATTERN_AT and isinstance(args[_PATTERN_AT], bool):
+        return (*_OLDER_ORDER[:_PATTERN_AT], "include_self")
+    return _OLDER_ORDER
 
 
 def _is_older(given: dict[str, Any]) -> bool:
@@ -86,7 +97,7 @@ class ModelCheckpoint(Checkpoint):
         ['myprefix_mymodel_20.pt', 'myprefix_mymodel_30.pt']
     """
 
-    @accept_older_order(_OLDER_ORDER, _is_older)
+    @accept_older_order(_older_order, _is_older)
     def __init__(
         self,
         dirname: str | Path,
@@ -147,7 +158,7 @@ class ModelCheckpoint(Checkpoint):
         if not isinstance(self.save_handler, DiskSaver):
             msg = f"Internal error, save_handler should be DiskSaver, but has {type(self.save_handler)}."
             raise RuntimeError(msg)  # noqa: TRY004 - ignite's type
-        return (self._directory or self.save_handler.dirname) / self._saved[-1].filename
+        return self._path_of(self._saved[-1].filename)
 
     def __call__(self, engine: Engine, to_save: Mapping[str, Any]) -> None:
         """Collective. Save `to_save` if this event deserves it; see :meth:`Checkpoint.__call__`.

@@ -21,11 +21,14 @@ def deprecated(message: str, *, stacklevel: int = 3) -> None:
     warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
 
 
-def accept_older_order(older: tuple[str, ...], is_older: Callable[[Values], bool]) -> Callable[[F], F]:
+def accept_older_order(
+    older: tuple[str, ...] | Callable[[tuple[Any, ...]], tuple[str, ...]], is_older: Callable[[Values], bool]
+) -> Callable[[F], F]:
     """Let a constructor take its positional arguments in an older order too.
 
     Args:
-        older: names of the positional arguments in the older release, without ``self``.
+        older: names of the positional arguments in the older release, without ``self``; or a function that finds
+            them from the arguments as given.
         is_older: told today's names of the positional arguments as given, says whether they make sense only in
             the older order.
     """
@@ -35,8 +38,9 @@ def accept_older_order(older: tuple[str, ...], is_older: Callable[[Values], bool
 
         @functools.wraps(init)
         def wrapper(self: object, *args: Any, **kwargs: Any) -> None:
-            if len(args) <= len(older) and is_older(dict(zip(newer, args, strict=False))):
-                given = dict(zip(older, args, strict=False))
+            names = older(args) if callable(older) else older
+            if len(args) <= len(names) and is_older(dict(zip(newer, args, strict=False))):
+                given = dict(zip(names, args, strict=False))
                 deprecated(
                     f"Arguments were given in an older release's order; today's order is {', '.join(newer)}. "
                     "Please pass them by name."

@@ -74,7 +74,7 @@ def _on_rank(clause: FunctionRef, arguments: Mapping[str, object]) -> None:
     find(clause)(current(), **arguments)
 
 
-def _make_group(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> dist.ProcessGroup:
+def _make_group(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> Any:  # torch types it apart
     return dist.ProcessGroupGloo(store, rank, world_size, timeout)
 
 
@@ -135,7 +135,7 @@ def clause(
 
     def decorate(function: Callable[Concatenate[Backend, P], None]) -> Callable[..., None]:
         @functools.wraps(function)
-        def test(*, implementation: Implementation, **arguments: Any) -> None:  # noqa: ANN401 - pytest's
+        def test(*, implementation: Implementation, **arguments: Any) -> None:
             __tracebackhide__ = True
             implementation.launch(function, arguments, timeout_s)
 
@@ -143,7 +143,7 @@ def clause(
         _, *others = signature.parameters.values()
         mine = inspect.Parameter("implementation", inspect.Parameter.KEYWORD_ONLY)
         others = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in others]
-        del test.__wrapped__  # type: ignore[attr-defined]  # pytest would look through to the body's parameters
+        del test.__wrapped__  # pytest would look through to the body's parameters
         setattr(test, "__signature__", signature.replace(parameters=[mine, *others]))  # noqa: B010
         setattr(test, RANK_BODY, function)
         marked: Callable[..., None] = pytest.mark.parametrize("implementation", on, ids=[one.name for one in on])(test)

@@ -63,8 +63,9 @@ def test_bits_are_reduced(backend: Backend) -> None:
 def test_booleans_are_reduced(backend: Backend) -> None:
     only_first = torch.tensor([backend.rank == 0, True, False], device=backend.device())
     alone = backend.world_size == 1
-    for op, result in (("AND", [alone, True, False]), ("OR", [True, True, False])):
-        reduced = distckpt.all_reduce(only_first, op)  # type: ignore[arg-type]  # a str in a loop
+    results: dict[TensorOp, list[bool]] = {"AND": [alone, True, False], "OR": [True, True, False]}
+    for op, result in results.items():
+        reduced = distckpt.all_reduce(only_first, op)
         assert reduced.dtype is torch.bool
         assert reduced.tolist() == result
     assert distckpt.all_reduce(only_first, "MIN").tolist() == [alone, True, False]
@@ -104,14 +105,14 @@ def test_an_operation_that_the_dtype_does_not_have_leaves_the_ranks_together(bac
 
 @clause()
 def test_an_unknown_operation_is_refused(backend: Backend) -> None:
-    with pytest.raises(ValueError, match="^Unsupported reduction operation: 'MEDIAN'"):
+    with pytest.raises(ValueError, match=r"^Unsupported reduction operation: 'MEDIAN'"):
         distckpt.all_reduce(1, "MEDIAN")  # type: ignore[call-overload]
     backend.barrier()
 
 
 @clause()
 def test_what_is_no_number_is_not_reduced(backend: Backend) -> None:
-    with pytest.raises(TypeError, match="^Unhandled input type <class 'str'>"):
+    with pytest.raises(TypeError, match=r"^Unhandled input type <class 'str'>"):
         distckpt.all_reduce("text")  # type: ignore[call-overload]
     backend.barrier()
 

@@ -118,14 +118,14 @@ def test_a_task_of_srun_without_slurms_tool_is_told_what_to_set(tmp_path: Path) 
 
 @run_distributed(world_size=1)
 def test_a_second_group_is_refused() -> None:
-    with pytest.raises(RuntimeError, match="^Can not create new distributed process group if default one is already"):
+    with pytest.raises(RuntimeError, match=r"^Can not create new distributed process group if default one is already"):
         distckpt.initialize("gloo")
 
 
 @run_distributed(world_size=1, backend=None)
 def test_an_incomplete_environment_is_refused() -> None:
     del os.environ["WORLD_SIZE"]
-    with pytest.raises(RuntimeError, match="^PyTorch distributed configuration should define env variables"):
+    with pytest.raises(RuntimeError, match=r"^PyTorch distributed configuration should define env variables"):
         distckpt.initialize("gloo")
     assert not dist.is_initialized()
 
@@ -136,21 +136,21 @@ def test_an_unknown_backend_is_refused() -> None:
 
 
 def test_rank_and_world_size_go_together() -> None:
-    with pytest.raises(ValueError, match="^Both rank and world_size should be provided, but given 1 and None"):
+    with pytest.raises(ValueError, match=r"^Both rank and world_size should be provided, but given 1 and None"):
         distckpt.initialize("gloo", init_method="tcp://127.0.0.1:0", rank=1)
 
 
 @run_distributed(world_size=1, backend=None)
 def test_several_ranks_need_a_place_to_meet() -> None:
     forget_launcher()
-    with pytest.raises(ValueError, match="world_size is 2, but .* where the others are"):
+    with pytest.raises(ValueError, match=r"world_size is 2, but .* where the others are"):
         distckpt.initialize("gloo", rank=0, world_size=2)
 
 
 def test_nccl_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RuntimeError, match="^Nccl backend is required but no cuda capable devices"):
+    with pytest.raises(RuntimeError, match=r"^Nccl backend is required but no cuda capable devices"):
         distckpt.initialize("nccl")
 
 

@@ -2,6 +2,8 @@
 
 import gc
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,6 +138,7 @@ def test_a_group_made_anew_works_when_one_rank_alone_had_used_the_first() -> Non
             assert current().world_size == 2
         if round_number:
             assert current().all_reduce_ints([1], timeout_s=5.0) == [2]
+        dist.barrier()
         dist.destroy_process_group()
 
 
@@ -148,3 +151,26 @@ def test_backend_of_a_destroyed_group_is_forgotten() -> None:
     gc.collect()
     assert len(detect._BY_GROUP) == 0
 
+
+@run_distributed(world_size=2)
+def test_what_is_importable_does_not_matter(tmp_path: Path) -> None:
+    """Another runtime that is installed, and even imported, takes no part in a job that is not its own."""
+    for name in ("torch_xla", "horovod"):
+        (tmp_path / str(dist.get_rank()) / name).mkdir(parents=True)
+        code = "def __getattr__(name):\n    raise AssertionError(f'asked for {__name__}.{name}')\n"
+        (tmp_path / str(dist.get_rank()) / name / "__init__.py").write_text(code, encoding="utf-8")
+    sys.path.insert(0, str(tmp_path / str(dist.get_rank())))
+    try:
+        import horovod  # noqa: F401, PLC0415 - the stand-in
+        import torch_xla  # noqa: F401, PLC0415
+
+        assert isinstance(current(), TorchDistBackend)
+        assert distckpt.all_gather(distckpt.get_rank()) == [0, 1]
+        saver = distckpt.DiskSaver(tmp_path / "checkpoints")
+        saver({"a": torch.ones(2)}, "a.pt")
+    finally:
+        sys.path.pop(0)
+        for name in ("torch_xla", "horovod"):
+            sys.modules.pop(name, None)
+    current().barrier()
+    assert torch.load(tmp_path / "checkpoints" / "a.pt", weights_only=True)["a"].tolist() == [1.0, 1.0]

@@ -101,8 +101,8 @@ def test_a_number_that_does_not_fit_is_refused_before_anybody_is_asked(backend: 
 @clause()
 def test_any_and_all_of_the_ranks(backend: Backend) -> None:
     everyone, nobody = [True] * backend.world_size, [False] * backend.world_size
-    assert (backend.any(True), backend.all(True)) == (True, True)
-    assert (backend.any(False), backend.all(False)) == (False, False)
+    for same in (True, False):
+        assert (backend.any(same), backend.all(same)) == (same, same)
     for one in range(backend.world_size):
         only_one = [rank == one for rank in range(backend.world_size)]
         assert backend.any(only_one[backend.rank]) is True

@@ -95,7 +95,7 @@ def test_the_roll_is_called_without_a_collective(backend: Backend) -> None:
 def test_ranks_missing_from_the_roll_are_named(backend: Backend) -> None:
     if backend.rank == 0:
         absent = tuple(range(1, backend.world_size))
-        with pytest.raises(CollectiveTimeout, match="waited 0.25 s for the first event of TimeLimit#0") as caught:
+        with pytest.raises(CollectiveTimeout, match=r"waited 0\.25 s for the first event of TimeLimit#0") as caught:
             backend.roll_call("the first event of TimeLimit#0", watch=None, timeout_s=0.25)
         assert caught.value.missing == absent
 

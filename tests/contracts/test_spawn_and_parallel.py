@@ -49,9 +49,11 @@ def test_spawned_ranks_form_a_job(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_raises_ends_the_script_with_its_error() -> None:
-    with distckpt.Parallel("gloo", nproc_per_node=2) as parallel:
-        with pytest.raises(ProcessRaisedException, match="from rank 1"):
-            parallel.run(fail_on_rank_1)
+    with (
+        pytest.raises(ProcessRaisedException, match="from rank 1"),
+        distckpt.Parallel("gloo", nproc_per_node=2) as parallel,
+    ):
+        parallel.run(fail_on_rank_1)
 
 
 def test_parallel_starts_the_ranks_that_it_is_asked_for(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import ignite.distributed as idist
 from ignite.distributed import utils
-from ignite.distributed.comp_models import _SerialModel
+from ignite.distributed.comp_models.base import _SerialModel
 
 
 @contextlib.contextmanager

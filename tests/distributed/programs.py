@@ -1,0 +1,158 @@
+"""What the tests of faults share: one program, run by several ranks with ignite's handlers and with ours.
+
+A program is a module-level function whose first argument names the library, so that the fault and its absence are
+shown by the same lines. Where ignite hangs, the job's process group has a short timeout, and the hang is its end.
+"""
+
+import contextlib
+import importlib
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar, cast
+
+import ignite.distributed as idist
+import torch
+import torch.distributed as dist
+from ignite.engine import Engine, Events
+from torch import nn
+
+from tests.distributed.idist import fresh_idist
+from tests.support import run_ranks
+
+T = TypeVar("T")
+
+IGNITE, OURS = "ignite.handlers", "distckpt"
+HUNG = "hung"
+"""What a program comes to on a rank whose collective was not answered."""
+HANG_LIMIT_S = 2.0
+
+_GLOO_GAVE_UP = re.compile(r"time[d ]*\s?out|connection closed|closed by peer", re.IGNORECASE)
+
+
+def on_ranks(program: Callable[..., T], library: str, world_size: int, *args: object) -> list[T]:
+    """Run ``program(library, *args)`` on every rank; the job's own collectives hang no longer than `HANG_LIMIT_S`."""
+    __tracebackhide__ = True
+    warm_up(world_size)
+    limit_s = HANG_LIMIT_S if library == IGNITE else None
+    call = (program.__module__, program.__qualname__, library, args)
+    return cast("list[T]", run_ranks(_with_library, world_size, *call, collective_timeout_s=limit_s))
+
+
+def warm_up(world_size: int) -> None:
+    """Let the ranks import both libraries: to do so at different speeds is no hang."""
+    run_ranks(_import_all, world_size)
+
+
+def _import_all() -> None:
+    importlib.import_module(IGNITE)
+    importlib.import_module(OURS)
+
+
+def _with_library(module: str, name: str, library: str, args: tuple[object, ...]) -> object:
+    program: Callable[..., object] = getattr(importlib.import_module(module), name)
+    with fresh_idist():
+        if library == IGNITE:
+            idist.get_rank()  # collective the first time
+        return program(library, *args)
+
+
+def unless_hung(program: Callable[[], T]) -> T | str:
+    """Return what `program` returns, or `HUNG` if a collective of the job's is not answered."""
+    try:
+        return program()
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not _GLOO_GAVE_UP.search(str(error)):
+            raise
+        return HUNG
+
+
+def handlers(library: str) -> Any:
+    """Return the library's handlers."""
+    return importlib.import_module(library)
+
+
+def training_step(_engine: Engine | None = None, _batch: object = None) -> float:
+    """Reduce a gradient over the ranks, as a step of data-parallel training does."""
+    gradient = torch.ones(1)
+    dist.all_reduce(gradient)
+    return gradient.item()
+
+
+def idle_engine() -> Engine:
+    """Return an engine whose iterations do nothing."""
+    return Engine(lambda _engine, _batch: None)
+
+
+def fire(handler: Callable[..., object], *, times: int = 1, engine: Engine | None = None) -> Engine:
+    """Call `handler` at the end of each of some epochs of one iteration."""
+    engine = idle_engine() if engine is None else engine
+    engine.add_event_handler(Events.EPOCH_COMPLETED, handler)
+    engine.run([0], max_epochs=times)
+    return engine
+
+
+def model_of(value: float) -> nn.Linear:
+    """Return a module all of whose parameters are `value`."""
+    model = nn.Linear(2, 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(value)
+    return model
+
+
+def gathered(value: object) -> list[Any]:
+    """Collective of the job's. Return every rank's value."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@contextlib.contextmanager
+def warned() -> Iterator[list[str]]:
+    """Collect the messages of warnings instead of raising them."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        messages: list[str] = []
+        yield messages
+        messages += [str(one.message) for one in caught]
+
+
+@contextlib.contextmanager
+def logged(name: str) -> Iterator[list[str]]:
+    """Collect the messages of a logger."""
+    messages: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    logger, collector = logging.getLogger(name), Collector()
+    level = logger.level
+    logger.addHandler(collector)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(collector)
+        logger.setLevel(level)
+
+
+def raised(call: Callable[[], object]) -> BaseException | None:
+    """Return the exception that `call` raises, or None."""
+    try:
+        call()
+    except Exception as error:  # noqa: BLE001 - whatever it is, the test looks at it
+        return error
+    return None
+
+
+def kinds(error: BaseException | None) -> tuple[str, ...]:
+    """Return the names of an error's type and of its bases, nearest first; nothing for None."""
+    return () if error is None else tuple(base.__name__ for base in type(error).__mro__)
+
+
+def all_equal(values: Sequence[object]) -> bool:
+    """Tell whether every rank came to the same."""
+    return all(value == values[0] for value in values)

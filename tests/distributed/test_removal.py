@@ -1,0 +1,167 @@
+"""Older checkpoints are removed once, by the saving rank, after the commit; one that is gone is a warning everywhere.
+
+The fault of ignite's `Checkpoint`: the saving rank raises alone when a file was removed by hand.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from ignite.engine import Engine, Events
+
+from distckpt import BaseSaveHandler, Checkpoint, DiskSaver
+from tests.distributed.programs import (
+    HUNG,
+    IGNITE,
+    OURS,
+    fire,
+    gathered,
+    handlers,
+    model_of,
+    on_ranks,
+    raised,
+    training_step,
+    unless_hung,
+    warned,
+)
+from tests.support import run_distributed
+
+WORLDS = pytest.mark.parametrize("world_size", [2, 3])
+
+
+def with_a_file_removed_by_hand(library: str, folder: Path) -> tuple[str, list[str]]:
+    """Train and save after each epoch; somebody removes the first checkpoint."""
+    lib, trainer = handlers(library), Engine(training_step)
+    handler = lib.Checkpoint({"model": model_of(1.0)}, lib.DiskSaver(folder))
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, handler)
+
+    @trainer.on(Events.EPOCH_STARTED(once=2))
+    def remove_by_hand() -> None:
+        if dist.get_rank() == 0:
+            (folder / "model_2.pt").unlink()
+
+    def run() -> str:
+        error = raised(lambda: trainer.run([0, 0], max_epochs=3))
+        if isinstance(error, RuntimeError):
+            raise error
+        return "done" if error is None else type(error).__name__
+
+    with warned() as messages:
+        end = unless_hung(run)
+    return end, messages
+
+
+@WORLDS
+def test_ignites_saving_rank_raises_alone_and_the_others_hang(tmp_path: Path, world_size: int) -> None:
+    ends = [end for end, _ in on_ranks(with_a_file_removed_by_hand, IGNITE, world_size, tmp_path)]
+    assert ends == ["FileNotFoundError", *[HUNG] * (world_size - 1)]
+
+
+@WORLDS
+def test_a_file_removed_by_hand_is_a_warning_on_every_rank(tmp_path: Path, world_size: int) -> None:
+    for end, messages in on_ranks(with_a_file_removed_by_hand, OURS, world_size, tmp_path):
+        assert end == "done"
+        (message,) = messages
+        assert message.startswith("Checkpoint: while removing older checkpoints: rank 0: model_2.pt was already gone")
+    assert [path.name for path in tmp_path.iterdir()] == ["model_6.pt"]
+
+
+@run_distributed(world_size=2)
+def test_a_file_that_cannot_be_removed_is_tried_again_by_the_next_save(tmp_path: Path) -> None:
+    handler = Checkpoint({"model": model_of(1.0)}, tmp_path)
+    engine = fire(handler)
+    dist.barrier()
+    if dist.get_rank() == 0:  # a directory of that name: unlink refuses it, whoever asks
+        (tmp_path / "model_1.pt").unlink()
+        (tmp_path / "model_1.pt").mkdir()
+    with warned() as messages:
+        engine.run([0], max_epochs=2)
+    (message,) = messages
+    assert "rank 0: model_1.pt could not be removed" in message
+    assert message.endswith("The next save tries again.")
+    assert gathered(handler.last_checkpoint) == [tmp_path / "model_2.pt"] * 2
+    if dist.get_rank() == 0:
+        (tmp_path / "model_1.pt").rmdir()
+        (tmp_path / "model_1.pt").touch()
+    dist.barrier()
+    engine.run([0], max_epochs=3)
+    dist.barrier()
+    assert [path.name for path in tmp_path.iterdir()] == ["model_3.pt"]
+
+
+@pytest.mark.parametrize("n_saved", [1, 2, 3, None])
+@run_distributed(world_size=2)
+def test_as_many_are_kept_as_asked_for(tmp_path: Path, n_saved: int | None) -> None:
+    handler = Checkpoint({"model": model_of(1.0)}, tmp_path, n_saved=n_saved)
+    fire(handler, times=5)
+    dist.barrier()
+    expected = [f"model_{number}.pt" for number in range(1, 6)][-(n_saved or 5) :]
+    assert sorted(path.name for path in tmp_path.iterdir()) == expected
+    assert gathered([name for _, name in handler.state_dict()["_saved"]]) == [expected] * 2
+
+
+@run_distributed(world_size=2)
+def test_best_are_kept_and_the_worst_of_them_is_evicted(tmp_path: Path) -> None:
+    scores = iter([0.3, 0.1, 0.5, 0.2, 0.4])
+    handler = Checkpoint({"model": model_of(1.0)}, tmp_path, score_function=lambda _: next(scores), n_saved=2)
+    fire(handler, times=5)
+    dist.barrier()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model_0.4000.pt", "model_0.5000.pt"]
+    assert gathered(handler.last_checkpoint) == [tmp_path / "model_0.5000.pt"] * 2
+
+
+@pytest.mark.parametrize("saving", [0, 1])
+@run_distributed(world_size=2)
+def test_ranks_that_do_not_save_touch_no_directory(tmp_path: Path, saving: int) -> None:
+    mine = tmp_path / f"disk of rank {dist.get_rank()}"
+    decoys = [f"model_{number}.pt" for number in range(1, 4)]
+    if dist.get_rank() != saving:
+        mine.mkdir()
+        for name in decoys:
+            (mine / name).write_text("not yours", encoding="utf-8")
+    before = mine.stat().st_mtime_ns if mine.exists() else 0
+    saver = DiskSaver(mine, save_on_rank=saving, require_empty=False)
+    fire(Checkpoint({"model": model_of(1.0)}, saver), times=3)
+    found = sorted(path.name for path in mine.iterdir())
+    if dist.get_rank() == saving:
+        assert found == ["model_3.pt"]
+    else:
+        assert found == decoys
+        assert mine.stat().st_mtime_ns == before
+        saver.remove("model_1.pt")
+        assert sorted(path.name for path in mine.iterdir()) == decoys
+
+
+@run_distributed(world_size=2)
+def test_a_user_that_removes_a_missing_file_is_told_on_the_saving_rank(tmp_path: Path) -> None:
+    saver = DiskSaver(tmp_path)
+    error = raised(lambda: saver.remove("never.pt"))
+    if dist.get_rank() == 0:
+        assert isinstance(error, FileNotFoundError)
+        assert "never.pt" in str(error)
+    else:
+        assert error is None
+
+
+class Recorder(BaseSaveHandler):
+    """A save handler that notes its calls; it is called on every rank."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __call__(self, _checkpoint: object, filename: str, metadata: Any = None) -> None:
+        """Note a save."""
+        self.calls.append(f"save {filename} {metadata['priority']}")
+
+    def remove(self, filename: str) -> None:
+        """Note a removal."""
+        self.calls.append(f"remove {filename}")
+
+
+@run_distributed(world_size=2)
+def test_a_custom_handler_saves_before_it_removes_on_every_rank() -> None:
+    recorder = Recorder()
+    fire(Checkpoint({"model": model_of(1.0)}, recorder), times=3)
+    expected = ["save model_1.pt 1", "save model_2.pt 2", "remove model_1.pt", "save model_3.pt 3", "remove model_2.pt"]
+    assert gathered(recorder.calls) == [expected] * 2

@@ -1,0 +1,250 @@
+"""When Checkpoint saves, in which order, and what it says of it. One process."""
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+
+from distckpt import Checkpoint, CheckpointEvents, DiskSaver, global_step_from_engine
+from tests.unit.toys import InMemory, idle_engine, linear, run_epochs
+
+NAN = float("nan")
+
+
+def _by_epoch(scores: list[float]) -> Callable[[Engine], float]:
+    return lambda engine: scores[engine.state.epoch - 1]
+
+
+@pytest.mark.parametrize(
+    ("scores", "kept"),
+    [
+        ([NAN, 0.1, 0.2], ["model_0.2000.pt"]),
+        ([0.1, NAN, 0.2], ["model_0.2000.pt"]),
+        ([0.2, 0.1, NAN], ["model_0.2000.pt"]),
+        ([NAN, NAN, NAN], []),
+    ],
+)
+@pytest.mark.parametrize("n_saved", [1, None])
+def test_a_nan_score_saves_nothing_and_blocks_nothing(
+    scores: list[float], kept: list[str], n_saved: int | None
+) -> None:
+    saver = InMemory()
+    handler = Checkpoint({"model": nn.Identity()}, saver, score_function=_by_epoch(scores), n_saved=n_saved)
+    with pytest.warns(UserWarning, match="the score is NaN; nothing was saved") as told:
+        run_epochs(handler, len(scores))
+    assert len(told) == 1  # once, however many there are
+    assert "model_nan.pt" not in saver.files
+    if n_saved == 1:
+        assert list(saver.files) == kept
+    assert handler.last_checkpoint == (kept[0] if kept else None)
+
+
+def test_a_nan_that_an_older_release_recorded_gives_way() -> None:
+    saver = InMemory()
+    saver.files["model_nan.pt"] = {}
+    handler = Checkpoint({"model": nn.Identity()}, saver, score_function=lambda _engine: -5.0)
+    handler.load_state_dict({"_saved": [(NAN, "model_nan.pt")]})
+    run_epochs(handler, 1)
+    assert list(saver.files) == ["model_-5.0000.pt"]
+
+
+def test_two_checkpoints_on_one_event_see_the_same_event() -> None:
+    trainer, evaluator = idle_engine(), idle_engine()
+    names = []
+    for prefix in ("first", "second"):
+        saver = InMemory()
+        names.append(saver.files)
+        handler = Checkpoint(
+            {"model": nn.Identity()},
+            saver,
+            prefix,
+            global_step_transform=global_step_from_engine(trainer),
+            n_saved=None,
+        )
+        trainer.add_event_handler(Events.ITERATION_COMPLETED(every=3), handler)
+    del evaluator
+    trainer.run([0, 1, 2], max_epochs=2)
+    assert [list(files) for files in names] == [
+        ["first_model_3.pt", "first_model_6.pt"],
+        ["second_model_3.pt", "second_model_6.pt"],
+    ]
+
+
+def test_a_listener_may_be_there_before_the_first_save() -> None:
+    trainer = idle_engine()
+    told: list[int] = []
+
+    @trainer.on(Checkpoint.SAVED_CHECKPOINT)
+    def saved(engine: Engine) -> None:
+        told.append(engine.state.iteration)
+
+    handler = Checkpoint({"model": nn.Identity()}, InMemory())
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(every=2), handler)
+    trainer.run([0] * 5)
+    assert told == [2, 4]
+    assert Checkpoint.SAVED_CHECKPOINT is CheckpointEvents.SAVED_CHECKPOINT
+
+
+def test_a_listener_may_listen_to_several_events_at_once() -> None:
+    trainer = idle_engine()
+    told: list[int] = []
+    trainer.add_event_handler(
+        Checkpoint.SAVED_CHECKPOINT | Events.COMPLETED, lambda: told.append(trainer.state.iteration)
+    )
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, Checkpoint({"model": nn.Identity()}, InMemory()))
+    trainer.run([0] * 2)
+    assert told == [1, 2, 2]
+
+
+def test_other_unknown_events_are_still_refused() -> None:
+    with pytest.raises(ValueError, match="is not a valid event for this Engine"):
+        idle_engine().add_event_handler("nothing of the kind", lambda: None)
+
+
+def test_the_event_fires_after_the_file_is_there_and_the_old_one_gone(tmp_path: Path) -> None:
+    trainer = idle_engine()
+    seen: list[Any] = []
+    handler = Checkpoint({"model": nn.Identity()}, tmp_path)
+
+    @trainer.on(Checkpoint.SAVED_CHECKPOINT)
+    def look() -> None:
+        assert isinstance(handler.last_checkpoint, Path)
+        seen.append((os.listdir(tmp_path), handler.last_checkpoint.name))
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, handler)
+    trainer.run([0] * 2)
+    assert seen == [(["model_1.pt"], "model_1.pt"), (["model_2.pt"], "model_2.pt")]
+
+
+def test_nothing_fires_when_nothing_was_saved() -> None:
+    trainer = idle_engine()
+    told: list[int] = []
+    trainer.add_event_handler(Checkpoint.SAVED_CHECKPOINT, lambda: told.append(trainer.state.epoch))
+    handler = Checkpoint({"model": nn.Identity()}, InMemory(), score_function=_by_epoch([2, 1, 3]))
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, handler)
+    trainer.run([0], max_epochs=3)
+    assert told == [1, 3]
+
+
+def test_the_event_name_is_put_back_when_a_listener_fails() -> None:
+    trainer = idle_engine()
+    trainer.last_event_name = Events.EPOCH_COMPLETED
+
+    @trainer.on(Checkpoint.SAVED_CHECKPOINT)
+    def fail() -> None:
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        Checkpoint({"model": nn.Identity()}, InMemory())(trainer)
+    assert trainer.last_event_name is Events.EPOCH_COMPLETED
+
+
+def test_the_old_checkpoint_is_removed_only_after_the_new_one_is_there() -> None:
+    saver = InMemory()
+    run_epochs(Checkpoint({"model": nn.Identity()}, saver, n_saved=1), 3)
+    assert saver.calls == [
+        "save model_1.pt",
+        "save model_2.pt",
+        "remove model_1.pt",
+        "save model_3.pt",
+        "remove model_2.pt",
+    ]
+
+
+def test_a_checkpoint_of_the_same_name_is_overwritten_and_not_removed() -> None:
+    saver = InMemory()
+    run_epochs(Checkpoint({"model": nn.Identity()}, saver, filename_pattern="last.{ext}", n_saved=2), 3)
+    assert saver.calls == ["save last.pt"] * 3
+
+
+@pytest.mark.parametrize("failing", ["capture", "write"])
+def test_a_failed_save_leaves_the_old_checkpoint_and_history(tmp_path: Path, failing: str) -> None:
+    class Bad(nn.Module):
+        broken = False
+
+        def state_dict(self, *_args: Any, **_kwargs: Any) -> Any:
+            if self.broken and failing == "capture":
+                raise LookupError
+            return {"weight": (lambda: None) if self.broken else torch.ones(1)}  # a lambda cannot be pickled
+
+    model = Bad()
+    handler = Checkpoint({"model": model}, tmp_path)
+    engine = run_epochs(handler, 1)
+    history = handler.state_dict()
+    model.broken = True
+    engine.state.iteration = 2
+    kind: type[Exception] = LookupError if failing == "capture" else Exception
+    with pytest.raises(kind):
+        handler(engine)
+    assert os.listdir(tmp_path) == ["model_1.pt"]
+    assert handler.state_dict() == history
+    assert torch.load(tmp_path / "model_1.pt", weights_only=True)["weight"] == 1
+    model.broken = False
+    handler(engine)
+    assert os.listdir(tmp_path) == ["model_2.pt"]
+
+
+def test_no_side_files_stand_in_the_directory(tmp_path: Path) -> None:
+    run_epochs(Checkpoint({"model": linear(0)}, tmp_path, n_saved=2), 4)
+    assert sorted(os.listdir(tmp_path)) == ["model_3.pt", "model_4.pt"]
+
+
+def test_a_file_deleted_by_hand_is_warned_of_and_nothing_more(tmp_path: Path) -> None:
+    handler = Checkpoint({"model": nn.Identity()}, tmp_path)
+    engine = run_epochs(handler, 1)
+    (tmp_path / "model_1.pt").unlink()
+    engine.state.iteration = 2
+    with pytest.warns(UserWarning, match="model_1.pt was already gone"):
+        handler(engine)
+    assert os.listdir(tmp_path) == ["model_2.pt"]
+
+
+def test_a_file_that_cannot_be_removed_is_tried_again_with_the_next_save() -> None:
+    class Sticky(InMemory):
+        stuck = True
+
+        def remove(self, filename: str) -> None:
+            if self.stuck:
+                raise PermissionError(13, "Permission denied", filename)
+            super().remove(filename)
+
+    saver = Sticky()
+    handler = Checkpoint({"model": nn.Identity()}, saver)
+    engine = run_epochs(handler, 1)
+    engine.state.iteration = 2
+    with pytest.warns(UserWarning, match=r"model_1.pt could not be removed.*tries again"):
+        handler(engine)
+    saver.stuck = False
+    engine.state.iteration = 3
+    handler(engine)
+    assert list(saver.files) == ["model_3.pt"]
+
+
+def test_a_full_score_history_is_only_told_once_per_kind() -> None:
+    handler = Checkpoint({"model": nn.Identity()}, InMemory(), score_function=lambda _engine: NAN)
+    with pytest.warns(UserWarning, match="NaN"):
+        handler(idle_engine())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        handler(idle_engine())
+
+
+@pytest.mark.parametrize(("saver", "kind"), [("disk", Path), ("memory", str)])
+def test_last_checkpoint_is_a_path_on_disk_and_a_name_elsewhere(tmp_path: Path, saver: str, kind: type) -> None:
+    handler = Checkpoint({"model": nn.Identity()}, DiskSaver(tmp_path) if saver == "disk" else InMemory())
+    assert handler.last_checkpoint is None
+    run_epochs(handler, 2)
+    assert isinstance(handler.last_checkpoint, kind)
+    assert str(handler.last_checkpoint).endswith("model_2.pt")
+
+
+def test_last_checkpoint_is_the_best_with_a_score() -> None:
+    handler = Checkpoint({"model": nn.Identity()}, InMemory(), score_function=_by_epoch([0.1, 0.9, 0.5]), n_saved=2)
+    run_epochs(handler, 3)
+    assert handler.last_checkpoint == "model_0.9000.pt"

@@ -1,0 +1,110 @@
+"""What the package shows: names that are its own, types, and loggers that say nothing by themselves."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import ignite.handlers
+import pytest
+from ignite.handlers import checkpoint as ignites
+
+import distckpt
+from distckpt import EarlyStopping, TerminateOnNan, TimeLimit
+from tests.unit.toys import idle_engine
+
+NAMES = [
+    "BaseSaveHandler",
+    "Checkpoint",
+    "CheckpointEvents",
+    "DiskSaver",
+    "EarlyStopping",
+    "ModelCheckpoint",
+    "TerminateOnNan",
+    "TimeLimit",
+    "Timer",
+    "global_step_from_engine",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_contracts_names_are_our_own(name: str) -> None:
+    ours = getattr(distckpt, name)
+    assert name in distckpt.__all__
+    assert getattr(distckpt.handlers, name) is ours
+    assert name in distckpt.handlers.__all__
+    assert ours.__module__.startswith("distckpt.")
+    assert ours is not getattr(ignite.handlers, name, None)
+    assert ours is not getattr(ignites, name, None)
+
+
+def test_every_public_name_is_there_and_sorted() -> None:
+    assert sorted(distckpt.__all__) == list(distckpt.__all__)
+    assert all(hasattr(distckpt, name) for name in distckpt.__all__)
+
+
+def test_types_are_shipped() -> None:
+    assert (Path(distckpt.__file__).parent / "py.typed").exists()
+
+
+def test_the_packages_logger_says_nothing_by_itself() -> None:
+    kinds = [type(handler) for handler in logging.getLogger("distckpt").handlers]
+    assert kinds == [logging.NullHandler]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        TerminateOnNan,
+        TimeLimit,
+        lambda: EarlyStopping(1, lambda _engine: 0.0, idle_engine()),
+    ],
+)
+def test_handlers_log_below_the_package_and_add_no_handlers(make: type[TerminateOnNan]) -> None:
+    before = list(logging.getLogger().handlers)
+    handler = make()
+    assert handler.logger.name.startswith("distckpt.")
+    assert handler.logger.handlers == []
+    assert handler.logger.propagate
+    assert list(logging.getLogger().handlers) == before
+
+
+QUIET = """
+import logging
+from ignite.engine import Engine, Events
+import distckpt
+engine = Engine(lambda engine, batch: float("nan"))
+engine.add_event_handler(Events.ITERATION_COMPLETED, distckpt.TerminateOnNan())
+engine.logger.disabled = True
+engine.run([0])
+assert engine.should_terminate
+assert not logging.getLogger().handlers
+"""
+
+
+def test_a_program_that_configures_no_logging_hears_nothing() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", QUIET],
+        cwd=Path(distckpt.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_importing_configures_nothing_and_pulls_in_no_other_runtime() -> None:
+    program = (
+        "import logging, sys, warnings; before = list(warnings.filters); import distckpt; "
+        "print([name for name in ('horovod', 'torch_xla') if name in sys.modules], logging.getLogger().handlers)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(distckpt.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout.strip() == "[] []"
