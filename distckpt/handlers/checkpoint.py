@@ -19,6 +19,7 @@ from distckpt import load, save
 from distckpt.backends.base import Backend
 from distckpt.backends.detect import current
 from distckpt.consensus.agree import Place, Seat
+from distckpt.consensus.decision import Agreed, NameRules, SaveDecision, SaveIntent, filename_of, nan_is_why
 from distckpt.consensus.scores import check_rule
 from distckpt.errors import CommitNotDurable
 from distckpt.handlers import arguments
@@ -223,7 +224,7 @@ class Checkpoint(CheckpointHelpers, Serializable):
         if problems:
             warnings.warn(f"Checkpoint: while removing older checkpoints: {' '.join(problems)}", stacklevel=2)
 
-    def _intend(self, engine: Engine) -> save.SaveIntent:
+    def _intend(self, engine: Engine) -> SaveIntent:
         global_step: Any = None
         if self.global_step_transform is not None:
             global_step = self.global_step_transform(engine, engine.last_event_name)
@@ -234,7 +235,7 @@ class Checkpoint(CheckpointHelpers, Serializable):
             global_step = engine.state.get_event_attrib_value(Events.ITERATION_COMPLETED)
         else:
             _check_is_number(global_step)
-        return save.SaveIntent(
+        return SaveIntent(
             rules=self._rules(),
             save_on_rank=self._coordinator(),
             global_step=global_step.item() if is_numpy_scalar(global_step) else global_step,
@@ -244,8 +245,8 @@ class Checkpoint(CheckpointHelpers, Serializable):
             directory=str(self.save_handler.dirname) if isinstance(self.save_handler, _ON_DISK) else None,
         )
 
-    def _rules(self) -> save.NameRules:
-        return save.NameRules(
+    def _rules(self) -> NameRules:
+        return NameRules(
             prefix=self.filename_prefix,
             name=str(next(iter(self.to_save))) if len(self.to_save) == 1 else "checkpoint",
             ext=self.ext,
@@ -259,7 +260,7 @@ class Checkpoint(CheckpointHelpers, Serializable):
     def _coordinator(self) -> int:
         return self.save_handler.save_on_rank if isinstance(self.save_handler, DiskSaver) else self.save_on_rank
 
-    def _capture(self, backend: Backend, coordinator: int, decision: save.SaveDecision) -> dict[str, Any]:
+    def _capture(self, backend: Backend, coordinator: int, decision: SaveDecision) -> dict[str, Any]:
         checkpoint = capture(self.to_save, rank=backend.rank, save_on_rank=coordinator)
         if self.include_self:
             checkpoint["checkpointer"] = OrderedDict(_saved=list(decision.kept))
@@ -287,7 +288,7 @@ class Checkpoint(CheckpointHelpers, Serializable):
             # The next handler on the same event asks for its name; so does the engine's loop.
             engine.last_event_name = before
 
-    def _warn_of_scores(self, agreed: save.Agreed) -> None:
+    def _warn_of_scores(self, agreed: Agreed) -> None:
         if agreed.scores is not None and "differ" not in self._warned:
             self._warned.add("differ")
             warnings.warn(
@@ -295,7 +296,7 @@ class Checkpoint(CheckpointHelpers, Serializable):
                 f"{agreed.score}. Reduce the metric over all ranks. This is said once.",
                 stacklevel=3,
             )
-        if save.nan_is_why(agreed) and "nan" not in self._warned:
+        if nan_is_why(agreed) and "nan" not in self._warned:
             self._warned.add("nan")
             warnings.warn("Checkpoint: the score is NaN; nothing was saved. This is said once.", stacklevel=3)
 
@@ -368,7 +369,7 @@ class Checkpoint(CheckpointHelpers, Serializable):
         score = filename_components.get("score")
         told = format_score(score) if isinstance(score, float) else str(score)
         has_score = self.score_function is not None or rules.pattern is not None
-        filename = save.filename_of(
+        filename = filename_of(
             rules, score=told if has_score else None, global_step=filename_components.get("global_step")
         )
         path = self.save_handler.dirname / filename

@@ -9,11 +9,11 @@ from typing import Any
 
 from ignite.engine import Engine
 
+from distckpt.consensus.decision import SaveIntent
 from distckpt.handlers.arguments import check_include_self
 from distckpt.handlers.checkpoint import Checkpoint
 from distckpt.handlers.disk_saver import DiskSaver
 from distckpt.handlers.older import accept_older_order, deprecated
-from distckpt.save import SaveIntent
 from distckpt.state.collect import check_objects
 
 __all__ = ["ModelCheckpoint"]

@@ -17,8 +17,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture
-def agents_port() -> Iterator[int]:
-    """Serve a store as torchrun's agent does, and give its port: for ranks that join a job by ``env://``.
+def launcher_port() -> Iterator[int]:
+    """Serve a store as torchrun does, and give its port: for ranks that join a job by ``env://``.
 
     Such a store holds one job's keys for as long as it lives, so each test has its own.
     """

@@ -37,8 +37,8 @@ def train(local_rank: int, folder: Path, *, num_epochs: int) -> None:
 
 
 @run_distributed(world_size=2, backend=None)
-def test_ours_works_inside_idists_parallel(tmp_path: Path, agents_port: int) -> None:
-    os.environ["MASTER_PORT"] = str(agents_port)
+def test_ours_works_inside_idists_parallel(tmp_path: Path, launcher_port: int) -> None:
+    os.environ["MASTER_PORT"] = str(launcher_port)
     with fresh_idist(), launcher.Parallel(backend="gloo") as parallel:
         parallel.run(train, tmp_path, num_epochs=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model_2.pt", "model_4.pt"]
@@ -46,8 +46,8 @@ def test_ours_works_inside_idists_parallel(tmp_path: Path, agents_port: int) -> 
 
 
 @run_distributed(world_size=2, backend=None)
-def test_idist_works_inside_our_parallel(tmp_path: Path, agents_port: int) -> None:
-    os.environ["MASTER_PORT"] = str(agents_port)
+def test_idist_works_inside_our_parallel(tmp_path: Path, launcher_port: int) -> None:
+    os.environ["MASTER_PORT"] = str(launcher_port)
     with fresh_idist(), distckpt.Parallel(backend="gloo") as parallel:
         parallel.run(train, tmp_path, num_epochs=1)
     assert [path.name for path in tmp_path.iterdir()] == ["model_2.pt"]
@@ -64,8 +64,8 @@ def test_both_parallels_without_a_backend_run_in_the_live_job(tmp_path: Path) ->
 
 
 @run_distributed(world_size=2, backend=None)
-def test_idist_may_end_the_job_that_ours_began(agents_port: int) -> None:
-    os.environ["MASTER_PORT"] = str(agents_port)
+def test_idist_may_end_the_job_that_ours_began(launcher_port: int) -> None:
+    os.environ["MASTER_PORT"] = str(launcher_port)
     with fresh_idist():
         distckpt.initialize("gloo")
         assert idist.get_world_size() == distckpt.get_world_size() == 2

@@ -30,8 +30,8 @@ def pg_timeout() -> timedelta:
 
 
 @run_distributed(world_size=2, backend=None)
-def test_a_program_under_torchrun_joins_its_job(agents_port: int) -> None:
-    os.environ["MASTER_PORT"] = str(agents_port)
+def test_a_program_under_torchrun_joins_its_job(launcher_port: int) -> None:
+    os.environ["MASTER_PORT"] = str(launcher_port)
     rank = int(os.environ["RANK"])
     assert (distckpt.backend(), distckpt.get_rank(), distckpt.get_world_size()) == (None, 0, 1)
     distckpt.initialize("gloo")
@@ -65,8 +65,8 @@ def test_ranks_may_meet_at_an_init_method(tmp_path: Path) -> None:
 
 
 @run_distributed(world_size=2, backend=None)
-def test_a_backend_that_the_build_registered_is_joined_by_its_name(agents_port: int) -> None:
-    os.environ["MASTER_PORT"] = str(agents_port)
+def test_a_backend_that_the_build_registered_is_joined_by_its_name(launcher_port: int) -> None:
+    os.environ["MASTER_PORT"] = str(launcher_port)
     assert REGISTERED in distckpt.available_backends()
     distckpt.initialize(REGISTERED)
     assert distckpt.backend() == REGISTERED
@@ -82,18 +82,18 @@ def test_timeout_is_that_of_the_jobs_group(timeout: timedelta | float) -> None:
 
 
 @run_distributed(world_size=2, backend=None)
-def test_a_task_of_srun_joins_its_job(agents_port: int) -> None:
+def test_a_task_of_srun_joins_its_job(launcher_port: int) -> None:
     rank = os.environ["RANK"]
     forget_launcher()
     slurm = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NTASKS": "2", "SLURM_NODEID": "0", "SLURM_JOB_ID": "7"}
-    os.environ.update(slurm, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(agents_port))
+    os.environ.update(slurm, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(launcher_port))
     distckpt.initialize("gloo")
     assert (distckpt.get_rank(), distckpt.get_world_size()) == (int(rank), 2)
     assert (distckpt.get_local_rank(), distckpt.get_node_rank()) == (int(rank), 0)
 
 
 @run_distributed(world_size=2, backend=None)
-def test_a_task_of_srun_asks_slurm_for_the_first_node(agents_port: int, tmp_path: Path) -> None:
+def test_a_task_of_srun_asks_slurm_for_the_first_node(launcher_port: int, tmp_path: Path) -> None:
     rank = os.environ["RANK"]
     forget_launcher()
     tool = tmp_path / rank / "scontrol"
@@ -102,7 +102,7 @@ def test_a_task_of_srun_asks_slurm_for_the_first_node(agents_port: int, tmp_path
     tool.chmod(0o755)
     os.environ["PATH"] = f"{tool.parent}:{os.environ['PATH']}"
     slurm = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
-    os.environ.update(slurm, MASTER_PORT=str(agents_port))
+    os.environ.update(slurm, MASTER_PORT=str(launcher_port))
     distckpt.initialize("gloo")
     assert os.environ["MASTER_ADDR"] == "127.0.0.1"
     assert distckpt.all_reduce(1) == 2

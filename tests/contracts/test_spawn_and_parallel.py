@@ -63,8 +63,8 @@ def test_parallel_starts_the_ranks_that_it_is_asked_for(tmp_path: Path) -> None:
 
 
 @run_distributed(world_size=2, backend=None)
-def test_parallel_joins_the_ranks_that_a_launcher_started(tmp_path: Path, agents_port: int) -> None:
-    os.environ["MASTER_PORT"] = str(agents_port)
+def test_parallel_joins_the_ranks_that_a_launcher_started(tmp_path: Path, launcher_port: int) -> None:
+    os.environ["MASTER_PORT"] = str(launcher_port)
     rank = int(os.environ["RANK"])
     with distckpt.Parallel(backend="gloo") as parallel:
         parallel.run(leave_note, tmp_path, "word", number=7)
@@ -75,8 +75,8 @@ def test_parallel_joins_the_ranks_that_a_launcher_started(tmp_path: Path, agents
 
 
 @run_distributed(world_size=1, backend=None)
-def test_parallel_leaves_the_job_when_the_program_raises(agents_port: int) -> None:
-    os.environ["MASTER_PORT"] = str(agents_port)
+def test_parallel_leaves_the_job_when_the_program_raises(launcher_port: int) -> None:
+    os.environ["MASTER_PORT"] = str(launcher_port)
     with pytest.raises(ZeroDivisionError), distckpt.Parallel(backend="gloo") as parallel:
         parallel.run(lambda _local_rank: 1 // 0)
     assert not dist.is_initialized()

@@ -167,14 +167,14 @@ def test_a_frozen_rank_is_named_when_the_limit_is_over() -> None:
 
 def lose_the_store() -> str:
     """Form a job whose store lives in rank 0, which dies."""
-    agent = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    launcher = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     rank, limit = int(os.environ["RANK"]), timedelta(seconds=30)
     key = f"port of {os.environ['TORCHELASTIC_RESTART_COUNT']}"
     if rank == 0:
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=limit)
-        agent.set(key, str(store.port))
+        launcher.set(key, str(store.port))
     else:
-        port = int(agent.get(key))
+        port = int(launcher.get(key))
         store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=limit)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     backend = current()

@@ -1,0 +1,221 @@
+"""What all ranks save, and what it replaces: a pure function of every rank's facts.
+
+Owns the dataclasses that travel before a save and the arithmetic between them. No collective is issued here, and no
+file touched. Layer L3.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from distckpt import naming, retention
+from distckpt.consensus.scores import ScoreRule, agreed_score
+from distckpt.errors import RanksDriftedApart
+from distckpt.retention import Entry
+from distckpt.scalars import is_nan
+
+__all__ = ["Agreed", "NameRules", "SaveDecision", "SaveIntent", "decide_from", "filename_of", "nan_is_why"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NameRules:
+    """How a saver names its files and what it keeps.
+
+    Attributes:
+        prefix: ``filename_prefix``.
+        name: the single object's key, or ``checkpoint``.
+        ext: the extension, without its dot.
+        pattern: the user's ``filename_pattern``, if any.
+        score_name: goes into the name, if given.
+        n_saved: how many are kept; None for all.
+        greater_or_equal: whether a tie replaces.
+        score_rule: which score counts when the ranks' differ.
+    """
+
+    prefix: str
+    name: str
+    ext: str
+    pattern: str | None
+    score_name: str | None
+    n_saved: int | None
+    greater_or_equal: bool
+    score_rule: ScoreRule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveIntent:
+    """What one rank knows before the ranks have spoken.
+
+    Attributes:
+        rules: see :class:`NameRules`.
+        save_on_rank: the coordinator, as this rank was told.
+        global_step: for the name and, without a score, for the priority.
+        score: None when there is no score function.
+        history: what this rank believes to be kept, lowest priority first.
+        strays: files that should have been removed and could not be.
+        directory: where this rank would save; None where that is no local directory.
+    """
+
+    rules: NameRules
+    save_on_rank: int
+    global_step: Any
+    score: int | float | None
+    history: tuple[Entry, ...]
+    strays: tuple[str, ...]
+    directory: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveDecision:
+    """What all ranks do now.
+
+    Attributes:
+        filename: of the new checkpoint.
+        priority: of the new checkpoint; higher is better.
+        metadata: for the save handler: ``basename``, ``score_name``, ``priority``.
+        kept: the history once it is committed.
+        evicted: files to remove once it is committed.
+    """
+
+    filename: str
+    priority: int | float
+    metadata: Mapping[str, Any]
+    kept: tuple[Entry, ...]
+    evicted: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreed:
+    """What came out of step 2.
+
+    Attributes:
+        coordinator: the rank that saves.
+        history: the coordinator's history, now everybody's.
+        strays: the coordinator's strays.
+        directory: the coordinator's directory.
+        scores: every rank's score when they differed, else None.
+        score: the one that counts.
+        decision: None when nothing is to be saved.
+    """
+
+    coordinator: int
+    history: tuple[Entry, ...]
+    strays: tuple[str, ...]
+    directory: str | None
+    scores: tuple[int | float, ...] | None
+    score: int | float | None
+    decision: SaveDecision | None
+
+
+def decide_from(intents: Sequence[SaveIntent]) -> Agreed:
+    """Decide what all ranks do, from what each one knows. The same intents give the same decision.
+
+    Args:
+        intents: one a rank, in rank order.
+
+    Raises:
+        RanksDriftedApart: the ranks met in one event, but with handlers of another making.
+        ValueError: the ranks name different coordinators, or one that does not exist.
+        KeyError: the pattern names an unknown field.
+    """
+    _refuse_strangers(intents)
+    coordinator = _coordinator_of(intents)
+    chief = intents[coordinator]
+    rules = chief.rules
+    scores = [intent.score for intent in intents]
+    score, differed = chief.score, False
+    if score is not None:
+        known = [chief.score if one is None else one for one in scores]
+        score, differed = agreed_score([one for one in known if one is not None], rules.score_rule, coordinator)
+    priority = score if score is not None else chief.global_step
+    decision = None
+    if retention.wants(chief.history, priority, n_saved=rules.n_saved, greater_or_equal=rules.greater_or_equal):
+        decision = _decision(chief, score, priority)
+    return Agreed(
+        coordinator=coordinator,
+        history=chief.history,
+        strays=chief.strays,
+        directory=chief.directory,
+        scores=tuple(one for one in scores if one is not None) if differed else None,
+        score=score,
+        decision=decision,
+    )
+
+
+def filename_of(rules: NameRules, *, score: str | None, global_step: Any) -> str:
+    """Return the name of a checkpoint.
+
+    Args:
+        rules: how the saver names its files.
+        score: as it stands in the name; None for a name without.
+        global_step: None for a name without.
+
+    Raises:
+        KeyError: the user's pattern names an unknown field.
+    """
+    pattern = rules.pattern
+    if pattern is None:
+        pattern = naming.default_pattern(
+            with_prefix=bool(rules.prefix),
+            with_score=score is not None,
+            with_score_name=score is not None and rules.score_name is not None,
+            with_global_step=global_step is not None,
+        )
+    fields = {
+        "filename_prefix": rules.prefix,
+        "ext": rules.ext,
+        "name": rules.name,
+        "score_name": rules.score_name,
+        "score": score,
+        "global_step": global_step,
+    }
+    return naming.render(pattern, fields)
+
+
+def _decision(chief: SaveIntent, score: float | None, priority: float) -> SaveDecision:
+    rules = chief.rules
+    told = None if score is None else naming.format_score(score)
+    filename = filename_of(rules, score=told, global_step=chief.global_step)
+    retained = retention.admit(chief.history, (priority, filename), n_saved=rules.n_saved)
+    strays = [name for name in chief.strays if name != filename and name not in retained.evicted]
+    return SaveDecision(
+        filename=filename,
+        priority=priority,
+        metadata={
+            "basename": naming.basename(rules.prefix, rules.name),
+            "score_name": rules.score_name,
+            "priority": priority,
+        },
+        kept=retained.kept,
+        evicted=(*retained.evicted, *strays),
+    )
+
+
+def _coordinator_of(intents: Sequence[SaveIntent]) -> int:
+    named = [intent.save_on_rank for intent in intents]
+    if len(set(named)) > 1:
+        msg = f"Argument save_on_rank should be the same on every rank, but is, by rank: {named}"
+        raise ValueError(msg)
+    if named[0] >= len(intents):
+        last = len(intents) - 1
+        msg = f"Argument save_on_rank should be a rank of this job (0 to {last}), but given {named[0]}"
+        raise ValueError(msg)
+    return named[0]
+
+
+def _refuse_strangers(intents: Sequence[SaveIntent]) -> None:
+    """Raise where the ranks met in one event, but with handlers of another making."""
+    # Not prefix and pattern: a program may make them from its clock, and the coordinator's count.
+    names = [(one.rules.name, one.rules.ext, one.rules.score_name, one.score is not None) for one in intents]
+    if len(set(names)) > 1:
+        told = "; ".join(f"rank {rank}: {name}" for rank, name in enumerate(names))
+        msg = (
+            "The ranks came to one save with different handlers (name, extension, score's name, has a score): "
+            f"{told}. Handlers have to be built and attached on all ranks, in the same order."
+        )
+        raise RanksDriftedApart(msg)
+
+
+def nan_is_why(agreed: Agreed) -> bool:
+    """Tell whether nothing was saved because the score is NaN."""
+    return agreed.decision is None and is_nan(agreed.score)
