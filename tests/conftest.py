@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import pytest
 from hypothesis import settings
 
+from tests.contracts.implementations import not_run
 from tests.support.pool import shared_pool
 from tests.support.store import bound_lookups
 
@@ -31,3 +32,9 @@ def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
 def pytest_sessionfinish() -> None:
     """Kill this process's pool of ranks."""
     shared_pool().discard()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say which implementations of the backend contract had no part in the run."""
+    for line in not_run():
+        terminalreporter.write_line(line)

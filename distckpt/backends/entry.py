@@ -14,6 +14,7 @@ from typing import Any, TypeVar, overload
 
 import torch
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
 
 from distckpt.backends.base import Backend, TensorOp
 from distckpt.backends.detect import current
@@ -107,6 +108,12 @@ def initialize(
             msg = f"Argument world_size is {world_size}, but no launcher or init_method says where the others are"
             raise ValueError(msg)
         options.update(store=dist.HashStore(), rank=0, world_size=1)
+    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # The launcher's store outlives a job: what an earlier one of this program left there would be taken for ours.
+        limit = options.get("timeout", default_pg_timeout)
+        root, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+        number = root.add(f"distckpt/joined/{rank}", 1)
+        options.update(store=dist.PrefixStore(f"distckpt/job{number}", root), rank=rank, world_size=world_size)
     dist.init_process_group(backend, **options)
 
 

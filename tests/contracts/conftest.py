@@ -1,4 +1,4 @@
-"""Says in pytest's report which implementations of the contract had no part in the run; shared fixtures."""
+"""Fixtures of the contract's suite."""
 
 from collections.abc import Iterator
 from datetime import timedelta
@@ -6,14 +6,7 @@ from datetime import timedelta
 import pytest
 from torch.distributed import TCPStore
 
-from tests.contracts.implementations import not_run
 from tests.support.store import ADDRESS
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Add a line for each."""
-    for line in not_run():
-        terminalreporter.write_line(line)
 
 
 @pytest.fixture

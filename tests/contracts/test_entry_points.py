@@ -45,6 +45,16 @@ def test_a_program_under_torchrun_joins_its_job(launcher_port: int) -> None:
     assert not dist.is_initialized()
 
 
+@run_distributed(world_size=2, backend=None)
+def test_a_program_under_torchrun_may_leave_its_job_and_join_again(launcher_port: int) -> None:
+    os.environ["MASTER_PORT"] = str(launcher_port)  # one store for all of them, as torchrun has it
+    for _ in range(8):
+        distckpt.initialize("gloo", timeout=10.0)
+        assert distckpt.all_reduce(1) == 2
+        distckpt.barrier()
+        distckpt.finalize()
+
+
 @run_distributed(world_size=1, backend=None)
 def test_a_program_started_by_hand_is_a_job_of_one() -> None:
     forget_launcher()
