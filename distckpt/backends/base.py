@@ -131,6 +131,9 @@ class Backend(ABC):
     def broadcast_tensor(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
         """Collective. Give every rank `src`'s tensor; shape and dtype are the same on all."""
 
+    def close(self) -> None:  # noqa: B027 - most have nothing to end
+        """Let go of threads and connections of this backend's own. Rank-local; nothing may be asked of it after."""
+
     @abstractmethod
     def take_ticket(self, kind: str) -> str | None:
         """Number the objects of one kind that this rank makes. Rank-local; issues no collectives.

@@ -164,6 +164,7 @@ def _environment_from_slurm() -> None:
 def finalize() -> None:
     """Leave the job, all ranks. Does nothing in a world without one."""
     if dist.is_available() and dist.is_initialized():
+        current().close()
         dist.destroy_process_group()
 
 

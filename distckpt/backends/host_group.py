@@ -6,8 +6,10 @@ groups made so far, and blocks for the process group's own timeout when a rank s
 what the values mean. Layer L2.
 """
 
+import atexit
 import contextlib
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -105,6 +107,15 @@ class HostGroup:
         self._last_end_s = time.monotonic()
         self._group: Any = None  # ProcessGroupGloo, whose operations have no types
 
+    def close(self) -> None:
+        """Let the group's threads end. Rank-local; does nothing the second time.
+
+        IMPORTANT: before the interpreter does. A thread of Gloo's that lets go of a tensor then, after the last
+        collective, asks for an interpreter that is no more, and the process is aborted.
+        """
+        self._given_up = self._given_up or "this process left the job"
+        self._group = None
+
     def reduce(
         self, values: torch.Tensor, op: dist.ReduceOp.RedOpType | ReduceOp, *, what: str, timeout_s: float
     ) -> torch.Tensor:
@@ -155,6 +166,7 @@ class HostGroup:
         except RuntimeError as error:
             msg = f"rank {self._rank}: the ranks could not be connected over Gloo for {what}: {error}"
             raise CollectiveError(msg) from error
+        atexit.register(_close_if_alive, weakref.ref(self))
 
     def _run(self, start: Callable[[], Any], options: Any, what: str, timeout_s: float) -> None:
         if self._given_up is not None:
@@ -263,6 +275,12 @@ class HostGroup:
             raise CollectiveTimeout(msg, missing) from error
         msg = f"rank {self._rank}: {what} broke off: {who} ({error})"
         raise CollectiveError(msg, missing) from error
+
+
+def _close_if_alive(group: "weakref.ref[HostGroup]") -> None:
+    alive = group()
+    if alive is not None:
+        alive.close()
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:

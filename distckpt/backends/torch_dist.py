@@ -140,6 +140,11 @@ class TorchDistBackend(Backend):
         dist.broadcast(result, src=src)
         return result
 
+    def close(self) -> None:
+        """End the host group, if there is one."""
+        if "_host" in vars(self):
+            self._host.close()
+
     def take_ticket(self, kind: str) -> str | None:
         """Return ``kind#n``, counting from 0 on this process group."""
         number = self._num_tickets.get(kind, 0)
