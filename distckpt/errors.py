@@ -6,7 +6,8 @@ The tree::
 
     DistckptError(Exception)
     ├── CollectiveError                 a collective could not be completed; the group is unusable now
-    │   └── CollectiveTimeout           ... because some ranks did not come in time (``missing`` names them)
+    │   ├── CollectiveTimeout           ... because some ranks did not come in time (``missing`` names them)
+    │   └── RankLost                    ... because a rank died, froze, left or cannot be reached
     ├── RanksDriftedApart               ranks came to the same collective from different places
     ├── PhaseError                      one or more ranks failed in a phase that all ranks walk together;
     │   └── (PhaseError, <cause>)       raised alike on every rank, and caught as the cause's type too
@@ -39,7 +40,9 @@ __all__ = [
     "LoadError",
     "PhaseError",
     "RankFailure",
+    "RankLost",
     "RanksDriftedApart",
+    "RemoteTraceback",
     "SaveError",
     "UnsafeCheckpoint",
 ]
@@ -72,6 +75,18 @@ class CollectiveError(DistckptError):
 
 class CollectiveTimeout(CollectiveError):  # noqa: N818 - the name is the sentence; it is public API
     """Some ranks did not come to a collective in time; ``missing`` names them."""
+
+
+class RankLost(CollectiveError):  # noqa: N818 - the name is the sentence; it is public API
+    """A rank died, froze, left the job or cannot be reached; ``missing`` names it. Raised on all that are left."""
+
+
+class RemoteTraceback(Exception):  # noqa: N818 - it is no error of this rank's, only its story
+    """What another rank's exception looked like there; the cause of the error that this rank raises."""
+
+    def __str__(self) -> str:
+        """Return the traceback, as text."""
+        return f"\n{self.args[0]}" if self.args else ""
 
 
 class RanksDriftedApart(DistckptError):  # noqa: N818 - the name is the sentence; it is public API
@@ -197,6 +212,7 @@ _OURS: tuple[type[Exception], ...] = (
     DamagedCheckpoint,
     UnsafeCheckpoint,
     LoadError,
+    RankLost,
     CollectiveTimeout,
     CollectiveError,
     RanksDriftedApart,

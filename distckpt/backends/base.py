@@ -8,22 +8,21 @@ import math
 import os
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
 
 import torch
 
 from distckpt.backends import wire
-from distckpt.errors import RanksDriftedApart
+from distckpt.errors import DistckptError, RanksDriftedApart
 
-__all__ = ["DEFAULT_TIMEOUT_S", "Backend", "ReduceOp", "TensorOp", "default_timeout_s"]
+__all__ = ["DEFAULT_TIMEOUT_S", "Backend", "Board", "ReduceOp", "TensorOp", "Watcher", "default_timeout_s"]
 
 ReduceOp = Literal["SUM", "MIN", "MAX"]
 TensorOp = Literal["SUM", "PRODUCT", "MIN", "MAX", "AND", "OR"]
 
 DEFAULT_TIMEOUT_S = 300.0
 _HASH_BITS = 0x7FFFFFFF  # XLA's exact reduction is of int32
-_NUM_NUMBERS = 4
 TIMEOUT_VARIABLE = "DISTCKPT_TIMEOUT_S"
 
 
@@ -48,6 +47,41 @@ def default_timeout_s() -> float:
     return value
 
 
+class Board(Protocol):
+    """Notes that every rank of a job can read, beside its collectives. Any thread; no call waits longer than told.
+
+    Every method raises TimeoutError when no answer came within `limit_s`, and ConnectionError when the board is gone.
+    """
+
+    def put(self, key: str, text: str, *, limit_s: float) -> None:
+        """Write a note, over an older one."""
+
+    def claim(self, key: str, text: str, *, limit_s: float) -> str:
+        """Write a note unless there is one; return what stands."""
+
+    def look(self, keys: Sequence[str], *, limit_s: float) -> list[str | None]:
+        """Read several notes; None for those that are not there."""
+
+    def count(self, key: str, amount: int, *, limit_s: float) -> int:
+        """Add to a number that begins at 0; return what it is now."""
+
+    def is_open(self) -> bool:
+        """Tell whether the job that it belongs to is still this process's. Rank-local; waits for nothing."""
+
+    def host(self) -> str:
+        """Tell where the notes are kept: ``this process``, ``this machine``, ``elsewhere``; or empty for nowhere."""
+
+
+class Watcher(Protocol):
+    """What is known of the other ranks beside the collectives; see :mod:`distckpt.consensus.liveness`."""
+
+    def news(self, wait_s: float = 0.0) -> DistckptError | None:
+        """Return the error that ends this rank's waiting, if there is a reason within `wait_s`. The training thread."""
+
+    def tell(self, ranks: Sequence[int]) -> str:
+        """Return what is known of `ranks`, as a phrase; empty for nothing."""
+
+
 class Backend(ABC):
     """One job's ranks, as one of them sees it.
 
@@ -64,6 +98,9 @@ class Backend(ABC):
 
     name: str
     """What the backend is called: ``serial``, or the name that torch.distributed knows it by."""
+
+    watcher: Watcher | None = None
+    """Asked while a collective waits, if there is one."""
 
     @property
     @abstractmethod
@@ -92,27 +129,35 @@ class Backend(ABC):
     # -- the primitives ----------------------------------------------------------------------------
 
     @abstractmethod
-    def reduce_host(self, values: torch.Tensor, op: ReduceOp, *, what: str, timeout_s: float | None) -> torch.Tensor:
+    def reduce_host(self, values: torch.Tensor, op: ReduceOp, *, what: object, timeout_s: float | None) -> torch.Tensor:
         """Collective. Reduce a small host tensor element by element.
 
         Args:
             values: int64 or float64, shape (n,), the same n and dtype on every rank.
             op: SUM, MIN or MAX.
-            what: what the ranks are doing, for error messages.
+            what: what the ranks are doing, for error messages; made into text only for them.
             timeout_s: seconds to wait for the other ranks; None for :func:`default_timeout_s`.
 
         Returns:
             A new tensor of the same shape and dtype.
         """
 
+    def start_max(self, values: Sequence[int], *, what: object, timeout_s: float | None) -> Callable[[], list[int]]:
+        """Collective. Start to reduce up to twelve int64 with MAX; what is returned waits for the end.
+
+        One may be under way at a time. Where a runtime cannot do it beside other work, it is done here and now.
+        """
+        result: list[int] = self.reduce_host(torch.tensor(values), "MAX", what=what, timeout_s=timeout_s).tolist()
+        return lambda: result
+
     @abstractmethod
-    def gather_host(self, data: bytes, num_bytes: int, *, what: str, timeout_s: float | None) -> list[bytes]:
+    def gather_host(self, data: bytes, num_bytes: int, *, what: object, timeout_s: float | None) -> list[bytes]:
         """Collective. Give every rank every rank's bytes.
 
         Args:
             data: at most `num_bytes` bytes; lengths may differ between ranks.
             num_bytes: the most that any rank brings, the same on every rank.
-            what: what the ranks are doing, for error messages.
+            what: what the ranks are doing, for error messages; made into text only for them.
             timeout_s: seconds to wait for the other ranks; None for :func:`default_timeout_s`.
 
         Returns:
@@ -130,6 +175,13 @@ class Backend(ABC):
     @abstractmethod
     def broadcast_tensor(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
         """Collective. Give every rank `src`'s tensor; shape and dtype are the same on all."""
+
+    def board(self) -> Board | None:
+        """Return the job's board for notes, or None where the runtime has none. Rank-local; issues no collectives."""
+        return None
+
+    def break_off(self) -> None:  # noqa: B027 - not every runtime can
+        """Make the job's own collectives that wait end with an error, where the runtime can. Rank-local; any thread."""
 
     def close(self) -> None:  # noqa: B027 - most have nothing to end
         """Let go of threads and connections of this backend's own. Rank-local; nothing may be asked of it after."""
@@ -176,12 +228,12 @@ class Backend(ABC):
         numbers: Sequence[int] = (),
         *,
         turn: int = 0,
-        told: str | None = None,
+        told: object = None,
         timeout_s: float | None,
     ) -> list[int]:
         """Collective. Find out that all ranks are at the same place, and reduce a few numbers with MAX on the way.
 
-        The header of eight int64 with which every collective of distckpt begins: ranks that came from different places
+        The header of twelve int64 with which every collective of distckpt begins: ranks that came from different places
         meet in it and are told so, instead of pairing wrong collectives.
 
         1. (all ranks) reduce place and turn, each with its negative, and the numbers.
@@ -189,9 +241,9 @@ class Backend(ABC):
 
         Args:
             where: the place; has to be equal on all ranks.
-            numbers: at most four, each below 2**31.
+            numbers: at most eight, each below 2**31.
             turn: has to be equal on all ranks.
-            told: the place for people, if it says more.
+            told: the place for people, if it says more; made into text only for an error.
             timeout_s: seconds to wait for the other ranks; None for :func:`default_timeout_s`.
 
         Returns:
@@ -200,12 +252,31 @@ class Backend(ABC):
         Raises:
             RanksDriftedApart: the ranks are not at the same place; on every rank, naming all places.
         """
-        digest = zlib.crc32(where.encode()) & _HASH_BITS
-        header = [digest, -digest, turn, -turn, *numbers, *[0] * (_NUM_NUMBERS - len(numbers))]
+        return self.start_meeting(where, numbers, turn=turn, told=told, timeout_s=timeout_s)()
+
+    def start_meeting(
+        self,
+        where: str,
+        numbers: Sequence[int] = (),
+        *,
+        turn: int = 0,
+        told: object = None,
+        timeout_s: float | None,
+    ) -> Callable[[], list[int]]:
+        """Collective. Start :meth:`meet`, and return what waits for its end and returns its result.
+
+        The same arguments. Step 2 is walked in what is returned.
+        """
         what = told or where
-        total = self.all_reduce_ints(header, "MAX", what=what, timeout_s=timeout_s)
+        digest = zlib.crc32(where.encode()) & _HASH_BITS
+        finish = self.start_max((digest, -digest, turn, -turn, *numbers), what=what, timeout_s=timeout_s)
+        return lambda: self._read_header(finish(), len(numbers), turn, what, timeout_s)
+
+    def _read_header(
+        self, total: list[int], num_numbers: int, turn: int, what: object, timeout_s: float | None
+    ) -> list[int]:
         if total[0] == -total[1] and total[2] == -total[3]:
-            return total[4 : 4 + len(numbers)]
+            return total[4 : 4 + num_numbers]
         data = f"{what} (turn {turn})".encode()
         why = "telling the ranks where each one is"
         num_bytes = self.all_reduce_ints([len(data)], "MAX", what=why, timeout_s=timeout_s)[0]
@@ -254,7 +325,7 @@ class Backend(ABC):
 
         Args:
             value: see :func:`distckpt.backends.wire.encode`.
-            what: what the ranks are doing, for error messages.
+            what: what the ranks are doing, for error messages; made into text only for them.
             timeout_s: seconds to wait for the other ranks; None for :func:`default_timeout_s`.
 
         Returns:

@@ -29,13 +29,18 @@ def current() -> Backend:
         >>> current().world_size
         1
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        return _ALONE
-    group = dist.group.WORLD
+    group = _group_of_the_job()
     if group is None:
         return _ALONE
-    with _LOCK:
-        backend = _BY_GROUP.get(group)
-        if backend is None:
-            backend = _BY_GROUP[group] = TorchDistBackend(group)
+    # Without the lock, and mostly right: every handler asks in every iteration.
+    backend = _BY_GROUP.get(group)
+    if backend is None:
+        with _LOCK:
+            backend = _BY_GROUP.get(group)
+            if backend is None:
+                backend = _BY_GROUP[group] = TorchDistBackend(group)
     return backend
+
+
+def _group_of_the_job() -> dist.ProcessGroup | None:
+    return dist.group.WORLD if dist.is_available() else None

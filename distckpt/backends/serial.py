@@ -39,12 +39,12 @@ class SerialBackend(Backend):
         """Return the current CUDA device if there is one, else the CPU."""
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
-    def reduce_host(self, values: torch.Tensor, op: ReduceOp, *, what: str, timeout_s: float | None) -> torch.Tensor:
+    def reduce_host(self, values: torch.Tensor, op: ReduceOp, *, what: object, timeout_s: float | None) -> torch.Tensor:
         """Return a copy of `values`."""
         del op, what, timeout_s
         return values.clone()
 
-    def gather_host(self, data: bytes, num_bytes: int, *, what: str, timeout_s: float | None) -> list[bytes]:
+    def gather_host(self, data: bytes, num_bytes: int, *, what: object, timeout_s: float | None) -> list[bytes]:
         """Return `data`, alone."""
         del num_bytes, what, timeout_s
         return [data]

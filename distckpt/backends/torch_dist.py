@@ -5,18 +5,21 @@ own (:mod:`distckpt.backends.host_group`), whatever the job's backend, so that t
 job's collectives and have time limits of their own. Tensors on a device go by the job's group. Layer L2.
 """
 
+import contextlib
 import functools
 import os
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from distckpt.backends.base import Backend, ReduceOp, TensorOp, default_timeout_s
-from distckpt.backends.host_group import HostGroup, call_the_roll
-from distckpt.errors import RanksDriftedApart
+from distckpt.backends.base import Backend, Board, ReduceOp, TensorOp, Watcher, default_timeout_s
+from distckpt.backends.host_group import HostGroup, board_is_gone, call_the_roll
+from distckpt.backends.store_board import StoreBoard
+from distckpt.errors import CollectiveError, DistckptError, RanksDriftedApart
 
 __all__ = ["TorchDistBackend"]
 
@@ -40,6 +43,9 @@ _FOLD: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "OR": torch.bitwise_or,
 }
 _DRIFT_S = 1.0
+# How long the board is asked for news in a roll, and how long the watcher for the reason why it is silent.
+_NOTE_S = 1.0
+_REASON_S = 5.0
 _LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 _LOCAL_SIZE_VARIABLES = ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 _NODE_VARIABLES = ("GROUP_RANK", "SLURM_NODEID")
@@ -58,6 +64,8 @@ class TorchDistBackend(Backend):
         self.name = str(dist.get_backend(group))
         self._local_rank, self._node = _place(self._rank)
         self._num_tickets: dict[str, int] = {}
+        self._group = weakref.ref(group)
+        self._watcher: Watcher | None = None
 
     @functools.cached_property
     def _store(self) -> dist.Store:
@@ -67,11 +75,45 @@ class TorchDistBackend(Backend):
         """
         root = c10d._get_default_store()  # noqa: SLF001 - the job's store has no public name
         # The same number on every rank: each counts the backends that it used on this store.
-        return dist.PrefixStore(f"distckpt/{root.add(f'distckpt/made/{self._rank}', 1)}", root)
+        key, limit_s = f"distckpt/made/{self._rank}", default_timeout_s()
+        try:
+            number = StoreBoard(root, lambda: True, is_guest=True).count(key, 1, limit_s=limit_s)
+        except OSError as error:
+            raise board_is_gone(self._rank, "the first use of it", error) from error
+        return dist.PrefixStore(f"distckpt/{number}", root)
 
     @functools.cached_property
     def _host(self) -> HostGroup:
-        return HostGroup(dist.PrefixStore("host", self._store), self._rank, self._world_size)
+        host = HostGroup(dist.PrefixStore("host", self._store), self._board, self._rank, self._world_size)
+        host.watcher = self._watcher
+        return host
+
+    @functools.cached_property
+    def _board(self) -> StoreBoard:
+        group = self._group  # not through self, which the board's thread must not keep alive
+        return StoreBoard(self._store, lambda: dist.is_initialized() and dist.group.WORLD is group())
+
+    @property
+    def watcher(self) -> Watcher | None:  # the host group has to know it too
+        """Asked while a collective waits, if there is one."""
+        return self._watcher
+
+    @watcher.setter
+    def watcher(self, watcher: Watcher | None) -> None:
+        self._watcher = watcher
+        if "_host" in vars(self):
+            self._host.watcher = watcher
+
+    def board(self) -> StoreBoard:
+        """Return the board in the job's store."""
+        return self._board
+
+    def break_off(self) -> None:
+        """Abort the job's process group. NCCL's collectives end then; Gloo's do not hear of it while they wait."""
+        group = self._group()
+        if group is not None:
+            with contextlib.suppress(RuntimeError):
+                group.abort()
 
     @property
     def rank(self) -> int:
@@ -97,12 +139,17 @@ class TorchDistBackend(Backend):
         """Return the current CUDA device if there is one, else the CPU."""
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
-    def reduce_host(self, values: torch.Tensor, op: ReduceOp, *, what: str, timeout_s: float | None) -> torch.Tensor:
+    def reduce_host(self, values: torch.Tensor, op: ReduceOp, *, what: object, timeout_s: float | None) -> torch.Tensor:
         """Collective. Reduce over our own Gloo group."""
         limit_s = default_timeout_s() if timeout_s is None else timeout_s
         return self._host.reduce(values, op, what=what, timeout_s=limit_s)
 
-    def gather_host(self, data: bytes, num_bytes: int, *, what: str, timeout_s: float | None) -> list[bytes]:
+    def start_max(self, values: Sequence[int], *, what: object, timeout_s: float | None) -> Callable[[], list[int]]:
+        """Collective. Start to reduce over our own group, or through shared memory."""
+        limit_s = default_timeout_s() if timeout_s is None else timeout_s
+        return self._host.start_max(values, what=what, timeout_s=limit_s)
+
+    def gather_host(self, data: bytes, num_bytes: int, *, what: object, timeout_s: float | None) -> list[bytes]:
         """Collective. Gather over our own Gloo group."""
         limit_s = default_timeout_s() if timeout_s is None else timeout_s
         return self._host.gather_bytes(data, num_bytes, what=what, timeout_s=limit_s)
@@ -153,34 +200,52 @@ class TorchDistBackend(Backend):
 
     def post_note(self, ticket: str, text: str) -> None:
         """Leave a note in the job's store."""
-        self._store.set(f"note/{ticket}", text)
+        self._board.put(f"note/{ticket}", text, limit_s=default_timeout_s())
 
     def roll_call(self, name: str, *, watch: str | None, timeout_s: float | None) -> str | None:
         """Wait in the job's store until every rank has called `name`.
 
         Raises:
             RanksDriftedApart: every rank waits, at different names: none can ever come to the other.
+            CollectiveError: a rank is lost, or the job's store.
         """
-        self._store.set(f"at/{self._rank}", name)
-        drift = _Drift(self._store, self._world_size)
+        limit_s = default_timeout_s() if timeout_s is None else timeout_s
+        try:
+            self._board.put(f"at/{self._rank}", name, limit_s=limit_s)
+            note = self._call_the_roll(name, watch, limit_s)
+            self._board.put(f"at/{self._rank}", "", limit_s=limit_s)
+        except OSError as gone:
+            raise self._reason() or board_is_gone(self._rank, name, gone) from gone
+        except CollectiveError as error:
+            if error.missing:
+                raise
+            raise self._reason() or error from None
+        return note
+
+    def _reason(self) -> DistckptError | None:
+        """Return why the board cannot be reached, where the watcher knows."""
+        return None if self._watcher is None else self._watcher.news(_REASON_S)
+
+    def _call_the_roll(self, name: str, watch: str | None, timeout_s: float) -> str | None:
+        drift = _Drift(self._board, self._world_size)
 
         def news() -> str | None:
+            bad = None if self._watcher is None else self._watcher.news()
+            if bad is not None:
+                raise bad
             self._host.refuse_if_given_up(name)
             drift.look(name)
-            key = f"note/{watch}"
-            found = watch is not None and self._store.check([key])
-            return self._store.get(key).decode("utf-8") if found else None
+            return None if watch is None else self._board.look([f"note/{watch}"], limit_s=_NOTE_S)[0]
 
-        note = call_the_roll(
-            dist.PrefixStore(f"roll/{name}", self._store),
+        return call_the_roll(
+            self._board,
+            f"roll/{name}",
             self._rank,
             self._world_size,
             what=name,
-            timeout_s=default_timeout_s() if timeout_s is None else timeout_s,
+            timeout_s=timeout_s,
             watch=news,
         )
-        self._store.set(f"at/{self._rank}", "")
-        return note
 
 
 class _Drift:
@@ -189,17 +254,16 @@ class _Drift:
     A rank that has just left a roll is written down there for a moment longer: only what lasts counts.
     """
 
-    def __init__(self, store: dist.Store, world_size: int) -> None:
-        self._store = store
+    def __init__(self, board: Board, world_size: int) -> None:
+        self._board = board
         self._keys = [f"at/{rank}" for rank in range(world_size)]
         self._since_s: float | None = None
         self._seen: list[str] = []
 
     def look(self, mine: str) -> None:
-        if not self._store.check(self._keys):
-            return
-        places = [self._store.get(key).decode("utf-8") for key in self._keys]
-        if not all(places) or all(place == mine for place in places) or places != self._seen:
+        notes = self._board.look(self._keys, limit_s=_NOTE_S)
+        places = [note for note in notes if note]
+        if len(places) < len(notes) or all(place == mine for place in places) or places != self._seen:
             self._seen, self._since_s = places, time.monotonic()
         elif self._since_s is not None and time.monotonic() - self._since_s > _DRIFT_S:
             where = "; ".join(f"rank {rank} is at {place}" for rank, place in enumerate(places))

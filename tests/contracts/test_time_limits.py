@@ -154,7 +154,8 @@ def test_a_rank_that_comes_late_but_in_time_is_waited_for(backend: Backend) -> N
     backend.barrier()
     with host_group_with(_PATIENCE_S=0.02):
         if backend.rank == 1:  # comes once rank 0 has begun to wonder, and written down that it came itself
-            job_store().wait(["distckpt/1/host/came/2/0"], timedelta(seconds=10))
+            number = backend._host._num_operations + 1  # type: ignore[attr-defined]  # notes are kept under it
+            job_store().wait([f"distckpt/1/host/came/{number}/0"], timedelta(seconds=10))
         assert backend.all_reduce_ints([1], timeout_s=20.0) == [backend.world_size]
 
 

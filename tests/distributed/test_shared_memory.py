@@ -1,0 +1,94 @@
+"""Ranks of one machine vote through memory that they share; where one cannot, all do without."""
+
+import os
+import time
+
+import pytest
+import torch.distributed as dist
+
+from distckpt import CollectiveError
+from distckpt.backends.detect import current
+from distckpt.backends.host_group import SHARED_MEMORY_VARIABLE
+from distckpt.backends.torch_dist import TorchDistBackend
+from tests.distributed.programs import gathered, raised
+from tests.support import fresh_ranks, run_distributed, run_ranks
+
+WORLDS = pytest.mark.parametrize("world_size", [2, 3])
+
+
+def shares_memory() -> bool:
+    backend = current()
+    assert isinstance(backend, TorchDistBackend)
+    return backend._host._memory is not None
+
+
+def meet_often(without_it: list[int]) -> tuple[bool, list[list[int]]]:
+    """Meet a hundred times with different numbers; some ranks are told to do without shared memory."""
+    rank = dist.get_rank()
+    if rank in without_it:
+        os.environ[SHARED_MEMORY_VARIABLE] = "0"
+    try:
+        backend = current()
+        found = []
+        for turn in range(100):
+            begun = backend.start_meeting("place", [turn * (rank + 1), rank, -turn], turn=turn, timeout_s=20.0)
+            if turn % 7 == rank:
+                time.sleep(0.002)
+            found.append(begun())
+            if turn % 10 == 0:
+                assert backend.gather_objects([turn, rank]) == [[turn, one] for one in range(backend.world_size)]
+        return shares_memory(), found
+    finally:
+        os.environ.pop(SHARED_MEMORY_VARIABLE, None)
+
+
+@WORLDS
+@pytest.mark.parametrize("without_it", [[], [0], [1], [0, 1]])
+def test_numbers_are_the_same_with_and_without_it(world_size: int, without_it: list[int]) -> None:
+    results = run_ranks(meet_often, world_size, without_it)
+    expected = [[turn * world_size, world_size - 1, -turn] for turn in range(100)]
+    assert results == [(not without_it, expected)] * world_size
+
+
+@run_distributed(world_size=2)
+def test_a_meeting_that_is_given_up_before_its_end_does_no_harm_to_the_next() -> None:
+    backend = current()
+    backend.barrier()
+    for turn in range(10):
+        backend.start_meeting("dropped", [turn], turn=turn, timeout_s=20.0)
+    assert backend.start_meeting("kept", [dist.get_rank()], timeout_s=20.0)() == [1]
+
+
+@run_distributed(world_size=2)
+def test_a_rank_that_leaves_the_job_is_named_at_once() -> None:
+    backend = current()
+    backend.barrier()
+    gathered(shares_memory())
+    if dist.get_rank() == 1:
+        backend.close()
+        return
+    begin_s = time.monotonic()
+    error = raised(lambda: backend.barrier(timeout_s=60.0))
+    assert isinstance(error, CollectiveError)
+    assert error.missing == (1,)
+    assert time.monotonic() - begin_s < 10.0
+
+
+def die_in_a_meeting(victim: int) -> tuple[str, object, bool]:
+    backend = current()
+    backend.barrier()
+    assert shares_memory()
+    if dist.get_rank() == victim:
+        os._exit(3)
+    begin_s = time.monotonic()
+    error = raised(lambda: backend.barrier(timeout_s=60.0))
+    return type(error).__name__, getattr(error, "missing", None), time.monotonic() - begin_s < 10.0
+
+
+@pytest.mark.parametrize("victim", [1, 2])
+def test_a_rank_that_dies_is_noticed_at_once(victim: int) -> None:
+    with fresh_ranks(die_in_a_meeting, 3, victim) as ranks:
+        ends = ranks.finish(may_fail=[victim])
+    assert ends[victim].exit_code == 3
+    for rank in {0, 1, 2} - {victim}:
+        assert ends[rank].value == ("CollectiveError", (victim,), True)

@@ -1,0 +1,148 @@
+"""Memory that ranks share: what is written whole is read whole, and a rank that has left is not waited for."""
+
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+
+import pytest
+
+from distckpt.backends.shared_memory import NUM_WORDS, SharedMemory, offer_of
+
+LIMIT = timedelta(seconds=5)
+
+
+@pytest.fixture
+def ranks() -> Iterator[list[SharedMemory]]:
+    """Return the memory as three ranks of one process see it."""
+    own, offer = offer_of(3)
+    assert own is not None
+    joined = [SharedMemory.join(own if rank == 0 else offer_of(3)[0], [offer] * 3, rank) for rank in range(3)]
+    found = [memory for memory in joined if memory is not None]
+    assert len(found) == 3
+    yield found
+    for memory in found:
+        memory.close()
+
+
+def words(*first: int) -> list[int]:
+    return [*first, *[0] * (NUM_WORDS - len(first))]
+
+
+def test_the_largest_of_all_ranks_is_found(ranks: list[SharedMemory]) -> None:
+    brought = [words(1, -5, 2**62), words(7, -9, 0), words(3, -(2**62), 2**62 + 1)]
+    for number in range(1, 20):  # more operations than are kept
+        works = [memory.write(number, values) for memory, values in zip(ranks, brought, strict=True)]
+        for work in works:
+            work.wait(LIMIT)
+            assert work.is_completed()
+            assert work.values == words(7, -5, 2**62 + 1)
+
+
+def test_a_rank_that_has_not_come_is_waited_for_no_longer_than_told(ranks: list[SharedMemory]) -> None:
+    work = ranks[0].write(1, words(1))
+    ranks[1].write(1, words(2))
+    begin_s = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"\[2\] did not come within 0.2 s"):
+        work.wait(timedelta(seconds=0.2))
+    assert 0.2 <= time.monotonic() - begin_s < 2.0
+    assert not work.is_completed()
+    ranks[2].write(1, words(3))
+    work.wait(LIMIT)
+    assert work.values == words(3)
+
+
+def test_a_rank_may_begin_the_next_operation_before_a_slow_one_has_read(ranks: list[SharedMemory]) -> None:
+    first = [memory.write(1, words(rank)) for rank, memory in enumerate(ranks)]
+    first[0].wait(LIMIT)
+    second = ranks[0].write(2, words(9))
+    for work in first[1:]:
+        work.wait(LIMIT)
+        assert work.values == words(2)
+    for memory in ranks[1:]:
+        memory.write(2, words(1))
+    second.wait(LIMIT)
+    assert second.values == words(9)
+
+
+def test_numbers_that_are_half_written_are_not_read(ranks: list[SharedMemory]) -> None:
+    work = ranks[0].write(1, words(1))
+    ranks[1].write(1, words(2))
+    ranks[2].write(1, words(3))
+    memory = ranks[2]._memory
+    at = ranks[2]._at(2, 1)
+    whole = memory[at : at + 8 * (NUM_WORDS + 2)]
+    for seed in range(200):
+        chance = random.Random(seed)
+        torn = bytearray(whole)
+        for _ in range(chance.randrange(1, 4)):
+            torn[8 * chance.randrange(1, NUM_WORDS + 2) + chance.randrange(8)] ^= chance.randrange(1, 256)
+        memory[at : at + len(torn)] = bytes(torn)
+        assert ranks[0].read(2, 1) in (None, tuple(words(3)))
+    memory[at : at + 8] = struct.pack("<q", 5)  # another operation's
+    assert ranks[0].read(2, 1) is None
+    memory[at : at + len(whole)] = whole
+    work.wait(LIMIT)
+    assert work.values == words(3)
+
+
+def test_a_rank_that_has_left_ends_the_waiting_but_not_what_it_wrote_before(ranks: list[SharedMemory]) -> None:
+    works = [memory.write(1, words(rank)) for rank, memory in enumerate(ranks)]
+    ranks[2].close()
+    works[0].wait(LIMIT)
+    assert works[0].values == words(2)
+    again = ranks[0].write(2, words(0))
+    ranks[1].write(2, words(0))
+    begin_s = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"ranks \[2\] have left"):
+        again.wait(timedelta(seconds=30))
+    assert time.monotonic() - begin_s < 5.0
+    assert again.is_completed(), "it has ended, though not well"
+    with pytest.raises(RuntimeError, match=r"ranks \[2\] have left"):
+        again.wait()
+
+
+def test_a_process_that_ended_is_not_waited_for() -> None:
+    own, _ = offer_of(2)
+    assert own is not None
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    own.enter(0, [os.getpid(), other.pid])
+    try:
+        work = own.write(1, words(1))
+        with pytest.raises(RuntimeError, match="did not come"):
+            work.wait(timedelta(seconds=0.1))
+        other.send_signal(signal.SIGKILL)
+        with pytest.raises(RuntimeError, match=r"ranks \[1\] have left, or their processes ended"):
+            work.wait(timedelta(seconds=30))
+    finally:
+        other.kill()
+        other.wait()
+        own.close()
+
+
+def test_ranks_on_two_machines_share_none() -> None:
+    own, offer = offer_of(2)
+    other = offer.replace(b'"boot": "', b'"boot": "elsewhere-')
+    assert other != offer
+    assert SharedMemory.join(own, [offer, other], 0) is None
+    assert SharedMemory.join(offer_of(2)[0], [offer, b"{}"], 0) is None
+    assert SharedMemory.join(None, [offer, offer], 1) is None
+
+
+def test_nothing_stays_open() -> None:
+    def num_open() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    before = num_open()
+    for _ in range(20):
+        own, offer = offer_of(2)
+        memory = SharedMemory.join(own, [offer, offer], 0)
+        assert memory is not None
+        memory.write(1, words(1))
+        del own, memory  # forgotten without a word, as with a process group that is destroyed
+    assert num_open() == before

@@ -1,0 +1,349 @@
+"""StoreBoard over real stores: no call waits longer than it wants to, and none is lost once the store answers again."""
+
+import contextlib
+import gc
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from distckpt.backends import store_board
+from distckpt.backends.store_board import StoreBoard
+
+LIMIT_S = 0.3
+SLACK_S = 1.0
+"""By how much a call may overrun its limit on a busy machine; a hang is a minute."""
+_ENOUGH = timedelta(seconds=60)
+
+_SERVER = """
+import sys
+import torch.distributed as dist
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
+sys.stdin.read()
+"""
+
+# Not `put`: the store acknowledges no note, so one is sent into a frozen host's socket and is read when it wakes.
+CALLS: dict[str, Callable[[StoreBoard, float], object]] = {
+    "claim": lambda board, limit_s: board.claim("note", "text", limit_s=limit_s),
+    "look": lambda board, limit_s: board.look(["note", "none"], limit_s=limit_s),
+    "count": lambda board, limit_s: board.count("number", 1, limit_s=limit_s),
+}
+
+
+class Server:
+    """A process that hosts a store, as torchrun's agent does."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "RES_OPTIONS": "timeout:1 attempts:2"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+        )
+        assert self.process.stdout is not None
+        if not select.select([self.process.stdout], [], [], 60.0)[0]:
+            self.end()
+            raise AssertionError("the store's host did not start")
+        self.port = int(self.process.stdout.readline())
+
+    def connect(self, prefix: str) -> dist.Store:
+        """Return a connection, under a prefix."""
+        return dist.PrefixStore(prefix, dist.TCPStore("127.0.0.1", self.port, is_master=False, timeout=_ENOUGH))
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Stop the process for a while."""
+        os.kill(self.process.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(self.process.pid, signal.SIGCONT)
+
+    def end(self) -> None:
+        """Kill it."""
+        self.process.kill()
+        self.process.communicate(timeout=10.0)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """Return a process that hosts a store."""
+    host = Server()
+    try:
+        yield host
+    finally:
+        host.end()
+
+
+@pytest.fixture
+def store(server: Server, request: pytest.FixtureRequest) -> dist.Store:
+    """Return a connection to a place of the test's own in it."""
+    return server.connect(request.node.name)
+
+
+@pytest.fixture
+def board(store: dist.Store) -> Iterator[StoreBoard]:
+    """Return a board whose job ends with the test."""
+    is_open = True
+    yield StoreBoard(store, lambda: is_open)
+    is_open = False
+
+
+def board_threads() -> list[threading.Thread]:
+    """Return the workers of all boards."""
+    return [thread for thread in threading.enumerate() if thread.name == "distckpt-board"]
+
+
+def wait_until(condition: Callable[[], bool], limit_s: float = 10.0) -> None:
+    """Wait for a condition."""
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+# -- notes -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["tcp", "file", "hash"])
+def any_board(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StoreBoard]:
+    """Return a board over each kind of store."""
+    stores: dict[str, Callable[[], dist.Store]] = {
+        "tcp": lambda: request.getfixturevalue("store"),
+        "file": lambda: dist.PrefixStore("p", dist.FileStore(str(tmp_path / "store"), 1)),
+        "hash": lambda: dist.PrefixStore("p", dist.HashStore()),
+    }
+    is_open = True
+    yield StoreBoard(stores[request.param](), lambda: is_open)
+    is_open = False
+
+
+def test_a_note_is_read_as_it_was_written_last(any_board: StoreBoard) -> None:
+    any_board.put("a", "one", limit_s=5.0)
+    any_board.put("a", "two \N{BUG}", limit_s=5.0)
+    any_board.put("empty", "", limit_s=5.0)
+    assert any_board.look(["a", "none", "empty"], limit_s=5.0) == ["two \N{BUG}", None, ""]
+    assert any_board.look(["a"], limit_s=5.0) == ["two \N{BUG}"]
+    assert any_board.look(["a", "empty"], limit_s=5.0) == ["two \N{BUG}", ""]
+    assert any_board.look(["none"], limit_s=5.0) == [None]
+    assert any_board.look([], limit_s=5.0) == []
+
+
+def test_the_first_claim_stands(any_board: StoreBoard) -> None:
+    assert any_board.claim("a", "mine", limit_s=5.0) == "mine"
+    assert any_board.claim("a", "yours", limit_s=5.0) == "mine"
+    assert any_board.look(["a"], limit_s=5.0) == ["mine"]
+
+
+def test_what_was_taken_back_can_be_claimed_again(any_board: StoreBoard) -> None:
+    any_board.claim("a", "mine", limit_s=5.0)
+    any_board.put("a", "", limit_s=5.0)
+    assert any_board.claim("a", "yours", limit_s=5.0) == "yours"
+
+
+def test_numbers_begin_at_nothing(any_board: StoreBoard) -> None:
+    assert [any_board.count("n", amount, limit_s=5.0) for amount in (0, 1, 0, 41)] == [0, 1, 1, 42]
+
+
+def test_one_of_many_claims_stands_for_all(server: Server) -> None:
+    boards = [StoreBoard(server.connect("contest"), lambda: True) for _ in range(4)]
+    with ThreadPoolExecutor(len(boards)) as ranks:
+        stands = list(ranks.map(lambda one: boards[one].claim("a", f"rank {one}", limit_s=20.0), range(len(boards))))
+    assert len(set(stands)) == 1
+    assert boards[0].look(["a"], limit_s=5.0) == stands[:1]
+
+
+def test_any_thread_may_ask(board: StoreBoard) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        counted = list(threads.map(lambda _: board.count("n", 1, limit_s=20.0), range(200)))
+    assert sorted(counted) == list(range(1, 201))
+
+
+# -- a host that does not answer ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("was_used", [True, False], ids=["used before", "new"])
+def test_a_call_ends_within_its_limit_while_the_host_is_frozen(
+    server: Server, board: StoreBoard, call: str, *, was_used: bool
+) -> None:
+    if was_used:
+        board.put("note", "before", limit_s=5.0)
+    with server.frozen():
+        for _ in range(3):
+            begin_s = time.monotonic()
+            with pytest.raises(TimeoutError, match=r"did not answer within 0\.3 s"):
+                CALLS[call](board, LIMIT_S)
+            assert time.monotonic() - begin_s + 0.01 >= LIMIT_S
+            assert time.monotonic() - begin_s < LIMIT_S + SLACK_S
+
+
+def test_calls_of_several_threads_end_while_the_host_is_frozen(server: Server, board: StoreBoard) -> None:
+    def ask(_number: int) -> float:
+        begin_s = time.monotonic()
+        with pytest.raises(TimeoutError):
+            board.look(["note"], limit_s=LIMIT_S)
+        return time.monotonic() - begin_s
+
+    with server.frozen(), ThreadPoolExecutor(6) as threads:
+        assert max(threads.map(ask, range(6))) < LIMIT_S + SLACK_S
+
+
+def test_a_board_works_again_once_its_host_does(server: Server, board: StoreBoard) -> None:
+    board.put("note", "before", limit_s=5.0)
+    for number in range(3):
+        with server.frozen():
+            for _ in range(2):
+                with pytest.raises(TimeoutError):
+                    board.look(["note"], limit_s=0.1)
+        board.put("note", f"after {number}", limit_s=5.0)
+        assert board.look(["note"], limit_s=5.0) == [f"after {number}"]
+
+
+def test_what_was_given_up_before_it_began_is_not_done_later(server: Server, board: StoreBoard) -> None:
+    board.count("n", 1, limit_s=5.0)
+    with server.frozen():
+        with pytest.raises(TimeoutError):
+            board.look(["note"], limit_s=0.1)  # holds the connection
+        for _ in range(3):
+            with pytest.raises(TimeoutError):
+                board.count("n", 1, limit_s=0.1)
+    assert board.count("n", 0, limit_s=5.0) == 1
+
+
+def test_a_note_to_a_frozen_host_is_read_when_it_wakes(server: Server, board: StoreBoard) -> None:
+    board.put("note", "before", limit_s=5.0)
+    with server.frozen():
+        begin_s = time.monotonic()
+        with contextlib.suppress(TimeoutError):
+            board.put("note", "meanwhile", limit_s=LIMIT_S)
+        assert time.monotonic() - begin_s < LIMIT_S + SLACK_S
+    assert board.look(["note"], limit_s=5.0) == ["meanwhile"]
+
+
+@pytest.fixture
+def dead_host() -> Iterator[tuple[StoreBoard, StoreBoard]]:
+    """Return two boards of a host that has died: one that had been used before, and a new one."""
+    host = Server()
+    try:
+        used, new = (StoreBoard(host.connect("p"), lambda: True) for _ in range(2))
+        used.put("note", "before", limit_s=5.0)
+        used.look(["note"], limit_s=5.0)
+    finally:
+        host.end()
+    yield used, new  # noqa: PT022 - the boards live as long as the test
+
+
+def test_a_host_that_died_is_told_from_one_that_is_frozen(dead_host: tuple[StoreBoard, StoreBoard]) -> None:
+    begin_s = time.monotonic()
+    for call in (*CALLS.values(), *CALLS.values()):
+        with pytest.raises(ConnectionError, match="the job's store is gone"):
+            call(dead_host[0], 20.0)
+    with pytest.raises(ConnectionError, match="the job's store is gone"):
+        dead_host[0].put("note", "text", limit_s=20.0)
+    assert time.monotonic() - begin_s < 5.0
+
+
+def test_a_first_call_to_a_host_that_died_ends_within_its_limit(dead_host: tuple[StoreBoard, StoreBoard]) -> None:
+    for call in CALLS.values():
+        begin_s = time.monotonic()
+        with pytest.raises(OSError, match="the job's store"):  # it cannot tell yet: a host may be slow to start
+            call(dead_host[1], LIMIT_S)
+        assert time.monotonic() - begin_s < LIMIT_S + SLACK_S
+
+
+def test_a_guest_on_a_connection_hears_at_once_that_its_host_died() -> None:
+    host = Server()
+    try:
+        board = StoreBoard(host.connect("p"), lambda: True, is_guest=True)
+        assert board.count("n", 1, limit_s=5.0) == 1
+    finally:
+        host.end()
+    begin_s = time.monotonic()
+    with pytest.raises(ConnectionError, match="the job's store is gone"):
+        board.count("n", 1, limit_s=20.0)
+    assert time.monotonic() - begin_s < 5.0
+
+
+# -- where it is kept --------------------------------------------------------------------------------
+
+
+def test_the_place_of_a_store_is_known(store: dist.Store, tmp_path: Path) -> None:
+    own = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    guest = dist.TCPStore("127.0.0.1", own.port, is_master=False)
+    places = [
+        StoreBoard(one, lambda: True).host()
+        for one in (
+            own,
+            dist.PrefixStore("p", guest),
+            store,
+            dist.FileStore(str(tmp_path / "file"), 1),
+            dist.HashStore(),
+        )
+    ]
+    assert places == ["this process", "this process", "this machine", "", ""]
+
+
+def test_an_address_is_known_as_ones_own() -> None:
+    assert store_board._is_own_address("127.0.0.1")
+    assert store_board._is_own_address("localhost")
+    assert not store_board._is_own_address("192.0.2.7"), "of a network for examples (RFC 5737)"
+    assert not store_board._is_own_address("no-such-host.invalid")
+
+
+# -- its thread --------------------------------------------------------------------------------------
+
+
+def test_a_board_that_nobody_asks_has_no_thread(store: dist.Store) -> None:
+    before = board_threads()
+    board = StoreBoard(store, lambda: True)
+    assert board_threads() == before
+    assert board.is_open()
+
+
+def test_its_thread_ends_with_the_job_and_comes_back_when_it_is_asked(store: dist.Store) -> None:
+    before = set(board_threads())
+    is_open = True
+    board = StoreBoard(store, lambda: is_open)
+    board.put("note", "text", limit_s=5.0)
+    assert len(set(board_threads()) - before) == 1
+    is_open = False
+    assert not board.is_open()
+    wait_until(lambda: not set(board_threads()) - before)
+    assert board.look(["note"], limit_s=5.0) == ["text"]
+    wait_until(lambda: not set(board_threads()) - before)
+
+
+def test_its_thread_ends_with_the_board(store: dist.Store) -> None:
+    before = set(board_threads())
+    board = StoreBoard(store, lambda: True)
+    board.put("note", "text", limit_s=5.0)
+    assert len(set(board_threads()) - before) == 1
+    del board
+    gc.collect()
+    wait_until(lambda: not set(board_threads()) - before)
+
+
+def test_its_thread_does_not_keep_a_program_alive(server: Server) -> None:
+    program = f"""
+import torch.distributed as dist
+from distckpt.backends.store_board import StoreBoard
+store = dist.TCPStore("127.0.0.1", {server.port}, is_master=False)
+board = StoreBoard(store, lambda: True)
+board.put("leaving", "now", limit_s=20.0)
+print("end", flush=True)
+"""
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=60.0, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
