@@ -26,7 +26,7 @@ done
 PINS="$ROOT/ci/requirements/$NAME.txt"
 
 # Tools that tests start, each with the Debian package it comes in.
-TOOLS="strace:strace losetup:util-linux mkfs.ext4:e2fsprogs unzip:unzip cc:gcc"
+TOOLS="strace:strace losetup:util-linux mkfs.ext4:e2fsprogs unzip:unzip cc:gcc ip:iproute2"
 
 missing_packages() {
     local tool

@@ -1,0 +1,139 @@
+"""Two hosts and a link between them that can be cut: network namespaces, joined by veth pairs and a bridge in a third.
+
+Nobody else sees them. A namespace lives as long as a process is in it: here a *keeper*, which ends as soon as the
+process that started it does. So nothing is left behind, whatever a test dies of, and tests of several pytest-xdist
+workers never meet. Needs to be root, and `ip` (Debian's iproute2).
+"""
+
+import contextlib
+import ctypes
+import itertools
+import os
+import select
+import subprocess
+from collections.abc import Iterator
+from typing import Literal, Self, get_args
+
+__all__ = ["CUTS", "INTERFACE", "Cut", "Hosts", "address_of", "enter"]
+
+Cut = Literal["interface down on host A", "cable out at host B", "silent loss"]
+"""Who notices that the link is cut: the kernel of host A, which did it; that of host B, which has no carrier; nobody,
+since the switch drops all that comes, without a word."""
+CUTS: tuple[Cut, ...] = get_args(Cut)
+
+INTERFACE = "wire"
+"""What each host calls its end of the link."""
+
+_LIMIT_S = 30.0
+_NAMES = ("a", "b")
+_CLONE_NEWNET = 0x40000000  # linux: include/uapi/linux/sched.h
+_FIRST_PORT = 20_000  # below those that the system chooses
+
+
+def address_of(host: int) -> str:
+    """Return a host's address."""
+    return f"10.73.0.{host + 1}"
+
+
+def enter(namespace: str) -> None:
+    """Move this process into a network namespace. It must not have other threads yet: they would stay behind.
+
+    Args:
+        namespace: one of :attr:`Hosts.namespaces`.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
+    descriptor = os.open(namespace, os.O_RDONLY)
+    try:
+        if ctypes.CDLL(None, use_errno=True).setns(descriptor, _CLONE_NEWNET) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), namespace)
+    finally:
+        os.close(descriptor)
+
+
+class Hosts:
+    """Two hosts, A and B, whose link works until it is cut. A context; the hosts end with it.
+
+    Attributes:
+        namespaces: where :func:`enter` finds each host.
+    """
+
+    def __enter__(self) -> Self:
+        """Make the hosts, and join them."""
+        with contextlib.ExitStack() as stack:
+            keepers = [stack.enter_context(_keeper()) for _ in range(1 + len(_NAMES))]
+            self._switch, *self._hosts = (f"/proc/{pid}/ns/net" for pid in keepers)
+            self.namespaces = tuple(self._hosts)
+            self._ports = itertools.count(_FIRST_PORT)
+            self._cut: Cut | None = None
+            _ip(self._switch, "link", "add", "bridge", "type", "bridge", "stp_state", "0")
+            _ip(self._switch, "link", "set", "bridge", "up")
+            for number, (name, pid) in enumerate(zip(_NAMES, keepers[1:], strict=True)):
+                port, other_end = f"port_{name}", ("type", "veth", "peer", "name", INTERFACE, "netns", str(pid))
+                _ip(self._switch, "link", "add", port, *other_end)
+                _ip(self._switch, "link", "set", port, "master", "bridge", "up")
+                _ip(self._hosts[number], "address", "add", f"{address_of(number)}/24", "dev", INTERFACE)
+                _ip(self._hosts[number], "link", "set", INTERFACE, "up")
+            # Between two isolated ports a bridge drops everything, without a word; port_b joins it for a cut.
+            _ip(self._switch, "link", "set", "port_a", "type", "bridge_slave", "isolated", "on")
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        """End the keepers; the kernel removes what was theirs."""
+        self._stack.close()
+
+    def free_port(self) -> int:
+        """Return a port that nobody listens on, on either host."""
+        return next(self._ports)
+
+    def cut(self, how: Cut) -> None:
+        """Cut the link: from now on nothing gets through, in either direction, and no connection is reset."""
+        self._cut = how
+        self._set(how, is_cut=True)
+
+    def mend(self) -> None:
+        """Join the hosts again, if they are not."""
+        if self._cut is not None:
+            self._set(self._cut, is_cut=False)
+            self._cut = None
+
+    def _set(self, how: Cut, *, is_cut: bool) -> None:
+        if how == "silent loss":
+            _ip(self._switch, "link", "set", "port_b", "type", "bridge_slave", "isolated", "on" if is_cut else "off")
+        elif how == "cable out at host B":
+            _ip(self._switch, "link", "set", "port_b", "down" if is_cut else "up")
+        else:
+            _ip(self._hosts[0], "link", "set", INTERFACE, "down" if is_cut else "up")
+
+
+@contextlib.contextmanager
+def _keeper() -> Iterator[int]:
+    """Have a process in a network namespace of its own, with a loopback interface; yields its id."""
+    keeper = subprocess.Popen(
+        ["unshare", "--net", "sh", "-c", "ip link set lo up && echo ready && exec cat"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        if keeper.stdout is None or not select.select([keeper.stdout], [], [], _LIMIT_S)[0]:
+            raise AssertionError("a network namespace was not made in time")
+        if keeper.stdout.readline() != b"ready\n":
+            _, said = keeper.communicate(timeout=_LIMIT_S)
+            raise AssertionError(f"no network namespace can be made here: {said.decode(errors='replace').strip()}")
+        yield keeper.pid
+    finally:
+        keeper.kill()
+        keeper.communicate(timeout=_LIMIT_S)
+
+
+def _ip(namespace: str, *words: str) -> None:
+    """Run `ip` on a host."""
+    done = subprocess.run(
+        ["nsenter", f"--net={namespace}", "ip", *words], capture_output=True, text=True, timeout=_LIMIT_S, check=False
+    )
+    if done.returncode != 0:
+        raise AssertionError(f"ip {' '.join(words)} failed: {done.stderr.strip()}")

@@ -1,0 +1,287 @@
+"""Jobs of `tests.crash.lost_ranks`, seen from the test that starts them.
+
+Owns the server's process, the jobs' logs, and the table of how long the others took. Whatever a trial comes to, no
+process of a job is left: each is known by its id and the time at which it started.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from tests.crash.lost_ranks import Plan, start_time_of
+
+__all__ = ["EXIT_BLOCKED", "End", "Job", "Jobs", "Table"]
+
+EXIT_BLOCKED = 70
+_ROOT = Path(__file__).resolve().parents[2]
+_START_LIMIT_S = 60.0
+_POLL_S = 0.02
+_NOISE = ("frame #", "Exception raised from", "<omitting python frames>")  # of torch's C++ stacks
+_ENVIRONMENT = {
+    "GLOO_SOCKET_IFNAME": "lo",
+    "OMP_NUM_THREADS": "1",
+    "RES_OPTIONS": "timeout:1 attempts:2",
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONPATH": str(_ROOT),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """How one rank ended.
+
+    Attributes:
+        rank: which one.
+        after_s: seconds from the fault to the moment when the error had left the run, or the process was gone.
+        gone_s: seconds from the fault to the end of the process; None while it lives.
+        kinds: names of the error's type and of its bases; empty without an error.
+        text: the error, or what a process that ended itself wrote.
+        cause: the error's ``__cause__``.
+        named: the ranks that the error names.
+        iteration: the engine's.
+        is_own: whether the error is the very object that the rank raised.
+        was_blocked: the process was ended, because its training thread could not be.
+    """
+
+    rank: int
+    after_s: float
+    gone_s: float | None
+    kinds: tuple[str, ...] = ()
+    text: str = ""
+    cause: str = ""
+    named: tuple[int, ...] = ()
+    iteration: int = 0
+    is_own: bool = False
+    was_blocked: bool = False
+
+
+class Job:
+    """A job under way. Made by :class:`Jobs`."""
+
+    def __init__(self, plan: Plan, pid: int) -> None:
+        self.plan, self.pid = plan, pid
+        self.folder = Path(plan.folder)
+        self.fault_s: float | None = None
+        self._gone_s: dict[int, float] = {}
+        self._lines: list[dict[str, Any]] = []
+        self._num_read = 0
+
+    def told(self, what: str, rank: int | None = None) -> list[dict[str, Any]]:
+        """Return what ranks have told so far."""
+        self._look()
+        return [line for line in self._lines if line["what"] == what and rank in (None, line["rank"])]
+
+    def wait_for(self, condition: Callable[[], object], what: str, limit_s: float = 20.0) -> None:
+        """Wait until `condition` holds.
+
+        Raises:
+            AssertionError: it does not within `limit_s`.
+        """
+        deadline = time.monotonic() + limit_s
+        while not condition():
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{what}: not within {limit_s:g} s\n{self.story()}")
+            time.sleep(_POLL_S)
+
+    def form(self) -> None:
+        """Wait until the ranks have formed their group."""
+        self.wait_for(lambda: len(self.told("formed")) == self.plan.world_size, "forming", _START_LIMIT_S)
+
+    def say(self, word: str) -> None:
+        """Say a word that ranks wait for."""
+        (self.folder / word).touch()
+
+    def pid_of(self, rank: int) -> int:
+        """Return a rank's process id."""
+        return int(self.told("started", rank)[0]["pid"])
+
+    def is_alive(self, rank: int) -> bool:
+        """Tell whether the rank's process runs, or is stopped."""
+        started = self.told("started", rank)
+        return bool(started) and start_time_of(started[0]["pid"]) == started[0]["start"]
+
+    def send(self, rank: int, number: signal.Signals) -> None:
+        """Send a signal to a rank, if it is still there."""
+        if self.is_alive(rank):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid_of(rank), number)
+
+    def output(self, rank: int) -> str:
+        """Return what a rank wrote on stdout and stderr."""
+        path = self.folder / f"output_{rank}"
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+    def end(self, rank: int) -> End | None:
+        """Return how a rank's run ended, or its process; None while it runs."""
+        ended = self.told("ended", rank)
+        gone_s = self._gone_s.get(rank)
+        begin_s = self.fault_s or 0.0
+        after_s = None if gone_s is None else gone_s - begin_s
+        if ended:
+            last = ended[-1]
+            named = tuple(last["missing"] or last["failed"])
+            fields = {name: last[name] for name in ("text", "cause", "iteration", "is_own")}
+            kinds = tuple(last["kinds"])
+            return End(rank=rank, after_s=last["at_s"] - begin_s, gone_s=after_s, kinds=kinds, named=named, **fields)
+        if after_s is None:
+            return None
+        exited = self.told("exited", rank)
+        text = self.output(rank)
+        is_blocked = f"the process ends, exit code {EXIT_BLOCKED}" in text
+        if exited and is_blocked:
+            assert exited[0]["code"] == EXIT_BLOCKED, self.story()
+        return End(rank=rank, after_s=after_s, gone_s=after_s, text=text, was_blocked=is_blocked)
+
+    def is_over(self, rank: int) -> bool:
+        """Tell whether a rank's process has ended, or lingers as it is to."""
+        self._look()
+        return rank in self._gone_s or (rank in self.plan.lingers and bool(self.told("lingers", rank)))
+
+    def story(self) -> str:
+        """Return all that is known, for a test that fails."""
+        lines = [f"{self.plan}"]
+        for line in self._lines:
+            at_s = line["at_s"] - (self.fault_s or self._lines[0]["at_s"])
+            lines.append(f"{at_s:+.2f} s  " + json.dumps({name: line[name] for name in line if name != "at_s"}))
+        lines += [f"rank {rank} gone at {at_s - (self.fault_s or 0.0):+.2f} s" for rank, at_s in self._gone_s.items()]
+        for path in sorted(self.folder.glob("output_*")):
+            text = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            text = [line for line in text if not line.startswith(_NOISE)]
+            lines += [f"--- {path.name}", *text[-60:]]
+        return "\n".join(lines)
+
+    def kill_launcher(self) -> None:
+        """Kill what started the ranks; it is not reaped yet, so that its number is its own."""
+        self.fault_s = time.monotonic()
+        os.kill(self.pid, signal.SIGKILL)
+
+    def kill(self) -> None:
+        """Kill every rank that is still there."""
+        for rank in range(self.plan.world_size):
+            self.send(rank, signal.SIGKILL)
+
+    def _look(self) -> None:
+        log = self.folder / "log"
+        if log.exists():
+            lines = log.read_bytes().split(b"\n")[:-1]
+            self._lines += [json.loads(line) for line in lines[self._num_read :]]
+            self._num_read = len(lines)
+        if self.fault_s is None:
+            self.fault_s = next((line["at_s"] for line in self._lines if line["what"] == "fault"), None)
+        now_s = time.monotonic()
+        for line in self._lines:
+            if line["what"] == "started" and start_time_of(line["pid"]) != line["start"]:
+                self._gone_s.setdefault(line["rank"], now_s)
+        for line in self._lines:
+            if line["what"] == "exited":  # the parent knows better, where there is one
+                self._gone_s[line["rank"]] = line["at_s"]
+
+
+class Jobs:
+    """The server, and the jobs that it has started. A context; all processes end with it."""
+
+    def __enter__(self) -> Self:
+        """Start the server."""
+        self._folder = Path(tempfile.mkdtemp(prefix="distckpt-lost-"))
+        self._jobs: list[Job] = []
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "tests.crash.lost_ranks", "serve"],
+            cwd=_ROOT,
+            env={**os.environ, **_ENVIRONMENT},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        """End everything."""
+        self.end(self._jobs)
+        with contextlib.suppress(OSError):
+            self._server.communicate(timeout=20.0)
+        if self._server.poll() is None:
+            self._server.kill()
+            self._server.wait(10.0)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def start(self, **what: Any) -> Job:
+        """Start a job; see :class:`~tests.crash.lost_ranks.Plan` for what it can be."""
+        plan = Plan(folder=tempfile.mkdtemp(dir=self._folder), **what)
+        job = Job(plan, self._order({"start": plan.encode()}))
+        self._jobs.append(job)
+        return job
+
+    def start_all(self, plans: Sequence[dict[str, Any]]) -> list[Job]:
+        """Start several jobs, and let their ranks go together."""
+        jobs = [self.start(**what) for what in plans]
+        for job in jobs:
+            job.form()
+        for job in jobs:
+            job.say("go")
+        return jobs
+
+    def end(self, jobs: Sequence[Job]) -> None:
+        """Kill what is left of some jobs."""
+        for job in jobs:
+            if job in self._jobs:
+                self._jobs.remove(job)
+                job.kill()
+                self._order({"end": job.pid})
+
+    def _order(self, order: dict[str, Any]) -> Any:
+        if self._server.stdin is None or self._server.stdout is None:
+            raise AssertionError("the server was started with pipes")
+        self._server.stdin.write(f"{json.dumps(order)}\n".encode())
+        self._server.stdin.flush()
+        answer = self._server.stdout.readline()
+        if answer == b'"ready"\n':
+            answer = self._server.stdout.readline()
+        return json.loads(answer)
+
+
+class Table:
+    """How long the others took, a line a trial."""
+
+    def __init__(self) -> None:
+        self._rows: dict[tuple[str, ...], dict[str, float]] = {}
+
+    def add(self, job: Job, ends: Sequence[End], lost: str | None = None) -> None:
+        """Note the last survivor's end.
+
+        Args:
+            job: the job.
+            ends: how the others ended.
+            lost: what was lost; the plan's victim, unless it is said.
+        """
+        plan = job.plan
+        how = "some linger" if plan.lingers else "all leave"
+        row = self._rows.setdefault((plan.fault, plan.program, plan.step, plan.launcher, how), {})
+        key = str(plan.victim) if lost is None else lost
+        row[key] = max([row.get(key, 0.0), *(end.after_s for end in ends)])
+
+    def __str__(self) -> str:
+        """Return it as text."""
+        head = (
+            "fault",
+            "program",
+            "step",
+            "launcher",
+            "others",
+            "last survivor's end, s after the fault, by what is lost",
+        )
+        rows: list[tuple[str, ...]] = [head]
+        for key, times in sorted(self._rows.items()):
+            rows.append((*key, "  ".join(f"{lost}: {after_s:.2f}" for lost, after_s in sorted(times.items()))))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(head) - 1)]
+        return "\n".join(
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows
+        )

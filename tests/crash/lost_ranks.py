@@ -1,0 +1,587 @@
+"""Jobs of several ranks of which one is lost, forked from a server that has imported torch.
+
+    python -m tests.crash.lost_ranks serve          # orders on stdin, one JSON object a line; answers on stdout
+    torchrun ... -m tests.crash.lost_ranks rank <plan.json>
+
+Owns what a rank of such a job runs, and how the job's processes begin: alone (as ``python train.py`` on each rank),
+spawned by a parent, or under torchrun's agent. Every rank writes what happens to it, with the time, as one line into
+the job's log. The side that starts jobs and reads the logs lies in `tests.crash.lost_jobs`.
+"""
+
+import contextlib
+import gc
+import json
+import logging
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import random
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from ignite.engine import Engine, Events
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from distckpt import Checkpoint, DiskSaver, PhaseError, TerminateOnNan, TimeLimit
+from tests.crash.hosts import INTERFACE, address_of, enter
+
+__all__ = ["PROGRAMS", "Plan", "start_time_of"]
+
+_LINGER_S = 60.0  # longer than any trial; the test ends it
+_LOOPBACK = "127.0.0.1"
+_STEP_S = 0.02
+_UNDER_WAY = 5
+_MANY = 2000  # iterations that take longer than any trial
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a job is to do.
+
+    Attributes:
+        folder: the job's own, for its log, its ranks' output, and what the test says to it.
+        program: which of `PROGRAMS`.
+        world_size: number of ranks.
+        launcher: "nobody": each rank is a program of its own, and rank 0 hosts the store; "parent": a process
+            spawned them, and rank 0 hosts the store; "agent": torchrun's agent, which hosts the store; "torchrun": the
+            real program, which takes seconds to start.
+        hosts: network namespaces (see `tests.crash.hosts`) in which equally many ranks run each, in order, with an
+            agent of their own where there are agents; empty to stay in that of the server.
+        port: on the first host, where the agents of several hosts meet.
+        victim: the rank that is lost.
+        fault: how: "SIGKILL", "SIGSTOP", "exception", "exception like a lost peer's", "sys.exit",
+            "os._exit", or "sleeps".
+        at: in which iteration.
+        step: "vote": the step has no collective; "ddp": a backward pass of DistributedDataParallel on Gloo. Some
+            programs know others.
+        step_s: how long a step takes.
+        lingers: ranks that catch the error and stay.
+        lag: of the votes.
+        timeout_s: the limit.
+        seed: of random moments.
+    """
+
+    folder: str
+    program: str = "train"
+    world_size: int = 4
+    launcher: str = "nobody"
+    hosts: tuple[str, ...] = ()
+    port: int = 0
+    victim: int = 0
+    fault: str = "none"
+    at: int = 30
+    step: str = "vote"
+    step_s: float = 0.02
+    lingers: tuple[int, ...] = ()
+    lag: int | None = None
+    timeout_s: float = 3.0
+    seed: int = 0
+
+    def encode(self) -> str:
+        """Return it as JSON."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def decode(text: str) -> "Plan":
+        """Rebuild it from :meth:`encode`."""
+        fields = json.loads(text)
+        return Plan(**{**fields, "lingers": tuple(fields["lingers"]), "hosts": tuple(fields["hosts"])})
+
+    def host_of(self, rank: int) -> int:
+        """Return the number of the host that a rank is on."""
+        return rank * len(self.hosts) // self.world_size
+
+
+class Rank:
+    """One rank of a job, and its voice.
+
+    Args:
+        plan: the job's.
+        rank: which one.
+    """
+
+    def __init__(self, plan: Plan, rank: int) -> None:
+        self.plan, self.rank = plan, rank
+        self.folder = Path(plan.folder)
+        self.is_victim = rank == plan.victim
+        self._log = os.open(self.folder / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+    def tell(self, what: str, **fields: object) -> None:
+        """Write a line into the job's log."""
+        line = {"rank": self.rank, "what": what, "at_s": time.monotonic(), **fields}
+        os.write(self._log, (json.dumps(line) + "\n").encode())  # short: it goes in whole or not at all
+
+    def has_heard(self, word: str) -> bool:
+        """Tell whether the test has said `word`."""
+        return (self.folder / word).exists()
+
+    def await_word(self, word: str, limit_s: float = _LINGER_S) -> None:
+        """Wait until the test has said `word`."""
+        deadline = time.monotonic() + limit_s
+        while not self.has_heard(word) and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def say(self, word: str) -> None:
+        """Say `word`, as the test could."""
+        (self.folder / word).touch()
+
+    def ended(self, error: BaseException | None, engine: Engine, raised: BaseException | None = None) -> None:
+        """Tell how a run ended."""
+        cause = None if error is None else error.__cause__
+        self.tell(
+            "ended",
+            iteration=engine.state.iteration,
+            kinds=[] if error is None else [kind.__name__ for kind in type(error).__mro__],
+            text="" if error is None else str(error),
+            missing=list(getattr(error, "missing", ())),
+            failed=[failure.rank for failure in error.failures] if isinstance(error, PhaseError) else [],
+            cause="" if cause is None else f"{type(cause).__name__}: {cause}"[-1500:],
+            is_own=error is not None and error is raised,
+        )
+
+    def linger(self) -> None:
+        """Stay, if this rank is to, until the test ends it."""
+        if self.rank in self.plan.lingers:
+            self.tell("lingers")
+            self.await_word("enough")
+
+
+# -- what a rank runs --------------------------------------------------------------------------------
+
+
+class _Trainer:
+    """An engine with handlers that vote, whose process function commits the fault.
+
+    Args:
+        me: the rank.
+        fails_in_step: whether the process function does it; else the program.
+    """
+
+    def __init__(self, me: Rank, *, fails_in_step: bool = True) -> None:
+        self.me = me
+        self._fails_in_step = fails_in_step and me.is_victim
+        # The words of the other one are those of a collective that broke; it is the user's all the same.
+        is_alike = me.plan.fault == "exception like a lost peer's"
+        self._error = RuntimeError("connection to the data server timed out") if is_alike else KeyError("bad batch")
+        model: torch.nn.Module = torch.nn.Linear(4, 4)
+        self.model = torch.nn.parallel.DistributedDataParallel(model) if me.plan.step == "ddp" else model
+        self.engine = Engine(self._step)
+        self.engine.add_event_handler(Events.ITERATION_COMPLETED, TerminateOnNan(lag=me.plan.lag))
+        self.engine.add_event_handler(Events.ITERATION_COMPLETED, TimeLimit(600))
+
+    def _step(self, engine: Engine, _batch: Any) -> dict[str, Any]:
+        if self._fails_in_step and engine.state.iteration == self.me.plan.at:
+            self.fail()
+        if engine.state.iteration == _UNDER_WAY:
+            self.me.tell("under way")
+        time.sleep(self.me.plan.step_s)
+        if self.me.plan.step == "ddp":
+            self.model(torch.ones(2, 4)).sum().backward()
+        is_over = self.me.rank == 0 and self.me.has_heard("stop")
+        return {"loss": torch.full((2,), math.nan if is_over else 0.0)}  # on which all ranks stop together
+
+    def fail(self) -> None:
+        """Commit the fault; returns only from those that one returns from."""
+        fault = self.me.plan.fault
+        self.me.tell("fault")
+        if fault in ("SIGKILL", "SIGSTOP"):
+            os.kill(os.getpid(), getattr(signal, fault))
+        elif fault.startswith("exception"):
+            raise self._error
+        elif fault == "sys.exit":
+            sys.exit(0)
+        elif fault == "os._exit":
+            os._exit(0)
+        elif fault == "sleeps":
+            self.me.await_word("awake")
+        self.me.tell("after the fault")
+
+    def run(self, num_iterations: int = _MANY) -> None:
+        """Run, tell how it ended, and linger if this rank is to."""
+        try:
+            self.engine.run(range(num_iterations), max_epochs=1)
+        except Exception as error:  # noqa: BLE001 - how it ends is what is looked for
+            self.me.ended(error, self.engine, self._error)
+        else:
+            self.me.ended(None, self.engine)
+        self.me.linger()
+
+
+def train(me: Rank) -> None:
+    """Train until the victim commits the fault in its step, or the test says "stop"."""
+    _Trainer(me).run()
+
+
+def save(me: Rank) -> None:
+    """Commit the fault in the middle of writing a checkpoint, on the rank that writes: rank 0."""
+    trainer = _Trainer(me, fails_in_step=False)
+    write = torch.save
+
+    def failing_write(state: object, sink: Any, **options: Any) -> None:
+        if trainer.engine.state.iteration == me.plan.at:
+            sink.write(bytes(3_000_000))
+            trainer.fail()
+        write(state, sink, **options)
+
+    vars(torch)["save"] = failing_write
+    handler = Checkpoint({"model": trainer.model}, DiskSaver(me.folder / "checkpoints"), n_saved=None)
+    trainer.engine.add_event_handler(Events.ITERATION_COMPLETED(every=me.plan.at // 2), handler)
+    trainer.run()
+
+
+def evaluate(me: Rank) -> None:
+    """Commit the fault in the process function of an evaluator that runs within the trainer's events."""
+    trainer = _Trainer(me, fails_in_step=False)
+
+    def evaluate_step(engine: Engine, _batch: Any) -> torch.Tensor:
+        if me.is_victim and engine.state.iteration == 3 and trainer.engine.state.iteration == me.plan.at:
+            trainer.fail()
+        return torch.zeros(2)
+
+    evaluator = Engine(evaluate_step)
+    if me.plan.step == "voting evaluator":
+        evaluator.add_event_handler(Events.ITERATION_COMPLETED, TerminateOnNan())
+    trainer.engine.add_event_handler(
+        Events.ITERATION_COMPLETED(every=me.plan.at // 2), lambda: evaluator.run(range(6), max_epochs=1)
+    )
+    trainer.run()
+
+
+def run_again(me: Rank) -> None:
+    """All ranks raise the same in the same iteration, catch it, and run again: quickly twice, then slowly."""
+    engine = _engine_that_fails(me)
+    for attempt in range(3):
+        if attempt and me.plan.step == "new engine":
+            engine = _engine_that_fails(me)
+        engine.state.max_epochs = None  # begin anew
+        vars(engine)["attempt"] = attempt
+        error = ValueError(f"attempt {attempt}")
+        vars(engine)["error"] = error
+        try:
+            engine.run(range(me.plan.at + 2 if attempt < 2 else 3), max_epochs=1)
+        except ValueError as caught:
+            me.ended(caught, engine, error)
+        except Exception as caught:  # noqa: BLE001 - how it ends is what is looked for
+            me.ended(caught, engine)
+            return
+        else:
+            me.ended(None, engine)
+
+
+def _engine_that_fails(me: Rank) -> Engine:
+    def step(engine: Engine, _batch: Any) -> torch.Tensor:
+        attempt: int = vars(engine)["attempt"]
+        if attempt < 2 and engine.state.iteration == me.plan.at:
+            if me.plan.step == "one after the other":
+                time.sleep(0.3 * me.rank)
+            raise vars(engine)["error"]
+        time.sleep((0.0, _STEP_S, 1.3)[attempt])  # 1.3 s: longer than a rank is patient before it looks for news
+        return torch.zeros(2)
+
+    engine = Engine(step)
+    engine.add_event_handler(Events.ITERATION_COMPLETED, TerminateOnNan())
+    return engine
+
+
+def end_early(me: Rank) -> None:
+    """The victim's data end before the others': it ends its run, and lingers or leaves."""
+    trainer = _Trainer(me, fails_in_step=False)
+    if me.is_victim:
+        trainer.engine.add_event_handler(Events.COMPLETED, lambda: me.tell("fault"))
+    trainer.run(me.plan.at if me.is_victim else _MANY)
+
+
+def end_well(me: Rank) -> None:
+    """A job without any fault, whose ranks end their processes at different moments."""
+    _Trainer(me).run(me.plan.at)
+    moments = random.Random(me.plan.seed)
+    pauses_s = [moments.choice((0.0, 0.05, 0.4, 1.2)) for _ in range(me.plan.world_size)]
+    if me.plan.seed % 2:
+        dist.destroy_process_group()
+    time.sleep(pauses_s[me.rank])
+
+
+def two_jobs(me: Rank) -> None:
+    """Two process groups, one after the other: what belongs to the first ends with it."""
+    for number in range(2):
+        if number:
+            _form(me, number)
+        _Trainer(me).run(4)
+        me.tell("threads in the job", names=_our_threads())
+        dist.destroy_process_group()
+        deadline = time.monotonic() + 5.0
+        while _our_threads() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        me.tell("threads after the job", names=_our_threads())
+
+
+def _our_threads() -> list[str]:
+    return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("distckpt"))
+
+
+PROGRAMS: dict[str, Callable[[Rank], None]] = {
+    "train": train,
+    "save": save,
+    "evaluate": evaluate,
+    "run again": run_again,
+    "end early": end_early,
+    "end well": end_well,
+    "two jobs": two_jobs,
+}
+
+
+# -- how a rank begins and ends ----------------------------------------------------------------------
+
+
+def start_time_of(pid: int) -> int | None:
+    """Return when a process started, in the kernel's ticks; None if it is gone. Tells it from a later one."""
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+        return None if fields[0] in ("Z", "X") else int(fields[19])
+    return None
+
+
+def rank_main(plan: Plan, rank: int) -> None:
+    """Be one rank: form the job, run the program, say how it ended."""
+    me = Rank(plan, rank)
+    output = os.open(me.folder / f"output_{rank}", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's agent sends it to the others as soon as one is lost
+    os.environ["DISTCKPT_TIMEOUT_S"] = str(plan.timeout_s)
+    if plan.hosts:
+        os.environ["GLOO_SOCKET_IFNAME"] = INTERFACE
+        os.environ["DISTCKPT_SHARED_MEMORY"] = "0"  # which the hosts have, since they are one machine
+    torch.set_num_threads(1)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", force=True)
+    logging.getLogger("ignite").setLevel(logging.CRITICAL)
+    me.tell("started", pid=os.getpid(), start=start_time_of(os.getpid()))
+    _form(me, 0)
+    me.tell("formed")
+    me.await_word("go")
+    PROGRAMS[plan.program](me)
+
+
+def _form(me: Rank, number: int) -> None:
+    """Form the rank's process group: the first one, or a later one."""
+    if me.plan.launcher in ("agent", "torchrun"):
+        dist.init_process_group("gloo")
+        return
+    limit = timedelta(seconds=60)
+    address = address_of(0) if me.plan.hosts else _LOOPBACK
+    port = me.folder / f"port_{number}"
+    if me.rank == 0:
+        # What env:// does on rank 0, except that the system chooses the port.
+        store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=limit)
+        port.with_suffix(".new").write_text(str(store.port), encoding="ascii")
+        port.with_suffix(".new").rename(port)
+    else:
+        me.await_word(port.name)
+        number = int(port.read_text(encoding="ascii"))
+        store = dist.TCPStore(address, number, is_master=False, timeout=limit)
+    dist.init_process_group("gloo", store=store, rank=me.rank, world_size=me.plan.world_size)
+
+
+def _rank_of_agent(text: str) -> NoReturn:
+    """Be a rank that torchrun's agent has forked. One that returned would wait for the agent to read its result."""
+    rank_main(Plan.decode(text), int(os.environ["RANK"]))
+    sys.stderr.flush()
+    os._exit(0)
+
+
+# -- how a job begins --------------------------------------------------------------------------------
+
+
+class _IsRank(BaseException):
+    """This process is a rank now: unwind, and let the interpreter end as a program's does."""
+
+    def __init__(self, plan: Plan, rank: int) -> None:
+        super().__init__(rank)
+        self.plan, self.rank = plan, rank
+
+
+def _job_main(plan: Plan) -> None:
+    """Start the ranks, and wait for all of them.
+
+    Raises:
+        _IsRank: in each rank of a job without a launcher.
+    """
+    if plan.launcher == "nobody":
+        _be_a_shell(plan)
+    elif plan.launcher == "parent":
+        _be_a_parent(plan)
+    elif not plan.hosts:
+        _be_an_agent(plan, 0)
+    else:
+        agents = []
+        for host, namespace in enumerate(plan.hosts):
+            pid = os.fork()
+            if pid == 0:
+                enter(namespace)
+                _be_an_agent(plan, host)
+                return
+            agents.append(pid)
+        for pid in agents:
+            os.waitpid(pid, 0)
+
+
+def _be_a_shell(plan: Plan) -> None:
+    """Start each rank as a program of its own, and reap it.
+
+    Raises:
+        _IsRank: in each rank.
+    """
+    children = []
+    for rank in range(plan.world_size):
+        pid = os.fork()
+        if pid == 0:
+            if plan.hosts:
+                enter(plan.hosts[plan.host_of(rank)])
+            raise _IsRank(plan, rank)
+        children.append(pid)
+    for _ in children:
+        pid, status = os.waitpid(-1, 0)
+        Rank(plan, children.index(pid)).tell("exited", code=os.waitstatus_to_exitcode(status))
+
+
+def _be_a_parent(plan: Plan) -> None:
+    """Start the ranks with `multiprocessing`, and wait for them."""
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=rank_main, args=(plan, rank)) for rank in range(plan.world_size)]
+    for process in processes:
+        process.start()
+    left = dict(enumerate(processes))
+    while left:
+        multiprocessing.connection.wait([process.sentinel for process in left.values()])
+        for rank, process in list(left.items()):
+            if process.exitcode is not None:
+                Rank(plan, rank).tell("exited", code=process.exitcode)
+                del left[rank]
+
+
+def _be_an_agent(plan: Plan, host: int) -> None:
+    """Be torchrun's agent on a host, or become torchrun."""
+    num_hosts = max(len(plan.hosts), 1)
+    num_ranks = plan.world_size // num_hosts
+    endpoint, own = f"{_LOOPBACK}:0", _LOOPBACK
+    if plan.hosts:
+        endpoint, own = f"{address_of(0)}:{plan.port}", address_of(host)
+    if plan.launcher == "torchrun":
+        path = Path(plan.folder) / f"plan_{host}.json"
+        path.write_text(plan.encode(), encoding="utf-8")
+        words = ["-m", "torch.distributed.run", f"--nnodes={num_hosts}", f"--nproc-per-node={num_ranks}"]
+        words += ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", f"--local-addr={own}"]
+        if plan.hosts:
+            words += [f"--rdzv-conf=is_host={'true' if host == 0 else 'false'}", "--rdzv-id=lost"]
+        os.execv(sys.executable, [sys.executable, *words, "-m", "tests.crash.lost_ranks", "rank", str(path)])  # noqa: S606
+    config = LaunchConfig(
+        min_nodes=num_hosts,
+        max_nodes=num_hosts,
+        nproc_per_node=num_ranks,
+        run_id="lost",
+        rdzv_backend="c10d",
+        rdzv_endpoint=endpoint,
+        rdzv_configs={"is_host": host == 0} if plan.hosts else {},
+        local_addr=own,
+        max_restarts=0,
+        monitor_interval=0.1,
+        start_method="fork",
+    )
+    elastic_launch(config, _rank_of_agent)(plan.encode())
+
+
+def _fork_job(plan: Plan) -> int:
+    """Fork the process that starts a job's ranks; returns its id, which is that of its process group, too.
+
+    Raises:
+        _IsRank: in each rank of a job without a launcher.
+    """
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.setsid()
+        nothing = os.open(os.devnull, os.O_RDWR)
+        output = os.open(Path(plan.folder) / "output_of_launcher", os.O_WRONLY | os.O_CREAT, 0o644)
+        for descriptor, instead in ((0, nothing), (1, output), (2, output)):
+            os.dup2(instead, descriptor)
+        _job_main(plan)
+        code = 0
+    except _IsRank:
+        raise
+    except BaseException:  # noqa: BLE001 - nothing may reach the server's own code
+        traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def serve() -> None:
+    """Start and end jobs, as told on stdin, until it is closed; then end all of them.
+
+    Raises:
+        _IsRank: in each rank of a job without a launcher.
+    """
+    jobs: set[int] = set()
+    gc.freeze()  # or each fork's last collection copies all of torch's pages
+    _answer("ready")
+    buffer = b""
+    while True:
+        data = os.read(0, 65536)  # not sys.stdin, whose buffer a fork would copy
+        buffer += data
+        *orders, buffer = buffer.split(b"\n")
+        for order in map(json.loads, orders):
+            if "start" in order:
+                pid = _fork_job(Plan.decode(order["start"]))
+                jobs.add(pid)
+                _answer(pid)
+            else:
+                _end_job(order["end"])
+                jobs.discard(order["end"])
+                _answer("ended")
+        if not data:
+            break
+    for pid in jobs:
+        _end_job(pid)
+
+
+def _answer(value: object) -> None:
+    os.write(1, f"{json.dumps(value)}\n".encode())
+
+
+def _end_job(pid: int) -> None:
+    """Kill a job's processes. Its first one is not reaped before, so that its number is nobody else's."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def main(arguments: list[str]) -> None:
+    """Serve, or be one rank under the real torchrun."""
+    torch.set_num_threads(1)
+    if arguments[0] == "rank":
+        rank_main(Plan.decode(Path(arguments[1]).read_text(encoding="utf-8")), int(os.environ["RANK"]))
+        return
+
+    try:
+        serve()
+    except _IsRank as become:
+        plan, rank = become.plan, become.rank
+    else:
+        return
+    rank_main(plan, rank)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

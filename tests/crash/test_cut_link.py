@@ -1,0 +1,181 @@
+"""A link between two hosts that is cut: every rank ends in time with an error that names those beyond it.
+
+Ranks 0 and 1 run on host A, which hosts the job's store as well, ranks 2 and 3 on host B; `tests.crash.hosts` makes
+them. A cut shorter than the limit is survived. At the end a table tells how long the last rank took, seen from either
+side.
+"""
+
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from tests.crash.hosts import CUTS, Cut, Hosts
+from tests.crash.lost_jobs import End, Job, Jobs, Table
+
+WORLD = 4
+SIDES = {"host A": (0, 1), "host B": (2, 3)}
+LIMIT_S = 3.0
+SOON_S = LIMIT_S + 2.0
+"""Within which the error has to be there."""
+GONE_S = 30.0
+"""Within which the process of a rank that does nothing more has to be gone. Twenty end at once, which costs; one that
+waited for what it had under way with those beyond the cut would take half an hour."""
+SHORT_S = 1.0
+"""A cut that is survived. TCP tries again 0.2, 0.6, 1.4 and 3 s after what was lost, so it is felt a little longer."""
+
+
+@pytest.fixture(scope="module")
+def jobs() -> Iterator[Jobs]:
+    """Return the server that starts jobs."""
+    with Jobs() as started:
+        yield started
+
+
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    """Return two hosts whose link works."""
+    with Hosts() as both:
+        yield both
+
+
+@pytest.fixture(scope="module")
+def table(request: pytest.FixtureRequest) -> Iterator[Table]:
+    """Return a table that is printed in the end, past pytest's capture."""
+    times = Table()
+    yield times
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        print(f"\n{times}", file=sys.stderr, flush=True)  # noqa: T201 - counts belong into CI's log
+
+
+def start(jobs: Jobs, hosts: Hosts, how: str, plans: Sequence[dict[str, Any]]) -> list[Job]:
+    """Start jobs over both hosts, and wait until all ranks have done a few iterations."""
+    # Steps that leave the processor to the other jobs.
+    common = {"world_size": WORLD, "timeout_s": LIMIT_S, "step_s": 0.1, "fault": how, "victim": -1}
+    common["hosts"] = hosts.namespaces
+    started = jobs.start_all([{**common, "port": hosts.free_port(), **plan} for plan in plans])
+    for job in started:
+        job.wait_for(lambda job=job: len(job.told("under way")) == WORLD, "being under way")  # type: ignore[misc]
+    return started
+
+
+def cut(hosts: Hosts, how: Cut, started: Sequence[Job]) -> None:
+    """Cut the link, and note when."""
+    now_s = time.monotonic()
+    for job in started:
+        job.fault_s = now_s
+    hosts.cut(how)
+
+
+def named(end: End) -> set[int]:
+    """Return the ranks that an error names: as data, or where its process was ended in what was said."""
+    if not end.was_blocked:
+        return set(end.named)
+    said = next(line for line in end.text.splitlines() if line.startswith(f"rank {end.rank}, iteration "))
+    _, _, why = said.partition(": RankLost: ")
+    lists = re.findall(r"\branks? (\d+(?:, \d+)*)\b", why.partition(": ")[2])
+    return {int(number) for numbers in lists for number in numbers.split(", ")} - {end.rank}
+
+
+def await_ends(started: Sequence[Job]) -> list[list[End]]:
+    """Wait until all ranks of all jobs have ended; return how."""
+
+    def are_over() -> bool:
+        # No short cut: each rank is looked at each time, or its end is noticed late.
+        return all([job.is_over(rank) for job in started for rank in range(WORLD)])  # noqa: C419
+
+    started[0].wait_for(are_over, "the ranks' end", GONE_S)
+    return [[end for end in map(job.end, range(WORLD)) if end is not None] for job in started]
+
+
+def check_ends(started: Sequence[Job], table: Table) -> list[list[End]]:
+    """Wait for all ranks, and check that each one has named those beyond the cut, in time; return how they ended."""
+    found = await_ends(started)
+    for job, ends in zip(started, found, strict=True):
+        for side, lost in SIDES.items():
+            others = [end for end in ends if end.rank not in lost]
+            table.add(job, others, side)
+            for end in others:
+                check_end(job, end, lost)
+    return found
+
+
+def check_end(job: Job, end: End, lost: tuple[int, ...]) -> None:
+    """Check that a rank has named those beyond the cut, in time."""
+    assert end.after_s < SOON_S, job.story()
+    assert named(end) == set(lost), job.story()
+    if end.was_blocked:
+        assert job.plan.step == "ddp", job.story()
+    else:
+        assert {"CollectiveError", "DistckptError"} <= set(end.kinds), job.story()
+        assert all(re.search(rf"\b{rank}\b", end.text) for rank in lost), job.story()
+
+
+@pytest.mark.parametrize("how", CUTS)
+def test_all_ranks_name_those_beyond_the_cut_in_time(jobs: Jobs, hosts: Hosts, table: Table, how: Cut) -> None:
+    plans: list[dict[str, Any]] = [
+        {"step": "vote"},
+        {"step": "vote", "lingers": (0, 2)},
+        {"step": "ddp"},
+        {"step": "vote", "launcher": "agent"},
+        {"step": "ddp", "launcher": "agent"},
+    ]
+    started = start(jobs, hosts, how, plans)
+    try:
+        cut(hosts, how, started)
+        for job, ends in zip(started, check_ends(started, table), strict=True):
+            if job.plan.step == "ddp":
+                assert any(end.was_blocked for end in ends), job.story()
+    finally:
+        jobs.end(started)
+
+
+def test_ranks_of_the_real_torchrun_name_those_beyond_the_cut_in_time(jobs: Jobs, hosts: Hosts, table: Table) -> None:
+    started = start(jobs, hosts, "silent loss", [{"launcher": "torchrun"}])
+    try:
+        cut(hosts, "silent loss", started)
+        check_ends(started, table)
+    finally:
+        jobs.end(started)
+
+
+def test_a_cut_while_one_rank_writes_or_evaluates_is_noticed_in_time(jobs: Jobs, hosts: Hosts, table: Table) -> None:
+    plans: list[dict[str, Any]] = [
+        {"program": "save", "victim": 0},
+        {"program": "save", "victim": 0, "launcher": "agent"},
+        {"program": "evaluate", "victim": 1, "step": "voting evaluator"},
+        {"program": "evaluate", "victim": 2, "step": "silent evaluator"},
+    ]
+    started = start(jobs, hosts, "silent loss", [{**plan, "fault": "sleeps", "at": 20} for plan in plans])
+    try:
+        for job in started:
+            job.wait_for(lambda job=job: job.told("fault"), "one rank's slow work")  # type: ignore[misc]
+        cut(hosts, "silent loss", started)
+        for job in started:
+            job.say("awake")  # the work is done, and its result cannot be told to those beyond the cut
+        check_ends(started, table)
+    finally:
+        jobs.end(started)
+
+
+@pytest.mark.parametrize("how", CUTS)
+def test_a_cut_shorter_than_the_limit_is_survived(jobs: Jobs, hosts: Hosts, how: Cut) -> None:
+    plans = [{"step": "vote"}, {"step": "ddp"}, {"step": "vote", "launcher": "agent"}]
+    started = start(jobs, hosts, how, plans)
+    try:
+        cut(hosts, how, started)
+        time.sleep(SHORT_S)
+        hosts.mend()
+        time.sleep(LIMIT_S - SHORT_S / 2)  # in which a watch that has missed the mending would give ranks up
+        for job in started:
+            job.say("stop")
+        for job, ends in zip(started, await_ends(started), strict=True):
+            assert {end.kinds for end in ends} == {()}, job.story()
+            assert len({end.iteration for end in ends}) == 1, job.story()
+            assert not any("ERROR" in job.output(rank) for rank in range(WORLD)), job.story()
+    finally:
+        jobs.end(started)

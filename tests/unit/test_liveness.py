@@ -1,0 +1,718 @@
+"""Watch: who is missing, found out beside the collectives. With a board in memory and a clock turned by hand."""
+
+import contextlib
+import faulthandler
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+
+from distckpt import CollectiveError, CollectiveTimeout, DistckptError, PhaseError, RankLost
+from distckpt.backends.base import Board
+from distckpt.backends.serial import SerialBackend
+from distckpt.consensus import liveness
+from distckpt.consensus.liveness import EXIT_CODE, Fault, Watch
+from distckpt.errors import RankFailure, RemoteTraceback
+
+LIMIT_S = 12.0  # beats once a second
+
+
+class Clock:
+    """Time, which passes only when somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+        self.on_sleep: Callable[[], None] = lambda: None
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        """Pass; others may act meanwhile."""
+        self.now_s += seconds
+        self.on_sleep()
+
+
+class Notes(Board):
+    """One rank's board, over notes that all ranks share.
+
+    Args:
+        notes: the notes.
+        clock: by which a board that does not answer keeps its callers waiting.
+        host: what it says of where it is kept.
+    """
+
+    def __init__(self, notes: dict[str, str], clock: Clock, host: str = "") -> None:
+        self._notes, self._clock, self._host = notes, clock, host
+        self.is_silent = self.is_gone = self.is_closed = False
+
+    def put(self, key: str, text: str, *, limit_s: float) -> None:
+        self._answer(limit_s)
+        self._notes[key] = text
+
+    def claim(self, key: str, text: str, *, limit_s: float) -> str:
+        self._answer(limit_s)
+        self._notes[key] = self._notes.get(key) or text
+        return self._notes[key]
+
+    def look(self, keys: Sequence[str], *, limit_s: float) -> list[str | None]:
+        self._answer(limit_s)
+        return [self._notes.get(key) for key in keys]
+
+    def count(self, key: str, amount: int, *, limit_s: float) -> int:
+        self._answer(limit_s)
+        self._notes[key] = str(int(self._notes.get(key, "0")) + amount)
+        return int(self._notes[key])
+
+    def is_open(self) -> bool:
+        return not self.is_closed
+
+    def host(self) -> str:
+        return self._host
+
+    def _answer(self, limit_s: float) -> None:
+        if self.is_gone:
+            raise ConnectionError("Broken pipe")
+        if self.is_silent:
+            self._clock.now_s += limit_s
+            raise TimeoutError("no answer")
+
+
+class Job:
+    """Watches of several ranks over the same notes, each looking when told."""
+
+    def __init__(
+        self, clock: Clock, world_size: int = 3, hosts: Sequence[str] = (), launcher: int | None = None
+    ) -> None:
+        self.clock = clock
+        self.notes: dict[str, str] = {}
+        hosts = hosts or [""] * world_size
+        self.boards = [Notes(self.notes, clock, host) for host in hosts]
+        self.watches = [
+            Watch(board, rank, world_size, limit_s=LIMIT_S, launcher=launcher) for rank, board in enumerate(self.boards)
+        ]
+        for rank, host in enumerate(hosts):
+            self.notes[f"watch/host/{rank}"] = host or "nowhere"
+
+    def look(self, ranks: Sequence[int] | None = None, *, times: int = 1, every_s: float = 1.0) -> None:
+        """Let some ranks beat and look, several times."""
+        for _ in range(times):
+            self.clock.now_s += every_s
+            for rank in range(len(self.watches)) if ranks is None else ranks:
+                self.watches[rank]._look(every_s)
+
+
+class Rank(SerialBackend):
+    """A backend that a watch can begin with."""
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Return the module's clock."""
+    hands = Clock()
+    monkeypatch.setattr(liveness, "time", SimpleNamespace(monotonic=hands.monotonic, sleep=hands.sleep))
+    return hands
+
+
+@pytest.fixture
+def job(clock: Clock) -> Job:
+    """Return a job of three ranks that have seen each other."""
+    three = Job(clock)
+    three.look(times=2)
+    return three
+
+
+def error_of(watch: Watch) -> DistckptError:
+    """Return the error that a waiting rank is told."""
+    error = watch.news()
+    assert error is not None
+    return error
+
+
+# -- frozen, late, left ------------------------------------------------------------------------------
+
+
+def test_ranks_that_beat_are_left_in_peace(job: Job) -> None:
+    job.look(times=50)
+    assert [watch.news() for watch in job.watches] == [None] * 3
+
+
+def test_a_rank_whose_beat_stands_still_for_the_limit_is_lost_for_all(job: Job) -> None:
+    job.watches[2].step = 7
+    job.look()
+    job.look([0, 1], times=11)
+    assert job.watches[0].news() is None
+    job.look([0, 1], times=2)
+    for watch in job.watches[:2]:
+        error = error_of(watch)
+        assert isinstance(error, RankLost)
+        assert error.missing == (2,)
+        assert "rank 2" in str(error)
+        assert "no heartbeat for 12.0 s" in str(error)
+        assert "iteration 7" in str(error)
+
+
+def test_a_rank_that_was_given_up_is_told_so_when_it_wakes(job: Job) -> None:
+    job.look([0, 1], times=13)
+    job.look()
+    error = error_of(job.watches[2])
+    assert isinstance(error, RankLost)
+    assert "given it up" in str(error)
+    assert error.missing == (2,)
+
+
+def test_several_frozen_ranks_are_named_together(job: Job) -> None:
+    job.look([0], times=13)
+    assert isinstance(error := error_of(job.watches[0]), RankLost)
+    assert error.missing == (1, 2)
+
+
+def test_ranks_that_are_about_to_reach_the_limit_are_named_with_those_that_have(job: Job) -> None:
+    job.look([0, 1])
+    job.look([0], times=11)
+    assert "watch/fault" not in job.notes
+    job.look([0])
+    assert isinstance(error := error_of(job.watches[0]), RankLost)
+    assert error.missing == (1, 2), "rank 1 has beaten once more than rank 2"
+
+
+def test_a_rank_that_is_only_late_is_not_named_with_a_frozen_one(job: Job) -> None:
+    job.look([0, 1], times=8)
+    job.look([0], times=5)
+    assert isinstance(error := error_of(job.watches[0]), RankLost)
+    assert error.missing == (2,)
+
+
+class Pause:
+    """Stands in for the event on which the watch's thread sleeps: the clock goes on, nobody waits."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep."""
+        self._clock.sleep(seconds)
+        return False
+
+    def clear(self) -> None:
+        """Nothing is ever set."""
+
+
+def test_a_rank_that_was_frozen_itself_does_not_accuse_the_others(clock: Clock) -> None:
+    job = Job(clock, 2)
+    watch, num_looks = job.watches[0], 0
+    vars(watch)["_wake"] = Pause(clock)
+    beat = watch._look
+
+    def look(passed_s: float) -> None:
+        nonlocal num_looks
+        num_looks += 1
+        if num_looks != 6:  # the other one's next beat is read one look late
+            job.watches[1]._look(1.0)
+        beat(passed_s)
+        if num_looks == 5:
+            clock.now_s += 100.0 * LIMIT_S
+        job.boards[0].is_closed = num_looks == 12
+
+    vars(watch)["_look"] = look
+    watch._run()
+    assert num_looks == 12
+    assert watch.news() is None
+
+
+def test_what_is_known_of_ranks_is_told_apart(clock: Clock) -> None:
+    job = Job(clock, 5)
+    job.watches[1].step = job.watches[2].step = job.watches[3].step = 9
+    job.look([0, 1, 2, 3])
+    job.watches[3].close()
+    job.look([0, 1], times=5)
+    told = job.watches[0].tell(range(5)).split("; ")
+    assert [phrase.partition(":")[0] for phrase in told] == [
+        "rank 1 is alive but late",
+        "rank 2 froze or died",
+        "rank 3 has left at iteration 9",
+        "rank 4 has never given a sign of life",
+    ]
+    assert "no heartbeat for 4.0 s" in told[1]
+    assert all("iteration 9" in phrase for phrase in told[:2])
+    assert job.watches[0].tell([]) == ""
+
+
+def test_a_rank_that_left_is_a_fault_only_to_those_that_wait_for_it(job: Job) -> None:
+    job.watches[1].close()
+    job.look([0, 2], times=50)
+    assert "watch/fault" not in job.notes
+    assert isinstance(error := error_of(job.watches[0]), RankLost)
+    assert error.missing == (1,)
+    assert "left" in str(error)
+    job.look([2])
+    assert "watch/fault" in job.notes
+
+
+def test_only_the_process_that_made_a_watch_says_that_it_leaves(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as child:
+        child.setattr(os, "getpid", lambda: -1)
+        job.watches[1].close()
+    job.look([0])
+    assert "left" not in job.watches[0].tell([1])
+
+
+def test_leaving_twice_or_without_a_board_is_no_error(job: Job) -> None:
+    job.boards[0].is_gone = True
+    job.watches[0].close()
+    job.boards[1].is_silent = True
+    job.watches[1].close()
+    job.watches[1].close()
+
+
+# -- a rank that raises ------------------------------------------------------------------------------
+
+
+def test_an_exception_is_told_to_the_others_as_of_its_type(job: Job) -> None:
+    job.watches[1].step = 5
+    job.watches[1].report(KeyError("bad batch"), "Traceback: in the step")
+    job.look([0])
+    error = error_of(job.watches[0])
+    assert isinstance(error, PhaseError)
+    assert isinstance(error, KeyError)
+    assert [failure.rank for failure in error.failures] == [1]
+    assert "rank 1" in str(error)
+    assert "iteration 5" in str(error)
+    assert isinstance(error.__cause__, RemoteTraceback)
+    assert "Traceback: in the step" in str(error.__cause__)
+    assert "rank 1" in str(error.__cause__)
+
+
+def test_an_exception_whose_text_cannot_be_made_is_told_nevertheless(job: Job) -> None:
+    class Mute(Exception):  # noqa: N818 - a user's
+        def __str__(self) -> str:
+            raise RuntimeError("no text")
+
+    job.watches[1].report(Mute(), "")
+    job.look([0])
+    assert "Mute on rank 1" in str(error_of(job.watches[0]))
+
+
+def test_a_rank_that_gave_up_waiting_tells_whom_it_missed(job: Job) -> None:
+    job.watches[0].report(CollectiveTimeout("waited", [2]), "")
+    job.look([1])
+    assert isinstance(error := error_of(job.watches[1]), RankLost)
+    assert error.missing == (2,)
+
+
+def test_a_broken_collective_without_a_culprit_is_no_fault_of_its_rank(job: Job) -> None:
+    job.watches[0].report(CollectiveError("broke off"), "")
+    job.look()
+    assert job.watches[1].news() is None
+
+
+def test_the_first_fault_stands_for_all(job: Job) -> None:
+    job.watches[1].report(ValueError("first"), "")
+    job.watches[2].report(ValueError("second"), "")
+    job.look()
+    assert "first" in str(error_of(job.watches[0]))
+    assert isinstance(error_of(job.watches[1]), RankLost), "itself: it has raised its own"
+    assert "first" in str(error_of(job.watches[2]))
+
+
+def test_a_fault_travels_as_text() -> None:
+    failure = RankFailure.of(3, OSError(28, "No space left"), "Traceback")
+    for fault in (
+        Fault(ranks=(1, 3), text="gone", by=0, step=4),
+        Fault(ranks=(3,), text="\N{BUG} \0", by=3, step=0, failure=failure),
+    ):
+        assert Fault.decode(fault.encode()) == fault
+
+
+def test_a_rank_waits_for_news_as_long_as_it_wants(job: Job) -> None:
+    begin_s = job.clock.now_s
+    assert job.watches[0].news(2.0) is None
+    assert 2.0 <= job.clock.now_s - begin_s < 2.5
+
+    def tell() -> None:
+        if job.clock.now_s > begin_s + 3.0:
+            job.watches[1].report(ValueError("news"), "")
+            job.look([0], every_s=0.0)
+
+    job.clock.on_sleep = tell
+    assert isinstance(job.watches[0].news(20.0), PhaseError)
+    assert job.clock.now_s - begin_s < 4.0
+
+
+def test_ranks_that_raised_and_run_again_begin_without_a_fault(job: Job) -> None:
+    for watch in job.watches:
+        watch.report(ValueError("all alike"), "")
+        watch.in_run = False
+    job.look(times=2)
+    for watch in job.watches:
+        watch.enter(1)
+        job.look()
+    job.look(times=20)
+    assert [watch.news() for watch in job.watches] == [None] * 3
+
+
+def test_a_rank_that_raised_late_does_not_spoil_the_run_of_those_that_began_anew(job: Job) -> None:
+    job.watches[0].report(ValueError("all alike"), "")
+    job.watches[0].in_run = False
+    job.watches[0].enter(1)  # before the others have looked
+    job.watches[1].report(ValueError("all alike"), "")
+    job.watches[1].in_run = False
+    job.look()
+    job.watches[1].enter(1)
+    job.look()
+    assert job.watches[0].news() is None
+
+
+def test_running_again_brings_no_lost_rank_back(job: Job) -> None:
+    job.look([0, 1], times=13)
+    assert isinstance(job.watches[0].news(), RankLost)
+    job.watches[0].in_run = False
+    job.watches[0].enter(1)
+    assert isinstance(job.watches[0].news(), RankLost)
+
+
+# -- a collective of the job's own that broke --------------------------------------------------------
+
+
+@pytest.fixture
+def looking(job: Job) -> Iterator[Callable[..., None]]:
+    """Return a function that says which ranks go on beating while one waits."""
+
+    def go_on(*ranks: int) -> None:
+        job.clock.on_sleep = lambda: job.look(ranks, every_s=0.0)
+
+    yield go_on
+    job.clock.on_sleep = lambda: None
+
+
+def test_a_collective_that_broke_while_all_are_alive_is_nobodys_death(job: Job, looking: Callable[..., None]) -> None:
+    looking(0, 1, 2)
+    assert job.watches[0].suspect() is None
+    assert "watch/fault" not in job.notes
+
+
+def test_a_rank_that_does_not_beat_any_more_is_why_a_collective_broke(job: Job, looking: Callable[..., None]) -> None:
+    looking(0, 2)
+    begin_s = job.clock.now_s
+    assert isinstance(error := job.watches[0].suspect(), RankLost)
+    assert error.missing == (1,)
+    assert job.clock.now_s - begin_s < LIMIT_S, "long before the limit: the broken connection says enough"
+
+
+def test_a_rank_that_has_never_beaten_is_why_a_collective_broke(clock: Clock) -> None:
+    job = Job(clock)
+    job.look([0, 2], times=2)
+    clock.on_sleep = lambda: job.look([0, 2], every_s=0.0)
+    assert isinstance(error := job.watches[0].suspect(), RankLost)
+    assert error.missing == (1,)
+
+
+def test_a_rank_that_left_is_why_a_collective_broke(job: Job, looking: Callable[..., None]) -> None:
+    job.watches[1].close()
+    looking(0, 2)
+    assert isinstance(error := job.watches[0].suspect(), RankLost)
+    assert error.missing == (1,)
+
+
+def test_an_exception_elsewhere_is_why_a_collective_broke(job: Job, looking: Callable[..., None]) -> None:
+    looking(0, 1, 2)
+    job.watches[1].report(KeyError("bad batch"), "")
+    assert isinstance(job.watches[0].suspect(), KeyError)
+
+
+def test_nobody_is_accused_while_the_board_does_not_answer(clock: Clock) -> None:
+    job = Job(clock, hosts=["this process", "this machine", "this machine"])
+    job.look(times=2)
+    job.boards[1].is_silent = True
+    clock.on_sleep = lambda: job.look([1], every_s=0.0)
+    assert isinstance(error := job.watches[1].suspect(), RankLost)
+    assert error.missing == (0,), "which hosts the board"
+
+
+# -- the board itself --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("hosts", "lost"),
+    [
+        (["this process", "this machine", "this machine"], (0,)),
+        (["this machine", "this machine", "this machine"], ()),
+        (["this process", "this machine", "elsewhere", "elsewhere"], (0, 1)),
+        (["this machine", "elsewhere"], (0,)),
+        (["", ""], ()),
+    ],
+    ids=["rank 0 hosts it", "the launcher hosts it", "beyond a link", "a launcher beyond a link", "nobody knows"],
+)
+@pytest.mark.parametrize("how", ["is_silent", "is_gone"])
+def test_those_that_are_lost_with_the_board_are_named(
+    clock: Clock, hosts: Sequence[str], lost: tuple[int, ...], how: str
+) -> None:
+    job = Job(clock, len(hosts), hosts)
+    job.look(times=2)
+    last = len(hosts) - 1
+    vars(job.boards[last])[how] = True
+    job.look([last], times=12)
+    assert isinstance(error := error_of(job.watches[last]), RankLost)
+    assert error.missing == lost
+    for rank in lost:
+        assert str(rank) in str(error)
+
+
+def test_who_hosts_the_board_is_known_once_the_ranks_have_met(clock: Clock) -> None:
+    hosts = ["this process", "this machine", "elsewhere"]
+    job = Job(clock, hosts=hosts)
+    for rank in range(3):
+        del job.notes[f"watch/host/{rank}"]
+    for watch in job.watches:
+        assert watch.news() is None, "not all have come"
+        vars(watch)["_thread"] = SimpleNamespace(start=lambda: None)
+        watch.start(Rank())
+    assert [job.notes[f"watch/host/{rank}"] for rank in range(3)] == hosts
+    assert job.watches[2].news() is None
+    job.boards[2].is_gone = True
+    job.look([2])
+    assert isinstance(error := error_of(job.watches[2]), RankLost)
+    assert error.missing == (0, 1)
+
+
+def test_a_silent_board_holds_up_the_begin_no_longer_than_the_limit(clock: Clock) -> None:
+    job = Job(clock)
+    job.boards[0].is_silent = True
+    vars(job.watches[0])["_thread"] = SimpleNamespace(start=lambda: None)
+    begin_s = clock.now_s
+    job.watches[0].start(Rank())
+    assert clock.now_s - begin_s == LIMIT_S
+    assert job.watches[0].news() is None
+    job.look([0])
+    assert isinstance(error_of(job.watches[0]), RankLost)
+
+
+@pytest.fixture
+def hosted(clock: Clock) -> Job:
+    """Return a job of three ranks, the first of which hosts the board."""
+    three = Job(clock, hosts=["this process", "this machine", "this machine"])
+    three.look(times=2)
+    return three
+
+
+def test_the_boards_host_leaves_when_the_others_have_read_why(hosted: Job) -> None:
+    hosted.watches[0].report(KeyError("bad batch"), "")
+    hosted.clock.on_sleep = lambda: hosted.look([1, 2], every_s=0.0)
+    begin_s = hosted.clock.now_s
+    hosted.watches[0].close()
+    assert hosted.clock.now_s - begin_s < 1.0
+    hosted.boards[1].is_gone = hosted.boards[2].is_gone = True
+    for watch in hosted.watches[1:]:
+        assert isinstance(error_of(watch), KeyError)
+
+
+def test_the_boards_host_does_not_wait_for_ranks_that_have_left_or_are_lost(hosted: Job) -> None:
+    hosted.watches[1].close()
+    hosted.look([0], times=13)
+    begin_s = hosted.clock.now_s
+    assert isinstance(error := error_of(hosted.watches[0]), RankLost)
+    assert error.missing == (2,)
+    hosted.watches[0].close()
+    assert hosted.clock.now_s == begin_s
+
+
+def test_the_boards_host_waits_a_few_beats_for_one_that_does_not_read(hosted: Job) -> None:
+    hosted.clock.on_sleep = lambda: hosted.look([1], every_s=0.0)
+    begin_s = hosted.clock.now_s
+    hosted.watches[0].close()
+    assert 3.0 < hosted.clock.now_s - begin_s < 5.0
+
+
+def test_only_the_boards_host_waits_when_it_leaves(hosted: Job) -> None:
+    begin_s = hosted.clock.now_s
+    hosted.watches[1].close()
+    assert hosted.clock.now_s == begin_s
+
+
+def test_a_board_whose_host_has_left_is_not_missed_where_nothing_runs(
+    hosted: Job, caplog: pytest.LogCaptureFixture
+) -> None:
+    watch = hosted.watches[1]
+    vars(watch)["_wake"] = Pause(hosted.clock)
+    hosted.watches[2].close()
+    hosted.watches[0].close()
+    hosted.look([1])
+    watch.in_run = False
+    hosted.boards[1].is_gone = True
+    hosted.clock.on_sleep = lambda: vars(hosted.boards[1]).update(is_closed=hosted.clock.now_s > 2000.0)
+    watch._run()
+    assert caplog.records == []
+    hosted.boards[1].is_closed = False
+    watch.enter(1)
+    assert isinstance(error := error_of(watch), RankLost)
+    assert 0 in error.missing
+
+
+def test_a_board_that_answers_again_in_time_is_no_fault(job: Job) -> None:
+    for _ in range(5):
+        job.boards[0].is_silent = True
+        job.look([0], times=4)
+        job.boards[0].is_silent = False
+        job.look(times=2)
+    assert job.watches[0].news() is None
+
+
+def test_a_fault_is_raised_where_it_could_not_be_written_down(job: Job) -> None:
+    job.boards[0].is_gone = True
+    job.watches[0].report(CollectiveTimeout("waited", [2]), "")
+    assert isinstance(error := error_of(job.watches[0]), RankLost)
+    assert error.missing == (2,)
+
+
+def test_a_board_of_a_job_that_is_over_is_not_missed(job: Job, caplog: pytest.LogCaptureFixture) -> None:
+    job.boards[0].is_closed = job.boards[0].is_gone = True
+    job.look([0], times=5)
+    assert job.watches[0].news() is None
+    assert caplog.records == []
+
+
+def test_a_watch_that_left_misses_no_board(job: Job, caplog: pytest.LogCaptureFixture) -> None:
+    job.watches[0].close()
+    job.boards[0].is_gone = True
+    job.look([0], times=5)
+    assert job.watches[0].news() is None
+    assert caplog.records == []
+
+
+# -- a launcher that is lost, a limit, a log ---------------------------------------------------------
+
+
+def test_the_end_of_the_launcher_is_the_end_of_the_job(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(clock, launcher=os.getppid())
+    job.look(times=20)
+    assert job.watches[0].news() is None
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    job.look()
+    for watch in job.watches:
+        assert "launcher" in str(error_of(watch))
+
+
+def test_the_shortest_limit_counts(job: Job) -> None:
+    job.watches[0].tighten(2.0 * LIMIT_S)
+    job.watches[1].tighten(3.0)
+    job.look([0, 1], times=5, every_s=0.5)
+    assert "watch/fault" not in job.notes
+    job.look([1], times=2, every_s=0.5)
+    assert isinstance(error := error_of(job.watches[1]), RankLost)
+    assert 2 in error.missing
+
+
+@pytest.mark.parametrize(
+    ("limit_s", "world_size", "interval_s"), [(3.0, 4, 0.25), (300.0, 4, 1.0), (300.0, 1000, 2.0), (0.12, 2, 0.01)]
+)
+def test_beats_come_a_dozen_times_in_a_limit(limit_s: float, world_size: int, interval_s: float) -> None:
+    assert liveness._interval_s(limit_s, world_size) == pytest.approx(interval_s)
+
+
+def test_a_fault_is_logged_once(job: Job, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.ERROR):
+        job.look([0, 1], times=30)
+        job.watches[0].news()
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2, "once on each rank"
+    assert all("rank 2" in text for text in told)
+
+
+# -- a training thread that cannot be reached --------------------------------------------------------
+
+
+class Left(BaseException):
+    """Instead of the process's end."""
+
+
+@pytest.fixture
+def ends(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return the exit codes with which the process would have ended."""
+    codes: list[int] = []
+
+    def leave(code: int) -> None:
+        codes.append(code)
+        raise Left
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(faulthandler, "dump_traceback", lambda **_options: None)
+    return codes
+
+
+def hang(watch: Watch, *, still_s: float, in_torch: bool) -> None:
+    """Let the training thread stand still, as the watch sees it, and look whether the process has to end."""
+    vars(watch)["_training"] = SimpleNamespace(stands_still_s=lambda: still_s, is_in=lambda _folders: in_torch)
+    with contextlib.suppress(Left):
+        watch._end_if_blocked()
+
+
+def lose(job: Job) -> Watch:
+    """Lose rank 2; return the watch of rank 0, which knows."""
+    job.look([0, 1], times=13)
+    return job.watches[0]
+
+
+def test_a_process_whose_thread_hangs_in_a_lost_collective_says_why_and_ends(
+    job: Job, ends: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    watch = lose(job)
+    watch.step = 41
+    hang(watch, still_s=0.4, in_torch=True)
+    assert ends == []
+    hang(watch, still_s=0.6, in_torch=True)
+    assert ends == [EXIT_CODE]
+    said = capsys.readouterr().err
+    assert "rank 0, iteration 41: RankLost" in said
+    assert "rank 2" in said
+    assert f"exit code {EXIT_CODE}" in said
+    job.look([1])
+    assert "left" in job.watches[1].tell([0]), "the others need not wait for it"
+
+
+def test_a_thread_that_waits_elsewhere_gets_the_whole_limit(job: Job, ends: list[int]) -> None:
+    watch = lose(job)
+    hang(watch, still_s=LIMIT_S - 0.1, in_torch=False)
+    assert ends == []
+    hang(watch, still_s=LIMIT_S + 0.1, in_torch=False)
+    assert ends == [EXIT_CODE]
+
+
+def test_the_remote_traceback_is_said_as_well(job: Job, ends: list[int], capsys: pytest.CaptureFixture[str]) -> None:
+    job.watches[1].report(KeyError("bad batch"), "Traceback: in the step")
+    job.look([0])
+    hang(job.watches[0], still_s=9.0, in_torch=True)
+    assert ends == [EXIT_CODE]
+    assert "Traceback: in the step" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("why", ["no fault", "told", "no run", "variable"])
+def test_a_process_is_not_ended_without_need(
+    job: Job, ends: list[int], monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    watch = job.watches[0] if why == "no fault" else lose(job)
+    if why == "told":
+        assert watch.news() is not None
+    elif why == "no run":
+        watch.in_run = False
+    elif why == "variable":
+        monkeypatch.setenv("DISTCKPT_END_BLOCKED", "0")
+    hang(watch, still_s=1000.0, in_torch=True)
+    assert ends == []
+
+
+def test_a_thread_that_computes_does_not_stand_still() -> None:
+    training = liveness._Training()
+    assert training.stands_still_s() < 1.0
+    training._since_s -= 100.0
+    sum(range(3_000_000))  # some ticks of the CPU
+    assert training.stands_still_s() < 1.0
+
+
+def test_where_a_thread_stands_is_told_by_its_innermost_function() -> None:
+    training = liveness._Training()
+    with ThreadPoolExecutor(1) as beside:  # this thread waits in concurrent.futures, and there in threading
+        assert beside.submit(training.is_in, ["threading.py"]).result(10.0)
+        assert not beside.submit(training.is_in, [__file__, "futures"]).result(10.0)
