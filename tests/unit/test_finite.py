@@ -1,26 +1,45 @@
-"""Is every number of an output finite? Every kind of value, alone and nested."""
+"""Is every number of an output finite? Every kind of value, alone and nested, at once and without waiting."""
 
 import math
 import sys
 import warnings
 from collections import OrderedDict, deque, namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from decimal import Decimal
 from fractions import Fraction
 from types import MappingProxyType
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from distckpt.state.finite import all_finite
+from distckpt.state.finite import _broken_flag, _place_of, all_finite, broken_flag, first_offender
+from tests.support import run_distributed
 
 INF, NAN = math.inf, math.nan
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COMPLEX = (torch.complex32, torch.complex64, torch.complex128)
 Pair = namedtuple("Pair", "loss other")  # noqa: PYI024 - an untyped one is what users return
+
+
+class Logged(torch.Tensor):
+    """A subclass that means nothing by it."""
+
+
+def jagged_with_holes(fill: float, hole: float) -> torch.Tensor:
+    """Return rows of lengths 1, 2, 2 whose buffer holds other numbers between them and behind."""
+    buffer = torch.full((3, 5), hole)
+    for row, (start, length) in enumerate([(0, 1), (1, 2), (1, 2)]):
+        buffer[row, start : start + length] = fill
+    return torch.nested.narrow(buffer, 1, torch.tensor([0, 1, 1]), torch.tensor([1, 2, 2]), layout=torch.jagged)
 
 
 def finite_values() -> dict[str, object]:
@@ -85,6 +104,18 @@ def finite_values() -> dict[str, object]:
         "parameter": torch.nn.Parameter(torch.ones(2)),
         "nested, strided": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.strided),
         "nested, jagged": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+        "nested, of float8": torch.nested.nested_tensor([torch.ones(2)]).to(torch.float8_e5m2),
+        "jagged, of float8": torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged).to(torch.float8_e5m2),
+        "jagged, holes are not looked at": jagged_with_holes(1.0, NAN),
+        "jagged, transposed": torch.nested.nested_tensor(
+            [torch.ones(2, 4), torch.ones(3, 4)], layout=torch.jagged
+        ).transpose(1, 2),
+        "meta": torch.empty(3, device="meta"),
+        "0-d meta": torch.empty((), device="meta"),
+        "subclass": torch.ones(3).as_subclass(Logged),
+        "finite with an infinite norm": torch.tensor(complex(3e38, 3e38)),
+        "view of a conjugate": torch.ones(3, dtype=torch.complex64).conj().imag,
+        "two float4 in a byte": torch.full((3,), 255, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
         "quantised": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
         **{f"{dtype}": torch.ones(3).to(dtype) for dtype in (*FLOATS, *COMPLEX, *FLOAT8)},
     }
@@ -123,6 +154,13 @@ def other_values() -> dict[str, object]:
         "float8 e8m0": torch.tensor([1.0, NAN]).to(torch.float8_e8m0fnu),
         "nested": torch.nested.nested_tensor([torch.ones(2), torch.tensor([NAN])], layout=torch.strided),
         "jagged": torch.nested.nested_tensor([torch.ones(2), torch.tensor([INF])], layout=torch.jagged),
+        "jagged with holes": jagged_with_holes(NAN, 1.0),
+        "jagged, of float8": torch.nested.nested_tensor([torch.tensor([NAN])], layout=torch.jagged).to(
+            torch.float8_e5m2
+        ),
+        "subclass": torch.tensor([1.0, NAN]).as_subclass(Logged),
+        "conjugated": torch.tensor([1 + 0j, complex(0, -INF)]).conj(),
+        "sparse coo, sum of terms is not finite": torch.sparse_coo_tensor(torch.tensor([[0, 0]]), [3e38, 3e38], (2,)),
         **{f"{dtype}": torch.tensor([1.0, NAN]).to(dtype) for dtype in (*FLOATS, *COMPLEX, *FLOAT8)},
     }
 
@@ -188,3 +226,158 @@ def test_without_numpy_numbers_and_tensors_are_known_all_the_same(monkeypatch: p
     monkeypatch.delitem(sys.modules, "numpy")
     assert all_finite([1.0, 2, 1j, Fraction(1, 2), None, torch.ones(2)])
     assert "numpy" not in sys.modules
+
+
+@pytest.mark.parametrize("num_tensors", [2, 3, 4, 100])
+@pytest.mark.parametrize("shape", [(), (1,), (32,), (4, 8), (70, 70)], ids=str)
+def test_one_broken_tensor_among_many_is_found(shape: tuple[int, ...], num_tensors: int) -> None:
+    tensors = [torch.full(shape, 3e38, requires_grad=index % 2 == 1) for index in range(num_tensors)]
+    assert all_finite(tensors)
+    assert broken_flag(tensors) is False
+    assert deferred(tensors) is False
+    for place in (0, num_tensors // 2, num_tensors - 1):
+        for value in (NAN, INF, -INF):
+            broken = torch.full(shape, 3e38)
+            broken.view(-1)[-1] = value
+            others = [*tensors[:place], broken, *tensors[place + 1 :]]
+            assert not all_finite(others)
+            assert broken_flag(others) is True
+            assert deferred(others) is True
+
+
+def test_kinds_are_judged_together() -> None:
+    finite = [value for value in FINITE.values() if isinstance(value, torch.Tensor)]
+    assert all_finite(finite)
+    assert deferred(finite) is False
+    for broken in NOT_FINITE.values():
+        assert not all_finite([*finite, broken])
+        assert not all_finite([broken, *finite])
+
+
+def test_what_stands_before_a_thing_that_is_no_number_decides() -> None:
+    for broken in (NAN, torch.tensor(NAN), torch.tensor([1.0, INF])):
+        assert not all_finite([broken, object()])
+        assert broken_flag([broken, object()]) is True
+        assert first_offender([broken, object()]) is not None
+        for look in (all_finite, broken_flag, first_offender):
+            with pytest.raises(TypeError):
+                look([object(), broken])
+            with pytest.raises(TypeError):
+                look([1.0, torch.ones(3), object()])
+
+
+class RefusesToWait(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
+    """Raises where torch would make the host wait for numbers of a device, or would write to a tensor."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().removeprefix("aten::").split(".")[0]
+        waits = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "_unique2", "_coalesce"}
+        assert name not in waits, f"{name} waits for the device"
+        assert name != "_to_copy" or (kwargs or {}).get("device") is None, "a copy to another device"
+        assert not func._schema.is_mutable, f"{name} writes to a tensor"
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    refusal = AssertionError("tolist waits for the device")  # no operation that a mode would see
+    with mock.patch.object(torch.Tensor, "tolist", side_effect=refusal), RefusesToWait():  # type: ignore[no-untyped-call]
+        yield
+
+
+def deferred(output: Any, place_of: Callable[[torch.Tensor], Hashable | None] = lambda _: "a device") -> Any:
+    """Judge an output as if its tensors were on an accelerator; return what the host would read in the end."""
+    with no_waiting():
+        flag = _broken_flag(output, place_of)
+    if isinstance(flag, bool):
+        return flag
+    assert (flag.dtype, flag.shape, flag.requires_grad) == (torch.bool, (), False)
+    return flag.item()
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+@pytest.mark.parametrize("kind", FINITE)
+def test_flag_of_finite_values(kind: str, holder: str) -> None:
+    output = HOLDERS[holder](FINITE[kind])
+    assert broken_flag(output) is False
+    assert deferred(output) is False
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+@pytest.mark.parametrize("kind", NOT_FINITE)
+def test_flag_of_broken_values(kind: str, holder: str) -> None:
+    output = HOLDERS[holder](NOT_FINITE[kind])
+    assert broken_flag(output) is True
+    # The one kind that would have to be added up first; its terms are finite.
+    assert deferred(output) is (kind != "sparse coo, sum of terms is not finite")
+
+
+def test_watch_over_waiting_sees_it() -> None:
+    tensor, jagged = torch.ones(2), jagged_with_holes(1.0, 1.0)
+    sparse = torch.sparse_coo_tensor(torch.tensor([[0, 0]]), [1.0, 2.0], (2,))
+    waits = [lambda: all_finite(tensor), lambda: bool(tensor[0]), sparse.coalesce, jagged.unbind]
+    for wait in waits:
+        with pytest.raises(AssertionError, match="waits for the device"), no_waiting():
+            wait()
+
+
+def test_deferred_flag_is_a_tensor_of_its_own() -> None:
+    loss = (torch.ones(3, requires_grad=True) * 2).sum()
+    flag = _broken_flag({"loss": loss, "y": torch.ones(2)}, lambda _: 0)
+    assert isinstance(flag, torch.Tensor)
+    loss.backward()  # type: ignore[no-untyped-call]  # torch's own
+
+
+def test_flag_is_plain_where_the_host_knows() -> None:
+    on_device = torch.ones(2)
+
+    def place_of(tensor: torch.Tensor) -> Hashable | None:
+        return 0 if tensor is on_device else None
+
+    assert _broken_flag([on_device, torch.tensor(NAN)], place_of) is True
+    assert _broken_flag([on_device, NAN], place_of) is True
+    assert isinstance(_broken_flag([on_device, torch.ones(2)], place_of), torch.Tensor)
+    assert _broken_flag([torch.ones(2, dtype=torch.int64), torch.empty(0)], lambda _: 0) is False
+    with pytest.raises(TypeError):
+        _broken_flag([torch.tensor(NAN), object()], lambda _: 0)
+
+
+@pytest.mark.parametrize("broken", [None, 0, 1, 2, 3, 4])
+def test_flags_of_several_devices_become_one(broken: int | None) -> None:
+    tensors = [torch.full((3,), NAN if index == broken else 1.0) for index in range(5)]
+    places = {id(tensor): index % 3 for index, tensor in enumerate(tensors)}
+    assert deferred(tensors, lambda tensor: places[id(tensor)]) is (broken is not None)
+
+
+def test_flag_stays_on_the_accelerator() -> None:
+    with FakeTensorMode():  # any look at a number raises
+        on_cuda = [torch.ones(3, device="cuda:0"), torch.ones((), dtype=torch.float16, device="cuda:0")]
+        for output in (*on_cuda, on_cuda, {"loss": 0.5, "y": on_cuda[0]}, [torch.ones(2, device="cuda:1"), *on_cuda]):
+            flag = broken_flag(output)
+            assert isinstance(flag, torch.Tensor)
+            assert (flag.dtype, flag.shape, flag.device.type) == (torch.bool, (), "cuda")
+        assert broken_flag([*on_cuda, NAN]) is True
+        assert broken_flag(torch.ones(3, dtype=torch.int64, device="cuda:0")) is False
+        assert _place_of(on_cuda[0]) == torch.device("cuda:0")
+    assert _place_of(torch.ones(1)) is None
+    assert _place_of(torch.empty(1, device="meta")) is None
+
+
+@run_distributed(world_size=2)
+def test_each_rank_looks_at_its_own_shard_and_asks_nobody() -> None:
+    rank = dist.get_rank()
+    mesh = init_device_mesh("cpu", (2,))
+    shards = DTensor.from_local(torch.tensor([1.0, NAN if rank == 1 else 2.0]), mesh, [Shard(0)])
+    whole = DTensor.from_local(torch.ones(2, requires_grad=True), mesh, [Replicate()])
+    dist.barrier()
+    if rank == 1:  # alone: a collective in here would never return
+        assert not all_finite([shards, torch.ones(2), whole])
+        assert broken_flag(shards) is True
+        assert deferred([shards, torch.ones(2)]) is True
+        found = first_offender({"y": shards})
+        assert found is not None
+        assert found.path == "output['y'].to_local()[1]"
+        assert all_finite(whole)
+        assert first_offender(whole) is None
+    dist.barrier()
+    assert all_finite([shards, whole]) is (rank == 0)
