@@ -6,7 +6,7 @@ carries it: it stands on the backend contract alone. Layer L3.
 The protocol of a phase, the same for every kind of phase:
 
 1. (all ranks) do the phase's own work and catch whatever it raises. Nothing is waited for here.
-2. (all ranks) reduce one *header* of eight int64 with MAX: place and turn, each with its negative, the
+2. (all ranks) reduce one *header* of twelve int64 with MAX: place and turn, each with its negative, the
    length of this rank's answer, and whether it raised a flag or an error. Every collective of distckpt's
    begins with a header, so that ranks which came from different places meet in one and are told so.
 3. (all ranks) if place or turn differ between ranks: gather the places, and raise
