@@ -28,6 +28,7 @@ from distckpt.errors import (
     DistckptError,
     LoadError,
     PhaseError,
+    RankLost,
     RanksDriftedApart,
     SaveError,
     UnsafeCheckpoint,
@@ -39,10 +40,12 @@ from distckpt.handlers import (
     DiskSaver,
     EarlyStopping,
     ModelCheckpoint,
+    Preemption,
     TerminateOnNan,
     TimeLimit,
     Timer,
     global_step_from_engine,
+    stop_reason,
 )
 
 __all__ = [
@@ -60,6 +63,8 @@ __all__ = [
     "ModelCheckpoint",
     "Parallel",
     "PhaseError",
+    "Preemption",
+    "RankLost",
     "RanksDriftedApart",
     "SaveError",
     "TerminateOnNan",
@@ -83,6 +88,7 @@ __all__ = [
     "initialize",
     "one_rank_only",
     "spawn",
+    "stop_reason",
 ]
 
 # A library does not print by itself; the program that configures logging decides.

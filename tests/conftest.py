@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable
 
 import pytest
+import torch
 from hypothesis import settings
 
 from tests.contracts.implementations import not_run
@@ -38,3 +39,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say which implementations of the backend contract had no part in the run."""
     for line in not_run():
         terminalreporter.write_line(line)
+    if not torch.cuda.is_available():
+        terminalreporter.write_line("tests/accel: not run, no GPU")

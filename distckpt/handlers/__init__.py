@@ -6,10 +6,12 @@ from distckpt.handlers.early_stopping import EarlyStopping
 from distckpt.handlers.events import CheckpointEvents
 from distckpt.handlers.global_step import global_step_from_engine
 from distckpt.handlers.model_checkpoint import ModelCheckpoint
+from distckpt.handlers.preemption import Preemption
 from distckpt.handlers.save_handler import BaseSaveHandler
 from distckpt.handlers.terminate_on_nan import TerminateOnNan
 from distckpt.handlers.time_limit import TimeLimit
 from distckpt.handlers.timer import Timer
+from distckpt.handlers.voting import stop_reason
 
 __all__ = [
     "BaseSaveHandler",
@@ -18,8 +20,10 @@ __all__ = [
     "DiskSaver",
     "EarlyStopping",
     "ModelCheckpoint",
+    "Preemption",
     "TerminateOnNan",
     "TimeLimit",
     "Timer",
     "global_step_from_engine",
+    "stop_reason",
 ]

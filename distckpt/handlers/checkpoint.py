@@ -5,9 +5,12 @@ durable, and in which order, lies below. Layer L5.
 """
 
 import dataclasses
+import logging
+import time
 import warnings
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,26 +18,39 @@ from ignite.base.mixins import Serializable
 from ignite.engine import Engine, Events
 from ignite.handlers.checkpoint import DiskSaver as _IgniteDiskSaver
 
-from distckpt import load, save
+from distckpt import load, retention, save
 from distckpt.backends.base import Backend
 from distckpt.backends.detect import current
 from distckpt.consensus.agree import Place, Seat
 from distckpt.consensus.decision import Agreed, NameRules, SaveDecision, SaveIntent, filename_of, nan_is_why
 from distckpt.consensus.scores import check_rule
+from distckpt.consensus.step_vote import Answer, Fact
 from distckpt.errors import CommitNotDurable
 from distckpt.handlers import arguments
 from distckpt.handlers.checkpoint_helpers import CheckpointHelpers
 from distckpt.handlers.disk_saver import DiskSaver
 from distckpt.handlers.events import CheckpointEvents, register
+from distckpt.handlers.firing import after_event, engines_firing, return_to_event
 from distckpt.handlers.older import accept_older_order, deprecated
 from distckpt.handlers.places import take_place
 from distckpt.handlers.save_handler import BaseSaveHandler, hand_over
+from distckpt.handlers.voting import (
+    Voter,
+    counts_iterations,
+    engine_that_looks_for_nan,
+    is_poisoned,
+    nan_is_looked_for,
+    nan_is_looked_for_later,
+    others_vote,
+    settle,
+)
 from distckpt.naming import check_name, format_score
 from distckpt.scalars import is_numpy_scalar, plain_score
 from distckpt.state.collect import capture, consolidate
 
 __all__ = ["Checkpoint"]
 
+_logger = logging.getLogger(__name__)
 _ON_DISK = (DiskSaver, _IgniteDiskSaver)
 _OLDER_ORDER = (
     "to_save",
@@ -52,7 +68,7 @@ _OLDER_ORDER = (
 )
 
 
-class Checkpoint(CheckpointHelpers, Serializable):
+class Checkpoint(CheckpointHelpers, Voter, Serializable):
     """Handler that saves objects during a run, the same on every rank, and keeps the best or latest of them.
 
     Attach it on all ranks. What is saved, under which name, and what it replaces is decided once from every rank's
@@ -85,6 +101,7 @@ class Checkpoint(CheckpointHelpers, Serializable):
         to_save: see above.
         save_handler: see above; may be assigned.
         ext: the files' extension, ``pt``.
+        last_save_s: how many seconds the last save took on this rank; 0.0 before the first.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -105,6 +122,10 @@ class Checkpoint(CheckpointHelpers, Serializable):
 
     SAVED_CHECKPOINT = CheckpointEvents.SAVED_CHECKPOINT
     _state_dict_all_req_keys = ("_saved",)
+    fact = Fact.SAVE_WANTED
+    is_exact = True
+    lag = None
+    every = None
 
     class Item(NamedTuple):
         """A kept checkpoint."""
@@ -166,6 +187,11 @@ class Checkpoint(CheckpointHelpers, Serializable):
         self._strays: tuple[str, ...] = ()
         # The saving rank's, which may be another than this rank's; of the handler it was heard for.
         self._directory: tuple[Any, str | None] = (None, None)
+        self._is_agreed = False
+        self._intent: SaveIntent | None = None
+        self.last_save_s = 0.0
+        self._saved_at = self._ended_at = _Moment()
+        self._is_early = False
         self._seat = Seat("Checkpoint")
         self._warned: set[str] = set()
 
@@ -180,11 +206,81 @@ class Checkpoint(CheckpointHelpers, Serializable):
             CommitNotDurable: it is there, but may not survive a power cut.
         """
         backend = current()
-        watch = self.save_handler.ticket if isinstance(self.save_handler, DiskSaver) else None
-        place = take_place(self._seat, backend, engine, watch=watch, timeout_s=self.timeout_s)
+        return_to_event(engine)
+        if not self._waits_for_the_vote(engine, backend):
+            self._save_after_those_around(engine)
+        elif backend.world_size > 1:
+            self._vote(engine, backend, watch=self._ticket())
+        else:
+            after_event(engine, self._save_after_those_around, is_last=True)
+
+    def _waits_for_the_vote(self, engine: Engine, backend: Backend) -> bool:
+        """Tell whether the event's vote has to be known first. The same on every rank.
+
+        A step that is voted NaN is not saved; and on an event of each iteration nothing more than the vote is reduced
+        where nobody wants to save. Elsewhere a save comes when it is this handler's turn, as its neighbours expect.
+        """
+        if backend.world_size == 1:
+            return nan_is_looked_for_later(self, engine)
+        return others_vote(self, engine) if counts_iterations(engine) else nan_is_looked_for(engine)
+
+    def _probe(self, engine: Engine) -> Answer:
+        intent = self._intent = self._intend(engine)
+        return _nothing_to_tell if self._may_want(intent) else None
+
+    def _act(self, engine: Engine, said: Mapping[int, Any]) -> None:
+        del said
+        intent, self._intent = self._intent, None
+        self._save_after_those_around(engine, intent)
+
+    def _may_want(self, intent: SaveIntent) -> bool:
+        """Tell whether this rank's facts call for a save. Where no rank's do, the agreed score's would not either."""
+        if not self._is_agreed:
+            return True
+        priority = intent.score if intent.score is not None else intent.global_step
+        return retention.wants(intent.history, priority, n_saved=self.n_saved, greater_or_equal=self.greater_or_equal)
+
+    def _ticket(self) -> str | None:
+        return self.save_handler.ticket if isinstance(self.save_handler, DiskSaver) else None
+
+    def _save_after_those_around(self, engine: Engine, intent: SaveIntent | None = None) -> None:
+        """Collective. Save, but where an engine around this one looks for NaN not before the event there is over.
+
+        The score is the present one then: until that is over the engine may run again.
+        """
+        around = engines_firing()
+        looking = engine_that_looks_for_nan(engine)
+        if looking is None:
+            self._save_unless_broken(engine, around, lambda: self._intend(engine) if intent is None else intent)
+        else:
+            intend = _remembered(lambda: self._intend(engine)) if intent is None else (lambda: intent)
+            after_event(looking, lambda _: self._save_unless_broken(engine, around, intend), is_last=True)
+
+    def _save_unless_broken(self, engine: Engine, around: Sequence[Engine], intend: Callable[[], SaveIntent]) -> None:
+        """Collective. Save, unless the step was voted NaN."""
+        settle(engine, around)
+        if is_poisoned(engine, around):
+            _logger.warning(
+                "Checkpoint: iteration %d was voted NaN and is not saved. %s", engine.state.iteration, self._stands()
+            )
+            return
+        if not self._ended_at.is_now(engine):
+            self._save(engine, intend)
+
+    def _stands(self) -> str:
+        last = self.last_checkpoint
+        return "There is no earlier checkpoint." if last is None else f"The last one is {last}."
+
+    def _save(self, engine: Engine, intend: Callable[[], SaveIntent]) -> None:
+        backend = current()
+        place = take_place(self._seat, backend, engine, watch=self._ticket(), timeout_s=self.timeout_s)
         agreed = save.decide(
-            backend, place("deciding what to save"), lambda: self._intend(engine), timeout_s=self.timeout_s
+            backend,
+            place("deciding what to save"),
+            lambda: dataclasses.replace(intend(), history=self._history(), strays=self._strays),
+            timeout_s=self.timeout_s,
         )
+        self._is_agreed = True
         self._saved = [Checkpoint.Item(*entry) for entry in agreed.history]
         self._strays = agreed.strays
         self._directory = (self.save_handler, agreed.directory)
@@ -192,6 +288,10 @@ class Checkpoint(CheckpointHelpers, Serializable):
         decision = agreed.decision
         if decision is None:
             return
+        if self._is_early and self.global_step_transform is not None and agreed.score is None:
+            decision = _half_a_step_lower(decision)
+            agreed = dataclasses.replace(agreed, decision=decision)
+        begin_s = time.monotonic()
         is_overwritten = decision.filename in [name for _, name in agreed.history]
         handler = self.save_handler
         try:
@@ -218,11 +318,43 @@ class Checkpoint(CheckpointHelpers, Serializable):
                 self._strays = (*self._strays, decision.filename)
             raise
         self._saved = [Checkpoint.Item(*entry) for entry in decision.kept]
+        self.last_save_s = time.monotonic() - begin_s
+        self._saved_at = _Moment(engine)
         self._strays = decision.evicted
         problems = self._remove(backend, place("removing what was evicted"), decision.evicted)
         self._tell(engine)
         if problems:
             warnings.warn(f"Checkpoint: while removing older checkpoints: {' '.join(problems)}", stacklevel=2)
+
+    def has_saved_at(self, engine: Engine) -> bool:
+        """Tell whether the engine's present iteration has been saved. The same on every rank."""
+        return self._saved_at.is_now(engine)
+
+    def save_early(self, engine: Engine, event: Any, *args: Any, **kwargs: Any) -> None:
+        """Collective. Save what is there as the run is ended, as `event` would, which may not have come yet.
+
+        The file is named as on `event`. In the middle of an epoch, where `event` counts epochs, half a step is taken
+        off its priority: the end of that epoch, after a resume, replaces it. What has been saved at this iteration is
+        not saved again, neither now nor on another event.
+
+        Args:
+            engine: whose run is ended.
+            event: what the handler is attached to.
+            args: what else it is called with there.
+            kwargs: what else it is called with there.
+        """
+        if self.has_saved_at(engine):
+            self._ended_at = self._saved_at
+            return
+        present, is_within = engine.last_event_name, counts_iterations(engine)
+        engine.last_event_name = event
+        self._is_early = is_within and not counts_iterations(engine)
+        try:
+            self(engine, *args, **kwargs)
+        finally:
+            engine.last_event_name, self._is_early = present, False
+        if self.has_saved_at(engine):
+            self._ended_at = self._saved_at
 
     def _intend(self, engine: Engine) -> SaveIntent:
         global_step: Any = None
@@ -240,10 +372,13 @@ class Checkpoint(CheckpointHelpers, Serializable):
             save_on_rank=self._coordinator(),
             global_step=global_step.item() if is_numpy_scalar(global_step) else global_step,
             score=score,
-            history=tuple((item.priority, item.filename) for item in self._saved),
+            history=self._history(),
             strays=self._strays,
             directory=str(self.save_handler.dirname) if isinstance(self.save_handler, _ON_DISK) else None,
         )
+
+    def _history(self) -> tuple[tuple[int | float, str], ...]:
+        return tuple((item.priority, item.filename) for item in self._saved)
 
     def _rules(self) -> NameRules:
         return NameRules(
@@ -326,6 +461,7 @@ class Checkpoint(CheckpointHelpers, Serializable):
         """Forget the saved checkpoints, for an engine that runs several times independently. Files stay."""
         self._saved = []
         self._strays = ()
+        self._is_agreed = False
 
     def state_dict(self) -> "OrderedDict[str, list[tuple[int | float, str]]]":
         """Return the history: ``_saved``, a list of (priority, file name), lowest priority first."""
@@ -347,6 +483,7 @@ class Checkpoint(CheckpointHelpers, Serializable):
         items = [Checkpoint.Item(plain_score(priority), str(name)) for priority, name in state_dict["_saved"]]
         self._saved = items
         self._strays = ()
+        self._is_agreed = False
 
     def reload_objects(
         self, to_load: Mapping[str, Any], load_kwargs: Mapping[str, Any] | None = None, **filename_components: Any
@@ -376,6 +513,25 @@ class Checkpoint(CheckpointHelpers, Serializable):
         load.load_objects(to_load, path, **(load_kwargs or {}))
 
 
+def _remembered(work: Callable[[], SaveIntent]) -> Callable[[], SaveIntent]:
+    """Do `work` now, and return what gives its result or raises its error, in the phase where all ranks hear of it."""
+    try:
+        intent = work()
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is raised there
+        caught = error
+    else:
+        return lambda: intent
+
+    def fail() -> SaveIntent:
+        raise caught
+
+    return fail
+
+
+def _nothing_to_tell() -> None:
+    """Return what a rank tells of its wish to save."""
+
+
 def _check_is_number(global_step: Any) -> None:
     """Refuse what could not be a priority: as text, "9" would be higher than "10"."""
     try:
@@ -383,3 +539,27 @@ def _check_is_number(global_step: Any) -> None:
     except ValueError:
         msg = f"Output of global_step_transform should be a number, but given {type(global_step)}"
         raise ValueError(msg) from None
+
+
+class _Moment:
+    """An iteration of an engine's; a copy, or one without an engine, is never now."""
+
+    def __init__(self, engine: Engine | None = None) -> None:
+        self._engine = None if engine is None else weakref.ref(engine)
+        self._iteration = None if engine is None else engine.state.iteration
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave the engine behind."""
+        return (_Moment, ())
+
+    def is_now(self, engine: Engine) -> bool:
+        return self._engine is not None and self._engine() is engine and self._iteration == engine.state.iteration
+
+
+def _half_a_step_lower(decision: SaveDecision) -> SaveDecision:
+    """Return `decision` with another priority. The same on every rank."""
+    priority = decision.priority - 0.5
+    kept = retention.admit(decision.kept, (priority, decision.filename), n_saved=None).kept
+    return dataclasses.replace(
+        decision, priority=priority, metadata={**decision.metadata, "priority": priority}, kept=kept
+    )

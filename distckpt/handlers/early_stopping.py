@@ -20,6 +20,7 @@ from distckpt.consensus.scores import agreed_score, check_rule
 from distckpt.handlers.arguments import check_timeout
 from distckpt.handlers.older import deprecated
 from distckpt.handlers.places import take_place
+from distckpt.handlers.voting import stop
 from distckpt.scalars import is_nan, plain_score
 
 __all__ = ["EarlyStopping"]
@@ -171,7 +172,7 @@ class EarlyStopping(Serializable, ResettableHandler):
         self.logger.debug("EarlyStopping: %i / %i", self.counter, self.patience)
         if self.counter >= self.patience:
             self.logger.info("EarlyStopping: Stop training")
-            self.trainer.terminate()
+            stop(self.trainer, "early_stop")
 
     def _improves(self, score: float) -> bool:
         if is_nan(score) or self.best_score is None:

@@ -4,16 +4,18 @@ Owns :class:`TerminateOnNan`. Layer L5.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ignite.engine import Engine
 
 from distckpt.backends.detect import current
-from distckpt.consensus import agree
+from distckpt.consensus.agree import Seat
+from distckpt.consensus.step_vote import Answer, Fact, Pending
 from distckpt.handlers.arguments import check_timeout
-from distckpt.handlers.places import take_place
-from distckpt.state.finite import all_finite
+from distckpt.handlers.voting import Voter, check_pace, poison, stop
+from distckpt.state.finite import all_finite, broken_flag, first_offender
+from distckpt.state.on_its_way import OnItsWay
 
 __all__ = ["TerminateOnNan"]
 
@@ -22,17 +24,23 @@ def _as_it_is(output: Any) -> Any:
     return output
 
 
-class TerminateOnNan:
+class TerminateOnNan(Voter):
     """Handler that stops the run, on every rank at the same iteration, when any rank's output is NaN or infinite.
 
-    Attach it on all ranks.
+    Attach it on all ranks. It shares one reduction an event with all handlers that vote. The step is not saved: a
+    :class:`~distckpt.Checkpoint` on the same event waits for the result.
 
     Args:
         output_transform: takes the process function's output, returns what is looked at: a number, a tensor, a NumPy
-            array, None, or a collection of them.
+            array, None, or a collection of them, nested at will.
+        lag: 0 to stop in the iteration whose output is broken; 1 to stop one iteration later, the same one on every
+            rank, and let the reduction run beside that iteration: nothing waits for an accelerator then.
+        every: hold the vote on each so-many-th iteration only; the outputs between are looked at all the same.
+        timeout_s: seconds to wait for the other ranks; None for ``DISTCKPT_TIMEOUT_S``, or 300.
 
     Raises:
         TypeError: `output_transform` is not callable.
+        ValueError: `lag` or `every` makes no sense.
 
     Example:
         >>> from ignite.engine import Events
@@ -42,44 +50,73 @@ class TerminateOnNan:
         3
     """
 
-    def __init__(self, output_transform: Callable[[Any], Any] = _as_it_is, *, timeout_s: float | None = None) -> None:
+    fact = Fact.NAN
+
+    def __init__(
+        self,
+        output_transform: Callable[[Any], Any] = _as_it_is,
+        *,
+        lag: int | None = None,
+        every: int | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
         if not callable(output_transform):
             msg = f"Argument output_transform should be a function, but given {type(output_transform)}"
             raise TypeError(msg)
+        check_pace(lag, every)
         check_timeout(timeout_s)
-        self.logger = logging.getLogger(f"{__name__}.{type(self).__name__}")
+        self.lag = lag
+        self.every = every
         self.timeout_s = timeout_s
+        self.logger = logging.getLogger(f"{__name__}.{type(self).__name__}")
         self._output_transform = output_transform
-        self._seat = agree.Seat(type(self).__name__)
+        self._broken: Any = None
+        self._seat = Seat(type(self).__name__)
 
     def __call__(self, engine: Engine) -> None:
-        """Collective. One reduction when all is well.
+        """Collective, when the event is over: one reduction with all handlers that vote.
 
         Raises:
             PhaseError: the output cannot be looked at on some rank; on every rank. In a world of one: a TypeError.
         """
         backend = current()
-        if backend.world_size == 1:
+        if backend.world_size == 1 and not self.lag:
             output = self._output_transform(engine.state.output)
             if not all_finite(output):
-                self._stop(engine, output, (0,), 0)
+                self._stop(engine, output, {0: self._describe(engine.state.iteration, output)}, 0)
             return
-        place = take_place(self._seat, backend, engine, timeout_s=self.timeout_s)
-        seen: list[Any] = []
+        self._vote(engine, backend)
 
-        def is_broken() -> bool:
-            seen.append(self._output_transform(engine.state.output))
-            return not all_finite(seen[0])
+    def _probe(self, engine: Engine) -> Answer:
+        output = self._output_transform(engine.state.output)
+        if not self.lag:
+            is_broken: Any = not all_finite(output)
+        else:
+            is_broken = broken_flag(output)
+        if is_broken is False:
+            return None
+        step = engine.state.iteration
 
-        ranks = agree.vote(backend, place("looking for NaN"), is_broken, timeout_s=self.timeout_s)
-        if ranks:
-            self._stop(engine, seen[0], ranks, backend.rank)
+        def describe() -> str:
+            self._broken = output
+            return self._describe(step, output)
 
-    def _stop(self, engine: Engine, output: Any, ranks: tuple[int, ...], rank: int) -> None:
+        return describe if is_broken is True else Pending(OnItsWay(is_broken), describe)
+
+    def _act(self, engine: Engine, said: Mapping[int, Any]) -> None:
+        output, self._broken = self._broken, None
+        self._stop(engine, output, said, current().rank)
+
+    @staticmethod
+    def _describe(step: int, output: Any) -> str:
+        return f"iteration {step}: {first_offender(output) or 'it has been overwritten since'}"
+
+    def _stop(self, engine: Engine, output: Any, said: Mapping[int, Any], rank: int) -> None:
         name = type(self).__name__
-        where = f"rank {', '.join(str(one) for one in ranks)}, iteration {engine.state.iteration}"
-        if rank in ranks:
+        where = "; ".join(f"rank {one}, {told}" for one, told in said.items())
+        if rank in said:
             self.logger.warning("%s: Output '%s' contains NaN or Inf. Stop training (%s)", name, output, where)
         else:
             self.logger.warning("%s: Output of another rank contains NaN or Inf. Stop training (%s)", name, where)
-        engine.terminate()
+        poison(engine)
+        stop(engine, "nan")

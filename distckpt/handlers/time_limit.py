@@ -5,25 +5,30 @@ Owns :class:`TimeLimit`. Layer L5.
 
 import logging
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from ignite.engine import Engine
 
 from distckpt.backends.detect import current
-from distckpt.consensus import agree
+from distckpt.consensus.agree import Seat
+from distckpt.consensus.step_vote import Answer, Fact
 from distckpt.handlers.arguments import check_timeout
-from distckpt.handlers.places import take_place
+from distckpt.handlers.voting import Voter, check_pace, stop
 
 __all__ = ["TimeLimit"]
 
 
-class TimeLimit:
+class TimeLimit(Voter):
     """Handler that stops the run when its time is over, on every rank at the same iteration.
 
-    Attach it on all ranks. The time runs from construction, by the monotonic clock; the first rank whose time is over
-    stops all.
+    Attach it on all ranks. The time runs from construction, by the monotonic clock; the largest elapsed time of all
+    ranks counts. It shares one reduction an event with all handlers that vote.
 
     Args:
         limit_sec: seconds, an int.
+        lag: 0 to stop in the iteration in which the time is over, 1 one iteration later; see :class:`TerminateOnNan`.
+        every: hold the vote on each so-many-th iteration only.
         timeout_s: seconds to wait for the other ranks; None for ``DISTCKPT_TIMEOUT_S``, or 300.
 
     Attributes:
@@ -32,7 +37,7 @@ class TimeLimit:
 
     Raises:
         TypeError: `limit_sec` is no int.
-        ValueError: it is a bool, or not positive.
+        ValueError: it is a bool, or not positive; or `lag` or `every` makes no sense.
 
     Example:
         >>> from ignite.engine import Events
@@ -40,32 +45,58 @@ class TimeLimit:
         >>> trainer.add_event_handler(Events.ITERATION_COMPLETED, TimeLimit(3600)) and None
     """
 
-    def __init__(self, limit_sec: int = 28800, *, timeout_s: float | None = None) -> None:
+    fact = Fact.TIME_OVER
+
+    def __init__(
+        self,
+        limit_sec: int = 28800,
+        *,
+        lag: int | None = None,
+        every: int | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
         if not isinstance(limit_sec, int):
             msg = f"Argument limit_sec should be an integer. Given {type(limit_sec)}"
             raise TypeError(msg)
         if isinstance(limit_sec, bool) or limit_sec <= 0:
             msg = f"Argument limit_sec should be a positive integer. Given {limit_sec!r}"
             raise ValueError(msg)
+        check_pace(lag, every)
         check_timeout(timeout_s)
+        self.lag = lag
+        self.every = every
         self.limit_sec = limit_sec
         self.start_time = time.monotonic()
         self.timeout_s = timeout_s
         self.logger = logging.getLogger(f"{__name__}.{type(self).__name__}")
-        self._seat = agree.Seat(type(self).__name__)
+        self._seat = Seat(type(self).__name__)
 
     def __call__(self, engine: Engine) -> None:
-        """Collective. One reduction while there is time."""
+        """Collective, when the event is over: one reduction with all handlers that vote."""
         backend = current()
         if backend.world_size == 1:
-            ranks: tuple[int, ...] = (0,) if self._is_over() else ()
-        else:
-            place = take_place(self._seat, backend, engine, timeout_s=self.timeout_s)
-            ranks = agree.vote(backend, place("looking at the clock"), self._is_over, timeout_s=self.timeout_s)
-        if ranks:
-            first = ", ".join(str(rank) for rank in ranks)
-            self.logger.info("Reached the time limit: %s sec. Stop training (on rank %s)", self.limit_sec, first)
-            engine.terminate()
+            if self._is_over():
+                self._act(engine, {0: self._elapsed_s()})
+            return
+        self._vote(engine, backend)
+
+    def _elapsed_s(self) -> float:
+        return time.monotonic() - self.start_time
 
     def _is_over(self) -> bool:
-        return time.monotonic() - self.start_time > self.limit_sec
+        return self._elapsed_s() > self.limit_sec
+
+    def _probe(self, engine: Engine) -> Answer:
+        del engine
+        return self._elapsed_s if self._is_over() else None
+
+    def _act(self, engine: Engine, said: Mapping[int, Any]) -> None:
+        first = max(said, key=lambda rank: said[rank])
+        self.logger.info(
+            "Reached the time limit: %s sec. Stop training (iteration %d; %.1f s have passed on rank %d)",
+            self.limit_sec,
+            engine.state.iteration,
+            said[first],
+            first,
+        )
+        stop(engine, "time_limit")

@@ -1,0 +1,464 @@
+"""Ending a run in good order when its process is told to stop.
+
+Owns :class:`Preemption`: what a signal means to a run. Layer L5.
+"""
+
+import logging
+import math
+import os
+import signal
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+from ignite.engine import Engine, Events
+
+from distckpt.backends.detect import current
+from distckpt.consensus.agree import Seat
+from distckpt.consensus.step_vote import Answer, Fact, Pending
+from distckpt.handlers.arguments import check_timeout
+from distckpt.handlers.checkpoint import Checkpoint
+from distckpt.handlers.firing import after_event
+from distckpt.handlers.voting import (
+    Voter,
+    check_pace,
+    counts_iterations,
+    exit_after_run,
+    is_poisoned,
+    settle,
+    stop,
+    stop_reason,
+)
+
+__all__ = ["Preemption"]
+
+_Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
+_Saver = Callable[[Engine], Any] | Checkpoint  # a ModelCheckpoint is called with what it is attached with
+
+
+class Preemption(Voter):
+    """Handler that saves and stops the run, on every rank at the same iteration, when any rank is sent a signal.
+
+    Make it on all ranks, as soon as the trainer is there; it attaches itself. A signal only sets a flag. The next vote
+    agrees on it; all ranks then call `checkpoint` once, for the same iteration, and the run ends. The vote is held
+    after each iteration and epoch and at the start of a run, with those of the other handlers: an evaluation ends
+    before the signal is answered, unless :meth:`attach` shortens it. At the start of a run nothing has been trained
+    and nothing is saved. A second signal changes nothing. So does one that comes when nothing more is trained: call
+    :meth:`close` then. A later run of the same trainer ends where it starts.
+
+    A :class:`~distckpt.Checkpoint` that is attached to the trainer names its file as on its own event: one of
+    EPOCH_COMPLETED by the epoch in progress, whose end replaces it after a resume. One with a ``score_function`` that
+    is attached elsewhere, to an evaluator, is not called, since its score is not the trainer's.
+
+    Args:
+        trainer: the engine whose run is ended.
+        checkpoint: called with `trainer` to save; a :class:`~distckpt.Checkpoint`, any callable, or several of them.
+            A Checkpoint that has saved the iteration already is not called. One that keeps the best of a score may
+            find that there is nothing to save. None saves nothing.
+        signals: which ones; SIGTERM and SIGUSR1. What was there to handle them before still runs; what ends a process
+            by default does not.
+        grace_s: seconds between the signal and the end by force, if known (``torchrun``: 30). The log says when a save
+            cannot end in time.
+        exit_code: ends the program with this code when the trainer's COMPLETED handlers have run; 0 lets it go on to
+            its own end. 75 is the usual code for "saved, put me back in the queue". Without effect where another
+            handler has just ended the run, as for NaN.
+        lag: 0 to stop in the iteration after which the vote is held, 1 one iteration later; see
+            :class:`~distckpt.TerminateOnNan`.
+        every: hold the vote on each so-many-th iteration only. A world of one needs no vote, and acts at once.
+        timeout_s: seconds to wait for the other ranks; None for ``DISTCKPT_TIMEOUT_S``, or 300.
+
+    Attributes:
+        requested: whether this process was sent one of the signals.
+        preempted: whether the last run was ended for it; the same on every rank.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: an argument has a wrong value.
+
+    Example:
+        >>> import os
+        >>> trainer = Engine(lambda engine, batch: os.kill(os.getpid(), signal.SIGUSR1) if batch == 2 else None)
+        >>> preemption = Preemption(trainer, lambda trainer: print("saved", trainer.state.iteration))
+        >>> trainer.run([0, 1, 2, 3]).iteration
+        saved 3
+        3
+        >>> preemption.preempted
+        True
+        >>> preemption.close()
+    """
+
+    fact = Fact.SIGNAL
+
+    def __init__(
+        self,
+        trainer: Engine,
+        checkpoint: _Saver | Sequence[_Saver] | None = None,
+        signals: Iterable[int] = (signal.SIGTERM, signal.SIGUSR1),
+        *,
+        grace_s: float | None = None,
+        exit_code: int = 0,
+        lag: int | None = None,
+        every: int | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        if not isinstance(trainer, Engine):
+            msg = f"Argument trainer should be an instance of Engine, but given {type(trainer)}"
+            raise TypeError(msg)
+        savers: list[_Saver] = (
+            [] if checkpoint is None else list(checkpoint) if isinstance(checkpoint, Sequence) else [checkpoint]
+        )
+        for one in savers:
+            if not callable(one):
+                msg = f"Argument checkpoint should be callable, or a sequence of callables, but given {type(one)}"
+                raise TypeError(msg)
+        numbers = _check_signals(signals)
+        _check_numbers(grace_s, exit_code)
+        check_pace(lag, every)
+        check_timeout(timeout_s)
+        self.lag = lag
+        self.every = every
+        self.timeout_s = timeout_s
+        self.grace_s = grace_s
+        self.exit_code = exit_code
+        self.preempted = False
+        self.logger = logging.getLogger(f"{__name__}.{type(self).__name__}")
+        self._trainer = trainer
+        self._savers = savers
+        self._has_trained = False
+        self._has_answered = False
+        self._seat = Seat(type(self).__name__)
+        self._catcher = _Catcher(numbers)
+        if not self._catcher.install():
+            self.logger.warning(
+                "Preemption: made outside the main thread, where Python lets nobody handle signals; this rank will "
+                "hear of them from the other ranks only"
+            )
+        trainer.add_event_handler(Events.STARTED, self)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, self)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    @property
+    def requested(self) -> bool:
+        """Whether this process was sent one of the signals."""
+        return self._catcher.received is not None
+
+    def attach(self, evaluator: Engine) -> None:
+        """Hold the vote in an evaluator's iterations too, and end it for a signal, without its COMPLETED handlers.
+
+        Its metrics are not those of the whole data then. The trainer is stopped at its next vote.
+
+        Args:
+            evaluator: it has to run the same number of iterations on all ranks.
+
+        Raises:
+            TypeError: it is no Engine.
+        """
+        if not isinstance(evaluator, Engine):
+            msg = f"Argument evaluator should be an instance of Engine, but given {type(evaluator)}"
+            raise TypeError(msg)
+        evaluator.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def close(self) -> None:
+        """Give the signals back to those who handled them before. Rank-local.
+
+        What was received stays so. Somebody who has come since stays, and what this one passed signals on to is still
+        called.
+        """
+        self._catcher.remove()
+
+    def __call__(self, engine: Engine) -> None:
+        """Collective, when the event is over: one reduction with all handlers that vote."""
+        event = engine.last_event_name
+        if engine is self._trainer:
+            self._has_trained = event != Events.STARTED
+            if not self._has_trained:
+                self.preempted = self._has_answered = False
+        backend = current()
+        if backend.world_size == 1 and not self.lag:
+            if self.requested or not counts_iterations(engine):
+                after_event(engine, self._answer_alone, is_last=True)
+            return
+        self._vote(engine, backend)
+
+    def _probe(self, engine: Engine) -> Answer:
+        if self.requested:
+            return self._describe
+        # Where an evaluation may follow in the same event, a signal during it is to be counted with the rest.
+        return None if counts_iterations(engine) else Pending(_WhenCounted(self._catcher), self._describe)
+
+    def _answer_alone(self, engine: Engine) -> None:
+        if self.requested:
+            settle(engine)  # what broke in this iteration comes first, as in a vote
+            self._act(engine, {0: self._describe()})
+
+    def _describe(self) -> dict[str, Any]:
+        if self._catcher.received is None:  # not asked for, then
+            return {}
+        name, at_s = self._catcher.received
+        left_s = None if self.grace_s is None else self.grace_s - (time.monotonic() - at_s)
+        return {"signal": name, "left_s": left_s}
+
+    def _act(self, engine: Engine, said: Mapping[int, Any]) -> None:
+        """Collective. Save, and stop; in an evaluator: stop it."""
+        told = ", ".join(f"rank {rank}: {one['signal']}" for rank, one in said.items())
+        if engine is not self._trainer:
+            self.logger.warning("Preemption: told to stop (%s); the evaluation ends", told)
+            engine.terminate(skip_completed=True)
+            return
+        if self._has_answered:
+            return  # a vote that was under way has found the same
+        self._has_answered = True
+        step = engine.state.iteration
+        self.logger.warning("Preemption: told to stop (%s); the run ends at iteration %d", told, step)
+        stop(engine, "preempted")
+        self.preempted = stop_reason(engine) == "preempted"
+        if self.exit_code and self.preempted:
+            exit_after_run(engine, self.exit_code)
+        left = [one["left_s"] for one in said.values() if one["left_s"] is not None]
+        end_s = time.monotonic() + min(left) if left else None
+        # An evaluator's save in the middle of the event may have had the vote counted.
+        after_event(engine, lambda _: self._save(engine, end_s), is_last=True)
+
+    def _save(self, engine: Engine, end_s: float | None) -> None:
+        """Collective."""
+        settle(engine)
+        step = engine.state.iteration
+        if not self._has_trained or is_poisoned(engine):
+            why = "was voted NaN" if is_poisoned(engine) else "is where this run began"
+            self.logger.warning("Preemption: iteration %d %s: nothing is saved", step, why)
+            return
+        due = [one for one in self._savers if self._is_due(engine, one)]
+        if not due:
+            return
+        usual_s = sum(one.last_save_s for one in due if isinstance(one, Checkpoint))
+        event = engine.last_event_name
+        with _Deadline(self.logger, step, end_s, usual_s):
+            for one in due:
+                if isinstance(one, Checkpoint):
+                    where, args, kwargs = _how_attached(engine, one) or (event, (), {})
+                    one.save_early(engine, where, *args, **kwargs)
+                else:
+                    one(engine)
+                engine.last_event_name = event  # a user's callable may have fired events of its own
+        for one in due:
+            if isinstance(one, Checkpoint) and not one.has_saved_at(engine):
+                self._say_unsaved(engine, one, "found nothing to save")
+
+    def _is_due(self, engine: Engine, saver: _Saver) -> bool:
+        if not isinstance(saver, Checkpoint):
+            return True
+        if saver.has_saved_at(engine):
+            saver.save_early(engine, engine.last_event_name)  # which keeps it from saving the iteration once more
+            return False
+        if saver.score_function is not None and _how_attached(engine, saver) is None:
+            self._say_unsaved(engine, saver, "has the score of another engine, and is not asked to save")
+            return False
+        return True
+
+    def _say_unsaved(self, engine: Engine, saver: Checkpoint, why: str) -> None:
+        self.logger.warning(
+            "Preemption: a Checkpoint %s at iteration %d; give one without a score_function. Its last one is %s",
+            why,
+            engine.state.iteration,
+            saver.last_checkpoint,
+        )
+
+
+def _check_signals(signals: object) -> list[int]:
+    """Return the signals' numbers, each once.
+
+    Raises:
+        TypeError: they are no numbers.
+        ValueError: there is none, or one that cannot be handled.
+    """
+    given = list(signals) if isinstance(signals, Iterable) else [None]
+    numbers = list(dict.fromkeys(int(one) for one in given if isinstance(one, int) and not isinstance(one, bool)))
+    if not all(isinstance(one, int) and not isinstance(one, bool) for one in given):
+        msg = f"Argument signals should be several signals' numbers, as (signal.SIGTERM,), but given {signals!r}"
+        raise TypeError(msg)
+    if not numbers:
+        msg = "Argument signals should name at least one signal, but is empty"
+        raise ValueError(msg)
+    for number in numbers:
+        if number not in signal.valid_signals() or number in (signal.SIGKILL, signal.SIGSTOP):
+            msg = f"Argument signals should name signals that a process can handle, but given {_name_of(number)}"
+            raise ValueError(msg)
+    return numbers
+
+
+def _check_numbers(grace_s: object, exit_code: object) -> None:
+    """Check two of the arguments.
+
+    Raises:
+        TypeError: one is no number.
+        ValueError: one has a wrong value.
+    """
+    if grace_s is not None and (not isinstance(grace_s, int | float) or isinstance(grace_s, bool)):
+        msg = f"Argument grace_s should be a positive number of seconds or None, but given {type(grace_s)}"
+        raise TypeError(msg)
+    if grace_s is not None and not 0 < grace_s < math.inf:
+        msg = f"Argument grace_s should be a positive number of seconds or None, but given {grace_s!r}"
+        raise ValueError(msg)
+    if not isinstance(exit_code, int) or isinstance(exit_code, bool):
+        msg = f"Argument exit_code should be an integer between 0 and 255, but given {type(exit_code)}"
+        raise TypeError(msg)
+    if not 0 <= exit_code <= 255:  # noqa: PLR2004 - what a process can return
+        msg = f"Argument exit_code should be an integer between 0 and 255, but given {exit_code}"
+        raise ValueError(msg)
+
+
+def _how_attached(engine: Engine, handler: Checkpoint) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
+    """Return on which event a handler listens to the engine, and what else it is called with; None if it does not.
+
+    Of several events the present one counts, else the first that the engine knows.
+    """
+    found = None
+    for event in engine._allowed_events:  # noqa: SLF001 - no public list of them, nor of the handlers
+        for one, args, kwargs in engine._event_handlers.get(event, ()):  # noqa: SLF001 - as above
+            parent = getattr(one, "_parent", None)  # of the wrapper that ignite puts around one with an event filter
+            inner = parent() if isinstance(parent, weakref.ref) else one
+            if inner is not handler:
+                continue
+            found = found or (event, args[1:], kwargs)  # after a reference to the engine
+            if event == engine.last_event_name:
+                return event, args[1:], kwargs
+    return found
+
+
+class _WhenCounted:
+    """The answer at the moment of the count."""
+
+    def __init__(self, catcher: "_Catcher") -> None:
+        self._catcher = catcher
+
+    def is_here(self) -> bool:
+        return True
+
+    def value(self) -> bool:
+        return self._catcher.received is not None
+
+
+class _Catcher:
+    """What receives the signals. It knows no engine, so that a handler left installed keeps no model alive.
+
+    A deep copy is this one itself: there is one process to be told. In another process, forked or unpickled, it
+    receives nothing; a signal does there what it would do without it.
+
+    Attributes:
+        received: the first signal's name, and when it came, by the monotonic clock.
+    """
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self.received: tuple[str, float] | None = None
+        self._numbers = numbers
+        self._before: dict[int, _Handler] = {}
+        self._pid: int | None = None  # where it receives
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Catcher":
+        """Return itself."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave behind what was installed."""
+        return (_Catcher, (self._numbers,))
+
+    def install(self) -> bool:
+        """Begin to receive; return whether this thread may."""
+        if threading.current_thread() is not threading.main_thread():
+            return False
+        self._pid = os.getpid()
+        for number in self._numbers:
+            self._before[number] = signal.getsignal(number)  # known before the first one can come
+            signal.signal(number, self._catch)
+        return True
+
+    def remove(self) -> None:
+        """Put back what was there, unless somebody else has come since. Outside the main thread: let it pass."""
+        self._pid = None
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in self._before:
+            if signal.getsignal(number) == self._catch:
+                signal.signal(number, self._whom_before(number))
+
+    def _is_open(self) -> bool:
+        return self._pid == os.getpid()
+
+    def _whom_before(self, number: int) -> Callable[[int, FrameType | None], Any] | int | signal.Handlers:
+        """Return who handled a signal before, and still wants to; the default for one that Python did not know."""
+        before = self._before.get(number)
+        owner = getattr(before, "__self__", None)
+        if isinstance(owner, _Catcher) and not owner._is_open():  # noqa: SLF001 - one of its kind
+            return owner._whom_before(number)  # noqa: SLF001 - as above
+        return signal.SIG_DFL if before is None else before
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        # No logging here: the main thread may be in the middle of it.
+        is_open = self._is_open()
+        if is_open and self.received is None:
+            self.received = (_name_of(number), time.monotonic())
+        before = self._whom_before(number)
+        if is_open and before is signal.default_int_handler:
+            return
+        if callable(before):
+            before(number, frame)
+        elif not is_open and before == signal.SIG_DFL and signal.getsignal(number) == self._catch:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+
+def _name_of(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # one of the real-time signals between the first and the last
+        return f"signal {number}"
+
+
+class _Deadline:
+    """Says in the log whether a save can end, and has ended, before the process is killed."""
+
+    def __init__(self, logger: logging.Logger, step: int, end_s: float | None, usual_s: float) -> None:
+        self._logger = logger
+        self._step = step
+        self._end_s = end_s
+        self._usual_s = usual_s
+        self._begin_s = time.monotonic()
+        self._timer: threading.Timer | None = None
+
+    def __enter__(self) -> None:
+        if self._end_s is None:
+            return
+        left_s = self._end_s - self._begin_s
+        if self._usual_s > left_s:
+            self._logger.warning(
+                "Preemption: %.1f s are left, and the last save took %.1f s: that of iteration %d may not end in time",
+                left_s,
+                self._usual_s,
+                self._step,
+            )
+        self._timer = threading.Timer(max(left_s, 0.0), self._say_late)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _say_late(self) -> None:
+        self._logger.error(
+            "Preemption: the time that was left is over and the save of iteration %d has not ended; if the process is "
+            "killed now, the checkpoint before it stands",
+            self._step,
+        )
+
+    def __exit__(self, *raised: object) -> None:
+        if self._timer is None or self._end_s is None:
+            return
+        self._timer.cancel()
+        if raised[0] is None:
+            now_s = time.monotonic()
+            self._logger.info(
+                "Preemption: the save of iteration %d took %.1f s and ended %.1f s before the deadline",
+                self._step,
+                now_s - self._begin_s,
+                self._end_s - now_s,
+            )
