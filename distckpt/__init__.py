@@ -41,10 +41,12 @@ from distckpt.handlers import (
     EarlyStopping,
     ModelCheckpoint,
     Preemption,
+    RngState,
     TerminateOnNan,
     TimeLimit,
     Timer,
     global_step_from_engine,
+    resume,
     stop_reason,
 )
 
@@ -66,6 +68,7 @@ __all__ = [
     "Preemption",
     "RankLost",
     "RanksDriftedApart",
+    "RngState",
     "SaveError",
     "TerminateOnNan",
     "TimeLimit",
@@ -87,6 +90,7 @@ __all__ = [
     "hostname",
     "initialize",
     "one_rank_only",
+    "resume",
     "spawn",
     "stop_reason",
 ]

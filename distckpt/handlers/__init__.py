@@ -7,6 +7,8 @@ from distckpt.handlers.events import CheckpointEvents
 from distckpt.handlers.global_step import global_step_from_engine
 from distckpt.handlers.model_checkpoint import ModelCheckpoint
 from distckpt.handlers.preemption import Preemption
+from distckpt.handlers.resume import resume
+from distckpt.handlers.rng_state import RngState
 from distckpt.handlers.save_handler import BaseSaveHandler
 from distckpt.handlers.terminate_on_nan import TerminateOnNan
 from distckpt.handlers.time_limit import TimeLimit
@@ -21,9 +23,11 @@ __all__ = [
     "EarlyStopping",
     "ModelCheckpoint",
     "Preemption",
+    "RngState",
     "TerminateOnNan",
     "TimeLimit",
     "Timer",
     "global_step_from_engine",
+    "resume",
     "stop_reason",
 ]

@@ -70,16 +70,23 @@ def capture(to_save: Mapping[str, Any], *, rank: int, save_on_rank: int) -> dict
 
 
 def consolidate(to_save: Mapping[str, Any], *, save_on_rank: int) -> None:
-    """Collective where there is a ZeroRedundancyOptimizer. Gather its shards on the rank that saves.
+    """Collective where an object's state is spread over the ranks. Gather it on the rank that saves.
 
     Apart from :func:`capture`, whose calls of users' code may fail on one rank while the others would wait here.
+
+    Two kinds of objects are such: a ZeroRedundancyOptimizer, and one whose class has a method
+    ``distckpt_consolidate(to)``, as :class:`~distckpt.RngState` has. It is called on every rank, in the same order,
+    and may be collective; the ``state_dict()`` that follows returns what was gathered on rank `to`. An object of
+    anybody's that merely has a ``consolidate_state_dict`` is left alone: nobody knows what that one waits for.
     """
 
-    def gather_shards(obj: Any) -> None:
+    def gather(obj: Any) -> None:
         if _is_sharded_optimizer(obj):
             obj.consolidate_state_dict(to=save_on_rank)
+        elif hasattr(type(obj), "distckpt_consolidate"):  # of the class: a mock has every attribute
+            obj.distckpt_consolidate(save_on_rank)
 
-    map_tree(gather_shards, dict(to_save))
+    map_tree(gather, dict(to_save))
 
 
 def plain_scalars(state: Any) -> Any:

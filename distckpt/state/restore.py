@@ -23,7 +23,7 @@ from distckpt.state.skeleton import NotCopyable, try_on_skeleton
 from distckpt.state.undo import undo_module, undo_object, undo_optimizer
 from distckpt.state.unwrap import unwrap
 
-__all__ = ["restore"]
+__all__ = ["check_complete", "restore"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,15 @@ def restore(to_load: Mapping[str, Any], state: Any, module_options: Mapping[str,
         raise
 
 
+def check_complete(to_load: Mapping[str, Any], state: Any) -> None:
+    """Refuse a state that lacks some of the objects. Rank-local; issues no collectives, touches no object.
+
+    Raises:
+        ValueError: an object has no state, or a list another length.
+    """
+    _pair_up(to_load, state)
+
+
 def _examine(pair: _Pair, options: dict[str, Any]) -> tuple[int, Callable[[], None] | None]:
     """Find out whether a state fits, as far as that can be known.
 
@@ -88,6 +97,8 @@ def _examine(pair: _Pair, options: dict[str, Any]) -> tuple[int, Callable[[], No
     if isinstance(obj, torch.optim.Optimizer) and _loads_as_torch_does(obj):
         _check_groups(pair)
         return 1, undo_optimizer(obj)
+    if hasattr(type(obj), "distckpt_undo"):  # what it loads lies outside of it, as with RngState
+        return 0, obj.distckpt_undo()
     return 0, undo_object(obj)
 
 

@@ -1,0 +1,225 @@
+"""Going on with a run that was interrupted.
+
+Owns :func:`resume`: what is resumed, from where, and what is said of it. How a checkpoint is chosen lies in
+:mod:`distckpt.choose`, how the first epoch goes on in :mod:`distckpt.handlers.fast_forward`. Layer L5.
+"""
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ignite.engine import Engine
+from ignite.handlers.checkpoint import DiskSaver as _IgniteDiskSaver
+
+from distckpt import choose, load
+from distckpt.backends.base import default_timeout_s
+from distckpt.backends.detect import current
+from distckpt.consensus import agree
+from distckpt.handlers.arguments import check_timeout
+from distckpt.handlers.beside import Beside, find_beside, leaves, path_to
+from distckpt.handlers.checkpoint import Checkpoint
+from distckpt.handlers.disk_saver import DiskSaver
+from distckpt.handlers.fast_forward import FastForward
+from distckpt.handlers.own_files import OwnFiles, files_in
+from distckpt.handlers.rng_state import RngState
+from distckpt.state.restore import check_complete
+
+__all__ = ["resume"]
+
+_logger = logging.getLogger(__name__)
+_ON_DISK = (DiskSaver, _IgniteDiskSaver)
+_READ_TIMEOUT_S = 1800.0
+"""Ranks that have read a large checkpoint wait for those whose disk takes its time."""
+
+
+def resume(
+    to_load: Mapping[str, Any],
+    dirname_or_handler: str | os.PathLike[str] | DiskSaver | Checkpoint,
+    engine: Engine | None = None,
+    *,
+    skip_batches: bool = True,
+    timeout_s: float | None = None,
+    **kwargs: Any,
+) -> Path | None:
+    """Collective. Load the newest checkpoint that is whole, the same one on all ranks; with none, start afresh.
+
+    Call it on all ranks when everything is built, before ``engine.run(data, ...)``, with the arguments that the
+    interrupted run had.
+
+    1. (coordinator) list the candidates in its directory, and order them: the highest iteration recorded inside is the
+       newest.
+    2. (all ranks) read one after the other, the newest first. One that is damaged on some rank, is not the same file
+       on all ranks, or lacks an object is passed over on all ranks with a warning that says why.
+    3. (all ranks) load it: on each rank all objects, or none. An error on one rank is raised on every rank.
+    4. (all ranks) take over the handler's history, so that it goes on removing what it replaces.
+    5. (all ranks) let the engine's next run begin where the other one was: see `skip_batches`.
+
+    Args:
+        to_load: what was saved: objects with ``load_state_dict``, in mappings and lists nested at will. Put an
+            :class:`~distckpt.RngState` among them for a run that ends bit for bit where one left alone does.
+        dirname_or_handler: a directory, of which every ``*.pt`` is a candidate; a :class:`~distckpt.DiskSaver`, whose
+            directory it is; or a :class:`~distckpt.Checkpoint`, of which only those files are candidates that it could
+            have named so. The coordinator is the handler's ``save_on_rank``, else rank 0.
+        engine: the trainer. If it is not among `to_load`, it gets the one state of an engine's that the checkpoint
+            holds beside them.
+        skip_batches: where the checkpoint was made in the middle of an epoch, draw and drop the batches of the data
+            that it had trained in it. False for data that know by themselves where to go on.
+        timeout_s: seconds to wait for the other ranks; None for ``DISTCKPT_TIMEOUT_S``, or 300, and for no less than
+            1800 while they read and load.
+        kwargs: for ``nn.Module.load_state_dict``, e.g. ``strict=False``; modules only.
+
+    Returns:
+        The checkpoint's path; None if there is nothing to resume from. The same on every rank.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: an argument has a wrong value, or an optimizer's groups differ from the checkpoint's.
+        RuntimeError: a module's keys or shapes differ from the checkpoint's.
+        LoadError: there are checkpoints, but none of them is whole and fits, or a rank does not see them.
+        PhaseError: something failed on some rank; alike on every rank, and of the type that was raised there.
+
+    Example:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> from ignite.engine import Events
+        >>> def make(folder):
+        ...     trainer = Engine(lambda engine, batch: None)
+        ...     objects = {"model": nn.Linear(1, 1), "trainer": trainer, "rng": RngState(trainer)}
+        ...     saver = Checkpoint(objects, DiskSaver(folder, require_empty=False))
+        ...     trainer.add_event_handler(Events.EPOCH_COMPLETED, saver) and None
+        ...     found = resume(objects, saver, engine=trainer)
+        ...     return trainer, found and found.name
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     trainer, found = make(folder)
+        ...     trainer.run([0, 1], max_epochs=3) and None
+        ...     again, found_then = make(folder)
+        >>> found, found_then, again.state.epoch
+        (None, 'checkpoint_6.pt', 3)
+    """
+    begin_s = time.monotonic()
+    backend = current()
+    patience_s = max(_READ_TIMEOUT_S, default_timeout_s()) if timeout_s is None else timeout_s
+    source: list[_Source] = []
+
+    def look() -> dict[str, Any]:
+        check_timeout(timeout_s)
+        load.check_to_load(to_load)
+        if engine is not None and not isinstance(engine, Engine):
+            msg = f"Argument engine should be an instance of Engine or None, but given {type(engine)}"
+            raise TypeError(msg)
+        source.append(_source_of(dirname_or_handler))
+        return source[0].listed(backend.rank, path_to(engine, to_load))
+
+    place = agree.Place(who="resume", doing="looking for checkpoints", step=0)
+    answers = agree.run(backend, place, look, timeout_s=timeout_s)
+    coordinator = _coordinator_of([answer["coordinator"] for answer in answers])
+    listing = answers[coordinator]
+    directory, names = Path(listing["directory"]), listing["names"]
+    if not names:
+        told = f"; {listing['num_others']} files there are named otherwise" if listing["num_others"] else ""
+        _logger.info("resume: nothing to resume from in %s: starting afresh%s", directory, told)
+        return None
+    chosen = choose.first_whole(
+        backend,
+        directory,
+        names,
+        coordinator=coordinator,
+        check=lambda state: check_complete(to_load, state),
+        timeout_s=patience_s,
+    )
+    found: list[Beside] = []
+
+    def load_here() -> None:
+        found.append(find_beside(source[0].handler, chosen, names, to_load, engine))
+        load.load_with(found[0].pairs, to_load, chosen.state, kwargs)
+
+    place = agree.Place(who="resume", doing=f"loading {chosen.name}", step=0)
+    agree.run(backend, place, load_here, timeout_s=patience_s)
+    (beside,) = found
+    for what in beside.warnings:
+        warnings.warn(f"resume: {what}", stacklevel=2)
+    if engine is not None and beside.is_engine_known:
+        engine.should_terminate = False  # of the run before; ignite would begin the epoch's count anew
+        FastForward(engine, [one for _, one in leaves(to_load) if isinstance(one, RngState)], skip_batches=skip_batches)
+    _tell(chosen, to_load, engine, beside, time.monotonic() - begin_s)
+    return chosen.path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """Where to look, as this rank was told."""
+
+    directory: Path
+    coordinator: int
+    handler: Checkpoint | None
+
+    def listed(self, rank: int, engine_at: tuple[Any, ...] | None) -> dict[str, Any]:
+        """Rank-local. List the candidates, newest first, where this is the coordinator.
+
+        Raises:
+            NotADirectoryError: there is something else in the directory's place.
+            OSError: it cannot be read.
+        """
+        answer = {"coordinator": self.coordinator, "directory": str(self.directory), "names": [], "num_others": 0}
+        if rank != self.coordinator:
+            return answer
+        own = None if self.handler is None else OwnFiles(self.handler)
+        ext = "pt" if self.handler is None else self.handler.ext
+        there = files_in(self.directory, ext, is_nested=own is not None and own.is_nested)
+        names = [name for name in there if own is None or own.is_own(name)]
+        ordered = choose.newest_first(
+            [self.directory / name for name in names], lambda state: choose.iteration_of(state, engine_at)
+        )
+        answer["names"] = [path.relative_to(self.directory).as_posix() for path in ordered]
+        answer["num_others"] = len(there) - len(names)
+        return answer
+
+
+def _source_of(given: object) -> _Source:
+    if isinstance(given, Checkpoint):
+        saver = given.save_handler
+        if not isinstance(saver, _ON_DISK):
+            msg = f"Argument dirname_or_handler is a Checkpoint whose save_handler is no DiskSaver but {type(saver)}"
+            raise TypeError(msg)
+        coordinator = given._coordinator()  # noqa: SLF001 - a friend's
+        return _Source(directory=Path(saver.dirname), coordinator=coordinator, handler=given)
+    if isinstance(given, _ON_DISK):
+        return _Source(directory=Path(given.dirname), coordinator=given.save_on_rank, handler=None)
+    if isinstance(given, str | os.PathLike):
+        return _Source(directory=Path(given).expanduser(), coordinator=0, handler=None)
+    msg = f"Argument dirname_or_handler should be a directory, a DiskSaver or a Checkpoint, but given {type(given)}"
+    raise TypeError(msg)
+
+
+def _coordinator_of(named: Sequence[int]) -> int:
+    if len(set(named)) > 1 or named[0] >= len(named):
+        msg = f"save_on_rank should be one rank of this job (0 to {len(named) - 1}), but is, by rank: {list(named)}"
+        raise ValueError(msg)
+    return named[0]
+
+
+def _tell(
+    chosen: choose.Chosen, to_load: Mapping[str, Any], engine: Engine | None, beside: Beside, took_s: float
+) -> None:
+    names = [".".join(map(str, path)) for path, _ in leaves(to_load)]
+    if engine is not None and any(one is engine for one, _ in beside.pairs):
+        names.append("the engine")
+    iteration = choose.iteration_of(chosen.state)
+    where = "" if iteration < 0 else f" of iteration {iteration}"
+    if engine is not None and beside.is_engine_known:
+        where = f" of iteration {engine.state.iteration}, epoch {engine.state.epoch}"
+    history = f"; {beside.history}" if beside.history else ""
+    _logger.info(
+        "resume: going on from %s%s: loaded %s in %.2f s%s", chosen.path, where, ", ".join(names), took_s, history
+    )
+    if engine is not None and beside.is_engine_known and engine._is_done(engine.state):  # noqa: SLF001 - not public
+        _logger.warning(
+            "resume: the run that %s is of had come to its end. ignite's run() begins anew, at iteration 0, unless "
+            "max_epochs or max_iters is more than it was",
+            chosen.path,
+        )

@@ -1,0 +1,327 @@
+"""Resuming on several ranks: all of them take the same checkpoint, or hear the same error."""
+
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ignite.engine import Engine, Events
+
+from distckpt import Checkpoint, CollectiveTimeout, DiskSaver, LoadError, PhaseError, RngState, resume
+from tests.distributed.programs import all_equal, gathered, idle_engine, kinds, logged, model_of, raised, warned
+from tests.support import run_distributed, run_ranks
+
+WORLDS = pytest.mark.parametrize("world_size", [2, 3])
+LOGGER = "distckpt.handlers.resume"
+
+
+def put(folder: Path, step: int, **more: Any) -> Path:
+    """Write a checkpoint of a model all of whose weights are `step`."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"checkpoint_{step}.pt"
+    trainer = {"epoch_length": 4, "iteration": step, "max_epochs": 100}
+    torch.save({"model": model_of(float(step)).state_dict(), "trainer": trainer, **more}, path)
+    return path
+
+
+def cut(path: Path) -> None:
+    """Take the second half off a file."""
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def resumed(source: Any) -> dict[str, Any]:
+    """Resume, and tell everything that came of it on this rank."""
+    model, trainer = model_of(0.0), idle_engine()
+    with warned() as told, logged(LOGGER) as said:
+        path: Path | None = None
+
+        def go() -> None:
+            nonlocal path
+            path = resume({"model": model, "trainer": trainer}, source, engine=trainer, timeout_s=20.0)
+
+        error = raised(go)
+    return {
+        "path": path,
+        "weight": model.bias.item(),
+        "iteration": trainer.state.iteration,
+        "told": told,
+        "said": [one.split(" in ")[0] for one in said],  # seconds differ
+        "error": None if error is None else str(error),
+        "kinds": kinds(error),
+    }
+
+
+def resumed_from(folder: Path, *, per_rank: bool = False) -> dict[str, Any]:
+    """Resume from a directory, or from one of each rank's own, which is told relative to where the rank works."""
+    if per_rank:
+        os.chdir(folder / f"rank{dist.get_rank()}")
+        return resumed(Path("checkpoints"))
+    return resumed(folder)
+
+
+def own_folders(folder: Path, world_size: int) -> list[Path]:
+    """Give each rank a file system of its own, as it were: the same path, other files."""
+    folders = [folder / f"rank{rank}" / "checkpoints" for rank in range(world_size)]
+    for one in folders:
+        one.mkdir(parents=True)
+    return folders
+
+
+def on_own_folders(folder: Path) -> dict[str, Any]:
+    return resumed_from(folder, per_rank=True)
+
+
+@WORLDS
+def test_all_ranks_take_the_newest(tmp_path: Path, world_size: int) -> None:
+    for step in (4, 12, 8):
+        put(tmp_path, step)
+    ends = run_ranks(resumed_from, world_size, tmp_path)
+    assert all_equal(ends)
+    assert ends[0]["path"] == tmp_path / "checkpoint_12.pt"
+    assert (ends[0]["weight"], ends[0]["iteration"], ends[0]["told"]) == (12.0, 12, [])
+    assert ends[0]["said"] == [
+        f"resume: going on from {tmp_path / 'checkpoint_12.pt'} of iteration 12, epoch 3: loaded model, trainer"
+    ]
+
+
+@WORLDS
+def test_with_nothing_there_all_ranks_start_afresh(tmp_path: Path, world_size: int) -> None:
+    ends = run_ranks(resumed_from, world_size, tmp_path / "sub")
+    assert all_equal(ends)
+    assert (ends[0]["path"], ends[0]["error"], ends[0]["told"]) == (None, None, [])
+    assert ends[0]["said"] == ["resume: nothing to resume from"]
+
+
+@WORLDS
+def test_a_truncated_newest_is_passed_over_on_all_ranks(tmp_path: Path, world_size: int) -> None:
+    put(tmp_path, 4)
+    cut(put(tmp_path, 8))
+    ends = run_ranks(resumed_from, world_size, tmp_path)
+    assert all_equal(ends)
+    assert ends[0]["path"] == tmp_path / "checkpoint_4.pt"
+    (told,) = ends[0]["told"]
+    assert told.startswith(f"resume: {tmp_path / 'checkpoint_8.pt'} cannot be resumed from: on every rank: ")
+    assert "truncated" in told
+
+
+@WORLDS
+def test_one_that_is_damaged_on_one_rank_is_passed_over_on_all(tmp_path: Path, world_size: int) -> None:
+    folders = own_folders(tmp_path, world_size)
+    for one in folders:
+        put(one, 4)
+        put(one, 8)
+    for one in folders:
+        shutil.copyfile(folders[0] / "checkpoint_4.pt", one / "checkpoint_4.pt") if one != folders[0] else None
+    cut(folders[1] / "checkpoint_8.pt")
+    ends = run_ranks(on_own_folders, world_size, tmp_path)
+    assert all_equal(ends)
+    assert ends[0]["path"] == Path("checkpoints/checkpoint_4.pt")
+    (told,) = ends[0]["told"]
+    assert "checkpoint_8.pt cannot be resumed from: on rank 1: " in told
+
+
+@WORLDS
+def test_another_file_of_the_same_name_is_passed_over_on_all_ranks(tmp_path: Path, world_size: int) -> None:
+    folders = own_folders(tmp_path, world_size)
+    old = put(tmp_path, 4)
+    for rank, one in enumerate(folders):
+        shutil.copyfile(old, one / old.name)
+        put(one, 8, note=1 if rank == world_size - 1 else 0)
+    ends = run_ranks(on_own_folders, world_size, tmp_path)
+    assert all_equal(ends)
+    assert ends[0]["path"] == Path("checkpoints/checkpoint_4.pt")
+    (told,) = ends[0]["told"]
+    assert f"is not the same file on all ranks: rank {world_size - 1} sees another than rank 0" in told
+
+
+@WORLDS
+def test_a_rank_that_does_not_see_the_file_is_named_on_all(tmp_path: Path, world_size: int) -> None:
+    folders = own_folders(tmp_path, world_size)
+    put(folders[0], 8)
+    ends = run_ranks(on_own_folders, world_size, tmp_path)
+    assert all_equal(ends)
+    others = ", ".join(str(rank) for rank in range(1, world_size))
+    assert LoadError.__name__ in ends[0]["kinds"]
+    assert ends[0]["error"].startswith(
+        f"checkpoints/checkpoint_8.pt is there for rank 0, which lists the checkpoints, but not for rank {others}."
+    )
+    assert ends[0]["weight"] == 0.0
+
+
+@WORLDS
+def test_when_none_is_whole_all_ranks_hear_why(tmp_path: Path, world_size: int) -> None:
+    for step in (4, 8):
+        cut(put(tmp_path, step))
+    torch.save({"model": {}}, tmp_path / "other.pt")
+    ends = run_ranks(resumed_from, world_size, tmp_path)
+    assert all_equal(ends)
+    assert LoadError.__name__ in ends[0]["kinds"]
+    assert len(ends[0]["told"]) == 3
+    for name in ("checkpoint_4.pt", "checkpoint_8.pt", "other.pt cannot be resumed from: on every rank: it lacks"):
+        assert name in ends[0]["error"]
+
+
+@WORLDS
+def test_one_that_lacks_an_object_is_passed_over_on_all_ranks(tmp_path: Path, world_size: int) -> None:
+    put(tmp_path, 4)
+    torch.save({"trainer": {"epoch_length": 4, "iteration": 8, "max_epochs": 9}}, tmp_path / "checkpoint_8.pt")
+    ends = run_ranks(resumed_from, world_size, tmp_path)
+    assert all_equal(ends)
+    assert ends[0]["path"] == tmp_path / "checkpoint_4.pt"
+    assert "checkpoint_8.pt cannot be resumed from: on every rank: it lacks" in ends[0]["told"][0]
+
+
+class RefusesOn:
+    """An object that takes no state on one rank."""
+
+    def __init__(self, rank: int) -> None:
+        self.refuses = dist.get_rank() == rank
+        self.state: Any = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing worth keeping."""
+        return {}
+
+    def load_state_dict(self, state: Any) -> None:
+        """Refuse, or take it over."""
+        if self.refuses:
+            msg = "it refuses"
+            raise RuntimeError(msg)
+        self.state = state
+
+
+@run_distributed(world_size=2)
+def test_an_error_of_one_rank_is_raised_on_all(tmp_path: Path) -> None:
+    if dist.get_rank() == 0:
+        put(tmp_path, 4, other={})
+    dist.barrier()
+    model = model_of(0.0)
+    with pytest.raises(
+        PhaseError, match=r"it refuses \(RuntimeError on rank 1, while: resume, loading checkpoint_4.pt"
+    ):
+        resume({"model": model, "other": RefusesOn(1)}, tmp_path)
+    assert model.bias.item() == (4.0 if dist.get_rank() == 0 else 0.0), "all or none, on each rank"
+
+
+@run_distributed(world_size=2)
+def test_a_wrong_argument_on_one_rank_is_raised_on_all(tmp_path: Path) -> None:
+    source: Any = tmp_path if dist.get_rank() == 0 else 3
+    error = raised(lambda: resume({"model": model_of(0.0)}, source))
+    assert {"PhaseError", "TypeError"} <= set(kinds(error))
+    error = raised(lambda: resume({"model": model_of(0.0)}, DiskSaver(tmp_path, save_on_rank=dist.get_rank())))
+    assert kinds(error)[0] == "ValueError"
+    assert "save_on_rank should be one rank of this job (0 to 1), but is, by rank: [0, 1]" in str(error)
+
+
+@run_distributed(world_size=2)
+def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
+    if dist.get_rank() == 0:
+        with pytest.raises(CollectiveTimeout) as caught:
+            resume({"model": model_of(0.0)}, tmp_path, timeout_s=0.5)
+        assert caught.value.missing == (1,)
+
+
+@pytest.mark.parametrize("saving", [0, 1])
+@run_distributed(world_size=2)
+def test_directory_of_the_saving_rank_is_searched(tmp_path: Path, saving: int) -> None:
+    mine = tmp_path / f"rank{dist.get_rank()}"
+    put(mine, 4 if dist.get_rank() == saving else 8)
+    dist.barrier()
+    model = model_of(0.0)
+    saver = DiskSaver(mine, save_on_rank=saving, require_empty=False)
+    assert resume({"model": model}, saver) == tmp_path / f"rank{saving}" / "checkpoint_4.pt"
+    assert model.bias.item() == 4.0
+
+
+@pytest.mark.parametrize("include_self", [True, False])
+@pytest.mark.parametrize("saving", [0, 1])
+@run_distributed(world_size=2)
+def test_history_goes_on_on_all_ranks(tmp_path: Path, saving: int, *, include_self: bool) -> None:
+    for num_epochs in (3, 5):
+        trainer = idle_engine()
+        objects = {"model": model_of(1.0), "trainer": trainer}
+        handler = Checkpoint(
+            objects,
+            DiskSaver(tmp_path, save_on_rank=saving, require_empty=False),
+            n_saved=2,
+            include_self=include_self,
+        )
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, handler)
+        found = resume(objects, handler, engine=trainer)
+        if num_epochs == 5:
+            assert found == tmp_path / "checkpoint_12.pt"
+            history = [[8, "checkpoint_8.pt"], [12, "checkpoint_12.pt"]]
+            assert gathered([list(entry) for entry in handler.state_dict()["_saved"]]) == [history] * 2
+        trainer.run(range(4), max_epochs=num_epochs)
+        dist.barrier()
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint_16.pt", "checkpoint_20.pt"]
+
+
+# -- random numbers --------------------------------------------------------------------------------
+
+
+def draw() -> list[float]:
+    """Draw a few numbers of each kind."""
+    return [random.random(), *torch.rand(2).tolist()]
+
+
+def save_numbers(folder: Path) -> list[float]:
+    """Save after drawing from a seed of this rank's own; return what is drawn next."""
+    rank = dist.get_rank()
+    random.seed(rank)
+    torch.manual_seed(rank)
+    draw()
+    trainer = idle_engine()
+    handler = Checkpoint({"trainer": trainer, "rng": RngState(trainer)}, folder)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, handler)
+    trainer.run(range(2), max_epochs=1)
+    return draw()
+
+
+def load_numbers(folder: Path) -> tuple[list[str], list[float], list[float]]:
+    """Resume; return the warnings, what is drawn next, and what would be drawn next without."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    random.seed(rank + 10)
+    torch.manual_seed(rank + 10)
+    untouched = draw()
+    random.seed(rank + 10)
+    torch.manual_seed(rank + 10)
+    trainer = idle_engine()
+    with warned() as told:
+        resume({"trainer": trainer, "rng": RngState(trainer)}, folder, engine=trainer)
+    return told, draw(), untouched
+
+
+@WORLDS
+def test_each_rank_gets_its_own_random_numbers_back(tmp_path: Path, world_size: int) -> None:
+    saved = run_ranks(save_numbers, world_size, tmp_path)
+    assert len({tuple(numbers) for numbers in saved}) == world_size, "every rank's are others"
+    loaded = run_ranks(load_numbers, world_size, tmp_path)
+    assert [told for told, _, _ in loaded] == [[]] * world_size
+    assert [numbers for _, numbers, _ in loaded] == saved
+
+
+@pytest.mark.parametrize(("before", "now"), [(2, 3), (3, 2), (2, 1)])
+def test_in_a_job_of_another_size_random_numbers_are_left_alone(tmp_path: Path, before: int, now: int) -> None:
+    run_ranks(save_numbers, before, tmp_path)
+    for told, numbers, untouched in run_ranks(load_numbers, now, tmp_path):
+        assert len(told) == 1
+        assert f"saved by a job of {before} ranks, and this one has {now}: left as they are" in told[0]
+        assert numbers == untouched
+
+
+@run_distributed(world_size=2)
+def test_a_generator_that_fails_on_one_rank_is_told_on_all(tmp_path: Path) -> None:
+    source = RngState()
+    if dist.get_rank() == 1:
+        source._capture = lambda: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+    trainer = Engine(lambda _engine, _batch: None)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, Checkpoint({"rng": source}, tmp_path))
+    with pytest.raises(PhaseError, match="division by zero") as caught:
+        trainer.run([0])
+    assert isinstance(caught.value, ArithmeticError)
+    assert list(tmp_path.iterdir()) == []

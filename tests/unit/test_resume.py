@@ -1,0 +1,599 @@
+"""Resuming in a world of one: which checkpoint is taken, what it brings back, and how the begun epoch goes on."""
+
+import copy
+import itertools
+import logging
+import os
+import random
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from distckpt import Checkpoint, DiskSaver, LoadError, ModelCheckpoint, RngState, global_step_from_engine, resume
+from tests.unit.toys import InMemory, Notebook, Refuses, idle_engine, linear
+
+LOGGER = "distckpt.handlers.resume"
+
+
+def engine_state(iteration: int, *, epoch_length: int = 4, max_epochs: int = 100) -> dict[str, Any]:
+    """Return the state of an engine as ignite writes it."""
+    return {"epoch_length": epoch_length, "iteration": iteration, "max_epochs": max_epochs}
+
+
+def put(path: Path, iteration: int, **more: Any) -> Path:
+    """Write a checkpoint of an engine and a note."""
+    path.parent.mkdir(exist_ok=True)
+    torch.save({"trainer": engine_state(iteration), "note": {"from": path.name}, **more}, path)
+    return path
+
+
+def objects() -> dict[str, Any]:
+    """Return what such a checkpoint is loaded into."""
+    return {"trainer": idle_engine(), "note": Notebook()}
+
+
+def cut(path: Path) -> Path:
+    """Take the second half off a file."""
+    os.truncate(path, path.stat().st_size // 2)
+    return path
+
+
+# -- which one -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [str, Path, lambda folder: DiskSaver(folder, require_empty=False)])
+def test_the_newest_checkpoint_of_a_directory_is_loaded(tmp_path: Path, make: Callable[[Path], Any]) -> None:
+    for step in (4, 12, 8):
+        put(tmp_path / f"a_{step}.pt", step)
+    live = objects()
+    assert resume(live, make(tmp_path)) == tmp_path / "a_12.pt"
+    assert live["note"].state == {"from": "a_12.pt"}
+    assert live["trainer"].state.iteration == 12
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_with_nothing_there_it_says_so_and_starts_afresh(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, *, missing: bool
+) -> None:
+    caplog.set_level(logging.INFO, LOGGER)
+    folder = tmp_path / "sub" if missing else tmp_path
+    live = objects()
+    assert resume(live, folder, engine=live["trainer"]) is None
+    assert [(one.name, one.levelname, one.getMessage()) for one in caplog.records] == [
+        (LOGGER, "INFO", f"resume: nothing to resume from in {folder}: starting afresh")
+    ]
+    assert live["trainer"].state.iteration == 0
+    assert live["note"].state == {}
+
+
+def test_the_iteration_inside_counts_and_not_the_time_of_the_file(tmp_path: Path) -> None:
+    newest = put(tmp_path / "a.pt", 20)
+    copied_later = put(tmp_path / "b.pt", 10)
+    os.utime(newest, (1, 1))
+    os.utime(copied_later, (2, 2))
+    assert resume(objects(), tmp_path) == newest
+
+
+def test_of_equal_iterations_the_later_file_counts_and_then_the_name(tmp_path: Path) -> None:
+    for name, at_s in (("a.pt", 3), ("b.pt", 2), ("c.pt", 3)):
+        put(tmp_path / name, 10)
+        os.utime(tmp_path / name, (at_s, at_s))
+    assert resume(objects(), tmp_path) == tmp_path / "c.pt"
+    os.utime(tmp_path / "a.pt", (4, 4))
+    assert resume(objects(), tmp_path) == tmp_path / "a.pt"
+
+
+def test_a_file_of_unknown_iteration_is_the_oldest(tmp_path: Path) -> None:
+    known = put(tmp_path / "a.pt", 1)
+    torch.save({"note": {}}, tmp_path / "b.pt")
+    assert resume({"note": Notebook()}, tmp_path) == known
+
+
+def test_the_engine_that_is_resumed_counts_when_there_are_several(tmp_path: Path) -> None:
+    put(tmp_path / "a.pt", 10, evaluator=engine_state(50))
+    put(tmp_path / "b.pt", 20, evaluator=engine_state(40))
+    live = objects()
+    assert resume(live, tmp_path, engine=live["trainer"]) == tmp_path / "b.pt"
+
+
+def test_a_damaged_newest_one_is_passed_over_with_a_warning(tmp_path: Path) -> None:
+    good = put(tmp_path / "a_4.pt", 4)
+    bad = cut(put(tmp_path / "a_8.pt", 8))
+    live = objects()
+    with pytest.warns(UserWarning, match="a_8.pt cannot be resumed from: .*truncated.*passed over") as told:
+        assert resume(live, tmp_path) == good
+    assert len(told) == 1
+    assert str(bad) in str(told[0].message)
+    assert live["trainer"].state.iteration == 4
+
+
+def test_a_newer_one_that_lacks_an_object_is_passed_over(tmp_path: Path) -> None:
+    good = put(tmp_path / "a_4.pt", 4)
+    torch.save({"trainer": engine_state(8)}, tmp_path / "a_8.pt")
+    with pytest.warns(UserWarning, match=r"a_8.pt cannot be resumed from: it lacks .*'note'"):
+        assert resume(objects(), tmp_path) == good
+
+
+def test_one_that_only_execution_could_load_is_passed_over(tmp_path: Path) -> None:
+    good = put(tmp_path / "a_4.pt", 4)
+    torch.save({"trainer": engine_state(8), "note": linear(1)}, tmp_path / "a_8.pt")
+    with pytest.warns(UserWarning, match=r"a_8.pt holds objects that can only be loaded by executing code"):
+        assert resume(objects(), tmp_path) == good
+
+
+def test_when_none_is_whole_nobody_starts_over_in_silence(tmp_path: Path) -> None:
+    cut(put(tmp_path / "a_4.pt", 4))
+    torch.save({"trainer": engine_state(8)}, tmp_path / "a_8.pt")
+    live = objects()
+    with pytest.warns(UserWarning, match="passed over"), pytest.raises(LoadError) as caught:
+        resume(live, tmp_path)
+    told = str(caught.value)
+    assert told.startswith(f"None of the 2 checkpoints in {tmp_path} can be resumed from.")
+    assert "a_4.pt" in told
+    assert "truncated" in told
+    assert "'note'" in told
+    assert live["trainer"].state.iteration == 0
+
+
+def test_a_file_in_the_older_format_is_found_too(tmp_path: Path) -> None:
+    put(tmp_path / "a.pt", 4)
+    state = {"trainer": engine_state(8), "note": {"from": "old"}}
+    torch.save(state, tmp_path / "b.pt", _use_new_zipfile_serialization=False)
+    assert resume(objects(), tmp_path) == tmp_path / "b.pt"
+
+
+def test_other_files_and_folders_do_not_count(tmp_path: Path) -> None:
+    (tmp_path / "folder.pt").mkdir()
+    (tmp_path / "a.txt").write_text("no")
+    (tmp_path / ".distckpt-x.tmp").write_text("no")
+    assert resume(objects(), tmp_path) is None
+
+
+@pytest.mark.parametrize("given", [None, 3, InMemory(), linear(1)], ids=lambda given: type(given).__name__)
+def test_a_source_that_is_none_is_a_type_error(given: Any) -> None:
+    with pytest.raises(TypeError, match="Argument dirname_or_handler should be a directory, a DiskSaver or a Checkp"):
+        resume(objects(), given)
+
+
+def test_wrong_arguments_are_told(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"whose save_handler is no DiskSaver but .*InMemory"):
+        resume(objects(), Checkpoint(objects(), InMemory()))
+    with pytest.raises(TypeError, match="Argument to_load should be a dictionary"):
+        resume([linear(1)], tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="should have `load_state_dict` method"):
+        resume({"a": 3}, tmp_path)
+    with pytest.raises(TypeError, match="Argument engine should be an instance of Engine or None"):
+        resume(objects(), tmp_path, engine=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="Argument timeout_s should be a positive number"):
+        resume(objects(), tmp_path, timeout_s=-1.0)
+    with pytest.raises(ValueError, match="save_on_rank should be one rank of this job"):
+        resume(objects(), DiskSaver(tmp_path, save_on_rank=1, create_dir=False))
+    put(tmp_path / "file", 3)
+    with pytest.raises(NotADirectoryError):
+        resume(objects(), tmp_path / "file")
+
+
+# -- a handler's own files -------------------------------------------------------------------------
+
+
+def saver(folder: Path, to_save: dict[str, Any], **kwargs: Any) -> Checkpoint:
+    """Return a Checkpoint for a directory that may hold files."""
+    return Checkpoint(to_save, DiskSaver(folder, require_empty=False), **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "own", "others"),
+    [
+        ({}, "checkpoint_7.pt", ["best_checkpoint_9.pt", "checkpoint_x.pt", "checkpoint_7_loss=1.pt", "model_9.pt"]),
+        ({"filename_prefix": "best"}, "best_checkpoint_7.pt", ["checkpoint_9.pt", "worst_checkpoint_9.pt"]),
+        ({"filename_prefix": "a.b+"}, "a.b+_checkpoint_7.pt", ["axb+_checkpoint_9.pt"]),
+        ({"score_function": lambda _: 1.0}, "checkpoint_-0.1235.pt", ["checkpoint_9_1.0.pt", "checkpoint_.pt"]),
+        (
+            {"score_function": lambda _: 1.0, "score_name": "acc", "global_step_transform": lambda *_: 3},
+            "checkpoint_3_acc=0.5000.pt",
+            ["checkpoint_9_loss=0.5000.pt", "checkpoint_9.pt"],
+        ),
+        (
+            {"filename_pattern": "{global_step:06d}/{name}-{global_step}.{ext}"},
+            "7/checkpoint-7.pt",
+            ["7/checkpoint-8.pt", "checkpoint_9.pt"],
+        ),
+    ],
+    ids=range(6),
+)
+def test_only_files_that_a_handler_could_have_named_are_its_own(
+    tmp_path: Path, kwargs: dict[str, Any], own: str, others: list[str]
+) -> None:
+    (tmp_path / "7").mkdir()
+    put(tmp_path / own, 1)
+    for name in others:
+        put(tmp_path / name, 9)
+    live = objects()
+    assert resume(live, saver(tmp_path, live, **kwargs)) == tmp_path / own
+
+
+def test_a_handler_whose_files_are_not_there_starts_afresh_and_counts_the_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, LOGGER)
+    put(tmp_path / "best_checkpoint_9.pt", 9)
+    live = objects()
+    assert resume(live, saver(tmp_path, live)) is None
+    assert "starting afresh; 1 files there are named otherwise" in caplog.text
+
+
+def test_files_of_a_model_checkpoint_are_found_before_it_was_called(tmp_path: Path) -> None:
+    put(tmp_path / "last_whatever_7.pt", 7)
+    put(tmp_path / "best_whatever_9.pt", 9)
+    handler = ModelCheckpoint(tmp_path, "last", require_empty=False)
+    assert resume(objects(), handler) == tmp_path / "last_whatever_7.pt"
+    assert handler.last_checkpoint == tmp_path / "last_whatever_7.pt"
+
+
+def train(live: dict[str, Any], handler: Checkpoint, num_epochs: int) -> None:
+    """Save at the end of each epoch of four iterations."""
+    trainer = live["trainer"]
+    if not trainer.has_event_handler(handler):
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, handler)
+    trainer.run(range(4), max_epochs=num_epochs)
+
+
+@pytest.mark.parametrize("include_self", [True, False])
+@pytest.mark.parametrize("by_epoch", [True, False])
+def test_retention_goes_on_where_it_was(tmp_path: Path, *, include_self: bool, by_epoch: bool) -> None:
+    def make() -> tuple[dict[str, Any], Checkpoint]:
+        live = objects()
+        step = global_step_from_engine(live["trainer"]) if by_epoch else None
+        return live, saver(tmp_path, live, n_saved=2, include_self=include_self, global_step_transform=step)
+
+    live, handler = make()
+    train(live, handler, 3)
+    before = sorted(os.listdir(tmp_path))
+    live, handler = make()
+    found = resume(live, handler, engine=live["trainer"])
+    assert found is not None
+    assert found.name == ("checkpoint_3.pt" if by_epoch else "checkpoint_12.pt")
+    assert sorted(name for _, name in handler.state_dict()["_saved"]) == before
+    assert handler.last_checkpoint == found
+    train(live, handler, 5)
+    assert sorted(os.listdir(tmp_path)) == (
+        ["checkpoint_4.pt", "checkpoint_5.pt"] if by_epoch else ["checkpoint_16.pt", "checkpoint_20.pt"]
+    )
+
+
+def test_history_of_a_handler_that_is_loaded_with_the_others_is_its_own(tmp_path: Path) -> None:
+    live = objects()
+    handler = saver(tmp_path, live, n_saved=2)
+    put(tmp_path / "checkpoint_8.pt", 8, checkpointer={"_saved": [(3, "x.pt")]}, mine={"_saved": [(5, "y.pt")]})
+    assert resume({**live, "mine": handler}, handler) is not None
+    assert handler.state_dict() == {"_saved": [(5, "y.pt")]}
+
+
+def test_history_of_the_best_is_what_their_names_tell(tmp_path: Path) -> None:
+    for score, step in (("0.5000", 4), ("0.9000", 8), ("0.7000", 12)):
+        put(tmp_path / f"checkpoint_{score}.pt", step)
+    live = objects()
+    scores = iter([0.6, 0.8])
+    handler = saver(tmp_path, live, n_saved=2, score_function=lambda _: next(scores))
+    assert resume(live, handler, engine=live["trainer"]) == tmp_path / "checkpoint_0.7000.pt"
+    assert handler.state_dict() == {"_saved": [(0.7, "checkpoint_0.7000.pt"), (0.9, "checkpoint_0.9000.pt")]}
+    train(live, handler, 5)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint_0.5000.pt", "checkpoint_0.8000.pt", "checkpoint_0.9000.pt"]
+
+
+def test_an_epoch_that_was_saved_in_its_middle_is_replaced_by_its_end(tmp_path: Path) -> None:
+    put(tmp_path / "checkpoint_3.pt", 10)
+    live = objects()
+    handler = saver(tmp_path, live, global_step_transform=global_step_from_engine(live["trainer"]))
+    resume(live, handler, engine=live["trainer"])
+    assert handler.state_dict() == {"_saved": [(2.5, "checkpoint_3.pt")]}
+    train(live, handler, 3)
+    assert torch.load(tmp_path / "checkpoint_3.pt", weights_only=True)["trainer"]["iteration"] == 12
+
+
+def test_a_damaged_file_is_not_taken_into_the_history(tmp_path: Path) -> None:
+    put(tmp_path / "checkpoint_4.pt", 4)
+    put(tmp_path / "checkpoint_8.pt", 8)
+    cut(put(tmp_path / "checkpoint_12.pt", 12))
+    live = objects()
+    handler = saver(tmp_path, live, n_saved=3)
+    with pytest.warns(UserWarning, match="passed over"):
+        resume(live, handler)
+    assert handler.state_dict() == {"_saved": [(4, "checkpoint_4.pt"), (8, "checkpoint_8.pt")]}
+
+
+def test_a_history_that_cannot_be_known_is_left_and_said_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, LOGGER)
+    put(tmp_path / "latest.pt", 4)
+    live = objects()
+    handler = saver(tmp_path, live, filename_pattern="latest.{ext}")
+    assert resume(live, handler) == tmp_path / "latest.pt"
+    assert handler.state_dict() == {"_saved": []}
+    assert "the handler's history is unknown" in caplog.text
+
+
+# -- what is loaded --------------------------------------------------------------------------------
+
+
+def test_an_engine_beside_to_load_gets_the_state_that_looks_like_its(tmp_path: Path) -> None:
+    put(tmp_path / "a.pt", 6)
+    trainer = idle_engine()
+    resume({"note": Notebook()}, tmp_path, engine=trainer)
+    assert (trainer.state.iteration, trainer.state.epoch, trainer.state.max_epochs) == (6, 1, 100)
+
+
+def test_a_checkpoint_without_an_engine_is_loaded_with_a_warning(tmp_path: Path) -> None:
+    torch.save({"note": {"a": 1}}, tmp_path / "a.pt")
+    note, trainer = Notebook(), idle_engine()
+    with pytest.warns(UserWarning, match="a.pt holds no state of an engine: the engine begins at iteration 0"):
+        resume({"note": note}, tmp_path, engine=trainer)
+    assert note.state == {"a": 1}
+    assert trainer.state.iteration == 0
+
+
+def test_of_several_engines_none_is_guessed(tmp_path: Path) -> None:
+    put(tmp_path / "a.pt", 6, other=engine_state(3))
+    note, trainer = Notebook(), idle_engine()
+    with pytest.raises(ValueError, match=r"several states of engines \(trainer, other\): put the engine into to_load"):
+        resume({"note": note}, tmp_path, engine=trainer)
+    assert note.state == {}
+    resume({"note": note, "other": idle_engine()}, tmp_path, engine=trainer)
+    assert trainer.state.iteration == 6, "the other one is spoken for"
+
+
+def test_when_one_object_refuses_none_is_changed(tmp_path: Path) -> None:
+    put(tmp_path / "checkpoint_6.pt", 6, other={})
+    live: dict[str, Any] = {"note": Notebook({"mine": 1}), "other": Refuses()}
+    trainer = idle_engine()
+    handler = saver(tmp_path, objects())
+    with pytest.raises(RuntimeError, match="it refuses"):
+        resume(live, handler, engine=trainer)
+    assert live["note"].state_dict() == {"mine": 1}
+    assert trainer.state.iteration == 0
+    assert handler.state_dict() == {"_saved": []}
+    assert not trainer.has_event_handler(Events.GET_BATCH_STARTED)
+
+
+def test_a_single_objects_bare_state_is_found(tmp_path: Path) -> None:
+    live = {"model": linear(1)}
+    handler = saver(tmp_path, live)
+    handler(idle_engine())
+    twin = {"model": linear(2)}
+    assert resume(twin, saver(tmp_path, twin)) == tmp_path / "model_0.pt"
+    assert torch.equal(twin["model"].weight, live["model"].weight)
+
+
+def test_options_for_modules_are_passed_on(tmp_path: Path) -> None:
+    state = linear(1).state_dict()
+    state.pop("bias")
+    torch.save({"model": state, "note": {}}, tmp_path / "a.pt")
+    model = linear(2)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        resume({"model": model, "note": Notebook()}, tmp_path)
+    resume({"model": model, "note": Notebook()}, tmp_path, strict=False)
+    assert torch.equal(model.weight, state["weight"])
+
+
+def test_it_says_what_it_did(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, LOGGER)
+    put(tmp_path / "a.pt", 6)
+    resume(
+        {
+            "note": Notebook(),
+        },
+        tmp_path,
+        engine=idle_engine(),
+    )
+    (record,) = [one for one in caplog.records if one.name == LOGGER]
+    said = record.getMessage()
+    assert said.startswith(
+        f"resume: going on from {tmp_path / 'a.pt'} of iteration 6, epoch 1: loaded note, the engine"
+    )
+    assert record.levelname == "INFO"
+
+
+def test_a_run_that_had_ended_is_told_apart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.save({"trainer": engine_state(8, max_epochs=2)}, tmp_path / "a.pt")
+    resume({}, tmp_path, engine=idle_engine())
+    assert "had come to its end. ignite's run() begins anew" in caplog.text
+
+
+# -- how the begun epoch goes on -------------------------------------------------------------------
+
+
+class Program:
+    """A training that draws from every place where random numbers are drawn, and keeps what it saw."""
+
+    def __init__(self, data: Callable[[], Any], *, notes_passes: bool = True, **run: Any) -> None:
+        random.seed(1)
+        torch.manual_seed(1)
+        self.seen: list[Any] = []
+        self.trainer = Engine(self._step)
+        self.rng = RngState(self.trainer if notes_passes else None)
+        self.to_save: dict[str, Any] = {"trainer": self.trainer, "rng": self.rng}
+        self.trainer.add_event_handler(Events.EPOCH_STARTED, lambda: self.seen.append(("epoch", random.random())))
+        self.data, self.kwargs = data, run
+
+    def _step(self, _engine: Engine, batch: Any) -> None:
+        shown = batch[0].tolist() if isinstance(batch, list) else batch
+        self.seen.append((self.trainer.state.iteration, shown, torch.rand(1).item(), random.random()))
+
+    def run(self) -> list[Any]:
+        self.trainer.run(self.data(), **self.kwargs)
+        return self.seen
+
+
+def shuffled() -> Any:
+    """Ten batches, in an order drawn from torch's generator as an iterator begins."""
+    return DataLoader(TensorDataset(torch.arange(20)), batch_size=2, shuffle=True)
+
+
+def in_order() -> Any:
+    """Ten batches, as they are."""
+    return DataLoader(TensorDataset(torch.arange(20)), batch_size=2)
+
+
+def drawn() -> Iterator[float]:
+    """Batches without end, each drawn at random; the same each time it is begun."""
+    own = random.Random(7)
+    return (own.random() for _ in itertools.count())
+
+
+class Stream(IterableDataset[Any]):
+    """Ten samples of which nobody knows the number beforehand, each with noise of torch's generator."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """Begin anew."""
+        return (torch.tensor([value]) + torch.rand(1) for value in range(10))
+
+
+def streamed() -> Any:
+    """Ten batches of unknown number."""
+    return DataLoader(Stream(), batch_size=None)
+
+
+def interrupted(make: Callable[[], Program], steps: Iterable[int], *, last: int, **kwargs: Any) -> list[Any]:
+    """Run a program that is stopped after some iterations, each time resumed in a new one; return what they saw."""
+    seen: list[Any] = []
+    state: dict[str, Any] = {}
+    for step in [*steps, last]:
+        program = make()
+        if state:
+            random.seed(99)
+            torch.manual_seed(99)
+            resume_from(program, state, **kwargs)
+            torch.rand(3)  # whatever a program draws before it runs
+        state = {}
+        program.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=step), partial(save_and_stop, program, state))
+        seen += program.run()
+    return seen
+
+
+def save_and_stop(program: Program, saved: dict[str, Any]) -> None:
+    """Copy the states of what a program saves, and end its run."""
+    saved.update(copy.deepcopy({name: obj.state_dict() for name, obj in program.to_save.items()}))
+    program.trainer.terminate()
+
+
+def resume_from(program: Program, state: dict[str, Any], **kwargs: Any) -> None:
+    """Resume a program from a state that is put into a file for it."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(state, Path(folder) / "a.pt")
+        assert resume(program.to_save, folder, engine=program.trainer, **kwargs) is not None
+
+
+def iterations(seen: list[Any]) -> list[Any]:
+    """Leave out what the epochs' beginnings drew."""
+    return [one for one in seen if one[0] != "epoch"]
+
+
+@pytest.mark.parametrize("steps", [[3], [13], [19], [13, 14, 18], [10], [20, 23]], ids=str)
+@pytest.mark.parametrize(
+    ("data", "run"),
+    [
+        (shuffled, {"max_epochs": 3}),
+        (in_order, {"max_epochs": 3}),
+        (streamed, {"max_epochs": 3, "epoch_length": 10}),
+        (lambda: None, {"max_epochs": 3, "epoch_length": 10}),
+        (shuffled, {"max_iters": 30, "epoch_length": 10}),
+    ],
+    ids=["shuffled", "in order", "streamed", "no data", "max_iters"],
+)
+def test_an_interrupted_run_sees_what_one_left_alone_sees(
+    data: Callable[[], Any], run: dict[str, Any], steps: list[int]
+) -> None:
+    alone = Program(data, **run).run()
+    seen = interrupted(lambda: Program(data, **run), steps, last=30)
+    assert iterations(seen) == iterations(alone)
+
+
+@pytest.mark.parametrize("steps", [[3], [7], [13, 14, 19], [10], [25]], ids=str)
+@pytest.mark.parametrize("length", [4, 15], ids=["shorter", "longer"])
+@pytest.mark.parametrize("data", [shuffled, streamed, drawn])
+def test_passes_over_the_data_need_not_be_epochs(data: Callable[[], Any], length: int, steps: list[int]) -> None:
+    run: dict[str, Any] = {"max_epochs": 60 // length, "epoch_length": length}
+    alone = Program(data, **run).run()
+    seen = interrupted(lambda: Program(data, **run), steps, last=60 // length * length)
+    assert iterations(seen) == iterations(alone)
+
+
+@pytest.mark.parametrize("steps", [[3], [13, 17], [10]], ids=str)
+def test_data_in_a_known_order_need_no_notes_of_passes(steps: list[int]) -> None:
+    def make() -> Program:
+        return Program(in_order, notes_passes=False, max_epochs=3)
+
+    assert iterations(interrupted(make, steps, last=30)) == iterations(make().run())
+
+
+def test_what_the_beginning_of_an_epoch_draws_is_drawn_as_it_was() -> None:
+    alone = Program(shuffled, max_epochs=3).run()
+    assert interrupted(lambda: Program(shuffled, max_epochs=3), [10, 20], last=30) == alone
+
+
+def test_an_order_that_cannot_be_known_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    interrupted(lambda: Program(shuffled, notes_passes=False, max_epochs=3), [13], last=30)
+    assert "the order of the begun epoch is not known" in caplog.text
+    caplog.clear()
+    interrupted(lambda: Program(shuffled, notes_passes=False, max_epochs=3), [10], last=30)
+    interrupted(lambda: Program(shuffled, max_epochs=3), [13], last=30)
+    assert "is not known" not in caplog.text
+
+
+def test_data_that_go_on_by_themselves_are_left_alone() -> None:
+    later = iter(range(13, 100))
+    program = Program(lambda: later, notes_passes=False, max_epochs=3)
+    state = {"trainer": engine_state(13, epoch_length=10), "rng": program.rng.state_dict()}
+    resume_from(program, state, skip_batches=False)
+    program.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=15), program.trainer.terminate)
+    assert [one[:2] for one in iterations(program.run())] == [(14, 13), (15, 14)]
+
+
+def test_data_that_end_too_early_are_told() -> None:
+    program = Program(lambda: iter(range(2)), max_epochs=1)
+    resume_from(program, {"trainer": engine_state(3), "rng": program.rng.state_dict()})
+    program.trainer.add_event_handler(Events.ITERATION_STARTED, program.trainer.terminate)
+    with pytest.warns(
+        UserWarning, match="3 batches of this pass over the data were trained before, but the data ended"
+    ):
+        program.run()
+
+
+def test_nothing_is_left_on_the_engine_after_the_first_batch() -> None:
+    program = Program(shuffled, max_epochs=3)
+    events = (Events.EPOCH_STARTED, Events.GET_BATCH_STARTED, Events.ITERATION_STARTED)
+
+    def count() -> list[int]:
+        return [len(program.trainer._event_handlers[event]) for event in events]
+
+    before = count()
+    for _ in range(2):  # the second takes the place of the first
+        resume_from(program, {"trainer": engine_state(13, epoch_length=10), "rng": program.rng.state_dict()})
+        assert count() == [number + 1 for number in before]
+    program.run()
+    assert count() == before
+    assert iterations(program.seen)[0][0] == 14
+
+
+def test_a_run_that_begins_elsewhere_is_left_alone() -> None:
+    program = Program(in_order, max_epochs=1)
+    resume_from(program, {"trainer": engine_state(13, epoch_length=10), "rng": program.rng.state_dict()})
+    program.trainer.load_state_dict(engine_state(0, epoch_length=10))
+    assert [one[:2] for one in iterations(program.run())][:2] == [(1, [0, 1]), (2, [2, 3])]
+
+
+def test_an_engine_that_was_stopped_goes_on_in_the_same_process() -> None:
+    alone = Program(shuffled, max_epochs=3).run()
+    program = Program(shuffled, max_epochs=3)
+    saved: dict[str, Any] = {}
+
+    program.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=13), partial(save_and_stop, program, saved))
+    program.run()
+    resume_from(program, saved)
+    assert iterations(program.run()) == iterations(alone)

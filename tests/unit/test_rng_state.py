@@ -1,0 +1,243 @@
+"""RngState in a world of one: what is drawn after a load is what was drawn after the save."""
+
+import copy
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.random  # it is loaded when it is first asked for
+import pytest
+import torch
+from ignite.engine import Events
+from torch.utils.data import DataLoader, TensorDataset
+
+from distckpt import Checkpoint, RngState
+from distckpt.state import rng
+from distckpt.state.collect import consolidate
+from tests.unit.toys import Refuses, equal, idle_engine, run_epochs
+
+
+def draw() -> list[Any]:
+    """Draw from every generator, in ways that keep something for the next time too."""
+    return [
+        random.random(),
+        random.gauss(0.0, 1.0),
+        np.random.standard_normal(),  # noqa: NPY002 - the global generator is the point
+        np.random.randint(1000),  # noqa: NPY002 - as above
+        torch.rand(3).tolist(),
+        torch.randn(17).tolist(),
+    ]
+
+
+def test_what_is_drawn_after_a_load_is_what_was_drawn_after_the_save() -> None:
+    draw()
+    state = RngState().state_dict()
+    drawn = draw()
+    assert draw() != drawn
+    RngState().load_state_dict(state)
+    assert draw() == drawn
+
+
+def test_a_state_is_a_copy() -> None:
+    state = RngState().state_dict()
+    before = copy.deepcopy(state)
+    draw()
+    assert equal(state, before)
+    assert not equal(RngState().state_dict(), before)
+
+
+def test_a_checkpoint_holds_nothing_that_loading_would_have_to_execute(tmp_path: Path) -> None:
+    source = RngState(idle_engine(), generators={"data": torch.Generator()})
+    run_epochs(Checkpoint({"rng": source, "other": RngState()}, tmp_path), 1)
+    drawn = draw()
+    saved = torch.load(tmp_path / "checkpoint_1.pt", weights_only=True)
+    assert saved["rng"]["world_size"] == 1
+    assert list(saved["rng"]["ranks"]) == [0]
+    Checkpoint.load_objects({"rng": RngState(generators={"data": torch.Generator()})}, tmp_path / "checkpoint_1.pt")
+    assert draw() == drawn
+
+
+def test_generators_of_the_programs_own_are_saved_by_name() -> None:
+    one, other = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
+    source = RngState(generators={"one": one, "other": other})
+    state = source.state_dict()
+    drawn = [torch.rand(2, generator=one).tolist(), torch.rand(2, generator=other).tolist()]
+    source.load_state_dict(state)
+    assert [torch.rand(2, generator=one).tolist(), torch.rand(2, generator=other).tolist()] == drawn
+
+
+def test_a_generator_that_is_not_there_is_named_in_a_warning() -> None:
+    state = RngState(generators={"data": torch.Generator()}).state_dict()
+    drawn = draw()
+    with pytest.warns(UserWarning, match="there is no generator 'data' here"):
+        RngState().load_state_dict(state)
+    assert draw() == drawn, "the others are set"
+
+
+def test_another_kind_of_numpys_generator_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = RngState().state_dict()
+    monkeypatch.setattr(np.random, "get_state", lambda **_: {"bit_generator": "PCG64"})
+    assert "numpy" not in rng.capture()
+    with pytest.warns(UserWarning, match="NumPy's global generator is missing, or not of the kind MT19937"):
+        RngState().load_state_dict(state)
+
+
+def test_numpy_is_not_imported_to_be_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "numpy.random")
+    assert "numpy" not in rng.capture()
+
+
+def test_another_world_size_is_a_warning_and_nothing_is_set() -> None:
+    state = RngState().state_dict() | {"world_size": 2}
+    torch.manual_seed(5)
+    before = RngState().state_dict()
+    with pytest.warns(UserWarning, match="saved by a job of 2 ranks, and this one has 1: left as they are"):
+        RngState().load_state_dict(state)
+    assert equal(RngState().state_dict(), before)
+
+
+def test_a_state_without_this_ranks_part_is_a_warning() -> None:
+    mine = RngState().state_dict()["ranks"][0]
+    with pytest.warns(UserWarning, match="of rank 1 were saved, and none of rank 0: left as they are"):
+        RngState().load_state_dict({"world_size": 1, "ranks": {1: mine}})
+
+
+@pytest.mark.parametrize("given", [None, [1], "text", 3], ids=repr)
+def test_a_state_that_is_no_mapping_is_a_type_error(given: Any) -> None:
+    with pytest.raises(TypeError, match="Argument state_dict should be a dictionary, but given"):
+        RngState().load_state_dict(given)
+
+
+def spoilt(spoil: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    """Return a state of which something is wrong."""
+    state = RngState().state_dict()
+    spoil(state["ranks"][0])
+    return state
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"ranks": {}},
+        {"world_size": 1, "ranks": 3},
+        {"world_size": 1, "ranks": {0: 7}},
+        {"world_size": 1, "ranks": {0: {"pass": None}}},
+        spoilt(lambda mine: mine["now"].pop("torch")),
+        spoilt(lambda mine: mine["now"].update(torch=torch.zeros(3))),
+        spoilt(lambda mine: mine["now"].update(python=None)),
+        spoilt(lambda mine: mine["now"]["python"].update(words=torch.zeros(7, dtype=torch.uint8))),
+        spoilt(lambda mine: mine["now"]["numpy"].update(words=torch.zeros(4, dtype=torch.uint8))),
+    ],
+    ids=range(10),
+)
+def test_a_state_of_something_else_is_refused_and_nothing_is_set(state: dict[str, Any]) -> None:
+    before = RngState().state_dict()
+    with pytest.raises(ValueError, match=r"world_size|random number generators"):
+        RngState().load_state_dict(state)
+    assert equal(RngState().state_dict(), before)
+
+
+def test_nothing_is_set_when_another_object_refuses_its_state() -> None:
+    source, other = RngState(), Refuses()
+    state = {"rng": source.state_dict(), "other": {}}
+    draw()
+    before = RngState().state_dict()
+    with pytest.raises(RuntimeError, match="it refuses"):
+        Checkpoint.load_objects({"rng": source, "other": other}, state)
+    assert equal(RngState().state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"trainer": 3}, "Argument trainer should be an instance of Engine or None"),
+        ({"generators": {"a": 3}}, "Argument generators should map names to torch.Generators"),
+        ({"generators": {1: torch.Generator()}}, "Argument generators should map names to torch.Generators"),
+        ({"timeout_s": "3"}, "Argument timeout_s"),
+    ],
+)
+def test_wrong_arguments_are_type_errors(arguments: dict[str, Any], told: str) -> None:
+    with pytest.raises(TypeError, match=told):
+        RngState(**arguments)
+
+
+def test_what_was_gathered_is_handed_out_once() -> None:
+    source = RngState()
+    consolidate({"rng": source}, save_on_rank=0)
+    gathered = RngState().state_dict()
+    draw()
+    assert equal(source.state_dict(), gathered)
+    assert not equal(source.state_dict(), gathered)
+
+
+class Foreign:
+    """An object of somebody else's that has a method of a known name."""
+
+    def consolidate_state_dict(self, to: int) -> None:
+        """Be called by nobody."""
+        raise AssertionError(to)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
+
+class Spread(Foreign):
+    """An object that says by its class that its state has to be gathered."""
+
+    told: int | None = None
+
+    def distckpt_consolidate(self, to: int) -> None:
+        """Remember for whom."""
+        self.told = to
+
+
+def test_only_what_asks_for_it_is_gathered() -> None:
+    spread = Spread()
+    consolidate({"foreign": Foreign(), "nested": [{"spread": spread}]}, save_on_rank=3)
+    assert spread.told == 3
+
+
+def test_the_beginning_of_each_pass_over_the_data_is_noted() -> None:
+    trainer = idle_engine()
+    noted = RngState(trainer)
+    began = []
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: began.append(noted.pass_began_at))
+    trainer.run(DataLoader(TensorDataset(torch.arange(6)), batch_size=2, shuffle=True), max_epochs=2, epoch_length=4)
+    assert began == [0, 0, 0, 3, 3, 3, 6, 6], "three batches are a pass, whatever an epoch is"
+
+
+def test_a_pass_that_is_put_back_has_the_same_order() -> None:
+    trainer = idle_engine()
+    noted = RngState(trainer)
+    seen: list[list[int]] = []
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: seen.append(engine.state.batch[0].tolist()))
+    data = DataLoader(TensorDataset(torch.arange(20)), batch_size=5, shuffle=True)
+    trainer.run(data, max_epochs=2)
+    draw()
+    noted.load_state_dict(noted.state_dict())
+    noted.begin_pass(0)
+    assert [batch[0].tolist() for batch in data] == seen[4:]
+
+
+@pytest.mark.parametrize("is_initialized", [True, False])
+def test_cuda_is_asked_only_where_it_is_in_use(monkeypatch: pytest.MonkeyPatch, *, is_initialized: bool) -> None:
+    state = torch.arange(16, dtype=torch.uint8)
+    put: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: is_initialized)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: state)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", put.append)
+    captured = rng.capture()
+    assert ("cuda" in captured) is is_initialized
+    assert rng.put(captured) == []
+    assert put == ([state] if is_initialized else [])
+
+
+def test_a_state_of_a_cuda_device_is_left_alone_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert rng.put({**rng.capture(), "cuda": torch.zeros(16, dtype=torch.uint8)}) == ["there is no CUDA device here"]
