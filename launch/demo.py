@@ -1,6 +1,6 @@
-"""The demo: one run left alone; the same run killed in the middle of a save, and resumed.
+"""The demo: one run left alone; the same run killed in the middle of a save, and resumed; NaN, SIGTERM, a restart.
 
-Owns the three acts, what has to be true after each, and the table that says so. Must not know how distckpt
+Owns the acts, what has to be true after each, and the table that says so. Must not know how distckpt
 works: what is said here of a checkpoint, a directory listing and plain ``torch.load`` have said.
 """
 
@@ -35,6 +35,12 @@ INTERRUPTED = 130
 ALONE = "1  Train, left alone"
 KILLED = "2  Train, killed in the middle of a save"
 RESUMED = "3  Resume"
+BROKEN = "4  Train, the loss of one rank becomes NaN"
+TOLD = "5  Train, one rank is told to stop (SIGTERM) in the middle of an epoch; resume"
+RESTARTED = "6  Train, one rank is killed, and torchrun starts all again (--max-restarts 1)"
+
+# In the middle of an epoch: one has 22 iterations.
+NAN_AT, TOLD_AT, KILLED_AT = 50, 75, 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +70,11 @@ class Demo:
         content: dict[str, Any] = json.loads((self.directory / f"{name}.json").read_text(encoding="utf-8"))
         return content
 
-    def train(self, act: str, name: str, *arguments: str) -> int:
+    def output(self, name: str) -> str:
+        """Return what a run's ranks wrote on standard error."""
+        return (self.directory / f"{name}.log").read_text(encoding="utf-8", errors="replace")
+
+    def train(self, act: str, name: str, *arguments: str, **variables: str) -> int:
         """Run the training script under torchrun.
 
         The ranks' standard output is shown; their standard error, full of tracebacks when one is killed, is
@@ -82,6 +92,7 @@ class Demo:
             str(self.directory / f"{name}.json"),
         ]
         environment = os.environ | {"PYTHON": sys.executable, "NPROC_PER_NODE": str(NUM_RANKS), "NNODES": "1"}
+        environment |= variables
         with (
             (self.directory / f"{name}.log").open("ab") as log,
             subprocess.Popen([*command, *arguments], env=environment, stderr=log) as process,  # noqa: S603 - ours
@@ -98,7 +109,7 @@ class Demo:
 
 
 def main() -> int:
-    """Play the three acts, show what came of them, and return the exit code."""
+    """Play the acts, show what came of them, and return the exit code."""
     begin = time.monotonic()
     console = Console(highlight=False)
     directory = Path(os.environ.get("DEMO_DIR") or tempfile.mkdtemp(prefix="distckpt-demo-")).resolve()
@@ -109,6 +120,9 @@ def main() -> int:
 
     demo = Demo(directory, console)
     if train_alone(demo) and train_and_kill(demo) and resume(demo):
+        break_one_rank(demo)
+        tell_one_rank_to_stop(demo)
+        kill_one_rank_and_restart(demo)
         console.print(comparison(demo))
     console.print(happenings(demo))
 
@@ -119,7 +133,7 @@ def main() -> int:
         return 1
     seconds = time.monotonic() - begin
     console.print(
-        f"[bold green]OK[/bold green]: killed in the middle of a save, and nothing was lost ({seconds:.0f} s)"
+        f"[bold green]OK[/bold green]: killed, broken and told to stop, and nothing was lost ({seconds:.0f} s)"
     )
     return 0
 
@@ -162,7 +176,7 @@ def resume(demo: Demo) -> bool:
     code = demo.train(RESUMED, "killed", "--resume")
     if not demo.find(RESUMED, f"trained to the end{_unless_zero(code)}", is_true=code == 0):
         return False
-    alone, resumed = demo.summary("alone"), demo.summary("killed")
+    resumed = demo.summary("killed")
     first = resumed["first_epoch"]
     demo.find(
         RESUMED,
@@ -175,11 +189,89 @@ def resume(demo: Demo) -> bool:
         f"unfinished files: {len(before)} before, {len(after)} after",
         is_true=not after,
     )
-    distance = abs(alone["val_acc"] - resumed["val_acc"])
-    is_equal = alone["parameters_sha256"] == resumed["parameters_sha256"]
-    how = "bit-equal parameters" if is_equal else f"accuracy {distance:.2%} apart"
-    demo.find(RESUMED, f"ended where act 1 did: {how}", is_true=distance <= NOISE)
+    ended_as_act_1_did(demo, RESUMED, resumed)
     return True
+
+
+def ended_as_act_1_did(demo: Demo, act: str, run: dict[str, Any]) -> None:
+    """Compare how a run ended with the one that was left alone."""
+    alone = demo.summary("alone")
+    distance = abs(alone["val_acc"] - run["val_acc"])
+    is_equal = alone["parameters_sha256"] == run["parameters_sha256"]
+    how = "bit-equal parameters" if is_equal else f"accuracy {distance:.2%} apart"
+    demo.find(act, f"ended where act 1 did: {how}", is_true=distance <= NOISE)
+
+
+def break_one_rank(demo: Demo) -> None:
+    """Act 4: the loss is NaN on rank 1; both ranks stop in that iteration, and it is not saved."""
+    code = demo.train(BROKEN, "broken", "--fault", f"nan@{NAN_AT}:1")
+    run = demo.summary("broken") if code == 0 else {}
+    demo.find(
+        BROKEN,
+        f"rank 1 was broken in iteration {NAN_AT}: {run.get('stopped')}; the ranks stopped at iterations "
+        f"{run.get('iterations')}{_unless_zero(code)}",
+        is_true=run.get("iterations") == [NAN_AT] * NUM_RANKS and run["stopped"] == "the loss is no finite number",
+    )
+    told = f"rank 1, iteration {NAN_AT}: output is nan"
+    demo.find(BROKEN, f"both logs name it: {told}", is_true=demo.output("broken").count(told) >= NUM_RANKS)
+    files = sorted((demo.directory / "broken").glob("*.pt"))
+    demo.find(BROKEN, f"none of the {len(files)} checkpoints holds a NaN", is_true=all(map(is_finite, files)))
+
+
+def tell_one_rank_to_stop(demo: Demo) -> None:
+    """Act 5: rank 1 gets SIGTERM in the middle of an epoch; both save and stop. Then resume."""
+    code = demo.train(TOLD, "told", "--fault", f"sigterm@{TOLD_AT}:1")
+    run = demo.summary("told") if code == 0 else {}
+    demo.find(
+        TOLD,
+        f"rank 1 got SIGTERM in iteration {TOLD_AT}: the ranks stopped at iterations {run.get('iterations')}"
+        f"{_unless_zero(code)}",
+        is_true=run.get("iterations") == [TOLD_AT] * NUM_RANKS,
+    )
+    newest = max((demo.directory / "told").glob("latest_*.pt"), key=iteration_of, default=None)
+    saved = None if newest is None else iteration_of(newest)
+    demo.find(TOLD, f"{newest and newest.name} holds iteration {saved}", is_true=saved == TOLD_AT)
+    code = demo.train(TOLD, "told", "--resume")
+    if demo.find(TOLD, f"resumed, and trained to the end{_unless_zero(code)}", is_true=code == 0):
+        ended_as_act_1_did(demo, TOLD, demo.summary("told"))
+
+
+def kill_one_rank_and_restart(demo: Demo) -> None:
+    """Act 6: rank 0 is killed between saves; torchrun starts both ranks again, and they go on."""
+    code = demo.train(RESTARTED, "restarted", "--fault", f"sigkill@{KILLED_AT}:0", MAX_RESTARTS="1")
+    if demo.find(
+        RESTARTED, f"SIGKILL hit rank 0; trained to the end all the same{_unless_zero(code)}", is_true=code == 0
+    ):
+        run = demo.summary("restarted")
+        epoch_length = run["iterations"][0] // run["epoch"]
+        cost = KILLED_AT - (run["first_epoch"] - 1) * epoch_length
+        demo.find(
+            RESTARTED,
+            f"went on from {run['resumed_from']}: the death cost {cost} iterations",
+            is_true=0 < cost <= epoch_length,
+        )
+        ended_as_act_1_did(demo, RESTARTED, run)
+
+
+def is_finite(checkpoint: Path) -> bool:
+    """Tell whether plain ``torch.load`` finds finite numbers only."""
+    import torch  # noqa: PLC0415 - as below
+
+    def is_fine(value: Any) -> bool:
+        if isinstance(value, torch.Tensor):
+            return bool(torch.isfinite(value).all())
+        if isinstance(value, dict):
+            return all(map(is_fine, value.values()))
+        return all(map(is_fine, value)) if isinstance(value, list | tuple) else value == value  # noqa: PLR0124 - NaN
+
+    return is_fine(torch.load(checkpoint, weights_only=True, map_location="cpu"))
+
+
+def iteration_of(checkpoint: Path) -> int:
+    """Return the iteration after which `checkpoint` was written, as plain ``torch.load`` finds it."""
+    import torch  # noqa: PLC0415 - as below
+
+    return int(torch.load(checkpoint, weights_only=True, map_location="cpu")["trainer"]["iteration"])
 
 
 def epoch_of(checkpoint: Path) -> int:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from faults import Fault
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
@@ -28,8 +30,11 @@ class Config:
     nproc_per_node: int | None
     summary: Path | None
     table: bool
+    grace_s: float | None
+    preempted_exit_code: int
     ballast_mb: int
     die_in_save: int | None
+    fault: Fault | None
 
 
 def parse(argv: Sequence[str] | None = None) -> Config:
@@ -92,6 +97,19 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         help="for parameters, order of data, dropout (%(default)s)",
     )
     add("--resume", action="store_true", help="go on from the newest latest_*.pt in DIR, if there is one")
+    add(
+        "--grace-s",
+        type=positive_float,
+        metavar="X",
+        help="seconds between SIGTERM and the end by force, if known: said in the log where a save takes longer",
+    )
+    add(
+        "--preempted-exit-code",
+        type=natural_number,
+        default=0,
+        metavar="N",
+        help="end with this code when the run was told to stop, and saved (%(default)s; 75: put me back in the queue)",
+    )
     add("--summary", type=Path, metavar="FILE", help="write what the run came to into FILE, as JSON")
     add("--no-table", dest="table", action="store_false", help="do not print what the run came to")
 
@@ -114,11 +132,25 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         metavar="N",
         help="SIGKILL rank 0 in the middle of its N-th save",
     )
+    add(
+        "--fault",
+        type=fault,
+        metavar="KIND@ITERATION:RANK",
+        help="nan, sigterm or sigkill, in one iteration of the first start, on one rank: nan@50:1",
+    )
 
     options = parser.parse_args(argv)
     if options.backend == "none" and options.nproc_per_node is not None:
         parser.error("argument --nproc-per-node: needs a --backend other than none")
     return Config(**vars(options))
+
+
+def fault(text: str) -> Fault:
+    """Read a fault."""
+    try:
+        return Fault.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def natural_number(text: str) -> int:

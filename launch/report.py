@@ -27,6 +27,7 @@ class Summary:
         resumed_from: name of the checkpoint it went on from, if any.
         first_epoch: the first epoch this process trained.
         epoch: the last complete epoch.
+        iterations: the last iteration of each rank.
         val_acc: accuracy on the validation samples after it; ``None`` before the first.
         best_val_acc: the best accuracy of any epoch, those before a resume included.
         parameters_sha256: digest of the final parameters: two runs are bit-equal where it is the same.
@@ -41,6 +42,7 @@ class Summary:
     resumed_from: str | None
     first_epoch: int
     epoch: int
+    iterations: Sequence[int]
     val_acc: float | None
     best_val_acc: float | None
     parameters_sha256: str

@@ -20,7 +20,9 @@
 #   LOCAL_ADDR       this node's address, as the others reach it; under SLURM, SLURMD_NODENAME (torchrun guesses)
 #   IFNAME           network interface of that address, for Gloo and NCCL (both guess)
 #   RDZV_ID          several nodes: name of the job, if several share MASTER_ADDR and MASTER_PORT
-#   MAX_RESTARTS     0: a failed job ends; see train_digits.py --resume
+#   MAX_RESTARTS     0: a failed job ends. N: its ranks are started again up to N times, and train_digits.py goes on
+#                    from its newest checkpoint: a killed rank costs the steps since then, and nothing else
+#   SHUTDOWN_S       30: seconds between SIGTERM, which torchrun passes on to its ranks, and SIGKILL
 #   OMP_NUM_THREADS  1, which is what several ranks on one node's cores want
 #   PYTHON           python
 #   SCRIPT           train_digits.py beside this file
@@ -32,6 +34,7 @@ SCRIPT=${SCRIPT:-$here/train_digits.py}
 NNODES=${NNODES:-1}
 NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
 MAX_RESTARTS=${MAX_RESTARTS:-0}
+SHUTDOWN_S=${SHUTDOWN_S:-30}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export PYTHONPATH=$here/..${PYTHONPATH:+:$PYTHONPATH} # this clone's distckpt, installed or not
 
@@ -40,7 +43,7 @@ if [ -z "${NPROC_PER_NODE:-}" ]; then
   [ "$NPROC_PER_NODE" -gt 0 ] || NPROC_PER_NODE=2
 fi
 
-options=(--nproc-per-node "$NPROC_PER_NODE" --max-restarts "$MAX_RESTARTS")
+options=(--nproc-per-node "$NPROC_PER_NODE" --max-restarts "$MAX_RESTARTS" --shutdown-timeout "$SHUTDOWN_S")
 if [ "$NNODES" = 1 ]; then
   # All on this machine: the loopback needs neither a name that resolves nor an open port.
   options+=(--standalone --local-addr "${LOCAL_ADDR:-127.0.0.1}")

@@ -5,10 +5,12 @@
     PYTHONPATH=. python launch/train_digits.py --help     # all options
 
 ``main(local_rank, config)`` runs on each rank, whatever launched it. Everything random is a function of seed,
-epoch and rank, so a run that was killed and resumed ends where one left alone does. Owns the engines and what
+epoch and rank, or saved, so a run that was killed, or told to stop in the middle of an epoch, and resumed ends where
+one left alone does. Owns the engines and what
 watches them; must not know how a launcher works or how a checkpoint is written.
 """
 
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ import options
 import torch
 from die_in_save import DieInSave
 from digits import Net, Samples, TrainBatches, load
+from faults import num_restarts
 from ignite.engine import Engine, Events
 from ignite.metrics import Accuracy, Loss
 from options import Config
@@ -31,15 +34,19 @@ from distckpt import (
     Checkpoint,
     DiskSaver,
     EarlyStopping,
+    Preemption,
+    RngState,
     TerminateOnNan,
     TimeLimit,
     Timer,
-    all_reduce,
+    all_gather,
     broadcast,
     device,
     get_rank,
     get_world_size,
     global_step_from_engine,
+    resume,
+    stop_reason,
 )
 
 
@@ -48,6 +55,7 @@ def main(local_rank: int, config: Config) -> None:
     del local_rank  # ``device()`` is this rank's already
     refuse_to_mix_runs(config)
     rank, world_size = get_rank(), get_world_size()
+    logging.basicConfig(format=f"rank {rank}: %(levelname)s: %(message)s")  # distckpt's warnings go to stderr
     backend = launchers.live_backend(config) or "one process"
     ranks = f"{world_size} ranks, {backend}" if world_size > 1 else backend
     display = Display(f"digits on {device().type}, {ranks}", is_shown=rank == 0)
@@ -60,9 +68,10 @@ def main(local_rank: int, config: Config) -> None:
     run = build(config, batches, val_samples.take(slice(rank, None, world_size)))
     display.attach(run.trainer)
 
-    resumed_from = resume(run, config) if config.resume else None
+    checkpoint = resume(run.to_resume, run.latest, engine=run.trainer) if resumes(config) else None
+    resumed_from = None if checkpoint is None else checkpoint.name
     first_epoch = run.trainer.state.epoch + 1
-    if config.resume:
+    if resumes(config):
         what = f"resuming from {resumed_from}" if resumed_from else "nothing to resume from: starting afresh"
         display.say(what)
     try:
@@ -72,23 +81,49 @@ def main(local_rank: int, config: Config) -> None:
         display.close()
         run.fault.close()
 
-    stopped = run.why_it_stopped(config)
-    if rank != 0:
-        return
+    iterations = all_gather(run.trainer.state.iteration)
+    if rank == 0:
+        show(
+            run,
+            config,
+            display,
+            resumed_from=resumed_from,
+            first_epoch=first_epoch,
+            iterations=iterations,
+            backend=backend,
+            seconds=timer.value(),
+        )
+    if stop_reason(run.trainer) == "preempted" and config.preempted_exit_code:
+        sys.exit(config.preempted_exit_code)
+
+
+def show(
+    run: "Run",
+    config: Config,
+    display: Display,
+    *,
+    resumed_from: str | None,
+    first_epoch: int,
+    iterations: list[int],
+    backend: str,
+    seconds: float,
+) -> None:
+    """Show and write what the run came to. Rank-local."""
     newest_best = run.best.last_checkpoint
     summary = Summary(
-        stopped=stopped,
+        stopped=run.why_it_stopped(config),
         resumed_from=resumed_from,
         first_epoch=first_epoch,
-        epoch=run.trainer.state.iteration // len(batches),
+        epoch=run.trainer.state.iteration // (run.trainer.state.epoch_length or 1),
+        iterations=iterations,
         val_acc=run.trainer.state.metrics.get("val_acc"),
         best_val_acc=run.early_stopping.best_score,
         parameters_sha256=digest(run.net),
         checkpoints=sorted(path.name for path in config.output_dir.glob("*.pt")),
         best_checkpoint=None if newest_best is None else Path(newest_best).name,
-        world_size=world_size,
+        world_size=get_world_size(),
         backend=backend,
-        seconds=timer.value(),
+        seconds=seconds,
     )
     if config.table:
         display.table(summary, config.output_dir)
@@ -103,6 +138,7 @@ class Run:
     trainer: Engine
     net: nn.Module
     best: Checkpoint
+    latest: Checkpoint
     early_stopping: EarlyStopping
     to_resume: dict[str, Any]
     fault: DieInSave
@@ -116,15 +152,15 @@ class Run:
         return self.trainer.state.epoch < config.epochs and not self.has_stopped_early(config)
 
     def why_it_stopped(self, config: Config) -> str:
-        """Say why no further epoch follows. Collective: a loss may have become NaN on one rank only."""
-        loss = torch.tensor(0.0 if self.trainer.state.output is None else self.trainer.state.output)
-        if all_reduce(int(not loss.isfinite()), "MAX"):
-            return "the loss is no finite number"
-        if self.has_stopped_early(config):
-            return f"early: no better accuracy in {config.patience} epochs"
-        if self.trainer.state.iteration < config.epochs * (self.trainer.state.epoch_length or 0):
-            return f"time limit of {config.time_limit_s} s"
-        return f"all {config.epochs} epochs done"
+        """Say why no further epoch follows. The same on every rank."""
+        reason = stop_reason(self.trainer)
+        if reason is None and not self.has_stopped_early(config):
+            return f"all {config.epochs} epochs done"
+        return {
+            "nan": "the loss is no finite number",
+            "time_limit": f"time limit of {config.time_limit_s} s",
+            "preempted": "told to stop by a signal: saved",
+        }.get(reason or "", f"early: no better accuracy in {config.patience} epochs")
 
 
 def build(config: Config, batches: TrainBatches, val_samples: Samples) -> Run:
@@ -135,13 +171,15 @@ def build(config: Config, batches: TrainBatches, val_samples: Samples) -> Run:
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
     scheduler = ExponentialLR(optimizer, gamma=0.9)
 
-    def train_step(_: Engine, batch: Samples) -> float:
+    def train_step(engine: Engine, batch: Samples) -> float:
         model.train()
         optimizer.zero_grad()
         loss = functional.cross_entropy(model(batch.images), batch.labels)
         loss.backward()  # type: ignore[no-untyped-call] # torch ships it without types
         optimizer.step()
-        return loss.item()
+        if config.fault is None:
+            return loss.item()
+        return config.fault.strike(engine.state.iteration, get_rank(), loss.item())
 
     def val_step(_: Engine, batch: Samples) -> tuple[Tensor, Tensor]:
         model.eval()
@@ -169,7 +207,7 @@ def build(config: Config, batches: TrainBatches, val_samples: Samples) -> Run:
     def accuracy(engine: Engine) -> float:
         return float(engine.state.metrics["val_acc"])
 
-    saver = DiskSaver(config.output_dir, require_empty=not config.resume)
+    saver = DiskSaver(config.output_dir, require_empty=not resumes(config))
     best = Checkpoint(
         {"model": model},
         saver,
@@ -190,6 +228,7 @@ def build(config: Config, batches: TrainBatches, val_samples: Samples) -> Run:
         "trainer": trainer,
         "early_stopping": early_stopping,
         "best": best,
+        "rng": RngState(trainer),
     }
     latest = Checkpoint(
         to_resume | {"ballast": Ballast(config.ballast_mb)},
@@ -205,45 +244,30 @@ def build(config: Config, batches: TrainBatches, val_samples: Samples) -> Run:
         trainer.add_event_handler(Events.EPOCH_COMPLETED(every=config.save_every), handler)
     trainer.add_event_handler(Events.ITERATION_COMPLETED, TerminateOnNan())
     trainer.add_event_handler(Events.ITERATION_COMPLETED, TimeLimit(config.time_limit_s))
+    Preemption(trainer, latest, grace_s=config.grace_s)
 
     return Run(
         trainer=trainer,
         net=net,
         best=best,
+        latest=latest,
         early_stopping=early_stopping,
-        to_resume=to_resume | {"checkpointer": latest},
+        to_resume=to_resume,
         fault=fault,
     )
 
 
 def refuse_to_mix_runs(config: Config) -> None:
     """End this run where another one's checkpoints lie in its directory. Collective: rank 0 looks for all."""
-    is_taken = get_rank() == 0 and not config.resume and any(config.output_dir.glob("*.pt"))
+    is_taken = get_rank() == 0 and not resumes(config) and any(config.output_dir.glob("*.pt"))
     if broadcast(int(is_taken), src=0):
         way_out = "--resume goes on from the newest, another --output-dir starts afresh"
         sys.exit(f"{config.output_dir} holds another run's checkpoints: {way_out}" if get_rank() == 0 else 1)
 
 
-def resume(run: Run, config: Config) -> str | None:
-    """Load the newest ``latest`` checkpoint, if there is one, and return its name.
-
-    Collective.
-
-    1. (coordinator) looks into the directory.
-    2. (all ranks) load what it found, whatever they see there themselves.
-    """
-    name = newest_latest(config.output_dir) if get_rank() == 0 else None
-    name = broadcast(name or "", src=0)
-    if not name:
-        return None
-    Checkpoint.load_objects(run.to_resume, config.output_dir / name)
-    return str(name)
-
-
-def newest_latest(directory: Path) -> str | None:
-    """Return the name of the highest epoch's ``latest`` checkpoint. Rank-local; issues no collectives."""
-    names = [path.name for path in directory.glob("latest_checkpoint_*.pt")]
-    return max(names, key=lambda name: int(name.removesuffix(".pt").rpartition("_")[2]), default=None)
+def resumes(config: Config) -> bool:
+    """Tell whether to go on from a checkpoint: asked for, or started again by torchrun (``--max-restarts``)."""
+    return config.resume or num_restarts() > 0
 
 
 class Ballast:

@@ -7,10 +7,12 @@ import contextlib
 import importlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,10 +61,16 @@ def started(command: Sequence[str], **environment: str) -> Iterator[subprocess.P
                 process.communicate(timeout=10)
 
 
-def train(command: Sequence[str], directory: Path, *options: str, succeeds: bool = True) -> str:
+def train(
+    command: Sequence[str],
+    directory: Path,
+    *options: str,
+    succeeds: bool = True,
+    environment: Mapping[str, str] | None = None,
+) -> str:
     """Run the script to its end and return what it printed."""
     options = ("--output-dir", str(directory), "--summary", str(directory / "summary.json"), *options)
-    with started([*command, *options]) as process:
+    with started([*command, *options], **(environment or {})) as process:
         stdout, stderr = process.communicate(timeout=LIMIT_S)
         assert (process.returncode == 0) is succeeds, stdout + stderr
     return stdout if succeeds else stdout + stderr
@@ -142,6 +150,66 @@ def test_job_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
     summary = summary_in(tmp_path)
     assert (summary["first_epoch"], summary["epoch"], summary["world_size"]) == (3, 4, 1)
     assert summary["val_acc"] > 0.9
+
+
+def test_rank_that_is_killed_costs_the_steps_since_the_last_checkpoint(tmp_path: Path) -> None:
+    train(TORCHRUN, tmp_path / "alone", "--epochs", "3")
+    expected = summary_in(tmp_path / "alone")
+    shown = train(
+        TORCHRUN, tmp_path / "killed", "--epochs", "3", "--fault", "sigkill@50:1", environment={"MAX_RESTARTS": "1"}
+    )
+    assert "resuming from latest_checkpoint_2.pt" in shown
+    again = summary_in(tmp_path / "killed")
+    assert (again["first_epoch"], again["resumed_from"]) == (3, "latest_checkpoint_2.pt")
+    for key in ("stopped", "epoch", "iterations", "val_acc", "best_val_acc", "parameters_sha256", "checkpoints"):
+        assert again[key] == expected[key], key
+
+
+@pytest.mark.parametrize("code", [0, 75])
+def test_rank_that_is_told_to_stop_stops_all_after_a_save_and_the_run_goes_on(code: int, tmp_path: Path) -> None:
+    train(LAUNCHERS["spawn"].command, tmp_path / "alone", "--epochs", "3")
+    expected = summary_in(tmp_path / "alone")
+    command = (*LAUNCHERS["spawn"].command, "--epochs", "3")
+    told = ("--fault", "sigterm@30:1", "--preempted-exit-code", str(code))
+    shown = train(command, tmp_path / "told", *told, succeeds=code == 0)
+    stopped = summary_in(tmp_path / "told")
+    assert stopped["iterations"] == [30, 30]
+    assert stopped["stopped"] == "told to stop by a signal: saved"
+    assert stopped["stopped"] in shown
+    assert stopped["checkpoints"][-1] == "latest_checkpoint_2.pt"
+    state = torch.load(tmp_path / "told" / "latest_checkpoint_2.pt", weights_only=True)
+    assert state["trainer"]["iteration"] == 30
+    train(command, tmp_path / "told", "--resume")
+    again = summary_in(tmp_path / "told")
+    for key in ("stopped", "epoch", "val_acc", "best_val_acc", "parameters_sha256", "checkpoints"):
+        assert again[key] == expected[key], key
+
+
+def test_slurm_job_that_is_told_to_stop_saves_and_goes_back_into_the_queue(tmp_path: Path) -> None:
+    stand_ins = tmp_path / "bin"
+    stand_ins.mkdir()
+    for name, body in {
+        "srun": 'while [[ "$1" == --* ]]; do shift; done\nexec "$@"',
+        "scontrol": f'[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> {tmp_path}/scontrol.log',
+    }.items():
+        (stand_ins / name).write_text(f"#!/usr/bin/env bash\n{body}\n", encoding="utf-8")
+        (stand_ins / name).chmod(0o755)
+    variables = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": "7"}
+    variables |= {"OUTPUT_DIR": str(tmp_path / "out"), "PATH": f"{stand_ins}:{os.environ['PATH']}"}
+    command = ["bash", str(LAUNCH / "slurm.sbatch"), "--epochs", "400", "--patience", "999", "--save-every", "999"]
+    with started(command, **variables) as job:
+        deadline = time.monotonic() + LIMIT_S
+        while not list((tmp_path / "out").glob("best_*.pt")):  # the first epoch is over
+            assert time.monotonic() < deadline
+            assert job.poll() is None
+            time.sleep(0.05)
+        job.send_signal(signal.SIGTERM)
+        stdout, stderr = job.communicate(timeout=LIMIT_S)
+    assert job.returncode == 0, stdout + stderr
+    assert "told to stop: job 7 goes back into the queue" in stdout
+    assert (tmp_path / "scontrol.log").read_text(encoding="utf-8") == "requeue 7\n"
+    (latest,) = (tmp_path / "out").glob("latest_*.pt")
+    assert torch.load(latest, weights_only=True)["trainer"]["iteration"] > 0
 
 
 @pytest.fixture
