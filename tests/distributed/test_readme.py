@@ -12,13 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def example() -> str:
-    """Return the README's only Python block."""
-    (block,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    return str(block)
-
-
-@pytest.mark.parametrize(
+LAUNCHERS = pytest.mark.parametrize(
     "launcher",
     [
         [],
@@ -26,16 +20,45 @@ def example() -> str:
     ],
     ids=["alone", "torchrun"],
 )
-def test_example_of_the_readme_keeps_two_checkpoints(launcher: list[str], tmp_path: Path) -> None:
-    (tmp_path / "example.py").write_text(example())
+
+
+def examples() -> tuple[str, str]:
+    """Return the README's two Python blocks."""
+    first, second = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    return str(first), str(second)
+
+
+def run(example: str, launcher: list[str], folder: Path) -> list[str]:
+    """Run an example in `folder`, and return the names of its checkpoints."""
+    (folder / "example.py").write_text(example)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *launcher, "example.py"], cwd=tmp_path, env=environment, check=True, timeout=120)
-    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert kept == ["checkpoint_20.pt", "checkpoint_30.pt"]
+    subprocess.run([sys.executable, *launcher, "example.py"], cwd=folder, env=environment, check=True, timeout=120)
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+@LAUNCHERS
+def test_example_of_the_readme_keeps_two_checkpoints(launcher: list[str], tmp_path: Path) -> None:
+    assert run(examples()[0], launcher, tmp_path) == ["checkpoint_20.pt", "checkpoint_30.pt"]
     state = torch.load(tmp_path / "checkpoints" / "checkpoint_30.pt", weights_only=True)
     assert state["trainer"]["iteration"] == 30
     assert state["model"]["weight"].shape == (1, 4)
 
 
 def test_example_of_the_readme_has_twelve_lines() -> None:
-    assert len([line for line in example().splitlines() if line.strip()]) == 12
+    assert len([line for line in examples()[0].splitlines() if line.strip()]) == 12
+
+
+@LAUNCHERS
+def test_second_example_of_the_readme_goes_on_where_it_was(launcher: list[str], tmp_path: Path) -> None:
+    example = examples()[1]
+    shorter = example.replace("max_epochs=3", "max_epochs=1")
+    assert shorter != example
+    assert run(shorter, launcher, tmp_path) == ["checkpoint_10.pt"]
+    weight = torch.load(tmp_path / "checkpoints" / "checkpoint_10.pt", weights_only=True)["model"]["weight"]
+    again = example.replace("max_epochs=3", "max_epochs=2").replace(
+        "trainer.run(", "assert trainer.state.epoch == 1; trainer.state.max_epochs = 2; trainer.run("
+    )
+    assert run(again, launcher, tmp_path) == ["checkpoint_10.pt", "checkpoint_20.pt"]
+    state = torch.load(tmp_path / "checkpoints" / "checkpoint_20.pt", weights_only=True)
+    assert state["trainer"]["iteration"] == 20
+    assert torch.equal(state["model"]["weight"], weight), "the model was loaded: nothing trains it in the example"
