@@ -210,6 +210,8 @@ class Preemption(Voter):
             return
         if self._has_answered:
             return  # a vote that was under way has found the same
+        if _ends_an_epoch(engine):
+            return  # the epoch's own handlers come first; the vote on them answers
         self._has_answered = True
         step = engine.state.iteration
         self.logger.warning("Preemption: told to stop (%s); the run ends at iteration %d", told, step)
@@ -326,6 +328,15 @@ def _how_attached(engine: Engine, handler: Checkpoint) -> tuple[Any, tuple[Any, 
             if event == engine.last_event_name:
                 return event, args[1:], kwargs
     return found
+
+
+def _ends_an_epoch(engine: Engine) -> bool:
+    """Tell whether this is an epoch's last iteration, but not yet the event of its end.
+
+    A run that ended here would never fire EPOCH_COMPLETED for it, neither now nor after a resume.
+    """
+    length = engine.state.epoch_length
+    return counts_iterations(engine) and length is not None and engine.state.iteration % length == 0
 
 
 class _WhenCounted:

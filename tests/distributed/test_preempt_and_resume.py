@@ -68,12 +68,16 @@ class Training:
         )
         self.trainer.add_event_handler(Events.EPOCH_STARTED, self._begin_epoch)
         self.trainer.add_event_handler(Events.ITERATION_COMPLETED, self._end_step)
+        self.trainer.add_event_handler(Events.EPOCH_COMPLETED, self._end_epoch)
         self.trainer.add_event_handler(Events.EPOCH_COMPLETED, self.checkpoint)
         self.preemption = Preemption(self.trainer, self.checkpoint)
 
     def _begin_epoch(self) -> None:
         if self.sampler is not None:
             self.sampler.set_epoch(self.trainer.state.epoch)
+
+    def _end_epoch(self) -> None:
+        self.optimizer.param_groups[0]["weight_decay"] *= 0.5  # each epoch has to end once, also an interrupted one
 
     def _end_step(self) -> None:
         self.scheduler.step()
