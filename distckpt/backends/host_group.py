@@ -85,9 +85,7 @@ def call_the_roll(
         is_first = board.count(f"{prefix}/here/{rank}", 1, limit_s=timeout_s) == 1
         num_here = board.count(f"{prefix}/num_here", int(is_first), limit_s=timeout_s)
         while True:
-            with contextlib.suppress(
-                TimeoutError
-            ):  # that is no news; how long a silent board is waited for is known here
+            with contextlib.suppress(TimeoutError):  # no news: a silent board is waited for below
                 if (news := watch()) is not None:
                     return news
             if num_here >= world_size:

@@ -178,9 +178,8 @@ class Ballot:
         """
         count = _Count(backend, scope, self._motions, self._answers, self._error, self._failure, timeout_s)
         count.where = self._place(scope)
-        self._motions = []
-        if self._answers or self._error is not None:
-            self._answers, self._error, self._failure = {}, None, None
+        # New ones: the count keeps these, and may be under way while the next event's facts are put.
+        self._motions, self._answers, self._error, self._failure = [], {}, None, None
         if not count.waits_for_an_accelerator():
             count.start()
         return count.finish
