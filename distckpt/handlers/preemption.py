@@ -5,13 +5,10 @@ Owns :class:`Preemption`: what a signal means to a run. Layer L5.
 
 import logging
 import math
-import os
 import signal
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import FrameType
 from typing import Any
 
 from ignite.engine import Engine, Events
@@ -21,7 +18,9 @@ from distckpt.consensus.agree import Seat
 from distckpt.consensus.step_vote import Answer, Fact, Pending
 from distckpt.handlers.arguments import check_timeout
 from distckpt.handlers.checkpoint import Checkpoint
+from distckpt.handlers.deadline import Deadline
 from distckpt.handlers.firing import after_event
+from distckpt.handlers.signals import Catcher, check_signals
 from distckpt.handlers.voting import (
     Voter,
     check_pace,
@@ -35,7 +34,6 @@ from distckpt.handlers.voting import (
 
 __all__ = ["Preemption"]
 
-_Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
 _Saver = Callable[[Engine], Any] | Checkpoint  # a ModelCheckpoint is called with what it is attached with
 
 
@@ -114,7 +112,7 @@ class Preemption(Voter):
             if not callable(one):
                 msg = f"Argument checkpoint should be callable, or a sequence of callables, but given {type(one)}"
                 raise TypeError(msg)
-        numbers = _check_signals(signals)
+        numbers = check_signals(signals)
         _check_numbers(grace_s, exit_code)
         check_pace(lag, every)
         check_timeout(timeout_s)
@@ -130,7 +128,7 @@ class Preemption(Voter):
         self._has_trained = False
         self._has_answered = False
         self._seat = Seat(type(self).__name__)
-        self._catcher = _Catcher(numbers)
+        self._catcher = Catcher(numbers)
         if not self._catcher.install():
             self.logger.warning(
                 "Preemption: made outside the main thread, where Python lets nobody handle signals; this rank will "
@@ -237,7 +235,7 @@ class Preemption(Voter):
             return
         usual_s = sum(one.last_save_s for one in due if isinstance(one, Checkpoint))
         event = engine.last_event_name
-        with _Deadline(self.logger, step, end_s, usual_s):
+        with Deadline(self.logger, step, end_s, usual_s):
             for one in due:
                 if isinstance(one, Checkpoint):
                     where, args, kwargs = _how_attached(engine, one) or (event, (), {})
@@ -267,28 +265,6 @@ class Preemption(Voter):
             engine.state.iteration,
             saver.last_checkpoint,
         )
-
-
-def _check_signals(signals: object) -> list[int]:
-    """Return the signals' numbers, each once.
-
-    Raises:
-        TypeError: they are no numbers.
-        ValueError: there is none, or one that cannot be handled.
-    """
-    given = list(signals) if isinstance(signals, Iterable) else [None]
-    numbers = list(dict.fromkeys(int(one) for one in given if isinstance(one, int) and not isinstance(one, bool)))
-    if not all(isinstance(one, int) and not isinstance(one, bool) for one in given):
-        msg = f"Argument signals should be several signals' numbers, as (signal.SIGTERM,), but given {signals!r}"
-        raise TypeError(msg)
-    if not numbers:
-        msg = "Argument signals should name at least one signal, but is empty"
-        raise ValueError(msg)
-    for number in numbers:
-        if number not in signal.valid_signals() or number in (signal.SIGKILL, signal.SIGSTOP):
-            msg = f"Argument signals should name signals that a process can handle, but given {_name_of(number)}"
-            raise ValueError(msg)
-    return numbers
 
 
 def _check_numbers(grace_s: object, exit_code: object) -> None:
@@ -342,7 +318,7 @@ def _ends_an_epoch(engine: Engine) -> bool:
 class _WhenCounted:
     """The answer at the moment of the count."""
 
-    def __init__(self, catcher: "_Catcher") -> None:
+    def __init__(self, catcher: "Catcher") -> None:
         self._catcher = catcher
 
     def is_here(self) -> bool:
@@ -350,126 +326,3 @@ class _WhenCounted:
 
     def value(self) -> bool:
         return self._catcher.received is not None
-
-
-class _Catcher:
-    """What receives the signals. It knows no engine, so that a handler left installed keeps no model alive.
-
-    A deep copy is this one itself: there is one process to be told. In another process, forked or unpickled, it
-    receives nothing; a signal does there what it would do without it.
-
-    Attributes:
-        received: the first signal's name, and when it came, by the monotonic clock.
-    """
-
-    def __init__(self, numbers: Sequence[int]) -> None:
-        self.received: tuple[str, float] | None = None
-        self._numbers = numbers
-        self._before: dict[int, _Handler] = {}
-        self._pid: int | None = None  # where it receives
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Catcher":
-        """Return itself."""
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Leave behind what was installed."""
-        return (_Catcher, (self._numbers,))
-
-    def install(self) -> bool:
-        """Begin to receive; return whether this thread may."""
-        if threading.current_thread() is not threading.main_thread():
-            return False
-        self._pid = os.getpid()
-        for number in self._numbers:
-            self._before[number] = signal.getsignal(number)  # known before the first one can come
-            signal.signal(number, self._catch)
-        return True
-
-    def remove(self) -> None:
-        """Put back what was there, unless somebody else has come since. Outside the main thread: let it pass."""
-        self._pid = None
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for number in self._before:
-            if signal.getsignal(number) == self._catch:
-                signal.signal(number, self._whom_before(number))
-
-    def _is_open(self) -> bool:
-        return self._pid == os.getpid()
-
-    def _whom_before(self, number: int) -> Callable[[int, FrameType | None], Any] | int | signal.Handlers:
-        """Return who handled a signal before, and still wants to; the default for one that Python did not know."""
-        before = self._before.get(number)
-        owner = getattr(before, "__self__", None)
-        if isinstance(owner, _Catcher) and not owner._is_open():  # noqa: SLF001 - one of its kind
-            return owner._whom_before(number)  # noqa: SLF001 - as above
-        return signal.SIG_DFL if before is None else before
-
-    def _catch(self, number: int, frame: FrameType | None) -> None:
-        # No logging here: the main thread may be in the middle of it.
-        is_open = self._is_open()
-        if is_open and self.received is None:
-            self.received = (_name_of(number), time.monotonic())
-        before = self._whom_before(number)
-        if is_open and before is signal.default_int_handler:
-            return
-        if callable(before):
-            before(number, frame)
-        elif not is_open and before == signal.SIG_DFL and signal.getsignal(number) == self._catch:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-
-
-def _name_of(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # one of the real-time signals between the first and the last
-        return f"signal {number}"
-
-
-class _Deadline:
-    """Says in the log whether a save can end, and has ended, before the process is killed."""
-
-    def __init__(self, logger: logging.Logger, step: int, end_s: float | None, usual_s: float) -> None:
-        self._logger = logger
-        self._step = step
-        self._end_s = end_s
-        self._usual_s = usual_s
-        self._begin_s = time.monotonic()
-        self._timer: threading.Timer | None = None
-
-    def __enter__(self) -> None:
-        if self._end_s is None:
-            return
-        left_s = self._end_s - self._begin_s
-        if self._usual_s > left_s:
-            self._logger.warning(
-                "Preemption: %.1f s are left, and the last save took %.1f s: that of iteration %d may not end in time",
-                left_s,
-                self._usual_s,
-                self._step,
-            )
-        self._timer = threading.Timer(max(left_s, 0.0), self._say_late)
-        self._timer.daemon = True
-        self._timer.start()
-
-    def _say_late(self) -> None:
-        self._logger.error(
-            "Preemption: the time that was left is over and the save of iteration %d has not ended; if the process is "
-            "killed now, the checkpoint before it stands",
-            self._step,
-        )
-
-    def __exit__(self, *raised: object) -> None:
-        if self._timer is None or self._end_s is None:
-            return
-        self._timer.cancel()
-        if raised[0] is None:
-            now_s = time.monotonic()
-            self._logger.info(
-                "Preemption: the save of iteration %d took %.1f s and ended %.1f s before the deadline",
-                self._step,
-                now_s - self._begin_s,
-                self._end_s - now_s,
-            )

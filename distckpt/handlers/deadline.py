@@ -1,0 +1,57 @@
+"""The time that is left for a save before the process is killed.
+
+Owns what the log says of it. Layer L5.
+"""
+
+import logging
+import threading
+import time
+
+__all__ = ["Deadline"]
+
+
+class Deadline:
+    """Says in the log whether a save can end, and has ended, before the process is killed."""
+
+    def __init__(self, logger: logging.Logger, step: int, end_s: float | None, usual_s: float) -> None:
+        self._logger = logger
+        self._step = step
+        self._end_s = end_s
+        self._usual_s = usual_s
+        self._begin_s = time.monotonic()
+        self._timer: threading.Timer | None = None
+
+    def __enter__(self) -> None:
+        if self._end_s is None:
+            return
+        left_s = self._end_s - self._begin_s
+        if self._usual_s > left_s:
+            self._logger.warning(
+                "Preemption: %.1f s are left, and the last save took %.1f s: that of iteration %d may not end in time",
+                left_s,
+                self._usual_s,
+                self._step,
+            )
+        self._timer = threading.Timer(max(left_s, 0.0), self._say_late)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _say_late(self) -> None:
+        self._logger.error(
+            "Preemption: the time that was left is over and the save of iteration %d has not ended; if the process is "
+            "killed now, the checkpoint before it stands",
+            self._step,
+        )
+
+    def __exit__(self, *raised: object) -> None:
+        if self._timer is None or self._end_s is None:
+            return
+        self._timer.cancel()
+        if raised[0] is None:
+            now_s = time.monotonic()
+            self._logger.info(
+                "Preemption: the save of iteration %d took %.1f s and ended %.1f s before the deadline",
+                self._step,
+                now_s - self._begin_s,
+                self._end_s - now_s,
+            )
