@@ -19,6 +19,7 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from distckpt import Checkpoint, ModelCheckpoint, Preemption, TerminateOnNan, global_step_from_engine, stop_reason
+from distckpt.handlers import deadline, signals
 from distckpt.handlers import preemption as module
 from tests.unit.toys import InMemory, Notebook, idle_engine
 
@@ -704,7 +705,8 @@ def test_a_save_in_time_is_told_with_what_was_left(
     monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    for one in (module, signals, deadline):
+        monkeypatch.setattr(one, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
 
     def pass_by(seconds: float) -> Callable[[], None]:
         return lambda: now.__setitem__(0, now[0] + seconds)
