@@ -5,7 +5,7 @@
 #   bash launch/demo.sh
 #
 # Needs nothing prepared: the first call makes an environment of its own (minutes), later ones find it and take
-# well under a minute. Works with and without a terminal; exit code 0 says that everything below "OK" is true.
+# about a minute. Works with and without a terminal; exit code 0 says that everything below "OK" is true.
 # From the environment:
 #
 #   DEMO_DIR   where checkpoints and logs go (a new temporary directory)
