@@ -8,27 +8,26 @@ import dataclasses
 import logging
 import time
 import warnings
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from ignite.base.mixins import Serializable
 from ignite.engine import Engine, Events
-from ignite.handlers.checkpoint import DiskSaver as _IgniteDiskSaver
 
-from distckpt import load, retention, save
+from distckpt import retention, save
 from distckpt.backends.base import Backend
 from distckpt.backends.detect import current
 from distckpt.consensus.agree import Place, Seat
-from distckpt.consensus.decision import Agreed, NameRules, SaveDecision, SaveIntent, filename_of, nan_is_why
+from distckpt.consensus.decision import Agreed, NameRules, SaveDecision, SaveIntent, nan_is_why
 from distckpt.consensus.scores import check_rule
 from distckpt.consensus.step_vote import Answer, Fact
 from distckpt.errors import CommitNotDurable
 from distckpt.handlers import arguments
 from distckpt.handlers.checkpoint_helpers import CheckpointHelpers
+from distckpt.handlers.checkpoint_history import ON_DISK, CheckpointHistory
 from distckpt.handlers.disk_saver import DiskSaver
+from distckpt.handlers.early import Moment, half_a_step_lower
 from distckpt.handlers.events import CheckpointEvents, register
 from distckpt.handlers.firing import after_event, engines_firing, return_to_event
 from distckpt.handlers.older import accept_older_order, deprecated
@@ -44,14 +43,13 @@ from distckpt.handlers.voting import (
     others_vote,
     settle,
 )
-from distckpt.naming import check_name, format_score
+from distckpt.naming import check_name
 from distckpt.scalars import is_numpy_scalar, plain_score
 from distckpt.state.collect import capture, consolidate
 
 __all__ = ["Checkpoint"]
 
 _logger = logging.getLogger(__name__)
-_ON_DISK = (DiskSaver, _IgniteDiskSaver)
 _OLDER_ORDER = (
     "to_save",
     "save_handler",
@@ -68,7 +66,7 @@ _OLDER_ORDER = (
 )
 
 
-class Checkpoint(CheckpointHelpers, Voter, Serializable):
+class Checkpoint(CheckpointHelpers, CheckpointHistory, Voter):
     """Handler that saves objects during a run, the same on every rank, and keeps the best or latest of them.
 
     Attach it on all ranks. What is saved, under which name, and what it replaces is decided once from every rank's
@@ -121,17 +119,10 @@ class Checkpoint(CheckpointHelpers, Voter, Serializable):
     """
 
     SAVED_CHECKPOINT = CheckpointEvents.SAVED_CHECKPOINT
-    _state_dict_all_req_keys = ("_saved",)
     fact = Fact.SAVE_WANTED
     is_exact = True
     lag = None
     every = None
-
-    class Item(NamedTuple):
-        """A kept checkpoint."""
-
-        priority: int | float
-        filename: str
 
     @accept_older_order(_OLDER_ORDER, lambda given: isinstance(given.get("filename_pattern"), bool))
     def __init__(
@@ -190,7 +181,7 @@ class Checkpoint(CheckpointHelpers, Voter, Serializable):
         self._is_agreed = False
         self._intent: SaveIntent | None = None
         self.last_save_s = 0.0
-        self._saved_at = self._ended_at = _Moment()
+        self._saved_at = self._ended_at = Moment()
         self._is_early = False
         self._seat = Seat("Checkpoint")
         self._warned: set[str] = set()
@@ -289,7 +280,7 @@ class Checkpoint(CheckpointHelpers, Voter, Serializable):
         if decision is None:
             return
         if self._is_early and self.global_step_transform is not None and agreed.score is None:
-            decision = _half_a_step_lower(decision)
+            decision = half_a_step_lower(decision)
             agreed = dataclasses.replace(agreed, decision=decision)
         begin_s = time.monotonic()
         is_overwritten = decision.filename in [name for _, name in agreed.history]
@@ -319,7 +310,7 @@ class Checkpoint(CheckpointHelpers, Voter, Serializable):
             raise
         self._saved = [Checkpoint.Item(*entry) for entry in decision.kept]
         self.last_save_s = time.monotonic() - begin_s
-        self._saved_at = _Moment(engine)
+        self._saved_at = Moment(engine)
         self._strays = decision.evicted
         problems = self._remove(backend, place("removing what was evicted"), decision.evicted)
         self._tell(engine)
@@ -374,7 +365,7 @@ class Checkpoint(CheckpointHelpers, Voter, Serializable):
             score=score,
             history=self._history(),
             strays=self._strays,
-            directory=str(self.save_handler.dirname) if isinstance(self.save_handler, _ON_DISK) else None,
+            directory=str(self.save_handler.dirname) if isinstance(self.save_handler, ON_DISK) else None,
         )
 
     def _history(self) -> tuple[tuple[int | float, str], ...]:
@@ -435,83 +426,6 @@ class Checkpoint(CheckpointHelpers, Voter, Serializable):
             self._warned.add("nan")
             warnings.warn("Checkpoint: the score is NaN; nothing was saved. This is said once.", stacklevel=3)
 
-    # -- history -----------------------------------------------------------------------------------
-
-    @property
-    def last_checkpoint(self) -> str | Path | None:
-        """The kept checkpoint of highest priority: with a score the best, else the latest.
-
-        A path with a :class:`DiskSaver`, else the file name; None when there is none.
-        """
-        if not self._saved:
-            return None
-        filename = self._saved[-1].filename
-        if not isinstance(self.save_handler, _ON_DISK):
-            return filename
-        return self._path_of(filename)
-
-    def _path_of(self, filename: str) -> Path:
-        handler, directory = self._directory
-        if handler is self.save_handler and directory is not None:
-            return Path(directory) / filename
-        path: Path = self.save_handler.dirname / filename  # type: ignore[union-attr]  # asked of such handlers only
-        return path
-
-    def reset(self) -> None:
-        """Forget the saved checkpoints, for an engine that runs several times independently. Files stay."""
-        self._saved = []
-        self._strays = ()
-        self._is_agreed = False
-
-    def state_dict(self) -> "OrderedDict[str, list[tuple[int | float, str]]]":
-        """Return the history: ``_saved``, a list of (priority, file name), lowest priority first."""
-        return OrderedDict(_saved=[(item.priority, item.filename) for item in self._saved])
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over a history. Loaded on the coordinator alone, it holds on every rank from the next event on.
-
-        Args:
-            state_dict: what :meth:`state_dict` returned; an older release's ``saved`` is accepted.
-
-        Raises:
-            TypeError: it is no mapping.
-            ValueError: it lacks ``_saved``.
-        """
-        if isinstance(state_dict, Mapping) and "_saved" not in state_dict and "saved" in state_dict:
-            state_dict = {"_saved": state_dict["saved"]}
-        super().load_state_dict(state_dict)
-        items = [Checkpoint.Item(plain_score(priority), str(name)) for priority, name in state_dict["_saved"]]
-        self._saved = items
-        self._strays = ()
-        self._is_agreed = False
-
-    def reload_objects(
-        self, to_load: Mapping[str, Any], load_kwargs: Mapping[str, Any] | None = None, **filename_components: Any
-    ) -> None:
-        """Load one of this handler's files into objects, found by its name's components.
-
-        Args:
-            to_load: objects with ``load_state_dict``.
-            load_kwargs: for ``nn.Module.load_state_dict``.
-            filename_components: ``name``, ``score``, ``global_step``.
-
-        Raises:
-            AttributeError: the save handler is no :class:`DiskSaver`.
-        """
-        if not isinstance(self.save_handler, _ON_DISK):
-            msg = f"Checkpoint's `save_handler` should be of type `DiskSaver`, given {type(self.save_handler)}"
-            raise AttributeError(msg)  # noqa: TRY004 - ignite's type
-        rules = self._rules()
-        rules = dataclasses.replace(rules, name=filename_components.get("name", rules.name))
-        score = filename_components.get("score")
-        told = format_score(score) if isinstance(score, float) else str(score)
-        has_score = self.score_function is not None or rules.pattern is not None
-        filename = filename_of(
-            rules, score=told if has_score else None, global_step=filename_components.get("global_step")
-        )
-        path = self.save_handler.dirname / filename
-        load.load_objects(to_load, path, **(load_kwargs or {}))
-
 
 def _remembered(work: Callable[[], SaveIntent]) -> Callable[[], SaveIntent]:
     """Do `work` now, and return what gives its result or raises its error, in the phase where all ranks hear of it."""
@@ -539,27 +453,3 @@ def _check_is_number(global_step: Any) -> None:
     except ValueError:
         msg = f"Output of global_step_transform should be a number, but given {type(global_step)}"
         raise ValueError(msg) from None
-
-
-class _Moment:
-    """An iteration of an engine's; a copy, or one without an engine, is never now."""
-
-    def __init__(self, engine: Engine | None = None) -> None:
-        self._engine = None if engine is None else weakref.ref(engine)
-        self._iteration = None if engine is None else engine.state.iteration
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Leave the engine behind."""
-        return (_Moment, ())
-
-    def is_now(self, engine: Engine) -> bool:
-        return self._engine is not None and self._engine() is engine and self._iteration == engine.state.iteration
-
-
-def _half_a_step_lower(decision: SaveDecision) -> SaveDecision:
-    """Return `decision` with another priority. The same on every rank."""
-    priority = decision.priority - 0.5
-    kept = retention.admit(decision.kept, (priority, decision.filename), n_saved=None).kept
-    return dataclasses.replace(
-        decision, priority=priority, metadata={**decision.metadata, "priority": priority}, kept=kept
-    )

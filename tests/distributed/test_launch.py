@@ -195,6 +195,7 @@ def test_slurm_job_that_is_told_to_stop_saves_and_goes_back_into_the_queue(tmp_p
         (stand_ins / name).write_text(f"#!/usr/bin/env bash\n{body}\n", encoding="utf-8")
         (stand_ins / name).chmod(0o755)
     variables = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": "7"}
+    variables |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1", "SLURM_NODEID": "0"}
     variables |= {"OUTPUT_DIR": str(tmp_path / "out"), "PATH": f"{stand_ins}:{os.environ['PATH']}"}
     command = ["bash", str(LAUNCH / "slurm.sbatch"), "--epochs", "400", "--patience", "999", "--save-every", "999"]
     with started(command, **variables) as job:

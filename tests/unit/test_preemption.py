@@ -804,3 +804,25 @@ def test_a_checkpoint_that_has_saved_can_be_pickled_and_its_copy_has_saved_nothi
     for twin in (copy.deepcopy(checkpoint), pickle.loads(pickle.dumps(checkpoint))):  # noqa: S301 - our own
         assert not twin.has_saved_at(trainer)
         assert twin.state_dict() == checkpoint.state_dict()
+
+
+def test_a_run_that_begins_anew_saves_where_the_one_before_was_ended(tmp_path: Path) -> None:
+    actions = {3: send}
+    trainer = trainer_that(actions)
+    handler = Checkpoint({"trainer": trainer}, tmp_path, n_saved=None)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(every=3), handler)
+    first = Preemption(trainer, handler)
+    trainer.run([0] * 6)
+    first.close()
+    actions.clear()
+    assert stop_reason(trainer) == "preempted"
+    for path in tmp_path.iterdir():
+        path.unlink()
+    handler.reset()
+    trainer.remove_event_handler(first, Events.STARTED)
+    trainer.remove_event_handler(first, Events.ITERATION_COMPLETED)
+    trainer.remove_event_handler(first, Events.EPOCH_COMPLETED)
+    trainer.state.max_epochs = None
+    trainer.state.iteration = trainer.state.epoch = 0
+    trainer.run([0] * 6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["trainer_3.pt", "trainer_6.pt"]

@@ -1,0 +1,121 @@
+"""What a Checkpoint has saved: which files are kept, and how one of them is found again.
+
+Owns the history that is saved and loaded with a Checkpoint. Must not know how a file is written. Layer L5.
+"""
+
+import dataclasses
+from abc import abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ignite.base.mixins import Serializable
+from ignite.handlers.checkpoint import DiskSaver as _IgniteDiskSaver
+
+from distckpt import load
+from distckpt.consensus.decision import NameRules, filename_of
+from distckpt.handlers.disk_saver import DiskSaver
+from distckpt.naming import format_score
+from distckpt.scalars import plain_score
+
+__all__ = ["ON_DISK", "CheckpointHistory"]
+
+ON_DISK = (DiskSaver, _IgniteDiskSaver)
+
+
+class CheckpointHistory(Serializable):
+    """The part of :class:`~distckpt.Checkpoint` that remembers."""
+
+    _state_dict_all_req_keys = ("_saved",)
+    save_handler: Any
+    score_function: Callable[..., Any] | None
+    _saved: "list[CheckpointHistory.Item]"
+    _strays: tuple[str, ...]
+    _directory: tuple[Any, str | None]
+    _is_agreed: bool
+
+    class Item(NamedTuple):
+        """A kept checkpoint."""
+
+        priority: int | float
+        filename: str
+
+    @abstractmethod
+    def _rules(self) -> NameRules:
+        """Return how files are named."""
+
+    @property
+    def last_checkpoint(self) -> str | Path | None:
+        """The kept checkpoint of highest priority: with a score the best, else the latest.
+
+        A path with a :class:`DiskSaver`, else the file name; None when there is none.
+        """
+        if not self._saved:
+            return None
+        filename = self._saved[-1].filename
+        if not isinstance(self.save_handler, ON_DISK):
+            return filename
+        return self._path_of(filename)
+
+    def _path_of(self, filename: str) -> Path:
+        handler, directory = self._directory
+        if handler is self.save_handler and directory is not None:
+            return Path(directory) / filename
+        path: Path = self.save_handler.dirname / filename
+        return path
+
+    def reset(self) -> None:
+        """Forget the saved checkpoints, for an engine that runs several times independently. Files stay."""
+        self._saved = []
+        self._strays = ()
+        self._is_agreed = False
+
+    def state_dict(self) -> "OrderedDict[str, list[tuple[int | float, str]]]":
+        """Return the history: ``_saved``, a list of (priority, file name), lowest priority first."""
+        return OrderedDict(_saved=[(item.priority, item.filename) for item in self._saved])
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over a history. Loaded on the coordinator alone, it holds on every rank from the next event on.
+
+        Args:
+            state_dict: what :meth:`state_dict` returned; an older release's ``saved`` is accepted.
+
+        Raises:
+            TypeError: it is no mapping.
+            ValueError: it lacks ``_saved``.
+        """
+        if isinstance(state_dict, Mapping) and "_saved" not in state_dict and "saved" in state_dict:
+            state_dict = {"_saved": state_dict["saved"]}
+        super().load_state_dict(state_dict)
+        items = [CheckpointHistory.Item(plain_score(priority), str(name)) for priority, name in state_dict["_saved"]]
+        self._saved = items
+        self._strays = ()
+        self._is_agreed = False
+
+    def reload_objects(
+        self, to_load: Mapping[str, Any], load_kwargs: Mapping[str, Any] | None = None, **filename_components: Any
+    ) -> None:
+        """Load one of this handler's files into objects, found by its name's components.
+
+        Args:
+            to_load: objects with ``load_state_dict``.
+            load_kwargs: for ``nn.Module.load_state_dict``.
+            filename_components: ``name``, ``score``, ``global_step``.
+
+        Raises:
+            AttributeError: the save handler is no :class:`DiskSaver`.
+        """
+        if not isinstance(self.save_handler, ON_DISK):
+            msg = f"Checkpoint's `save_handler` should be of type `DiskSaver`, given {type(self.save_handler)}"
+            raise AttributeError(msg)  # noqa: TRY004 - ignite's type
+        rules = self._rules()
+        rules = dataclasses.replace(rules, name=filename_components.get("name", rules.name))
+        score = filename_components.get("score")
+        told = format_score(score) if isinstance(score, float) else str(score)
+        has_score = self.score_function is not None or rules.pattern is not None
+        filename = filename_of(
+            rules, score=told if has_score else None, global_step=filename_components.get("global_step")
+        )
+        path = self.save_handler.dirname / filename
+        load.load_objects(to_load, path, **(load_kwargs or {}))
