@@ -32,6 +32,7 @@ __all__ = [
     "is_poisoned",
     "nan_is_looked_for",
     "nan_is_looked_for_later",
+    "num_runs",
     "others_vote",
     "poison",
     "settle",
@@ -43,6 +44,8 @@ StopReason = Literal["nan", "early_stop", "time_limit", "preempted"]
 
 # What Gloo, NCCL and the store say when a peer is gone; they raise bare RuntimeErrors.
 _WORDS_OF_A_BROKEN_COLLECTIVE = ("gloo", "nccl", "peer", "connection", "socket", "process group", "timed out")
+
+_TOLD = "_distckpt_told"  # on an exception that the other ranks have been told of
 
 
 class Voter(ABC):
@@ -129,6 +132,12 @@ def stop_reason(engine: Engine) -> StopReason | None:
     """
     vote = hooks_of(engine)
     return None if vote is None else vote.reason
+
+
+def num_runs(engine: Engine) -> int:
+    """Return a number that tells one run of the engine from the next, once a handler has voted or stopped it."""
+    vote = hooks_of(engine)
+    return 0 if vote is None else int(vote.num_runs)
 
 
 def exit_after_run(engine: Engine, code: int) -> None:
@@ -224,6 +233,7 @@ class EngineVote:
     Attributes:
         reason: why the last run was stopped.
         exit_code: with which to end the program after this run; 0 to go on.
+        num_runs: how many runs have begun since there is this object.
         poisoned_at: the iteration that was voted NaN.
         is_scheduled: whether somebody has voted on the event under way, and the count is still to come.
     """
@@ -231,6 +241,7 @@ class EngineVote:
     def __init__(self) -> None:
         self.reason: StopReason | None = None
         self.exit_code = 0
+        self.num_runs = 0
         self.poisoned_at: int | None = None
         self._backend: Backend | None = None
         self._watch: liveness.Watch | None = None
@@ -264,7 +275,7 @@ class EngineVote:
         self._motions: dict[int, tuple[Motion, Voter]] = {}
         self._voters: dict[Motion, Voter] = {}
         self._pace: dict[str, tuple[int, str]] = {}
-        self._pace_told = ""
+        self._lag, self._every, self._pace_told = 0, 1, ""
         self._timeout_s: float | None = None
 
     # -- during an event ---------------------------------------------------------------------------
@@ -328,6 +339,7 @@ class EngineVote:
                     f"{name}={before}. Give it to one of them, or the same to all."
                 )
                 raise ValueError(msg)
+        self._lag, self._every = self._pace.get("lag", (0, ""))[0], self._pace.get("every", (1, ""))[0]
         paces = ((name, value) for name, (value, _) in sorted(self._pace.items(), reverse=True))
         self._pace_told = "".join(f", {name}={value}" for name, value in paces if value > (name == "every"))
         if voter.timeout_s is not None:
@@ -340,28 +352,23 @@ class EngineVote:
         self.is_scheduled = False
         if not self._ballot:
             return  # somebody who needed to know has had it counted
-        every, _ = self._pace.get("every", (1, ""))
         is_exact = self._is_exact or not self._counts_iterations
-        if engine.state.iteration % every and not is_exact:
+        if engine.state.iteration % self._every and not is_exact:
             return  # what is on the ballot stays there
-        lag, _ = self._pace.get("lag", (0, ""))
         self._is_exact = False
-        results = self._finish_pending()
-        if lag and not is_exact and not any(result.said for result in results):
+        before = self._finish_pending()
+        if self._lag and not is_exact and (before is None or not before.said):
             self._pending = self._start()
         else:
-            results.append(self._start()())
-        self._act(engine, results)
+            self._act(engine, before, self._start()())
 
     def settle(self, engine: Engine) -> None:
         """Collective where something is open: finish the vote under way, and hold the one that is due later.
 
         Only where all ranks are bound to ask, as in a save.
         """
-        results = self._finish_pending()
-        if self._ballot:
-            results.append(self._start()())
-        self._act(engine, results)
+        before = self._finish_pending()
+        self._act(engine, before, self._start()() if self._ballot else None)
 
     def _start(self) -> Callable[[], Result]:
         if self._backend is None or self._scope is None:  # nothing was brought
@@ -371,15 +378,15 @@ class EngineVote:
         timeout_s = self._default_timeout_s if self._timeout_s is None else self._timeout_s
         return self._ballot.start(self._backend, self._scope, timeout_s=timeout_s)
 
-    def _finish_pending(self) -> list[Result]:
+    def _finish_pending(self) -> Result | None:
         pending, self._pending = self._pending, None
-        return [] if pending is None else [pending()]
+        return None if pending is None else pending()
 
-    def _act(self, engine: Engine, results: list[Result]) -> None:
+    def _act(self, engine: Engine, *results: Result | None) -> None:
         """Let each handler act on the results, in the order of :class:`Fact`, then of the ballot."""
-        if not any(result.said for result in results):
+        said = [(motion, answers) for result in results if result for motion, answers in result.said.items()]
+        if not said:
             return
-        said = [(motion, answers) for result in results for motion, answers in result.said.items()]
         event = engine.last_event_name
         for motion, answers in sorted(said, key=lambda one: one[0].fact):
             # A handler that saves asks for the event's name; another one may have fired events since.
@@ -393,6 +400,7 @@ class EngineVote:
         """Begin a run with a clean slate, and end it with nothing open."""
         if event is Events.STARTED:
             self.reason, self.exit_code = None, 0
+            self.num_runs += 1
             self._forget_open_votes()
             self._forget_voters()  # handlers may have been removed, or be another's with another pace
             if self.poisoned_at != engine.state.iteration:
@@ -414,17 +422,22 @@ class EngineVote:
         watch = self._watch
         if watch is None or self._backend is not current():
             return error
+        if vars(error).get(_TOLD) and not watch.in_run:
+            return error  # ignite says it twice: where the exception is raised, and around the run
         if any(hooks_of(one) is not None for one in engines_firing()):
             return error  # the engine around this one may catch it; if not, it will tell
         watch.step = engine.state.iteration
-        self._leave()
-        if isinstance(error, PhaseError | RanksDriftedApart):
-            return error  # raised on every rank alike
-        if not isinstance(error, CollectiveError) and _is_of_a_broken_collective(error):
-            news = watch.suspect()
-            if news is not None:
-                return news
-        watch.report(error, "".join(traceback.format_exception(error)))
+        vars(error)[_TOLD] = True
+        try:
+            if isinstance(error, PhaseError | RanksDriftedApart):
+                return error  # raised on every rank alike
+            if not isinstance(error, CollectiveError) and _is_of_a_broken_collective(error):
+                news = watch.suspect()
+                if news is not None:
+                    return news
+            watch.report(error, "".join(traceback.format_exception(error)))
+        finally:
+            self._leave()
         return error
 
     def _forget_open_votes(self) -> None:
@@ -433,7 +446,7 @@ class EngineVote:
 
     def _leave(self) -> None:
         if self._watch is not None and not engines_firing():
-            self._watch.in_run = False
+            self._watch.leave()
 
 
 def _is_of_a_broken_collective(error: BaseException) -> bool:
