@@ -297,8 +297,9 @@ class HostGroup:
         try:
             self._group = dist.ProcessGroupGloo(gloo, self._rank, self._world_size, timedelta(seconds=timeout_s))
         except RuntimeError as error:
+            self._raise_news(_GRACE_S)
             msg = f"rank {self._rank}: the ranks could not be connected over Gloo for {what}: {error}"
-            raise self._news(_GRACE_S) or CollectiveError(msg) from error
+            raise CollectiveError(msg) from error
         atexit.register(_close_if_alive, weakref.ref(self))
         self._share_memory(what, timeout_s)
 
@@ -366,7 +367,8 @@ class HostGroup:
             raise
         except OSError as error:
             self._given_up = str(what)
-            raise self._news(_NOTE_S) or board_is_gone(self._rank, what, error) from error
+            self._raise_news(_NOTE_S)
+            raise board_is_gone(self._rank, what, error) from error
         except RuntimeError as error:
             self._explain(error, what, operation, timeout_s, timed_out=False)
         except BaseException:  # an interrupt: this rank is out of step now
@@ -406,6 +408,11 @@ class HostGroup:
 
     def _news(self, wait_s: float = 0.0) -> DistckptError | None:
         return None if self.watcher is None else self.watcher.news(wait_s)
+
+    def _raise_news(self, wait_s: float) -> None:
+        """Raise the watcher's news, if there is any; with the cause that it has on another rank, not this rank's."""
+        if (news := self._news(wait_s)) is not None:
+            raise news
 
     def _ask(self, call: Callable[[float], T], limit_s: float = _NOTE_S) -> T:
         """Ask the board, within `limit_s`; more briefly if it did not answer the last time."""
@@ -471,11 +478,17 @@ class HostGroup:
         """Find out who came to the failed operation, give the group up, and raise."""
         self._give_up(what, ())
         missing: list[int] = []
-        if operation is not None:
+        memory = self._memory
+        if operation is not None and memory is not None and timed_out and not self._is_board_silent:
+            # There it can be seen, and nobody needs time to write it down.
+            others = [rank for rank in range(self._world_size) if rank != self._rank]
+            missing = [rank for rank in others if memory.read(rank, operation.number) is None]
+        elif operation is not None:
             try:
                 missing = self._who_is_missing(operation, _LAST_GRACE_S if timed_out else _GRACE_S)
             except OSError as gone:
-                raise self._news(_NOTE_S) or board_is_gone(self._rank, what, gone) from error
+                self._raise_news(_NOTE_S)
+                raise board_is_gone(self._rank, what, gone) from error
         self._give_up(what, missing)
         who = f"{_ranks(missing)} did not come{self._tell(missing)}" if missing else "the connection broke"
         if timed_out:

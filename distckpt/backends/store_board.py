@@ -40,7 +40,7 @@ class StoreBoard(Board):
         self._store = store
         self._is_open = is_open
         self._own: dist.Store | None = store if is_guest else None
-        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[dist.Store], Any]]] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[dist.Store], Any]] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._worker: threading.Thread | None = None
 
@@ -64,6 +64,10 @@ class StoreBoard(Board):
     def is_open(self) -> bool:
         """Tell whether the job that it belongs to is still this process's."""
         return self._is_open()
+
+    def close(self) -> None:
+        """Let the worker end, after the calls that are under way. Nothing may be asked of it after."""
+        self._calls.put(None)
 
     def host(self) -> str:
         """Tell where the store is kept. Empty for a store without a host, as one in a file."""
@@ -113,13 +117,16 @@ def _serve(owner: "weakref.ref[StoreBoard]", calls: "queue.SimpleQueue[Any]") ->
     """Make the calls, one after the other, on the board's worker thread."""
     while True:
         try:
-            answer, call = calls.get(timeout=_IDLE_S)
+            order = calls.get(timeout=_IDLE_S)
         except queue.Empty:
             board = owner()
             if board is None or (not board.is_open() and board._retire()):  # noqa: SLF001 - its worker
                 return
             del board
             continue
+        if order is None:
+            return
+        answer, call = order
         board = owner()
         if board is None or not answer.set_running_or_notify_cancel():
             continue
@@ -129,7 +136,7 @@ def _serve(owner: "weakref.ref[StoreBoard]", calls: "queue.SimpleQueue[Any]") ->
             answer.set_exception(error)
         else:
             answer.set_result(result)
-        del board, answer, call
+        del board, answer, call, order
 
 
 def _look(store: dist.Store, keys: list[str]) -> list[str | None]:

@@ -19,7 +19,7 @@ from torch.distributed import distributed_c10d as c10d
 from distckpt.backends.base import Backend, Board, ReduceOp, TensorOp, Watcher, default_timeout_s
 from distckpt.backends.host_group import HostGroup, board_is_gone, call_the_roll
 from distckpt.backends.store_board import StoreBoard
-from distckpt.errors import CollectiveError, DistckptError, RanksDriftedApart
+from distckpt.errors import CollectiveError, RanksDriftedApart
 
 __all__ = ["TorchDistBackend"]
 
@@ -77,7 +77,8 @@ class TorchDistBackend(Backend):
         # The same number on every rank: each counts the backends that it used on this store.
         key, limit_s = f"distckpt/made/{self._rank}", default_timeout_s()
         try:
-            number = StoreBoard(root, lambda: True, is_guest=True).count(key, 1, limit_s=limit_s)
+            with contextlib.closing(StoreBoard(root, lambda: True, is_guest=True)) as guest:
+                number = guest.count(key, 1, limit_s=limit_s)
         except OSError as error:
             raise board_is_gone(self._rank, "the first use of it", error) from error
         return dist.PrefixStore(f"distckpt/{number}", root)
@@ -215,16 +216,19 @@ class TorchDistBackend(Backend):
             note = self._call_the_roll(name, watch, limit_s)
             self._board.put(f"at/{self._rank}", "", limit_s=limit_s)
         except OSError as gone:
-            raise self._reason() or board_is_gone(self._rank, name, gone) from gone
+            self._raise_reason()
+            raise board_is_gone(self._rank, name, gone) from gone
         except CollectiveError as error:
-            if error.missing:
-                raise
-            raise self._reason() or error from None
+            if not error.missing:
+                self._raise_reason()
+            raise
         return note
 
-    def _reason(self) -> DistckptError | None:
-        """Return why the board cannot be reached, where the watcher knows."""
-        return None if self._watcher is None else self._watcher.news(_REASON_S)
+    def _raise_reason(self) -> None:
+        """Raise why the board cannot be reached, where the watcher knows."""
+        reason = None if self._watcher is None else self._watcher.news(_REASON_S)
+        if reason is not None:
+            raise reason
 
     def _call_the_roll(self, name: str, watch: str | None, timeout_s: float) -> str | None:
         drift = _Drift(self._board, self._world_size)

@@ -25,6 +25,7 @@ __all__ = ["EXIT_BLOCKED", "End", "Job", "Jobs", "Table"]
 EXIT_BLOCKED = 70
 _ROOT = Path(__file__).resolve().parents[2]
 _START_LIMIT_S = 60.0
+_TRY_S = 15.0  # of that, before an agent's job is started once more
 _POLL_S = 0.02
 _NOISE = ("frame #", "Exception raised from", "<omitting python frames>")  # of torch's C++ stacks
 _ENVIRONMENT = {
@@ -93,9 +94,9 @@ class Job:
                 raise AssertionError(f"{what}: not within {limit_s:g} s\n{self.story()}")
             time.sleep(_POLL_S)
 
-    def form(self) -> None:
+    def form(self, limit_s: float = _START_LIMIT_S) -> None:
         """Wait until the ranks have formed their group."""
-        self.wait_for(lambda: len(self.told("formed")) == self.plan.world_size, "forming", _START_LIMIT_S)
+        self.wait_for(lambda: len(self.told("formed")) == self.plan.world_size, "forming", limit_s)
 
     def say(self, word: str) -> None:
         """Say a word that ranks wait for."""
@@ -223,11 +224,30 @@ class Jobs:
     def start_all(self, plans: Sequence[dict[str, Any]]) -> list[Job]:
         """Start several jobs, and let their ranks go together."""
         jobs = [self.start(**what) for what in plans]
-        for job in jobs:
-            job.form()
+        for number, what in enumerate(plans):
+            jobs[number] = self._formed(jobs[number], what)
         for job in jobs:
             job.say("go")
         return jobs
+
+    def _formed(self, job: Job, what: dict[str, Any]) -> Job:
+        """Wait until a job's ranks have formed their group; start it once more if they do not.
+
+        torchrun's agent has threads when it forks the ranks, as torch's own does with this start method: one time in
+        hundreds all of them hang in ``init_process_group``, before anything of distckpt's has run.
+        """
+        try:
+            job.form(_TRY_S)
+        except AssertionError:
+            if job.plan.launcher != "agent":
+                job.form()
+                return job
+        else:
+            return job
+        self.end([job])
+        again = self.start(**what)
+        again.form()
+        return again
 
     def end(self, jobs: Sequence[Job]) -> None:
         """Kill what is left of some jobs."""

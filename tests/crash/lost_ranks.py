@@ -10,6 +10,7 @@ the job's log. The side that starts jobs and reads the logs lies in `tests.crash
 
 import contextlib
 import gc
+import importlib
 import json
 import logging
 import math
@@ -534,6 +535,7 @@ def serve() -> None:
         _IsRank: in each rank of a job without a launcher.
     """
     jobs: set[int] = set()
+    importlib.import_module("torch._dynamo")  # which DistributedDataParallel needs: half a second in each rank
     gc.freeze()  # or each fork's last collection copies all of torch's pages
     _answer("ready")
     buffer = b""

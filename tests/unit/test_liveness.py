@@ -13,8 +13,10 @@ import pytest
 from distckpt import CollectiveError, CollectiveTimeout, DistckptError, PhaseError, RankLost
 from distckpt.backends.base import Board
 from distckpt.backends.serial import SerialBackend
-from distckpt.consensus import liveness
-from distckpt.consensus.liveness import EXIT_CODE, Fault, Watch
+from distckpt.consensus import watch as watching
+from distckpt.consensus.fault import Fault
+from distckpt.consensus.processes import TrainingThread
+from distckpt.consensus.watch import EXIT_CODE, Watch
 from distckpt.errors import RankFailure, RemoteTraceback
 
 LIMIT_S = 12.0  # beats once a second
@@ -113,7 +115,7 @@ class Rank(SerialBackend):
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Return the module's clock."""
     hands = Clock()
-    monkeypatch.setattr(liveness, "time", SimpleNamespace(monotonic=hands.monotonic, sleep=hands.sleep))
+    monkeypatch.setattr(watching, "time", SimpleNamespace(monotonic=hands.monotonic, sleep=hands.sleep))
     return hands
 
 
@@ -123,6 +125,13 @@ def job(clock: Clock) -> Job:
     three = Job(clock)
     three.look(times=2)
     return three
+
+
+def end_process(job: Job, ended: int) -> None:
+    """End a rank's process, as the others see it."""
+    for rank, watch in enumerate(job.watches):
+        if rank != ended:
+            vars(watch._peers)["_processes"] = SimpleNamespace(ended=lambda: {ended}, close=lambda: None)
 
 
 def error_of(watch: Watch) -> DistckptError:
@@ -197,6 +206,9 @@ class Pause:
         self._clock.sleep(seconds)
         return False
 
+    def set(self) -> None:
+        """Nobody sleeps."""
+
     def clear(self) -> None:
         """Nothing is ever set."""
 
@@ -266,6 +278,43 @@ def test_leaving_twice_or_without_a_board_is_no_error(job: Job) -> None:
     job.boards[1].is_silent = True
     job.watches[1].close()
     job.watches[1].close()
+
+
+def test_a_rank_whose_process_has_ended_in_a_run_is_lost_at_once(job: Job) -> None:
+    end_process(job, 1)
+    job.look([0, 2])
+    for watch in (job.watches[0], job.watches[2]):
+        assert isinstance(error := error_of(watch), RankLost)
+        assert error.missing == (1,)
+        assert "died" in str(error)
+
+
+def test_a_rank_whose_process_has_ended_after_its_run_is_missed_by_those_that_wait_alone(job: Job) -> None:
+    job.watches[1].leave()
+    end_process(job, 1)
+    job.look([0, 2], times=30)
+    assert "watch/fault" not in job.notes
+    assert isinstance(error := error_of(job.watches[0]), RankLost)
+    assert error.missing == (1,)
+
+
+def test_a_rank_that_has_ended_its_run_need_not_beat(job: Job) -> None:
+    job.watches[1].step = 20
+    job.watches[1].leave()
+    job.look([0, 2], times=30)
+    assert job.watches[0].news() is None
+    assert job.watches[0].tell([1]) == "rank 1 is alive but has ended its run, at iteration 20"
+    job.watches[1].enter(1)
+    job.look()
+    job.look([0, 2], times=13)
+    assert isinstance(error_of(job.watches[0]), RankLost)
+
+
+def test_a_rank_that_does_not_wait_hears_of_a_fault_in_its_next_iteration(job: Job) -> None:
+    job.watches[1].report(KeyError("bad batch"), "")
+    job.look([0])
+    with pytest.raises(KeyError, match="bad batch"):
+        job.watches[0].enter(31)
 
 
 # -- a rank that raises ------------------------------------------------------------------------------
@@ -369,9 +418,9 @@ def test_a_rank_that_raised_late_does_not_spoil_the_run_of_those_that_began_anew
 def test_running_again_brings_no_lost_rank_back(job: Job) -> None:
     job.look([0, 1], times=13)
     assert isinstance(job.watches[0].news(), RankLost)
-    job.watches[0].in_run = False
-    job.watches[0].enter(1)
-    assert isinstance(job.watches[0].news(), RankLost)
+    job.watches[0].leave()
+    with pytest.raises(RankLost):
+        job.watches[0].enter(1)
 
 
 # -- a collective of the job's own that broke --------------------------------------------------------
@@ -427,7 +476,7 @@ def test_nobody_is_accused_while_the_board_does_not_answer(clock: Clock) -> None
     job = Job(clock, hosts=["this process", "this machine", "this machine"])
     job.look(times=2)
     job.boards[1].is_silent = True
-    clock.on_sleep = lambda: job.look([1], every_s=0.0)
+    clock.on_sleep = lambda: job.look([1], every_s=2.0)
     assert isinstance(error := job.watches[1].suspect(), RankLost)
     assert error.missing == (0,), "which hosts the board"
 
@@ -470,7 +519,7 @@ def test_who_hosts_the_board_is_known_once_the_ranks_have_met(clock: Clock) -> N
         assert watch.news() is None, "not all have come"
         vars(watch)["_thread"] = SimpleNamespace(start=lambda: None)
         watch.start(Rank())
-    assert [job.notes[f"watch/host/{rank}"] for rank in range(3)] == hosts
+    assert [job.notes[f"watch/host/{rank}"].partition("|")[0] for rank in range(3)] == hosts
     assert job.watches[2].news() is None
     job.boards[2].is_gone = True
     job.look([2])
@@ -485,8 +534,6 @@ def test_a_silent_board_holds_up_the_begin_no_longer_than_the_limit(clock: Clock
     begin_s = clock.now_s
     job.watches[0].start(Rank())
     assert clock.now_s - begin_s == LIMIT_S
-    assert job.watches[0].news() is None
-    job.look([0])
     assert isinstance(error_of(job.watches[0]), RankLost)
 
 
@@ -523,7 +570,7 @@ def test_the_boards_host_waits_a_few_beats_for_one_that_does_not_read(hosted: Jo
     hosted.clock.on_sleep = lambda: hosted.look([1], every_s=0.0)
     begin_s = hosted.clock.now_s
     hosted.watches[0].close()
-    assert 3.0 < hosted.clock.now_s - begin_s < 5.0
+    assert 3.0 < hosted.clock.now_s - begin_s < 5.2
 
 
 def test_only_the_boards_host_waits_when_it_leaves(hosted: Job) -> None:
@@ -609,7 +656,7 @@ def test_the_shortest_limit_counts(job: Job) -> None:
     ("limit_s", "world_size", "interval_s"), [(3.0, 4, 0.25), (300.0, 4, 1.0), (300.0, 1000, 2.0), (0.12, 2, 0.01)]
 )
 def test_beats_come_a_dozen_times_in_a_limit(limit_s: float, world_size: int, interval_s: float) -> None:
-    assert liveness._interval_s(limit_s, world_size) == pytest.approx(interval_s)
+    assert watching._interval_s(limit_s, world_size) == pytest.approx(interval_s)
 
 
 def test_a_fault_is_logged_once(job: Job, caplog: pytest.LogCaptureFixture) -> None:
@@ -704,7 +751,7 @@ def test_a_process_is_not_ended_without_need(
 
 
 def test_a_thread_that_computes_does_not_stand_still() -> None:
-    training = liveness._Training()
+    training = TrainingThread()
     assert training.stands_still_s() < 1.0
     training._since_s -= 100.0
     sum(range(3_000_000))  # some ticks of the CPU
@@ -712,7 +759,7 @@ def test_a_thread_that_computes_does_not_stand_still() -> None:
 
 
 def test_where_a_thread_stands_is_told_by_its_innermost_function() -> None:
-    training = liveness._Training()
+    training = TrainingThread()
     with ThreadPoolExecutor(1) as beside:  # this thread waits in concurrent.futures, and there in threading
         assert beside.submit(training.is_in, ["threading.py"]).result(10.0)
         assert not beside.submit(training.is_in, [__file__, "futures"]).result(10.0)
