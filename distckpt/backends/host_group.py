@@ -117,6 +117,11 @@ class _Operation:
     number: int
     is_late: bool
 
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether it goes through shared memory."""
+        return isinstance(self.work, Maximum)
+
 
 class _GlooMaximum:
     """A reduction over Gloo, with the face of one in shared memory."""
@@ -478,17 +483,17 @@ class HostGroup:
         """Find out who came to the failed operation, give the group up, and raise."""
         self._give_up(what, ())
         missing: list[int] = []
-        memory = self._memory
-        if operation is not None and memory is not None and timed_out and not self._is_board_silent:
+        if operation is not None and timed_out and operation.is_in_memory and not self._is_board_silent:
             # There it can be seen, and nobody needs time to write it down.
-            others = [rank for rank in range(self._world_size) if rank != self._rank]
-            missing = [rank for rank in others if memory.read(rank, operation.number) is None]
+            missing = [rank for rank in range(self._world_size) if not self._has_written(rank, operation)]
         elif operation is not None:
             try:
                 missing = self._who_is_missing(operation, _LAST_GRACE_S if timed_out else _GRACE_S)
             except OSError as gone:
                 self._raise_news(_NOTE_S)
                 raise board_is_gone(self._rank, what, gone) from error
+            # On a busy machine a rank may have no time to note that it came.
+            missing = [rank for rank in missing if not self._has_written(rank, operation)]
         self._give_up(what, missing)
         who = f"{_ranks(missing)} did not come{self._tell(missing)}" if missing else "the connection broke"
         if timed_out:
@@ -496,6 +501,12 @@ class HostGroup:
             raise CollectiveTimeout(msg, missing) from error
         msg = f"rank {self._rank}: {what} broke off: {who} ({error})"
         raise CollectiveError(msg, missing) from error
+
+    def _has_written(self, rank: int, operation: _Operation) -> bool:
+        """Tell whether the shared memory shows that a rank came to an operation."""
+        if not operation.is_in_memory or self._memory is None:
+            return False
+        return rank == self._rank or self._memory.read(rank, operation.number) is not None
 
     def _who_is_missing(self, operation: _Operation, grace_s: float) -> list[int]:
         """Return who has not come to an operation within `grace_s`.

@@ -74,6 +74,20 @@ def test_a_rank_that_leaves_the_job_is_named_at_once() -> None:
     assert time.monotonic() - begin_s < 10.0
 
 
+@run_distributed(world_size=3)
+def test_who_is_missing_from_what_goes_over_gloo_is_not_looked_for_in_the_memory() -> None:
+    backend = current()
+    backend.barrier()
+    assert shares_memory()
+    if dist.get_rank() == 2:
+        assert gathered("late")
+        return
+    error = raised(lambda: backend.gather_host(b"here", 4, what="a gather", timeout_s=1.0))
+    assert isinstance(error, CollectiveError)
+    assert error.missing == (2,)
+    assert gathered("done")
+
+
 def die_in_a_meeting(victim: int) -> tuple[str, object, bool]:
     backend = current()
     backend.barrier()
