@@ -110,8 +110,7 @@ class Watch:
     def close(self, why: str = "its process ended") -> None:
         """End the watch, and tell the others that this rank leaves. Any thread; does nothing the second time.
 
-        Where this process hosts the board it is not left before the others know what is written there, or a moment
-        has passed.
+        A process that hosts the board stays a moment, until the others know what is written there.
         """
         if self._stop.is_set() or os.getpid() != self._pid:  # a forked child inherits what is to be done at exit
             return
@@ -119,8 +118,8 @@ class Watch:
         self._wake.set()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(self._interval_s)
-        # An idle rank is not missed, and the rank that hosts the board may have ended by now.
         is_host = self._board.host() == "this process"
+        # An idle rank is not missed, and the rank that hosts the board may have ended by now.
         if self.in_run or is_host or "this process" not in self._store.hosts:
             with contextlib.suppress(OSError, RuntimeError):
                 self._write(f"{LEFT}: {why}")
@@ -190,10 +189,15 @@ class Watch:
             # While the ranks meet for the first time: afterwards the store may be lost at any moment.
             with contextlib.suppress(OSError):
                 self._learn_hosts(max(self._interval_s, 1.0))
-        until = time.monotonic() + wait_s
-        while self._fault is None and time.monotonic() < until:
-            self._asked_s = time.monotonic()
+        until = self._asked_s + wait_s
+        while self._fault is None and self._asked_s < until:
             time.sleep(_LOOK_S)
+            self._asked_s = time.monotonic()
+        if self._fault is None and wait_s > 0 and self._looking.acquire(timeout=wait_s):
+            try:
+                self._look(0.0)  # the other thread may not have come to it
+            finally:
+                self._looking.release()
         if self._fault is None:
             self._claim_lost(self._peers.gone())
         if self._fault is None:
@@ -260,8 +264,8 @@ class Watch:
                 self._put_beat(state, min(1.0, self._limit_s))
 
     def _put_beat(self, state: str, limit_s: float) -> None:
-        state = state or (RUNS if self.in_run else IDLE)
-        line = heartbeat(self._beat, self.step, state, knows=self._fault is not None)
+        now = state or (RUNS if self.in_run else IDLE)
+        line = heartbeat(self._beat, self.step, now, knows=self._fault is not None)
         self._board.put(f"watch/beat/{self._rank}", line, limit_s=limit_s)
 
     def _run(self) -> None:
@@ -275,7 +279,8 @@ class Watch:
             last_s = now_s
             if self._fault is not None:
                 self._end_if_blocked()
-            until = time.monotonic() + self._interval_s
+            # A board that does not answer has taken the time already.
+            until = time.monotonic() + (_LOOK_S if self._store.silent_s > 0 else self._interval_s)
             while time.monotonic() < until and self._board.is_open() and not self._wake.wait(_LOOK_S):
                 pass
             self._wake.clear()
@@ -327,13 +332,13 @@ class Watch:
             return
         self._claim_lost(self._peers.dead() or self._peers.frozen(self._limit_s, 2.0 * self._interval_s))
         if self._launcher is not None and os.getppid() != self._launcher and self._fault is None:
-            text = f"its launcher (process {self._launcher}) has ended"
-            self._claim(Fault(ranks=(self._rank,), text=f"rank {self._rank}: {text}", by=self._rank, step=self.step))
+            text = f"rank {self._rank}: its launcher (process {self._launcher}) has ended"
+            self._claim(Fault(ranks=(self._rank,), text=text, by=self._rank, step=self.step))
 
     def _lose_store(self, what: str) -> None:
         """Find out who is lost with the store; the others cannot be told, but find out in the same way."""
-        lost, who = self._store.lost(self._board.host)
-        self._take(Fault(ranks=lost, text=f"{what}{who}", by=self._rank, step=self.step))
+        ranks, who = self._store.lost(self._board.host)
+        self._take(Fault(ranks=ranks, text=f"{what}{who}", by=self._rank, step=self.step))
 
     def _claim_lost(self, ranks: Sequence[int]) -> None:
         if ranks:
