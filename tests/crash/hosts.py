@@ -1,8 +1,9 @@
 """Two hosts and a link between them that can be cut: network namespaces, joined by veth pairs and a bridge in a third.
 
-Nobody else sees them. A namespace lives as long as a process is in it: here a *keeper*, which ends as soon as the
-process that started it does. So nothing is left behind, whatever a test dies of, and tests of several pytest-xdist
-workers never meet. Needs to be root, and `ip` (Debian's iproute2).
+Each says that it was booted by itself, as two machines do: what looks for a shorter way between ranks of one machine
+finds none. Nobody else sees them. A namespace lives as long as a process is in it: here a *keeper*, which ends as soon
+as the process that started it does. So nothing is left behind, whatever a test dies of, and tests of several
+pytest-xdist workers never meet. Needs to be root, and `ip` (Debian's iproute2).
 """
 
 import contextlib
@@ -11,7 +12,10 @@ import itertools
 import os
 import select
 import subprocess
+import tempfile
+import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal, Self, get_args
 
 __all__ = ["CUTS", "INTERFACE", "Cut", "Hosts", "address_of", "enter"]
@@ -26,7 +30,9 @@ INTERFACE = "wire"
 
 _LIMIT_S = 30.0
 _NAMES = ("a", "b")
-_CLONE_NEWNET = 0x40000000  # linux: include/uapi/linux/sched.h
+# Of linux, include/uapi/linux/sched.h.
+_CLONE_NEWNS, _CLONE_NEWNET = 0x00020000, 0x40000000
+_BOOT_ID = "/proc/sys/kernel/random/boot_id"
 _FIRST_PORT = 20_000  # below those that the system chooses
 
 
@@ -35,22 +41,24 @@ def address_of(host: int) -> str:
     return f"10.73.0.{host + 1}"
 
 
-def enter(namespace: str) -> None:
-    """Move this process into a network namespace. It must not have other threads yet: they would stay behind.
+def enter(namespaces: str) -> None:
+    """Move this process onto a host. It must not have other threads yet: they would stay behind.
 
     Args:
-        namespace: one of :attr:`Hosts.namespaces`.
+        namespaces: one of :attr:`Hosts.namespaces`.
 
     Raises:
         OSError: the kernel refuses.
     """
-    descriptor = os.open(namespace, os.O_RDONLY)
-    try:
-        if ctypes.CDLL(None, use_errno=True).setns(descriptor, _CLONE_NEWNET) != 0:
+    folder = Path.cwd()
+    kinds = {"net": _CLONE_NEWNET, "mnt": _CLONE_NEWNS}
+    descriptors = {name: os.open(f"{namespaces}/{name}", os.O_RDONLY) for name in kinds}
+    for name, descriptor in descriptors.items():
+        if ctypes.CDLL(None, use_errno=True).setns(descriptor, kinds[name]) != 0:
             number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number), namespace)
-    finally:
+            raise OSError(number, os.strerror(number), f"{namespaces}/{name}")
         os.close(descriptor)
+    os.chdir(folder)  # the kernel moved it to the root
 
 
 class Hosts:
@@ -64,7 +72,7 @@ class Hosts:
         """Make the hosts, and join them."""
         with contextlib.ExitStack() as stack:
             keepers = [stack.enter_context(_keeper()) for _ in range(1 + len(_NAMES))]
-            self._switch, *self._hosts = (f"/proc/{pid}/ns/net" for pid in keepers)
+            self._switch, *self._hosts = (f"/proc/{pid}/ns" for pid in keepers)
             self.namespaces = tuple(self._hosts)
             self._ports = itertools.count(_FIRST_PORT)
             self._cut: Cut | None = None
@@ -111,29 +119,41 @@ class Hosts:
 
 @contextlib.contextmanager
 def _keeper() -> Iterator[int]:
-    """Have a process in a network namespace of its own, with a loopback interface; yields its id."""
-    keeper = subprocess.Popen(
-        ["unshare", "--net", "sh", "-c", "ip link set lo up && echo ready && exec cat"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    try:
-        if keeper.stdout is None or not select.select([keeper.stdout], [], [], _LIMIT_S)[0]:
-            raise AssertionError("a network namespace was not made in time")
-        if keeper.stdout.readline() != b"ready\n":
-            _, said = keeper.communicate(timeout=_LIMIT_S)
-            raise AssertionError(f"no network namespace can be made here: {said.decode(errors='replace').strip()}")
-        yield keeper.pid
-    finally:
-        keeper.kill()
-        keeper.communicate(timeout=_LIMIT_S)
+    """Have a process with a network, a loopback interface and the number of a boot of its own; yields its id."""
+    script = f'ip link set lo up && mount --bind "$1" {_BOOT_ID} && echo ready && exec cat'
+    with tempfile.NamedTemporaryFile(prefix="distckpt-boot-") as boot:
+        boot.write(f"{uuid.uuid4()}\n".encode())
+        boot.flush()
+        keeper = subprocess.Popen(
+            ["unshare", "--net", "--mount", "--propagation", "private", "sh", "-c", script, "sh", boot.name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        try:
+            _await_ready(keeper)
+            yield keeper.pid
+        finally:
+            keeper.kill()
+            keeper.communicate(timeout=_LIMIT_S)
 
 
-def _ip(namespace: str, *words: str) -> None:
+def _await_ready(keeper: subprocess.Popen[bytes]) -> None:
+    if keeper.stdout is None or not select.select([keeper.stdout], [], [], _LIMIT_S)[0]:
+        raise AssertionError("a host was not made in time")
+    if keeper.stdout.readline() != b"ready\n":
+        _, said = keeper.communicate(timeout=_LIMIT_S)
+        raise AssertionError(f"no host can be made here: {said.decode(errors='replace').strip()}")
+
+
+def _ip(namespaces: str, *words: str) -> None:
     """Run `ip` on a host."""
     done = subprocess.run(
-        ["nsenter", f"--net={namespace}", "ip", *words], capture_output=True, text=True, timeout=_LIMIT_S, check=False
+        ["nsenter", f"--net={namespaces}/net", "ip", *words],
+        capture_output=True,
+        text=True,
+        timeout=_LIMIT_S,
+        check=False,
     )
     if done.returncode != 0:
         raise AssertionError(f"ip {' '.join(words)} failed: {done.stderr.strip()}")

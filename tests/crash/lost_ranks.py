@@ -57,7 +57,7 @@ class Plan:
         launcher: "nobody": each rank is a program of its own, and rank 0 hosts the store; "parent": a process
             spawned them, and rank 0 hosts the store; "agent": torchrun's agent, which hosts the store; "torchrun": the
             real program, which takes seconds to start.
-        hosts: network namespaces (see `tests.crash.hosts`) in which equally many ranks run each, in order, with an
+        hosts: the namespaces of hosts (see `tests.crash.hosts`) on which equally many ranks run each, in order, with an
             agent of their own where there are agents; empty to stay in that of the server.
         port: on the first host, where the agents of several hosts meet.
         victim: the rank that is lost.
@@ -363,7 +363,6 @@ def rank_main(plan: Plan, rank: int) -> None:
     os.environ["DISTCKPT_TIMEOUT_S"] = str(plan.timeout_s)
     if plan.hosts:
         os.environ["GLOO_SOCKET_IFNAME"] = INTERFACE
-        os.environ["DISTCKPT_SHARED_MEMORY"] = "0"  # which the hosts have, since they are one machine
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", force=True)
     logging.getLogger("ignite").setLevel(logging.CRITICAL)
