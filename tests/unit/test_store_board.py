@@ -63,6 +63,7 @@ class Server:
     def frozen(self) -> Iterator[None]:
         """Stop the process for a while."""
         os.kill(self.process.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)  # on a busy machine its threads go on for a moment
         try:
             yield
         finally:
