@@ -6,12 +6,12 @@ carries it: it stands on the backend contract alone. Layer L3.
 The protocol of a phase, the same for every kind of phase:
 
 1. (all ranks) do the phase's own work and catch whatever it raises. Nothing is waited for here.
-2. (all ranks) reduce one *header* of twelve int64 with MAX: place and turn, each with its negative, the
-   length of this rank's answer, and whether it raised a flag or an error. Every collective of distckpt's
-   begins with a header, so that ranks which came from different places meet in one and are told so.
+2. (all ranks) reduce one *header* of twelve int64 with MAX: place and turn, each with its negative, and the
+   length of this rank's answer. Every collective of distckpt's begins with a header, so that ranks which came
+   from different places meet in one and are told so.
 3. (all ranks) if place or turn differ between ranks: gather the places, and raise
    :class:`~distckpt.errors.RanksDriftedApart`, which names them, on every rank.
-4. (all ranks) gather the answers, padded to the longest. A vote without any flag or error ends at 2.
+4. (all ranks) gather the answers, padded to the longest.
 5. (all ranks) if any rank failed: raise the same :class:`~distckpt.errors.PhaseError` on every rank.
 6. (all ranks) every rank now holds every rank's answer, in rank order. What is computed from them by pure
    arithmetic is bit-identical everywhere; where one rank decides alone, its answer is picked from the list.
@@ -21,14 +21,14 @@ In a world of one no collective is made, and errors pass through as they were ra
 
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from distckpt.backends import wire
 from distckpt.backends.base import Backend
 from distckpt.errors import RankFailure, RanksDriftedApart, phase_error
 
-__all__ = ["Place", "Seat", "post_failure", "run", "vote"]
+__all__ = ["Place", "Seat", "post_failure", "run"]
 
 T = TypeVar("T")
 
@@ -75,8 +75,7 @@ def _attempt(backend: Backend, work: Callable[[], Any]) -> _Answer:
         return _Answer(value, None, wire.encode({"value": value}))
     except BaseException as error:  # noqa: BLE001 - KeyboardInterrupt too: the others must hear of it first
         failure = RankFailure.of(backend.rank, error, traceback.format_exc())
-        fields = {"kinds": failure.kinds, "message": failure.message, "errno": failure.errno, "tb": failure.traceback}
-        return _Answer(None, error, wire.encode({"failure": fields}))
+        return _Answer(None, error, wire.encode({"failure": asdict(failure)}))
 
 
 def run(backend: Backend, place: Place, work: Callable[[], T], *, timeout_s: float | None = None) -> list[T]:
@@ -108,61 +107,22 @@ def run(backend: Backend, place: Place, work: Callable[[], T], *, timeout_s: flo
         return [work()]
     answer = _attempt(backend, work)
     what = str(place)
-    num_bytes = _meet(backend, place, answer, flag=False, timeout_s=timeout_s)[0]
+    num_bytes = _meet(backend, place, answer, timeout_s=timeout_s)
     return _settle(backend, place, answer, backend.gather_host(answer.data, num_bytes, what=what, timeout_s=timeout_s))
 
 
-def vote(
-    backend: Backend, place: Place, probe: Callable[[], bool], *, timeout_s: float | None = None
-) -> tuple[int, ...]:
-    """Collective. Ask every rank a yes-or-no question.
-
-    Steps 1-6 of the module's protocol; where nobody raises the flag it costs one reduction.
-
-    Args:
-        backend: the job's.
-        place: where this rank is; must be the same on all.
-        probe: this rank's answer.
-        timeout_s: seconds to wait for the other ranks; None for the default.
-
-    Returns:
-        The ranks that said yes, in order; the same on every rank.
-
-    Raises:
-        PhaseError: `probe` failed on some rank; alike on every rank.
-        RanksDriftedApart: the ranks are not at the same place; on every rank.
-        CollectiveError: some rank did not come, or died.
-    """
-    if backend.world_size == 1:
-        return (0,) if probe() else ()
-    answer = _attempt(backend, probe)
-    num_bytes, flagged, failed = _meet(backend, place, answer, flag=bool(answer.value), timeout_s=timeout_s)
-    if not (flagged or failed):
-        return ()
-    parts = backend.gather_host(answer.data, num_bytes, what=str(place), timeout_s=timeout_s)
-    return tuple(rank for rank, said in enumerate(_settle(backend, place, answer, parts)) if said)
-
-
-def _meet(
-    backend: Backend, place: Place, answer: _Answer, *, flag: bool, timeout_s: float | None
-) -> tuple[int, bool, bool]:
-    """Collective. Steps 2 and 3: reduce the header; return longest answer, any flag, any error."""
-    numbers = [len(answer.data), int(flag), int(answer.error is not None)]
+def _meet(backend: Backend, place: Place, answer: _Answer, *, timeout_s: float | None) -> int:
+    """Collective. Steps 2 and 3: reduce the header; return the length of the longest answer."""
     try:
-        total = backend.meet(place.key, numbers, turn=place.turn, told=str(place), timeout_s=timeout_s)
+        return backend.meet(place.key, [len(answer.data)], turn=place.turn, told=str(place), timeout_s=timeout_s)[0]
     except RanksDriftedApart as error:
         raise error from answer.error
-    return total[0], bool(total[1]), bool(total[2])
 
 
 def _settle(backend: Backend, place: Place, answer: _Answer, parts: list[bytes]) -> list[Any]:
     """Steps 5 and 6, without any collective: the values of all ranks, or the error of those that failed."""
     answers = [wire.decode(part) for part in parts]
-    failures = [
-        RankFailure(rank=rank, kinds=f["kinds"], message=f["message"], errno=f["errno"], traceback=f["tb"])
-        for rank, f in ((rank, said.get("failure")) for rank, said in enumerate(answers))
-        if f is not None
-    ]
+    failures = [RankFailure(**said["failure"]) for said in answers if "failure" in said]
     if answer.error is not None and not isinstance(answer.error, Exception):
         raise answer.error  # KeyboardInterrupt, SystemExit: the others get it as a PhaseError
     if failures:
@@ -226,5 +186,4 @@ class Seat:
 def post_failure(backend: Backend, ticket: str, error: Exception) -> None:
     """Rank-local. Leave a note that what `ticket` stands for could not be made here; see :meth:`Seat.take`."""
     failure = RankFailure.of(backend.rank, error, "")
-    fields = {"rank": failure.rank, "kinds": failure.kinds, "message": failure.message, "errno": failure.errno}
-    backend.post_note(ticket, wire.encode({**fields, "traceback": ""}).decode("ascii"))
+    backend.post_note(ticket, wire.encode(asdict(failure)).decode("ascii"))

@@ -19,7 +19,7 @@ In a world of one nothing is reduced.
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import IntEnum
 from typing import Any, Protocol
 
@@ -302,20 +302,10 @@ class _Count:
                 mine["said"] = {motion.who: detail() for motion, detail in self._details().items()}
         except Exception as error:  # noqa: BLE001 - as in a probe
             self._error, failure = error, RankFailure.of(self._backend.rank, error, traceback.format_exc())
-        if failure is not None:
-            mine["failure"] = {
-                "kinds": failure.kinds,
-                "message": failure.message,
-                "errno": failure.errno,
-                "traceback": failure.traceback,
-            }
+        mine["failure"] = None if failure is None else asdict(failure)
         what = f"counting {self._scope.name} on {self._scope.event}"  # its step may differ where turn is no iteration
         answers = self._backend.gather_objects(_plain(mine), what=what, timeout_s=self._timeout_s)
-        failures = [
-            RankFailure(rank=rank, **{**answer["failure"], "kinds": tuple(answer["failure"]["kinds"])})
-            for rank, answer in enumerate(answers)
-            if answer["failure"] is not None
-        ]
+        failures = [RankFailure(**answer["failure"]) for answer in answers if answer["failure"] is not None]
         if self._error is not None and not isinstance(self._error, Exception):
             raise self._error  # KeyboardInterrupt, SystemExit: the others get it as a PhaseError
         if failures:
