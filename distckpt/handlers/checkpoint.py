@@ -31,11 +31,10 @@ from distckpt.handlers.early import Moment, half_a_step_lower
 from distckpt.handlers.events import CheckpointEvents, register
 from distckpt.handlers.firing import after_event, engines_firing, return_to_event
 from distckpt.handlers.older import accept_older_order, deprecated
-from distckpt.handlers.places import take_place
+from distckpt.handlers.places import counts_iterations, take_place
 from distckpt.handlers.save_handler import BaseSaveHandler, hand_over
 from distckpt.handlers.voting import (
     Voter,
-    counts_iterations,
     engine_that_looks_for_nan,
     is_poisoned,
     nan_is_looked_for,

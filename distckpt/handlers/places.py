@@ -10,7 +10,13 @@ from ignite.engine import Engine, State
 from distckpt.backends.base import Backend
 from distckpt.consensus.agree import Place, Seat
 
-__all__ = ["take_place"]
+__all__ = ["counts_iterations", "take_place"]
+
+
+def counts_iterations(engine: Engine) -> bool:
+    """Tell whether the event that the engine fires now is one of each iteration's."""
+    event = engine.last_event_name
+    return event is not None and State.event_to_attr.get(event) == "iteration"
 
 
 def take_place(
@@ -41,6 +47,6 @@ def take_place(
         return lambda doing: Place(who=who, doing=doing, step=0, turn=turn)
     event, step = engine.last_event_name, engine.state.iteration
     name = getattr(event, "name", event)
-    if event is not None and State.event_to_attr.get(event) == "iteration":
+    if counts_iterations(engine):
         turn = step
     return lambda doing: Place(who=who, doing=f"on {name}, {doing}", step=step, turn=turn)

@@ -20,11 +20,11 @@ from distckpt.handlers.arguments import check_timeout
 from distckpt.handlers.checkpoint import Checkpoint
 from distckpt.handlers.deadline import Deadline
 from distckpt.handlers.firing import after_event
+from distckpt.handlers.places import counts_iterations
 from distckpt.handlers.signals import Catcher, check_signals
 from distckpt.handlers.voting import (
     Voter,
     check_pace,
-    counts_iterations,
     exit_after_run,
     is_poisoned,
     settle,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch.distributed as dist
-from ignite.engine import Engine, Events, State
+from ignite.engine import Engine, Events
 
 from distckpt.backends.base import Backend, default_timeout_s
 from distckpt.backends.detect import current
@@ -21,12 +21,12 @@ from distckpt.consensus.agree import Seat
 from distckpt.consensus.step_vote import Answer, Ballot, Fact, Motion, Result, Scope
 from distckpt.errors import CollectiveError, PhaseError, RanksDriftedApart
 from distckpt.handlers.firing import after_event, engines_firing, hooks_of, return_to_event, set_hooks
+from distckpt.handlers.places import counts_iterations
 
 __all__ = [
     "StopReason",
     "Voter",
     "check_pace",
-    "counts_iterations",
     "engine_that_looks_for_nan",
     "exit_after_run",
     "is_poisoned",
@@ -199,12 +199,6 @@ def nan_is_looked_for_later(me: Voter, engine: Engine) -> bool:
 def nan_is_looked_for(engine: Engine) -> bool:
     """Tell whether NaN is looked for on the event that the engine fires now. Rank-local."""
     return engine in engines_firing() and any(voter.fact is Fact.NAN for voter in _voters_on(engine))
-
-
-def counts_iterations(engine: Engine) -> bool:
-    """Tell whether the event that the engine fires now is one of each iteration's."""
-    event = engine.last_event_name
-    return event is not None and State.event_to_attr.get(event) == "iteration"
 
 
 def engine_that_looks_for_nan(engine: Engine) -> Engine | None:

@@ -60,7 +60,7 @@ def counted() -> Iterator[list[str]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(HostGroup, "start_max", started(HostGroup.start_max))
-        patch.setattr(HostGroup, "start_reduce", started(HostGroup.start_reduce))
+        patch.setattr(HostGroup, "reduce", told("reduce", HostGroup.reduce))
         patch.setattr(HostGroup, "gather", told("gather", HostGroup.gather))
         patch.setattr(HostGroup, "broadcast", told("broadcast", HostGroup.broadcast))
         patch.setattr(SerialBackend, "reduce_host", told("reduce", SerialBackend.reduce_host))
