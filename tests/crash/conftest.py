@@ -11,9 +11,11 @@ machine makes of them is not).
 import os
 import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
+
+from tests.crash.lost_jobs import Jobs, Table
 
 FULL_KILLS = 1000
 FULL_CUTS = 200
@@ -53,3 +55,29 @@ def tell(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
             print(f"\n[crash] {text}", file=sys.stderr, flush=True)  # noqa: T201 - counts belong into CI's log
 
     return say
+
+
+@pytest.fixture(scope="module")
+def tell_in_the_end(request: pytest.FixtureRequest) -> Iterator[Callable[[object], None]]:
+    """Return a function that keeps something, whose text is printed past pytest's capture when the module is over."""
+    kept: list[object] = []
+    yield kept.append
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        for one in kept:
+            print(f"\n{one}", file=sys.stderr, flush=True)  # noqa: T201 - as above
+
+
+@pytest.fixture(scope="module")
+def table(tell_in_the_end: Callable[[object], None]) -> Table:
+    """Return a table of how long the others took, which is printed in the end."""
+    times = Table()
+    tell_in_the_end(times)
+    return times
+
+
+@pytest.fixture(scope="module")
+def jobs() -> Iterator[Jobs]:
+    """Return the server that starts jobs of which a rank is lost."""
+    with Jobs() as started:
+        yield started

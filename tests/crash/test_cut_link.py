@@ -7,7 +7,6 @@ side.
 
 import contextlib
 import re
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -29,28 +28,11 @@ SHORT_S = 1.0
 """A cut that is survived. TCP tries again 0.2, 0.6, 1.4 and 3 s after what was lost, so it is felt a little longer."""
 
 
-@pytest.fixture(scope="module")
-def jobs() -> Iterator[Jobs]:
-    """Return the server that starts jobs."""
-    with Jobs() as started:
-        yield started
-
-
 @pytest.fixture
 def hosts() -> Iterator[Hosts]:
     """Return two hosts whose link works."""
     with Hosts() as both:
         yield both
-
-
-@pytest.fixture(scope="module")
-def table(request: pytest.FixtureRequest) -> Iterator[Table]:
-    """Return a table that is printed in the end, past pytest's capture."""
-    times = Table()
-    yield times
-    capture = request.config.pluginmanager.getplugin("capturemanager")
-    with capture.global_and_fixture_disabled():
-        print(f"\n{times}", file=sys.stderr, flush=True)  # noqa: T201 - counts belong into CI's log
 
 
 def start(jobs: Jobs, hosts: Hosts, how: str, plans: Sequence[dict[str, Any]]) -> list[Job]:

@@ -4,8 +4,7 @@ The programs lie in `tests.crash.lost_ranks`. At the end a table tells how long 
 """
 
 import signal
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -28,23 +27,6 @@ MANNERS: dict[str, dict[str, Any]] = {
     "ddp, some linger": {"step": "ddp", "launcher": "parent", "linger": True},
     "agent": {"step": "vote", "launcher": "agent", "victims": (0, 3)},
 }
-
-
-@pytest.fixture(scope="module")
-def jobs() -> Iterator[Jobs]:
-    """Return the server that starts jobs."""
-    with Jobs() as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def table(request: pytest.FixtureRequest) -> Iterator[Table]:
-    """Return a table that is printed in the end, past pytest's capture."""
-    times = Table()
-    yield times
-    capture = request.config.pluginmanager.getplugin("capturemanager")
-    with capture.global_and_fixture_disabled():
-        print(f"\n{times}", file=sys.stderr, flush=True)  # noqa: T201 - counts belong into CI's log
 
 
 def survivors(job: Job) -> list[int]:

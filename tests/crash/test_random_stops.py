@@ -8,9 +8,8 @@ but the moments is repeated by `DISTCKPT_CRASH_SEED`, which is printed in the en
 import math
 import os
 import secrets
-import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,13 +62,11 @@ class Counts:
 
 
 @pytest.fixture(scope="module")
-def counts(request: pytest.FixtureRequest) -> Iterator[Counts]:
+def counts(tell_in_the_end: Callable[[object], None]) -> Counts:
     """Return where runs are counted; it is printed in the end, past pytest's capture."""
     found = Counts(os.environ.get("DISTCKPT_CRASH_SEED") or str(secrets.randbelow(2**31)))
-    yield found
-    capture = request.config.pluginmanager.getplugin("capturemanager")
-    with capture.global_and_fixture_disabled():
-        print(f"\n{found}", file=sys.stderr, flush=True)  # noqa: T201 - counts belong into CI's log
+    tell_in_the_end(found)
+    return found
 
 
 # -- what has to come of a run -------------------------------------------------------------------------
