@@ -1,14 +1,12 @@
-"""A Gloo group of our own for host values, over the job's store.
+"""A group of our own for host values, over all ranks of a job.
 
-Owns how the group is formed, how an operation on it is waited for, and how it is found out which ranks did
-not come. It is made straight on the store, not by ``torch.distributed.new_group``: that one pairs by a count of all
-groups made so far, and blocks for the process group's own timeout when a rank stays away. Must not know
+Owns when the group is formed, how an operation on it is waited for, and how it is found out which ranks did
+not come. How the values travel is a channel's (:mod:`distckpt.backends.channel`): Gloo, Horovod or XLA. Must not know
 what the values mean. Layer L2.
 """
 
 import atexit
 import contextlib
-import ctypes
 import os
 import time
 import weakref
@@ -18,10 +16,9 @@ from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
 import torch
-import torch.distributed as dist
-from torch.distributed import distributed_c10d as c10d
 
-from distckpt.backends.base import Board, ReduceOp, Watcher
+from distckpt.backends.base import Board, TensorOp, Watcher
+from distckpt.backends.channel import Channel, NoBoard
 from distckpt.backends.shared_memory import NUM_WORDS, Maximum, SharedMemory, offer_of
 from distckpt.errors import CollectiveError, CollectiveTimeout, DistckptError
 
@@ -32,7 +29,6 @@ SHARED_MEMORY_VARIABLE = "DISTCKPT_SHARED_MEMORY"
 
 T = TypeVar("T")
 
-_REDUCE = {"SUM": dist.ReduceOp.SUM, "MIN": dist.ReduceOp.MIN, "MAX": dist.ReduceOp.MAX}
 # How long an operation is waited for before this rank writes down that it came, and looks for bad news.
 _PATIENCE_S = 1.0
 # How often it looks after that.
@@ -44,8 +40,6 @@ _LAST_GRACE_S = 1.1
 # not answer, it is asked more briefly, or a rank that has to end would spend seconds on notes that nobody reads.
 _NOTE_S = 1.0
 _BRIEF_NOTE_S = 0.25
-# How long an operation that failed here is waited for at the end; Gloo's own limit comes a second after ours.
-_LEAVE_S = 1.5
 _LENGTH_BYTES = 8
 _OFFER_BYTES = 512
 
@@ -116,6 +110,7 @@ class _Operation:
     timeout_s: float
     number: int
     is_late: bool
+    is_finished: bool = False
 
     @property
     def is_in_memory(self) -> bool:
@@ -123,40 +118,18 @@ class _Operation:
         return isinstance(self.work, Maximum)
 
 
-class _GlooMaximum:
-    """A reduction over Gloo, with the face of one in shared memory."""
-
-    def __init__(self, group: Any, values: list[int], timeout_s: float) -> None:
-        options = c10d.AllreduceOptions()
-        options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
-        options.timeout = timedelta(seconds=timeout_s + 1.0)
-        self._result = torch.tensor(values)
-        self._work = group.allreduce([self._result], options)
-        self.wait = self._work.wait
-        self.is_completed = self._work.is_completed
-
-    def is_done(self) -> bool:
-        """Return False: it has to be waited for."""
-        return False
-
-    @property
-    def values(self) -> list[int]:
-        """The result, once it is done."""
-        values: list[int] = self._result.tolist()
-        return values
-
-
 class HostGroup:
-    """A Gloo group over all ranks of a job, for host values only. Formed by its first operation.
+    """A group over all ranks of a job, for host values only. Formed by its first operation.
 
-    Where all ranks are on one machine, the frequent small reduction (:meth:`start_max`) goes through shared memory.
+    Where all ranks are processes of one machine, the frequent small reduction (:meth:`start_max`) goes through shared
+    memory, if the channel allows it.
 
     Either every rank finishes an operation or none does: where some rank waited long, the first of "done" and "given
-    up" to be written down in the store holds for all.
+    up" to be written down on the board holds for all.
 
     Args:
-        store: the job's store, under a prefix that no other group uses.
-        board: the job's board for notes.
+        channel: how the values travel; of no other group's.
+        board: the job's board for notes, or None where it has none: nobody can tell then which ranks did not come.
         rank: this rank.
         world_size: number of ranks.
 
@@ -164,59 +137,42 @@ class HostGroup:
         watcher: asked while an operation is waited for; None for nobody.
     """
 
-    def __init__(self, store: dist.Store, board: Board, rank: int, world_size: int) -> None:
+    def __init__(self, channel: Channel, board: Board | None, rank: int, world_size: int) -> None:
         self.watcher: Watcher | None = None
-        self._store = store
-        self._board = board
+        self._channel = channel
+        self._board = NoBoard(world_size) if board is None else board
+        self._has_board = board is not None
         self._rank = rank
         self._world_size = world_size
         self._given_up: str | None = None
         self._num_operations = 0
         self._last_end_s = time.monotonic()
-        self._group: Any = None  # ProcessGroupGloo, whose operations have no types
+        self._is_formed = False
         self._memory: SharedMemory | None = None
-        self._open: _Operation | None = None  # under way in the shared memory
-        self._under_way: list[Any] = []  # works of torch's that were not waited for to their end
+        self._open: _Operation | None = None  # a reduction that start_max began
         self._is_board_silent = False
 
     def close(self) -> None:
-        """Let the group's threads end. Rank-local; does nothing the second time.
+        """Let go of the channel. Rank-local; does nothing the second time.
 
-        IMPORTANT: before the interpreter does. A thread of Gloo's that lets go of a tensor then, after the last
+        IMPORTANT: before the interpreter ends. A thread of Gloo's that lets go of a tensor then, after the last
         collective, asks for an interpreter that is no more, and the process is aborted.
         """
         self._given_up = self._given_up or "this process left the job"
-        group, self._group = self._group, None
-        if group is not None and not self._ends_within(_LEAVE_S):
-            # Gloo waits for what is under way before it lets its threads end, as long as that one's own limit is: half
-            # an hour where a checkpoint was being written. A process that has to end must not: it keeps the group.
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+        self._channel.close()
         if self._memory is not None:
             self._memory.close()
 
-    def _ends_within(self, limit_s: float) -> bool:
-        """Wait until nothing is under way in Gloo's threads any more; tell whether it is so."""
-        deadline = time.monotonic() + limit_s
-        while any(not work.is_completed() for work in self._under_way):
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(_PAUSE_S / 10)
-        return True
-
-    def reduce(
-        self, values: torch.Tensor, op: dist.ReduceOp.RedOpType | ReduceOp, *, what: object, timeout_s: float
-    ) -> torch.Tensor:
+    def reduce(self, values: torch.Tensor, op: TensorOp, *, what: object, timeout_s: float) -> torch.Tensor:
         """Collective. Reduce a CPU tensor; returns a new one."""
-        options = c10d.AllreduceOptions()
-        options.reduceOp = dist.ReduceOp(_REDUCE[op] if isinstance(op, str) else op)
         result = values.detach().clone(memory_format=torch.contiguous_format)
-        self._run(lambda: self._group.allreduce([result], options), options, what, timeout_s)
+        self._run(lambda: self._channel.reduce(result, op, timeout_s), what, timeout_s)
         return result
 
     def start_max(self, values: Sequence[int], *, what: object, timeout_s: float) -> Callable[[], list[int]]:
         """Collective. Start to reduce up to twelve int64 with MAX; what is returned waits for the end.
 
-        It goes through shared memory where all ranks are on one machine, else over Gloo.
+        It goes through shared memory where that was found to be there, else by the channel.
         """
         padded = [*values, *[0] * (NUM_WORDS - len(values))]
         if self._open is not None:
@@ -227,7 +183,7 @@ class HostGroup:
             work = self._memory.write(self._num_operations, padded)
             operation = _Operation(work, what, timeout_s, self._num_operations, False)  # noqa: FBT003 - its last field
         else:
-            operation = self._start(lambda: self._begin_max(padded, timeout_s), None, what, timeout_s)
+            operation = self._start(lambda: self._begin_max(padded, timeout_s), what, timeout_s)
         self._open = operation
 
         def finish() -> list[int]:
@@ -242,28 +198,24 @@ class HostGroup:
 
         return finish
 
-    def _begin_max(self, values: list[int], timeout_s: float) -> "Maximum | _GlooMaximum":
+    def _begin_max(self, values: list[int], timeout_s: float) -> Any:
         if self._memory is not None:
             return self._memory.write(self._num_operations, values)
-        return _GlooMaximum(self._group, values, timeout_s)
+        return self._channel.maximum(values, timeout_s)
 
     def gather(self, tensor: torch.Tensor, *, what: object, timeout_s: float) -> list[torch.Tensor]:
         """Collective. Give every rank every rank's CPU tensor; shape and dtype are the same on all."""
-        options = c10d.AllgatherOptions()
         mine = _as_bytes(tensor)
         result = [torch.empty_like(mine) for _ in range(self._world_size)]
         if mine.numel():
-            self._run(lambda: self._group.allgather([result], [mine], options), options, what, timeout_s)
+            self._run(lambda: self._channel.gather(result, mine, timeout_s), what, timeout_s)
         return [_from_bytes(part, tensor) for part in result]
 
     def broadcast(self, tensor: torch.Tensor, src: int, *, what: object, timeout_s: float) -> torch.Tensor:
         """Collective. Give every rank the CPU tensor of rank `src`; returns a new one."""
-        options = c10d.BroadcastOptions()
-        options.rootRank = src
-        options.rootTensor = 0
         result = _as_bytes(tensor).clone()
         if result.numel():
-            self._run(lambda: self._group.broadcast([result], options), options, what, timeout_s)
+            self._run(lambda: self._channel.broadcast(result, src, timeout_s), what, timeout_s)
         return _from_bytes(result, tensor)
 
     def gather_bytes(self, data: bytes, num_bytes: int, *, what: object, timeout_s: float) -> list[bytes]:
@@ -287,15 +239,18 @@ class HostGroup:
             watch=self._who_gave_up,
         )
         self.refuse_if_given_up(what)
-        gloo = dist.PrefixStore("gloo", self._store)
         try:
-            self._group = dist.ProcessGroupGloo(gloo, self._rank, self._world_size, timedelta(seconds=timeout_s))
+            self._channel.connect(timeout_s)
+        except self._channel.untouched:
+            raise
         except RuntimeError as error:
             self._raise_news(_GRACE_S)
-            msg = f"rank {self._rank}: the ranks could not be connected over Gloo for {what}: {error}"
+            msg = f"rank {self._rank}: the ranks could not be connected for {what}: {error}"
             raise CollectiveError(msg) from error
+        self._is_formed = True
         atexit.register(_close_if_alive, weakref.ref(self))
-        self._share_memory(what, timeout_s)
+        if self._channel.shares_memory:
+            self._share_memory(what, timeout_s)
 
     def _share_memory(self, what: object, timeout_s: float) -> None:
         """Collective. Find out whether all ranks can see one memory, and take it if so."""
@@ -308,27 +263,21 @@ class HostGroup:
         elif memory is not None:
             memory.close()
 
-    def _run(self, start: Callable[[], Any], options: Any, what: object, timeout_s: float) -> None:
-        self._finish(self._start(start, options, what, timeout_s))
+    def _run(self, start: Callable[[], Any], what: object, timeout_s: float) -> None:
+        self._finish(self._start(start, what, timeout_s))
 
-    def _start(self, start: Callable[[], Any], options: Any, what: object, timeout_s: float) -> _Operation:
+    def _start(self, start: Callable[[], Any], what: object, timeout_s: float) -> _Operation:
         if self._given_up is not None:
             msg = f"rank {self._rank}: {what} cannot run: the ranks' host group was given up earlier ({self._given_up})"
             raise CollectiveError(msg)
         is_late = self._is_late(timeout_s)
-        # The operation's own limit comes a second after ours, so that we are the ones who explain it.
-        if options is not None:
-            options.timeout = timedelta(seconds=timeout_s + 1.0)
         with self._giving_up(what, timeout_s):
-            if self._group is None:
+            if not self._is_formed:
                 self._form(what, timeout_s)
             elif is_late:
                 self.refuse_if_given_up(what)
             self._num_operations += 1
-            work = start()
-            if not isinstance(work, Maximum):
-                self._under_way.append(work)
-            return _Operation(work, what, timeout_s, self._num_operations, is_late)
+            return _Operation(start(), what, timeout_s, self._num_operations, is_late)
 
     def _is_late(self, timeout_s: float) -> bool:
         """Tell whether others may have given up: they have waited since about the end of the last operation."""
@@ -337,15 +286,14 @@ class HostGroup:
     def _finish(self, operation: _Operation) -> None:
         if operation is self._open:
             self._open = None
-        elif isinstance(operation.work, Maximum | _GlooMaximum):
-            return  # finished already: another one had to begin
+        elif operation.is_finished:
+            return  # another one had to begin
+        operation.is_finished = True
         if self._given_up is not None:
             msg = f"rank {self._rank}: {operation.what} ended: the ranks' host group was given up ({self._given_up})"
             raise CollectiveError(msg)
         with self._giving_up(operation.what, operation.timeout_s, operation):
             was_slow = self._wait(operation)
-            if operation.work in self._under_way:
-                self._under_way.remove(operation.work)
             if (was_slow or operation.is_late) and self._verdict(operation, "done") != "done":
                 self.refuse_if_given_up(operation.what)
         self._last_end_s = time.monotonic()
@@ -359,6 +307,9 @@ class HostGroup:
             if self._given_up is None:
                 self._give_up(what, getattr(error, "missing", ()))
             raise
+        except self._channel.untouched:  # the runtime knows how to go on from it
+            self._given_up = str(what)
+            raise
         except OSError as error:
             self._given_up = str(what)
             self._raise_news(_NOTE_S)
@@ -366,11 +317,13 @@ class HostGroup:
         except RuntimeError as error:
             self._explain(error, what, operation, timeout_s, timed_out=False)
         except BaseException:  # an interrupt: this rank is out of step now
+            if operation is not None:
+                self._channel.withdraw(operation.work)
             self._give_up(what, ())
             raise
 
     def _wait(self, operation: _Operation) -> bool:
-        """Wait for torch's work; return whether it took so long that some rank may have given up."""
+        """Wait for the channel's work; return whether it took so long that some rank may have given up."""
         work, what = operation.work, operation.what
         deadline = time.monotonic() + operation.timeout_s
         was_slow = False
@@ -384,7 +337,7 @@ class HostGroup:
                     return was_slow
                 news = self._news()
                 if news is not None or time.monotonic() >= deadline:
-                    if self._verdict(operation, "given up") == "done":
+                    if not self._channel.withdraw(work) or self._verdict(operation, "given up") == "done":
                         work.wait(timedelta(seconds=1))  # another rank has just finished it
                         return was_slow
                     if news is not None:
@@ -475,7 +428,7 @@ class HostGroup:
         if operation is not None and timed_out and operation.is_in_memory and not self._is_board_silent:
             # There it can be seen, and nobody needs time to write it down.
             missing = [rank for rank in range(self._world_size) if not self._has_written(rank, operation)]
-        elif operation is not None:
+        elif operation is not None and self._has_board:
             try:
                 missing = self._who_is_missing(operation, _LAST_GRACE_S if timed_out else _GRACE_S)
             except OSError as gone:
@@ -484,7 +437,9 @@ class HostGroup:
             # On a busy machine a rank may have no time to note that it came.
             missing = [rank for rank in missing if not self._has_written(rank, operation)]
         self._give_up(what, missing)
-        who = f"{_ranks(missing)} did not come{self._tell(missing)}" if missing else "the connection broke"
+        who = "the connection broke" if self._has_board or not timed_out else "not all ranks came"
+        if missing:
+            who = f"{_ranks(missing)} did not come{self._tell(missing)}"
         if timed_out:
             msg = f"rank {self._rank}: waited {timeout_s:g} s in {what}, but {who}"
             raise CollectiveTimeout(msg, missing) from error

@@ -10,8 +10,9 @@ import pytest
 import torch.distributed as dist
 
 from distckpt import CollectiveError, CollectiveTimeout, DistckptError, RankLost
-from distckpt.backends import host_group
+from distckpt.backends import gloo, host_group
 from distckpt.backends.base import Board, Watcher
+from distckpt.backends.gloo import GlooChannel
 from distckpt.backends.host_group import HostGroup, call_the_roll
 from distckpt.backends.torch_dist import TorchDistBackend
 
@@ -89,7 +90,7 @@ def board() -> Notes:
 @pytest.fixture
 def group(board: Notes) -> HostGroup:
     """Return rank 0 of two, not connected."""
-    return HostGroup(dist.HashStore(), board, 0, 2)
+    return HostGroup(GlooChannel(dist.HashStore(), 0, 2), board, 0, 2)
 
 
 def operation(*, timeout_s: float = 5.0) -> Any:
@@ -222,15 +223,15 @@ class Connected:
 
 @pytest.mark.parametrize("is_stuck", [True, False])
 def test_a_group_is_not_let_go_while_something_is_under_way(
-    group: HostGroup, monkeypatch: pytest.MonkeyPatch, *, is_stuck: bool
+    board: Notes, monkeypatch: pytest.MonkeyPatch, *, is_stuck: bool
 ) -> None:
-    monkeypatch.setattr(host_group, "_LEAVE_S", 0.05)
-    connected = Connected()
+    monkeypatch.setattr(gloo, "_LEAVE_S", 0.05)
+    channel, connected = GlooChannel(dist.HashStore(), 0, 2), Connected()
     seen = weakref.ref(connected)
-    group._group = connected
-    group._under_way.append(SimpleNamespace(is_completed=lambda: not is_stuck))
+    channel._group = connected
+    channel._under_way.append(SimpleNamespace(is_completed=lambda: not is_stuck))
     del connected
-    group.close()
+    HostGroup(channel, board, 0, 2).close()
     gc.collect()
     assert (seen() is not None) == is_stuck
-    assert group._group is None
+    assert channel._group is None
