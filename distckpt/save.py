@@ -8,7 +8,8 @@ The protocol of one save, in the foreground:
 1. (all ranks) :class:`SaveIntent`: this rank's step, score and history. User code runs here.
 2. (all ranks) from all intents, by pure functions: :class:`SaveDecision`, identical on every rank. The names and
    numbers to decide by are the coordinator's; so is the history.
-3. (all ranks) consolidate what is sharded; then capture: call ``state_dict()``, which may be collective itself.
+3. (all ranks) consolidate what is sharded; then capture: call ``state_dict()``, which may be collective itself, and
+   compute what is pending where the runtime computes late (XLA), once and on all ranks.
 4. (all ranks) write: the save handler is called. A DiskSaver writes on the coordinator alone, and returns when the
    file is durable under its name. This is the commit.
 5. (all ranks) the handler takes over the new history.
@@ -109,7 +110,12 @@ def commit(
     filename = agreed.decision.filename
     agree.run(backend, place(f"consolidating {filename}"), consolidate, timeout_s=timeout_s)
     captured: list[Any] = []
-    agree.run(backend, place(f"capturing {filename}"), lambda: captured.append(capture()), timeout_s=timeout_s)
+    to_host = all_write or backend.rank == agreed.coordinator
+
+    def capture_here() -> None:
+        captured.append(backend.materialise(capture(), to_host=to_host))
+
+    agree.run(backend, place(f"capturing {filename}"), capture_here, timeout_s=timeout_s)
     here = place(f"saving {filename}")
 
     def write_here() -> None:

@@ -8,7 +8,7 @@ import math
 import os
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -102,6 +102,12 @@ class Backend(ABC):
     watcher: Watcher | None = None
     """Asked while a collective waits, if there is one."""
 
+    takes_lazy_numbers: bool = False
+    """Whether a number of :meth:`start_meeting` may be a tensor on this rank's device that is not computed yet."""
+
+    untouched: tuple[type[BaseException], ...] = ()
+    """Exceptions of the runtime's own that have to reach its user as they are."""
+
     @property
     @abstractmethod
     def rank(self) -> int:
@@ -145,6 +151,8 @@ class Backend(ABC):
     def start_max(self, values: Sequence[int], *, what: object, timeout_s: float | None) -> Callable[[], list[int]]:
         """Collective. Start to reduce up to twelve int64 with MAX; what is returned waits for the end.
 
+        They are of int32's size where `meet` brings them.
+
         One may be under way at a time. Where a runtime cannot do it beside other work, it is done here and now.
         """
         result: list[int] = self.reduce_host(torch.tensor(values), "MAX", what=what, timeout_s=timeout_s).tolist()
@@ -175,6 +183,23 @@ class Backend(ABC):
     @abstractmethod
     def broadcast_tensor(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
         """Collective. Give every rank `src`'s tensor; shape and dtype are the same on all."""
+
+    def materialise(self, tree: Any, *, to_host: bool) -> Any:
+        """All ranks. Compute what of a state is pending, where the runtime computes late. Issues no collectives.
+
+        Args:
+            tree: nested containers with tensors.
+            to_host: whether this rank needs the tensors' values.
+
+        Returns:
+            The same, with tensors of the host where the runtime cannot write those of its devices.
+        """
+        del to_host
+        return tree
+
+    def generators(self) -> Mapping[str, Any]:
+        """Return the runtime's own random number generators, by name; each has ``get_state`` and ``set_state``."""
+        return {}
 
     def board(self) -> Board | None:
         """Return the job's board for notes, or None where the runtime has none. Rank-local; issues no collectives."""
@@ -361,6 +386,13 @@ class Backend(ABC):
     def barrier(self, *, what: str = "barrier", timeout_s: float | None = None) -> None:
         """Collective. Return when every rank has come."""
         self.meet(what, timeout_s=timeout_s)
+
+    def passes(self, error: BaseException) -> bool:
+        """Tell whether an exception leaves its rank as it is, and no error of all ranks takes its place.
+
+        KeyboardInterrupt and SystemExit do, and what the runtime itself has to hear of.
+        """
+        return not isinstance(error, Exception) or isinstance(error, self.untouched)
 
     def check_rank(self, rank: int, what: str) -> None:
         """Refuse a rank that this job does not have. Rank-local; issues no collectives.

@@ -18,6 +18,7 @@ from torch.distributed.constants import default_pg_timeout
 
 from distckpt.backends.base import Backend, TensorOp
 from distckpt.backends.detect import current
+from distckpt.backends.others import OTHERS, installed, module_of
 
 __all__ = [
     "all_gather",
@@ -44,14 +45,17 @@ _TENSOR_OPS = ("SUM", "PRODUCT", "MIN", "MAX", "AND", "OR")
 
 
 def available_backends() -> tuple[str, ...]:
-    """Return the names that :func:`initialize` takes: torch.distributed's, and those a build has registered."""
+    """Return the names that :func:`initialize` takes: torch.distributed's, those a build has registered, and others.
+
+    ``horovod`` and ``xla`` are named where they are installed. Being installed makes neither of them the job's.
+    """
     if not dist.is_available():
-        return ()
+        return installed()
     built_in = [
         name for name, there in (("nccl", dist.is_nccl_available()), ("gloo", dist.is_gloo_available())) if there
     ]
-    undefined = {dist.Backend.UNDEFINED, "nccl", "gloo"}
-    return (*built_in, *[name for name in dist.Backend.backend_list if name not in undefined])
+    known = {dist.Backend.UNDEFINED, "nccl", "gloo", *OTHERS}
+    return (*built_in, *[name for name in dist.Backend.backend_list if name not in known], *installed())
 
 
 def initialize(
@@ -65,7 +69,8 @@ def initialize(
     """Join the job that the launcher started, all ranks; a world of one where there is no launcher.
 
     Reads ``RANK``, ``LOCAL_RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT`` (torchrun), or SLURM's variables
-    of a plain ``srun``.
+    of a plain ``srun``. ``horovod`` calls ``hvd.init()``, and ``xla`` says that this process, or this replica's thread,
+    belongs to a job of torch_xla's; neither takes the other arguments.
 
     Args:
         backend: one of :func:`available_backends`.
@@ -85,6 +90,19 @@ def initialize(
         >>> finalize()
     """
     check_backend(backend)
+    if backend in OTHERS:
+        _initialize_another(backend, init_method=init_method, rank=rank, world_size=world_size, timeout=timeout)
+    else:
+        _initialize_torch(backend, init_method, rank, world_size, timeout)
+
+
+def _initialize_torch(
+    backend: str,
+    init_method: str | None,
+    rank: int | None,
+    world_size: int | None,
+    timeout: timedelta | float | None,
+) -> None:
     if dist.is_initialized():
         msg = "Can not create new distributed process group if default one is already initialized"
         raise RuntimeError(msg)
@@ -115,6 +133,23 @@ def initialize(
         number = root.add(f"distckpt/joined/{rank}", 1)
         options.update(store=dist.PrefixStore(f"distckpt/job{number}", root), rank=rank, world_size=world_size)
     dist.init_process_group(backend, **options)
+
+
+def _initialize_another(backend: str, **arguments: Any) -> None:
+    """Join a job of Horovod's or torch_xla's.
+
+    Raises:
+        ValueError: an argument that only torch.distributed takes.
+        RuntimeError: there is a job already.
+    """
+    for name, value in arguments.items():
+        if value is not None:
+            msg = f"Argument {name} is for torch.distributed; backend {backend!r} does not take it, but given {value!r}"
+            raise ValueError(msg)
+    if current().name not in ("serial", "xla"):  # a replica is one as soon as it is started
+        msg = f"Can not join a job by {backend!r}: this process is part of one by {current().name!r} already"
+        raise RuntimeError(msg)
+    module_of(backend).join()
 
 
 def check_backend(backend: str) -> None:
@@ -163,8 +198,11 @@ def _environment_from_slurm() -> None:
 
 def finalize() -> None:
     """Leave the job, all ranks. Does nothing in a world without one."""
+    live = current()
+    live.close()
+    if live.name in OTHERS:
+        module_of(live.name).leave()
     if dist.is_available() and dist.is_initialized():
-        current().close()
         dist.destroy_process_group()
 
 

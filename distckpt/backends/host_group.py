@@ -227,6 +227,16 @@ class HostGroup:
         lengths = [int.from_bytes(part[:_LENGTH_BYTES], "little") for part in parts]
         return [part[_LENGTH_BYTES : _LENGTH_BYTES + length] for part, length in zip(parts, lengths, strict=True)]
 
+    def carry(self, start: Callable[[Any], Any], *, what: object, timeout_s: float) -> None:
+        """Collective. Run an operation of the channel's own.
+
+        Args:
+            start: takes the channel, begins the operation and returns its work.
+            what: what the ranks are doing, for error messages; made into text only for them.
+            timeout_s: seconds to wait for the other ranks.
+        """
+        self._run(lambda: start(self._channel), what, timeout_s)
+
     def _form(self, what: object, timeout_s: float) -> None:
         """Collective. Connect the ranks, after all have come."""
         call_the_roll(

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from distckpt.backends.entry import check_backend, finalize, get_local_rank, get_world_size, initialize
+from distckpt.backends.others import OTHERS, module_of
 
 __all__ = ["Parallel", "spawn"]
 
@@ -25,7 +26,7 @@ def spawn(
     fn: Callable[..., Any],
     args: Sequence[Any] = (),
     kwargs_dict: Mapping[str, Any] | None = None,
-    nproc_per_node: int = 1,
+    nproc_per_node: int | None = None,
     *,
     nnodes: int = 1,
     node_rank: int = 0,
@@ -39,15 +40,16 @@ def spawn(
 ) -> Any:
     """Run ``fn(local_rank, *args, **kwargs_dict)`` in new processes, joined to one job.
 
-    On one node the ranks meet in a store of this process's, at a port that the system gives: nothing has to be chosen,
-    and the store outlives any rank.
+    Ranks of ``horovod`` and ``xla`` are started by those, on this node, and waited for; of the arguments below only
+    `nproc_per_node` counts. Other ranks of one node meet in a store of this process's, at a port that the system gives:
+    nothing has to be chosen, and the store outlives any rank.
 
     Args:
         backend: one of :func:`~distckpt.backends.entry.available_backends`.
         fn: defined at the top level of a module.
         args: its arguments, after the local rank.
         kwargs_dict: its keyword arguments.
-        nproc_per_node: number of processes to start here.
+        nproc_per_node: number of processes to start here; None for one, or with ``xla`` for one on each device.
         nnodes: number of nodes; with more than one, `master_addr` and `master_port`, or `init_method`, are needed.
         node_rank: of this node.
         master_addr: the first node's address.
@@ -63,6 +65,13 @@ def spawn(
         torch.multiprocessing.ProcessRaisedException: `fn` raised in some process.
     """
     check_backend(backend)
+    if backend in OTHERS:
+        if nnodes != 1:
+            msg = f"spawn starts ranks of {backend!r} on one node, but nnodes is {nnodes}: use its own launcher"
+            raise ValueError(msg)
+        module_of(backend).launch(fn, args, kwargs_dict or {}, nproc_per_node, start_method)
+        return None
+    nproc_per_node = 1 if nproc_per_node is None else nproc_per_node
     check_nodes(nproc_per_node, nnodes, node_rank, master_addr, master_port, init_method)
     environment = {
         "WORLD_SIZE": str(nproc_per_node * nnodes),

@@ -123,8 +123,8 @@ def _settle(backend: Backend, place: Place, answer: _Answer, parts: list[bytes])
     """Steps 5 and 6, without any collective: the values of all ranks, or the error of those that failed."""
     answers = [wire.decode(part) for part in parts]
     failures = [RankFailure(**said["failure"]) for said in answers if "failure" in said]
-    if answer.error is not None and not isinstance(answer.error, Exception):
-        raise answer.error  # KeyboardInterrupt, SystemExit: the others get it as a PhaseError
+    if answer.error is not None and backend.passes(answer.error):
+        raise answer.error  # the others get it as a PhaseError
     if failures:
         raise phase_error(f"{place}, of {backend.world_size} ranks", failures) from answer.error
     return [said["value"] for said in answers]

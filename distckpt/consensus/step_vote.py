@@ -16,6 +16,8 @@ Step 2 can be left to run beside the next iteration: :meth:`Ballot.start` begins
 In a world of one nothing is reduced.
 """
 
+import functools
+import operator
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -55,6 +57,9 @@ class Later(Protocol):
 
     def value(self) -> bool:
         """Return it, once it is here."""
+
+    def number(self) -> Any:
+        """Return it as a tensor, bool (), on the accelerator, or None if it is not one. Waits for nothing."""
 
 
 Detail = Callable[[], Any]
@@ -165,7 +170,7 @@ class Ballot:
         """Collective. Start to count, and return what waits for the result. The ballot is empty afterwards.
 
         Where an answer is still on its way from an accelerator, the reduction begins only when the result is asked for:
-        nothing waits for the accelerator here.
+        nothing waits for the accelerator here. A backend that takes lazy numbers has them reduced where they are.
 
         Args:
             backend: the job's.
@@ -180,7 +185,7 @@ class Ballot:
         count.where = self._place(scope)
         # New ones: the count keeps these, and may be under way while the next event's facts are put.
         self._motions, self._answers, self._error, self._failure = [], {}, None, None
-        if not count.waits_for_an_accelerator():
+        if not count.waits():
             count.start()
         return count.finish
 
@@ -218,21 +223,27 @@ class _Count:
         self._timeout_s = timeout_s
         self._wait: Callable[[], list[int]] | None = None
 
-    def waits_for_an_accelerator(self) -> bool:
-        """Tell whether some answer is not known yet."""
+    def waits(self) -> bool:
+        """Tell whether some answer has to be known before step 2."""
         return bool(self._answers) and any(
-            isinstance(answer, Pending) for answers in self._answers.values() for answer in answers
+            isinstance(answer, Pending)
+            and not (self._backend.takes_lazy_numbers and answer.answer.number() is not None)
+            for answers in self._answers.values()
+            for answer in answers
         )
 
     def start(self) -> None:
         """Step 2."""
         if self._backend.world_size == 1:
             return
-        numbers = [0] * (1 + len(Fact))
+        numbers: list[Any] = [0] * (1 + len(Fact))
         if self._error is not None:
             numbers[0] = 1
-        for motion in self._answers:
-            numbers[1 + motion.fact] = 1
+        by_fact: dict[Fact, list[Detail | Pending]] = {}
+        for motion, answers in self._answers.items():
+            by_fact.setdefault(motion.fact, []).extend(answers)
+        for fact, answers in by_fact.items():
+            numbers[1 + fact] = _number(answers)
         self._wait = self._backend.start_meeting(
             self.where,
             numbers,
@@ -299,6 +310,7 @@ class _Count:
         mine: dict[str, Any] = {"said": {}, "failure": None}
         try:
             if failure is None:
+                self._settle_answers()
                 mine["said"] = {motion.who: detail() for motion, detail in self._details().items()}
         except Exception as error:  # noqa: BLE001 - as in a probe
             self._error, failure = error, RankFailure.of(self._backend.rank, error, traceback.format_exc())
@@ -306,8 +318,8 @@ class _Count:
         what = f"counting {self._scope.name} on {self._scope.event}"  # its step may differ where turn is no iteration
         answers = self._backend.gather_objects(_plain(mine), what=what, timeout_s=self._timeout_s)
         failures = [RankFailure(**answer["failure"]) for answer in answers if answer["failure"] is not None]
-        if self._error is not None and not isinstance(self._error, Exception):
-            raise self._error  # KeyboardInterrupt, SystemExit: the others get it as a PhaseError
+        if self._error is not None and self._backend.passes(self._error):
+            raise self._error  # the others get it as a PhaseError
         if failures:
             told = _Told(self._scope, self._motions)
             raise phase_error(f"{told}, of {self._backend.world_size} ranks", failures) from self._error
@@ -317,6 +329,12 @@ class _Count:
                 if motion.who in answer["said"]:
                     said.setdefault(motion, {})[rank] = answer["said"][motion.who]
         return Result(self._scope, said)
+
+
+def _number(answers: Sequence[Detail | Pending]) -> Any:
+    """Return 1 where a yes is known, else whether one is on its way, as a tensor that is not computed yet."""
+    pending = [answer.answer.number() for answer in answers if isinstance(answer, Pending)]
+    return functools.reduce(operator.or_, pending) if len(pending) == len(answers) else 1
 
 
 class _Told:

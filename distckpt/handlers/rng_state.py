@@ -65,7 +65,7 @@ class RngState:
                 raise TypeError(msg)
         check_timeout(timeout_s)
         self.timeout_s = timeout_s
-        self._generators = named
+        self._named = named
         self._gathered: dict[str, Any] | None = None
         self._mine: Mapping[str, Any] | None = None  # what was loaded for this rank
         self._pass: dict[str, Any] | None = None  # when the present pass over the data began
@@ -213,6 +213,11 @@ class RngState:
 
     def _note(self, began_at: int) -> None:
         self._pass = {"began_at": began_at, "state": rng.capture(self._generators)}
+
+    @property
+    def _generators(self) -> Mapping[str, Any]:
+        """The runtime's own generators, and the program's."""
+        return {**current().generators(), **self._named}
 
     def _capture(self) -> dict[str, Any]:
         begun = self._pass if self._notes_passes else None  # one that was loaded is soon over

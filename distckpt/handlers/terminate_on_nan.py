@@ -89,10 +89,10 @@ class TerminateOnNan(Voter):
 
     def _probe(self, engine: Engine) -> Answer:
         output = self._output_transform(engine.state.output)
-        if not self.lag:
-            is_broken: Any = not all_finite(output)
+        if self.lag or current().takes_lazy_numbers:
+            is_broken: Any = broken_flag(output)
         else:
-            is_broken = broken_flag(output)
+            is_broken = not all_finite(output)
         if is_broken is False:
             return None
         step = engine.state.iteration

@@ -425,7 +425,8 @@ class EngineVote:
         try:
             if isinstance(error, PhaseError | RanksDriftedApart):
                 return error  # raised on every rank alike
-            if not isinstance(error, CollectiveError) and _is_of_a_broken_collective(error):
+            is_runtimes = isinstance(error, self._backend.untouched) or _is_of_a_broken_collective(error)
+            if not isinstance(error, CollectiveError) and is_runtimes:
                 news = watch.suspect()
                 if news is not None:
                     return news
