@@ -71,10 +71,15 @@ class TrainingThread:
     """The thread that trains, seen from beside it. Made on it."""
 
     def __init__(self) -> None:
+        self._thread = threading.current_thread()
         self._ident = threading.get_ident()
         self._stat = Path(f"/proc/self/task/{threading.get_native_id()}/stat")
         self._place: tuple[Any, ...] = ()
         self._since_s = time.monotonic()
+
+    def is_alive(self) -> bool:
+        """Tell whether the thread has not ended."""
+        return self._thread.is_alive()
 
     def stands_still_s(self) -> float:
         """Return for how long the thread has used no CPU and has been in one place, in seconds. Call it repeatedly."""

@@ -19,7 +19,8 @@ The protocol:
 6. (the rank whose process hosts the board) before it ends, wait a moment until the others know of the fault, or are
    idle, or have left: the note ends with the board.
 
-Where a runtime has no board (Horovod, XLA) there is no watch: its own errors and time limits count.
+Where a job has no board (Horovod under mpirun or elastic, XLA in several processes) there is no watch: its own errors
+and time limits count. Ranks that are threads of one process watch each other too: one whose thread has ended has left.
 """
 
 import contextlib
@@ -50,7 +51,13 @@ _LOOK_S = 0.05  # how soon the thread notices that it has to end
 _BLOCKED_S = 0.5  # how long a thread in a collective of torch's has to stand still
 _NUM_LOOKS = 6  # after how many of this rank's own beats one that has not beaten twice is suspected
 _STAY_S = 2.0  # how long the host of the board stays for the others
-_HANGS_IN = (f"torch{os.sep}distributed", f"torch{os.sep}autograd", f"torch{os.sep}nn{os.sep}parallel")
+_HANGS_IN = (
+    f"torch{os.sep}distributed",
+    f"torch{os.sep}autograd",
+    f"torch{os.sep}nn{os.sep}parallel",
+    f"horovod{os.sep}torch",
+    f"{os.sep}torch_xla{os.sep}",
+)
 _logger = logging.getLogger(__name__)
 
 
@@ -271,6 +278,9 @@ class Watch:
     def _run(self) -> None:
         last_s = time.monotonic()
         while not self._stop.is_set() and self._board.is_open():
+            if not self._training.is_alive():
+                self.close("its thread ended")
+                break
             now_s = time.monotonic()
             with self._looking:
                 if (self.in_run or now_s < self._asked_s + 2.0 * self._interval_s) and not self._store.is_gone:

@@ -5,6 +5,7 @@ from distckpt.handlers.disk_saver import DiskSaver
 from distckpt.handlers.early_stopping import EarlyStopping
 from distckpt.handlers.events import CheckpointEvents
 from distckpt.handlers.global_step import global_step_from_engine
+from distckpt.handlers.idist_bridge import install as install_bridge
 from distckpt.handlers.model_checkpoint import ModelCheckpoint
 from distckpt.handlers.preemption import Preemption
 from distckpt.handlers.resume import resume
@@ -14,6 +15,8 @@ from distckpt.handlers.terminate_on_nan import TerminateOnNan
 from distckpt.handlers.time_limit import TimeLimit
 from distckpt.handlers.timer import Timer
 from distckpt.handlers.voting import stop_reason
+
+install_bridge()
 
 __all__ = [
     "BaseSaveHandler",

@@ -292,7 +292,7 @@ class Checkpoint(CheckpointHelpers, CheckpointHistory, Voter):
                 consolidate=lambda: consolidate(self.to_save, save_on_rank=agreed.coordinator),
                 capture=lambda: self._capture(backend, agreed.coordinator, decision),
                 write=lambda checkpoint: hand_over(handler, checkpoint, decision.filename, dict(decision.metadata)),
-                all_write=not isinstance(handler, DiskSaver),
+                all_write=not (isinstance(handler, DiskSaver) and handler.writes_on_one_rank),
                 timeout_s=self.timeout_s,
             )
         except CommitNotDurable:

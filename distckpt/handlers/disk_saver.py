@@ -21,6 +21,8 @@ from distckpt.storage.ptfile import check_save_options, what_loading_refuses, wr
 
 __all__ = ["DiskSaver"]
 
+_OF_XM_SAVE = ("master_only", "global_master")
+
 
 class DiskSaver(BaseSaveHandler):
     """Handler that saves a checkpoint on a disk, whole and durable.
@@ -36,7 +38,9 @@ class DiskSaver(BaseSaveHandler):
         create_dir: make the directory where it is missing.
         require_empty: refuse a directory that holds any ``*.pt``.
         save_on_rank: the rank that writes.
-        kwargs: keyword arguments of ``torch.save``.
+        kwargs: keyword arguments of ``torch.save``; in an XLA job also those of ``xm.save``. ``master_only=False``:
+            every replica writes, each into a `dirname` of its own. ``global_master=False``, said expressly: the first
+            replica of each machine writes, for disks that the machines do not share.
 
     Attributes:
         dirname: the directory, as a path.
@@ -86,12 +90,24 @@ class DiskSaver(BaseSaveHandler):
             raise
 
     @property
+    def writes_on_one_rank(self) -> bool:
+        """Whether ``save_on_rank`` alone writes."""
+        return current().name != "xla" or (
+            self.kwargs.get("master_only", True) and self.kwargs.get("global_master", True)
+        )
+
+    def _writes_on(self, live: Backend) -> bool:
+        if self.writes_on_one_rank:
+            return live.rank == self.save_on_rank
+        return not self.kwargs.get("master_only", True) or live.local_rank == 0
+
+    @property
     def ticket(self) -> str | None:
         """What notes about this saver's construction stand under, if the runtime has a place for them."""
         return self._ticket
 
     def _look(self, backend: Backend, *, create_dir: bool, require_empty: bool) -> None:
-        if create_dir and backend.rank == self.save_on_rank:
+        if create_dir and self._writes_on(backend):
             make_directory(self.dirname)
         if not self.dirname.exists():
             if not create_dir:
@@ -124,11 +140,13 @@ class DiskSaver(BaseSaveHandler):
             CommitNotDurable: it is there, but may not survive a power cut.
         """
         del metadata
-        check_save_options(self.kwargs)
+        live = current()
+        options = {name: value for name, value in self.kwargs.items() if live.name != "xla" or name not in _OF_XM_SAVE}
+        check_save_options(options)
         check_name(filename)
-        if current().rank == self.save_on_rank:
+        if self._writes_on(live):
             Directory(self.dirname).write(
-                filename, lambda sink: write_pt(checkpoint, sink, self.kwargs), atomic=self._atomic
+                filename, lambda sink: write_pt(checkpoint, sink, options), atomic=self._atomic
             )
             if not self._has_looked:
                 self._has_looked = True
@@ -151,5 +169,5 @@ class DiskSaver(BaseSaveHandler):
             ValueError: the name would leave the directory, or meets a symlink.
         """
         check_name(filename)
-        if current().rank == self.save_on_rank:
+        if self._writes_on(current()):
             Directory(self.dirname).remove(filename)
