@@ -544,9 +544,10 @@ class _Generator:
         self._device = str(device)
 
     def get_state(self) -> torch.Tensor:
-        """Return its state: int64 ()."""
-        return torch.tensor(int(xm.get_rng_state(self._device)))
+        """Return its state, a number of 64 bits: uint8 (8,), the lowest byte first."""
+        data = int(xm.get_rng_state(self._device)).to_bytes(8, "little")
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8).clone()
 
     def set_state(self, state: torch.Tensor) -> None:
         """Set it."""
-        xm.set_rng_state(int(state), self._device)
+        xm.set_rng_state(int.from_bytes(bytes(state.tolist()), "little"), self._device)
