@@ -1,14 +1,14 @@
 """What pytest has to know of the ranks and of the folders."""
 
 import os
-from collections.abc import Iterable
 
 import pytest
 import torch
 from hypothesis import settings
 
 from tests.contracts.implementations import not_run
-from tests.support.pool import shared_pool
+from tests.support.pool import discard_pools
+from tests.support.selection import select, summary
 from tests.support.store import bound_lookups
 
 # Examples are the same in every run, and a busy machine is no failure. HYPOTHESIS_PROFILE=explore looks for new
@@ -23,21 +23,22 @@ def pytest_configure() -> None:
     bound_lookups()
 
 
-def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
-    """Mark what lies in tests/crash/, which `ci/test.sh --fast` leaves out."""
+def pytest_collection_modifyitems(items: list[pytest.Item], config: pytest.Config) -> None:
+    """Mark what lies in tests/crash/, which `ci/test.sh --fast` leaves out; leave out what is another runtime's."""
+    select(items, config)
     for item in items:
         if "crash" in item.path.parts:
             item.add_marker(pytest.mark.crash)
 
 
 def pytest_sessionfinish() -> None:
-    """Kill this process's pool of ranks."""
-    shared_pool().discard()
+    """Kill the ranks of this process."""
+    discard_pools()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say which implementations of the backend contract had no part in the run."""
-    for line in not_run():
+    for line in (*not_run(), *summary()):
         terminalreporter.write_line(line)
     if not torch.cuda.is_available():
         terminalreporter.write_line("tests/accel: not run, no GPU")

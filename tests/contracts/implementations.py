@@ -21,6 +21,7 @@ from distckpt.backends.detect import current
 from tests.support import run_ranks
 from tests.support.locate import RANK_BODY, find, refer_to
 from tests.support.messages import FunctionRef
+from tests.support.runtime import OWN, RUNTIME
 
 P = ParamSpec("P")
 Clause = Callable[..., None]
@@ -70,7 +71,7 @@ def on_ranks(runtime: str, world_size: int) -> Launch:
 
 def _on_rank(clause: FunctionRef, arguments: Mapping[str, object]) -> None:
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.cuda.set_device(current().local_rank % torch.cuda.device_count())
     find(clause)(current(), **arguments)
 
 
@@ -100,20 +101,27 @@ def _nccl_jobs() -> Sequence[Implementation]:
     return [_torch_job("nccl", size) for size in (1, 2) if size <= num_gpus]
 
 
-EVERY: Sequence[Implementation] = (
-    Implementation(name="serial", world_size=1, launch=in_this_process),
-    _torch_job("gloo", 2),
-    _torch_job("gloo", 3),
-    _torch_job(REGISTERED, 2),
-    *_nccl_jobs(),
-)
+def _own_job(world_size: int) -> Implementation:
+    """Return a job of the runtime that this pytest process tests."""
+    return Implementation(name=f"{RUNTIME}-{world_size}", world_size=world_size, launch=on_ranks(OWN, world_size))
+
+
+def _of_this_runtime() -> Sequence[Implementation]:
+    if RUNTIME != "gloo":
+        return (_own_job(2), _own_job(3))
+    serial = Implementation(name="serial", world_size=1, launch=in_this_process)
+    return (serial, _own_job(2), _own_job(3), _torch_job(REGISTERED, 2), *_nccl_jobs())
+
+
+EVERY: Sequence[Implementation] = _of_this_runtime()
 SEVERAL_RANKS: Sequence[Implementation] = tuple(one for one in EVERY if one.world_size > 1)
 GLOO: Sequence[Implementation] = tuple(one for one in EVERY if one.name.startswith("gloo"))
+"""Empty where another runtime is tested: such a clause has to be marked with `only_on`."""
 
 
 def not_run() -> Sequence[str]:
     """Say of each implementation that has no part in this run why it has not."""
-    return () if _nccl_jobs() else ("nccl: not run, no GPU",)
+    return () if RUNTIME != "gloo" or _nccl_jobs() else ("nccl: not run, no GPU",)
 
 
 def clause(

@@ -31,9 +31,18 @@ class Channel:
 _of_this_rank: list[Channel] = []
 
 
+class _OfThread(threading.local):
+    """The channel of a rank that is a thread."""
+
+    channel: Channel | None = None
+
+
+_of_this_thread = _OfThread()
+
+
 def open_channel(descriptor: int) -> Channel:
     """Adopt the inherited descriptor as this rank's channel, and keep it from the rank's own children."""
-    channel = Channel(Connection(descriptor))
+    channel = _of_this_thread.channel = Channel(Connection(descriptor))
     _of_this_rank.append(channel)
     return channel
 
@@ -46,4 +55,4 @@ def tell_parent(payload: object) -> None:
     """
     if not _of_this_rank:
         raise RuntimeError("tell_parent() works on a rank that fresh_ranks started")
-    _of_this_rank[0].send(Told(payload=pack(payload)))
+    (_of_this_thread.channel or _of_this_rank[0]).send(Told(payload=pack(payload)))

@@ -16,7 +16,8 @@ from tests.support.handle import RankHandle
 from tests.support.locate import refer_to
 from tests.support.messages import Idle, Outcome, Release, Task, Told, pack, unpack
 from tests.support.report import RankEnd
-from tests.support.store import ADDRESS, shared_store
+from tests.support.runtime import Surroundings
+from tests.support.store import shared_store
 
 _GRACE_S = 3.0
 """How long the other ranks have to tell their side once one has failed."""
@@ -51,9 +52,10 @@ class Dispatch:
         arguments = _pack_arguments(call)
         reference, filters = refer_to(call.function), _pack_filters()
         number = shared_store().next_number()
+        self._surroundings = Surroundings(len(handles), number)
         for rank, handle in enumerate(handles):
             handle.forget_output()
-            environment = {**_launcher_environment(rank, len(handles), number), **call.environment}
+            environment = {**self._surroundings.environment(rank), **call.environment}
             handle.send(
                 Task(
                     function=reference,
@@ -126,6 +128,10 @@ class Dispatch:
             leftovers += [f"rank {rank}: {item}" for item in left]
         return tuple(leftovers)
 
+    def end(self) -> None:
+        """Let go of what the ranks found around them, once they have left."""
+        self._surroundings.end()
+
     def _pump(self, deadline: float) -> bool:
         """Take in what has arrived, waiting until the deadline; False when it has passed."""
         open_ranks = {handle.connection: rank for rank, handle in enumerate(self._handles) if rank not in self._ends}
@@ -160,28 +166,6 @@ class Dispatch:
 
     def _end(self, end: RankEnd) -> None:
         self._ends[end.rank] = replace(end, order=len(self._ends))
-
-
-def _launcher_environment(rank: int, world_size: int, number: int) -> dict[str, str]:
-    """Return what torchrun sets on one node, for programs and for `init_process_group` by `env://`."""
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "GROUP_RANK": "0",
-        "GROUP_WORLD_SIZE": "1",
-        "ROLE_RANK": str(rank),
-        "ROLE_WORLD_SIZE": str(world_size),
-        "ROLE_NAME": "default",
-        "MASTER_ADDR": ADDRESS,
-        "MASTER_PORT": str(shared_store().port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RUN_ID": "tests",
-        "TORCHELASTIC_RESTART_COUNT": str(number),  # a namespace of its own in the agent's store
-        "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
-    }
 
 
 def _pack_arguments(call: Call) -> bytes:

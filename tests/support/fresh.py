@@ -10,6 +10,7 @@ from pathlib import Path
 from tests.support.dispatch import Call, Dispatch
 from tests.support.handle import RankHandle
 from tests.support.report import RankEnd, RankFailedError
+from tests.support.start import start
 
 _EXIT_LIMIT_S = 10.0
 
@@ -45,6 +46,7 @@ class FreshRanks:
         ends = self._dispatch.collect(timeout_s, may_fail=may_fail)
         self._dispatch.release()
         ends = [self._exited(end) for end in ends]
+        self._dispatch.end()
         if any(end.failed and end.rank not in may_fail for end in ends):
             raise RankFailedError(self._call.name, ends, limit_s=timeout_s)
         return ends
@@ -100,8 +102,7 @@ def fresh_ranks(
     )
     with tempfile.TemporaryDirectory(prefix="distckpt-ranks-") as directory, contextlib.ExitStack() as stack:
         handles = []
-        for rank in range(world_size):
-            handle = RankHandle(rank, Path(directory), prefix=prefix(rank) if prefix else (), environment=env)
+        for handle in start(world_size, Path(directory), prefix=prefix, environment=env):
             stack.callback(handle.kill)
             handles.append(handle)
         for handle in handles:

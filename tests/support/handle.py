@@ -8,51 +8,35 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Mapping, Sequence
-from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from tests.support.messages import Ready, pack, unpack
 from tests.support.signals import STACK_SIGNAL
-from tests.support.store import shared_store
 
-_ROOT = Path(__file__).resolve().parents[2]
 _START_LIMIT_S = 120.0
 _MAX_OUTPUT_BYTES = 20_000
 
 
 class RankHandle:
-    """A started rank process. `wait_ready` before the first task; `kill` in the end, always."""
+    """A started rank process. `wait_ready` before the first task; `kill` in the end, always.
+
+    Args:
+        slot: which rank it is.
+        process: the rank's, or that of all ranks where they are threads of one.
+        connection: to the rank.
+        log: what the process prints.
+        stacks: where it writes its stacks.
+    """
 
     def __init__(
-        self,
-        slot: int,
-        directory: Path,
-        *,
-        prefix: Sequence[str] = (),
-        environment: Mapping[str, str] | None = None,
+        self, slot: int, process: "subprocess.Popen[bytes]", connection: Connection, log: Path, stacks: Path
     ) -> None:
         self.slot = slot
         self.pid = 0
-        self._log, self._stacks = directory / f"rank{slot}.log", directory / f"rank{slot}.stacks"
-        self._log.touch()
-        self._stacks.touch()
-        self.connection, child_end = Pipe()
-        command = [sys.executable, "-m", "tests.support.rank_main"]
-        command += [str(child_end.fileno()), str(self._stacks), str(shared_store().port)]
-        with self._log.open("ab") as log, child_end:
-            self._process = subprocess.Popen(
-                [*prefix, *command],
-                cwd=_ROOT,
-                env={**os.environ, **(environment or {}), "PYTHONUNBUFFERED": "1"},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                pass_fds=[child_end.fileno()],
-                start_new_session=True,  # so that kill() reaches what the rank started, and only that
-            )
+        self.connection = connection
+        self._process, self._log, self._stacks = process, log, stacks
 
     def wait_ready(self) -> None:
         """Wait until the rank has imported torch.
@@ -100,7 +84,8 @@ class RankHandle:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait(10.0)
-        self.connection.close()
+        if not self.connection.closed:
+            self.connection.close()
 
     def forget_output(self) -> None:
         """Start the next task with an empty log."""

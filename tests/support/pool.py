@@ -4,12 +4,13 @@ Owns starting, growing, reusing and discarding them. Ranks of a test are the fir
 """
 
 import atexit
-import functools
 import shutil
 import tempfile
 from pathlib import Path
 
 from tests.support.handle import RankHandle
+from tests.support.runtime import RUNTIME
+from tests.support.start import start
 
 
 class RankPool:
@@ -25,8 +26,8 @@ class RankPool:
             self.discard()
         if self._directory is None:
             self._directory = Path(tempfile.mkdtemp(prefix="distckpt-ranks-"))
-        while len(self._handles) < world_size:
-            self._handles.append(RankHandle(len(self._handles), self._directory))
+        if len(self._handles) < world_size:
+            self._handles += start(world_size, self._directory, first=len(self._handles))
         try:
             for handle in self._handles[:world_size]:
                 handle.wait_ready()
@@ -49,9 +50,22 @@ class RankPool:
             self._directory = None
 
 
-@functools.cache
-def shared_pool() -> RankPool:
-    """Return this process's pool, which ends with the process at the latest."""
-    pool = RankPool()
-    atexit.register(pool.discard)
-    return pool
+_POOLS: dict[int | None, RankPool] = {}
+
+
+def pool_for(world_size: int) -> RankPool:
+    """Return this process's pool from which ranks of a world of this size come; it ends with the process at the latest.
+
+    Where ranks are replicas of one process, which has as many as it was started with, each world size has a pool.
+    """
+    key = world_size if RUNTIME == "xla" else None
+    if key not in _POOLS:
+        _POOLS[key] = RankPool()
+        atexit.register(_POOLS[key].discard)
+    return _POOLS[key]
+
+
+def discard_pools() -> None:
+    """Kill the ranks of all pools."""
+    for pool in _POOLS.values():
+        pool.discard()

@@ -4,32 +4,48 @@ Runs inside the rank. Knows the messages and nothing of pools, limits or reports
 that it takes too long, its parent does.
 """
 
+import contextlib
 import os
 import sys
 import threading
 import traceback
-from datetime import timedelta
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import _pytest.outcomes
-import torch.distributed as dist
 from torch.distributed import Store
 
 from tests.support.channel import Channel
 from tests.support.isolate import background_errors, isolated, leftover_threads
 from tests.support.locate import find
 from tests.support.messages import Idle, Outcome, Ready, Release, Task, pack, unpack
-from tests.support.store import of_call
+from tests.support.runtime import join, leave
 
 _OWN_FILES = (os.path.dirname(__file__) + os.sep,)  # noqa: PTH120 - compared with strings of tracebacks
 
 
-def serve(channel: Channel, store: Store) -> int:
+class Surroundings:
+    """What a rank that is a process does around a task. Ranks that are threads have one of their own."""
+
+    @contextlib.contextmanager
+    def isolated(self, task: Task) -> Iterator[list[str]]:
+        """Give the task a clean process; yield the list of errors that no caller sees."""
+        with isolated(task.environment, task.warning_filters), background_errors() as errors:
+            yield errors
+
+    def fail(self, channel: Channel) -> NoReturn:
+        """End as a failing program does."""
+        del channel
+        _leave(1)
+
+
+def serve(channel: Channel, store: Store, surroundings: Surroundings | None = None) -> int:
     """Run tasks until the parent hangs up.
 
     Returns:
         The exit code of a fresh rank, once its only task is over.
     """
+    around = surroundings or Surroundings()
     channel.send(Ready(pid=os.getpid()))
     while True:
         try:
@@ -38,29 +54,27 @@ def serve(channel: Channel, store: Store) -> int:
             _leave(0)
         if not isinstance(task, Task):
             raise TypeError(f"a rank expects a Task, got {task!r}")
-        outcome = _serve_one(task, channel, store)
+        outcome = _serve_one(task, channel, store, around)
         if task.fresh:
             return _exit_code(outcome)
 
 
-def _serve_one(task: Task, channel: Channel, store: Store) -> Outcome:
+def _serve_one(task: Task, channel: Channel, store: Store, around: Surroundings) -> Outcome:
     threads = set(threading.enumerate())
-    with isolated(task.environment, task.warning_filters):
-        with background_errors() as errors:
-            outcome = _run(task, store)
+    with around.isolated(task) as errors:
+        outcome = _run(task, store)
         if errors and outcome.kind == "returned":
             outcome = Outcome(kind="raised", reason=errors[0], traceback="\n".join(errors))
         channel.send(outcome)
         if outcome.kind in {"raised", "exited"}:
-            return outcome if task.fresh else _leave(1)
+            return outcome if task.fresh else around.fail(channel)
         try:
             message = channel.receive()
         except EOFError:
             _leave(0)
         if not isinstance(message, Release):
             raise TypeError(f"a rank with an outcome expects Release, got {message!r}")
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave()
     if not task.fresh:
         channel.send(Idle(leftovers=leftover_threads(threads)))
     return outcome
@@ -71,14 +85,7 @@ def _run(task: Task, store: Store) -> Outcome:
         function = find(task.function)
         arguments: Any = unpack(task.arguments)
         args, kwargs = arguments
-        if task.backend is not None:
-            dist.init_process_group(
-                task.backend,
-                store=of_call(store, task.number),
-                rank=int(os.environ["RANK"]),
-                world_size=int(os.environ["WORLD_SIZE"]),
-                timeout=timedelta(seconds=task.collective_timeout_s),
-            )
+        join(task, store)
         value = pack(function(*args, **kwargs))
     except _pytest.outcomes.Skipped as skip:
         return Outcome(kind="skipped", reason=str(skip))

@@ -1,4 +1,4 @@
-"""Entry of a rank process: `python -m tests.support.rank_main <pipe> <file for stacks> <port of store>`.
+"""Entry of a rank process: `python -m tests.support.rank_main <file for stacks> <port of store> <pipe>`.
 
 Started by `tests.support.handle`. Ends with its parent, whatever that parent dies of.
 """
@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -21,17 +22,23 @@ from tests.support.store import connect
 _PR_SET_PDEATHSIG = 1
 
 
-def main(descriptor: int, stack_file: Path, store_port: int) -> int:
-    """Serve tasks from the pipe; on `STACK_SIGNAL`, or a crash, write all threads' stacks to the file."""
+def prepare(stack_file: Path) -> TextIO:
+    """Let this process end with its parent, and write all threads' stacks on `STACK_SIGNAL`, or in a crash."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    stacks = stack_file.open("a", encoding="utf-8")
+    faulthandler.enable(stacks, all_threads=True)
+    faulthandler.register(STACK_SIGNAL, stacks, all_threads=True)
+    rewrite_assertions_on_import()
+    torch.set_num_threads(1)
+    return stacks
+
+
+def main(stack_file: Path, store_port: int, descriptor: int) -> int:
+    """Serve tasks from the pipe."""
     os.set_inheritable(descriptor, False)  # noqa: FBT003 - the function takes it so
-    with stack_file.open("a", encoding="utf-8") as stacks:
-        faulthandler.enable(stacks, all_threads=True)
-        faulthandler.register(STACK_SIGNAL, stacks, all_threads=True)
-        rewrite_assertions_on_import()
-        torch.set_num_threads(1)
+    with prepare(stack_file):
         return serve(open_channel(descriptor), connect(store_port))
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])))
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))

@@ -9,7 +9,7 @@ import pytest
 from tests.support.dispatch import Call, Dispatch
 from tests.support.fresh import fresh_ranks
 from tests.support.locate import RANK_BODY
-from tests.support.pool import shared_pool
+from tests.support.pool import pool_for
 from tests.support.report import RankEnd, RankFailedError
 
 P = ParamSpec("P")
@@ -99,7 +99,7 @@ def run_ranks(
 
 def _on_pool(call: Call, world_size: int, timeout_s: float) -> list[RankEnd]:
     __tracebackhide__ = True
-    pool = shared_pool()
+    pool, dispatch = pool_for(world_size), None
     try:
         dispatch = Dispatch(call, pool.ranks(world_size))
         ends = dispatch.collect(timeout_s)
@@ -111,6 +111,9 @@ def _on_pool(call: Call, world_size: int, timeout_s: float) -> list[RankEnd]:
     except BaseException:
         pool.discard()
         raise
+    finally:
+        if dispatch is not None:
+            dispatch.end()
     _print_output(ends)
     if leftovers:
         pool.discard()

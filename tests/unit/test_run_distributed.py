@@ -17,7 +17,7 @@ from tests.support import (
     run_distributed,
     run_ranks,
 )
-from tests.support.pool import shared_pool
+from tests.support.pool import pool_for
 
 
 @run_distributed(world_size=2)
@@ -252,4 +252,4 @@ def test_a_warm_pool_costs_little() -> None:
 
 
 def test_pool_names_its_processes() -> None:
-    assert set(run_ranks(_pid, 2)) <= set(shared_pool().pids())
+    assert set(run_ranks(_pid, 2)) <= set(pool_for(2).pids())

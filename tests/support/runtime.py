@@ -1,0 +1,147 @@
+"""Which runtime carries the ranks of this pytest process: torch.distributed, Horovod or torch_xla.
+
+Owns what a rank's environment is in each, and how a rank joins and leaves. Chosen for the whole process by
+`DISTCKPT_TEST_RUNTIME`; a test whose ranks have the default backend runs on that one. Imports Horovod and torch_xla
+only in ranks of theirs.
+"""
+
+import os
+import sys
+import threading
+import warnings
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import Store
+
+from tests.support.messages import Task
+from tests.support.store import ADDRESS, of_call, shared_store
+
+VARIABLE = "DISTCKPT_TEST_RUNTIME"
+OWN = "gloo"
+"""The backend that stands for this runtime's own."""
+RUNTIMES = ("gloo", "horovod", "xla")
+RUNTIME = os.environ.get(VARIABLE, OWN)
+MOST_RANKS = 4 if RUNTIME == "xla" else 64
+
+if RUNTIME not in RUNTIMES:
+    raise ValueError(f"{VARIABLE} should be one of {RUNTIMES}, but is {RUNTIME!r}")
+
+
+class Surroundings:
+    """What the ranks of one call find around them; made by the test's process, and ended when the call is over."""
+
+    def __init__(self, world_size: int, number: int) -> None:
+        self._world_size = world_size
+        self._number = number
+        self._server: Any = None
+        if RUNTIME == "horovod":
+            self._server, self._port = _rendezvous_server(world_size)
+
+    def environment(self, rank: int) -> dict[str, str]:
+        """Return what a launcher on this machine gives to a rank."""
+        if RUNTIME == "horovod":
+            return _environment_of_horovodrun(rank, self._world_size, self._port)
+        if RUNTIME == "xla":  # ranks are threads there, and have no environment of their own
+            return {"OMP_NUM_THREADS": "1"}
+        return _environment_of_torchrun(rank, self._world_size, self._number)
+
+    def end(self) -> None:
+        """Let go of servers. Waits for nothing."""
+        if self._server is not None:
+            threading.Thread(target=_stop, args=(self._server,), name="rendezvous-end", daemon=True).start()
+            self._server = None
+
+
+def join(task: Task, store: Store) -> None:
+    """From a rank: join the job that the task is to run in."""
+    if task.backend is None or (task.backend == OWN and RUNTIME == "xla"):
+        return  # a replica is one since its thread was started
+    if task.backend == OWN and RUNTIME == "horovod":
+        _horovod().init()
+        return
+    dist.init_process_group(
+        task.backend,
+        store=of_call(store, task.number),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=timedelta(seconds=task.collective_timeout_s),
+    )
+
+
+def leave() -> None:
+    """From a rank: leave whatever job it is part of."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    horovod = sys.modules.get("horovod.torch")
+    if horovod is not None and horovod.is_initialized():
+        horovod.shutdown()
+    if RUNTIME == "xla" and "distckpt" in sys.modules:
+        # torch_xla has nothing to leave: the replicas stay. What a test did to distckpt's view of the job ends here.
+        sys.modules["distckpt"].finalize()
+
+
+def _horovod() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import horovod.torch as hvd  # noqa: PLC0415 - only in ranks of Horovod's
+
+    return hvd
+
+
+def _rendezvous_server(world_size: int) -> tuple[Any, int]:
+    """Start the server that `horovodrun` has, for one job."""
+    from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts  # noqa: PLC0415 - as above
+    from horovod.runner.http.http_server import RendezvousServer  # noqa: PLC0415 - as above
+
+    server = RendezvousServer()
+    port = server.start()
+    server.init(get_host_assignments(parse_hosts(f"localhost:{world_size}"), world_size))
+    return server, port
+
+
+def _stop(server: Any) -> None:
+    server.stop()
+    server._httpd.server_close()  # Horovod leaves its socket open
+
+
+def _environment_of_horovodrun(rank: int, world_size: int, port: int) -> dict[str, str]:
+    return {
+        "HOROVOD_RANK": str(rank),
+        "HOROVOD_SIZE": str(world_size),
+        "HOROVOD_LOCAL_RANK": str(rank),
+        "HOROVOD_LOCAL_SIZE": str(world_size),
+        "HOROVOD_CROSS_RANK": "0",
+        "HOROVOD_CROSS_SIZE": "1",
+        "HOROVOD_HOSTNAME": "localhost",
+        "HOROVOD_GLOO_RENDEZVOUS_ADDR": ADDRESS,
+        "HOROVOD_GLOO_RENDEZVOUS_PORT": str(port),
+        "HOROVOD_CONTROLLER": "gloo",
+        "HOROVOD_CPU_OPERATIONS": "gloo",
+        "HOROVOD_GLOO_IFACE": "lo",
+        "HOROVOD_CYCLE_TIME": "0.2",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def _environment_of_torchrun(rank: int, world_size: int, number: int) -> dict[str, str]:
+    """Return what torchrun sets on one node, for programs and for `init_process_group` by `env://`."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "GROUP_RANK": "0",
+        "GROUP_WORLD_SIZE": "1",
+        "ROLE_RANK": str(rank),
+        "ROLE_WORLD_SIZE": str(world_size),
+        "ROLE_NAME": "default",
+        "MASTER_ADDR": ADDRESS,
+        "MASTER_PORT": str(shared_store().port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RUN_ID": "tests",
+        "TORCHELASTIC_RESTART_COUNT": str(number),  # a namespace of its own in the agent's store
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+    }

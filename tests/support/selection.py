@@ -1,0 +1,48 @@
+"""Which tests belong to this process's runtime.
+
+Owns the mark `only_on` and what becomes of tests that are another runtime's: they are no skips, since nothing is
+missing; they are not of this run, and the summary counts them by the reason given.
+"""
+
+from collections import Counter
+
+import pytest
+
+from tests.support.runtime import MOST_RANKS, RUNTIME
+
+_NUM_LEFT: Counter[str] = Counter()
+
+
+def only_on(*runtimes: str, why: str) -> pytest.MarkDecorator:
+    """Mark a test that is of some runtimes only.
+
+    Args:
+        runtimes: of which.
+        why: said in the summary of the others' runs.
+    """
+    return pytest.mark.only_on(*runtimes, why=why)
+
+
+def select(items: list[pytest.Item], config: pytest.Config) -> None:
+    """Take those that are not of this runtime out of `items`."""
+    left = {item: why for item in items if (why := _why_not(item))}
+    _NUM_LEFT.update(left.values())
+    if left:
+        config.hook.pytest_deselected(items=list(left))
+        items[:] = [item for item in items if item not in left]
+
+
+def summary() -> list[str]:
+    """Return a line for each reason."""
+    return [f"{RUNTIME}: {num} of another runtime: {why}" for why, num in sorted(_NUM_LEFT.items())]
+
+
+def _why_not(item: pytest.Item) -> str | None:
+    mark = item.get_closest_marker("only_on")
+    if mark is not None and RUNTIME not in mark.args:
+        return str(mark.kwargs["why"])
+    callspec = getattr(item, "callspec", None)
+    world_size = 0 if callspec is None else callspec.params.get("world_size", 0)
+    if isinstance(world_size, int) and world_size > MOST_RANKS:
+        return f"more than {MOST_RANKS} ranks"
+    return None
