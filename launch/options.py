@@ -114,8 +114,13 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     add("--no-table", dest="table", action="store_false", help="do not print what the run came to")
 
     add = parser.add_argument_group("ranks").add_argument
-    backends = ["auto", "none", "gloo", "nccl"]
-    add("--backend", choices=backends, default="auto", help="how ranks talk (auto: nccl with GPUs, else gloo)")
+    add(
+        "--backend",
+        choices=["auto", "none", "gloo", "nccl", "horovod", "xla"],
+        default="auto",
+        help="how ranks talk (auto: horovod under horovodrun, else nccl with GPUs, else gloo); xla starts a replica of "
+        "torch_xla's on each device of this machine",
+    )
     add("--nproc-per-node", type=positive_number, metavar="N", help="start N ranks here, without any launcher")
 
     add = parser.add_argument_group("faults, for the demo and the tests").add_argument
@@ -142,6 +147,8 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     options = parser.parse_args(argv)
     if options.backend == "none" and options.nproc_per_node is not None:
         parser.error("argument --nproc-per-node: needs a --backend other than none")
+    if options.backend == "xla" and options.nproc_per_node is not None:
+        parser.error("argument --nproc-per-node: torch_xla starts a replica on each device; limit those instead")
     return Config(**vars(options))
 
 

@@ -2,6 +2,8 @@
 
     PYTHONPATH=. python launch/train_digits.py            # one process
     bash launch/torchrun.sh                               # two ranks; its header tells about several machines
+    bash launch/horovodrun.sh                             # two ranks of Horovod
+    bash launch/xla_spawn.sh                              # a replica of torch_xla's on each device
     PYTHONPATH=. python launch/train_digits.py --help     # all options
 
 ``main(local_rank, config)`` runs on each rank, whatever launched it. Everything random is a function of seed,
@@ -165,10 +167,9 @@ class Run:
 
 def build(config: Config, batches: TrainBatches, val_samples: Samples) -> Run:
     """Make model, engines and handlers. Collective where there are several ranks."""
-    torch.manual_seed(config.seed)
-    net = Net()
+    net = launchers.initial(Net, config.seed)
     model = launchers.parallelize(net)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
+    optimizer = launchers.distribute(torch.optim.AdamW(model.parameters(), lr=config.lr), model)
     scheduler = ExponentialLR(optimizer, gamma=0.9)
 
     def train_step(engine: Engine, batch: Samples) -> float:
@@ -176,7 +177,7 @@ def build(config: Config, batches: TrainBatches, val_samples: Samples) -> Run:
         optimizer.zero_grad()
         loss = functional.cross_entropy(model(batch.images), batch.labels)
         loss.backward()  # type: ignore[no-untyped-call] # torch ships it without types
-        optimizer.step()
+        launchers.step(optimizer)
         if config.fault is None:
             return loss.item()
         return config.fault.strike(engine.state.iteration, get_rank(), loss.item())
@@ -187,8 +188,8 @@ def build(config: Config, batches: TrainBatches, val_samples: Samples) -> Run:
             return model(batch.images), batch.labels
 
     trainer, evaluator = Engine(train_step), Engine(val_step)
-    Accuracy(device=device()).attach(evaluator, "val_acc")
-    Loss(functional.cross_entropy, device=device()).attach(evaluator, "val_loss")
+    Accuracy(device=launchers.metrics_device()).attach(evaluator, "val_acc")
+    Loss(functional.cross_entropy, device=launchers.metrics_device()).attach(evaluator, "val_loss")
     # The last epoch's figures travel with the trainer's state: a run with nothing left to do knows them too.
     trainer.state_dict_user_keys.append("metrics")
 
@@ -196,7 +197,7 @@ def build(config: Config, batches: TrainBatches, val_samples: Samples) -> Run:
     def fix_randomness() -> None:
         epoch = trainer.state.epoch
         batches.set_epoch(epoch)
-        torch.manual_seed((config.seed * 1_000_003 + epoch) * 4099 + get_rank())  # dropout differs between ranks
+        launchers.seed_step((config.seed * 1_000_003 + epoch) * 4099 + get_rank())  # dropout differs between ranks
 
     # From here on the order of the lines is the order of what happens at the end of an epoch.
     @trainer.on(Events.EPOCH_COMPLETED)

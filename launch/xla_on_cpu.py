@@ -1,0 +1,75 @@
+"""Let replicas of torch_xla's that are threads on a CPU meet in their collectives.
+
+Owns whose turn it is to compile. Must not know what is trained, nor import distckpt: what it mends is torch_xla 2.9's
+on CPUs, where people try programs before they have a TPU, and where our tests run.
+
+Two replicas meet in a collective there only if they run the same compiled program: each compilation has a number, by
+which they find each other. Two that compile the same graph at the same time would get a program each. So one replica
+goes first, until its graph is among the compiled ones, and the other then finds it there. It must not be held up any
+longer: the first one now waits for it, in the collective.
+"""
+
+import threading
+from typing import Any
+
+_MARK = "takes_turns"
+_LOOK_S = 0.001
+_LOCK = threading.Lock()
+
+
+def take_turns() -> None:
+    """Let this process's replicas compile one after the other. Does nothing the second time."""
+    import torch_xla  # noqa: PLC0415 - only where it is what runs
+    import torch_xla.debug.metrics as met  # noqa: PLC0415 - as above
+    import torch_xla.runtime as xr  # noqa: PLC0415 - as above
+
+    xlac: Any = torch_xla._XLAC  # noqa: SLF001 - its functions have no other place
+    run = xlac._xla_step_marker  # noqa: SLF001 - as above
+    with _LOCK:
+        if getattr(run, _MARK, False):
+            return
+        turns = _Turns(lambda: xr.get_num_cached_compilation_graph() + (met.counter_value("CachedCompile") or 0))
+
+        def step_marker(device: str, *args: Any, **kwargs: Any) -> None:
+            mine = xlac._xla_real_devices([device])  # noqa: SLF001 - as above
+            # Outside of the turn, before it and after: the replica that is waited for here needs a turn too.
+            xlac._xla_wait_device_ops(mine)  # noqa: SLF001 - as above
+            turn = turns.take()
+            try:
+                run(device, *args, **kwargs)
+            finally:
+                turns.end(turn)
+            xlac._xla_wait_device_ops(mine)  # noqa: SLF001 - as above
+
+        vars(step_marker)[_MARK] = True
+        xlac._xla_step_marker = step_marker  # noqa: SLF001 - as above
+
+
+class _Turns:
+    """Whose turn it is.
+
+    Args:
+        num_found: how many graphs were compiled, or found compiled, so far: it has risen once a turn may be passed on.
+    """
+
+    def __init__(self, num_found: Any) -> None:
+        self._num_found = num_found
+        self._free = threading.Condition()
+        self._owner: object = None
+        self._before = 0
+
+    def take(self) -> object:
+        """Wait for a turn; return what ends it."""
+        turn = object()
+        with self._free:
+            while self._owner is not None and self._num_found() == self._before:
+                self._free.wait(_LOOK_S)
+            self._owner, self._before = turn, self._num_found()
+        return turn
+
+    def end(self, turn: object) -> None:
+        """End a turn, if it was not passed on before."""
+        with self._free:
+            if self._owner is turn:
+                self._owner = None
+                self._free.notify()
