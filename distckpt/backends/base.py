@@ -201,8 +201,17 @@ class Backend(ABC):
         """Return the runtime's own random number generators, by name; each has ``get_state`` and ``set_state``."""
         return {}
 
-    def board(self) -> Board | None:
-        """Return the job's board for notes, or None where the runtime has none. Rank-local; issues no collectives."""
+    def board(self, *, timeout_s: float | None = None) -> Board | None:
+        """Return the job's board for notes, or None where the runtime has none. Rank-local; issues no collectives.
+
+        Args:
+            timeout_s: seconds to wait for the rank that keeps it, where one does and the others have to find it; None
+                for :func:`default_timeout_s`.
+
+        Raises:
+            CollectiveTimeout: that rank did not come.
+        """
+        del timeout_s
         return None
 
     def break_off(self) -> None:  # noqa: B027 - not every runtime can

@@ -29,14 +29,15 @@ from horovod.common.process_sets import global_process_set
 
 from distckpt.backends.base import Board, TensorOp, default_timeout_s
 from distckpt.backends.channel import Channel
-from distckpt.backends.host_group import board_is_gone
+from distckpt.backends.host_group import GIVEN_UP, given_up_text
 from distckpt.backends.hosted import FOLD, HostedBackend
 from distckpt.backends.store_board import StoreBoard
+from distckpt.errors import CollectiveTimeout
 
 __all__ = ["HorovodBackend", "current", "join", "launch", "leave"]
 
 _REDUCES = {"SUM": hvd.Sum, "PRODUCT": hvd.Product, "MIN": hvd.Min, "MAX": hvd.Max}
-_REDUCED_DTYPES = frozenset({torch.float64, torch.float32, torch.int64, torch.int32, torch.int8, torch.uint8})
+_REDUCED_DTYPES = frozenset({torch.float64, torch.float32, torch.int64, torch.int32})
 # An operation ends in Horovod's next cycle, a millisecond by default. How long it is asked for in quick succession.
 _BRISK_S = 0.005
 _BRISK_PAUSE_S = 0.00005
@@ -95,7 +96,7 @@ def launch(
 ) -> None:
     """Run ``fn(local_rank, *args, **kwargs)`` in new processes on this machine, by Horovod."""
     del start_method  # Horovod has one of its own
-    horovod.run(_run_rank, args=(fn, tuple(args), dict(kwargs)), np=num_ranks or 1, use_gloo=True)
+    horovod.run(_run_rank, args=(fn, tuple(args), dict(kwargs)), num_proc=num_ranks or 1, use_gloo=True)
 
 
 def _run_rank(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -163,14 +164,22 @@ class HorovodBackend(HostedBackend):
     def _make_channel(self) -> "_HorovodChannel":
         return _HorovodChannel()
 
-    def _make_board(self) -> Board | None:
+    def _make_board(self, what: object, timeout_s: float) -> Board | None:
         server = _rendezvous_server()
         if server is None or os.environ.get("HOROVOD_ELASTIC") == "1":
             return None
+        number = _NUM_STORES[server] = _NUM_STORES.get(server, 0) + 1
+        meeting = _Meeting(server, number, str(what), timeout_s)
         try:
-            store = _meet_in_a_store(server, self._rank, default_timeout_s())
-        except (OSError, http.client.HTTPException, RuntimeError) as error:
-            raise board_is_gone(self._rank, "the first use of it", OSError(str(error))) from error
+            store = meeting.open() if self._rank == 0 else meeting.find()
+        except (http.client.HTTPException, RuntimeError) as error:
+            raise OSError(str(error)) from error
+        if store is None:
+            msg = (
+                f"rank {self._rank}: waited {timeout_s:g} s in {what}, but rank 0 did not come. Is it still running, "
+                "and does it do the same as the others? Handlers have to be built and attached on all ranks alike."
+            )
+            raise CollectiveTimeout(msg, (0,))
         mark = self._mark  # not through self, which the board's thread must not keep alive
         return StoreBoard(store, lambda: bool(hvd.is_initialized()) and global_process_set.ranks is mark)
 
@@ -222,6 +231,7 @@ class _Work:
         self._handle = handle
         self._finish = finish
         self._is_over = False
+        self._error: HorovodInternalError | None = None
 
     def wait(self, timeout: timedelta | None = None) -> None:
         """Wait for the end.
@@ -240,9 +250,15 @@ class _Work:
             time.sleep(_BRISK_PAUSE_S if passed_s < _BRISK_S else _PAUSE_S)
         if not self._is_over:
             self._is_over = True
-            output = hvd.synchronize(self._handle)
-            if self._finish is not None:
-                self._finish(output)
+            try:
+                output = hvd.synchronize(self._handle)
+            except HorovodInternalError as error:
+                self._error = error
+            else:
+                if self._finish is not None:
+                    self._finish(output)
+        if self._error is not None:
+            raise self._error
 
     def is_completed(self) -> bool:
         """Tell whether it has ended, well or not."""
@@ -285,23 +301,57 @@ def _rendezvous_server() -> tuple[str, int] | None:
     return (address, int(port)) if address and port.isdecimal() and int(port) > 0 else None
 
 
-def _meet_in_a_store(server: tuple[str, int], rank: int, timeout_s: float) -> dist.Store:
-    """Serve a store on rank 0 and tell its address by the launcher's server; connect to it on the others."""
-    number = _NUM_STORES[server] = _NUM_STORES.get(server, 0) + 1
-    deadline, limit = time.monotonic() + timeout_s, timedelta(seconds=timeout_s)
-    if rank == 0:
-        with socket.create_connection(server, timeout=timeout_s) as probe:
+class _Meeting:
+    """How the ranks come by one store: rank 0 serves it and tells its address by the launcher's server.
+
+    Where another rank has given up waiting for rank 0 before that, both find out, in whichever order they come: the
+    one writes that it gives up and then looks for the store, the other tells where the store is and then looks whether
+    somebody has given up.
+
+    Args:
+        server: the launcher's.
+        number: of the store, among those of this server's.
+        what: what it is wanted for.
+        timeout_s: seconds to wait.
+    """
+
+    def __init__(self, server: tuple[str, int], number: int, what: str, timeout_s: float) -> None:
+        self._server = server
+        self._address, self._given_up = f"store{number}", f"store{number}.given_up"
+        self._what = what
+        self._timeout_s = timeout_s
+
+    def open(self) -> dist.Store:
+        """On rank 0: serve the store."""
+        with socket.create_connection(self._server, timeout=self._timeout_s) as probe:
             host = probe.getsockname()[0]  # by which the launcher's host, and so the others', reach this one
+        limit = timedelta(seconds=default_timeout_s())
         store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=limit)
-        _ask(server, "PUT", f"store{number}", f"{host} {store.port}")
+        _ask(self._server, "PUT", self._address, f"{host} {store.port}")
+        given_up = _ask(self._server, "GET", self._given_up)
+        if given_up is not None:
+            store.set(GIVEN_UP, given_up)
         return store
-    while (answer := _ask(server, "GET", f"store{number}")) is None:
-        if time.monotonic() > deadline:
-            msg = f"rank 0 has not told within {timeout_s:g} s where its store is"
-            raise TimeoutError(msg)
-        time.sleep(_ASK_S)
-    host, _, port = answer.partition(" ")
-    return dist.TCPStore(host, int(port), is_master=False, timeout=limit)
+
+    def find(self) -> dist.Store | None:
+        """On the others: connect to it; None where rank 0 does not tell in time where it is."""
+        deadline = time.monotonic() + self._timeout_s
+        while (store := self._connect()) is None:
+            if time.monotonic() > deadline:
+                text = given_up_text(self._what, (0,))
+                _ask(self._server, "PUT", self._given_up, text)
+                if (late := self._connect()) is not None:
+                    late.set(GIVEN_UP, text)
+                return None
+            time.sleep(_ASK_S)
+        return store
+
+    def _connect(self) -> dist.Store | None:
+        answer = _ask(self._server, "GET", self._address)
+        if answer is None:
+            return None
+        host, _, port = answer.partition(" ")
+        return dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=default_timeout_s()))
 
 
 def _ask(server: tuple[str, int], method: str, key: str, text: str | None = None) -> str | None:

@@ -22,12 +22,15 @@ from distckpt.backends.channel import Channel, NoBoard
 from distckpt.backends.shared_memory import NUM_WORDS, Maximum, SharedMemory, offer_of
 from distckpt.errors import CollectiveError, CollectiveTimeout, DistckptError
 
-__all__ = ["SHARED_MEMORY_VARIABLE", "HostGroup", "board_is_gone", "call_the_roll"]
+__all__ = ["GIVEN_UP", "SHARED_MEMORY_VARIABLE", "HostGroup", "board_is_gone", "call_the_roll", "given_up_text"]
 
 SHARED_MEMORY_VARIABLE = "DISTCKPT_SHARED_MEMORY"
 """``0`` lets ranks of one machine reduce over Gloo too."""
 
 T = TypeVar("T")
+GIVEN_UP = "host/given_up"
+"""Where on the board it stands that a rank has given the group up."""
+FindBoard = Callable[[object, float], Board | None]
 
 # How long an operation is waited for before this rank writes down that it came, and looks for bad news.
 _PATIENCE_S = 1.0
@@ -129,7 +132,8 @@ class HostGroup:
 
     Args:
         channel: how the values travel; of no other group's.
-        board: the job's board for notes, or None where it has none: nobody can tell then which ranks did not come.
+        find_board: takes what the ranks are doing and a limit in seconds, and returns the job's board for notes, or
+            None where it has none: nobody can tell then which ranks did not come.
         rank: this rank.
         world_size: number of ranks.
 
@@ -137,11 +141,12 @@ class HostGroup:
         watcher: asked while an operation is waited for; None for nobody.
     """
 
-    def __init__(self, channel: Channel, board: Board | None, rank: int, world_size: int) -> None:
+    def __init__(self, channel: Channel, find_board: FindBoard, rank: int, world_size: int) -> None:
         self.watcher: Watcher | None = None
         self._channel = channel
-        self._board = NoBoard(world_size) if board is None else board
-        self._has_board = board is not None
+        self._find_board: FindBoard | None = find_board
+        self._board: Board = NoBoard(world_size)
+        self._has_board = False
         self._rank = rank
         self._world_size = world_size
         self._given_up: str | None = None
@@ -237,8 +242,21 @@ class HostGroup:
         """
         self._run(lambda: start(self._channel), what, timeout_s)
 
+    def find_board(self, what: object, timeout_s: float) -> None:
+        """Get hold of the job's board, if that was not done before. Rank-local.
+
+        Raises:
+            CollectiveError: it cannot be found; where that is because a rank did not come, the error names it.
+        """
+        if self._find_board is not None:
+            board = self._find_board(what, timeout_s)
+            self._find_board = None
+            if board is not None:
+                self._board, self._has_board = board, True
+
     def _form(self, what: object, timeout_s: float) -> None:
         """Collective. Connect the ranks, after all have come."""
+        self.find_board(what, timeout_s)
         call_the_roll(
             self._board,
             "host/roll",
@@ -318,7 +336,11 @@ class HostGroup:
                 self._give_up(what, getattr(error, "missing", ()))
             raise
         except self._channel.untouched:  # the runtime knows how to go on from it
-            self._given_up = str(what)
+            # Told where there is a board: Horovod forgets operations that were begun while it was ending.
+            if operation is not None:
+                with contextlib.suppress(OSError):
+                    self._note_that_it_came(operation)
+            self._give_up(what, ())
             raise
         except OSError as error:
             self._given_up = str(what)
@@ -392,7 +414,7 @@ class HostGroup:
             return mine
 
     def _who_gave_up(self) -> str | None:
-        return self._ask(lambda limit_s: self._board.look(["host/given_up"], limit_s=limit_s))[0]
+        return self._ask(lambda limit_s: self._board.look([GIVEN_UP], limit_s=limit_s))[0]
 
     def refuse_if_given_up(self, what: object) -> None:
         """Raise where another rank has given the group up. Rank-local.
@@ -418,8 +440,8 @@ class HostGroup:
         """Make every later operation fail at once, here and on the ranks that come late."""
         self._given_up = str(what)
         with contextlib.suppress(OSError):  # the board may be gone as well
-            text = f"{','.join(str(rank) for rank in missing)} {what}"
-            self._ask(lambda limit_s: self._board.put("host/given_up", text, limit_s=limit_s))
+            text = given_up_text(what, missing)
+            self._ask(lambda limit_s: self._board.put(GIVEN_UP, text, limit_s=limit_s))
 
     def _note_that_it_came(self, operation: _Operation) -> None:
         key = f"host/came/{operation.number}/{self._rank}"
@@ -514,6 +536,11 @@ def _absent(board: Board, key: str, world_size: int, limit_s: float = _NOTE_S) -
 
 def _ranks(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(str(rank) for rank in ranks)}"
+
+
+def given_up_text(what: object, missing: Sequence[int]) -> str:
+    """Return the note by which a rank tells the others that it waits no longer, since `missing` did not come."""
+    return f"{','.join(str(rank) for rank in missing)} {what}"
 
 
 def board_is_gone(rank: int, what: object, error: OSError) -> CollectiveError:

@@ -4,6 +4,7 @@ Owns what such backends have in common, whatever carries the values: the group, 
 """
 
 import functools
+import threading
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -46,24 +47,51 @@ class HostedBackend(Backend):
         self._world_size = world_size
         self._num_tickets: dict[str, int] = {}
         self._watcher: Watcher | None = None
+        self._finding = threading.Lock()  # notes are left by any thread
+        self._board: Board | None = None
+        self._is_board_found = False
+        self._lost_board: str | None = None  # during what it was not found
 
     @abstractmethod
     def _make_channel(self) -> Channel:
         """Return what carries the host values. Rank-local; called once, at the first use."""
 
     @abstractmethod
-    def _make_board(self) -> Board | None:
-        """Return the job's board, or None where the runtime has none. Rank-local; called once, at the first use."""
+    def _make_board(self, what: object, timeout_s: float) -> Board | None:
+        """Return the job's board, or None where the runtime has none. Rank-local; called once, at the first use.
+
+        Args:
+            what: what the board is wanted for.
+            timeout_s: seconds to wait for whoever keeps it.
+
+        Raises:
+            OSError: it cannot be reached.
+            CollectiveTimeout: the rank that keeps it did not come.
+        """
 
     @functools.cached_property
     def _host(self) -> HostGroup:
-        host = HostGroup(self._make_channel(), self._board, self._rank, self._world_size)
+        host = HostGroup(self._make_channel(), self._find_board, self._rank, self._world_size)
         host.watcher = self._watcher
         return host
 
-    @functools.cached_property
-    def _board(self) -> Board | None:
-        return self._make_board()
+    def _find_board(self, what: object, timeout_s: float) -> Board | None:
+        """Return the job's board, which is made at the first call."""
+        with self._finding:
+            if self._lost_board is not None:
+                msg = f"rank {self._rank}: {what} cannot run: the ranks were given up earlier ({self._lost_board})"
+                raise CollectiveError(msg)
+            if not self._is_board_found:
+                try:
+                    self._board = self._make_board(what, timeout_s)
+                except OSError as error:
+                    self._lost_board = str(what)
+                    raise board_is_gone(self._rank, what, error) from error
+                except CollectiveError:
+                    self._lost_board = str(what)
+                    raise
+                self._is_board_found = True
+            return self._board
 
     @property
     def watcher(self) -> Watcher | None:  # the host group has to know it too
@@ -76,9 +104,9 @@ class HostedBackend(Backend):
         if "_host" in vars(self):
             self._host.watcher = watcher
 
-    def board(self) -> Board | None:
+    def board(self, *, timeout_s: float | None = None) -> Board | None:
         """Return the job's board, if it has one."""
-        return self._board
+        return self._find_board("the first use of the job's board", _limit(timeout_s))
 
     @property
     def rank(self) -> int:
@@ -92,17 +120,17 @@ class HostedBackend(Backend):
 
     def reduce_host(self, values: torch.Tensor, op: ReduceOp, *, what: object, timeout_s: float | None) -> torch.Tensor:
         """Collective. Reduce over our own group."""
-        limit_s = default_timeout_s() if timeout_s is None else timeout_s
+        limit_s = _limit(timeout_s)
         return self._host.reduce(values, op, what=what, timeout_s=limit_s)
 
     def start_max(self, values: Sequence[int], *, what: object, timeout_s: float | None) -> Callable[[], list[int]]:
         """Collective. Start to reduce over our own group, or through shared memory."""
-        limit_s = default_timeout_s() if timeout_s is None else timeout_s
+        limit_s = _limit(timeout_s)
         return self._host.start_max(values, what=what, timeout_s=limit_s)
 
     def gather_host(self, data: bytes, num_bytes: int, *, what: object, timeout_s: float | None) -> list[bytes]:
         """Collective. Gather over our own group."""
-        limit_s = default_timeout_s() if timeout_s is None else timeout_s
+        limit_s = _limit(timeout_s)
         return self._host.gather_bytes(data, num_bytes, what=what, timeout_s=limit_s)
 
     def close(self) -> None:
@@ -118,8 +146,9 @@ class HostedBackend(Backend):
 
     def post_note(self, ticket: str, text: str) -> None:
         """Leave a note on the job's board. Nothing where there is none."""
-        if self._board is not None:
-            self._board.put(f"note/{ticket}", text, limit_s=default_timeout_s())
+        board = self._find_board(f"a note of {ticket}", default_timeout_s())
+        if board is not None:
+            board.put(f"note/{ticket}", text, limit_s=default_timeout_s())
 
     def roll_call(self, name: str, *, watch: str | None, timeout_s: float | None) -> str | None:
         """Wait until every rank has called `name`: on the job's board, or by a collective where there is none.
@@ -128,14 +157,16 @@ class HostedBackend(Backend):
             RanksDriftedApart: every rank waits, at different names: none can ever come to the other.
             CollectiveError: a rank is lost, or the job's store.
         """
-        limit_s = default_timeout_s() if timeout_s is None else timeout_s
-        if self._board is None:
+        limit_s = _limit(timeout_s)
+        board = self._find_board(name, limit_s)
+        if board is None:
             self.barrier(what=name, timeout_s=limit_s)
             return None
+        self._host.find_board(name, limit_s)
         try:
-            self._board.put(f"at/{self._rank}", name, limit_s=limit_s)
-            note = self._call_the_roll(self._board, name, watch, limit_s)
-            self._board.put(f"at/{self._rank}", "", limit_s=limit_s)
+            board.put(f"at/{self._rank}", name, limit_s=limit_s)
+            note = self._call_the_roll(board, name, watch, limit_s)
+            board.put(f"at/{self._rank}", "", limit_s=limit_s)
         except OSError as gone:
             self._raise_reason()
             raise board_is_gone(self._rank, name, gone) from gone
@@ -171,6 +202,10 @@ class HostedBackend(Backend):
             timeout_s=timeout_s,
             watch=news,
         )
+
+
+def _limit(timeout_s: float | None) -> float:
+    return default_timeout_s() if timeout_s is None else timeout_s
 
 
 class _Drift:

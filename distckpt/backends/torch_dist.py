@@ -62,7 +62,8 @@ class TorchDistBackend(HostedBackend):
     def _make_channel(self) -> GlooChannel:
         return GlooChannel(dist.PrefixStore("host/gloo", self._store), self._rank, self._world_size)
 
-    def _make_board(self) -> StoreBoard:
+    def _make_board(self, what: object, timeout_s: float) -> StoreBoard:
+        del what, timeout_s  # the launcher keeps the store
         group = self._group  # not through self, which the board's thread must not keep alive
         return StoreBoard(self._store, lambda: dist.is_initialized() and dist.group.WORLD is group())
 

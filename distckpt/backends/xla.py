@@ -39,15 +39,9 @@ from distckpt.backends.store_board import StoreBoard
 __all__ = ["XlaBackend", "current", "join", "launch", "leave"]
 
 _XLAC: Any = torch_xla._XLAC  # noqa: SLF001 - what torch_xla's own functions stand on; some have no public name
-_REDUCES = {
-    "SUM": xm.REDUCE_SUM,
-    "PRODUCT": xm.REDUCE_MUL,
-    "MIN": xm.REDUCE_MIN,
-    "MAX": xm.REDUCE_MAX,
-    "AND": xm.REDUCE_AND,
-    "OR": xm.REDUCE_OR,
-}
-_REDUCED_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32})
+_REDUCES = {"SUM": xm.REDUCE_SUM, "PRODUCT": xm.REDUCE_MUL, "MIN": xm.REDUCE_MIN, "MAX": xm.REDUCE_MAX}
+# What every device reduces: a CPU neither bfloat16 nor by AND and OR (torch_xla 2.9).
+_REDUCED_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.int64, torch.int32})
 _FEWEST_WORDS = 16
 _MOST_WORDS = 65536
 _INT32 = 2**31
@@ -159,7 +153,7 @@ class XlaBackend(HostedBackend):
         """Collective. Reduce by XLA where the tensor lies on its device, else through the host group."""
         if tensor.device.type != "xla":
             return self._host.reduce(tensor, op, what="all_reduce", timeout_s=default_timeout_s())
-        if tensor.dtype not in _REDUCED_DTYPES:
+        if op not in _REDUCES or tensor.dtype not in _REDUCED_DTYPES:
             return functools.reduce(FOLD[op], self.gather_tensor(tensor))
         found: list[torch.Tensor] = []
 
@@ -191,7 +185,8 @@ class XlaBackend(HostedBackend):
     def _make_channel(self) -> "_XlaChannel":
         return _XlaChannel(self._rank, self._world_size, self._device, self._place.gate)
 
-    def _make_board(self) -> Board | None:
+    def _make_board(self, what: object, timeout_s: float) -> Board | None:
+        del what, timeout_s  # it is in this process
         if self._place.num_replicas < self._world_size:
             return None
         has_ended = self._has_ended  # not through self, which the board's thread must not keep alive

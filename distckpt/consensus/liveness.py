@@ -33,7 +33,7 @@ def ensure(backend: Backend, timeout_s: float | None) -> Watch | None:
     if watch is not None:
         watch.tighten(limit_s)
         return watch
-    board = backend.board()
+    board = backend.board(timeout_s=limit_s)
     if board is None:
         return None
     watch = Watch(board, backend.rank, backend.world_size, limit_s=limit_s, launcher=_launcher())

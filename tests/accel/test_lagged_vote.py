@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from ignite.engine import Engine, Events
 
 from distckpt import Checkpoint, TerminateOnNan, TimeLimit, stop_reason
-from tests.support import run_ranks
+from tests.support import job, run_ranks
 
 WORLDS = pytest.mark.parametrize("world_size", [1, 2])  # of ranks that share the device: Gloo lets them
 BREAKS_AT = 5
@@ -18,7 +17,7 @@ def train_in_silence(folder: str, *, lag: int, breaks: bool) -> tuple[int, str |
     """Train on the device; in the iterations after the first three any synchronisation is an error."""
     device = torch.device("cuda")
     weights = torch.nn.Linear(64, 64, device=device)
-    is_last = not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
+    is_last = job.rank() == job.world_size() - 1
     poison = torch.full((), torch.nan, device=device)
 
     def step(engine: Engine, batch: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ import gc
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from distckpt.backends.base import Backend
 from distckpt.backends.detect import current
 from distckpt.backends.torch_dist import TorchDistBackend
 from tests.contracts.implementations import SEVERAL_RANKS, clause, job_store
-from tests.support import run_distributed
+from tests.support import job, run_distributed
+from tests.support.selection import of_torch
 
 LAUNCHER_VARIABLES = (
     "LOCAL_RANK",
@@ -31,6 +33,16 @@ LAUNCHER_VARIABLES = (
 )
 
 
+def another(backend: Backend) -> Backend:
+    """Return what a rank makes that asks for the first time who it is."""
+    if isinstance(backend, TorchDistBackend):
+        assert dist.group.WORLD is not None
+        return TorchDistBackend(dist.group.WORLD)
+    of_class: Any = type(backend)
+    made: Backend = of_class(*([10**6] if job.name() == "xla" else []))  # of another job in the process's life
+    return made
+
+
 @clause()
 def test_every_rank_has_a_number_of_its_own(backend: Backend) -> None:
     assert backend.gather_objects(backend.rank) == list(range(backend.world_size))
@@ -38,17 +50,15 @@ def test_every_rank_has_a_number_of_its_own(backend: Backend) -> None:
 
 @clause()
 def test_identity_is_that_of_the_runtime(backend: Backend) -> None:
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    assert (backend.rank, backend.world_size) == (rank, world_size)
-    assert backend.name == (dist.get_backend() if dist.is_initialized() else "serial")
-    assert backend.local_rank == rank, "one node"
+    assert (backend.rank, backend.world_size) == (job.rank(), job.world_size())
+    assert backend.name == job.name()
+    assert backend.local_rank == job.rank(), "one node"
     assert backend.node == 0
 
 
 @clause()
 def test_device_is_the_current_one(backend: Backend) -> None:
-    cuda = torch.cuda.is_available()
-    assert backend.device() == (torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"))
+    assert backend.device() == job.device()
 
 
 @clause()
@@ -68,10 +78,8 @@ def test_a_rank_that_the_job_does_not_have_is_refused(backend: Backend) -> None:
 
 @clause(SEVERAL_RANKS)
 def test_identity_needs_no_other_rank(backend: Backend) -> None:
-    group = dist.group.WORLD
-    assert group is not None
     if backend.rank == 0:  # the others stay away: a collective would wait for them
-        mine = TorchDistBackend(group)
+        mine = another(backend)
         assert (mine.rank, mine.world_size, mine.local_rank, mine.node) == (0, backend.world_size, 0, 0)
         assert mine.device() == backend.device()
 
@@ -90,6 +98,7 @@ def test_identity_needs_no_other_rank(backend: Backend) -> None:
         pytest.param({"LOCAL_RANK": "", "GROUP_RANK": "none"}, 2, 0, id="no numbers"),
     ],
 )
+@of_torch
 @run_distributed(world_size=3)
 def test_place_is_what_the_launcher_says(environment: dict[str, str], local_rank: int, node: int) -> None:
     for name in LAUNCHER_VARIABLES:
@@ -101,6 +110,7 @@ def test_place_is_what_the_launcher_says(environment: dict[str, str], local_rank
         assert (distckpt.get_local_rank(), distckpt.get_node_rank()) == (local_rank, node)
 
 
+@of_torch
 @run_distributed(world_size=2, backend=None)
 def test_job_is_detected_anew_after_each_process_group() -> None:
     rank, store = int(os.environ["RANK"]), job_store()
@@ -117,6 +127,7 @@ def test_job_is_detected_anew_after_each_process_group() -> None:
         assert (current().rank, current().world_size, current().name) == (0, 1, "serial")
 
 
+@of_torch
 @run_distributed(world_size=3, backend=None)
 def test_a_job_may_shrink_and_grow() -> None:
     rank, store = int(os.environ["RANK"]), job_store()
@@ -128,6 +139,7 @@ def test_a_job_may_shrink_and_grow() -> None:
             dist.destroy_process_group()
 
 
+@of_torch
 @run_distributed(world_size=2, backend=None)
 def test_a_group_made_anew_works_when_one_rank_alone_had_used_the_first() -> None:
     rank, store = int(os.environ["RANK"]), job_store()
@@ -142,6 +154,7 @@ def test_a_group_made_anew_works_when_one_rank_alone_had_used_the_first() -> Non
         dist.destroy_process_group()
 
 
+@of_torch
 @run_distributed(world_size=2)
 def test_backend_of_a_destroyed_group_is_forgotten() -> None:
     assert current().world_size == 2
@@ -152,6 +165,7 @@ def test_backend_of_a_destroyed_group_is_forgotten() -> None:
     assert len(detect._BY_GROUP) == 0
 
 
+@of_torch
 @run_distributed(world_size=2)
 def test_what_is_importable_does_not_matter(tmp_path: Path) -> None:
     """Another runtime that is installed, and even imported, takes no part in a job that is not its own."""

@@ -8,14 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from ignite.engine import Engine
-from torch.distributed import distributed_c10d as c10d
 
 import distckpt
 from distckpt import CollectiveTimeout
 from distckpt.backends.base import Backend
 from distckpt.backends.detect import current
 from tests.contracts.implementations import SEVERAL_RANKS, clause
-from tests.support import run_distributed
+from tests.support import job, run_distributed
+from tests.support.selection import of_torch
 
 
 @clause(SEVERAL_RANKS)
@@ -23,16 +23,17 @@ def test_host_values_pass_while_the_jobs_reduction_is_in_flight(backend: Backend
     for step in range(10):
         gradient = torch.full((1000,), float(backend.rank + step), device=backend.device())
         if backend.rank == 0:  # starts its reduction before the vote, the others after it
-            work = dist.all_reduce(gradient, async_op=True)
+            finish = job.start_total(gradient)
             assert backend.all_reduce_ints([step], "MAX") == [step]
-            work.wait()
+            total = finish()
         else:
             assert backend.all_reduce_ints([step], "MAX") == [step]
-            dist.all_reduce(gradient)
+            total = job.total(gradient)
         expected = float(sum(rank + step for rank in range(backend.world_size)))
-        assert gradient.eq(expected).all()
+        assert total.eq(expected).all()
 
 
+@of_torch
 @clause(SEVERAL_RANKS)
 def test_ranks_that_made_different_numbers_of_groups_still_meet(backend: Backend) -> None:
     if backend.rank == 1:
@@ -47,9 +48,7 @@ def test_jobs_group_works_on_after_ours_was_given_up(backend: Backend) -> None:
     if backend.rank == 0:
         with pytest.raises(CollectiveTimeout):
             backend.barrier(timeout_s=0.25)
-    total = torch.ones(1, device=backend.device())
-    dist.all_reduce(total)
-    assert total.item() == backend.world_size
+    assert job.total(torch.ones(1, device=backend.device())).item() == backend.world_size
 
 
 @run_distributed(world_size=2)
@@ -69,8 +68,7 @@ def test_one_rank_alone_may_build_every_handler(tmp_path: Path) -> None:
         distckpt.global_step_from_engine(trainer)
         assert isinstance(current(), type(backend))
         assert not backend._host._is_formed, "a constructor has formed the group"  # type: ignore[attr-defined]
-    total = torch.ones(1)
-    dist.all_reduce(total)  # would pair with a constructor's collective
+    total = job.total(torch.ones(1, device=job.device()))  # would pair with a constructor's collective
     assert total.item() == 2
     assert list(tmp_path.iterdir()) == []
     backend.barrier()
@@ -122,7 +120,7 @@ def test_a_note_ends_the_roll_on_ranks_that_watch_for_it(backend: Backend) -> No
 
 @clause(SEVERAL_RANKS)
 def test_a_note_about_something_else_is_not_heard(backend: Backend) -> None:
-    store: dist.Store = c10d._get_default_store()
+    store = job.store()
     if backend.rank == 0:
         backend.post_note("DiskSaver#1", "not about yours")
         store.set("posted", "1")

@@ -19,7 +19,7 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from tests.distributed.idist import fresh_idist
-from tests.support import run_ranks
+from tests.support import job, run_ranks
 
 T = TypeVar("T")
 
@@ -75,9 +75,7 @@ def handlers(library: str) -> Any:
 
 def training_step(_engine: Engine | None = None, _batch: object = None) -> float:
     """Reduce a gradient over the ranks, as a step of data-parallel training does."""
-    gradient = torch.ones(1)
-    dist.all_reduce(gradient)
-    return gradient.item()
+    return job.total(torch.ones(1, device=job.device())).item()
 
 
 def idle_engine() -> Engine:
@@ -104,9 +102,7 @@ def model_of(value: float) -> nn.Linear:
 
 def gathered(value: object) -> list[Any]:
     """Collective of the job's. Return every rank's value."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+    return job.gathered(value)
 
 
 @contextlib.contextmanager

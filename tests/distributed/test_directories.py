@@ -9,11 +9,10 @@ import re
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch.distributed as dist
 from ignite.engine import Engine, Events
-from torch.distributed import distributed_c10d as c10d
 
 from distckpt import Checkpoint, DiskSaver, ModelCheckpoint, PhaseError
 from tests.distributed.programs import (
@@ -29,7 +28,10 @@ from tests.distributed.programs import (
     training_step,
     unless_hung,
 )
-from tests.support import run_distributed
+from tests.support import job, run_distributed
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 WORLDS = pytest.mark.parametrize("world_size", [2, 3])
 NOT_EMPTY = re.compile(r"^Files \['old.pt'\] with extension '.pt' are already present in the directory ")
@@ -67,8 +69,8 @@ def test_every_rank_refuses_a_shared_directory_that_is_not_empty(tmp_path: Path,
 @pytest.mark.parametrize("saving", [0, 1])
 @run_distributed(world_size=2)
 def test_what_only_the_saving_rank_sees_reaches_the_others_at_the_first_event(tmp_path: Path, saving: int) -> None:
-    mine = tmp_path / f"disk of rank {dist.get_rank()}"
-    if dist.get_rank() == saving:
+    mine = tmp_path / f"disk of rank {job.rank()}"
+    if job.rank() == saving:
         mine.mkdir()
         (mine / "old.pt").touch()
         with pytest.raises(ValueError, match=NOT_EMPTY):
@@ -86,8 +88,8 @@ def test_what_only_the_saving_rank_sees_reaches_the_others_at_the_first_event(tm
 
 @run_distributed(world_size=3)
 def test_what_one_of_the_other_ranks_sees_reaches_all(tmp_path: Path) -> None:
-    mine = tmp_path / f"disk of rank {dist.get_rank()}"
-    if dist.get_rank() == 2:
+    mine = tmp_path / f"disk of rank {job.rank()}"
+    if job.rank() == 2:
         mine.mkdir()
         (mine / "old.pt").touch()
         with pytest.raises(ValueError, match=NOT_EMPTY):
@@ -100,8 +102,8 @@ def test_what_one_of_the_other_ranks_sees_reaches_all(tmp_path: Path) -> None:
 @run_distributed(world_size=2)
 def test_note_is_about_the_saver_of_the_same_number(tmp_path: Path) -> None:
     good = DiskSaver(tmp_path / "good")
-    mine = tmp_path / f"disk of rank {dist.get_rank()}"
-    if dist.get_rank() == 0:
+    mine = tmp_path / f"disk of rank {job.rank()}"
+    if job.rank() == 0:
         mine.mkdir()
         (mine / "old.pt").touch()
         with pytest.raises(ValueError, match=NOT_EMPTY):
@@ -122,7 +124,7 @@ def test_model_checkpoint_refuses_on_every_rank_too(tmp_path: Path) -> None:
     engine = Engine(training_step)
     engine.add_event_handler(Events.EPOCH_COMPLETED, handler, {"model": model_of(1.0)})
     engine.run([0])
-    dist.barrier()
+    job.barrier()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best_model_1.pt", "old.pt"]
 
 
@@ -130,16 +132,16 @@ def test_model_checkpoint_refuses_on_every_rank_too(tmp_path: Path) -> None:
 def test_a_missing_directory_is_refused_on_every_rank(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^Directory path '.*nowhere' is not found"):
         DiskSaver(tmp_path / "nowhere", create_dir=False)
-    dist.barrier()
+    job.barrier()
     assert list(tmp_path.iterdir()) == []
 
 
 @run_distributed(world_size=2)
 def test_a_directory_that_cannot_be_made_is_an_error_of_both_ranks(tmp_path: Path) -> None:
     (tmp_path / "file").touch(exist_ok=True)
-    dist.barrier()
+    job.barrier()
     below = tmp_path / "file" / "checkpoints"
-    if dist.get_rank() == 0:
+    if job.rank() == 0:
         error = raised(lambda: DiskSaver(below))
         assert isinstance(error, OSError)
         assert error.errno == errno.ENOTDIR
@@ -151,18 +153,18 @@ def test_a_directory_that_cannot_be_made_is_an_error_of_both_ranks(tmp_path: Pat
 
 @run_distributed(world_size=2)
 def test_files_of_other_kinds_do_not_count(tmp_path: Path) -> None:
-    if dist.get_rank() == 0:
+    if job.rank() == 0:
         for name in ("notes.txt", "old.pth", "pt", "checkpoint.pt.bak"):
             (tmp_path / name).touch()
-    dist.barrier()
+    job.barrier()
     DiskSaver(tmp_path)
 
 
 @run_distributed(world_size=2)
 def test_a_rank_may_come_late_to_find_the_first_checkpoint_of_the_same_run(tmp_path: Path) -> None:
     """A slow rank builds its saver when the fast one has built its own; neither has saved: nobody is refused."""
-    store: dist.Store = c10d._get_default_store()
-    if dist.get_rank() == 1:
+    store: dist.Store = job.store()
+    if job.rank() == 1:
         store.wait(["built"], timedelta(seconds=10))
     handler = Checkpoint({"model": model_of(1.0)}, tmp_path / "new")
     store.set("built", "1")
@@ -174,5 +176,5 @@ def test_a_rank_may_come_late_to_find_the_first_checkpoint_of_the_same_run(tmp_p
 def test_files_have_the_permissions_that_the_umask_gives(tmp_path: Path) -> None:
     os.umask(0o027)
     fire(Checkpoint({"model": model_of(1.0)}, tmp_path / "new"))
-    dist.barrier()
+    job.barrier()
     assert (tmp_path / "new" / "model_1.pt").stat().st_mode & 0o777 == 0o640

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 from ignite.engine import Events
 
 from distckpt import Checkpoint, EarlyStopping, RanksDriftedApart, TerminateOnNan, TimeLimit
 from tests.distributed.programs import fire, gathered, idle_engine, model_of, raised
-from tests.support import run_distributed
+from tests.support import job, run_distributed
 
 SOON_S = 10.0
 
@@ -23,7 +22,7 @@ def drifted(call: Callable[[], object], *places: str) -> str:
     assert time.monotonic() - begin < SOON_S
     assert isinstance(error, RanksDriftedApart), error
     message = str(error)
-    assert gathered(message) == [message] * dist.get_world_size()
+    assert gathered(message) == [message] * job.world_size()
     for rank, place in enumerate(places):
         assert f"rank {rank} is at: {place}" in message
     return message
@@ -32,7 +31,7 @@ def drifted(call: Callable[[], object], *places: str) -> str:
 @run_distributed(world_size=2)
 def test_one_handler_on_different_events(tmp_path: Path) -> None:
     handler, engine = Checkpoint({"model": model_of(1.0)}, tmp_path), idle_engine()
-    event = [Events.EPOCH_COMPLETED, Events.EPOCH_STARTED][dist.get_rank()]
+    event = [Events.EPOCH_COMPLETED, Events.EPOCH_STARTED][job.rank()]
     engine.add_event_handler(event, handler)
     message = drifted(lambda: engine.run([0]), "Checkpoint#0, on EPOCH_COMPLETED", "Checkpoint#0, on EPOCH_STARTED")
     assert "Handlers have to be built and attached on all ranks, in the same order" in message
@@ -42,7 +41,7 @@ def test_one_handler_on_different_events(tmp_path: Path) -> None:
 @run_distributed(world_size=2)
 def test_one_handler_at_different_iterations() -> None:
     handler, engine = TerminateOnNan(), idle_engine()
-    first = 1 + dist.get_rank()
+    first = 1 + job.rank()
     engine.add_event_handler(Events.ITERATION_COMPLETED(event_filter=lambda _, number: number >= first), handler)
     drifted(lambda: engine.run([0] * 4), "TerminateOnNan#0, on ITERATION_COMPLETED", "TerminateOnNan#0, on ITERATION")
 
@@ -50,7 +49,7 @@ def test_one_handler_at_different_iterations() -> None:
 @run_distributed(world_size=3)
 def test_one_of_three_ranks_missed_an_iteration() -> None:
     handler, engine = TimeLimit(100), idle_engine()
-    missed = 3 if dist.get_rank() == 2 else 0
+    missed = 3 if job.rank() == 2 else 0
     engine.add_event_handler(Events.ITERATION_COMPLETED(event_filter=lambda _, number: number != missed), handler)
     message = drifted(lambda: engine.run([0] * 6), "TimeLimit#0", "TimeLimit#0", "TimeLimit#0")
     assert "step 3" in message
@@ -61,7 +60,7 @@ def test_one_of_three_ranks_missed_an_iteration() -> None:
 def test_one_rank_missed_a_whole_epoch(tmp_path: Path) -> None:
     handler, engine = Checkpoint({"model": model_of(1.0)}, tmp_path), idle_engine()
     nan = TerminateOnNan()
-    missed = 2 if dist.get_rank() == 1 else 0
+    missed = 2 if job.rank() == 1 else 0
     engine.add_event_handler(Events.EPOCH_COMPLETED(event_filter=lambda _, number: number != missed), handler)
     engine.add_event_handler(Events.EPOCH_COMPLETED, nan)
     drifted(
@@ -69,7 +68,7 @@ def test_one_rank_missed_a_whole_epoch(tmp_path: Path) -> None:
         "Checkpoint#0, TerminateOnNan#0, on EPOCH_COMPLETED",
         "TerminateOnNan#0, on EPOCH_COMPLETED",
     )
-    dist.barrier()
+    job.barrier()
     assert [path.name for path in tmp_path.iterdir()] == ["model_1.pt"], "the older checkpoint stands"
 
 
@@ -79,7 +78,7 @@ def test_handlers_that_change_their_order_after_they_have_met(tmp_path: Path) ->
     handlers: list[Any] = [Checkpoint({"model": model_of(1.0)}, tmp_path), EarlyStopping(9, lambda _: 0.0, engine)]
     for handler in handlers:
         handler(engine)
-    for handler in handlers[:: -1 if dist.get_rank() == 1 else 1]:
+    for handler in handlers[:: -1 if job.rank() == 1 else 1]:
         engine.add_event_handler(Events.EPOCH_COMPLETED, handler)
     drifted(lambda: engine.run([0]), "Checkpoint#0, on EPOCH_COMPLETED", "EarlyStopping#0, on EPOCH_COMPLETED")
 
@@ -88,7 +87,7 @@ def test_handlers_that_change_their_order_after_they_have_met(tmp_path: Path) ->
 def test_handlers_attached_in_different_orders(tmp_path: Path) -> None:
     engine = idle_engine()
     handlers: list[Any] = [Checkpoint({"model": model_of(1.0)}, tmp_path), EarlyStopping(9, lambda _: 0.0, engine)]
-    for handler in handlers[:: -1 if dist.get_rank() == 1 else 1]:
+    for handler in handlers[:: -1 if job.rank() == 1 else 1]:
         engine.add_event_handler(Events.EPOCH_COMPLETED, handler)
     begin = time.monotonic()
     error = raised(lambda: engine.run([0]))
@@ -103,7 +102,7 @@ def test_two_checkpoints_attached_in_different_orders_are_not_taken_for_each_oth
     best = Checkpoint({"model": model_of(1.0)}, tmp_path / "best", "best", score_function=lambda _: 0.5)
     latest = Checkpoint({"model": model_of(1.0)}, tmp_path / "latest", "latest")
     engine = idle_engine()
-    for handler in [best, latest][:: -1 if dist.get_rank() == 1 else 1]:
+    for handler in [best, latest][:: -1 if job.rank() == 1 else 1]:
         engine.add_event_handler(Events.EPOCH_COMPLETED, handler)
     error = raised(lambda: engine.run([0]))
     if error is None:  # or they may find their likes in spite of it
@@ -115,7 +114,7 @@ def test_two_checkpoints_attached_in_different_orders_are_not_taken_for_each_oth
 
 @run_distributed(world_size=2)
 def test_a_prefix_that_each_rank_made_by_its_own_clock_is_no_drift(tmp_path: Path) -> None:
-    handler = Checkpoint({"model": model_of(1.0)}, tmp_path, f"run_of_19h45m{dist.get_rank():02}")
+    handler = Checkpoint({"model": model_of(1.0)}, tmp_path, f"run_of_19h45m{job.rank():02}")
     fire(handler)
     assert gathered(handler.last_checkpoint) == [tmp_path / "run_of_19h45m00_model_1.pt"] * 2
 
@@ -125,7 +124,7 @@ def test_ranks_may_end_an_evaluation_after_different_numbers_of_batches(tmp_path
     evaluator = idle_engine()
     handler = Checkpoint({"model": model_of(1.0)}, tmp_path, score_function=lambda _: 0.5)
     evaluator.add_event_handler(Events.COMPLETED, handler)
-    evaluator.run([0] * (3 + dist.get_rank()))
+    evaluator.run([0] * (3 + job.rank()))
     assert gathered(handler.last_checkpoint) == [tmp_path / "model_0.5000.pt"] * 2
 
 
@@ -135,21 +134,21 @@ def test_an_error_of_one_rank_is_not_lost_when_it_drifted_too(tmp_path: Path) ->
     mine = ValueError("my own")
 
     def score(_: object) -> float:
-        if dist.get_rank() == 1:
+        if job.rank() == 1:
             raise mine
         return 0.5
 
     handler.score_function = score
-    engine.add_event_handler([Events.EPOCH_COMPLETED, Events.EPOCH_STARTED][dist.get_rank()], handler)
+    engine.add_event_handler([Events.EPOCH_COMPLETED, Events.EPOCH_STARTED][job.rank()], handler)
     error = raised(lambda: engine.run([0]))
     assert isinstance(error, RanksDriftedApart)
-    assert error.__cause__ is (mine if dist.get_rank() == 1 else None)
+    assert error.__cause__ is (mine if job.rank() == 1 else None)
 
 
 @run_distributed(world_size=2)
 def test_ranks_may_go_on_after_they_were_told(tmp_path: Path) -> None:
     handler, engine = Checkpoint({"model": model_of(1.0)}, tmp_path), idle_engine()
-    engine.add_event_handler([Events.EPOCH_COMPLETED, Events.EPOCH_STARTED][dist.get_rank()], handler)
+    engine.add_event_handler([Events.EPOCH_COMPLETED, Events.EPOCH_STARTED][job.rank()], handler)
     with pytest.raises(RanksDriftedApart):
         engine.run([0])
     fire(handler)

@@ -28,7 +28,7 @@ from tests.distributed.programs import (
     unless_hung,
     warm_up,
 )
-from tests.support import run_distributed, run_ranks
+from tests.support import job, run_distributed, run_ranks
 
 WORLDS = pytest.mark.parametrize("world_size", [2, 3])
 TIMEOUT_S = 0.5
@@ -41,7 +41,7 @@ def built_on_rank_0_alone(library: str) -> str:
     c10d.default_pg_timeout = timedelta(seconds=HANG_LIMIT_S)  # of the group that ignite makes
 
     def run() -> str:
-        if dist.get_rank() == 0:
+        if job.rank() == 0:
             lib.EarlyStopping(3, lambda _: 0.0, idle_engine())
         gradient = torch.ones(1)
         dist.all_reduce(gradient)
@@ -91,20 +91,20 @@ def test_first_event_names_the_rank_that_lacks_the_handler(
     tmp_path: Path, build: Callable[[Path], Callable[[Engine], None]]
 ) -> None:
     handler = build(tmp_path)
-    if dist.get_rank() == 0:
+    if job.rank() == 0:
         name = type(handler).__name__
         with pytest.raises(CollectiveTimeout, match=f"the first event of {name}#0, but rank 1 did not come") as caught:
             fire(handler)
         assert caught.value.missing == (1,)
         assert "Handlers have to be built and attached on all ranks" in str(caught.value)
-    dist.barrier()
+    job.barrier()
     assert list(tmp_path.iterdir()) == []
 
 
 @run_distributed(world_size=3)
 def test_every_rank_that_lacks_the_handler_is_named(tmp_path: Path) -> None:
     handler = checkpoint(tmp_path)
-    if dist.get_rank() == 1:
+    if job.rank() == 1:
         with pytest.raises(CollectiveTimeout, match="ranks 0, 2 did not come") as caught:
             fire(handler)
         assert caught.value.missing == (0, 2)
@@ -114,8 +114,8 @@ def test_every_rank_that_lacks_the_handler_is_named(tmp_path: Path) -> None:
 def test_both_ranks_that_have_the_handler_name_the_third(tmp_path: Path) -> None:
     handler = checkpoint(tmp_path)
     handler.timeout_s = 1.5
-    dist.barrier()
-    if dist.get_rank() != 2:
+    job.barrier()
+    if job.rank() != 2:
         with pytest.raises(CollectiveTimeout) as caught:
             fire(handler)
         assert caught.value.missing == (2,)
@@ -123,7 +123,7 @@ def test_both_ranks_that_have_the_handler_name_the_third(tmp_path: Path) -> None
 
 @run_distributed(world_size=2, env={"DISTCKPT_TIMEOUT_S": "0.75"})
 def test_limit_of_the_environment_holds_where_none_is_given() -> None:
-    if dist.get_rank() == 0:
+    if job.rank() == 0:
         with pytest.raises(CollectiveTimeout, match=r"waited 0\.75 s for the first event of TimeLimit#0"):
             fire(TimeLimit(10))
 
@@ -131,17 +131,17 @@ def test_limit_of_the_environment_holds_where_none_is_given() -> None:
 @run_distributed(world_size=2)
 def test_a_second_event_says_it_again(tmp_path: Path) -> None:
     handler = checkpoint(tmp_path)
-    if dist.get_rank() == 0:
+    if job.rank() == 0:
         for _ in range(2):
             with pytest.raises(CollectiveTimeout, match="rank 1 did not come"):
                 handler(idle_engine())
-    dist.barrier()
+    job.barrier()
 
 
 @run_distributed(world_size=2)
 def test_handlers_that_are_attached_on_both_ranks_meet(tmp_path: Path) -> None:
     """What one rank builds beside them, and never attaches, does not matter."""
-    if dist.get_rank() == 1:
+    if job.rank() == 1:
         checkpoint(tmp_path / "never attached")
         terminate_on_nan(tmp_path)
     handler = checkpoint(tmp_path / "attached")

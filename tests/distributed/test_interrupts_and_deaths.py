@@ -17,7 +17,7 @@ from distckpt import Checkpoint, CollectiveError, DiskSaver, PhaseError
 from distckpt.backends.detect import current
 from tests.distributed.failures import Stateful, failing_object
 from tests.distributed.programs import fire, gathered, idle_engine, model_of, raised
-from tests.support import fresh_ranks, run_distributed, tell_parent
+from tests.support import fresh_ranks, job, run_distributed, tell_parent
 from tests.support.store import ADDRESS, shared_store
 
 SOON_S = 10.0
@@ -32,8 +32,8 @@ def test_an_interrupt_on_one_rank_stays_one_there_and_is_an_error_on_the_others(
     obj = Stateful()
     handler = Checkpoint({"obj": obj}, tmp_path)
     fire(handler)
-    with failing_object(obj, interrupt if dist.get_rank() == culprit else ValueError("not raised")):
-        if dist.get_rank() == culprit:
+    with failing_object(obj, interrupt if job.rank() == culprit else ValueError("not raised")):
+        if job.rank() == culprit:
             with pytest.raises(type(interrupt)) as caught:
                 fire(handler, times=2)
             assert caught.value is interrupt
@@ -42,7 +42,7 @@ def test_an_interrupt_on_one_rank_stays_one_there_and_is_an_error_on_the_others(
             with pytest.raises(PhaseError, match=f"{type(interrupt).__name__} on rank {culprit}") as error:
                 fire(handler, times=2)
             assert isinstance(error.value, Exception), "which the program may catch"
-    dist.barrier()
+    job.barrier()
     assert gathered(handler.last_checkpoint) == [tmp_path / "obj_1.pt"] * 2
     assert [path.name for path in tmp_path.iterdir()] == ["obj_1.pt"]
 
@@ -66,8 +66,8 @@ def test_an_interrupt_in_the_middle_of_a_write_leaves_nothing_temporary(tmp_path
         error = caught
     finally:
         vars(torch)["save"] = write
-    assert isinstance(error, KeyboardInterrupt if dist.get_rank() == 0 else PhaseError)
-    dist.barrier()
+    assert isinstance(error, KeyboardInterrupt if job.rank() == 0 else PhaseError)
+    job.barrier()
     assert [path.name for path in tmp_path.iterdir()] == ["obj_1.pt"]
 
 
@@ -196,11 +196,11 @@ def test_loss_of_the_jobs_store_is_told_as_such() -> None:
 
 @run_distributed(world_size=2)
 def test_a_handler_whose_job_ended_goes_on_in_a_world_of_one(tmp_path: Path) -> None:
-    handler = Checkpoint({"model": model_of(1.0)}, tmp_path / str(dist.get_rank()), n_saved=None)
+    handler = Checkpoint({"model": model_of(1.0)}, tmp_path / str(job.rank()), n_saved=None)
     engine = idle_engine()
     engine.add_event_handler(Events.EPOCH_COMPLETED, handler)
     engine.run([0])
-    dist.barrier()
+    job.barrier()
     dist.destroy_process_group()
     (tmp_path / "1").mkdir(exist_ok=True)
     engine.run([0], max_epochs=2)

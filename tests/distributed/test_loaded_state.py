@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from distckpt import Checkpoint, DiskSaver, EarlyStopping
 from tests.distributed.programs import IGNITE, OURS, fire, gathered, handlers, idle_engine, model_of, on_ranks
-from tests.support import run_distributed
+from tests.support import job, run_distributed
 
 WORLDS = pytest.mark.parametrize("world_size", [2, 3])
 HISTORY: list[tuple[float, str]] = [(0.5, "model_0.5000.pt"), (0.7, "model_0.7000.pt")]
@@ -28,10 +27,10 @@ def history_after_resuming(library: str, folder: Path) -> tuple[str, list[str]]:
         score_function=lambda _: 0.6,
         n_saved=2,
     )
-    if dist.get_rank() == 0:
+    if job.rank() == 0:
         handler.load_state_dict({"_saved": HISTORY})
     fire(handler)
-    dist.barrier()
+    job.barrier()
     return handler.last_checkpoint.name, [name for _, name in handler.state_dict()["_saved"]]
 
 
@@ -60,7 +59,7 @@ def patience_after_resuming(library: str) -> tuple[int, float, bool | str]:
     """Load the state of an EarlyStopping on rank 0, see one more score; return its state and whether it stops."""
     trainer = idle_engine()
     stopper = handlers(library).EarlyStopping(2, lambda _: 0.5, trainer)
-    if dist.get_rank() == 0:
+    if job.rank() == 0:
         stopper.load_state_dict({"counter": 1, "best_score": 0.9, "threshold_mode": "abs"})
     fire(stopper)
     return stopper.counter, stopper.best_score, trainer.should_terminate
@@ -81,7 +80,7 @@ def test_coordinators_patience_holds_on_all_ranks(world_size: int) -> None:
 def test_threshold_mode_that_one_rank_loaded_holds_on_all() -> None:
     trainer, scores = idle_engine(), iter([10.0, 14.0])
     stopper = EarlyStopping(1, lambda _: next(scores), trainer, threshold=0.5)
-    if dist.get_rank() == 0:
+    if job.rank() == 0:
         stopper.load_state_dict({"counter": 0, "best_score": None, "threshold_mode": "rel"})
     fire(stopper, times=2)
     # 14 is more than 10 + 0.5, but less than 10 * 1.5.
@@ -92,7 +91,7 @@ def test_threshold_mode_that_one_rank_loaded_holds_on_all() -> None:
 @run_distributed(world_size=2)
 def test_history_that_the_coordinator_lacks_is_forgotten_by_the_others(tmp_path: Path) -> None:
     handler = Checkpoint({"model": model_of(1.0)}, tmp_path, n_saved=2)
-    if dist.get_rank() == 1:
+    if job.rank() == 1:
         handler.load_state_dict({"_saved": [(7, "model_7.pt")]})
     fire(handler)
     assert gathered(handler.state_dict()["_saved"]) == [[(1, "model_1.pt")]] * 2
@@ -101,10 +100,10 @@ def test_history_that_the_coordinator_lacks_is_forgotten_by_the_others(tmp_path:
 @run_distributed(world_size=2)
 def test_history_holds_even_where_nothing_is_saved(tmp_path: Path) -> None:
     handler = Checkpoint({"model": model_of(1.0)}, tmp_path, score_function=lambda _: 0.1)
-    if dist.get_rank() == 0:
+    if job.rank() == 0:
         handler.load_state_dict({"_saved": HISTORY[1:]})
     fire(handler)
-    dist.barrier()
+    job.barrier()
     assert gathered(handler.last_checkpoint) == [tmp_path / "model_0.7000.pt"] * 2
     assert list(tmp_path.iterdir()) == []
 
@@ -113,7 +112,7 @@ def test_history_holds_even_where_nothing_is_saved(tmp_path: Path) -> None:
 def test_coordinator_is_the_saving_rank(tmp_path: Path) -> None:
     saver = DiskSaver(tmp_path, save_on_rank=1)
     handler = Checkpoint({"model": model_of(1.0)}, saver, n_saved=2)
-    handler.load_state_dict({"saved": [(5 + dist.get_rank(), f"of rank {dist.get_rank()}.pt")]})
+    handler.load_state_dict({"saved": [(5 + job.rank(), f"of rank {job.rank()}.pt")]})
     fire(handler)
     expected = [[(1, "model_1.pt"), (6, "of rank 1.pt")]] * 2
     assert gathered(handler.state_dict()["_saved"]) == expected
@@ -123,7 +122,7 @@ def test_coordinator_is_the_saving_rank(tmp_path: Path) -> None:
 def test_reset_of_one_rank_is_that_of_the_coordinator(tmp_path: Path) -> None:
     handler = Checkpoint({"model": model_of(1.0)}, tmp_path, n_saved=None)
     fire(handler, times=2)
-    if dist.get_rank() == 0:
+    if job.rank() == 0:
         handler.reset()
     fire(handler)
     assert gathered(handler.state_dict()["_saved"]) == [[(1, "model_1.pt")]] * 2
@@ -133,7 +132,7 @@ def test_reset_of_one_rank_is_that_of_the_coordinator(tmp_path: Path) -> None:
 def test_handlers_own_state_in_the_file_is_what_all_ranks_hold(tmp_path: Path) -> None:
     handler = Checkpoint({"model": model_of(1.0)}, tmp_path, n_saved=2, include_self=True)
     fire(handler, times=3)
-    dist.barrier()
+    job.barrier()
     path = handler.last_checkpoint
     assert path is not None
     saved: dict[str, Any] = torch.load(path, weights_only=True)

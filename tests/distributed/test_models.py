@@ -10,14 +10,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distckpt import Checkpoint, DiskSaver
 from tests.distributed.programs import fire, gathered, model_of
-from tests.support import run_distributed, run_ranks
+from tests.support import job, run_distributed, run_ranks
 
 
 def trained(model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Make one step from the same weights on every rank, by data of each rank's own."""
     wrapped = DistributedDataParallel(model) if dist.is_initialized() else model
     optimizer = torch.optim.AdamW(wrapped.parameters(), lr=0.1)
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    rank = job.rank()
     wrapped(torch.full((4, 2), rank + 1.0)).sum().backward()
     optimizer.step()
     return wrapped, optimizer
@@ -57,7 +57,7 @@ def test_wrappers_are_seen_through_in_any_order(tmp_path: Path) -> None:
     compiled = torch.compile(DistributedDataParallel(inner))
     wrapped = DistributedDataParallel(torch.compile(model_of(3.0)))
     fire(Checkpoint({"one": compiled, "other": wrapped, "nested": {"list": [nn.DataParallel(inner)]}}, tmp_path))
-    dist.barrier()
+    job.barrier()
     saved: dict[str, Any] = torch.load(tmp_path / "checkpoint_1.pt", weights_only=True)
     assert list(saved["one"]) == list(saved["other"]) == list(saved["nested"]["list"][0]) == ["weight", "bias"]
     twins: dict[str, Any] = {"one": torch.compile(model_of(0.0)), "other": DistributedDataParallel(model_of(0.0))}
@@ -68,9 +68,9 @@ def test_wrappers_are_seen_through_in_any_order(tmp_path: Path) -> None:
 @run_distributed(world_size=2)
 def test_buffers_are_those_of_the_saving_rank(tmp_path: Path) -> None:
     norm = DistributedDataParallel(nn.BatchNorm1d(1))
-    norm.module.running_mean.fill_(float(dist.get_rank()))
+    norm.module.running_mean.fill_(float(job.rank()))
     fire(Checkpoint({"norm": norm}, DiskSaver(tmp_path, save_on_rank=1)))
-    dist.barrier()
+    job.barrier()
     saved: dict[str, Any] = torch.load(tmp_path / "norm_1.pt", weights_only=True)
     assert saved["running_mean"].tolist() == [1.0]
 
@@ -93,7 +93,7 @@ class Collective:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Reduce over the job's ranks."""
-        total = torch.tensor([1.0 + dist.get_rank()])
+        total = torch.tensor([1.0 + job.rank()])
         dist.all_reduce(total)
         return {"total": total}
 
@@ -104,5 +104,5 @@ class Collective:
 @run_distributed(world_size=3)
 def test_a_state_may_be_gathered_over_the_ranks(tmp_path: Path) -> None:
     fire(Checkpoint({"collective": Collective()}, tmp_path))
-    dist.barrier()
+    job.barrier()
     assert torch.load(tmp_path / "collective_1.pt", weights_only=True)["total"].tolist() == [6.0]

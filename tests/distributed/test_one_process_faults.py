@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from ignite.engine import Engine, Events
 
 from distckpt import Checkpoint, DiskSaver, EarlyStopping
 from tests.distributed.programs import IGNITE, OURS, fire, gathered, handlers, idle_engine, model_of, on_ranks, warned
-from tests.support import fresh_ranks, run_distributed, tell_parent
+from tests.support import fresh_ranks, job, run_distributed, tell_parent
 
 
 def best_of_scores_that_begin_with_nan(library: str, folder: Path) -> list[str]:
@@ -23,7 +22,7 @@ def best_of_scores_that_begin_with_nan(library: str, folder: Path) -> list[str]:
     handler = lib.Checkpoint({"model": model_of(1.0)}, lib.DiskSaver(folder), score_function=lambda _: next(scores))
     with warned():
         fire(handler, times=3)
-    dist.barrier()
+    job.barrier()
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -63,7 +62,7 @@ def two_checkpoints_on_one_event(library: str, folder: Path) -> list[str]:
         )
         engine.add_event_handler(Events.ITERATION_COMPLETED(once=3), handler)
     engine.run([0] * 3)
-    dist.barrier()
+    job.barrier()
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -105,7 +104,7 @@ def test_ours_can_be_listened_to_before_the_first_save(tmp_path: Path) -> None:
 
 def save_and_die_in_the_second_save(folders: list[Path], libraries: list[str]) -> None:
     """Save once; die in the middle of the second write. Each rank is a world of one with a library of its own."""
-    rank = int(os.environ["RANK"])
+    rank = job.rank()
     lib, folder, obj = handlers(libraries[rank]), folders[rank], model_of(1.0)
     handler = lib.Checkpoint({"model": obj}, lib.DiskSaver(folder))
     engine = fire(handler)
@@ -173,7 +172,7 @@ def test_several_handlers_share_one_run(tmp_path: Path) -> None:
     for handler in (best, latest, EarlyStopping(2, lambda _: engine.state.epoch % 3, engine)):
         engine.add_event_handler(Events.EPOCH_COMPLETED, handler)
     engine.run([0], max_epochs=9)
-    dist.barrier()
+    job.barrier()
     assert gathered(engine.state.epoch) == [4, 4]
     assert [path.name for path in (tmp_path / "best").iterdir()] == ["model_2.pt"]
     assert sorted(path.name for path in (tmp_path / "latest").iterdir()) == ["model_3.pt", "model_4.pt"]

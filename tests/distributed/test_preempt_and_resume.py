@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from ignite.engine import Engine, Events
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from distckpt import Checkpoint, DiskSaver, Preemption, RngState, global_step_from_engine, resume, stop_reason
-from tests.support import run_ranks
+from tests.support import job, run_ranks
 from tests.unit.toys import equal
 
 MAX_EPOCHS = 3
@@ -42,7 +41,7 @@ class Training:
     """The program; it is the same whether it is interrupted, resumed, or left alone."""
 
     def __init__(self, folder: Path, data: str) -> None:
-        rank = dist.get_rank()
+        rank = job.rank()
         torch.manual_seed(1)
         network = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 2))
         self.model = DistributedDataParallel(network)
@@ -104,7 +103,7 @@ class Training:
 
 def loader_of(data: str) -> tuple[Any, Any]:
     """Return batches of this rank's own: by a sampler shuffled by epoch, by torch's generator, or made by workers."""
-    world_size, rank = dist.get_world_size(), dist.get_rank()
+    world_size, rank = job.world_size(), job.rank()
     own = torch.Generator().manual_seed(5)
     num_samples = 4 * EPOCH_LENGTH * world_size
     dataset = Noisy(torch.randn(num_samples, 4, generator=own), torch.randint(2, (num_samples,), generator=own))
@@ -121,7 +120,7 @@ def train(folder: Path, data: str, when: str, step: int) -> dict[str, Any]:
     training = Training(folder, data)
 
     def kill_me() -> None:
-        if dist.get_rank() == dist.get_world_size() - 1:
+        if job.rank() == job.world_size() - 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
     found = resume(training.objects, training.checkpoint, engine=training.trainer, timeout_s=LIMIT_S)

@@ -22,7 +22,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from ignite.engine import Engine, Events
 
 from distckpt import (
@@ -37,7 +36,7 @@ from distckpt import (
 from tests.distributed.programs import all_equal, gathered, logged, training_step
 from tests.distributed.test_launch import started
 from tests.distributed.voters import Weights, stored
-from tests.support import fresh, fresh_ranks, run_ranks, tell_parent
+from tests.support import fresh, fresh_ranks, job, run_ranks, tell_parent
 
 TERM, USR1 = signal.SIGTERM, signal.SIGUSR1
 WORLDS = pytest.mark.parametrize("world_size", [2, 3])
@@ -103,7 +102,7 @@ def run_plans(folder: str, plans: Sequence[Plan]) -> list[Ended]:
 
 
 def _run_plan(folder: str, plan: Plan, pids: Sequence[int]) -> Ended:
-    rank = dist.get_rank()
+    rank = job.rank()
 
     def happens(when: int | str) -> None:
         for target, number, moment in plan.signals:
@@ -309,7 +308,7 @@ def stop_and_resume(folder: str, ranks: Sequence[int], at: Sequence[int]) -> lis
         ) -> None:
             weights.step = engine.state.iteration
             training_step()
-            if dist.get_rank() == target and engine.state.iteration == moment:
+            if job.rank() == target and engine.state.iteration == moment:
                 os.kill(pid, TERM)
 
         trainer = Engine(step)
@@ -332,7 +331,7 @@ def stop_and_resume(folder: str, ranks: Sequence[int], at: Sequence[int]) -> lis
         preemption.close()
         ((priority, name),) = checkpoint.state_dict()["_saved"]
         seen.append((trainer.state.iteration, name, priority))
-        dist.barrier()
+        job.barrier()
     return seen
 
 
@@ -462,7 +461,7 @@ def main(folder: Path) -> None:
 
 
 def _train_under_torchrun(_local_rank: int, folder: Path) -> None:
-    rank, weights = dist.get_rank(), Weights()
+    rank, weights = job.rank(), Weights()
 
     def step(engine: Engine, _batch: object) -> None:
         weights.step = engine.state.iteration

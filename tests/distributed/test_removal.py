@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 from ignite.engine import Engine, Events
 
 from distckpt import BaseSaveHandler, Checkpoint, DiskSaver
@@ -25,7 +24,7 @@ from tests.distributed.programs import (
     unless_hung,
     warned,
 )
-from tests.support import run_distributed
+from tests.support import job, run_distributed
 
 WORLDS = pytest.mark.parametrize("world_size", [2, 3])
 
@@ -38,7 +37,7 @@ def with_a_file_removed_by_hand(library: str, folder: Path) -> tuple[str, list[s
 
     @trainer.on(Events.EPOCH_STARTED(once=2))
     def remove_by_hand() -> None:
-        if dist.get_rank() == 0:
+        if job.rank() == 0:
             (folder / "model_2.pt").unlink()
 
     def run() -> str:
@@ -71,8 +70,8 @@ def test_a_file_removed_by_hand_is_a_warning_on_every_rank(tmp_path: Path, world
 def test_a_file_that_cannot_be_removed_is_tried_again_by_the_next_save(tmp_path: Path) -> None:
     handler = Checkpoint({"model": model_of(1.0)}, tmp_path)
     engine = fire(handler)
-    dist.barrier()
-    if dist.get_rank() == 0:  # a directory of that name: unlink refuses it, whoever asks
+    job.barrier()
+    if job.rank() == 0:  # a directory of that name: unlink refuses it, whoever asks
         (tmp_path / "model_1.pt").unlink()
         (tmp_path / "model_1.pt").mkdir()
     with warned() as messages:
@@ -81,12 +80,12 @@ def test_a_file_that_cannot_be_removed_is_tried_again_by_the_next_save(tmp_path:
     assert "rank 0: model_1.pt could not be removed" in message
     assert message.endswith("The next save tries again.")
     assert gathered(handler.last_checkpoint) == [tmp_path / "model_2.pt"] * 2
-    if dist.get_rank() == 0:
+    if job.rank() == 0:
         (tmp_path / "model_1.pt").rmdir()
         (tmp_path / "model_1.pt").touch()
-    dist.barrier()
+    job.barrier()
     engine.run([0], max_epochs=3)
-    dist.barrier()
+    job.barrier()
     assert [path.name for path in tmp_path.iterdir()] == ["model_3.pt"]
 
 
@@ -95,7 +94,7 @@ def test_a_file_that_cannot_be_removed_is_tried_again_by_the_next_save(tmp_path:
 def test_as_many_are_kept_as_asked_for(tmp_path: Path, n_saved: int | None) -> None:
     handler = Checkpoint({"model": model_of(1.0)}, tmp_path, n_saved=n_saved)
     fire(handler, times=5)
-    dist.barrier()
+    job.barrier()
     expected = [f"model_{number}.pt" for number in range(1, 6)][-(n_saved or 5) :]
     assert sorted(path.name for path in tmp_path.iterdir()) == expected
     assert gathered([name for _, name in handler.state_dict()["_saved"]]) == [expected] * 2
@@ -106,7 +105,7 @@ def test_best_are_kept_and_the_worst_of_them_is_evicted(tmp_path: Path) -> None:
     scores = iter([0.3, 0.1, 0.5, 0.2, 0.4])
     handler = Checkpoint({"model": model_of(1.0)}, tmp_path, score_function=lambda _: next(scores), n_saved=2)
     fire(handler, times=5)
-    dist.barrier()
+    job.barrier()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model_0.4000.pt", "model_0.5000.pt"]
     assert gathered(handler.last_checkpoint) == [tmp_path / "model_0.5000.pt"] * 2
 
@@ -114,9 +113,9 @@ def test_best_are_kept_and_the_worst_of_them_is_evicted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("saving", [0, 1])
 @run_distributed(world_size=2)
 def test_ranks_that_do_not_save_touch_no_directory(tmp_path: Path, saving: int) -> None:
-    mine = tmp_path / f"disk of rank {dist.get_rank()}"
+    mine = tmp_path / f"disk of rank {job.rank()}"
     decoys = [f"model_{number}.pt" for number in range(1, 4)]
-    if dist.get_rank() != saving:
+    if job.rank() != saving:
         mine.mkdir()
         for name in decoys:
             (mine / name).write_text("not yours", encoding="utf-8")
@@ -124,7 +123,7 @@ def test_ranks_that_do_not_save_touch_no_directory(tmp_path: Path, saving: int) 
     saver = DiskSaver(mine, save_on_rank=saving, require_empty=False)
     fire(Checkpoint({"model": model_of(1.0)}, saver), times=3)
     found = sorted(path.name for path in mine.iterdir())
-    if dist.get_rank() == saving:
+    if job.rank() == saving:
         assert found == ["model_3.pt"]
     else:
         assert found == decoys
@@ -137,7 +136,7 @@ def test_ranks_that_do_not_save_touch_no_directory(tmp_path: Path, saving: int) 
 def test_a_user_that_removes_a_missing_file_is_told_on_the_saving_rank(tmp_path: Path) -> None:
     saver = DiskSaver(tmp_path)
     error = raised(lambda: saver.remove("never.pt"))
-    if dist.get_rank() == 0:
+    if job.rank() == 0:
         assert isinstance(error, FileNotFoundError)
         assert "never.pt" in str(error)
     else:

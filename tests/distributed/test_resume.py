@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from ignite.engine import Engine, Events
 
 from distckpt import Checkpoint, CollectiveTimeout, DiskSaver, LoadError, PhaseError, RngState, resume
 from tests.distributed.programs import all_equal, gathered, idle_engine, kinds, logged, model_of, raised, warned
-from tests.support import run_distributed, run_ranks
+from tests.support import job, run_distributed, run_ranks
 
 WORLDS = pytest.mark.parametrize("world_size", [2, 3])
 LOGGER = "distckpt.handlers.resume"
@@ -58,7 +57,7 @@ def resumed(source: Any) -> dict[str, Any]:
 def resumed_from(folder: Path, *, per_rank: bool = False) -> dict[str, Any]:
     """Resume from a directory, or from one of each rank's own, which is told relative to where the rank works."""
     if per_rank:
-        os.chdir(folder / f"rank{dist.get_rank()}")
+        os.chdir(folder / f"rank{job.rank()}")
         return resumed(Path("checkpoints"))
     return resumed(folder)
 
@@ -179,7 +178,7 @@ class RefusesOn:
     """An object that takes no state on one rank."""
 
     def __init__(self, rank: int) -> None:
-        self.refuses = dist.get_rank() == rank
+        self.refuses = job.rank() == rank
         self.state: Any = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -196,30 +195,30 @@ class RefusesOn:
 
 @run_distributed(world_size=2)
 def test_an_error_of_one_rank_is_raised_on_all(tmp_path: Path) -> None:
-    if dist.get_rank() == 0:
+    if job.rank() == 0:
         put(tmp_path, 4, other={})
-    dist.barrier()
+    job.barrier()
     model = model_of(0.0)
     with pytest.raises(
         PhaseError, match=r"it refuses \(RuntimeError on rank 1, while: resume, loading checkpoint_4.pt"
     ):
         resume({"model": model, "other": RefusesOn(1)}, tmp_path)
-    assert model.bias.item() == (4.0 if dist.get_rank() == 0 else 0.0), "all or none, on each rank"
+    assert model.bias.item() == (4.0 if job.rank() == 0 else 0.0), "all or none, on each rank"
 
 
 @run_distributed(world_size=2)
 def test_a_wrong_argument_on_one_rank_is_raised_on_all(tmp_path: Path) -> None:
-    source: Any = tmp_path if dist.get_rank() == 0 else 3
+    source: Any = tmp_path if job.rank() == 0 else 3
     error = raised(lambda: resume({"model": model_of(0.0)}, source))
     assert {"PhaseError", "TypeError"} <= set(kinds(error))
-    error = raised(lambda: resume({"model": model_of(0.0)}, DiskSaver(tmp_path, save_on_rank=dist.get_rank())))
+    error = raised(lambda: resume({"model": model_of(0.0)}, DiskSaver(tmp_path, save_on_rank=job.rank())))
     assert kinds(error)[0] == "ValueError"
     assert "save_on_rank should be one rank of this job (0 to 1), but is, by rank: [0, 1]" in str(error)
 
 
 @run_distributed(world_size=2)
 def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
-    if dist.get_rank() == 0:
+    if job.rank() == 0:
         with pytest.raises(CollectiveTimeout) as caught:
             resume({"model": model_of(0.0)}, tmp_path, timeout_s=0.5)
         assert caught.value.missing == (1,)
@@ -228,9 +227,9 @@ def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("saving", [0, 1])
 @run_distributed(world_size=2)
 def test_directory_of_the_saving_rank_is_searched(tmp_path: Path, saving: int) -> None:
-    mine = tmp_path / f"rank{dist.get_rank()}"
-    put(mine, 4 if dist.get_rank() == saving else 8)
-    dist.barrier()
+    mine = tmp_path / f"rank{job.rank()}"
+    put(mine, 4 if job.rank() == saving else 8)
+    job.barrier()
     model = model_of(0.0)
     saver = DiskSaver(mine, save_on_rank=saving, require_empty=False)
     assert resume({"model": model}, saver) == tmp_path / f"rank{saving}" / "checkpoint_4.pt"
@@ -257,7 +256,7 @@ def test_history_goes_on_on_all_ranks(tmp_path: Path, saving: int, *, include_se
             history = [[8, "checkpoint_8.pt"], [12, "checkpoint_12.pt"]]
             assert gathered([list(entry) for entry in handler.state_dict()["_saved"]]) == [history] * 2
         trainer.run(range(4), max_epochs=num_epochs)
-        dist.barrier()
+        job.barrier()
     assert sorted(os.listdir(tmp_path)) == ["checkpoint_16.pt", "checkpoint_20.pt"]
 
 
@@ -271,7 +270,7 @@ def draw() -> list[float]:
 
 def save_numbers(folder: Path) -> list[float]:
     """Save after drawing from a seed of this rank's own; return what is drawn next."""
-    rank = dist.get_rank()
+    rank = job.rank()
     random.seed(rank)
     torch.manual_seed(rank)
     draw()
@@ -284,7 +283,7 @@ def save_numbers(folder: Path) -> list[float]:
 
 def load_numbers(folder: Path) -> tuple[list[str], list[float], list[float]]:
     """Resume; return the warnings, what is drawn next, and what would be drawn next without."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    rank = job.rank()
     random.seed(rank + 10)
     torch.manual_seed(rank + 10)
     untouched = draw()
@@ -317,7 +316,7 @@ def test_in_a_job_of_another_size_random_numbers_are_left_alone(tmp_path: Path, 
 @run_distributed(world_size=2)
 def test_a_generator_that_fails_on_one_rank_is_told_on_all(tmp_path: Path) -> None:
     source = RngState()
-    if dist.get_rank() == 1:
+    if job.rank() == 1:
         source._capture = lambda: 1 / 0  # type: ignore[method-assign,assignment,return-value]
     trainer = Engine(lambda _engine, _batch: None)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, Checkpoint({"rng": source}, tmp_path))

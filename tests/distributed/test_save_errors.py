@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from ignite.engine import Engine, Events
 
 from distckpt import Checkpoint, DiskSaver, PhaseError, SaveError
@@ -29,7 +28,7 @@ from tests.distributed.programs import (
     training_step,
     unless_hung,
 )
-from tests.support import run_distributed
+from tests.support import job, run_distributed
 
 WORLDS = pytest.mark.parametrize("world_size", [2, 3])
 KINDS = pytest.mark.parametrize("kind", FAILURES)
@@ -41,11 +40,11 @@ def saving_twice(library: str, kind: str, folder: Path, culprit: int) -> tuple[t
     obj, lib = Stateful(), handlers(library)
     handler = lib.Checkpoint({"obj": obj}, lib.DiskSaver(folder))
     engine = fire(handler)
-    dist.barrier()
-    with make(folder, obj) if dist.get_rank() == culprit else contextlib.nullcontext():
+    job.barrier()
+    with make(folder, obj) if job.rank() == culprit else contextlib.nullcontext():
         error = raised(lambda: engine.run([0], max_epochs=2))
-        dist.barrier()
-    dist.barrier()
+        job.barrier()
+    job.barrier()
     return kinds(error), str(handler.last_checkpoint.name), sorted(path.name for path in folder.iterdir())
 
 
@@ -86,7 +85,7 @@ def failing_in_training(library: str, folder: Path, culprit: int) -> str:
 
     @trainer.on(Events.EPOCH_STARTED(once=2))
     def break_it() -> None:
-        if dist.get_rank() == culprit:
+        if job.rank() == culprit:
             obj.failure = ZeroDivisionError("no state")
 
     def run() -> str:
@@ -118,9 +117,9 @@ def test_error_has_the_causes_type_and_says_rank_step_place_and_cause(tmp_path: 
     folder, obj = tmp_path / "ckpt", Stateful()
     handler = Checkpoint({"obj": obj}, DiskSaver(folder))
     engine = fire(handler)
-    with make(folder, obj) if dist.get_rank() == 0 else contextlib.nullcontext():
+    with make(folder, obj) if job.rank() == 0 else contextlib.nullcontext():
         error = raised(lambda: engine.run([0], max_epochs=2))
-        dist.barrier()
+        job.barrier()
     assert isinstance(error, PhaseError)
     assert isinstance(error, expected)
     message = str(error)
@@ -136,7 +135,7 @@ def test_error_has_the_causes_type_and_says_rank_step_place_and_cause(tmp_path: 
     assert gathered((kinds(error), message)) == [(kinds(error), message)] * 2
     assert gathered(error.tracebacks()) == [error.tracebacks()] * 2
     assert "--- rank 0 ---\nTraceback (most recent call last):" in error.tracebacks()
-    assert (error.__cause__ is None) is (dist.get_rank() == 1), "its own exception, on the rank that failed"
+    assert (error.__cause__ is None) is (job.rank() == 1), "its own exception, on the rank that failed"
 
 
 @KINDS
@@ -146,18 +145,18 @@ def test_what_stood_before_loads_and_the_next_save_works(tmp_path: Path, kind: s
     folder, obj = tmp_path / "ckpt", Stateful(1.0)
     handler = Checkpoint({"obj": obj}, DiskSaver(folder))
     engine = fire(handler)
-    with make(folder, obj) if dist.get_rank() == 0 else contextlib.nullcontext():
+    with make(folder, obj) if job.rank() == 0 else contextlib.nullcontext():
         with pytest.raises(expected):
             engine.run([0], max_epochs=2)
-        dist.barrier()
-    dist.barrier()
+        job.barrier()
+    job.barrier()
     twin, path = Stateful(0.0), handler.last_checkpoint
     assert path == folder / "obj_1.pt"
     Checkpoint.load_objects({"obj": twin}, path)
     assert torch.equal(twin.state["value"], torch.ones(LARGE))
-    dist.barrier()
+    job.barrier()
     fire(handler, times=3)
-    dist.barrier()
+    job.barrier()
     assert gathered(handler.last_checkpoint) == [folder / "obj_3.pt"] * 2
     assert [entry.name for entry in folder.iterdir()] == ["obj_3.pt"], "and nothing temporary stays"
 
@@ -165,14 +164,14 @@ def test_what_stood_before_loads_and_the_next_save_works(tmp_path: Path, kind: s
 @run_distributed(world_size=2)
 def test_errors_of_several_ranks_are_told_together(tmp_path: Path) -> None:
     obj = Stateful()
-    obj.failure = [ValueError("mine"), KeyError("another")][dist.get_rank()]
+    obj.failure = [ValueError("mine"), KeyError("another")][job.rank()]
     error = raised(lambda: fire(Checkpoint({"obj": obj}, tmp_path)))
     assert isinstance(error, PhaseError)
     assert isinstance(error, ValueError), "the lowest rank's leads"
     assert [failure.rank for failure in error.failures] == [0, 1]
     assert "rank 1: KeyError: 'another'" in str(error)
     assert gathered(str(error)) == [str(error)] * 2
-    assert isinstance(error.__cause__, [ValueError, KeyError][dist.get_rank()])
+    assert isinstance(error.__cause__, [ValueError, KeyError][job.rank()])
 
 
 @run_distributed(world_size=2)
@@ -201,7 +200,7 @@ def test_a_failed_save_counts_for_nothing(tmp_path: Path) -> None:
     engine = idle_engine()
     engine.add_event_handler(Events.EPOCH_COMPLETED, handler)
     engine.add_event_handler(Checkpoint.SAVED_CHECKPOINT, lambda: fired.append(1))
-    obj.failure = ValueError("no state") if dist.get_rank() == 1 else None
+    obj.failure = ValueError("no state") if job.rank() == 1 else None
     with pytest.raises(ValueError, match="no state"):
         engine.run([0], max_epochs=1)
     assert gathered((handler.last_checkpoint, handler.state_dict()["_saved"], fired)) == [(None, [], [])] * 2

@@ -10,13 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from ignite.engine import Engine, Events
-from torch.distributed import distributed_c10d as c10d
 
 from distckpt import Checkpoint, CheckpointEvents
 from tests.distributed.programs import IGNITE, OURS, fire, gathered, handlers, idle_engine, model_of, on_ranks
-from tests.support import run_distributed
+from tests.support import job, run_distributed
 
 WORLDS = pytest.mark.parametrize("world_size", [2, 3])
 SLOW_S = {IGNITE: 5.0, OURS: 0.5}
@@ -25,7 +23,7 @@ SLOW_S = {IGNITE: 5.0, OURS: 0.5}
 
 def with_a_slow_write(library: str, folder: Path) -> list[bool]:
     """Save with a disk that is slower than the other ranks; return what existed when the event fired."""
-    lib, store, seen = handlers(library), c10d._get_default_store(), []
+    lib, store, seen = handlers(library), job.store(), []
     write = torch.save
 
     def slow_write(*args: Any, **kwargs: Any) -> None:
@@ -41,7 +39,7 @@ def with_a_slow_write(library: str, folder: Path) -> list[bool]:
     @engine.on(lib.Checkpoint.SAVED_CHECKPOINT)
     def tell() -> None:
         seen.append((folder / "model_1.pt").exists())
-        if dist.get_rank() != 0:
+        if job.rank() != 0:
             store.set("told", "1")
 
     torch.save = slow_write
@@ -70,7 +68,7 @@ def test_event_fires_after_the_older_checkpoint_is_removed(tmp_path: Path) -> No
     engine = idle_engine()
 
     def wait_for_all(_engine: Engine) -> None:
-        dist.barrier()
+        job.barrier()
 
     engine.add_event_handler(
         Checkpoint.SAVED_CHECKPOINT, lambda: seen.append(sorted(path.name for path in tmp_path.iterdir()))
@@ -104,7 +102,7 @@ def test_event_does_not_fire_where_nothing_is_saved(tmp_path: Path) -> None:
 
 @run_distributed(world_size=2)
 def test_a_write_may_take_longer_than_the_others_wait_for_anything_else(tmp_path: Path) -> None:
-    store, write = c10d._get_default_store(), torch.save
+    store, write = job.store(), torch.save
 
     def slow_write(*args: Any, **kwargs: Any) -> None:
         with contextlib.suppress(RuntimeError):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import distckpt
 from distckpt import Checkpoint, EarlyStopping
@@ -25,7 +24,7 @@ from tests.distributed.programs import (
     on_ranks,
     warned,
 )
-from tests.support import run_distributed
+from tests.support import job, run_distributed
 
 WORLDS = pytest.mark.parametrize("world_size", [2, 3])
 SCORES = ([0.1, 0.2, 0.3], [0.9, 0.5, 0.2], [0.4, 0.8, 0.6])
@@ -34,14 +33,14 @@ SCORES = ([0.1, 0.2, 0.3], [0.9, 0.5, 0.2], [0.4, 0.8, 0.6])
 
 def kept_by_score(library: str, folder: Path, n_saved: int) -> tuple[str, bool, list[str]]:
     """Save by a score that differs between the ranks; return the last checkpoint, whether it exists, all that do."""
-    mine = iter(SCORES[dist.get_rank()])
+    mine = iter(SCORES[job.rank()])
     saver = handlers(library).DiskSaver(folder)
     handler = handlers(library).Checkpoint(
         {"model": model_of(1.0)}, saver, score_function=lambda _: next(mine), score_name="accuracy", n_saved=n_saved
     )
     with warned():
         fire(handler, times=3)
-    dist.barrier()
+    job.barrier()
     last = handler.last_checkpoint
     return last.name, last.exists(), sorted(path.name for path in folder.iterdir())
 
@@ -68,7 +67,7 @@ RULES: list[tuple[ScoreRule, float]] = [("mean", 0.5), ("min", 0.1), ("max", 0.9
 @pytest.mark.parametrize(("rule", "expected"), RULES)
 @run_distributed(world_size=2)
 def test_rule_says_which_score_counts(tmp_path: Path, rule: ScoreRule, expected: float) -> None:
-    mine = SCORES[dist.get_rank()][0]
+    mine = SCORES[job.rank()][0]
     handler = Checkpoint({"model": model_of(1.0)}, tmp_path, score_function=lambda _: mine, score_rule=rule)
     with warned() as messages:
         fire(handler)
@@ -80,7 +79,7 @@ def test_rule_says_which_score_counts(tmp_path: Path, rule: ScoreRule, expected:
 
 @run_distributed(world_size=3)
 def test_coordinators_score_is_that_of_the_saving_rank(tmp_path: Path) -> None:
-    mine = SCORES[dist.get_rank()][0]
+    mine = SCORES[job.rank()][0]
     handler = Checkpoint(
         {"model": model_of(1.0)}, tmp_path, score_function=lambda _: mine, score_rule="coordinator", save_on_rank=2
     )
@@ -104,7 +103,7 @@ def test_equal_scores_are_taken_to_the_bit(tmp_path: Path, score: float) -> None
 @run_distributed(world_size=2)
 def test_difference_is_said_once_by_each_handler(tmp_path: Path) -> None:
     def score(_: object) -> float:
-        return float(dist.get_rank())
+        return float(job.rank())
 
     handler = Checkpoint({"model": model_of(1.0)}, tmp_path, score_function=score, greater_or_equal=True)
     stopper = EarlyStopping(9, score, idle_engine())
@@ -116,16 +115,16 @@ def test_difference_is_said_once_by_each_handler(tmp_path: Path) -> None:
 
 @run_distributed(world_size=2)
 def test_a_warning_made_an_error_is_one_on_every_rank(tmp_path: Path) -> None:
-    handler = Checkpoint({"model": model_of(1.0)}, tmp_path, score_function=lambda _: float(dist.get_rank()))
+    handler = Checkpoint({"model": model_of(1.0)}, tmp_path, score_function=lambda _: float(job.rank()))
     with pytest.raises(UserWarning, match="the ranks have different scores"):
         fire(handler)
-    dist.barrier()
+    job.barrier()
 
 
 @pytest.mark.parametrize("rule", ["mean", "min", "max"])
 @run_distributed(world_size=2)
 def test_nan_on_one_rank_saves_nothing_on_any(tmp_path: Path, rule: ScoreRule) -> None:
-    mine = iter([math.nan, 0.7] if dist.get_rank() == 1 else [0.9, 0.7])
+    mine = iter([math.nan, 0.7] if job.rank() == 1 else [0.9, 0.7])
     handler = Checkpoint({"model": model_of(1.0)}, tmp_path, score_function=lambda _: next(mine), score_rule=rule)
     with warned() as messages:
         fire(handler)
@@ -140,7 +139,7 @@ def test_nan_on_one_rank_saves_nothing_on_any(tmp_path: Path, rule: ScoreRule) -
 @run_distributed(world_size=2)
 def test_nan_on_one_rank_is_no_improvement_on_any() -> None:
     trainer = idle_engine()
-    mine = iter([0.5, math.nan, math.nan] if dist.get_rank() == 1 else [0.5, 0.9, 0.9])
+    mine = iter([0.5, math.nan, math.nan] if job.rank() == 1 else [0.5, 0.9, 0.9])
     stopper = EarlyStopping(2, lambda _: next(mine), trainer)
     with warned():
         fire(stopper, times=3)
@@ -150,7 +149,7 @@ def test_nan_on_one_rank_is_no_improvement_on_any() -> None:
 @run_distributed(world_size=2)
 def test_default_score_function_reads_the_metric_of_each_rank(tmp_path: Path) -> None:
     engine = idle_engine()
-    engine.state.metrics["loss"] = [0.5, 0.25][dist.get_rank()]
+    engine.state.metrics["loss"] = [0.5, 0.25][job.rank()]
     handler = Checkpoint(
         {"model": model_of(1.0)},
         tmp_path,

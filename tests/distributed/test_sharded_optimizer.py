@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from distckpt import Checkpoint, DiskSaver
@@ -23,7 +22,7 @@ from tests.distributed.programs import (
     unless_hung,
     warned,
 )
-from tests.support import run_distributed
+from tests.support import job, run_distributed
 
 WORLDS = pytest.mark.parametrize("world_size", [2, 3])
 PRIORITIES = ([1.0, 2.0], [2.0, 1.0], [2.0, 0.0])
@@ -41,7 +40,7 @@ def sharded(model: torch.nn.Module) -> ZeroRedundancyOptimizer:
 
 def consolidating_by_score(library: str, folder: Path) -> str:
     """Save a sharded optimizer by a score that differs between the ranks."""
-    mine = iter(PRIORITIES[dist.get_rank()])
+    mine = iter(PRIORITIES[job.rank()])
     model = model_of(1.0)
     handler = handlers(library).Checkpoint(
         {"model": model, "optimizer": sharded(model)},
@@ -51,7 +50,7 @@ def consolidating_by_score(library: str, folder: Path) -> str:
 
     def run() -> str:
         fire(handler, times=2)
-        dist.barrier()
+        job.barrier()
         return str(handler.last_checkpoint.name)
 
     with warned():
@@ -87,13 +86,13 @@ def test_a_sharded_optimizer_is_loaded_into_one_of_another_world_size(tmp_path: 
 @pytest.mark.parametrize("saving", [0, 1])
 @run_distributed(world_size=2)
 def test_directory_of_the_saving_rank_is_the_one_written_to(tmp_path: Path, saving: int) -> None:
-    mine, its = tmp_path / f"rank{dist.get_rank()}", tmp_path / f"rank{saving}"
+    mine, its = tmp_path / f"rank{job.rank()}", tmp_path / f"rank{saving}"
     model = model_of(1.0)
     handler = Checkpoint(
         {"model": model, "optimizer": sharded(model)}, DiskSaver(mine, save_on_rank=saving), save_on_rank=saving
     )
     fire(handler, times=2)
-    dist.barrier()
+    job.barrier()
     assert [path.name for path in tmp_path.iterdir()] == [its.name], "the others make no directory"
     assert [path.name for path in its.iterdir()] == ["checkpoint_2.pt"]
 
@@ -101,7 +100,7 @@ def test_directory_of_the_saving_rank_is_the_one_written_to(tmp_path: Path, savi
 @pytest.mark.parametrize("saving", [0, 1])
 @run_distributed(world_size=2)
 def test_last_checkpoint_lies_in_the_directory_of_the_saving_rank(tmp_path: Path, saving: int) -> None:
-    mine, its = tmp_path / f"rank{dist.get_rank()}", tmp_path / f"rank{saving}"
+    mine, its = tmp_path / f"rank{job.rank()}", tmp_path / f"rank{saving}"
     handler = Checkpoint({"model": model_of(1.0)}, DiskSaver(mine, save_on_rank=saving), save_on_rank=saving)
     fire(handler)
     assert gathered(handler.last_checkpoint) == [its / "model_1.pt"] * 2

@@ -4,14 +4,13 @@ import os
 import time
 
 import pytest
-import torch.distributed as dist
 
 from distckpt import CollectiveError
 from distckpt.backends.detect import current
 from distckpt.backends.host_group import SHARED_MEMORY_VARIABLE
 from distckpt.backends.torch_dist import TorchDistBackend
 from tests.distributed.programs import gathered, raised
-from tests.support import fresh_ranks, run_distributed, run_ranks
+from tests.support import fresh_ranks, job, run_distributed, run_ranks
 
 WORLDS = pytest.mark.parametrize("world_size", [2, 3])
 
@@ -24,7 +23,7 @@ def shares_memory() -> bool:
 
 def meet_often(without_it: list[int]) -> tuple[bool, list[list[int]]]:
     """Meet a hundred times with different numbers; some ranks are told to do without shared memory."""
-    rank = dist.get_rank()
+    rank = job.rank()
     if rank in without_it:
         os.environ[SHARED_MEMORY_VARIABLE] = "0"
     try:
@@ -56,7 +55,7 @@ def test_a_meeting_that_is_given_up_before_its_end_does_no_harm_to_the_next() ->
     backend.barrier()
     for turn in range(10):
         backend.start_meeting("dropped", [turn], turn=turn, timeout_s=20.0)
-    assert backend.start_meeting("kept", [dist.get_rank()], timeout_s=20.0)() == [1]
+    assert backend.start_meeting("kept", [job.rank()], timeout_s=20.0)() == [1]
 
 
 @run_distributed(world_size=2)
@@ -64,7 +63,7 @@ def test_a_rank_that_leaves_the_job_is_named_at_once() -> None:
     backend = current()
     backend.barrier()
     gathered(shares_memory())
-    if dist.get_rank() == 1:
+    if job.rank() == 1:
         backend.close()
         return
     begin_s = time.monotonic()
@@ -79,7 +78,7 @@ def test_who_is_missing_from_what_goes_over_gloo_is_not_looked_for_in_the_memory
     backend = current()
     backend.barrier()
     assert shares_memory()
-    if dist.get_rank() == 2:
+    if job.rank() == 2:
         assert gathered("late")
         return
     error = raised(lambda: backend.gather_host(b"here", 4, what="a gather", timeout_s=1.0))
@@ -92,7 +91,7 @@ def die_in_a_meeting(victim: int) -> tuple[str, object, bool]:
     backend = current()
     backend.barrier()
     assert shares_memory()
-    if dist.get_rank() == victim:
+    if job.rank() == victim:
         os._exit(3)
     begin_s = time.monotonic()
     error = raised(lambda: backend.barrier(timeout_s=60.0))

@@ -27,7 +27,7 @@ from tests.distributed.voters import (
     saving_trainer,
     stored,
 )
-from tests.support import run_distributed, run_ranks
+from tests.support import job, run_distributed, run_ranks
 
 WORLDS = pytest.mark.parametrize("world_size", [2, 3])
 SOON_S = 2.0
@@ -229,7 +229,7 @@ def test_a_trainer_and_an_evaluator_within_its_events_vote_apart(tmp_path: Path)
     trainer.run([0, 0], max_epochs=6)
     assert ends == [(3, None, None), (3, "nan", None), (3, None, None), (3, None, None)]
     assert (trainer.state.iteration, stop_reason(trainer)) == (8, "time_limit")
-    dist.barrier()
+    job.barrier()
     assert stored(tmp_path) == [1, 3, 4], "what was found in the second evaluation is not held against the third"
 
 
@@ -409,7 +409,7 @@ def test_a_handler_called_directly_stops_the_run_from_the_process_function() -> 
 def drift(rank: int, missed: int, pace: dict[str, Any]) -> tuple[str, float]:
     """Miss an iteration on one rank; return the error, and the seconds until it was there."""
     engine, nan = idle_engine(), TerminateOnNan(timeout_s=LIMIT_S, **pace)
-    is_missing = dist.get_rank() == rank
+    is_missing = job.rank() == rank
     event = Events.ITERATION_COMPLETED(event_filter=lambda _, number: not (is_missing and number == missed))
     engine.add_event_handler(event, nan)
     begin_s = time.monotonic()
@@ -449,7 +449,7 @@ def test_ranks_with_different_paces_are_told_so_at_once(paces: tuple[dict[str, A
 
 
 def _run_at_its_own_pace(paces: tuple[dict[str, Any], ...]) -> tuple[str, float]:
-    return drift(-1, 0, paces[dist.get_rank()])
+    return drift(-1, 0, paces[job.rank()])
 
 
 @run_distributed(world_size=2)
@@ -461,7 +461,7 @@ def test_an_error_of_one_rank_is_not_lost_when_it_drifted_too() -> None:
             raise mine
 
     engine, nan = idle_engine(), TerminateOnNan(fail, timeout_s=LIMIT_S)
-    engine.add_event_handler([Events.EPOCH_COMPLETED, Events.EPOCH_STARTED][dist.get_rank()], nan)
+    engine.add_event_handler([Events.EPOCH_COMPLETED, Events.EPOCH_STARTED][job.rank()], nan)
     error = raised(lambda: engine.run([0]))
     assert isinstance(error, RanksDriftedApart)
     assert error.__cause__ is (mine if rank_is_last() else None)
@@ -475,7 +475,7 @@ def test_ranks_may_have_evaluated_different_numbers_of_batches(tmp_path: Path) -
     limit = TimeLimit(3600, timeout_s=LIMIT_S)
     evaluator.add_event_handler(Events.COMPLETED, limit)
     limit.start_time -= 3601
-    evaluator.run([0] * (3 + dist.get_rank()))
+    evaluator.run([0] * (3 + job.rank()))
     assert gathered((stop_reason(evaluator), checkpoint.last_checkpoint)) == [
         ("time_limit", tmp_path / "weights_0.5000.pt")
     ] * 2  # fmt: skip
@@ -527,9 +527,9 @@ def test_with_a_lag_a_rank_is_steps_ahead_of_the_one_that_it_waits_for() -> None
     def step(engine: Engine, _batch: object) -> float:
         # Rank 1 ends a step only when rank 0 has begun the next one: without a lag neither would go on. In the first
         # step the handlers wait for each other.
-        if dist.get_rank() == 0 and engine.state.iteration > 2:
+        if job.rank() == 0 and engine.state.iteration > 2:
             dist.send(word, 1)
-        elif dist.get_rank() == 1 and 1 < engine.state.iteration < num_steps:
+        elif job.rank() == 1 and 1 < engine.state.iteration < num_steps:
             dist.recv(word, 0)
         return 0.5
 
@@ -544,7 +544,7 @@ def test_with_a_lag_the_reduction_ends_while_the_next_step_computes() -> None:
     with operations() as works:
 
         def step(_engine: Engine, _batch: object) -> torch.Tensor:
-            dist.barrier()  # both ranks have begun the step, and so the reduction of the one before
+            job.barrier()  # both ranks have begun the step, and so the reduction of the one before
             deadline = time.monotonic() + LIMIT_S
             while works and not works[-1].is_completed() and time.monotonic() < deadline:
                 time.sleep(0.001)
@@ -688,11 +688,11 @@ def stop_and_tell(pace: dict[str, Any], ranks: tuple[int, ...]) -> tuple[int, li
     """Break the output on some ranks, on each at another place of it, in the third iteration."""
 
     def step(engine: Engine, _batch: object) -> dict[str, Any]:
-        broken = engine.state.iteration == 3 and dist.get_rank() in ranks
+        broken = engine.state.iteration == 3 and job.rank() in ranks
         logits = torch.zeros(2, 3)
-        if broken and dist.get_rank() > 0:
-            logits[1, dist.get_rank()] = math.inf
-        return {"losses": [0.5, (0.1, math.nan if broken and dist.get_rank() == 0 else 0.2)], "logits": logits}
+        if broken and job.rank() > 0:
+            logits[1, job.rank()] = math.inf
+        return {"losses": [0.5, (0.1, math.nan if broken and job.rank() == 0 else 0.2)], "logits": logits}
 
     nan = TerminateOnNan(timeout_s=LIMIT_S, **pace)
     trainer = Engine(step)
@@ -726,7 +726,7 @@ def test_the_log_of_each_rank_tells_who_found_nan_in_which_iteration_and_where(
 def test_the_largest_elapsed_time_of_all_ranks_counts() -> None:
     limit, trainer = TimeLimit(100, timeout_s=LIMIT_S), idle_engine()
     trainer.add_event_handler(Events.ITERATION_COMPLETED, limit)
-    late_s = [50, 400, 200][dist.get_rank()]
+    late_s = [50, 400, 200][job.rank()]
     trainer.add_event_handler(
         Events.ITERATION_STARTED(once=2), lambda: setattr(limit, "start_time", limit.start_time - late_s)
     )

@@ -8,7 +8,6 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
 from ignite.engine import Engine, Events
 
 from tests.distributed.programs import (
@@ -23,6 +22,7 @@ from tests.distributed.programs import (
     unless_hung,
     warned,
 )
+from tests.support import job
 
 WORLDS = pytest.mark.parametrize("world_size", [2, 3])
 NUM_EPOCHS = 8
@@ -33,7 +33,7 @@ def with_early_stopping(library: str, rule: str | None = None) -> int | str:
     trainer, evaluator = Engine(training_step), idle_engine()
 
     def score(_engine: Engine) -> float:
-        return 0.5 if dist.get_rank() == 0 else float(min(trainer.state.epoch, 4))
+        return 0.5 if job.rank() == 0 else float(min(trainer.state.epoch, 4))
 
     options = {} if rule is None else {"score_rule": rule}
     stopper = handlers(library).EarlyStopping(2, score, trainer, **options)
@@ -62,8 +62,7 @@ def accuracy_after_training(library: str) -> float | str:
     """Train until stopped, then average an accuracy of 0.5 over the ranks."""
     with_early_stopping(library)
     accuracy = torch.tensor([0.5])
-    unless_hung(lambda: dist.all_reduce(accuracy))
-    return accuracy.item() / dist.get_world_size()
+    return unless_hung(lambda: job.total(accuracy).item() / job.world_size())
 
 
 def test_ignites_early_stopping_pairs_a_reduction_with_a_training_step_in_silence() -> None:
@@ -77,7 +76,7 @@ def test_reductions_after_early_stopping_pair_with_each_other(world_size: int) -
 
 def with_terminate_on_nan(library: str, value: float) -> tuple[int | str, list[str]]:
     """Train; the third output of the last rank is not finite."""
-    last = dist.get_rank() == dist.get_world_size() - 1
+    last = job.rank() == job.world_size() - 1
 
     def step(engine: Engine, _batch: object) -> float:
         return value if training_step() and last and engine.state.iteration == 3 else 1.0
@@ -111,7 +110,7 @@ def with_time_limit(library: str) -> tuple[int | str, list[str]]:
 
     @trainer.on(Events.ITERATION_STARTED(once=3))
     def let_time_pass() -> None:
-        if dist.get_rank() == dist.get_world_size() - 1:
+        if job.rank() == job.world_size() - 1:
             limit.start_time -= 3601
 
     trainer.add_event_handler(Events.ITERATION_COMPLETED, limit)

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 from ignite.engine import Engine
 
 from distckpt import BaseSaveHandler, Checkpoint, DiskSaver, EarlyStopping, PhaseError, TerminateOnNan
 from tests.distributed.programs import fire, gathered, idle_engine, kinds, model_of, raised, warned
-from tests.support import run_distributed
+from tests.support import job, run_distributed
 
 
 class CustomError(Exception):
@@ -38,9 +37,9 @@ def one_error(call: Callable[[], object], culprit: int) -> PhaseError:
     error = raised(call)
     assert isinstance(error, PhaseError), error
     told = (kinds(error), str(error), error.tracebacks(), [failure.rank for failure in error.failures])
-    assert gathered(told) == [told] * dist.get_world_size()
+    assert gathered(told) == [told] * job.world_size()
     assert told[3] == [culprit]
-    assert (error.__cause__ is not None) is (dist.get_rank() == culprit), "its own exception where it was raised"
+    assert (error.__cause__ is not None) is (job.rank() == culprit), "its own exception where it was raised"
     return error
 
 
@@ -48,7 +47,7 @@ def failing(error: Exception, culprit: int, otherwise: Any = 0.5) -> Callable[..
     """Return a function that raises on one rank."""
 
     def call_of_the_user(*_args: object) -> Any:
-        if dist.get_rank() == culprit:
+        if job.rank() == culprit:
             raise error
         return otherwise
 
@@ -68,7 +67,7 @@ def test_score_function_that_raises_on_one_rank(
     assert "Checkpoint#0, on EPOCH_COMPLETED, deciding what to save, step 1, of 2 ranks" in str(seen)
     assert f"--- rank {culprit} ---" in seen.tracebacks()
     assert "in call_of_the_user\n" in seen.tracebacks()
-    if dist.get_rank() == culprit:
+    if job.rank() == culprit:
         assert type(seen.__cause__) is type(error)
     assert list(tmp_path.iterdir()) == []
 
@@ -85,7 +84,7 @@ def test_score_function_that_raises_on_the_last_of_three(tmp_path: Path) -> None
 @pytest.mark.parametrize("score", ["text", None, [1.0], 1j])
 @run_distributed(world_size=2)
 def test_a_score_that_is_no_number_on_one_rank(tmp_path: Path, score: object) -> None:
-    value = score if dist.get_rank() == 1 else 0.5
+    value = score if job.rank() == 1 else 0.5
     handler = Checkpoint({"model": model_of(1.0)}, tmp_path, score_function=lambda _: value)  # type: ignore[arg-type, return-value]
     error = one_error(lambda: fire(handler), 1)
     assert isinstance(error, ValueError)
@@ -101,7 +100,7 @@ def test_global_step_transform_that_raises_on_one_rank(tmp_path: Path) -> None:
 
 @run_distributed(world_size=2)
 def test_global_step_that_cannot_be_told_to_the_others(tmp_path: Path) -> None:
-    step = object() if dist.get_rank() == 1 else 7
+    step = object() if job.rank() == 1 else 7
     handler = Checkpoint({"model": model_of(1.0)}, tmp_path, global_step_transform=lambda *_: step)  # type: ignore[arg-type]
     assert isinstance(one_error(lambda: fire(handler), 1), ValueError)
 
@@ -123,7 +122,7 @@ def test_name_that_leaves_the_directory_is_a_value_error_on_every_rank(tmp_path:
     assert isinstance(error, ValueError)
     assert "should name a file inside the checkpoint directory" in str(error)
     assert gathered(str(error)) == [str(error)] * 2
-    dist.barrier()
+    job.barrier()
     assert [path.name for path in tmp_path.iterdir()] == ["inside"]
     assert list(folder.iterdir()) == []
 
@@ -154,7 +153,7 @@ class Saver(BaseSaveHandler):
         self.kept.remove(filename)
 
     def _maybe(self, doing: str) -> None:
-        if doing == self._fail and dist.get_rank() == self._culprit:
+        if doing == self._fail and job.rank() == self._culprit:
             raise self._error
 
 
@@ -174,7 +173,7 @@ def test_a_plain_function_that_raises_a_type_error_is_called_once() -> None:
 
     def save(_checkpoint: object, _filename: str, _metadata: object) -> None:
         calls.append(1)
-        if dist.get_rank() == 1:
+        if job.rank() == 1:
             raise TypeError("from inside")
 
     error = one_error(lambda: fire(Checkpoint({"model": model_of(1.0)}, save)), 1)
@@ -196,11 +195,11 @@ def test_custom_removal_that_raises_on_one_rank_is_a_warning_on_both() -> None:
 
 @run_distributed(world_size=2)
 def test_ranks_go_on_together_after_an_error_that_the_program_caught(tmp_path: Path) -> None:
-    scores: Any = iter([0.1, "text" if dist.get_rank() == 1 else 0.2, 0.3])
+    scores: Any = iter([0.1, "text" if job.rank() == 1 else 0.2, 0.3])
     handler = Checkpoint({"model": model_of(1.0)}, DiskSaver(tmp_path), score_function=lambda _: next(scores))
     engine = Engine(lambda _engine, _batch: None)
     errors = [raised(lambda: handler(engine)) for _ in range(3)]
     assert [error is None for error in errors] == [True, False, True]
     assert isinstance(errors[1], ValueError)
-    dist.barrier()
+    job.barrier()
     assert [path.name for path in tmp_path.iterdir()] == ["model_0.3000.pt"]

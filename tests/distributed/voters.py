@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from ignite.engine import Engine, Events
 
 from distckpt import Checkpoint, Preemption, TerminateOnNan, TimeLimit
 from distckpt.backends.host_group import HostGroup
 from distckpt.backends.serial import SerialBackend
+from tests.support import job
 
 __all__ = [
     "LIMIT_S",
@@ -104,7 +104,7 @@ class Weights:
 
 def rank_is_last() -> bool:
     """Tell whether this is the job's last rank; the only one is."""
-    return not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
+    return job.rank() == job.world_size() - 1
 
 
 def stored(folder: Path) -> list[int]:

@@ -15,11 +15,12 @@ from typing import Any, NoReturn
 import _pytest.outcomes
 from torch.distributed import Store
 
-from tests.support.channel import Channel
+from tests.support.channel import Channel, keep_store
 from tests.support.isolate import background_errors, isolated, leftover_threads
 from tests.support.locate import find
 from tests.support.messages import Idle, Outcome, Ready, Release, Task, pack, unpack
 from tests.support.runtime import join, leave
+from tests.support.store import beside
 
 _OWN_FILES = (os.path.dirname(__file__) + os.sep,)  # noqa: PTH120 - compared with strings of tracebacks
 
@@ -85,6 +86,7 @@ def _run(task: Task, store: Store) -> Outcome:
         function = find(task.function)
         arguments: Any = unpack(task.arguments)
         args, kwargs = arguments
+        keep_store(beside(store, task.number))
         join(task, store)
         value = pack(function(*args, **kwargs))
     except _pytest.outcomes.Skipped as skip:

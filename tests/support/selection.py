@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from tests.support.runtime import MOST_RANKS, RUNTIME
+from tests.support.runtime import MOST_RANKS, OWN, RUNTIME
 
 _NUM_LEFT: Counter[str] = Counter()
 
@@ -21,6 +21,13 @@ def only_on(*runtimes: str, why: str) -> pytest.MarkDecorator:
         why: said in the summary of the others' runs.
     """
     return pytest.mark.only_on(*runtimes, why=why)
+
+
+of_torch = only_on("gloo", why="about torch.distributed's process groups and launchers")
+"""Mark a test whose subject only torch.distributed has."""
+
+of_processes = only_on("gloo", "horovod", why="each rank is a process of its own")
+"""Mark a test that does to one rank what befalls all replicas of a process: kill it, or change its folder."""
 
 
 def select(items: list[pytest.Item], config: pytest.Config) -> None:
@@ -41,6 +48,8 @@ def _why_not(item: pytest.Item) -> str | None:
     mark = item.get_closest_marker("only_on")
     if mark is not None and RUNTIME not in mark.args:
         return str(mark.kwargs["why"])
+    if RUNTIME != OWN and item.name.startswith("test_ignite"):
+        return "shows a fault of ignite's"
     callspec = getattr(item, "callspec", None)
     world_size = 0 if callspec is None else callspec.params.get("world_size", 0)
     if isinstance(world_size, int) and world_size > MOST_RANKS:

@@ -56,3 +56,8 @@ def connect(port: int) -> Store:
 def of_call(store: Store, number: int) -> Store:
     """Return the call's own namespace. Not torchrun's name for it, which is left to `env://`."""
     return PrefixStore(f"/tests/call_{number}", store)
+
+
+def beside(store: Store, number: int) -> Store:
+    """Return a namespace of the call that no job uses, for the ranks to talk beside theirs."""
+    return PrefixStore(f"/tests/beside_{number}", store)

@@ -2,7 +2,7 @@
 
 import gc
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +14,7 @@ from distckpt.backends import gloo, host_group
 from distckpt.backends.base import Board, Watcher
 from distckpt.backends.gloo import GlooChannel
 from distckpt.backends.host_group import HostGroup, call_the_roll
+from distckpt.backends.hosted import HostedBackend
 from distckpt.backends.torch_dist import TorchDistBackend
 
 
@@ -90,7 +91,9 @@ def board() -> Notes:
 @pytest.fixture
 def group(board: Notes) -> HostGroup:
     """Return rank 0 of two, not connected."""
-    return HostGroup(GlooChannel(dist.HashStore(), 0, 2), board, 0, 2)
+    group = HostGroup(GlooChannel(dist.HashStore(), 0, 2), lambda _what, _limit_s: board, 0, 2)
+    group.find_board("a test", 1.0)
+    return group
 
 
 def operation(*, timeout_s: float = 5.0) -> Any:
@@ -180,9 +183,10 @@ def test_a_roll_outlasts_news_that_cannot_be_read(board: Notes) -> None:
 def backend_over(board: Notes, watcher: Watcher | None) -> TorchDistBackend:
     """Return rank 0 of two, without a process group."""
     backend = TorchDistBackend.__new__(TorchDistBackend)
-    refuse: Callable[[object], None] = lambda _what: None  # noqa: E731 - it has a type
-    host = SimpleNamespace(refuse_if_given_up=refuse)
-    vars(backend).update(_rank=0, _world_size=2, _watcher=watcher, _board=board, _host=host)
+    HostedBackend.__init__(backend, 0, 2)
+    host = SimpleNamespace(refuse_if_given_up=lambda _what: None, find_board=lambda _what, _limit_s: None, watcher=None)
+    vars(backend).update(_make_board=lambda _what, _limit_s: board, _host=host)
+    backend.watcher = watcher
     return backend
 
 
@@ -231,7 +235,7 @@ def test_a_group_is_not_let_go_while_something_is_under_way(
     channel._group = connected
     channel._under_way.append(SimpleNamespace(is_completed=lambda: not is_stuck))
     del connected
-    HostGroup(channel, board, 0, 2).close()
+    HostGroup(channel, lambda _what, _limit_s: board, 0, 2).close()
     gc.collect()
     assert (seen() is not None) == is_stuck
     assert channel._group is None
