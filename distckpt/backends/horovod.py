@@ -113,10 +113,12 @@ class HorovodBackend(HostedBackend):
     """One rank of the live Horovod job."""
 
     name = "horovod"
-    untouched = (HorovodInternalError, HostsUpdatedInterrupt)
 
     def __init__(self) -> None:
         super().__init__(int(hvd.rank()), int(hvd.size()))
+        self._is_elastic = os.environ.get("HOROVOD_ELASTIC") == "1"
+        # Elsewhere it means that a rank is lost, and which one can be said.
+        self.untouched = (HorovodInternalError, HostsUpdatedInterrupt) if self._is_elastic else (HostsUpdatedInterrupt,)
         self._local_rank, self._node = int(hvd.local_rank()), int(hvd.cross_rank())
         self._mark = _Ranks(global_process_set.ranks or range(self._world_size))
         global_process_set.ranks = self._mark
@@ -162,11 +164,11 @@ class HorovodBackend(HostedBackend):
         return sent.to(tensor.device)
 
     def _make_channel(self) -> "_HorovodChannel":
-        return _HorovodChannel()
+        return _HorovodChannel(self.untouched)
 
     def _make_board(self, what: object, timeout_s: float) -> Board | None:
         server = _rendezvous_server()
-        if server is None or os.environ.get("HOROVOD_ELASTIC") == "1":
+        if server is None or self._is_elastic:
             return None
         number = _NUM_STORES[server] = _NUM_STORES.get(server, 0) + 1
         meeting = _Meeting(server, number, str(what), timeout_s)
@@ -187,7 +189,8 @@ class HorovodBackend(HostedBackend):
 class _HorovodChannel(Channel):
     """Host values as operations of Horovod's. One of a kind is under way at a time, so that constant names will do."""
 
-    untouched = HorovodBackend.untouched
+    def __init__(self, untouched: tuple[type[BaseException], ...]) -> None:
+        self.untouched = untouched
 
     def connect(self, timeout_s: float) -> None:
         """Horovod's ranks are connected."""

@@ -42,8 +42,17 @@ __all__ = [
 
 StopReason = Literal["nan", "early_stop", "time_limit", "preempted"]
 
-# What Gloo, NCCL and the store say when a peer is gone; they raise bare RuntimeErrors.
-_WORDS_OF_A_BROKEN_COLLECTIVE = ("gloo", "nccl", "peer", "connection", "socket", "process group", "timed out")
+# What Gloo, NCCL, Horovod and the store say when a peer is gone; they raise bare RuntimeErrors.
+_WORDS_OF_A_BROKEN_COLLECTIVE = (
+    "gloo",
+    "nccl",
+    "peer",
+    "connection",
+    "socket",
+    "process group",
+    "timed out",
+    "horovod",
+)
 
 _TOLD = "_distckpt_told"  # on an exception that the other ranks have been told of
 

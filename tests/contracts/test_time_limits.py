@@ -15,7 +15,6 @@ from distckpt.backends.base import Backend, default_timeout_s
 from distckpt.backends.detect import current
 from tests.contracts.implementations import SEVERAL_RANKS, clause
 from tests.support import fresh_ranks, job
-from tests.support.runtime import RUNTIME
 from tests.support.selection import of_processes
 
 LIMIT_S = 0.25
@@ -194,23 +193,19 @@ def test_limit_is_five_minutes_unless_told(monkeypatch: pytest.MonkeyPatch) -> N
     assert default_timeout_s() == 300.0
 
 
-def _last_rank_dies() -> tuple[int, ...] | None:
+def _last_rank_dies() -> tuple[int, ...]:
     backend = current()
     backend.barrier()
     if backend.rank == backend.world_size - 1:
         os.kill(os.getpid(), signal.SIGKILL)
     begin = time.monotonic()
-    with pytest.raises((CollectiveError, *backend.untouched)) as caught:
-        backend.barrier(what="a meeting", timeout_s=30.0)
+    with pytest.raises(CollectiveError, match="barrier") as caught:
+        backend.barrier(timeout_s=30.0)
     assert time.monotonic() - begin < 10.0, "noticed by the broken connection, long before the limit"
     begin = time.monotonic()
     with pytest.raises(CollectiveError, match="given up"):
         backend.gather_objects(None, timeout_s=30.0)
     assert time.monotonic() - begin < SOON_S
-    if isinstance(caught.value, backend.untouched):
-        return None
-    assert isinstance(caught.value, CollectiveError)
-    assert "a meeting" in str(caught.value)
     return caught.value.missing
 
 
@@ -219,9 +214,4 @@ def test_a_rank_that_dies_is_named_by_the_survivors() -> None:
     with fresh_ranks(_last_rank_dies, 3) as ranks:
         ends = ranks.finish(may_fail=[2])
     assert ends[2].exit_code == -signal.SIGKILL
-    told = [end.value for end in ends[:2]]
-    if RUNTIME == "horovod":  # its own error comes as it is, so that a job of its elastic mode can go on from it
-        assert None in told
-        assert set(told) <= {None, (), (2,)}
-    else:
-        assert told == [(2,), (2,)]
+    assert [end.value for end in ends[:2]] == [(2,), (2,)]

@@ -35,14 +35,13 @@ class Stateful:
 @contextlib.contextmanager
 def full_disk() -> Iterator[None]:
     """Let no file of this process grow beyond a page: writes fail as on a full disk, with EFBIG."""
+    assert signal.getsignal(signal.SIGXFSZ) is signal.SIG_IGN, "as Python starts"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, before)
 
 
 @contextlib.contextmanager

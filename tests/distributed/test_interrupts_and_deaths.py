@@ -18,7 +18,7 @@ from distckpt.backends.detect import current
 from tests.distributed.failures import Stateful, failing_object
 from tests.distributed.programs import fire, gathered, idle_engine, model_of, raised
 from tests.support import fresh_ranks, job, run_distributed, tell_parent
-from tests.support.store import ADDRESS, shared_store
+from tests.support.selection import of_processes, of_torch
 
 SOON_S = 10.0
 
@@ -47,6 +47,7 @@ def test_an_interrupt_on_one_rank_stays_one_there_and_is_an_error_on_the_others(
     assert [path.name for path in tmp_path.iterdir()] == ["obj_1.pt"]
 
 
+@of_processes
 @run_distributed(world_size=2)
 def test_an_interrupt_in_the_middle_of_a_write_leaves_nothing_temporary(tmp_path: Path) -> None:
     handler = Checkpoint({"obj": Stateful()}, tmp_path)
@@ -94,6 +95,7 @@ def train_until_somebody_dies(folder: Path) -> tuple[str, list[int], float]:
     return type(error).__name__, list(error.missing), time.monotonic() - since
 
 
+@of_processes
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_survivors_of_a_rank_killed_between_saves_are_told_soon(tmp_path: Path, world_size: int) -> None:
     dead = world_size - 1
@@ -130,6 +132,7 @@ def die_in_the_write(folder: Path) -> tuple[str, str]:
     return type(error).__name__, str(error)
 
 
+@of_processes
 def test_others_do_not_wait_for_a_saving_rank_that_died_in_the_write(tmp_path: Path) -> None:
     with fresh_ranks(die_in_the_write, 2, tmp_path) as ranks:
         ends = ranks.finish(may_fail=[0])
@@ -145,23 +148,25 @@ def test_others_do_not_wait_for_a_saving_rank_that_died_in_the_write(tmp_path: P
     assert [path.name for path in tmp_path.iterdir()] == ["model_1.pt"]
 
 
-def freeze_the_last() -> None:
+def freeze_the_last(frozen: Path) -> None:
     """Meet once; the last rank is stopped; the others say what they are told."""
     backend = current()
     backend.barrier()
     tell_parent("met")
     if backend.rank == backend.world_size - 1:
         threading.Event().wait()
-    dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False).wait(["frozen"])
+    while not frozen.exists():
+        time.sleep(0.01)
     error = raised(lambda: backend.barrier(timeout_s=1.5))
     tell_parent((type(error).__name__, error.missing if isinstance(error, CollectiveError) else ()))
 
 
-def test_a_frozen_rank_is_named_when_the_limit_is_over() -> None:
-    with fresh_ranks(freeze_the_last, 2) as ranks:
+@of_processes
+def test_a_frozen_rank_is_named_when_the_limit_is_over(tmp_path: Path) -> None:
+    with fresh_ranks(freeze_the_last, 2, tmp_path / "frozen") as ranks:
         assert [ranks.told(rank) for rank in range(2)] == ["met", "met"]
         os.kill(ranks.pid(1), signal.SIGSTOP)
-        dist.TCPStore(ADDRESS, shared_store().port, is_master=False).set("frozen", "1")
+        (tmp_path / "frozen").touch()
         assert ranks.told(0) == ("CollectiveTimeout", (1,))
 
 
@@ -188,12 +193,14 @@ def lose_the_store() -> str:
     os._exit(0 if "lost the job's store during barrier" in str(caught.value) else 5)
 
 
+@of_torch
 def test_loss_of_the_jobs_store_is_told_as_such() -> None:
     with fresh_ranks(lose_the_store, 2, backend=None) as ranks:
         ends = ranks.finish(may_fail=[0, 1])
     assert [end.exit_code for end in ends] == [-signal.SIGKILL, 0], ends[1].output
 
 
+@of_processes
 @run_distributed(world_size=2)
 def test_a_handler_whose_job_ended_goes_on_in_a_world_of_one(tmp_path: Path) -> None:
     handler = Checkpoint({"model": model_of(1.0)}, tmp_path / str(job.rank()), n_saved=None)
@@ -201,7 +208,7 @@ def test_a_handler_whose_job_ended_goes_on_in_a_world_of_one(tmp_path: Path) -> 
     engine.add_event_handler(Events.EPOCH_COMPLETED, handler)
     engine.run([0])
     job.barrier()
-    dist.destroy_process_group()
+    job.leave()
     (tmp_path / "1").mkdir(exist_ok=True)
     engine.run([0], max_epochs=2)
     assert handler.last_checkpoint is not None

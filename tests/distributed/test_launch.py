@@ -20,6 +20,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.runtime import RUNTIME
+from tests.support.selection import of_torch
+
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
 TRAIN = [sys.executable, str(LAUNCH / "train_digits.py")]
@@ -39,7 +42,10 @@ LAUNCHERS = {
     "python": Launcher(TRAIN, 1),
     "spawn": Launcher([*TRAIN, "--backend", "gloo", "--nproc-per-node", "2"], 2),
     "torchrun": Launcher(TORCHRUN, 2),
+    "horovodrun": Launcher(["bash", str(LAUNCH / "horovodrun.sh")], 2),
+    "xla_spawn": Launcher(["bash", str(LAUNCH / "xla_spawn.sh")], 2),
 }
+OF_THIS_RUNTIME = {"gloo": ["python", "torchrun"], "horovod": ["horovodrun"], "xla": ["xla_spawn"]}[RUNTIME]
 
 
 @contextlib.contextmanager
@@ -86,7 +92,7 @@ def unfinished_in(directory: Path) -> list[Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["python", "torchrun"])
+@pytest.mark.parametrize("name", OF_THIS_RUNTIME)
 def test_run_killed_in_the_middle_of_a_save_resumes_to_the_same_parameters(name: str, tmp_path: Path) -> None:
     launcher = LAUNCHERS[name]
     alone, killed = tmp_path / "alone", tmp_path / "killed"
@@ -121,6 +127,7 @@ def test_run_killed_in_the_middle_of_a_save_resumes_to_the_same_parameters(name:
         assert resumed[key] == expected[key], key
 
 
+@of_torch
 def test_two_nodes_train_as_one_job_and_have_nothing_to_resume_from(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -143,6 +150,7 @@ def test_two_nodes_train_as_one_job_and_have_nothing_to_resume_from(tmp_path: Pa
     assert summary["val_acc"] > 0.85
 
 
+@of_torch
 def test_job_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
     train(LAUNCHERS["spawn"].command, tmp_path, "--epochs", "2")
     assert summary_in(tmp_path)["world_size"] == 2
@@ -152,6 +160,7 @@ def test_job_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
     assert summary["val_acc"] > 0.9
 
 
+@of_torch
 def test_rank_that_is_killed_costs_the_steps_since_the_last_checkpoint(tmp_path: Path) -> None:
     train(TORCHRUN, tmp_path / "alone", "--epochs", "3")
     expected = summary_in(tmp_path / "alone")
@@ -165,6 +174,7 @@ def test_rank_that_is_killed_costs_the_steps_since_the_last_checkpoint(tmp_path:
         assert again[key] == expected[key], key
 
 
+@of_torch
 @pytest.mark.parametrize("code", [0, 75])
 def test_rank_that_is_told_to_stop_stops_all_after_a_save_and_the_run_goes_on(code: int, tmp_path: Path) -> None:
     train(LAUNCHERS["spawn"].command, tmp_path / "alone", "--epochs", "3")
@@ -185,6 +195,7 @@ def test_rank_that_is_told_to_stop_stops_all_after_a_save_and_the_run_goes_on(co
         assert again[key] == expected[key], key
 
 
+@of_torch
 def test_slurm_job_that_is_told_to_stop_saves_and_goes_back_into_the_queue(tmp_path: Path) -> None:
     stand_ins = tmp_path / "bin"
     stand_ins.mkdir()
@@ -231,6 +242,7 @@ def train_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[...,
     return run
 
 
+@of_torch
 @pytest.mark.parametrize(
     ("arguments", "stopped"),
     [
@@ -251,6 +263,7 @@ def test_run_that_ends_before_its_last_epoch_says_why(
     assert stopped in capsys.readouterr().out
 
 
+@of_torch
 def test_finished_run_has_nothing_left_to_do_when_resumed(train_here: Callable[..., dict[str, Any]]) -> None:
     finished = train_here("--epochs", "2")
     resumed = train_here("--epochs", "2", "--resume")
@@ -259,6 +272,7 @@ def test_finished_run_has_nothing_left_to_do_when_resumed(train_here: Callable[.
         assert resumed[key] == finished[key], key
 
 
+@of_torch
 def test_directory_of_another_run_is_refused_on_every_rank(tmp_path: Path) -> None:
     (tmp_path / "best_model_1_val_acc=0.5000.pt").touch()
     printed = train(TORCHRUN, tmp_path, succeeds=False)
@@ -266,6 +280,7 @@ def test_directory_of_another_run_is_refused_on_every_rank(tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best_model_1_val_acc=0.5000.pt"]
 
 
+@of_torch
 @pytest.mark.parametrize("script", sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")]), ids=lambda path: path.name)
 def test_bash_parses_every_launcher(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True, timeout=10)

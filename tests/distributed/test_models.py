@@ -1,38 +1,50 @@
 """Wrapped models: what a job of one size saved, a job of another loads."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distckpt import Checkpoint, DiskSaver
 from tests.distributed.programs import fire, gathered, model_of
 from tests.support import job, run_distributed, run_ranks
+from tests.support.selection import of_torch
 
 
-def trained(model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Make one step from the same weights on every rank, by data of each rank's own."""
-    wrapped = DistributedDataParallel(model) if dist.is_initialized() else model
-    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=0.1)
-    rank = job.rank()
-    wrapped(torch.full((4, 2), rank + 1.0)).sum().backward()
-    optimizer.step()
-    return wrapped, optimizer
+def trained(model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], object]]:
+    """Make one step from the same weights on every rank, by data of each rank's own; also return what makes a step."""
+    wrapped, optimizer, step = job.data_parallel(model, lambda parameters: torch.optim.AdamW(parameters, lr=0.1))
+    wrapped(torch.full((4, 2), job.rank() + 1.0).to(device_of(wrapped))).sum().backward()
+    step()
+    optimizer.zero_grad()
+    return wrapped, optimizer, step
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def save_wrapped(folder: Path) -> list[list[float]]:
     """Train and save; return the parameters."""
-    model, optimizer = trained(model_of(1.0))
+    model, optimizer, _ = trained(model_of(1.0))
     fire(Checkpoint({"model": model, "optimizer": optimizer}, folder))
     return [parameter.detach().flatten().tolist() for parameter in model.parameters()]
 
 
 def load_wrapped(folder: Path) -> list[list[float]]:
     """Load into a trained model of other weights; return the parameters after that."""
-    model, optimizer = trained(model_of(5.0))
+    model, optimizer, _ = trained(model_of(5.0))
+    Checkpoint.load_objects({"model": model, "optimizer": optimizer}, folder / "checkpoint_1.pt")
+    return [parameter.detach().flatten().tolist() for parameter in model.parameters()]
+
+
+def load_alone(folder: Path) -> list[list[float]]:
+    """Load where there is no job."""
+    model = model_of(5.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     Checkpoint.load_objects({"model": model, "optimizer": optimizer}, folder / "checkpoint_1.pt")
     return [parameter.detach().flatten().tolist() for parameter in model.parameters()]
 
@@ -42,7 +54,7 @@ def test_a_wrapped_model_is_loaded_by_jobs_of_other_sizes(tmp_path: Path) -> Non
     assert others == [saved], "replicas"
     for world_size in (1, 3):
         assert run_ranks(load_wrapped, world_size, tmp_path) == [saved] * world_size
-    assert load_wrapped(tmp_path) == saved, "without any job"
+    assert load_alone(tmp_path) == saved, "without any job"
 
 
 def test_keys_in_the_file_are_those_of_the_model_that_the_user_wrote(tmp_path: Path) -> None:
@@ -51,6 +63,7 @@ def test_keys_in_the_file_are_those_of_the_model_that_the_user_wrote(tmp_path: P
     assert list(saved["model"]) == ["weight", "bias"]
 
 
+@of_torch
 @run_distributed(world_size=2)
 def test_wrappers_are_seen_through_in_any_order(tmp_path: Path) -> None:
     inner = model_of(3.0)
@@ -65,6 +78,7 @@ def test_wrappers_are_seen_through_in_any_order(tmp_path: Path) -> None:
     assert all(parameter.eq(3.0).all() for twin in twins.values() for parameter in twin.parameters())
 
 
+@of_torch
 @run_distributed(world_size=2)
 def test_buffers_are_those_of_the_saving_rank(tmp_path: Path) -> None:
     norm = DistributedDataParallel(nn.BatchNorm1d(1))
@@ -77,12 +91,12 @@ def test_buffers_are_those_of_the_saving_rank(tmp_path: Path) -> None:
 
 @run_distributed(world_size=2)
 def test_ranks_go_on_with_live_objects_that_saving_left_alone(tmp_path: Path) -> None:
-    model, optimizer = trained(model_of(1.0))
+    model, optimizer, step = trained(model_of(1.0))
     before = [parameter.detach().clone() for parameter in model.parameters()]
     fire(Checkpoint({"model": model, "optimizer": optimizer}, tmp_path, n_saved=2), times=3)
     assert all(map(torch.equal, before, model.parameters()))
-    model(torch.ones(1, 2)).sum().backward()
-    optimizer.step()
+    model(torch.ones(1, 2).to(device_of(model))).sum().backward()
+    step()
     assert gathered([parameter.tolist() for parameter in model.parameters()])[0] == [
         parameter.tolist() for parameter in model.parameters()
     ]
@@ -93,9 +107,7 @@ class Collective:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Reduce over the job's ranks."""
-        total = torch.tensor([1.0 + job.rank()])
-        dist.all_reduce(total)
-        return {"total": total}
+        return {"total": job.total(torch.tensor([1.0 + job.rank()], device=job.device()))}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Take nothing over."""

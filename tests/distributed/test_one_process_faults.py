@@ -14,6 +14,7 @@ from ignite.engine import Engine, Events
 from distckpt import Checkpoint, DiskSaver, EarlyStopping
 from tests.distributed.programs import IGNITE, OURS, fire, gathered, handlers, idle_engine, model_of, on_ranks, warned
 from tests.support import fresh_ranks, job, run_distributed, tell_parent
+from tests.support.selection import of_torch
 
 
 def best_of_scores_that_begin_with_nan(library: str, folder: Path) -> list[str]:
@@ -118,6 +119,7 @@ def save_and_die_in_the_second_save(folders: list[Path], libraries: list[str]) -
     engine.run([0], max_epochs=2)
 
 
+@of_torch
 def test_a_killed_save_leaves_the_older_checkpoint_where_ignites_leaves_none(tmp_path: Path) -> None:
     folders = [tmp_path / "ignite", tmp_path / "ours"]
     with fresh_ranks(save_and_die_in_the_second_save, 2, folders, [IGNITE, OURS], backend=None) as ranks:

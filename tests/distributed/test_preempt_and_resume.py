@@ -1,6 +1,6 @@
 """A training that is sent SIGTERM and resumed ends bit for bit where the same training ends when left alone.
 
-Everything is real: processes of their own, DistributedDataParallel on Gloo, a signal of the operating system's.
+Everything is real: processes, the runtime's own data-parallel training, a signal of the operating system's.
 """
 
 import os
@@ -13,11 +13,11 @@ import pytest
 import torch
 from ignite.engine import Engine, Events
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from distckpt import Checkpoint, DiskSaver, Preemption, RngState, global_step_from_engine, resume, stop_reason
 from tests.support import job, run_ranks
+from tests.support.selection import of_processes
 from tests.unit.toys import equal
 
 MAX_EPOCHS = 3
@@ -25,7 +25,7 @@ EPOCH_LENGTH = 8
 LAST = MAX_EPOCHS * EPOCH_LENGTH
 LIMIT_S = 120.0
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, of_processes]
 
 
 class Noisy(TensorDataset):
@@ -44,8 +44,10 @@ class Training:
         rank = job.rank()
         torch.manual_seed(1)
         network = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 2))
-        self.model = DistributedDataParallel(network)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
+        self.network = network
+        self.model, self.optimizer, self._update = job.data_parallel(
+            network, lambda parameters: torch.optim.AdamW(parameters, lr=0.01)
+        )
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=0.05, total_steps=LAST)
         torch.manual_seed(100 + rank)
         random.seed(100 + rank)
@@ -86,14 +88,14 @@ class Training:
         self.optimizer.zero_grad()
         loss = nn.functional.cross_entropy(self.model(sample), target)
         loss.backward()  # type: ignore[no-untyped-call]  # torch has not typed it
-        self.optimizer.step()
+        self._update()
         self.losses.append(loss.item())
         return loss.item()
 
     def state(self) -> dict[str, Any]:
         """Return everything that a run leaves behind on this rank, but for the order of its files."""
         return {
-            "model": self.model.module.state_dict(),  # parameters and BatchNorm's buffers
+            "model": self.network.state_dict(),  # parameters and BatchNorm's buffers
             "optimizer": self.optimizer.state_dict(),
             "scheduler": {key: value for key, value in self.scheduler.state_dict().items() if not callable(value)},
             "trainer": dict(self.trainer.state_dict()),

@@ -37,6 +37,9 @@ from tests.distributed.programs import all_equal, gathered, logged, training_ste
 from tests.distributed.test_launch import started
 from tests.distributed.voters import Weights, stored
 from tests.support import fresh, fresh_ranks, job, run_ranks, tell_parent
+from tests.support.selection import of_processes, of_torch
+
+pytestmark = of_processes
 
 TERM, USR1 = signal.SIGTERM, signal.SIGUSR1
 WORLDS = pytest.mark.parametrize("world_size", [2, 3])
@@ -503,6 +506,7 @@ def torchrun(folder: Path) -> Iterator[tuple[Popen[str], list[int]]]:
         yield process, [_read(process, folder / f"trains_{rank}") for rank in range(2)]
 
 
+@of_torch
 @pytest.mark.parametrize(("target", "exit_code"), [("torchrun", 1), ("a worker", 0)])
 def test_sigterm_under_torchrun_ends_all_ranks_with_the_same_step_saved(
     tmp_path: Path, target: str, exit_code: int

@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.selection import of_torch
+
 ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = of_torch
 
 
 LAUNCHERS = pytest.mark.parametrize(

@@ -11,6 +11,9 @@ from distckpt.backends.host_group import SHARED_MEMORY_VARIABLE
 from distckpt.backends.torch_dist import TorchDistBackend
 from tests.distributed.programs import gathered, raised
 from tests.support import fresh_ranks, job, run_distributed, run_ranks
+from tests.support.selection import of_torch
+
+pytestmark = of_torch
 
 WORLDS = pytest.mark.parametrize("world_size", [2, 3])
 

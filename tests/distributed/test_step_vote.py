@@ -28,6 +28,7 @@ from tests.distributed.voters import (
     stored,
 )
 from tests.support import job, run_distributed, run_ranks
+from tests.support.selection import of_processes
 
 WORLDS = pytest.mark.parametrize("world_size", [2, 3])
 SOON_S = 2.0
@@ -129,7 +130,11 @@ def _trainer(weights: Weights, kind: str, at: int = 3) -> tuple[Engine, dict[str
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize(
     ("kind", "reason", "steps"),
-    [("nan", "nan", [1, 2]), ("time", "time_limit", [1, 2, 3]), ("signal", "preempted", [1, 2, 3])],
+    [
+        ("nan", "nan", [1, 2]),
+        ("time", "time_limit", [1, 2, 3]),
+        pytest.param("signal", "preempted", [1, 2, 3], marks=of_processes),
+    ],
 )
 def test_the_order_of_attaching_changes_nothing(
     tmp_path: Path, world_size: int, kind: str, reason: str, steps: list[int]
@@ -344,7 +349,7 @@ def use_alone(folder: str, name: str) -> tuple[int, str | None, int]:
     [
         ("nan", 3, "nan", []),
         ("time", 3, "time_limit", []),
-        ("preemption", 3, "preempted", [3]),
+        pytest.param("preemption", 3, "preempted", [3], marks=of_processes),
         ("checkpoint", 6, None, [1, 2, 3, 4, 5, 6]),
     ],
 )
@@ -508,7 +513,10 @@ def stop_late(folder: str, kind: str, pace: dict[str, Any]) -> list[End]:
     ],
     ids=str,
 )
-@pytest.mark.parametrize(("kind", "reason"), [("nan", "nan"), ("time", "time_limit"), ("signal", "preempted")])
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("nan", "nan"), ("time", "time_limit"), pytest.param("signal", "preempted", marks=of_processes)],
+)
 def test_a_lag_and_an_interval_delay_the_stop_alike_on_all_ranks(
     tmp_path: Path, world_size: int, kind: str, reason: str, pace: dict[str, Any], ends: list[int]
 ) -> None:

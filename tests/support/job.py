@@ -83,6 +83,24 @@ def start_total(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
     return finish
 
 
+def data_parallel(
+    model: torch.nn.Module, make_optimizer: Callable[[Any], torch.optim.Optimizer]
+) -> tuple[torch.nn.Module, torch.optim.Optimizer, Callable[[], object]]:
+    """Return a model and its optimizer as a program of this runtime has them, and what makes a step."""
+    if RUNTIME == "xla":
+        model = model.to(device())
+        optimizer = make_optimizer(model.parameters())
+        return model, optimizer, lambda: _module("torch_xla.core.xla_model").optimizer_step(optimizer, barrier=True)
+    if RUNTIME == "horovod" and _module("horovod.torch").is_initialized():
+        optimizer = make_optimizer(model.parameters())
+        optimizer = _module("horovod.torch").DistributedOptimizer(optimizer, model.named_parameters())
+        return model, optimizer, optimizer.step
+    if dist.is_initialized():
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = make_optimizer(model.parameters())
+    return model, optimizer, optimizer.step
+
+
 def leave() -> None:
     """End the job by the runtime's own means, where it has any."""
     if RUNTIME == "horovod":
