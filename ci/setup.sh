@@ -1,12 +1,18 @@
 #!/usr/bin/env bash
-# Make the environment that checks and tests run in, from nothing. Safe to repeat, and to start twice at once.
+# Make the environments that checks and tests run in, from nothing. Safe to repeat, and to start twice at once.
 #
-#   ci/setup.sh [base]                   make it, if it is not there yet
-#   ci/setup.sh --print-python [base]    the same, then print the path of its python on standard output
+#   ci/setup.sh [NAME]                   make it, if it is not there yet
+#   ci/setup.sh --print-python [NAME]    the same, then print the path of its python on standard output
 #
-# The environment is kept outside the tree, under a name made of its pins and the Python version:
-# ${DISTCKPT_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/distckpt}/env-base-<hash>. Packages come from where
-# pip is configured to look. DISTCKPT_PYTHON names another Python to make it with.
+# NAME is one of
+#   base       torch 2.13 and the tools of the checks; what is taken without a name
+#   horovod    torch 2.13 and Horovod 0.28, which is built from its source archive: some minutes, once
+#   xla        torch 2.9 and torch_xla 2.9, with the CUDA packages that this torch asks for: about 7 GB
+#   all        the three of them; with --print-python one path in each line, in this order
+#
+# An environment is kept outside the tree, under a name made of its pins and the Python version:
+# ${DISTCKPT_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/distckpt}/env-NAME-<hash>; built wheels beside it, in wheels/.
+# Packages come from where pip is configured to look. DISTCKPT_PYTHON names another Python to make it with.
 set -euo pipefail
 exec </dev/null
 
@@ -14,30 +20,33 @@ exec </dev/null
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 PRINT_PYTHON=0
-NAME=base
+NAMES=(base)
 for argument in "$@"; do
     case "$argument" in
         --print-python) PRINT_PYTHON=1 ;;
         -h | --help) usage && exit 0 ;;
-        base) NAME="$argument" ;;
-        *) die "unknown environment or option '$argument'; there is: base" ;;
+        base | horovod | xla) NAMES=("$argument") ;;
+        all) NAMES=(base horovod xla) ;;
+        *) die "unknown environment or option '$argument'; there are: base, horovod, xla, all" ;;
     esac
 done
-PINS="$ROOT/ci/requirements/$NAME.txt"
 
-# Tools that tests start, each with the Debian package it comes in.
-TOOLS="strace:strace losetup:util-linux mkfs.ext4:e2fsprogs unzip:unzip cc:gcc ip:iproute2"
+# Tools, each with the Debian package it comes in: those that tests start, and those that build Horovod.
+TEST_TOOLS="strace:strace losetup:util-linux mkfs.ext4:e2fsprogs unzip:unzip cc:gcc ip:iproute2"
+BUILD_TOOLS="cmake:cmake make:make c++:g++"
 
+# missing_packages TOOL:PACKAGE...
 missing_packages() {
     local tool
-    for tool in $TOOLS; do
+    for tool in "$@"; do
         PATH="$PATH:/usr/sbin:/sbin" command -v "${tool%%:*}" >/dev/null || printf '%s\n' "${tool##*:}"
     done
 }
 
+# install_system_tools TOOL:PACKAGE...
 install_system_tools() {
     local packages
-    mapfile -t packages < <(missing_packages)
+    mapfile -t packages < <(missing_packages "$@")
     [ "${#packages[@]}" -gt 0 ] || return 0
     if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
         say "system tools: installing ${packages[*]}"
@@ -46,38 +55,66 @@ install_system_tools() {
         { "${apt[@]}" update && DEBIAN_FRONTEND=noninteractive "${apt[@]}" install -y --no-install-recommends \
             "${packages[@]}"; } >"$CACHE/apt.log" 2>&1 || say "system tools: apt-get failed, see $CACHE/apt.log"
     fi
-    mapfile -t packages < <(missing_packages)
+    mapfile -t packages < <(missing_packages "$@")
     [ "${#packages[@]}" -eq 0 ] ||
-        say "WARNING: missing ${packages[*]} (install by hand); tests that need them cannot run"
+        say "WARNING: missing ${packages[*]} (install by hand); what needs them cannot run"
 }
 
+# From here on NAME, PINS and ENVIRONMENT are those of the environment that is being made.
+
+in_environment() { PJRT_DEVICE=CPU "$ENVIRONMENT/bin/python" "$@"; }
+
 pip_install() {
-    "$ENVIRONMENT/bin/python" -m pip --disable-pip-version-check install \
+    in_environment -m pip --disable-pip-version-check install \
         -qq --no-input --progress-bar off --no-deps "$@" # -qq: errors only
 }
 
+# What proves that an environment works.
+proof_of() {
+    case "$1" in
+        base) printf '%s\n' 'import torch' ;;
+        horovod) printf '%s\n' 'import horovod.torch as hvd; hvd.init(); assert hvd.size() == 1; hvd.shutdown()' ;;
+        xla) printf '%s\n' 'import torch, torch_xla; assert torch.ones(2, device=torch_xla.device()).sum().item() == 2' ;;
+    esac
+}
+
+install_horovod() {
+    local wheels
+    wheels="$CACHE/wheels/$({ cat "$PINS" "$ROOT/ci/horovod_wheel.sh" && echo "$VERSION"; } | sha256sum | cut -c1-12)"
+    if [ ! -d "$wheels" ]; then
+        say "environment '$NAME': building Horovod, which takes some minutes"
+        # shellcheck disable=SC2086  # a list of words
+        install_system_tools $BUILD_TOOLS
+        mkdir -p "$CACHE/wheels"
+        "$ROOT/ci/horovod_wheel.sh" "$ENVIRONMENT/bin/python" "$wheels"
+    fi
+    pip_install "$wheels"/horovod-*.whl
+}
+
 make_environment() {
+    local log="$CACHE/proof-$NAME.log"
     say "environment '$NAME': making $ENVIRONMENT"
     rm -rf "$ENVIRONMENT"
     "$PYTHON" -m venv "$ENVIRONMENT"
     # Torch on its own and first; --no-deps throughout, since the pins are complete: nothing can pull in
-    # another torch, or the gigabytes of CUDA packages that a build for GPUs asks for.
+    # another torch, or gigabytes of CUDA packages that were not asked for.
     say "environment '$NAME': installing torch"
     pip_install "$(grep -E '^torch==' "$PINS")"
     say "environment '$NAME': installing $(grep -cE '^[A-Za-z0-9]' "$PINS") packages"
     pip_install --requirement "$PINS"
-    "$ENVIRONMENT/bin/python" -c 'import torch' ||
-        die "torch does not import; if pip chose a CUDA build, give it an index with CPU builds (PIP_INDEX_URL)"
-    "$ENVIRONMENT/bin/python" -m pip --disable-pip-version-check check >"$CACHE/pip-check.log" ||
+    [ "$NAME" != horovod ] || install_horovod
+    in_environment -c "$(proof_of "$NAME")" >"$log" 2>&1 || {
+        tail -n 30 "$log" >&2
+        die "environment '$NAME' does not work: '$(proof_of "$NAME")' failed as shown above. If pip chose a CUDA build" \
+            "of torch for '$NAME' where there was to be none, give it an index with CPU builds (PIP_INDEX_URL)"
+    }
+    in_environment -m pip --disable-pip-version-check check >"$CACHE/pip-check.log" ||
         die "the pins of $PINS do not fit together: $(cat "$CACHE/pip-check.log")"
     touch "$MARKER" # last: an environment without it is half made, and is made anew
 }
 
 PYTHON="$(find_python)"
 VERSION="$("$PYTHON" -c 'import platform; print(platform.python_implementation(), platform.python_version())')"
-HASH="$({ cat "$PINS" && echo "$VERSION"; } | sha256sum | cut -c1-12)"
-ENVIRONMENT="$CACHE/env-$NAME-$HASH"
-MARKER="$ENVIRONMENT/.complete"
 
 mkdir -p "$CACHE" || die "cannot write to $CACHE; name another folder in DISTCKPT_CACHE"
 exec 9>"$CACHE/setup.lock"
@@ -85,8 +122,14 @@ flock --nonblock 9 || {
     say "waiting for another set-up to finish"
     flock --timeout 1800 9 || die "another set-up holds $CACHE/setup.lock for 30 minutes"
 }
-install_system_tools 9>&-
-[ -e "$MARKER" ] || make_environment 9>&-
-
-say "environment '$NAME' is ready ($VERSION): $ENVIRONMENT"
-[ "$PRINT_PYTHON" -eq 0 ] || printf '%s\n' "$ENVIRONMENT/bin/python"
+# shellcheck disable=SC2086  # a list of words
+install_system_tools $TEST_TOOLS 9>&-
+for NAME in "${NAMES[@]}"; do
+    PINS="$ROOT/ci/requirements/$NAME.txt"
+    ENVIRONMENT="$CACHE/env-$NAME-$({ cat "$PINS" && echo "$VERSION"; } | sha256sum | cut -c1-12)"
+    MARKER="$ENVIRONMENT/.complete"
+    [ -e "$MARKER" ] || make_environment 9>&-
+    say "environment '$NAME' is ready ($VERSION): $ENVIRONMENT"
+    [ "$PRINT_PYTHON" -eq 0 ] || printf '%s\n' "$ENVIRONMENT/bin/python"
+done
+[ "${#NAMES[@]}" -eq 1 ] || say "all ${#NAMES[@]} environments are ready, in $SECONDS s"
