@@ -27,6 +27,7 @@ import torch
 from distckpt.backends.base import Backend
 from distckpt.consensus import agree
 from distckpt.errors import LoadError
+from distckpt.quiet import quiet
 from distckpt.storage.ptfile import read_pt
 
 __all__ = ["Chosen", "engine_states", "first_whole", "iteration_of", "newest_first"]
@@ -111,8 +112,7 @@ def newest_first(paths: Sequence[Path], progress: Callable[[Any], int]) -> list[
 def _peek(path: Path, progress: Callable[[Any], int]) -> float:
     """Return the iteration that a file tells of; infinity where it cannot be read."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # reading it will say so again
+        with quiet():  # reading it will say so again
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # noqa: BLE001 - it is read in the sure way, then; the older format cannot be mapped
         try:

@@ -6,11 +6,12 @@ are not tried: what their code does to a twin, and to what it shares with the li
 """
 
 import copy
-import warnings
 from typing import Any
 
 import torch
 from torch import nn
+
+from distckpt.quiet import quiet
 
 __all__ = ["NotCopyable", "try_on_skeleton"]
 
@@ -40,8 +41,7 @@ def try_on_skeleton(module: nn.Module, state: Any, options: dict[str, Any]) -> N
         skeleton = _twin_of(module, {}, {})
     except Exception as error:
         raise NotCopyable from error
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "copying to meta is a no-op", and what the real load will say again
+    with quiet():  # "copying to meta is a no-op", and what the real load will say again
         skeleton.load_state_dict(_on_meta(state), **options)
 
 

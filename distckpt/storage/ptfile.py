@@ -7,7 +7,6 @@ import errno
 import functools
 import inspect
 import pickle
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from distckpt.errors import DamagedCheckpoint, UnsafeCheckpoint
+from distckpt.quiet import quiet
 from distckpt.storage.sink import Sink
 
 __all__ = ["check_save_options", "read_pt", "what_loading_refuses", "write_pt"]
@@ -74,8 +74,7 @@ def read_pt(path: Path) -> Any:
         msg = f"{path} is no checkpoint: it is empty"
         raise DamagedCheckpoint(msg)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a pickle protocol that its own loader may not know: it will say so
+        with quiet():  # of a pickle protocol that its own loader may not know: it will say so
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = _reason(str(error))

@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import logging
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
@@ -20,6 +21,7 @@ from torch import nn
 
 from tests.distributed.idist import fresh_idist
 from tests.support import job, run_ranks
+from tests.support.runtime import RUNTIME
 
 T = TypeVar("T")
 
@@ -105,24 +107,62 @@ def gathered(value: object) -> list[Any]:
     return job.gathered(value)
 
 
+class _Warned:
+    """Takes warnings to the rank that they are of: ranks may be threads, and `warnings` is of the process."""
+
+    def __init__(self) -> None:
+        self._lists: dict[int, list[list[str]]] = {}
+        self._lock = threading.Lock()
+        self._catching = warnings.catch_warnings()
+
+    @contextlib.contextmanager
+    def collected_into(self, messages: list[str]) -> Iterator[None]:
+        """Collect the warnings of this thread; those of other threads too, where they are no ranks."""
+        thread = threading.get_ident() if RUNTIME == "xla" else 0
+        with self._lock:
+            if not self._lists:
+                self._catching = warnings.catch_warnings()
+                self._catching.__enter__()
+                warnings.simplefilter("always")
+                vars(warnings)["showwarning"] = self._take
+            self._lists.setdefault(thread, []).append(messages)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._lists[thread].pop()
+                if not self._lists[thread]:
+                    del self._lists[thread]
+                if not self._lists:
+                    self._catching.__exit__(None, None, None)
+
+    def _take(self, message: object, *_where: object, **_more: object) -> None:
+        lists = self._lists.get(threading.get_ident() if RUNTIME == "xla" else 0)
+        if lists:
+            lists[-1].append(str(message))
+
+
+_WARNED = _Warned()
+
+
 @contextlib.contextmanager
 def warned() -> Iterator[list[str]]:
-    """Collect the messages of warnings instead of raising them."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        messages: list[str] = []
+    """Collect the messages of this rank's warnings instead of raising them. They are there once the block is left."""
+    messages: list[str] = []
+    with _WARNED.collected_into(messages):
         yield messages
-        messages += [str(one.message) for one in caught]
 
 
 @contextlib.contextmanager
 def logged(name: str) -> Iterator[list[str]]:
     """Collect the messages of a logger."""
     messages: list[str] = []
+    this_thread = threading.get_ident()
 
     class Collector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            messages.append(record.getMessage())
+            if RUNTIME != "xla" or record.thread == this_thread:  # where ranks are threads, this rank's
+                messages.append(record.getMessage())
 
     logger, collector = logging.getLogger(name), Collector()
     level = logger.level
@@ -132,7 +172,8 @@ def logged(name: str) -> Iterator[list[str]]:
         yield messages
     finally:
         logger.removeHandler(collector)
-        logger.setLevel(level)
+        if RUNTIME != "xla":  # another rank of this process may still collect
+            logger.setLevel(level)
 
 
 def raised(call: Callable[[], object]) -> BaseException | None:

@@ -13,6 +13,7 @@ from ignite.engine import Engine, Events
 from distckpt import Checkpoint, CollectiveTimeout, DiskSaver, LoadError, PhaseError, RngState, resume
 from tests.distributed.programs import all_equal, gathered, idle_engine, kinds, logged, model_of, raised, warned
 from tests.support import job, run_distributed, run_ranks
+from tests.support.selection import of_processes
 
 WORLDS = pytest.mark.parametrize("world_size", [2, 3])
 LOGGER = "distckpt.handlers.resume"
@@ -107,6 +108,7 @@ def test_a_truncated_newest_is_passed_over_on_all_ranks(tmp_path: Path, world_si
     assert "truncated" in told
 
 
+@of_processes
 @WORLDS
 def test_one_that_is_damaged_on_one_rank_is_passed_over_on_all(tmp_path: Path, world_size: int) -> None:
     folders = own_folders(tmp_path, world_size)
@@ -123,6 +125,7 @@ def test_one_that_is_damaged_on_one_rank_is_passed_over_on_all(tmp_path: Path, w
     assert "checkpoint_8.pt cannot be resumed from: on rank 1: " in told
 
 
+@of_processes
 @WORLDS
 def test_another_file_of_the_same_name_is_passed_over_on_all_ranks(tmp_path: Path, world_size: int) -> None:
     folders = own_folders(tmp_path, world_size)
@@ -137,6 +140,7 @@ def test_another_file_of_the_same_name_is_passed_over_on_all_ranks(tmp_path: Pat
     assert f"is not the same file on all ranks: rank {world_size - 1} sees another than rank 0" in told
 
 
+@of_processes
 @WORLDS
 def test_a_rank_that_does_not_see_the_file_is_named_on_all(tmp_path: Path, world_size: int) -> None:
     folders = own_folders(tmp_path, world_size)
@@ -295,6 +299,7 @@ def load_numbers(folder: Path) -> tuple[list[str], list[float], list[float]]:
     return told, draw(), untouched
 
 
+@of_processes
 @WORLDS
 def test_each_rank_gets_its_own_random_numbers_back(tmp_path: Path, world_size: int) -> None:
     saved = run_ranks(save_numbers, world_size, tmp_path)
@@ -304,6 +309,7 @@ def test_each_rank_gets_its_own_random_numbers_back(tmp_path: Path, world_size: 
     assert [numbers for _, numbers, _ in loaded] == saved
 
 
+@of_processes
 @pytest.mark.parametrize(("before", "now"), [(2, 3), (3, 2), (2, 1)])
 def test_in_a_job_of_another_size_random_numbers_are_left_alone(tmp_path: Path, before: int, now: int) -> None:
     run_ranks(save_numbers, before, tmp_path)

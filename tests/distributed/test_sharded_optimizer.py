@@ -23,6 +23,9 @@ from tests.distributed.programs import (
     warned,
 )
 from tests.support import job, run_distributed
+from tests.support.selection import of_torch
+
+pytestmark = of_torch
 
 WORLDS = pytest.mark.parametrize("world_size", [2, 3])
 PRIORITIES = ([1.0, 2.0], [2.0, 1.0], [2.0, 0.0])

@@ -11,8 +11,8 @@ import torch
 from ignite.engine import Engine, Events
 
 from distckpt import Checkpoint, Preemption, TerminateOnNan, TimeLimit
-from distckpt.backends.host_group import HostGroup
-from distckpt.backends.serial import SerialBackend
+from distckpt.backends.detect import current
+from distckpt.backends.hosted import HostedBackend
 from tests.support import job
 
 __all__ = [
@@ -58,13 +58,16 @@ def counted() -> Iterator[list[str]]:
 
         return tell
 
+    # On this rank's own objects: ranks may be threads of one process.
+    backend = current()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HostGroup, "start_max", started(HostGroup.start_max))
-        patch.setattr(HostGroup, "reduce", told("reduce", HostGroup.reduce))
-        patch.setattr(HostGroup, "gather", told("gather", HostGroup.gather))
-        patch.setattr(HostGroup, "broadcast", told("broadcast", HostGroup.broadcast))
-        patch.setattr(SerialBackend, "reduce_host", told("reduce", SerialBackend.reduce_host))
-        patch.setattr(SerialBackend, "gather_host", told("gather", SerialBackend.gather_host))
+        if isinstance(backend, HostedBackend):
+            patch.setattr(backend._host, "start_max", started(backend._host.start_max))
+            for name in ("reduce", "gather", "broadcast"):
+                patch.setattr(backend._host, name, told(name, getattr(backend._host, name)))
+        else:
+            patch.setattr(backend, "reduce_host", told("reduce", backend.reduce_host))
+            patch.setattr(backend, "gather_host", told("gather", backend.gather_host))
         yield log
 
 
@@ -72,16 +75,18 @@ def counted() -> Iterator[list[str]]:
 def operations() -> Iterator[list[Any]]:
     """Collect what stands for each vote of this rank that was begun: it tells whether it `is_completed`."""
     works: list[Any] = []
-    start = HostGroup.start_max
+    backend = current()
+    assert isinstance(backend, HostedBackend)
+    host, start = backend._host, backend._host.start_max
 
-    def start_and_keep(self: HostGroup, *args: Any, **kwargs: Any) -> Any:
-        finish = start(self, *args, **kwargs)
-        assert self._open is not None
-        works.append(self._open.work)
+    def start_and_keep(*args: Any, **kwargs: Any) -> Any:
+        finish = start(*args, **kwargs)
+        assert host._open is not None
+        works.append(host._open.work)
         return finish
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HostGroup, "start_max", start_and_keep)
+        patch.setattr(host, "start_max", start_and_keep)
         yield works
 
 
