@@ -7,9 +7,12 @@ import torch
 from hypothesis import settings
 
 from tests.contracts.implementations import not_run
+from tests.support import outcomes
 from tests.support.pool import discard_pools
 from tests.support.selection import select, summary
 from tests.support.store import bound_lookups
+
+OUTCOMES = pytest.StashKey[outcomes.Outcomes | None]()
 
 # Examples are the same in every run, and a busy machine is no failure. HYPOTHESIS_PROFILE=explore looks for new
 # ones.
@@ -18,15 +21,40 @@ settings.register_profile("explore", deadline=None, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 
 
-def pytest_configure() -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Take the name of a file for outcomes."""
+    outcomes.add_option(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
     """Spare torchrun and its like, when tests start them, long waits for a name server."""
     bound_lookups()
+    config.stash[OUTCOMES] = outcomes.of_session(config)
+    config.pluginmanager.register(_Reports(config), "distckpt-reports")
+
+
+class _Reports:
+    """Hands outcomes on. A plugin of its own, since `pytest_runtest_logreport` is not told of the session."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._outcomes = config.stash[OUTCOMES]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Note it."""
+        if self._outcomes is not None:
+            self._outcomes.take(report)
+
+    def pytest_sessionfinish(self) -> None:
+        """Write them down."""
+        if self._outcomes is not None:
+            self._outcomes.write()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item], config: pytest.Config) -> None:
     """Mark what lies in tests/crash/, which `ci/test.sh --fast` leaves out; leave out what is another runtime's."""
     select(items, config)
     for item in items:
+        outcomes.keep_why(item)
         if "crash" in item.path.parts:
             item.add_marker(pytest.mark.crash)
 

@@ -304,8 +304,11 @@ class HostGroup:
                 self._form(what, timeout_s)
             elif is_late:
                 self.refuse_if_given_up(what)
-            self._num_operations += 1
-            return _Operation(start(), what, timeout_s, self._num_operations, is_late)
+        self._num_operations += 1
+        operation = _Operation(None, what, timeout_s, self._num_operations, is_late)
+        with self._giving_up(what, timeout_s, operation):
+            operation.work = start()
+        return operation
 
     def _is_late(self, timeout_s: float) -> bool:
         """Tell whether others may have given up: they have waited since about the end of the last operation."""
@@ -338,7 +341,7 @@ class HostGroup:
         except self._channel.untouched:  # the runtime knows how to go on from it
             # Told where there is a board: Horovod forgets operations that were begun while it was ending.
             with contextlib.suppress(OSError):
-                self._note_that_it_came(self._num_operations if operation is None else operation.number, what)
+                self._note_that_it_came(self._num_operations, what)
             self._give_up(what, ())
             raise
         except OSError as error:
@@ -348,7 +351,7 @@ class HostGroup:
         except RuntimeError as error:
             self._explain(error, what, operation, timeout_s, timed_out=False)
         except BaseException:  # an interrupt: this rank is out of step now
-            if operation is not None:
+            if operation is not None and operation.work is not None:
                 self._channel.withdraw(operation.work)
             self._give_up(what, ())
             raise
