@@ -6,11 +6,15 @@
 #   ci/test.sh --checks              linters, types, layers, the wheel
 #   ci/test.sh --tests               pytest only
 #   ci/test.sh --fast                no crash tests, no benchmarks
-#   ci/test.sh [...] -- -k retention     what follows goes to pytest
+#   ci/test.sh --only NAME           the tests of one environment: base, horovod or xla
+#   ci/test.sh [...] -- -k retention     what follows goes to pytest, in each environment
 #
-# DISTCKPT_WORKERS     pytest processes (2); each has a pool of ranks of its own
-# DISTCKPT_LIMIT_S     limit for the tests, in seconds (2700)
-# See ci/setup.sh for the environment's.
+# The tests of the ranks (contract, handlers, faults) run three times: on torch.distributed, on Horovod and on torch_xla,
+# each in an environment of its own. After all three, a report shows every test of the contract x every backend.
+#
+# DISTCKPT_WORKERS     pytest processes (3); each has a pool of ranks of its own, and ranks wait most of the time
+# DISTCKPT_LIMIT_S     limit for the tests of one environment, in seconds (2700)
+# See ci/setup.sh for the environments'.
 set -euo pipefail
 exec </dev/null
 
@@ -19,11 +23,17 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 cd "$ROOT"
 
 CHECKS=1 TESTS=1 BENCHMARKS=1 FAST=0
+RUNTIMES=(base horovod xla)
 while [ $# -gt 0 ]; do
     case "$1" in
         --checks) TESTS=0 BENCHMARKS=0 ;;
         --tests) CHECKS=0 BENCHMARKS=0 ;;
         --fast) FAST=1 BENCHMARKS=0 ;;
+        --only)
+            [[ "${2:-}" =~ ^(base|horovod|xla)$ ]] || die "--only takes base, horovod or xla, but was given '${2:-}'"
+            RUNTIMES=("$2") CHECKS=0 BENCHMARKS=0
+            shift
+            ;;
         -h | --help) usage && exit 0 ;;
         --) shift && break ;;
         *) die "unknown option '$1'; see --help. Arguments for pytest come after --" ;;
@@ -60,11 +70,25 @@ summarize() {
 }
 
 printf '=== set-up\n'
-PYTHON="$(ci/setup.sh --print-python base)" || die "set-up failed, nothing was checked"
+declare -A PYTHONS
+for name in base "${RUNTIMES[@]}"; do
+    [ -n "${PYTHONS[$name]:-}" ] && continue
+    PYTHONS[$name]="$(ci/setup.sh --print-python "$name")" || die "the set-up of '$name' failed, nothing was checked"
+done
 SUMMARY+=("$(printf '%-20s %5d s  %s' set-up "$SECONDS" ok)")
+PYTHON="${PYTHONS[base]}"
 BIN="$(dirname "$PYTHON")"
-# Tests start programs of the environment (torchrun) by name.
 export PATH="$BIN:$PATH" PYTHONUNBUFFERED=1 PYTHONPATH="$ROOT"
+RESULTS="$(mktemp -d)"
+trap 'rm -rf "$RESULTS"' EXIT
+
+# tests_of NAME ARGUMENT...: run pytest in an environment. Tests start programs of it (torchrun) by name.
+tests_of() {
+    local name="$1" python="${PYTHONS[$1]}"
+    shift
+    stage "pytest, $name" "${DISTCKPT_LIMIT_S:-2700}" env PATH="$(dirname "$python"):$PATH" "$python" -m pytest \
+        -n "${DISTCKPT_WORKERS:-3}" --dist worksteal --durations=10 --outcomes "$RESULTS/$name.json" "$@"
+}
 
 # The folders that hold Python: a clone may be ahead of, or behind, the list in pyproject.toml.
 FOLDERS=()
@@ -82,8 +106,20 @@ fi
 if [ "$TESTS" -eq 1 ]; then
     SELECTION=()
     [ "$FAST" -eq 0 ] || SELECTION=(-m "not crash")
-    stage "pytest" "${DISTCKPT_LIMIT_S:-2700}" "$PYTHON" -m pytest -n "${DISTCKPT_WORKERS:-2}" --dist worksteal \
-        --durations=10 "${SELECTION[@]}" "$@"
+    for name in "${RUNTIMES[@]}"; do
+        case "$name" in
+            base) tests_of base "${SELECTION[@]}" "$@" ;;
+            *) DISTCKPT_TEST_RUNTIME="$name" tests_of "$name" tests/contracts tests/distributed "${SELECTION[@]}" "$@" ;;
+        esac
+    done
+    if [ "${#RUNTIMES[@]}" -eq 3 ]; then
+        stage "checkpoint matrix" 600 env DISTCKPT_PYTHONS="$(
+            printf '%s:' "${PYTHONS[base]}" "${PYTHONS[horovod]}" "${PYTHONS[xla]}"
+        )" "$PYTHON" -m pytest tests/matrix
+    fi
+    if [ "${#RUNTIMES[@]}" -eq 3 ] && [ $# -eq 0 ]; then
+        stage "contract report" 60 "$PYTHON" ci/contract_report.py "$RESULTS"/{base,horovod,xla}.json
+    fi
 fi
 if [ "$BENCHMARKS" -eq 1 ]; then
     for benchmark in ci/bench_*.py; do

@@ -7,6 +7,8 @@ Two replicas meet in a collective there only if they run the same compiled progr
 which they find each other. Two that compile the same graph at the same time would get a program each. So one replica
 goes first, until its graph is among the compiled ones, and the other then finds it there. It must not be held up any
 longer: the first one now waits for it, in the collective.
+
+Reductions are traced one at a time as well: replicas that do it at the same moment crash now and then.
 """
 
 import threading
@@ -20,11 +22,12 @@ _LOCK = threading.Lock()
 def take_turns() -> None:
     """Let this process's replicas compile one after the other. Does nothing the second time."""
     import torch_xla  # noqa: PLC0415 - only where it is what runs
+    import torch_xla.core.xla_model as xm  # noqa: PLC0415 - as above
     import torch_xla.debug.metrics as met  # noqa: PLC0415 - as above
     import torch_xla.runtime as xr  # noqa: PLC0415 - as above
 
     xlac: Any = torch_xla._XLAC  # noqa: SLF001 - its functions have no other place
-    run = xlac._xla_step_marker  # noqa: SLF001 - as above
+    run, trace = xlac._xla_step_marker, xm.all_reduce  # noqa: SLF001 - as above
     with _LOCK:
         if getattr(run, _MARK, False):
             return
@@ -41,7 +44,12 @@ def take_turns() -> None:
                 turns.end(turn)
             xlac._xla_wait_device_ops(mine)  # noqa: SLF001 - as above
 
+        def all_reduce(*args: Any, **kwargs: Any) -> Any:
+            with _LOCK:
+                return trace(*args, **kwargs)
+
         vars(step_marker)[_MARK] = True
+        xm.all_reduce = all_reduce
         xlac._xla_step_marker = step_marker  # noqa: SLF001 - as above
 
 

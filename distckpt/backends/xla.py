@@ -45,6 +45,7 @@ _REDUCED_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.
 _FEWEST_WORDS = 16
 _MOST_WORDS = 65536
 _INT32 = 2**31
+_TRACING = threading.Lock()
 
 
 class _Life(threading.local):
@@ -158,7 +159,7 @@ class XlaBackend(HostedBackend):
         found: list[torch.Tensor] = []
 
         def exchange() -> None:
-            found.append(xm.all_reduce(_REDUCES[op], tensor.detach()))
+            found.append(_traced(_REDUCES[op], tensor.detach()))
             torch_xla.sync()
 
         self._host.carry(lambda channel: channel.begin(exchange), what="all_reduce", timeout_s=default_timeout_s())
@@ -308,10 +309,21 @@ class _XlaChannel(Channel):
 
     def _all_reduce(self, op: str, values: torch.Tensor) -> torch.Tensor:
         """Reduce int32 and bring the result to the host: the one collective that all others are made of."""
-        result = xm.all_reduce(op, values.to(self._device))
+        result = _traced(op, values.to(self._device))
         torch_xla.sync()
         on_host: torch.Tensor = result.cpu()
         return on_host
+
+
+def _traced(op: str, values: torch.Tensor) -> torch.Tensor:
+    """Return what a reduction over the replicas will be.
+
+    One replica at a time: torch_xla keeps something of all devices there, and replicas of one process that trace their
+    reductions at the same moment crash now and then (torch_xla 2.9).
+    """
+    with _TRACING:
+        result: torch.Tensor = xm.all_reduce(op, values)
+    return result
 
 
 class _Work:

@@ -61,7 +61,7 @@ def test_early_stopping_stops_all_ranks_at_the_same_event(world_size: int, rule:
 def accuracy_after_training(library: str) -> float | str:
     """Train until stopped, then average an accuracy of 0.5 over the ranks."""
     with_early_stopping(library)
-    accuracy = torch.tensor([0.5])
+    accuracy = torch.tensor([0.5], device=job.device())
     return unless_hung(lambda: job.total(accuracy).item() / job.world_size())
 
 
