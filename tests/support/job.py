@@ -94,11 +94,11 @@ def data_parallel(
     if RUNTIME == "horovod" and _module("horovod.torch").is_initialized():
         optimizer = make_optimizer(model.parameters())
         optimizer = _module("horovod.torch").DistributedOptimizer(optimizer, model.named_parameters())
-        return model, optimizer, optimizer.step
+        return model, optimizer, lambda: optimizer.step()  # noqa: PLW0108 - as below
     if dist.is_initialized():
         model = torch.nn.parallel.DistributedDataParallel(model)
     optimizer = make_optimizer(model.parameters())
-    return model, optimizer, optimizer.step
+    return model, optimizer, lambda: optimizer.step()  # noqa: PLW0108 - a scheduler replaces the method
 
 
 def leave() -> None:

@@ -29,6 +29,9 @@ if RUNTIME not in RUNTIMES:
     raise ValueError(f"{VARIABLE} should be one of {RUNTIMES}, but is {RUNTIME!r}")
 
 
+_PORTS: set[int] = set()
+
+
 class Surroundings:
     """What the ranks of one call find around them; made by the test's process, and ended when the call is over."""
 
@@ -97,6 +100,11 @@ def _rendezvous_server(world_size: int) -> tuple[Any, int]:
 
     server = RendezvousServer()
     port = server.start()
+    while port in _PORTS:  # as one job's, and ranks of the pool count the stores that each address told them of
+        again, server = server, RendezvousServer()
+        port = server.start()
+        _stop(again)
+    _PORTS.add(port)
     server.init(get_host_assignments(parse_hosts(f"localhost:{world_size}"), world_size))
     return server, port
 

@@ -34,7 +34,9 @@ def start(
         prefix: rank -> command in front of that rank's Python.
         environment: more variables.
     """
-    variables = {**os.environ, **(environment or {}), "PYTHONUNBUFFERED": "1"}
+    # Not what importing Horovod's launcher leaves in this process: it is not in a rank that horovodrun starts.
+    own = {name: value for name, value in os.environ.items() if not name.startswith("HOROVOD_")}
+    variables = {**own, **(environment or {}), "PYTHONUNBUFFERED": "1"}
     ranks = range(first, world_size)
     if RUNTIME == "xla":
         # Executed by whoever asks, and with a thread for each replica that waits: two cores have two.
