@@ -19,7 +19,7 @@ from tests.distributed.failures import Stateful, failing_object
 from tests.distributed.programs import fire, gathered, idle_engine, model_of, raised
 from tests.support import fresh_ranks, job, run_distributed, tell_parent
 from tests.support.runtime import RUNTIME
-from tests.support.selection import of_processes, of_torch
+from tests.support.selection import of_processes, of_torch, only_on
 
 SOON_S = 10.0
 
@@ -164,7 +164,7 @@ def freeze_the_last(frozen: Path) -> None:
     tell_parent((type(error).__name__, error.missing if isinstance(error, CollectiveError) else ()))
 
 
-@of_processes
+@only_on("gloo", why="a frozen rank may hold the others in Horovod's own call, and their interpreters with them")
 def test_a_frozen_rank_is_named_when_the_limit_is_over(tmp_path: Path) -> None:
     with fresh_ranks(freeze_the_last, 2, tmp_path / "frozen") as ranks:
         assert [ranks.told(rank) for rank in range(2)] == ["met", "met"]

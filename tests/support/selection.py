@@ -4,6 +4,7 @@ Owns the mark `only_on` and what becomes of tests that are another runtime's: th
 missing; they are not of this run, and the summary counts them by the reason given.
 """
 
+import os
 from collections import Counter
 
 import pytest
@@ -41,13 +42,15 @@ def select(items: list[pytest.Item], config: pytest.Config) -> None:
 
 def summary() -> list[str]:
     """Return a line for each reason."""
-    return [f"{RUNTIME}: {num} of another runtime: {why}" for why, num in sorted(_NUM_LEFT.items())]
+    return [f"{RUNTIME}: {num} not of this run: {why}" for why, num in sorted(_NUM_LEFT.items())]
 
 
 def _why_not(item: pytest.Item) -> str | None:
     mark = item.get_closest_marker("only_on")
     if mark is not None and RUNTIME not in mark.args:
         return str(mark.kwargs["why"])
+    if "matrix" in item.path.parts and "DISTCKPT_PYTHONS" not in os.environ:
+        return "the matrix of checkpoints needs all three environments: ci/test.sh runs it"
     if RUNTIME != OWN and item.name.startswith("test_ignite"):
         return "shows a fault of ignite's"
     callspec = getattr(item, "callspec", None)
