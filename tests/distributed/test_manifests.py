@@ -97,7 +97,7 @@ def test_a_pod_slice_is_started_by_one_command_on_all_workers() -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=10, check=True)
     *start, remote = done.stdout.splitlines()
     assert " ".join(start) == "gcloud compute tpus tpu-vm ssh my-pod --zone us-central2-b --worker all --command"
-    assert remote.endswith("PYTHON=/env/python bash launch/xla_spawn.sh --output-dir /mnt/a\\ folder --resume")
+    assert remote.endswith("PYTHON=/env/bin/python bash launch/xla_spawn.sh --output-dir /mnt/a\\ folder --resume")
     assert shlex.split(remote)[-2:] == ["/mnt/a folder", "--resume"]
     stop = subprocess.run(
         command, env=environment | {"STOP": "1"}, capture_output=True, text=True, timeout=10, check=True
