@@ -171,8 +171,10 @@ def logged(name: str) -> Iterator[list[str]]:
     try:
         yield messages
     finally:
-        logger.removeHandler(collector)
-        if RUNTIME != "xla":  # another rank of this process may still collect
+        # Where another rank of this process may still collect, or be telling the handlers one by one, what was added
+        # stays until the test's surroundings are put right.
+        if RUNTIME != "xla":
+            logger.removeHandler(collector)
             logger.setLevel(level)
 
 

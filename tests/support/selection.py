@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.runtime import MOST_RANKS, OWN, RUNTIME
 
+_RANKS_OF_OTHERS = 2
 _NUM_LEFT: Counter[str] = Counter()
 
 
@@ -55,6 +56,10 @@ def _why_not(item: pytest.Item) -> str | None:
         return "shows a fault of ignite's"
     callspec = getattr(item, "callspec", None)
     world_size = 0 if callspec is None else callspec.params.get("world_size", 0)
-    if isinstance(world_size, int) and world_size > MOST_RANKS:
+    if not isinstance(world_size, int):
+        return None
+    if RUNTIME != OWN and world_size > _RANKS_OF_OTHERS and "distributed" in item.path.parts:
+        return f"the same with more than {_RANKS_OF_OTHERS} ranks, which Gloo's run asks"
+    if world_size > MOST_RANKS:
         return f"more than {MOST_RANKS} ranks"
     return None
