@@ -54,12 +54,14 @@ def _why_not(item: pytest.Item) -> str | None:
         return "the matrix of checkpoints needs all three environments: ci/test.sh runs it"
     if RUNTIME != OWN and item.name.startswith("test_ignite"):
         return "shows a fault of ignite's"
+    return _why_too_many_ranks(item)
+
+
+def _why_too_many_ranks(item: pytest.Item) -> str | None:
     callspec = getattr(item, "callspec", None)
     world_size = 0 if callspec is None else callspec.params.get("world_size", 0)
-    if not isinstance(world_size, int):
+    if RUNTIME == OWN or not isinstance(world_size, int):
         return None
-    if RUNTIME != OWN and world_size > _RANKS_OF_OTHERS and "distributed" in item.path.parts:
+    if world_size > _RANKS_OF_OTHERS and "distributed" in item.path.parts:
         return f"the same with more than {_RANKS_OF_OTHERS} ranks, which Gloo's run asks"
-    if world_size > MOST_RANKS:
-        return f"more than {MOST_RANKS} ranks"
-    return None
+    return f"more than {MOST_RANKS} ranks" if world_size > MOST_RANKS else None
