@@ -107,7 +107,9 @@ def _own_job(world_size: int) -> Implementation:
 
 
 def _of_this_runtime() -> Sequence[Implementation]:
-    if RUNTIME != "gloo":
+    if RUNTIME == "horovod":  # of three on two cores one may starve in hvd.init(), where no test can help it
+        return (_own_job(2),)
+    if RUNTIME == "xla":
         return (_own_job(2), _own_job(3))
     serial = Implementation(name="serial", world_size=1, launch=in_this_process)
     return (serial, _own_job(2), _own_job(3), _torch_job(REGISTERED, 2), *_nccl_jobs())

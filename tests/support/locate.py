@@ -22,6 +22,8 @@ from tests.support.messages import FunctionRef
 
 RANK_BODY = "_rank_body"
 """Attribute under which `run_distributed` keeps the function it wraps."""
+WORLD_SIZE = "_world_size"
+"""Where a test that `run_distributed` made keeps its number of ranks."""
 
 
 def refer_to(function: Callable[..., object]) -> FunctionRef:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.dispatch import Call, Dispatch
 from tests.support.fresh import fresh_ranks
-from tests.support.locate import RANK_BODY
+from tests.support.locate import RANK_BODY, WORLD_SIZE
 from tests.support.pool import pool_for
 from tests.support.report import RankEnd, RankFailedError
 
@@ -57,6 +57,7 @@ def run_distributed(
             _on_pool(call, world_size, timeout_s)
 
         setattr(on_ranks, RANK_BODY, function)
+        setattr(on_ranks, WORLD_SIZE, world_size)
         return on_ranks
 
     return decorate

@@ -128,6 +128,7 @@ def _environment_of_horovodrun(rank: int, world_size: int, port: int) -> dict[st
         "HOROVOD_CONTROLLER": "gloo",
         "HOROVOD_CPU_OPERATIONS": "gloo",
         "HOROVOD_GLOO_IFACE": "lo",
+        "HOROVOD_CYCLE_TIME": "0.2",
         "OMP_NUM_THREADS": "1",
     }
 

@@ -9,6 +9,7 @@ from collections import Counter
 
 import pytest
 
+from tests.support.locate import WORLD_SIZE
 from tests.support.runtime import MOST_RANKS, OWN, RUNTIME
 
 _RANKS_OF_OTHERS = 2
@@ -60,6 +61,7 @@ def _why_not(item: pytest.Item) -> str | None:
 def _why_too_many_ranks(item: pytest.Item) -> str | None:
     callspec = getattr(item, "callspec", None)
     world_size = 0 if callspec is None else callspec.params.get("world_size", 0)
+    world_size = world_size or getattr(getattr(item, "function", None), WORLD_SIZE, 0)
     if RUNTIME == OWN or not isinstance(world_size, int):
         return None
     if world_size > _RANKS_OF_OTHERS and "distributed" in item.path.parts:
