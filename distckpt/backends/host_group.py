@@ -340,8 +340,9 @@ class HostGroup:
             raise
         except self._channel.untouched:  # the runtime knows how to go on from it
             # Told where there is a board: Horovod forgets operations that were begun while it was ending.
-            with contextlib.suppress(OSError):
-                self._note_that_it_came(self._num_operations, what)
+            if operation is not None:
+                with contextlib.suppress(OSError):
+                    self._note_that_it_came(operation)
             self._give_up(what, ())
             raise
         except OSError as error:
@@ -379,7 +380,7 @@ class HostGroup:
                     self._explain(error, what, operation, operation.timeout_s, timed_out=True)
                 if not was_slow:
                     with contextlib.suppress(OSError):
-                        self._note_that_it_came(operation.number, operation.what)
+                        self._note_that_it_came(operation)
                     was_slow = True
                 with contextlib.suppress(TimeoutError):
                     if self._who_gave_up() is not None:
@@ -445,9 +446,9 @@ class HostGroup:
             text = given_up_text(what, missing)
             self._ask(lambda limit_s: self._board.put(GIVEN_UP, text, limit_s=limit_s))
 
-    def _note_that_it_came(self, number: int, what: object) -> None:
-        key = f"host/came/{number}/{self._rank}"
-        self._ask(lambda limit_s: self._board.put(key, str(what), limit_s=limit_s))
+    def _note_that_it_came(self, operation: _Operation) -> None:
+        key = f"host/came/{operation.number}/{self._rank}"
+        self._ask(lambda limit_s: self._board.put(key, str(operation.what), limit_s=limit_s))
 
     def _tell(self, missing: Sequence[int]) -> str:
         told = "" if self.watcher is None or not missing else self.watcher.tell(missing)
@@ -501,7 +502,7 @@ class HostGroup:
         while True:
             try:
                 if until is None:
-                    self._note_that_it_came(operation.number, operation.what)
+                    self._note_that_it_came(operation)
                     until = time.monotonic() + grace_s
                 missing = self._ask(lambda limit_s: _absent(self._board, came, self._world_size, limit_s))
             except TimeoutError:

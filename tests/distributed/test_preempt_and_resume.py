@@ -1,6 +1,6 @@
 """A training that is sent SIGTERM and resumed ends bit for bit where the same training ends when left alone.
 
-Everything is real: processes, the runtime's own data-parallel training, a signal of the operating system's.
+Everything is real: processes of their own, DistributedDataParallel on Gloo, a signal of the operating system's.
 """
 
 import os
@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ignite.engine import Engine, Events
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from distckpt import Checkpoint, DiskSaver, Preemption, RngState, global_step_from_engine, resume, stop_reason
-from tests.support import job, run_ranks
-from tests.support.selection import only_on
+from tests.support import run_ranks
 from tests.unit.toys import equal
 
 MAX_EPOCHS = 3
@@ -25,10 +26,7 @@ EPOCH_LENGTH = 8
 LAST = MAX_EPOCHS * EPOCH_LENGTH
 LIMIT_S = 120.0
 
-pytestmark = [
-    pytest.mark.slow,
-    only_on("gloo", why="DistributedDataParallel keeps BatchNorm's buffers, which are saved once, alike on all ranks"),
-]
+pytestmark = pytest.mark.slow
 
 
 class Noisy(TensorDataset):
@@ -44,13 +42,11 @@ class Training:
     """The program; it is the same whether it is interrupted, resumed, or left alone."""
 
     def __init__(self, folder: Path, data: str) -> None:
-        rank = job.rank()
+        rank = dist.get_rank()
         torch.manual_seed(1)
         network = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 2))
-        self.network = network
-        self.model, self.optimizer, self._update = job.data_parallel(
-            network, lambda parameters: torch.optim.AdamW(parameters, lr=0.01)
-        )
+        self.model = DistributedDataParallel(network)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=0.05, total_steps=LAST)
         torch.manual_seed(100 + rank)
         random.seed(100 + rank)
@@ -91,14 +87,14 @@ class Training:
         self.optimizer.zero_grad()
         loss = nn.functional.cross_entropy(self.model(sample), target)
         loss.backward()  # type: ignore[no-untyped-call]  # torch has not typed it
-        self._update()
+        self.optimizer.step()
         self.losses.append(loss.item())
         return loss.item()
 
     def state(self) -> dict[str, Any]:
         """Return everything that a run leaves behind on this rank, but for the order of its files."""
         return {
-            "model": self.network.state_dict(),  # parameters and BatchNorm's buffers
+            "model": self.model.module.state_dict(),  # parameters and BatchNorm's buffers
             "optimizer": self.optimizer.state_dict(),
             "scheduler": {key: value for key, value in self.scheduler.state_dict().items() if not callable(value)},
             "trainer": dict(self.trainer.state_dict()),
@@ -108,14 +104,14 @@ class Training:
 
 def loader_of(data: str) -> tuple[Any, Any]:
     """Return batches of this rank's own: by a sampler shuffled by epoch, by torch's generator, or made by workers."""
-    world_size, rank = job.world_size(), job.rank()
+    world_size, rank = dist.get_world_size(), dist.get_rank()
     own = torch.Generator().manual_seed(5)
     num_samples = 4 * EPOCH_LENGTH * world_size
     dataset = Noisy(torch.randn(num_samples, 4, generator=own), torch.randint(2, (num_samples,), generator=own))
     if data == "shuffled by torch":
         share = torch.utils.data.Subset(dataset, range(rank, num_samples, world_size))
         return DataLoader(share, batch_size=4, shuffle=True), None
-    sampler: Any = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=3)
+    sampler: Any = DistributedSampler(dataset, shuffle=True, seed=3)
     num_workers = 1 if data == "by workers" else 0
     return DataLoader(dataset, batch_size=4, sampler=sampler, num_workers=num_workers), sampler
 
@@ -125,7 +121,7 @@ def train(folder: Path, data: str, when: str, step: int) -> dict[str, Any]:
     training = Training(folder, data)
 
     def kill_me() -> None:
-        if job.rank() == job.world_size() - 1:
+        if dist.get_rank() == dist.get_world_size() - 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
     found = resume(training.objects, training.checkpoint, engine=training.trainer, timeout_s=LIMIT_S)
