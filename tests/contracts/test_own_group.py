@@ -31,7 +31,7 @@ def test_host_values_pass_while_the_jobs_reduction_is_in_flight(backend: Backend
             assert backend.all_reduce_ints([step], "MAX") == [step]
             total = job.total(gradient)
         expected = float(sum(rank + step for rank in range(backend.world_size)))
-        assert total.eq(expected).all()
+        assert total.cpu().eq(expected).all()
 
 
 @of_torch
