@@ -12,8 +12,6 @@ from tests.support.pool import discard_pools
 from tests.support.selection import select, summary
 from tests.support.store import bound_lookups
 
-OUTCOMES = pytest.StashKey[outcomes.Outcomes | None]()
-
 # Examples are the same in every run, and a busy machine is no failure. HYPOTHESIS_PROFILE=explore looks for new
 # ones.
 settings.register_profile("steady", deadline=None, derandomize=True)
@@ -29,25 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Spare torchrun and its like, when tests start them, long waits for a name server."""
     bound_lookups()
-    config.stash[OUTCOMES] = outcomes.of_session(config)
-    config.pluginmanager.register(_Reports(config), "distckpt-reports")
-
-
-class _Reports:
-    """Hands outcomes on. A plugin of its own, since `pytest_runtest_logreport` is not told of the session."""
-
-    def __init__(self, config: pytest.Config) -> None:
-        self._outcomes = config.stash[OUTCOMES]
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Note it."""
-        if self._outcomes is not None:
-            self._outcomes.take(report)
-
-    def pytest_sessionfinish(self) -> None:
-        """Write them down."""
-        if self._outcomes is not None:
-            self._outcomes.write()
+    outcomes.collect(config)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item], config: pytest.Config) -> None:

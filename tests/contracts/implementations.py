@@ -117,8 +117,6 @@ def _of_this_runtime() -> Sequence[Implementation]:
 
 EVERY: Sequence[Implementation] = _of_this_runtime()
 SEVERAL_RANKS: Sequence[Implementation] = tuple(one for one in EVERY if one.world_size > 1)
-GLOO: Sequence[Implementation] = tuple(one for one in EVERY if one.name.startswith("gloo"))
-"""Empty where another runtime is tested: such a clause has to be marked with `only_on`."""
 
 
 def not_run() -> Sequence[str]:

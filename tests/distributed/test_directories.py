@@ -9,7 +9,6 @@ import re
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 from ignite.engine import Engine, Events
@@ -29,9 +28,6 @@ from tests.distributed.programs import (
     unless_hung,
 )
 from tests.support import job, run_distributed
-
-if TYPE_CHECKING:
-    import torch.distributed as dist
 
 WORLDS = pytest.mark.parametrize("world_size", [2, 3])
 NOT_EMPTY = re.compile(r"^Files \['old.pt'\] with extension '.pt' are already present in the directory ")
@@ -163,7 +159,7 @@ def test_files_of_other_kinds_do_not_count(tmp_path: Path) -> None:
 @run_distributed(world_size=2)
 def test_a_rank_may_come_late_to_find_the_first_checkpoint_of_the_same_run(tmp_path: Path) -> None:
     """A slow rank builds its saver when the fast one has built its own; neither has saved: nobody is refused."""
-    store: dist.Store = job.store()
+    store = job.store()
     if job.rank() == 1:
         store.wait(["built"], timedelta(seconds=10))
     handler = Checkpoint({"model": model_of(1.0)}, tmp_path / "new")

@@ -28,20 +28,22 @@ def name() -> str:
 
 def rank() -> int:
     """Return this rank's number, as the runtime says."""
-    if RUNTIME == "horovod":
-        return int(_module("horovod.torch").rank())
-    if RUNTIME == "xla":
-        return int(_module("torch_xla.runtime").global_ordinal())
-    return dist.get_rank() if dist.is_initialized() else 0
+    return _place()[0]
 
 
 def world_size() -> int:
     """Return the number of ranks, as the runtime says."""
+    return _place()[1]
+
+
+def _place() -> tuple[int, int]:
     if RUNTIME == "horovod":
-        return int(_module("horovod.torch").size())
+        hvd = _module("horovod.torch")
+        return int(hvd.rank()), int(hvd.size())
     if RUNTIME == "xla":
-        return int(_module("torch_xla.runtime").world_size())
-    return dist.get_world_size() if dist.is_initialized() else 1
+        xr = _module("torch_xla.runtime")
+        return int(xr.global_ordinal()), int(xr.world_size())
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def device() -> torch.device:

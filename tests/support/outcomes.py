@@ -24,7 +24,7 @@ def add_option(parser: pytest.Parser) -> None:
 
 
 class Outcomes:
-    """Collects outcomes in the process that reports them.
+    """A plugin of pytest's that collects outcomes in the process that reports them.
 
     Args:
         path: of the file.
@@ -34,7 +34,7 @@ class Outcomes:
         self._path = path
         self._outcomes: dict[str, dict[str, Any]] = {}
 
-    def take(self, report: pytest.TestReport) -> None:
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Note the outcome of a test, or of the part of it that went wrong."""
         if not report.nodeid.startswith(_SUITE):
             return
@@ -48,16 +48,17 @@ class Outcomes:
                 "why": dict(report.user_properties).get(_WHY),
             }
 
-    def write(self) -> None:
+    def pytest_sessionfinish(self) -> None:
         """Write the file."""
         document = {"runtime": RUNTIME, "outcomes": list(self._outcomes.values())}
         self._path.write_text(json.dumps(document, indent=1), encoding="utf-8")
 
 
-def of_session(config: pytest.Config) -> Outcomes | None:
-    """Return what collects, if the option was given; in the process that reports, not in xdist's workers."""
+def collect(config: pytest.Config) -> None:
+    """Collect outcomes, if the option was given; in the process that reports, not in xdist's workers."""
     path = config.getoption(_OPTION)
-    return None if path is None or hasattr(config, "workerinput") else Outcomes(Path(str(path)))
+    if path is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Outcomes(Path(str(path))), "distckpt-outcomes")
 
 
 def keep_why(item: pytest.Item) -> None:

@@ -25,7 +25,7 @@ from tests.support.store import beside
 _OWN_FILES = (os.path.dirname(__file__) + os.sep,)  # noqa: PTH120 - compared with strings of tracebacks
 
 
-class Surroundings:
+class Isolation:
     """What a rank that is a process does around a task. Ranks that are threads have one of their own."""
 
     @contextlib.contextmanager
@@ -40,13 +40,13 @@ class Surroundings:
         _leave(1)
 
 
-def serve(channel: Channel, store: Store, surroundings: Surroundings | None = None) -> int:
+def serve(channel: Channel, store: Store, isolation: Isolation | None = None) -> int:
     """Run tasks until the parent hangs up.
 
     Returns:
         The exit code of a fresh rank, once its only task is over.
     """
-    around = surroundings or Surroundings()
+    around = isolation or Isolation()
     channel.send(Ready(pid=os.getpid()))
     while True:
         try:
@@ -60,7 +60,7 @@ def serve(channel: Channel, store: Store, surroundings: Surroundings | None = No
             return _exit_code(outcome)
 
 
-def _serve_one(task: Task, channel: Channel, store: Store, around: Surroundings) -> Outcome:
+def _serve_one(task: Task, channel: Channel, store: Store, around: Isolation) -> Outcome:
     threads = set(threading.enumerate())
     with around.isolated(task) as errors:
         outcome = _run(task, store)

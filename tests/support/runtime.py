@@ -23,7 +23,6 @@ OWN = "gloo"
 """The backend that stands for this runtime's own."""
 RUNTIMES = ("gloo", "horovod", "xla")
 RUNTIME = os.environ.get(VARIABLE, OWN)
-MOST_RANKS = 4 if RUNTIME == "xla" else 10**9
 
 if RUNTIME not in RUNTIMES:
     raise ValueError(f"{VARIABLE} should be one of {RUNTIMES}, but is {RUNTIME!r}")

@@ -10,9 +10,9 @@ from collections import Counter
 import pytest
 
 from tests.support.locate import WORLD_SIZE
-from tests.support.runtime import MOST_RANKS, OWN, RUNTIME
+from tests.support.runtime import OWN, RUNTIME
 
-_RANKS_OF_OTHERS = 2
+_MOST_RANKS = 2
 _NUM_LEFT: Counter[str] = Counter()
 
 
@@ -62,8 +62,6 @@ def _why_too_many_ranks(item: pytest.Item) -> str | None:
     callspec = getattr(item, "callspec", None)
     world_size = 0 if callspec is None else callspec.params.get("world_size", 0)
     world_size = world_size or getattr(getattr(item, "function", None), WORLD_SIZE, 0)
-    if RUNTIME == OWN or not isinstance(world_size, int):
+    if RUNTIME == OWN or "distributed" not in item.path.parts or not isinstance(world_size, int):
         return None
-    if world_size > _RANKS_OF_OTHERS and "distributed" in item.path.parts:
-        return f"the same with more than {_RANKS_OF_OTHERS} ranks, which Gloo's run asks"
-    return f"more than {MOST_RANKS} ranks" if world_size > MOST_RANKS else None
+    return f"the same with more than {_MOST_RANKS} ranks, which Gloo's run asks" if world_size > _MOST_RANKS else None

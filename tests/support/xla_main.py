@@ -15,14 +15,14 @@ from typing import Any, NoReturn
 
 from tests.support.channel import Channel, open_channel
 from tests.support.messages import Task
-from tests.support.rank_loop import Surroundings, serve
+from tests.support.rank_loop import Isolation, serve
 from tests.support.rank_main import prepare
 from tests.support.store import connect
 
 _LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 
 
-class Together(Surroundings):
+class Together(Isolation):
     """A clean process for one task on all replicas: begun by the last that comes, ended by the last that goes.
 
     Args:
