@@ -66,6 +66,7 @@ class _Live:
 
     backend: "HorovodBackend | None" = None
     lock = threading.Lock()
+    num_left = 0  # jobs that this process has left
 
 
 def current() -> "HorovodBackend":
@@ -81,6 +82,9 @@ def current() -> "HorovodBackend":
 
 def join() -> None:
     """Join the job that the launcher started; a world of one without a launcher."""
+    server = _rendezvous_server()
+    if _Live.num_left and server is not None and os.environ.get("HOROVOD_ELASTIC") != "1":
+        _clear_addresses(server, _Live.num_left)
     hvd.init()
     if torch.cuda.is_available():
         torch.cuda.set_device(hvd.local_rank() % torch.cuda.device_count())
@@ -89,6 +93,7 @@ def join() -> None:
 def leave() -> None:
     """Leave the job, all ranks."""
     hvd.shutdown()
+    _Live.num_left += 1
 
 
 def launch(
@@ -304,6 +309,39 @@ def _rendezvous_server() -> tuple[str, int] | None:
     return (address, int(port)) if address and port.isdecimal() and int(port) > 0 else None
 
 
+def _clear_addresses(server: tuple[str, int], number: int) -> None:
+    """Collective, by the server alone. Make it forget the addresses that the ranks had in the job they have left.
+
+    Horovod asks for that as each rank comes to know the others, and its server counts those who asked. But whenever one
+    list of addresses is done with, it forgets what it has counted of all others: addresses stay, and a job begun anew
+    may call a rank where it is no more (Horovod 0.28.1, ``RendezvousHandler.do_DELETE``).
+
+    Args:
+        server: the launcher's.
+        number: how often the job is begun anew with this.
+    """
+    rank, num_ranks = int(os.environ.get("HOROVOD_RANK", "0")), int(os.environ.get("HOROVOD_SIZE", "1"))
+    lists = f"local_{os.environ.get('HOROVOD_HOSTNAME', '')} cross_{os.environ.get('HOROVOD_LOCAL_RANK', '0')}"
+    deadline = time.monotonic() + default_timeout_s()
+
+    def text_of(key: str) -> str:
+        # Where somebody never comes, Horovod itself says so.
+        while (text := _ask(server, "GET", f"{_SCOPE}/{key}")) is None and time.monotonic() < deadline:
+            time.sleep(_ASK_S)
+        return text or ""
+
+    _ask(server, "PUT", f"{_SCOPE}/again{number}.{rank}", lists)
+    if rank == 0:
+        texts = [text_of(f"again{number}.{peer}") for peer in range(num_ranks)]
+        for name in sorted({"global", *" ".join(texts).split()}):
+            for _ in range(num_ranks):  # at most as often as it counts to
+                if all(_ask(server, "GET", f"{name}/{peer}") is None for peer in range(num_ranks)):
+                    break
+                _ask(server, "DELETE", f"{name}/0")
+        _ask(server, "PUT", f"{_SCOPE}/again{number}", "cleared")
+    text_of(f"again{number}")
+
+
 class _Meeting:
     """How the ranks come by one store: rank 0 serves it and tells its address by the launcher's server.
 
@@ -320,7 +358,7 @@ class _Meeting:
 
     def __init__(self, server: tuple[str, int], number: int, what: str, timeout_s: float) -> None:
         self._server = server
-        self._address, self._given_up = f"store{number}", f"store{number}.given_up"
+        self._address, self._given_up = f"{_SCOPE}/store{number}", f"{_SCOPE}/store{number}.given_up"
         self._what = what
         self._timeout_s = timeout_s
 
@@ -357,10 +395,10 @@ class _Meeting:
         return dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=default_timeout_s()))
 
 
-def _ask(server: tuple[str, int], method: str, key: str, text: str | None = None) -> str | None:
-    """Write or read a text that the launcher's server keeps; None where it has none of that name."""
+def _ask(server: tuple[str, int], method: str, path: str, text: str | None = None) -> str | None:
+    """Write, read or delete a text that the launcher's server keeps; None where it has none of that name."""
     with contextlib.closing(http.client.HTTPConnection(*server, timeout=10.0)) as connection:
-        connection.request(method, f"/{_SCOPE}/{key}", body=None if text is None else text.encode())
+        connection.request(method, f"/{path}", body=None if text is None else text.encode())
         answer: Any = connection.getresponse()
         data = answer.read()
-    return data.decode() if answer.status == http.client.OK else None
+    return data.decode(errors="replace") if answer.status == http.client.OK else None
