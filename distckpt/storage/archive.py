@@ -1,0 +1,267 @@
+"""The zip archive that a ``.pt`` is: where its records stand, and every byte around them.
+
+Owns headers, borders and the directory at the end. Must not know what the records hold, nor where the file lies.
+Layer L2, below :mod:`distckpt.storage.ptfile`.
+
+The layout, all of it determined by names, lengths and checksums:
+
+* records are stored, not deflated, one after the other without gaps; a record that is to stand on a border of 4096
+  bytes has the rest of the block before it as padding in its local header;
+* sizes and CRC-32 stand in the local headers, no data descriptors; dates are zip's first, 1980-01-01;
+* from 4 GiB on, sizes and offsets move to zip64's extra fields, and zip64's end record precedes the usual one.
+
+Since nothing is left open, a reader builds the same bytes again and compares: whatever was changed, is found.
+
+Sources: PKWARE's APPNOTE.TXT 6.3.10, sections 4.3.7 to 4.3.16 and 4.5.3.
+"""
+
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+__all__ = [
+    "BLOCK_BYTES",
+    "FOLDER",
+    "Listed",
+    "Slot",
+    "directory",
+    "local_header",
+    "place",
+    "read_directory",
+    "read_local_header",
+]
+
+BLOCK_BYTES = 4096
+"""What O_DIRECT, pages and several writers of one file want."""
+FOLDER = "archive"
+"""torch's readers want all records in one folder, of any name."""
+
+_LOCAL = struct.Struct("<IHHHHHIIIHH")
+_CENTRAL = struct.Struct("<IHHHHHHIIIHHHHHII")
+_END = struct.Struct("<IHHHHIIH")
+_END_64 = struct.Struct("<IQHHIIQQQQ")
+_LOCATOR_64 = struct.Struct("<IIQI")
+_EXTRA = struct.Struct("<HH")
+_LOCAL_MAGIC, _CENTRAL_MAGIC, _END_MAGIC = 0x04034B50, 0x02014B50, 0x06054B50
+_END_64_MAGIC, _LOCATOR_64_MAGIC = 0x06064B50, 0x07064B50
+_FULL_16, _FULL_32 = 0xFFFF, 0xFFFFFFFF
+_ZIP64 = 1
+_PADDING = 0x4246  # "FB", under which torch pads too
+_DATE = 0x21
+_UTF8 = 0x800
+_LATER = 8
+_VERSION, _VERSION_64 = 20, 45
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where one record stands.
+
+    Attributes:
+        name: within the archive's folder.
+        header: offset in bytes of its local header.
+        offset: offset in bytes of its data.
+        num_bytes: length of its data.
+    """
+
+    name: str
+    header: int
+    offset: int
+    num_bytes: int
+
+    @property
+    def end(self) -> int:
+        """Offset in bytes of what comes after its data."""
+        return self.offset + self.num_bytes
+
+
+def place(name: str, num_bytes: int, at: int, *, on_border: bool) -> Slot:
+    """Return the slot of a record that comes at an offset.
+
+    Example:
+        >>> place("data/0", 8, 100, on_border=True)
+        Slot(name='data/0', header=100, offset=4096, num_bytes=8)
+    """
+    bare = at + _LOCAL.size + len(_full_name(name)) + len(_sizes_64(num_bytes))
+    if not on_border or bare % BLOCK_BYTES == 0:
+        return Slot(name, at, bare, num_bytes)
+    return Slot(name, at, bare + _EXTRA.size + -(bare + _EXTRA.size) % BLOCK_BYTES, num_bytes)
+
+
+def local_header(slot: Slot, crc: int) -> bytes:
+    """Return all bytes from a slot's header to its data."""
+    name, sizes = _full_name(slot.name), _sizes_64(slot.num_bytes)
+    num_padding = slot.offset - slot.header - _LOCAL.size - len(name) - len(sizes)
+    padding = b""
+    if num_padding:
+        padding = _EXTRA.pack(_PADDING, num_padding - _EXTRA.size) + bytes(num_padding - _EXTRA.size)
+    size = _FULL_32 if sizes else slot.num_bytes
+    fields = (_version(sizes), _flags(name), 0, 0, _DATE, crc, size, size, len(name), len(sizes) + len(padding))
+    return _LOCAL.pack(_LOCAL_MAGIC, *fields) + name + sizes + padding
+
+
+def directory(records: Sequence[tuple[Slot, int]], at: int) -> bytes:
+    """Return everything after the last record: the central directory and its end.
+
+    Args:
+        records: each slot with its CRC-32, in the order of the file.
+        at: offset in bytes of the directory.
+    """
+    entries = b"".join(_central_entry(slot, crc) for slot, crc in records)
+    num, size = len(records), len(entries)
+    is_large = num >= _FULL_16 or at >= _FULL_32 or size >= _FULL_32
+    end = b""
+    if is_large:
+        version = (_VERSION_64, _VERSION_64)
+        end += _END_64.pack(_END_64_MAGIC, _END_64.size - 12, *version, 0, 0, num, num, size, at)
+        end += _LOCATOR_64.pack(_LOCATOR_64_MAGIC, 0, at + size, 1)
+    few, small, near = min(num, _FULL_16), min(size, _FULL_32), min(at, _FULL_32)
+    if is_large:
+        few, small, near = _FULL_16, _FULL_32, _FULL_32
+    return entries + end + _END.pack(_END_MAGIC, 0, 0, few, few, small, near, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """What a directory says of one record.
+
+    Attributes:
+        name: its full name.
+        crc: its CRC-32.
+        num_bytes: its length.
+        header: offset in bytes of its local header.
+        flags: zip's.
+    """
+
+    name: str
+    crc: int
+    num_bytes: int
+    header: int
+    flags: int
+
+
+def read_directory(read: Callable[[int, int], bytes], num_bytes: int) -> tuple[list[Listed], int]:
+    """Read the directory of an archive, and take nothing for granted.
+
+    Args:
+        read: takes an offset and a length, returns the bytes there; fewer at the end of the file.
+        num_bytes: the archive's length.
+
+    Returns:
+        The records in the directory's order, and the directory's offset.
+
+    Raises:
+        ValueError: there is none at the end of the file, or it contradicts itself.
+    """
+    num, size, at, end_at = _read_end(read, num_bytes)
+    if at + size > end_at:
+        msg = "its directory does not end where it should"
+        raise ValueError(msg)
+    data, records, begin = read(at, size), list[Listed](), 0
+    while begin < len(data):
+        record, begin = _read_entry(data, begin)
+        records.append(record)
+    if len(records) != num or begin != size:
+        msg = f"its directory lists {len(records)} of {num} records"
+        raise ValueError(msg)
+    return records, at
+
+
+def read_local_header(read: Callable[[int, int], bytes], listed: Listed) -> Slot:
+    """Find where a record's data begin, and see that its header says what the directory does.
+
+    Raises:
+        ValueError: it does not.
+    """
+    fields = _unpack(_LOCAL, read(listed.header, _LOCAL.size), 0)
+    _, _, flags, method, _, _, crc, _, size, num_name, num_extra = fields
+    name = read(listed.header + _LOCAL.size, num_name)
+    is_later = flags & _LATER  # sizes and checksum follow the data
+    says_other = not is_later and (crc != listed.crc or size not in (listed.num_bytes, _FULL_32))
+    if fields[0] != _LOCAL_MAGIC or method or name != listed.name.encode() or says_other:
+        msg = f"record {listed.name} is not where its directory says"
+        raise ValueError(msg)
+    return Slot(listed.name, listed.header, listed.header + _LOCAL.size + num_name + num_extra, listed.num_bytes)
+
+
+def _read_end(read: Callable[[int, int], bytes], num_bytes: int) -> tuple[int, int, int, int]:
+    """Return how many records there are, the directory's length and offset, and where what follows it begins."""
+    end_at = num_bytes - _END.size
+    magic, disk, start, here, num, size, at, num_comment = _unpack(_END, read(max(end_at, 0), _END.size), 0)
+    if magic != _END_MAGIC or disk or start or here != num or num_comment:
+        msg = "it does not end as a zip archive does"
+        raise ValueError(msg)
+    locator_at = end_at - _LOCATOR_64.size
+    locator = read(locator_at, _LOCATOR_64.size) if locator_at >= 0 else b""
+    if len(locator) == _LOCATOR_64.size and locator[:4] == _LOCATOR_64_MAGIC.to_bytes(4, "little"):
+        _, _, end_at, _ = _LOCATOR_64.unpack(locator)
+        magic, *_, num, size, at = _unpack(_END_64, read(end_at, _END_64.size), 0)
+        if magic != _END_64_MAGIC:
+            msg = "it has no zip64 end where its locator says"
+            raise ValueError(msg)
+    return num, size, at, end_at
+
+
+def _read_entry(data: bytes, begin: int) -> tuple[Listed, int]:
+    fields = _unpack(_CENTRAL, data, begin)
+    magic, _, _, flags, method, _, _, crc, packed, size, num_name, num_extra, num_comment, _, _, _, header = fields
+    name_at = begin + _CENTRAL.size
+    extra_at, end = name_at + num_name, name_at + num_name + num_extra + num_comment
+    if magic != _CENTRAL_MAGIC or end > len(data) or packed != size:
+        msg = "an entry of its directory is no such entry"
+        raise ValueError(msg)
+    if method or flags & 1:
+        msg = "a record of it is compressed or encrypted"
+        raise ValueError(msg)
+    if _FULL_32 in (size, header):
+        large = iter(_extra_64(data[extra_at : extra_at + num_extra]))
+        size = next(large, size) if size == _FULL_32 else size
+        packed = next(large, packed) if packed == _FULL_32 else size
+        header = next(large, header) if header == _FULL_32 else header
+    return Listed(data[name_at:extra_at].decode(), crc, size, header, flags), end
+
+
+def _extra_64(extra: bytes) -> tuple[int, ...]:
+    at = 0
+    while at + _EXTRA.size <= len(extra):
+        kind, length = _EXTRA.unpack_from(extra, at)
+        at += _EXTRA.size
+        if kind == _ZIP64:
+            return struct.unpack(f"<{length // 8}Q", extra[at : at + length // 8 * 8])
+        at += length
+    return ()
+
+
+def _unpack(layout: struct.Struct, data: bytes, at: int) -> tuple[int, ...]:
+    if len(data) < at + layout.size:
+        msg = "it is cut short"
+        raise ValueError(msg)
+    return layout.unpack_from(data, at)
+
+
+def _central_entry(slot: Slot, crc: int) -> bytes:
+    name = _full_name(slot.name)
+    large = [slot.num_bytes, slot.num_bytes] if slot.num_bytes >= _FULL_32 else []
+    large += [slot.header] if slot.header >= _FULL_32 else []
+    extra = _EXTRA.pack(_ZIP64, 8 * len(large)) + struct.pack(f"<{len(large)}Q", *large) if large else b""
+    size, header = min(slot.num_bytes, _FULL_32), min(slot.header, _FULL_32)
+    version = _version(extra)
+    fields = (version, version, _flags(name), 0, 0, _DATE, crc, size, size, len(name), len(extra), 0, 0, 0, 0, header)
+    return _CENTRAL.pack(_CENTRAL_MAGIC, *fields) + name + extra
+
+
+def _full_name(name: str) -> bytes:
+    return f"{FOLDER}/{name}".encode()
+
+
+def _sizes_64(num_bytes: int) -> bytes:
+    """Return the extra field with the sizes, where they do not fit into the header."""
+    return _EXTRA.pack(_ZIP64, 16) + struct.pack("<QQ", num_bytes, num_bytes) if num_bytes >= _FULL_32 else b""
+
+
+def _version(zip64: bytes) -> int:
+    return _VERSION_64 if zip64 else _VERSION
+
+
+def _flags(name: bytes) -> int:
+    return 0 if name.isascii() else _UTF8

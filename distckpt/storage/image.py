@@ -1,0 +1,241 @@
+"""The image of a ``.pt`` in host memory: which byte of which storage comes to lie where, and the bytes around them.
+
+Owns offsets, shares of several writers, headers and checksums of one image. Must not know how the bytes come into
+memory, nor how they reach the disk. Layer L2, below :mod:`distckpt.storage.ptfile`.
+
+The order of the file::
+
+    version, byteorder      a few bytes
+    data/...                storages that are equal on all ranks, each on a border of 4096 bytes
+    data/...                storages of the saving rank's own, likewise
+    data.pkl                the tail, of the saving rank's, made when all checksums are known
+    distckpt.json           ... so is this
+    central directory       ... and this
+
+All before the tail is the *image*. It is cut into shares on borders of 4096 bytes, one a rank; the last one is the
+saving rank's. Whoever holds the header of a record has to know the checksum of the whole record, also of what lies in
+another's share: of replicated bytes it can be taken from the live ones.
+"""
+
+import itertools
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from distckpt.storage.archive import BLOCK_BYTES, Slot, directory, local_header, place
+from distckpt.storage.checksum import combined, crc32
+
+__all__ = ["CHUNK_BYTES", "ImagePlan", "Part", "Piece", "crcs_of", "plan_image", "tail_of"]
+
+CHUNK_BYTES = 8 << 20
+"""What is written at once. A power of two of blocks."""
+
+_HEAD = (("version", b"3\n"), ("byteorder", sys.byteorder.encode()))
+PICKLE, MANIFEST = "data.pkl", "distckpt.json"
+
+
+class Piece(NamedTuple):
+    """Bytes to be copied from a storage into the image.
+
+    Attributes:
+        storage: number of the storage.
+        begin: where in the storage they begin.
+        at: where in the image they go.
+        num_bytes: how many.
+    """
+
+    storage: int
+    begin: int
+    at: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePlan:
+    """Where every byte of an image lies. Computed alike on every rank whose state is of the same form.
+
+    Attributes:
+        head: the slots of the constant records.
+        slots: the storages' slots, in the order of the file.
+        order: the number of the storage in each of them.
+        shared_end: up to where in the image the bytes are equal on all ranks; a border.
+        end: the image's length, and where the tail begins.
+    """
+
+    head: tuple[Slot, ...]
+    slots: tuple[Slot, ...]
+    order: tuple[int, ...]
+    shared_end: int
+    end: int
+
+    def shares(self, num_ranks: int, saving_rank: int) -> tuple[tuple[int, int], ...]:
+        """Cut the image into one share a rank, as equal as it goes; the saving rank's is the last.
+
+        Returns:
+            For each rank where its share begins and ends. Begins, and all ends but the image's, are on borders of
+            4096 bytes.
+        """
+        equal = -(-self.end // num_ranks)
+        cuts = [self._cut_near(min(_border(equal * number), self.shared_end)) for number in range(num_ranks)]
+        ranges = [*itertools.pairwise(cuts), (cuts[-1], self.end)]
+        others = iter(ranges[:-1])
+        return tuple(ranges[-1] if rank == saving_rank else next(others) for rank in range(num_ranks))
+
+    def _cut_near(self, at: int) -> int:
+        """Return the last border up to `at` that leaves no header apart from the first byte of its record."""
+        for slot in reversed(self.slots):
+            if slot.header < at <= slot.offset:
+                at = slot.header // BLOCK_BYTES * BLOCK_BYTES
+        return at
+
+    def pieces(self, begin: int, end: int) -> Iterator[Piece]:
+        """Yield what is to be copied for a share, in the image's order."""
+        for number, slot in zip(self.order, self.slots, strict=True):
+            first, last = max(slot.offset, begin), min(slot.end, end)
+            if first < last:
+                yield Piece(number, first - slot.offset, first, last - first)
+
+    def beyond(self, begin: int, end: int) -> Piece | None:
+        """Return the rest of the record whose header is in a share but whose end is not."""
+        for number, slot in zip(self.order, self.slots, strict=True):
+            if begin <= slot.header < end < slot.end:
+                return Piece(number, end - slot.offset, end, slot.end - end)
+        return None
+
+    def form(self) -> int:
+        """Return a CRC-32 of all that has to be equal on all ranks for writing in shares."""
+        told = [(slot.name, slot.offset, slot.num_bytes) for slot in self.slots if slot.end <= self.shared_end]
+        return crc32(repr((told, self.shared_end, self.end)).encode())
+
+
+def plan_image(sizes: Sequence[int], replicated: Collection[int] = ()) -> ImagePlan:
+    """Plan the image of storages.
+
+    Args:
+        sizes: each storage's, in bytes.
+        replicated: the numbers of those that are equal on all ranks.
+
+    Example:
+        >>> plan = plan_image([8, 5000, 0])
+        >>> [slot.offset for slot in plan.slots], plan.end
+        ([4096, 8192, 16384], 16384)
+    """
+    head, at = [], 0
+    for name, data in _HEAD:
+        slot = place(name, len(data), at, on_border=False)
+        head.append(slot)
+        at = slot.end
+    shared = [number for number in range(len(sizes)) if number in replicated]
+    own = [number for number in range(len(sizes)) if number not in replicated]
+    slots, shared_end = [], 0
+    for number in (*shared, *own):
+        slot = place(f"data/{number}", sizes[number], at, on_border=True)
+        slots.append(slot)
+        at = slot.end
+        if len(slots) == len(shared):
+            shared_end = at // BLOCK_BYTES * BLOCK_BYTES
+    return ImagePlan(tuple(head), tuple(slots), (*shared, *own), shared_end, at)
+
+
+class Part:
+    """One rank's share of an image in its memory, on the way to the disk.
+
+    Args:
+        plan: the image's.
+        memory: of the share's length, or longer.
+        begin: where in the image the share begins.
+        end: where it ends.
+        beyond_crc: of what :meth:`ImagePlan.beyond` returns.
+
+    Attributes:
+        checked: (slot's number, CRC-32, bytes) of each record's bytes in this share, once they were checked.
+    """
+
+    def __init__(self, plan: ImagePlan, memory: memoryview, begin: int, end: int, *, beyond_crc: int = 0) -> None:
+        self.plan = plan
+        self.begin = begin
+        self.end = end
+        self.checked: list[tuple[int, int, int]] = []
+        self._memory = memory[: end - begin]
+        self._beyond_crc = beyond_crc
+
+    def chunks(self, wait_for: Callable[[int], None]) -> Iterator[tuple[int, memoryview]]:
+        """Yield the share's bytes in chunks, each with its offset in the file, headers and all. Any one thread.
+
+        Args:
+            wait_for: returns when the image's bytes up to an offset are in memory.
+        """
+        slots = iter(enumerate(self.plan.slots))
+        upcoming = next(slots, None)
+        self._put_head()
+        at = self.begin
+        while at < self.end:
+            until = min((at // CHUNK_BYTES + 1) * CHUNK_BYTES, self.end)
+            while upcoming is not None and upcoming[1].header < until:
+                self._finish(*upcoming, wait_for)
+                upcoming = next(slots, None)
+            wait_for(until)
+            yield at, self._memory[at - self.begin : until - self.begin]
+            at = until
+
+    def _put_head(self) -> None:
+        for slot, (_, data) in zip(self.plan.head, _HEAD, strict=True):
+            self._put(slot.header, local_header(slot, crc32(data)) + data)
+
+    def _finish(self, number: int, slot: Slot, wait_for: Callable[[int], None]) -> None:
+        """Check the record's bytes in this share, and put its header before them."""
+        first, last = max(slot.offset, self.begin), min(slot.end, self.end)
+        crc, num_bytes = 0, max(last - first, 0)
+        if num_bytes:
+            wait_for(last)
+            crc = crc32(self._memory[first - self.begin : last - self.begin])
+            self.checked.append((number, crc, num_bytes))
+        if self.begin <= slot.header < self.end:
+            if slot.end > self.end:
+                crc = combined([(crc, num_bytes), (self._beyond_crc, slot.end - self.end)])
+            self._put(slot.header, local_header(slot, crc))
+
+    def _put(self, at: int, data: bytes) -> None:
+        """Put bytes of the image where they go, as far as they are in this share."""
+        first, last = max(at, self.begin), min(at + len(data), self.end)
+        if first < last:
+            self._memory[first - self.begin : last - self.begin] = data[first - at : last - at]
+
+
+def crcs_of(plan: ImagePlan, checked: Iterable[Sequence[tuple[int, int, int]]]) -> list[int]:
+    """Put together the CRC-32 of each record of an image from what all shares' writers have checked.
+
+    Args:
+        plan: the image's.
+        checked: each share's :attr:`Part.checked`, in the order of the shares in the image.
+
+    Raises:
+        ValueError: some bytes were not checked, or twice.
+    """
+    parts: list[list[tuple[int, int]]] = [[] for _ in plan.slots]
+    for share in checked:
+        for number, crc, num_bytes in share:
+            parts[number].append((crc, num_bytes))
+    for slot, found in zip(plan.slots, parts, strict=True):
+        if sum(num_bytes for _, num_bytes in found) != slot.num_bytes:
+            msg = f"of record {slot.name} {sum(num for _, num in found)} of {slot.num_bytes} bytes were checked"
+            raise ValueError(msg)
+    return [combined(found) for found in parts]
+
+
+def tail_of(plan: ImagePlan, crcs: Sequence[int], pickled: bytes, manifest: bytes) -> bytes:
+    """Return the bytes that come after the image: pickle, manifest, and the archive's directory."""
+    records = [(slot, crc32(data)) for slot, (_, data) in zip(plan.head, _HEAD, strict=True)]
+    records += zip(plan.slots, crcs, strict=True)
+    at, tail = plan.end, b""
+    for name, data in ((PICKLE, pickled), (MANIFEST, manifest)):
+        slot, crc = place(name, len(data), at, on_border=False), crc32(data)
+        tail += local_header(slot, crc) + data
+        records.append((slot, crc))
+        at = slot.end
+    return tail + directory(records, at)
+
+
+def _border(at: int) -> int:
+    return -(-at // BLOCK_BYTES) * BLOCK_BYTES

@@ -1,0 +1,196 @@
+"""State -> ``data.pkl`` and the storages that it refers to, without a byte of theirs being copied.
+
+Owns the pickle inside a ``.pt``: the same bytes that ``torch.save`` writes there, a few times faster for the plain
+tensors that a checkpoint is made of. Must not know where the storages come to lie. Layer L2, below
+:mod:`distckpt.storage.ptfile`.
+
+Source: ``torch.serialization._save`` and ``torch.Tensor.__reduce_ex__`` of torch 2.9 to 2.13, whose format this is.
+"""
+
+import io
+import pickle
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+__all__ = ["Pickled", "TensorAt", "pickle_state"]
+
+_TYPES: Final[Mapping[torch.dtype, Any]] = {
+    torch.float64: torch.DoubleStorage,
+    torch.float32: torch.FloatStorage,
+    torch.float16: torch.HalfStorage,
+    torch.bfloat16: torch.BFloat16Storage,
+    torch.int64: torch.LongStorage,
+    torch.int32: torch.IntStorage,
+    torch.int16: torch.ShortStorage,
+    torch.int8: torch.CharStorage,
+    torch.uint8: torch.ByteStorage,
+    torch.bool: torch.BoolStorage,
+    torch.complex64: torch.ComplexFloatStorage,
+    torch.complex128: torch.ComplexDoubleStorage,
+}
+_LEVELS = 16
+"""How far down the state's tensors are named."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorAt:
+    """One tensor of a state, as the manifest names it.
+
+    Attributes:
+        name: the keys that lead to it, joined by dots.
+        dtype: e.g. ``float32``.
+        shape: its sizes.
+        storage: which of the storages it views.
+        begin_bytes: where in that storage its first element lies.
+        num_bytes: of its elements.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    storage: int
+    begin_bytes: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pickled:
+    """A state, with its storages apart.
+
+    Attributes:
+        data: the pickle.
+        storages: what it refers to, by number; shared ones once. They are the live ones, not copies.
+        tensors: those that stand in nested mappings and sequences.
+    """
+
+    data: bytes
+    storages: tuple[torch.UntypedStorage, ...]
+    tensors: tuple[TensorAt, ...]
+
+
+def pickle_state(state: Any, *, protocol: int = 2) -> Pickled:
+    """Pickle `state` as ``torch.save`` does. Rank-local; issues no collectives.
+
+    Args:
+        state: what ``torch.save`` takes.
+        protocol: pickle's; torch's readers without code know 2 alone.
+
+    Raises:
+        RuntimeError: two storages view the same memory as different types.
+        Exception: whatever pickling an object of the user's raises.
+
+    Example:
+        >>> pickled = pickle_state({"a": torch.ones(2), "b": 1})
+        >>> [storage.nbytes() for storage in pickled.storages], pickled.tensors[0].name
+        ([8], 'a')
+    """
+    buffer = io.BytesIO()
+    pickler = _Pickler(buffer, protocol)
+    pickler.dump(state)
+    return Pickled(buffer.getvalue(), tuple(pickler.storages), tuple(pickler.name_tensors(state)))
+
+
+class _Storage:
+    """A plain tensor's storage in the pickle, in the place of torch's wrapper, which takes longer to make."""
+
+    __slots__ = ("pid",)
+
+    def __init__(self, pid: tuple[Any, ...]) -> None:
+        self.pid = pid
+
+
+class _Pickler(pickle.Pickler):
+    def __init__(self, buffer: io.BytesIO, protocol: int) -> None:
+        super().__init__(buffer, protocol)
+        self.storages: list[torch.UntypedStorage] = []
+        self._keys: dict[int, str] = {}  # torch's identity of a storage -> its key
+        self._dtypes: dict[int, torch.dtype] = {}  # where its data lie -> their dtype
+
+    def persistent_id(self, obj: Any) -> Any:
+        kind = type(obj)
+        if kind is _Storage:
+            return obj.pid
+        if kind is torch.storage.TypedStorage or isinstance(obj, torch.storage.TypedStorage):
+            # torch's own accessors would warn of their removal.
+            name = obj._pickle_storage_type()  # noqa: SLF001
+            return self._pid_of(obj._untyped_storage, obj.dtype, getattr(torch, name), obj._size())  # noqa: SLF001
+        if torch.is_storage(obj):
+            storage: Any = obj
+            return self._pid_of(storage, torch.uint8, torch.UntypedStorage, storage.nbytes())
+        return None
+
+    def reducer_override(self, obj: Any) -> Any:
+        if type(obj) is not torch.Tensor:
+            return NotImplemented
+        dtype = obj.dtype
+        kind = _TYPES.get(dtype)
+        if kind is None or not _is_plain(obj):
+            return NotImplemented
+        storage = obj.untyped_storage()
+        pid = self._pid_of(storage, dtype, kind, storage.nbytes() // dtype.itemsize)
+        args: tuple[Any, ...] = (
+            _Storage(pid),
+            obj.storage_offset(),
+            tuple(obj.size()),
+            obj.stride(),
+            obj.requires_grad,
+            OrderedDict(),
+        )
+        return torch._utils._rebuild_tensor_v2, args  # noqa: SLF001 - by this name every .pt calls it
+
+    def _pid_of(self, storage: torch.UntypedStorage, dtype: torch.dtype, kind: Any, numel: int) -> tuple[Any, ...]:
+        device = storage.device
+        if device.type != "meta":
+            at = storage.data_ptr()
+            if at != 0 and self._dtypes.setdefault(at, dtype) is not dtype:
+                msg = "Cannot save multiple tensors or storages that view the same data as different types"
+                raise RuntimeError(msg)
+        identity = storage._cdata  # noqa: SLF001 - torch's identity of a storage, whatever Python wraps it
+        key = self._keys.get(identity)
+        if key is None:
+            key = self._keys[identity] = str(len(self._keys))
+            self.storages.append(storage)
+        location = "cpu" if device.type == "cpu" else torch.serialization.location_tag(storage)
+        return ("storage", kind, key, location, numel)
+
+    def name_tensors(self, state: Any) -> Iterator[TensorAt]:
+        """Yield the tensors of a state that was pickled."""
+        for path, tensor in _tensors(state, "", 0):
+            if tensor.layout is not torch.strided or tensor.device.type == "meta":
+                continue
+            storage = tensor.untyped_storage()
+            key = self._keys.get(storage._cdata)  # noqa: SLF001 - as above
+            if key is not None:
+                size = tensor.element_size()
+                begin, num_bytes = tensor.storage_offset() * size, tensor.numel() * size
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                yield TensorAt(path, dtype, tuple(tensor.shape), int(key), int(begin), num_bytes)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Tell whether nothing of a tensor is left out where its storage, sizes and strides are kept."""
+    return (
+        tensor.layout is torch.strided
+        and tensor.device.type in ("cpu", "cuda")
+        and not tensor.is_quantized
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+        and not tensor.is_nested
+        and not tensor.__dict__
+        and not tensor._backward_hooks  # noqa: SLF001 - torch warns of them where it pickles
+    )
+
+
+def _tensors(tree: Any, path: str, level: int) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(tree, torch.Tensor):
+        yield path, tree
+        return
+    if level == _LEVELS or not isinstance(tree, dict | list | tuple):
+        return
+    for key, item in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        if isinstance(item, torch.Tensor | dict | list | tuple):
+            yield from _tensors(item, f"{path}.{key}" if path else str(key), level + 1)

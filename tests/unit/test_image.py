@@ -1,0 +1,289 @@
+"""The image of a ``.pt``: every byte has its place, its owner and its checksum, and torch's own readers open it."""
+
+import io
+import subprocess
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.serialization import config
+
+from distckpt.state.staging import Copy, HostMemory, Staging
+from distckpt.storage.archive import BLOCK_BYTES, FOLDER, Slot, directory, local_header, place
+from distckpt.storage.checksum import crc32
+from distckpt.storage.image import ImagePlan, Part, crcs_of, plan_image, tail_of
+from distckpt.storage.pickling import pickle_state
+
+GIB = 1 << 30
+
+
+def storages_of(sizes: Sequence[int]) -> list[torch.UntypedStorage]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator).untyped_storage() for size in sizes]
+
+
+def bytes_of(storage: torch.UntypedStorage) -> bytes:
+    return torch.empty(0, dtype=torch.uint8).set_(storage).numpy().tobytes() if storage.nbytes() else b""
+
+
+def parts_of(
+    plan: ImagePlan, storages: Sequence[torch.UntypedStorage], num_ranks: int, saving_rank: int
+) -> list[tuple[Part, bytes]]:
+    """Stage and check every rank's share; returns them in the order of the image, each with its bytes."""
+    found = []
+    for begin, end in sorted(plan.shares(num_ranks, saving_rank)):
+        memory = HostMemory().take(end - begin)
+        staging = Staging(storages, [Copy(*piece) for piece in plan.pieces(begin, end)], memory, begin)
+        staging.run()
+        rest = plan.beyond(begin, end)
+        beyond_crc = 0
+        if rest is not None:
+            beyond_crc = crc32(bytes_of(storages[rest.storage])[rest.begin : rest.begin + rest.num_bytes])
+        part = Part(plan, memory, begin, end, beyond_crc=beyond_crc)
+        written = b""
+        for at, chunk in part.chunks(staging.wait_for):
+            assert at == begin + len(written)
+            written += bytes(chunk)
+        found.append((part, written))
+    return found
+
+
+def whole(
+    storages: Sequence[torch.UntypedStorage],
+    pickled: bytes = b"",
+    replicated: Collection[int] = (),
+    num_ranks: int = 1,
+    saving_rank: int = 0,
+) -> bytes:
+    plan = plan_image([storage.nbytes() for storage in storages], replicated)
+    parts = parts_of(plan, storages, num_ranks, saving_rank)
+    crcs = crcs_of(plan, [part.checked for part, _ in parts])
+    return b"".join(written for _, written in parts) + tail_of(plan, crcs, pickled, b"{}")
+
+
+def file_of(state: Any, path: Path, **kwargs: Any) -> Path:
+    pickled = pickle_state(state)
+    path.write_bytes(whole(pickled.storages, pickled.data, **kwargs))
+    return path
+
+
+def zoo() -> dict[str, Any]:
+    """Tensors of every make that a checkpoint may hold and torch loads without code."""
+    base = torch.arange(20, dtype=torch.float32)
+    dtypes = (
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128, torch.bool),
+        *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64),
+        *(torch.float8_e4m3fn, torch.float8_e5m2),
+    )
+    return {
+        "dtypes": {str(dtype): torch.tensor([0.0, 1.0, 1.0]).to(dtype) for dtype in dtypes},
+        "base": base,
+        "view": base[3:9],
+        "transposed": base.view(4, 5).t(),
+        "expanded": torch.ones(1).expand(7),
+        "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(2.5),
+        "conjugate": torch.tensor([1 + 2j]).conj(),
+        "parameter": nn.Parameter(torch.ones(2)),
+        "needs_grad": torch.ones(2, requires_grad=True),
+        "sparse": torch.sparse_coo_tensor(
+            torch.tensor([[0, 2]]), torch.tensor([1.0, 2.0]), (4,), check_invariants=True
+        ),
+        "numbers": [1, 2.5, True, None, "text", (1, 2), OrderedDict(a=1)],
+    }
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        if one.layout is torch.sparse_coo:
+            return same(one.to_dense(), other.to_dense())
+        is_like = type(one) is type(other) and one.dtype == other.dtype and one.stride() == other.stride()
+        equal = one.resolve_conj().contiguous().reshape(-1).view(torch.uint8), other.resolve_conj().contiguous()
+        return is_like and one.shape == other.shape and torch.equal(equal[0], equal[1].reshape(-1).view(torch.uint8))
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+def pickle_by_torch(state: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    with zipfile.ZipFile(buffer) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+        return archive.read(name)
+
+
+def trained() -> dict[str, Any]:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(3, 4)).sum().backward()
+    optimizer.step()
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+
+
+@pytest.mark.parametrize("make", [zoo, trained, list, lambda: torch.ones(3), lambda: {"a": torch.ones(2)[1:]}])
+def test_the_pickle_is_torchs_to_the_byte(make: Callable[[], Any]) -> None:
+    state = make()
+    assert pickle_state(state).data == pickle_by_torch(state)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+def test_the_pickle_of_rare_kinds_is_torchs_too() -> None:
+    quantised = torch.quantize_per_tensor(torch.tensor([0.0, 1.0]), 0.1, 0, torch.qint8)
+    typed = torch.FloatStorage([1.0, 2.0])  # type: ignore[no-untyped-call]
+    noted = torch.ones(2)
+    noted.note = "an attribute"  # type: ignore[attr-defined]
+    for state in (quantised, typed, torch.ones(3).untyped_storage(), torch.empty(2, device="meta"), noted):
+        assert pickle_state(state).data == pickle_by_torch(state)
+
+
+def test_memory_that_is_viewed_as_two_types_is_refused_as_torch_does() -> None:
+    tensor = torch.ones(4)
+    with pytest.raises(RuntimeError, match="view the same data as different types"):
+        pickle_state([tensor, tensor.view(torch.int32)])
+
+
+@pytest.mark.parametrize("options", [{}, {"mmap": True}], ids=["read", "mapped"])
+@pytest.mark.parametrize("computed", [False, True], ids=["offsets read", "offsets computed"])
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_torch_loads_every_kind_of_tensor_to_the_bit(
+    tmp_path: Path, options: dict[str, Any], *, computed: bool, num_ranks: int
+) -> None:
+    state = {"zoo": zoo(), "trained": trained(), "large": torch.randn(3_000_000)}
+    num_storages = len(pickle_state(state).storages)
+    path = file_of(state, tmp_path / "a.pt", replicated=range(num_storages), num_ranks=num_ranks)
+    with config.patch({"load.calculate_storage_offsets": computed}):  # type: ignore[attr-defined]
+        loaded = torch.load(path, weights_only=True, **options)
+    assert same(state, loaded)
+    assert loaded["zoo"]["view"].untyped_storage().data_ptr() == loaded["zoo"]["base"].untyped_storage().data_ptr()
+
+
+def test_unzip_finds_nothing_wrong(tmp_path: Path) -> None:
+    path = file_of({"zoo": zoo(), "trained": trained()}, tmp_path / "a.pt")
+    done = subprocess.run(["unzip", "-t", path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "No errors detected" in done.stdout
+
+
+def test_storages_stand_on_borders_and_shared_ones_once() -> None:
+    tensor = torch.ones(5000)
+    pickled = pickle_state([tensor, tensor[1:], torch.ones(1)])
+    assert len(pickled.storages) == 2
+    plan = plan_image([storage.nbytes() for storage in pickled.storages])
+    assert [slot.offset % BLOCK_BYTES for slot in plan.slots] == [0, 0]
+
+
+sizes = st.lists(st.sampled_from([0, 1, 4, 4000, 4095, 4096, 4097, 8192, 60_000, 1_000_003]), max_size=12)
+
+
+@settings(max_examples=150, deadline=None)
+@given(sizes=sizes, num_ranks=st.integers(1, 5), data=st.data())
+def test_any_number_of_shares_makes_the_same_file(sizes: list[int], num_ranks: int, data: st.DataObject) -> None:
+    saving_rank = data.draw(st.integers(0, num_ranks - 1))
+    replicated = data.draw(st.sets(st.sampled_from(range(len(sizes))))) if sizes else set()
+    storages = storages_of(sizes)
+    plan = plan_image(sizes, replicated)
+    shares = sorted(plan.shares(num_ranks, saving_rank))
+    assert [begin for begin, _ in shares] == [0, *(end for _, end in shares[:-1])], "nothing is left out"
+    assert shares[-1] == plan.shares(num_ranks, saving_rank)[saving_rank] or shares[-1][0] == shares[-1][1]
+    assert plan.shares(num_ranks, saving_rank)[saving_rank][1] == plan.end
+    assert all(begin % BLOCK_BYTES == 0 for begin, _ in shares)
+    assert all(slot.offset >= shares[-1][0] for number, slot in zip(plan.order, plan.slots, strict=True)
+               if number not in replicated), "what is the saving rank's own is in its share"  # fmt: skip
+    one = whole(storages, b"pickle", replicated)
+    assert whole(storages, b"pickle", replicated, num_ranks, saving_rank) == one
+    with zipfile.ZipFile(io.BytesIO(one)) as archive:
+        assert archive.testzip() is None
+        assert archive.read(f"{FOLDER}/data.pkl") == b"pickle"
+        for number, storage in enumerate(storages):
+            assert archive.read(f"{FOLDER}/data/{number}") == bytes_of(storage)
+
+
+def test_shares_of_equal_tensors_are_about_equal() -> None:
+    plan = plan_image([1_000_000] * 40, range(40))
+    lengths = [end - begin for begin, end in plan.shares(4, 0)]
+    assert max(lengths) - min(lengths) < 3 * BLOCK_BYTES
+
+
+def test_one_tensor_is_split_inside() -> None:
+    plan = plan_image([64 << 20], [0])
+    lengths = [end - begin for begin, end in plan.shares(4, 1)]
+    assert max(lengths) - min(lengths) <= 4 * BLOCK_BYTES
+
+
+def test_bytes_that_nobody_checked_are_noticed() -> None:
+    plan = plan_image([8192], [0])
+    parts = parts_of(plan, storages_of([8192]), 2, 0)
+    with pytest.raises(ValueError, match=r"of record data/0 .* of 8192 bytes were checked"):
+        crcs_of(plan, [parts[0][0].checked])
+
+
+def test_ranks_of_another_form_are_told_from_each_other() -> None:
+    forms = [plan_image([8, 4096], [0]), plan_image([8, 4096], [0, 1]), plan_image([4096, 8], [0]), plan_image([8, 8])]
+    assert len({plan.form() for plan in forms}) == len(forms)
+    assert plan_image([8, 4096], [0]).form() == forms[0].form()
+
+
+def test_more_than_four_gibibytes_are_described_by_zip64(tmp_path: Path) -> None:
+    path = tmp_path / "large.pt"
+    pickled = pickle_state({"small": torch.arange(3)})
+    plan = plan_image([5 * GIB, 24, 4 * GIB])
+    data = bytes_of(pickled.storages[0])
+    with path.open("wb") as file:  # its holes take no space
+        for slot in plan.slots:
+            file.seek(slot.header)
+            file.write(local_header(slot, 7) + (data if slot.num_bytes == len(data) else b"x"))
+        file.seek(plan.end)
+        file.write(tail_of(plan, [7, crc32(data), 9], b"pickle", b"{}"))
+        file.seek(0)
+        for slot, content in zip(plan.head, (b"3\n", b"little"), strict=True):
+            file.write(local_header(slot, crc32(content)) + content)
+    with zipfile.ZipFile(path) as archive:
+        found = {info.filename: info for info in archive.infolist()}
+        assert [found[f"{FOLDER}/data/{number}"].file_size for number in range(3)] == [5 * GIB, 24, 4 * GIB]
+        assert [found[f"{FOLDER}/data/{number}"].CRC for number in range(3)] == [7, crc32(data), 9]
+        assert archive.read(f"{FOLDER}/data/1") == data
+        assert archive.read(f"{FOLDER}/data.pkl") == b"pickle", "beyond nine gibibytes"
+    done = subprocess.run(["unzip", "-v", path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_torch_loads_what_lies_beyond_four_gibibytes(tmp_path: Path) -> None:
+    small = torch.arange(3)
+    path = tmp_path / "large.pt"
+    pickled = pickle_state({"hole": torch.zeros(1, dtype=torch.uint8), "small": small})
+    plan = plan_image([5 * GIB, 24])
+    with path.open("wb") as file:
+        for slot, content in zip(plan.head, (b"3\n", b"little"), strict=True):
+            file.write(local_header(slot, crc32(content)) + content)
+        crc = crc32(bytes_of(pickled.storages[1]))
+        file.seek(plan.slots[0].header)
+        file.write(local_header(plan.slots[0], 0))
+        file.seek(plan.slots[1].header)
+        file.write(local_header(plan.slots[1], crc) + bytes_of(pickled.storages[1]))
+        file.seek(plan.end)
+        file.write(tail_of(plan, [0, crc], pickled.data, b"{}"))
+    assert torch.equal(torch.load(path, weights_only=True, mmap=True)["small"], small)
+
+
+def test_a_slot_on_a_border_has_room_for_its_padding() -> None:
+    for at in range(BLOCK_BYTES - 120, BLOCK_BYTES + 10):
+        slot = place("data/0", 8, at, on_border=True)
+        assert slot.offset % BLOCK_BYTES == 0
+        assert len(local_header(slot, 0)) == slot.offset - slot.header
+
+
+def test_an_empty_archive_has_an_end() -> None:
+    with zipfile.ZipFile(io.BytesIO(directory([], 0))) as archive:
+        assert archive.namelist() == []
+    assert Slot("a", 0, 30, 5).end == 35
