@@ -1,0 +1,232 @@
+"""Device -> host: the bytes of a state into memory that is laid out as the file will be.
+
+Owns that memory, and the copying. Must not know about files, nor why a byte goes where it goes. Layer L2.
+
+The memory is page-aligned, touched once, and kept for the next save. Copying lets go of Python's lock; where torch may
+use several threads (``torch.get_num_threads``), so does the copying.
+"""
+
+import contextlib
+import ctypes
+import itertools
+import mmap
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+__all__ = ["Copy", "HostMemory", "Staging", "num_staging_threads"]
+
+_STRIDE_BYTES = 4 << 20
+"""What one thread copies before it tells how far it is."""
+_MOST_THREADS = 4
+"""More do not make a memory faster."""
+
+
+class Copy(NamedTuple):
+    """Bytes to be copied.
+
+    Attributes:
+        storage: number of the storage they come from.
+        begin: where in the storage they begin.
+        at: where they go; offsets count from what :class:`Staging` is told.
+        num_bytes: how many.
+    """
+
+    storage: int
+    begin: int
+    at: int
+    num_bytes: int
+
+
+class HostMemory:
+    """Page-aligned host memory that is kept and used again. One user at a time.
+
+    Attributes:
+        num_bytes: how much there is.
+
+    Example:
+        >>> memory = HostMemory()
+        >>> len(memory.take(10)), memory.take(10_000) is not None, memory.num_bytes
+        (10, True, 12288)
+    """
+
+    def __init__(self) -> None:
+        self._map: mmap.mmap | None = None
+        self._pinned: int | None = None
+        self.num_bytes = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "HostMemory":
+        """Return a new one: what a copy of its owner stages, goes elsewhere."""
+        return HostMemory()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Start anew in another process."""
+        return (HostMemory, ())
+
+    def take(self, num_bytes: int, *, pinned: bool = False) -> memoryview:
+        """Return `num_bytes` of it, with what the last user left there.
+
+        Args:
+            num_bytes: how much; the memory grows where it has less.
+            pinned: whether an accelerator copies into it.
+
+        Raises:
+            MemoryError: there is not that much.
+        """
+        if self._map is None or num_bytes > self.num_bytes:
+            self.free()
+            size = max(-(-num_bytes // mmap.PAGESIZE), 1) * mmap.PAGESIZE
+            try:
+                self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            except OSError as error:
+                msg = f"no host memory for a snapshot of {num_bytes} bytes: {error}"
+                raise MemoryError(msg) from error
+            with contextlib.suppress(OSError):  # larger pages: fewer to touch, and to pin for the disk
+                self._map.madvise(mmap.MADV_HUGEPAGE)
+            self.num_bytes = size
+        if pinned and self._pinned is None and torch.cuda.is_available():
+            address = _address_of(memoryview(self._map))
+            torch.cuda.check_error(int(_cudart().cudaHostRegister(address, self.num_bytes, 0)))
+            self._pinned = address
+        return memoryview(self._map)[:num_bytes]
+
+    def free(self) -> None:
+        """Give it back. Views of it that somebody still holds keep theirs."""
+        if self._pinned is not None:
+            torch.cuda.check_error(int(_cudart().cudaHostUnregister(self._pinned)))
+        self._map, self._pinned, self.num_bytes = None, None, 0
+
+
+class Staging:
+    """A copying under way: any number of threads may take part, and any thread may wait for it.
+
+    Args:
+        storages: what is copied from.
+        copies: what goes where, in ascending order of ``at``.
+        memory: what is copied into.
+        begin: the offset of the memory's first byte.
+    """
+
+    def __init__(
+        self, storages: Sequence[torch.UntypedStorage], copies: Iterable[Copy], memory: memoryview, begin: int
+    ) -> None:
+        self._storages = storages
+        self._memory = memory
+        self._address = _address_of(memory)
+        self._begin = begin
+        self._todo = [part for copy in copies for part in _in_strides(copy)]
+        self._next = itertools.count()
+        self._is_done = bytearray(len(self._todo))
+        self._num_done = 0  # from the first on, without a gap
+        self._change = threading.Condition()
+        self._num_waiting = 0
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        """Take part until there is nothing left to begin.
+
+        Raises:
+            Exception: copying failed, here or on another thread.
+        """
+        try:
+            for number in self._next:
+                if number >= len(self._todo) or self._error is not None:
+                    break
+                self._copy(self._todo[number])
+                self._is_done[number] = 1
+                if self._num_waiting or number == self._num_done:
+                    self._look_how_far()
+        except BaseException as error:
+            with self._change:
+                self._error = error
+                self._change.notify_all()
+            raise
+
+    def stop(self) -> None:
+        """Begin nothing more: whoever waits for the rest gets an error."""
+        if self._num_done < len(self._todo):
+            self._error = self._error or RuntimeError("the copying was stopped")
+
+    def run_on(self, num_threads: int) -> None:
+        """Copy all of it, with so many threads, this one among them; return when it is done.
+
+        Raises:
+            Exception: copying failed.
+        """
+        helpers = [
+            threading.Thread(target=self._help, name="distckpt-staging", daemon=True) for _ in range(num_threads - 1)
+        ]
+        for helper in helpers:
+            helper.start()
+        self.run()
+        for helper in helpers:
+            helper.join()
+        self.wait_for(None)
+
+    def wait_for(self, offset: int | None) -> None:
+        """Return when all bytes up to an offset are copied; None for all there are.
+
+        Raises:
+            Exception: copying failed.
+        """
+        while not self._is_past(offset):
+            with self._change:
+                self._num_waiting += 1
+                try:
+                    self._look_how_far()
+                    if not self._is_past(offset):
+                        self._change.wait(timeout=1.0)  # not for ever: a signal handler may want its turn
+                finally:
+                    self._num_waiting -= 1
+            if self._error is not None:
+                raise self._error
+
+    def _is_past(self, offset: int | None) -> bool:
+        if self._num_done == len(self._todo):
+            return True
+        return offset is not None and self._todo[self._num_done].at >= offset
+
+    def _look_how_far(self) -> None:
+        with self._change:
+            far = self._is_done.find(0, self._num_done)
+            self._num_done = len(self._todo) if far < 0 else far
+            self._change.notify_all()
+
+    def _help(self) -> None:
+        with contextlib.suppress(BaseException):  # kept, and raised where it is waited for
+            self.run()
+
+    def _copy(self, copy: Copy) -> None:
+        storage, at = self._storages[copy.storage], copy.at - self._begin
+        if storage.device.type == "cpu":
+            ctypes.memmove(self._address + at, storage.data_ptr() + copy.begin, copy.num_bytes)
+        else:
+            source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+            target = torch.frombuffer(self._memory, dtype=torch.uint8, offset=at, count=copy.num_bytes)
+            target.copy_(source[copy.begin : copy.begin + copy.num_bytes])
+
+
+def num_staging_threads() -> int:
+    """Return how many threads may copy in this process."""
+    return min(torch.get_num_threads(), _MOST_THREADS)
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch ships it without types
+
+
+def _in_strides(copy: Copy) -> Iterable[Copy]:
+    if copy.num_bytes <= _STRIDE_BYTES:
+        return (copy,)
+    return (
+        Copy(copy.storage, copy.begin + done, copy.at + done, min(_STRIDE_BYTES, copy.num_bytes - done))
+        for done in range(0, copy.num_bytes, _STRIDE_BYTES)
+    )
+
+
+def _address_of(memory: memoryview) -> int:
+    if not len(memory):
+        return 0
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))

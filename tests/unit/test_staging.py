@@ -1,0 +1,180 @@
+"""Bytes on their way: into staging memory by several threads, and from there past the page cache."""
+
+import ctypes
+import errno
+import os
+import pickle
+import threading
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+
+from distckpt.state.staging import Copy, HostMemory, Staging
+from distckpt.storage.direct import DirectFile
+
+MIB = 1 << 20
+
+
+def storages_of(*sizes: int) -> list[torch.UntypedStorage]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator).untyped_storage() for size in sizes]
+
+
+def bytes_of(storage: torch.UntypedStorage) -> bytes:
+    return torch.empty(0, dtype=torch.uint8).set_(storage).numpy().tobytes()
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 4])
+def test_every_byte_goes_where_it_should(num_threads: int) -> None:
+    storages = storages_of(20 * MIB + 3, 5, 9 * MIB)
+    copies, at = [], 1000
+    for number, storage in enumerate(storages):
+        copies.append(Copy(number, 0, at, storage.nbytes()))
+        at += storage.nbytes() + 77
+    memory = HostMemory().take(at - 1000)
+    Staging(storages, copies, memory, 1000).run_on(num_threads)
+    for one, storage in zip(copies, storages, strict=True):
+        assert bytes(memory[one.at - 1000 :][: one.num_bytes]) == bytes_of(storage)
+
+
+def test_whoever_waits_goes_on_as_soon_as_his_bytes_are_there() -> None:
+    storages = storages_of(10, 10)
+    staging = Staging(storages, [Copy(0, 0, 0, 10), Copy(1, 0, 10, 10)], HostMemory().take(20), 0)
+    gate, seen = threading.Event(), list[int]()
+
+    def stop_at_the_second(copy: Copy) -> None:
+        if copy.at:
+            gate.wait(timeout=10.0)
+
+    staging._copy = stop_at_the_second  # type: ignore[method-assign]
+    thread = threading.Thread(target=staging.run)
+    thread.start()
+    staging.wait_for(10)
+    seen.append(10)
+    gate.set()
+    staging.wait_for(None)
+    thread.join(timeout=10.0)
+    assert seen == [10]
+
+
+def test_an_error_of_one_thread_reaches_all() -> None:
+    staging = Staging(storages_of(10), [Copy(0, 0, 0, 10)], HostMemory().take(10), 0)
+
+    def fail(copy: Copy) -> None:
+        raise ValueError(copy.num_bytes)
+
+    staging._copy = fail  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="10"):
+        staging.run_on(3)
+    with pytest.raises(ValueError, match="10"):
+        staging.wait_for(1)
+
+
+def test_who_waits_for_a_copying_that_was_stopped_gets_an_error() -> None:
+    staging = Staging(storages_of(10), [Copy(0, 0, 0, 10)], HostMemory().take(10), 0)
+    staging.stop()
+    with pytest.raises(RuntimeError, match="stopped"):
+        staging.wait_for(None)
+
+
+def test_memory_is_on_a_page_and_used_again() -> None:
+    memory = HostMemory()
+    first = memory.take(5000)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(first))
+    assert address % 4096 == 0
+    first[0] = 7
+    again = memory.take(4000)
+    assert (ctypes.addressof(ctypes.c_char.from_buffer(again)), again[0]) == (address, 7)
+    assert len(memory.take(50_000)) == 50_000
+    assert first[0] == 7, "who holds a view of what was given back keeps it"
+    memory.free()
+    assert memory.num_bytes == 0
+    assert (deepcopy(memory).num_bytes, pickle.loads(pickle.dumps(memory)).num_bytes) == (0, 0)  # noqa: S301 - ours
+
+
+# -- O_DIRECT ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parent(tmp_path: Path) -> Iterator[int]:
+    fd = os.open(tmp_path, os.O_RDONLY)
+    yield fd
+    os.close(fd)
+
+
+def write_through(path: Path, parent: int, pieces: list[tuple[int, memoryview]]) -> bytes:
+    with path.open("w+b") as file, DirectFile(file.fileno(), parent, path.name) as direct:
+        for offset, data in pieces:
+            direct.write(data, offset)
+    return path.read_bytes()
+
+
+def content(num_bytes: int) -> memoryview:
+    memory = HostMemory().take(num_bytes)
+    memory[:] = bytes_of(storages_of(num_bytes)[0])
+    return memory
+
+
+def test_whole_blocks_and_odd_rests_are_written(tmp_path: Path, parent: int) -> None:
+    data = content(3 * MIB + 123)
+    pieces = [(MIB, data[MIB:]), (0, data[:MIB])]
+    assert write_through(tmp_path / "a", parent, pieces) == bytes(data)
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EIO])
+def test_a_file_system_without_o_direct_takes_everything_the_usual_way(
+    tmp_path: Path, parent: int, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    real = os.open
+
+    def refuse(path: str, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(code, os.strerror(code))
+        return real(path, flags, mode, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "open", refuse)
+    data = content(10_000)
+    assert write_through(tmp_path / "a", parent, [(0, data)]) == bytes(data)
+
+
+def test_other_borders_than_ours_are_no_error(tmp_path: Path, parent: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, refused = os.pwrite, list[int]()
+
+    def refuse(fd: int, data: memoryview, offset: int) -> int:
+        if not refused:
+            refused.append(offset)
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    data = content(10_000)
+    assert write_through(tmp_path / "a", parent, [(0, data)]) == bytes(data)
+    assert refused == [0]
+
+
+@pytest.mark.parametrize("most", [1, 1000, 4096, 5000])
+def test_short_writes_are_gone_on_with(tmp_path: Path, parent: int, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: real(fd, bytes(data[:most]), offset))
+    data = content(9_000)
+    with (tmp_path / "a").open("w+b") as file, DirectFile(file.fileno(), parent, "missing") as direct:
+        direct.write(data, 0)
+    assert (tmp_path / "a").read_bytes() == bytes(data)
+
+
+def test_a_write_that_takes_nothing_is_an_error(tmp_path: Path, parent: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "pwrite", lambda *_: 0)
+    with pytest.raises(OSError, match="took no bytes"):
+        write_through(tmp_path / "a", parent, [(0, content(8192))])
+
+
+def test_a_full_disk_is_an_error(tmp_path: Path, parent: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        write_through(tmp_path / "a", parent, [(0, content(8192))])
