@@ -6,6 +6,7 @@ Owns the file's content. Must not know where the file lies or how it becomes dur
 import errno
 import functools
 import inspect
+import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +17,13 @@ import torch
 from distckpt.errors import DamagedCheckpoint, UnsafeCheckpoint
 from distckpt.quiet import quiet
 from distckpt.storage.sink import Sink
+from distckpt.storage.verify import begins_as_archive, check_whole
 
-__all__ = ["check_save_options", "read_pt", "what_loading_refuses", "write_pt"]
+__all__ = ["check_save_options", "is_ordinary", "read_pt", "verify", "what_loading_refuses", "write_pt"]
+
+
+_MOST_FAULTS = 3
+"""What a message names of them."""
 
 
 @functools.cache
@@ -36,6 +42,15 @@ def check_save_options(options: Mapping[str, Any]) -> None:
             known = ", ".join(sorted(_save_options()))
             msg = f"save() got an unexpected keyword argument '{name}'; torch.save takes: {known}"
             raise TypeError(msg)
+
+
+def is_ordinary(options: Mapping[str, Any]) -> bool:
+    """Tell whether ``torch.save`` would write, with these keyword arguments, what distckpt writes itself."""
+    return (
+        options.get("pickle_module", pickle) is pickle
+        and options.get("_use_new_zipfile_serialization", True) is True
+        and options.get("_disable_byteorder_record", False) is False
+    )
 
 
 def write_pt(state: Any, sink: Sink, options: Mapping[str, Any]) -> None:
@@ -57,11 +72,32 @@ def write_pt(state: Any, sink: Sink, options: Mapping[str, Any]) -> None:
         raise
 
 
-def read_pt(path: Path) -> Any:
+def verify(path: Path) -> None:
+    """Compare a file with its own checksums; see :mod:`distckpt.storage.verify`. Files that are no archives pass.
+
+    Raises:
+        OSError: it cannot be read.
+        DamagedCheckpoint: it is not as it was written.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if not begins_as_archive(fd):
+            return  # the older format, or no checkpoint at all: who reads it will say so
+        faults = check_whole(fd)
+    finally:
+        os.close(fd)
+    if faults:
+        more = f", and {len(faults) - _MOST_FAULTS} more" if len(faults) > _MOST_FAULTS else ""
+        msg = f"{path} is no checkpoint, or is truncated or damaged: {'; '.join(faults[:_MOST_FAULTS])}{more}"
+        raise DamagedCheckpoint(msg)
+
+
+def read_pt(path: Path, *, verified: bool = True) -> Any:
     """Read a checkpoint onto the CPU. Never executes code: there is no fallback to an unsafe way.
 
     Args:
         path: of a file that ``torch.save`` or distckpt wrote.
+        verified: compare it with its checksums first.
 
     Raises:
         OSError: it cannot be opened or read.
@@ -73,6 +109,8 @@ def read_pt(path: Path) -> Any:
     if is_empty:
         msg = f"{path} is no checkpoint: it is empty"
         raise DamagedCheckpoint(msg)
+    if verified:
+        verify(path)
     try:
         with quiet():  # of a pickle protocol that its own loader may not know: it will say so
             return torch.load(path, map_location="cpu", weights_only=True)
