@@ -24,6 +24,7 @@ from distckpt.consensus.scores import check_rule
 from distckpt.consensus.step_vote import Answer, Fact
 from distckpt.errors import CommitNotDurable
 from distckpt.handlers import arguments
+from distckpt.handlers.about import about
 from distckpt.handlers.checkpoint_helpers import CheckpointHelpers
 from distckpt.handlers.checkpoint_history import ON_DISK, CheckpointHistory
 from distckpt.handlers.disk_saver import DiskSaver
@@ -42,6 +43,7 @@ from distckpt.handlers.voting import (
     others_vote,
     settle,
 )
+from distckpt.manifest import Manifest
 from distckpt.naming import check_name
 from distckpt.scalars import is_numpy_scalar, plain_score
 from distckpt.state.collect import capture, consolidate
@@ -291,7 +293,7 @@ class Checkpoint(CheckpointHelpers, CheckpointHistory, Voter):
                 agreed,
                 consolidate=lambda: consolidate(self.to_save, save_on_rank=agreed.coordinator),
                 capture=lambda: self._capture(backend, agreed.coordinator, decision),
-                write=lambda checkpoint: hand_over(handler, checkpoint, decision.filename, dict(decision.metadata)),
+                write=lambda checkpoint: _hand_over(handler, checkpoint, decision, about(backend, engine, agreed)),
                 all_write=not (isinstance(handler, DiskSaver) and handler.writes_on_one_rank),
                 timeout_s=self.timeout_s,
             )
@@ -424,6 +426,13 @@ class Checkpoint(CheckpointHelpers, CheckpointHistory, Voter):
         if nan_is_why(agreed) and "nan" not in self._warned:
             self._warned.add("nan")
             warnings.warn("Checkpoint: the score is NaN; nothing was saved. This is said once.", stacklevel=3)
+
+
+def _hand_over(handler: Callable[..., Any], checkpoint: Any, decision: SaveDecision, manifest: Manifest) -> None:
+    if type(handler).__call__ is DiskSaver.__call__:
+        handler.save_with(checkpoint, decision.filename, manifest)  # type: ignore[attr-defined]  # it is one
+    else:  # a user's, or a DiskSaver that does more
+        hand_over(handler, checkpoint, decision.filename, dict(decision.metadata))
 
 
 def _remembered(work: Callable[[], SaveIntent]) -> Callable[[], SaveIntent]:

@@ -13,11 +13,15 @@ from typing import Any
 from distckpt.backends.base import Backend
 from distckpt.backends.detect import current
 from distckpt.consensus.agree import post_failure
+from distckpt.handlers.about import about
 from distckpt.handlers.arguments import check_rank
 from distckpt.handlers.save_handler import BaseSaveHandler
+from distckpt.manifest import Manifest
 from distckpt.naming import check_name
+from distckpt.snapshot import write_file
+from distckpt.state.staging import HostMemory
 from distckpt.storage.disk import Directory, make_directory
-from distckpt.storage.ptfile import check_save_options, what_loading_refuses, write_pt
+from distckpt.storage.ptfile import check_save_options, what_loading_refuses
 
 __all__ = ["DiskSaver"]
 
@@ -79,6 +83,7 @@ class DiskSaver(BaseSaveHandler):
         self.kwargs = kwargs
         self._atomic = bool(atomic)
         self._has_looked = False
+        self._memory = HostMemory()
         backend = current()
         # What fails here on some ranks only reaches the others at the handler's first event, through a note.
         self._ticket = backend.take_ticket(type(self).__name__)
@@ -140,13 +145,23 @@ class DiskSaver(BaseSaveHandler):
             CommitNotDurable: it is there, but may not survive a power cut.
         """
         del metadata
+        self.save_with(checkpoint, filename, about(current()))
+
+    def save_with(self, checkpoint: Mapping[str, Any], filename: str, manifest: Manifest) -> None:
+        """Save `checkpoint` with what its manifest is to say, but for the tensors; else as a call does."""
         live = current()
         options = {name: value for name, value in self.kwargs.items() if live.name != "xla" or name not in _OF_XM_SAVE}
         check_save_options(options)
         check_name(filename)
         if self._writes_on(live):
-            Directory(self.dirname).write(
-                filename, lambda sink: write_pt(checkpoint, sink, options), atomic=self._atomic
+            write_file(
+                Directory(self.dirname),
+                filename,
+                checkpoint,
+                memory=self._memory,
+                about=manifest,
+                options=options,
+                atomic=self._atomic,
             )
             if not self._has_looked:
                 self._has_looked = True

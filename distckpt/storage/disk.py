@@ -12,16 +12,18 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
-from distckpt.errors import save_error
+from distckpt.errors import SaveError, save_error
 from distckpt.naming import check_name, is_temp
+from distckpt.storage.direct import DirectFile
 from distckpt.storage.sink import Sink
 from distckpt.storage.temp import FILE_MODE, NEW_FILE_FLAGS, close_quietly, open_temp, remove_if_dead
 
-__all__ = ["Directory", "WriteReceipt", "make_directory"]
+__all__ = ["Directory", "NewFile", "WriteReceipt", "make_directory"]
 
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
@@ -72,40 +74,79 @@ class Directory:
         self.path = path
 
     def write(self, name: str, fill: Callable[[Sink], None], *, atomic: bool = True) -> WriteReceipt:
-        """Write a file whole and make it durable.
-
-        1. refuse a name that leaves the directory
-        2. clear the temporary files of dead processes
-        3. write the content into a temporary file in the same directory
-        4. fsync it
-        5. rename it into place
-        6. fsync the directory
-
-        With `atomic` off 3 writes under the final name and 5 is left out: for file systems that cannot rename. A
-        failure then leaves a partial file under that name.
+        """Write a file whole and make it durable: :meth:`create`, fill it, :meth:`NewFile.commit`.
 
         Args:
-            name: relative to the directory; a sub-folder in it has to exist.
+            name: see :meth:`create`.
             fill: writes the content; may raise anything.
-            atomic: see above.
+            atomic: see :meth:`create`.
 
         Raises:
             ValueError: the name would leave the directory, or a symlink is in the way.
             SaveError: the operating system refused; what was there before is untouched.
-            CommitNotDurable: step 6 failed: the file is there, but may not survive a power cut.
+            CommitNotDurable: the file is there, but may not survive a power cut.
         """
-        with self._parent_of(name, "save") as (fd, leaf):
-            self._clear_leftovers(fd)
-            num_bytes = self._write_atomic(fd, name, leaf, fill) if atomic else self._write_plain(fd, name, leaf, fill)
+        with self.create(name, atomic=atomic) as new:
+            sink = Sink(new.fd)
             try:
-                _sync_directory(fd)
+                fill(sink)
+                sink.flush()
             except OSError as error:
-                msg = (
-                    f"{self.path / name} was written and renamed, but its directory could not be synced "
-                    f"({_named(error)}): it may not survive a power cut"
-                )
-                raise save_error(msg, error, renamed=True) from error
-        return WriteReceipt(path=self.path / name, num_bytes=num_bytes)
+                raise new.refused("writing", sink.num_bytes, error) from error
+            return new.commit(sink.num_bytes)
+
+    def create(self, name: str, *, atomic: bool = True) -> "NewFile":
+        """Begin a file.
+
+        1. refuse a name that leaves the directory
+        2. clear the temporary files of dead processes
+        3. make a temporary file in the same directory; the caller writes the content into it
+        4. :meth:`NewFile.commit`: fsync it
+        5. rename it into place
+        6. fsync the directory
+
+        With `atomic` off 3 makes a file under the final name and 5 is left out: for file systems that cannot rename. A
+        failure then leaves a partial file under that name.
+
+        Args:
+            name: relative to the directory; a sub-folder in it has to exist.
+            atomic: see above.
+
+        Raises:
+            ValueError: the name would leave the directory, or a symlink is in the way.
+            SaveError: the operating system refused.
+        """
+        parent, leaf = self._parent_of(name, "save")
+        try:
+            self._clear_leftovers(parent)
+            make = _make_temp if atomic else _make_plain
+            try:
+                fd, at = make(parent, leaf)
+            except OSError as error:
+                what = "no temporary file can be made" if atomic else "it cannot be opened"
+                msg = f"cannot save {name}: {what} in {self.path} ({_named(error)})"
+                raise save_error(msg, error) from error
+        except BaseException:
+            close_quietly(parent)
+            raise
+        return NewFile(self.path, name, fd, parent, at, leaf)
+
+    def join(self, name: str, temp: str) -> int:
+        """Open the temporary file that another process has made for `name`, to write a part of it.
+
+        Returns:
+            Its descriptor.
+
+        Raises:
+            ValueError: a name would leave the directory, or a symlink is in the way.
+            OSError: it cannot be opened, e.g. because this directory is another one.
+        """
+        parent, _ = self._parent_of(name, "save")
+        try:
+            (leaf,) = check_name(temp)
+            return os.open(leaf, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        finally:
+            close_quietly(parent)
 
     def remove(self, name: str) -> None:
         """Remove a file.
@@ -115,16 +156,17 @@ class Directory:
             ValueError: the name would leave the directory, or a symlink is in the way.
             OSError: the operating system refused.
         """
-        with self._parent_of(name, "remove") as (fd, leaf):
-            try:
-                os.unlink(leaf, dir_fd=fd)
-            except OSError as error:
-                error.filename = str(self.path / name)
-                raise
+        fd, leaf = self._parent_of(name, "remove")
+        try:
+            os.unlink(leaf, dir_fd=fd)
+        except OSError as error:
+            error.filename = str(self.path / name)
+            raise
+        finally:
+            close_quietly(fd)
 
-    @contextlib.contextmanager
-    def _parent_of(self, name: str, doing: str) -> Iterator[tuple[int, str]]:
-        """Open the folder that holds `name`, following no symlink below the directory itself."""
+    def _parent_of(self, name: str, doing: str) -> tuple[int, str]:
+        """Open the folder that holds `name`, following no symlink below the directory itself; the caller closes it."""
         *folders, leaf = check_name(name)
         here = str(self.path)
         try:
@@ -145,66 +187,11 @@ class Directory:
                 close_quietly(fd)
                 fd = below
             if _is_symlink(leaf, fd):
-                raise _symlink_in_the_way(name, f"{here}/{leaf}")
-            yield fd, leaf
-        finally:
-            close_quietly(fd)
-
-    def _write_atomic(self, parent: int, name: str, leaf: str, fill: Callable[[Sink], None]) -> int:
-        temp = ""
-        try:
-            fd, temp = open_temp(parent)
-        except OSError as error:
-            msg = f"cannot save {name}: no temporary file can be made in {self.path} ({_named(error)})"
-            raise save_error(msg, error) from error
-        try:
-            num_bytes = self._fill_and_sync(fd, name, fill)
-            try:
-                os.rename(temp, leaf, src_dir_fd=parent, dst_dir_fd=parent)
-            except OSError as error:
-                msg = f"cannot save {name} in {self.path}: its temporary file could not be renamed ({_named(error)})"
-                raise save_error(msg, error) from error
+                raise _symlink_in_the_way(name, f"{here}/{leaf}")  # noqa: TRY301 - one place that closes
         except BaseException:
-            # Also for KeyboardInterrupt. What cannot be removed now, the next save clears.
-            with contextlib.suppress(OSError):
-                os.unlink(temp, dir_fd=parent)
+            close_quietly(fd)
             raise
-        finally:
-            close_quietly(fd)
-        return num_bytes
-
-    def _write_plain(self, parent: int, name: str, leaf: str, fill: Callable[[Sink], None]) -> int:
-        try:
-            # A new file, not a new content: the old one may have a second name outside, or be a pipe.
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(leaf, dir_fd=parent)
-            fd = os.open(leaf, NEW_FILE_FLAGS, FILE_MODE, dir_fd=parent)
-        except OSError as error:
-            msg = f"cannot save {name}: it cannot be opened in {self.path} ({_named(error)})"
-            raise save_error(msg, error) from error
-        try:
-            return self._fill_and_sync(fd, name, fill)
-        finally:
-            close_quietly(fd)
-
-    def _fill_and_sync(self, fd: int, name: str, fill: Callable[[Sink], None]) -> int:
-        sink = Sink(fd)
-        doing = "writing"
-        try:
-            fill(sink)
-            sink.flush()
-            doing = "syncing"
-            os.fsync(fd)
-            doing = "checking"
-            length = os.fstat(fd).st_size
-            if length != sink.num_bytes:
-                raise OSError(  # noqa: TRY301 - one error path for all three steps
-                    errno.EIO, f"the file system reported {sink.num_bytes} bytes written, but holds {length}"
-                )
-        except OSError as error:
-            msg = f"cannot save {name} in {self.path}: {doing} {sink.num_bytes} bytes failed ({_named(error)})"
-            raise save_error(msg, error) from error
-        return sink.num_bytes
+        return fd, leaf
 
     def _clear_leftovers(self, parent: int) -> None:
         """Remove temporary files whose process is dead. What cannot be told or removed stays for a later save."""
@@ -215,6 +202,119 @@ class Directory:
         for name in names:
             with contextlib.suppress(OSError):
                 remove_if_dead(parent, name)
+
+
+class NewFile:
+    """A file that is being written; a context that removes it unless it was committed.
+
+    Attributes:
+        fd: its descriptor, open for reading and writing.
+        temp: the name it has until then, in the folder of its final name.
+    """
+
+    def __init__(self, directory: Path, name: str, fd: int, parent: int, temp: str, leaf: str) -> None:
+        self._directory = directory
+        self._name = name
+        self.fd = fd
+        self._parent = parent
+        self.temp = temp
+        self._leaf = leaf
+        self._is_open = True
+
+    def __enter__(self) -> Self:
+        """Return it."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let go of it."""
+        self.abandon()
+
+    def commit(self, num_bytes: int, check: Callable[[int], Sequence[str]] | None = None) -> WriteReceipt:
+        """Make it durable under its name: steps 4 to 6 of :meth:`Directory.create`.
+
+        Args:
+            num_bytes: how long it has to be.
+            check: says what is wrong with its content, from its descriptor. Called only where the file system tells of
+                a hole in it: some leave out zeros that were written, others have lost what was.
+
+        Raises:
+            SaveError: the operating system refused; what was there before is untouched.
+            CommitNotDurable: step 6 failed: the file is there, but may not survive a power cut.
+        """
+        doing = "syncing"
+        try:
+            os.fsync(self.fd)
+            doing = "checking"
+            length = os.fstat(self.fd).st_size
+            if length != num_bytes:
+                raise OSError(  # noqa: TRY301 - one error path for both steps
+                    errno.EIO, f"the file system reported {num_bytes} bytes written, but holds {length}"
+                )
+            faults = check(self.fd) if check is not None and _has_hole(self.fd, num_bytes) else ()
+            if faults:
+                raise OSError(errno.EIO, f"it does not hold what was written: {faults[0]}")  # noqa: TRY301 - as above
+        except OSError as error:
+            raise self.refused(doing, num_bytes, error) from error
+        path = self._directory / self._name
+        try:
+            if self.temp != self._leaf:
+                os.rename(self.temp, self._leaf, src_dir_fd=self._parent, dst_dir_fd=self._parent)
+        except OSError as error:
+            msg = (
+                f"cannot save {self._name} in {self._directory}: its temporary file could not be renamed "
+                f"({_named(error)})"
+            )
+            raise save_error(msg, error) from error
+        self.temp = self._leaf
+        try:
+            _sync_directory(self._parent)
+        except OSError as error:
+            msg = (
+                f"{path} was written and renamed, but its directory could not be synced ({_named(error)}): it may not "
+                "survive a power cut"
+            )
+            raise save_error(msg, error, renamed=True) from error
+        return WriteReceipt(path=path, num_bytes=num_bytes)
+
+    def opened_directly(self) -> DirectFile:
+        """Open it once more, for large pieces at offsets."""
+        return DirectFile(self.fd, self._parent, self.temp)
+
+    def abandon(self) -> None:
+        """Close it, and remove it unless it has its final name. Does nothing a second time."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        if self.temp != self._leaf:
+            # Also for KeyboardInterrupt. What cannot be removed now, the next save clears.
+            with contextlib.suppress(OSError):
+                os.unlink(self.temp, dir_fd=self._parent)
+        close_quietly(self.fd)
+        close_quietly(self._parent)
+
+    def refused(self, doing: str, num_bytes: int, error: OSError) -> SaveError:
+        """Return the error to raise where the operating system refused something."""
+        what = f"cannot save {self._name} in {self._directory}: {doing} {num_bytes} bytes failed ({_named(error)})"
+        return save_error(what, error)
+
+
+def _has_hole(fd: int, num_bytes: int) -> bool:
+    try:
+        return os.lseek(fd, 0, os.SEEK_HOLE) < num_bytes
+    except OSError:  # it cannot tell
+        return False
+
+
+def _make_temp(parent: int, leaf: str) -> tuple[int, str]:
+    del leaf
+    return open_temp(parent)
+
+
+def _make_plain(parent: int, leaf: str) -> tuple[int, str]:
+    # A new file, not a new content: the old one may have a second name outside, or be a pipe.
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(leaf, dir_fd=parent)
+    return os.open(leaf, NEW_FILE_FLAGS, FILE_MODE, dir_fd=parent), leaf
 
 
 def _sync_entry(path: Path) -> None:

@@ -18,7 +18,7 @@ from distckpt.naming import TEMP_PREFIX, TEMP_SUFFIX
 
 __all__ = ["FILE_MODE", "NEW_FILE_FLAGS", "close_quietly", "open_temp", "remove_if_dead"]
 
-NEW_FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+NEW_FILE_FLAGS = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 FILE_MODE = 0o666
 """Before umask: a checkpoint is as readable as any file that its user makes."""
 

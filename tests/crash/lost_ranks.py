@@ -35,6 +35,7 @@ from ignite.engine import Engine, Events
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from distckpt import Checkpoint, DiskSaver, PhaseError, TerminateOnNan, TimeLimit
+from distckpt.storage.direct import DirectFile
 from tests.crash.hosts import INTERFACE, address_of, enter
 
 __all__ = ["PROGRAMS", "Plan", "start_time_of"]
@@ -227,15 +228,14 @@ def train(me: Rank) -> None:
 def save(me: Rank) -> None:
     """Commit the fault in the middle of writing a checkpoint, on the rank that writes: rank 0."""
     trainer = _Trainer(me, fails_in_step=False)
-    write = torch.save
+    write = DirectFile.write
 
-    def failing_write(state: object, sink: Any, **options: Any) -> None:
+    def failing_write(self: DirectFile, data: memoryview, offset: int) -> None:
+        write(self, data, offset)
         if trainer.engine.state.iteration == me.plan.at:
-            sink.write(bytes(3_000_000))
             trainer.fail()
-        write(state, sink, **options)
 
-    vars(torch)["save"] = failing_write
+    DirectFile.write = failing_write  # type: ignore[method-assign]  # in this process, which the test ends
     handler = Checkpoint({"model": trainer.model}, DiskSaver(me.folder / "checkpoints"), n_saved=None)
     trainer.engine.add_event_handler(Events.ITERATION_COMPLETED(every=me.plan.at // 2), handler)
     trainer.run()

@@ -170,29 +170,43 @@ int openat64(int fd, const char *name, int flags, ...)
     ANSWER(fate_of_name("openat", fd, name), call_(fd, name, flags, mode));
 }
 
+/* A call that takes `size` bytes; real_call(num_bytes) makes it with the first so many of them. */
+#define TAKES(fd, size, real_call) \
+    do { \
+        size_t half = (size) / 2 ? (size) / 2 : (size); \
+        ssize_t done; \
+        switch (fate_of_descriptor("write", fd)) { \
+        case NOTHING: \
+            return real_call(size); \
+        case SHORT: \
+            return real_call(half); \
+        case SHORT_THEN_REFUSED: \
+            refuse_next_write = 1; \
+            return real_call(half); \
+        case ZERO: \
+            return 0; \
+        case TORN: \
+            done = real_call(half); \
+            return done < 0 ? done : (ssize_t)(size); \
+        case DONE_BUT_REPORTED_AS_FAILED: \
+            real_call(size); \
+        } \
+        errno = error; \
+        return -1; \
+    } while (0)
+
 ssize_t write(int fd, const void *data, size_t size)
 {
     REAL(write);
-    size_t half = size / 2 ? size / 2 : size;
-    ssize_t done;
-    switch (fate_of_descriptor("write", fd)) {
-    case NOTHING:
-        return call_(fd, data, size);
-    case SHORT:
-        return call_(fd, data, half);
-    case SHORT_THEN_REFUSED:
-        refuse_next_write = 1;
-        return call_(fd, data, half);
-    case ZERO:
-        return 0;
-    case TORN:
-        done = call_(fd, data, half);
-        return done < 0 ? done : (ssize_t)size;
-    case DONE_BUT_REPORTED_AS_FAILED:
-        call_(fd, data, size);
-    }
-    errno = error;
-    return -1;
+#define WRITE(num_bytes) call_(fd, data, num_bytes)
+    TAKES(fd, size, WRITE);
+}
+
+ssize_t pwrite64(int fd, const void *data, size_t size, off64_t offset)
+{
+    REAL(pwrite64);
+#define PWRITE(num_bytes) call_(fd, data, num_bytes, offset)
+    TAKES(fd, size, PWRITE);
 }
 
 int close(int fd)

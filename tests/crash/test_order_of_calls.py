@@ -25,7 +25,7 @@ OLD, NEW = name_of(1), name_of(2)
 
 
 def _save(name: str) -> list[str]:
-    return ["create TEMP", "write TEMP", "sync TEMP", f"rename TEMP {name}", "sync DIR"]
+    return ["create TEMP", "open for writing TEMP", "write TEMP", "sync TEMP", f"rename TEMP {name}", "sync DIR"]
 
 
 WHOLE_RUN = ["mkdir DIR", "sync PARENT", *_save(OLD), *_save(NEW), f"unlink {OLD}"]

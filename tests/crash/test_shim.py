@@ -19,8 +19,8 @@ pytestmark = pytest.mark.crash
 
 LIMIT_S = 120.0
 _SHIMS_NAME = {
-    "openat": "openat", "write": "write", "fsync": "fsync", "renameat": "rename", "unlinkat": "unlink",
-    "flock": "flock", "close": "close",
+    "openat": "openat", "write": "write", "pwrite64": "write", "fsync": "fsync", "renameat": "rename",
+    "unlinkat": "unlink", "flock": "flock", "close": "close",
 }  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def test_the_shim_sees_every_call_that_strace_sees(tmp_path: Path, tell: Callabl
     # getdents64 is what readdir fails by; rewinddir and F_GETFL, F_SETFD work on the descriptor alone.
     num_listings = shims.pop("opendir")
     assert num_listings == 1
-    assert straces.pop("lseek") == num_listings
+    assert straces.pop("lseek") == num_listings + 1, "the one that asks for holes may fail: then there are none"
     assert straces.pop("fcntl that cannot harm") == 2 * num_listings
     assert straces.pop("getdents64") > 0
     assert shims.pop("readdir") > 0

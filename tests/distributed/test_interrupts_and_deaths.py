@@ -6,15 +6,14 @@ import threading
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 from ignite.engine import Engine, Events
 
 from distckpt import Checkpoint, CollectiveError, DiskSaver, PhaseError
 from distckpt.backends.detect import current
+from distckpt.storage.direct import DirectFile
 from tests.distributed.failures import Stateful, failing_object
 from tests.distributed.programs import fire, gathered, idle_engine, model_of, raised
 from tests.support import fresh_ranks, job, run_distributed, tell_parent
@@ -53,21 +52,20 @@ def test_an_interrupt_on_one_rank_stays_one_there_and_is_an_error_on_the_others(
 def test_an_interrupt_in_the_middle_of_a_write_leaves_nothing_temporary(tmp_path: Path) -> None:
     handler = Checkpoint({"obj": Stateful()}, tmp_path)
     engine = fire(handler)
-    write = torch.save
+    write = DirectFile.write
 
-    def interrupted_write(state: object, sink: Any, **_options: object) -> None:
-        sink.write(bytes(3_000_000))
+    def interrupted_write(self: DirectFile, data: memoryview, offset: int) -> None:
+        write(self, data, offset)
         os.kill(os.getpid(), signal.SIGINT)
-        write(state, sink)
 
-    vars(torch)["save"] = interrupted_write
+    DirectFile.write = interrupted_write  # type: ignore[method-assign]
     try:
         error = None
         engine.run([0], max_epochs=2)
     except BaseException as caught:  # noqa: BLE001 - an interrupt is what is looked for
         error = caught
     finally:
-        vars(torch)["save"] = write
+        DirectFile.write = write  # type: ignore[method-assign]
     assert isinstance(error, KeyboardInterrupt if job.rank() == 0 else PhaseError)
     job.barrier()
     assert [path.name for path in tmp_path.iterdir()] == ["obj_1.pt"]
@@ -118,12 +116,14 @@ def die_in_the_write(folder: Path) -> tuple[str, str]:
     handler = Checkpoint({"model": model_of(1.0)}, DiskSaver(folder))
     engine = fire(handler)
 
-    def deadly_write(_state: object, sink: Any, **_options: object) -> None:
-        sink.write(bytes(3_000_000))
+    write = DirectFile.write
+
+    def deadly_write(self: DirectFile, data: memoryview, offset: int) -> None:
+        write(self, data, offset)
         os.kill(os.getpid(), signal.SIGKILL)
 
     if current().rank == 0:
-        vars(torch)["save"] = deadly_write
+        DirectFile.write = deadly_write  # type: ignore[method-assign]
     begin = time.monotonic()
     error = raised(lambda: engine.run([0], max_epochs=2))
     assert time.monotonic() - begin < SOON_S

@@ -12,6 +12,7 @@ import torch
 from ignite.engine import Engine, Events
 
 from distckpt import Checkpoint, DiskSaver, EarlyStopping
+from distckpt.storage.direct import DirectFile
 from tests.distributed.programs import IGNITE, OURS, fire, gathered, handlers, idle_engine, model_of, on_ranks, warned
 from tests.support import fresh_ranks, job, run_distributed, tell_parent
 from tests.support.selection import of_torch
@@ -111,11 +112,17 @@ def save_and_die_in_the_second_save(folders: list[Path], libraries: list[str]) -
     engine = fire(handler)
     tell_parent(sorted(path.name for path in folder.iterdir()))
 
-    def deadly_write(_state: object, sink: Any, **_options: object) -> None:
+    write = DirectFile.write
+
+    def deadly_save(_state: object, sink: Any, **_options: object) -> None:
         sink.write(bytes(3_000_000))
         os.kill(os.getpid(), signal.SIGKILL)
 
-    vars(torch)["save"] = deadly_write
+    def deadly_write(self: DirectFile, data: memoryview, offset: int) -> None:
+        write(self, data, offset)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    vars(torch)["save"], DirectFile.write = deadly_save, deadly_write  # type: ignore[method-assign]  # ignite's, ours
     engine.run([0], max_epochs=2)
 
 

@@ -4,6 +4,7 @@ The fault of ignite's `Checkpoint`: ranks that do not save fire it while the fil
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from ignite.engine import Engine, Events
 
 from distckpt import Checkpoint, CheckpointEvents
+from distckpt.handlers import disk_saver
 from tests.distributed.programs import IGNITE, OURS, fire, gathered, handlers, idle_engine, model_of, on_ranks
 from tests.support import job, run_distributed
 
@@ -24,24 +26,26 @@ SLOW_S = {IGNITE: 5.0, OURS: 0.5}
 
 @contextlib.contextmanager
 def written_by(write: Callable[..., None]) -> Iterator[None]:
-    """Let the saving rank write so. On that one alone: ranks may be threads of one process."""
+    """Let the saving rank write so, with ignite's writer or ours: it is given first.
+
+    On that rank alone: ranks may be threads of one process.
+    """
     if job.rank() != 0:
         yield
         return
-    before = torch.save
-    vars(torch)["save"] = write
+    before = torch.save, vars(disk_saver)["write_file"]
+    vars(torch)["save"], vars(disk_saver)["write_file"] = (functools.partial(write, one) for one in before)
     try:
         yield
     finally:
-        vars(torch)["save"] = before
+        vars(torch)["save"], vars(disk_saver)["write_file"] = before
 
 
 def with_a_slow_write(library: str, folder: Path) -> list[bool]:
     """Save with a disk that is slower than the other ranks; return what existed when the event fired."""
     lib, store, seen = handlers(library), job.store(), []
-    write = torch.save
 
-    def slow_write(*args: Any, **kwargs: Any) -> None:
+    def slow_write(write: Callable[..., object], *args: Any, **kwargs: Any) -> None:
         # As long as it takes the others to tell of a checkpoint, if they do so before it is written.
         with contextlib.suppress(RuntimeError):
             store.wait(["told"], timedelta(seconds=SLOW_S[library]))
@@ -114,9 +118,9 @@ def test_event_does_not_fire_where_nothing_is_saved(tmp_path: Path) -> None:
 
 @run_distributed(world_size=2)
 def test_a_write_may_take_longer_than_the_others_wait_for_anything_else(tmp_path: Path) -> None:
-    store, write = job.store(), torch.save
+    store = job.store()
 
-    def slow_write(*args: Any, **kwargs: Any) -> None:
+    def slow_write(write: Callable[..., object], *args: Any, **kwargs: Any) -> None:
         with contextlib.suppress(RuntimeError):
             store.wait(["never set"], timedelta(seconds=1.0))
         write(*args, **kwargs)
