@@ -33,6 +33,15 @@ def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
+def flip(path: Path) -> None:
+    """Flip one bit of the model's bias: it would load as another number."""
+    content = bytearray(path.read_bytes())
+    bias = torch.load(path, weights_only=True)["model"]["bias"]
+    at = content.index(bias.numpy().tobytes(), 4096 if b"distckpt.json" in content else 0)
+    content[at + 2] ^= 0x10
+    path.write_bytes(content)
+
+
 def resumed(source: Any) -> dict[str, Any]:
     """Resume, and tell everything that came of it on this rank."""
     model, trainer = model_of(0.0), idle_engine()
@@ -106,6 +115,21 @@ def test_a_truncated_newest_is_passed_over_on_all_ranks(tmp_path: Path, world_si
     (told,) = ends[0]["told"]
     assert told.startswith(f"resume: {tmp_path / 'checkpoint_8.pt'} cannot be resumed from: on every rank: ")
     assert "truncated" in told
+
+
+@pytest.mark.parametrize("writer", ["torch", "distckpt"])
+def test_a_flipped_bit_is_passed_over_on_all_ranks(tmp_path: Path, writer: str) -> None:
+    put(tmp_path, 4)
+    newest = put(tmp_path, 8)
+    if writer == "distckpt":
+        DiskSaver(tmp_path, require_empty=False)(torch.load(newest, weights_only=True), newest.name)
+    flip(newest)
+    ends = run_ranks(resumed_from, 2, tmp_path)
+    assert all_equal(ends)
+    assert (ends[0]["path"], ends[0]["weight"]) == (tmp_path / "checkpoint_4.pt", 4.0)
+    (told,) = ends[0]["told"]
+    assert told.startswith(f"resume: {newest} cannot be resumed from: on every rank: ")
+    assert "has checksum" in told
 
 
 @of_processes
