@@ -124,7 +124,7 @@ class Snapshot:
             number: (slot, crc) for number, slot, crc in zip(self._plan.order, self._plan.slots, crcs, strict=True)
         }
         entries = []
-        for tensor in self._pickled.tensors:
+        for tensor in self._pickled.tensors():
             slot, crc = by_storage[tensor.storage]
             entries.append(
                 TensorEntry(

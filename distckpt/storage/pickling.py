@@ -32,6 +32,9 @@ _TYPES: Final[Mapping[torch.dtype, Any]] = {
     torch.complex64: torch.ComplexFloatStorage,
     torch.complex128: torch.ComplexDoubleStorage,
 }
+_NEVER_STORAGES = frozenset(
+    {str, int, float, bool, type(None), tuple, list, dict, OrderedDict, torch.Tensor, torch.Size}
+)
 _LEVELS = 16
 """How far down the state's tensors are named."""
 
@@ -64,12 +67,26 @@ class Pickled:
     Attributes:
         data: the pickle.
         storages: what it refers to, by number; shared ones once. They are the live ones, not copies.
-        tensors: those that stand in nested mappings and sequences.
+        named: the tensors that stand in nested mappings and sequences, each with the keys that lead to it.
+        numbers: of the storages, by torch's identity of them.
     """
 
     data: bytes
     storages: tuple[torch.UntypedStorage, ...]
-    tensors: tuple[TensorAt, ...]
+    named: tuple[tuple[str, torch.Tensor], ...]
+    numbers: Mapping[int, str]
+
+    def tensors(self) -> Iterator[TensorAt]:
+        """Yield what the manifest says of the named tensors. Any thread."""
+        for name, tensor in self.named:
+            if tensor.layout is not torch.strided or tensor.device.type == "meta":
+                continue
+            number = self.numbers.get(tensor.untyped_storage()._cdata)  # noqa: SLF001 - as in the pickler
+            if number is not None:
+                size = tensor.element_size()
+                begin, num_bytes = int(tensor.storage_offset()) * size, tensor.numel() * size
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                yield TensorAt(name, dtype, tuple(tensor.shape), int(number), begin, num_bytes)
 
 
 def pickle_state(state: Any, *, protocol: int = 2) -> Pickled:
@@ -85,13 +102,13 @@ def pickle_state(state: Any, *, protocol: int = 2) -> Pickled:
 
     Example:
         >>> pickled = pickle_state({"a": torch.ones(2), "b": 1})
-        >>> [storage.nbytes() for storage in pickled.storages], pickled.tensors[0].name
-        ([8], 'a')
+        >>> [storage.nbytes() for storage in pickled.storages], [tensor.name for tensor in pickled.tensors()]
+        ([8], ['a'])
     """
     buffer = io.BytesIO()
     pickler = _Pickler(buffer, protocol)
     pickler.dump(state)
-    return Pickled(buffer.getvalue(), tuple(pickler.storages), tuple(pickler.name_tensors(state)))
+    return Pickled(buffer.getvalue(), tuple(pickler.storages), tuple(_tensors(state, "", 0)), pickler.numbers)
 
 
 class _Storage:
@@ -107,11 +124,13 @@ class _Pickler(pickle.Pickler):
     def __init__(self, buffer: io.BytesIO, protocol: int) -> None:
         super().__init__(buffer, protocol)
         self.storages: list[torch.UntypedStorage] = []
-        self._keys: dict[int, str] = {}  # torch's identity of a storage -> its key
+        self.numbers: dict[int, str] = {}  # torch's identity of a storage -> its number
         self._dtypes: dict[int, torch.dtype] = {}  # where its data lie -> their dtype
 
     def persistent_id(self, obj: Any) -> Any:
         kind = type(obj)
+        if kind in _NEVER_STORAGES:  # the pickler asks of every object there is
+            return None
         if kind is _Storage:
             return obj.pid
         if kind is torch.storage.TypedStorage or isinstance(obj, torch.storage.TypedStorage):
@@ -124,14 +143,17 @@ class _Pickler(pickle.Pickler):
         return None
 
     def reducer_override(self, obj: Any) -> Any:
-        if type(obj) is not torch.Tensor:
+        kind = type(obj)
+        if kind is OrderedDict and not obj and not vars(obj):  # each tensor has one, of hooks
+            return OrderedDict, ()
+        if kind is not torch.Tensor:
             return NotImplemented
         dtype = obj.dtype
-        kind = _TYPES.get(dtype)
-        if kind is None or not _is_plain(obj):
+        storage_type = _TYPES.get(dtype)
+        if storage_type is None or not _is_plain(obj):
             return NotImplemented
         storage = obj.untyped_storage()
-        pid = self._pid_of(storage, dtype, kind, storage.nbytes() // dtype.itemsize)
+        pid = self._pid_of(storage, dtype, storage_type, storage.nbytes() // dtype.itemsize)
         args: tuple[Any, ...] = (
             _Storage(pid),
             obj.storage_offset(),
@@ -150,25 +172,12 @@ class _Pickler(pickle.Pickler):
                 msg = "Cannot save multiple tensors or storages that view the same data as different types"
                 raise RuntimeError(msg)
         identity = storage._cdata  # noqa: SLF001 - torch's identity of a storage, whatever Python wraps it
-        key = self._keys.get(identity)
+        key = self.numbers.get(identity)
         if key is None:
-            key = self._keys[identity] = str(len(self._keys))
+            key = self.numbers[identity] = str(len(self.numbers))
             self.storages.append(storage)
         location = "cpu" if device.type == "cpu" else torch.serialization.location_tag(storage)
         return ("storage", kind, key, location, numel)
-
-    def name_tensors(self, state: Any) -> Iterator[TensorAt]:
-        """Yield the tensors of a state that was pickled."""
-        for path, tensor in _tensors(state, "", 0):
-            if tensor.layout is not torch.strided or tensor.device.type == "meta":
-                continue
-            storage = tensor.untyped_storage()
-            key = self._keys.get(storage._cdata)  # noqa: SLF001 - as above
-            if key is not None:
-                size = tensor.element_size()
-                begin, num_bytes = tensor.storage_offset() * size, tensor.numel() * size
-                dtype = str(tensor.dtype).removeprefix("torch.")
-                yield TensorAt(path, dtype, tuple(tensor.shape), int(key), int(begin), num_bytes)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
