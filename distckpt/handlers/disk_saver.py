@@ -19,7 +19,7 @@ from distckpt.handlers.save_handler import BaseSaveHandler
 from distckpt.manifest import Manifest
 from distckpt.naming import check_name
 from distckpt.snapshot import write_file
-from distckpt.state.staging import HostMemory
+from distckpt.state.staging import kept_memory
 from distckpt.storage.disk import Directory, make_directory
 from distckpt.storage.ptfile import check_save_options, what_loading_refuses
 
@@ -83,7 +83,6 @@ class DiskSaver(BaseSaveHandler):
         self.kwargs = kwargs
         self._atomic = bool(atomic)
         self._has_looked = False
-        self._memory = HostMemory()
         backend = current()
         # What fails here on some ranks only reaches the others at the handler's first event, through a note.
         self._ticket = backend.take_ticket(type(self).__name__)
@@ -158,7 +157,7 @@ class DiskSaver(BaseSaveHandler):
                 Directory(self.dirname),
                 filename,
                 checkpoint,
-                memory=self._memory,
+                memory=kept_memory(),
                 about=manifest,
                 options=options,
                 atomic=self._atomic,

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Copy", "HostMemory", "Staging", "num_staging_threads"]
+__all__ = ["Copy", "HostMemory", "Staging", "kept_memory", "num_staging_threads"]
 
 _STRIDE_BYTES = 4 << 20
 """What one thread copies before it tells how far it is."""
@@ -97,6 +97,21 @@ class HostMemory:
         if self._pinned is not None:
             torch.cuda.check_error(int(_cudart().cudaHostUnregister(self._pinned)))
         self._map, self._pinned, self.num_bytes = None, None, 0
+
+
+class _Kept(threading.local):
+    """The memory of each thread that saves: replicas may be threads of one process."""
+
+    def __init__(self) -> None:
+        self.memory = HostMemory()
+
+
+_KEPT = _Kept()
+
+
+def kept_memory() -> HostMemory:
+    """Return the memory that all savers of this thread use, one after the other."""
+    return _KEPT.memory
 
 
 class Staging:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from distckpt.state.staging import Copy, HostMemory, Staging
+from distckpt import DiskSaver
+from distckpt.state.staging import Copy, HostMemory, Staging, kept_memory
 from distckpt.storage.direct import DirectFile
 
 MIB = 1 << 20
@@ -93,6 +94,21 @@ def test_memory_is_on_a_page_and_used_again() -> None:
     memory.free()
     assert memory.num_bytes == 0
     assert (deepcopy(memory).num_bytes, pickle.loads(pickle.dumps(memory)).num_bytes) == (0, 0)  # noqa: S301 - ours
+
+
+def test_savers_of_one_thread_share_their_memory_and_those_of_two_do_not(tmp_path: Path) -> None:
+    state = {"a": torch.ones(3 * MIB, dtype=torch.uint8)}
+    for name in ("one", "two"):
+        DiskSaver(tmp_path / name)(state, "a.pt")
+    assert kept_memory().num_bytes >= 3 * MIB
+    address = ctypes.addressof(ctypes.c_char.from_buffer(kept_memory().take(1)))
+    DiskSaver(tmp_path / "three")(state, "a.pt")
+    assert ctypes.addressof(ctypes.c_char.from_buffer(kept_memory().take(1))) == address
+    found: list[HostMemory] = []
+    thread = threading.Thread(target=lambda: found.append(kept_memory()))
+    thread.start()
+    thread.join(timeout=10.0)
+    assert found[0] is not kept_memory()
 
 
 # -- O_DIRECT ----------------------------------------------------------------------------------------
