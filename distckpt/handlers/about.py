@@ -19,7 +19,7 @@ from distckpt.manifest import Manifest
 
 __all__ = ["about"]
 
-_RUNTIMES = ("horovod", "torch_xla")
+_RUNTIMES = {"horovod": "horovod", "xla": "torch_xla"}
 
 
 def about(backend: Backend, engine: Engine | None = None, agreed: Agreed | None = None) -> Manifest:
@@ -40,23 +40,22 @@ def about(backend: Backend, engine: Engine | None = None, agreed: Agreed | None 
         reason=None if event is None else str(getattr(event, "name", event)),
         world_size=backend.world_size,
         backend=backend.name,
-        versions=_versions(),
+        versions=_versions(backend.name),
         wall_time_s=time.time(),
     )
 
 
-def _versions() -> Mapping[str, str]:
-    found = {"distckpt": _own_version(), "torch": str(torch.__version__), "pytorch-ignite": ignite.__version__}
+def _versions(backend: str) -> Mapping[str, str]:
+    found = {"distckpt": _version_of("distckpt"), "torch": str(torch.__version__), "pytorch-ignite": ignite.__version__}
     found["python"] = ".".join(map(str, sys.version_info[:3]))
-    for name in _RUNTIMES:  # where they are loaded, not where they could be
-        if name in sys.modules:
-            found[name] = str(getattr(sys.modules[name], "__version__", "unknown"))
+    if backend in _RUNTIMES:  # the live one, not what could be imported
+        found[_RUNTIMES[backend]] = _version_of(_RUNTIMES[backend])
     return found
 
 
 @functools.cache
-def _own_version() -> str:
+def _version_of(package: str) -> str:
     try:
-        return metadata.version("distckpt")
+        return metadata.version(package)
     except metadata.PackageNotFoundError:  # run from its source folder
         return "unknown"
