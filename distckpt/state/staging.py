@@ -199,9 +199,10 @@ class Staging:
                 raise self._error
 
     def _is_past(self, offset: int | None) -> bool:
-        if self._num_done == len(self._todo):
+        num_done = self._num_done  # once: another thread may end the last copy meanwhile
+        if num_done == len(self._todo):
             return True
-        return offset is not None and self._todo[self._num_done].at >= offset
+        return offset is not None and self._todo[num_done].at >= offset
 
     def _look_how_far(self) -> None:
         with self._change:

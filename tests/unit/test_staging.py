@@ -61,6 +61,26 @@ def test_whoever_waits_goes_on_as_soon_as_his_bytes_are_there() -> None:
     assert seen == [10]
 
 
+class Overtaken(Staging):
+    """The last copy ends on another thread between any two looks at how many are done."""
+
+    looks: Iterator[int]
+
+    @property
+    def _num_done(self) -> int:
+        return next(self.looks)
+
+    @_num_done.setter
+    def _num_done(self, value: int) -> None:
+        """Take no notice."""
+
+
+def test_copies_that_end_while_somebody_looks_do_no_harm() -> None:
+    staging = Overtaken(storages_of(10), [Copy(0, 0, 5, 10)], HostMemory().take(15), 0)
+    staging.looks = iter([0, 1, 1])
+    staging.wait_for(5)
+
+
 def test_an_error_of_one_thread_reaches_all() -> None:
     staging = Staging(storages_of(10), [Copy(0, 0, 0, 10)], HostMemory().take(10), 0)
 
