@@ -22,8 +22,10 @@ from dataclasses import dataclass
 __all__ = [
     "BLOCK_BYTES",
     "FOLDER",
+    "MAGIC",
     "Listed",
     "Slot",
+    "border_from",
     "directory",
     "local_header",
     "place",
@@ -44,6 +46,8 @@ _LOCATOR_64 = struct.Struct("<IIQI")
 _EXTRA = struct.Struct("<HH")
 _LOCAL_MAGIC, _CENTRAL_MAGIC, _END_MAGIC = 0x04034B50, 0x02014B50, 0x06054B50
 _END_64_MAGIC, _LOCATOR_64_MAGIC = 0x06064B50, 0x07064B50
+MAGIC = _LOCAL_MAGIC.to_bytes(4, "little")
+"""What an archive begins with."""
 _FULL_16, _FULL_32 = 0xFFFF, 0xFFFFFFFF
 _ZIP64 = 1
 _PADDING = 0x4246  # "FB", under which torch pads too
@@ -75,6 +79,11 @@ class Slot:
         return self.offset + self.num_bytes
 
 
+def border_from(at: int) -> int:
+    """Return the first border of 4096 bytes at or after an offset."""
+    return -(-at // BLOCK_BYTES) * BLOCK_BYTES
+
+
 def place(name: str, num_bytes: int, at: int, *, on_border: bool) -> Slot:
     """Return the slot of a record that comes at an offset.
 
@@ -85,7 +94,7 @@ def place(name: str, num_bytes: int, at: int, *, on_border: bool) -> Slot:
     bare = at + _LOCAL.size + len(_full_name(name)) + len(_sizes_64(num_bytes))
     if not on_border or bare % BLOCK_BYTES == 0:
         return Slot(name, at, bare, num_bytes)
-    return Slot(name, at, bare + _EXTRA.size + -(bare + _EXTRA.size) % BLOCK_BYTES, num_bytes)
+    return Slot(name, at, border_from(bare + _EXTRA.size), num_bytes)
 
 
 def local_header(slot: Slot, crc: int) -> bytes:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from distckpt.storage.archive import BLOCK_BYTES, Slot, directory, local_header, place
+from distckpt.storage.archive import BLOCK_BYTES, Slot, border_from, directory, local_header, place
 from distckpt.storage.checksum import combined, crc32
 
 __all__ = ["CHUNK_BYTES", "ImagePlan", "Part", "Piece", "crcs_of", "plan_image", "tail_of"]
@@ -77,7 +77,7 @@ class ImagePlan:
             4096 bytes.
         """
         equal = -(-self.end // num_ranks)
-        cuts = [self._cut_near(min(_border(equal * number), self.shared_end)) for number in range(num_ranks)]
+        cuts = [self._cut_near(min(border_from(equal * number), self.shared_end)) for number in range(num_ranks)]
         ranges = [*itertools.pairwise(cuts), (cuts[-1], self.end)]
         others = iter(ranges[:-1])
         return tuple(ranges[-1] if rank == saving_rank else next(others) for rank in range(num_ranks))
@@ -235,7 +235,3 @@ def tail_of(plan: ImagePlan, crcs: Sequence[int], pickled: bytes, manifest: byte
         records.append((slot, crc))
         at = slot.end
     return tail + directory(records, at)
-
-
-def _border(at: int) -> int:
-    return -(-at // BLOCK_BYTES) * BLOCK_BYTES

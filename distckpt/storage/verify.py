@@ -14,10 +14,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from distckpt.storage.archive import (
-    BLOCK_BYTES,
     FOLDER,
+    MAGIC,
     Listed,
     Slot,
+    border_from,
     directory,
     local_header,
     place,
@@ -40,7 +41,6 @@ __all__ = [
 ]
 
 _READ_BYTES = 4 << 20
-_MAGIC = b"PK\x03\x04"
 
 Checked = tuple[int, int, int]
 """A record's number, the CRC-32 of some of its bytes, and how many they are; number -1 is the bytes around them."""
@@ -75,7 +75,7 @@ def begins_as_archive(fd: int) -> bool:
     Raises:
         OSError: it cannot be read.
     """
-    return os.pread(fd, len(_MAGIC), 0) == _MAGIC
+    return os.pread(fd, len(MAGIC), 0) == MAGIC
 
 
 def read_archive(fd: int) -> Archive:
@@ -128,7 +128,7 @@ def _see_that_they_fit(slots: Sequence[Slot], directory_at: int) -> None:
 def shares_of(archive: Archive, num_ranks: int) -> list[tuple[int, int]]:
     """Cut a file into one share a rank, for checking; on borders of 4096 bytes."""
     equal = -(-archive.num_bytes // num_ranks)
-    cuts = [min(-(-equal * number // BLOCK_BYTES) * BLOCK_BYTES, archive.num_bytes) for number in range(num_ranks)]
+    cuts = [min(border_from(equal * number), archive.num_bytes) for number in range(num_ranks)]
     return list(itertools.pairwise([*cuts, archive.num_bytes]))
 
 
