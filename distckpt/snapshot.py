@@ -5,8 +5,7 @@ Owns planning, staging and writing on one rank. Must not know about engines, nor
 """
 
 import contextlib
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,59 +23,28 @@ __all__ = ["Snapshot", "write_file"]
 
 
 class Snapshot:
-    """A share of a state's image in host memory.
+    """A state's image in host memory.
 
     Args:
         pickled: the state.
         plan: of its image.
         memory: where to stage it; in use until the snapshot is written.
-        share: where in the image the share begins and ends; all of it without.
-        beyond_crc: see :class:`~distckpt.storage.image.Part`.
     """
 
-    def __init__(
-        self,
-        pickled: Pickled,
-        plan: ImagePlan,
-        memory: HostMemory,
-        *,
-        share: tuple[int, int] | None = None,
-        beyond_crc: int = 0,
-    ) -> None:
-        begin, end = (0, plan.end) if share is None else share
-        view = memory.take(end - begin)
+    def __init__(self, pickled: Pickled, plan: ImagePlan, memory: HostMemory) -> None:
+        view = memory.take(plan.end)
         self._rest = b""
         self._pickled = pickled
         self._plan = plan
-        self._part = Part(plan, view, begin, end, beyond_crc=beyond_crc)
-        self._staging = Staging(pickled.storages, (Copy(*piece) for piece in plan.pieces(begin, end)), view, begin)
+        self._part = Part(plan, view, 0, plan.end)
+        self._staging = Staging(pickled.storages, (Copy(*piece) for piece in plan.pieces(0, plan.end)), view, 0)
 
-    def stage(self) -> None:
-        """Copy the share's bytes. When it returns, the state may be changed."""
-        self._staging.run_on(num_staging_threads())
+    def staging_beside(self) -> contextlib.AbstractContextManager[None]:
+        """Copy the bytes on other threads while the body runs."""
+        return self._staging.beside(num_staging_threads())
 
-    @contextlib.contextmanager
-    def staging_beside(self) -> Iterator[None]:
-        """Copy the share's bytes on other threads while the body runs."""
-        helpers = [
-            threading.Thread(target=self._stage_quietly, name="distckpt-staging", daemon=True)
-            for _ in range(num_staging_threads())
-        ]
-        for helper in helpers:
-            helper.start()
-        try:
-            yield
-        finally:
-            self._staging.stop()
-            for helper in helpers:
-                helper.join()
-
-    def _stage_quietly(self) -> None:
-        with contextlib.suppress(BaseException):  # kept, and raised where the bytes are waited for
-            self._staging.run()
-
-    def write_share(self, new: NewFile) -> list[tuple[int, int, int]]:
-        """Write the share's bytes into a file, each as soon as it is staged.
+    def write_image(self, new: NewFile) -> list[tuple[int, int, int]]:
+        """Write the image's bytes into a file, each as soon as it is staged.
 
         Returns:
             What was checked; see :class:`~distckpt.storage.image.Part`.
@@ -173,5 +141,5 @@ def write_file(
     with directory.create(name, atomic=atomic) as new:
         snapshot = Snapshot(pickled, plan, memory)
         with snapshot.staging_beside():
-            checked = snapshot.write_share(new)
+            checked = snapshot.write_image(new)
         return new.commit(snapshot.write_tail(new, [checked], about), check_whole)

@@ -11,7 +11,7 @@ import ctypes
 import itertools
 import mmap
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -54,7 +54,6 @@ class HostMemory:
 
     def __init__(self) -> None:
         self._map: mmap.mmap | None = None
-        self._pinned: int | None = None
         self.num_bytes = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "HostMemory":
@@ -65,12 +64,11 @@ class HostMemory:
         """Start anew in another process."""
         return (HostMemory, ())
 
-    def take(self, num_bytes: int, *, pinned: bool = False) -> memoryview:
+    def take(self, num_bytes: int) -> memoryview:
         """Return `num_bytes` of it, with what the last user left there.
 
         Args:
             num_bytes: how much; the memory grows where it has less.
-            pinned: whether an accelerator copies into it.
 
         Raises:
             MemoryError: there is not that much.
@@ -86,17 +84,11 @@ class HostMemory:
             with contextlib.suppress(OSError):  # larger pages: fewer to touch, and to pin for the disk
                 self._map.madvise(mmap.MADV_HUGEPAGE)
             self.num_bytes = size
-        if pinned and self._pinned is None and torch.cuda.is_available():
-            address = _address_of(memoryview(self._map))
-            torch.cuda.check_error(int(_cudart().cudaHostRegister(address, self.num_bytes, 0)))
-            self._pinned = address
         return memoryview(self._map)[:num_bytes]
 
     def free(self) -> None:
         """Give it back. Views of it that somebody still holds keep theirs."""
-        if self._pinned is not None:
-            torch.cuda.check_error(int(_cudart().cudaHostUnregister(self._pinned)))
-        self._map, self._pinned, self.num_bytes = None, None, 0
+        self._map, self.num_bytes = None, 0
 
 
 class _Kept(threading.local):
@@ -164,21 +156,30 @@ class Staging:
         if self._num_done < len(self._todo):
             self._error = self._error or RuntimeError("the copying was stopped")
 
+    @contextlib.contextmanager
+    def beside(self, num_threads: int) -> Iterator[None]:
+        """Copy on so many other threads while the body runs; what is not copied at its end stays so."""
+        helpers = [
+            threading.Thread(target=self._help, name="distckpt-staging", daemon=True) for _ in range(num_threads)
+        ]
+        for helper in helpers:
+            helper.start()
+        try:
+            yield
+        finally:
+            self.stop()
+            for helper in helpers:
+                helper.join()
+
     def run_on(self, num_threads: int) -> None:
         """Copy all of it, with so many threads, this one among them; return when it is done.
 
         Raises:
             Exception: copying failed.
         """
-        helpers = [
-            threading.Thread(target=self._help, name="distckpt-staging", daemon=True) for _ in range(num_threads - 1)
-        ]
-        for helper in helpers:
-            helper.start()
-        self.run()
-        for helper in helpers:
-            helper.join()
-        self.wait_for(None)
+        with self.beside(num_threads - 1):
+            self.run()
+            self.wait_for(None)
 
     def wait_for(self, offset: int | None) -> None:
         """Return when all bytes up to an offset are copied; None for all there are.
@@ -227,10 +228,6 @@ class Staging:
 def num_staging_threads() -> int:
     """Return how many threads may copy in this process."""
     return min(torch.get_num_threads(), _MOST_THREADS)
-
-
-def _cudart() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch ships it without types
 
 
 def _in_strides(copy: Copy) -> Iterable[Copy]:

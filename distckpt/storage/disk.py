@@ -131,23 +131,6 @@ class Directory:
             raise
         return NewFile(self.path, name, fd, parent, at, leaf)
 
-    def join(self, name: str, temp: str) -> int:
-        """Open the temporary file that another process has made for `name`, to write a part of it.
-
-        Returns:
-            Its descriptor.
-
-        Raises:
-            ValueError: a name would leave the directory, or a symlink is in the way.
-            OSError: it cannot be opened, e.g. because this directory is another one.
-        """
-        parent, _ = self._parent_of(name, "save")
-        try:
-            (leaf,) = check_name(temp)
-            return os.open(leaf, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
-        finally:
-            close_quietly(parent)
-
     def remove(self, name: str) -> None:
         """Remove a file.
 

@@ -20,17 +20,9 @@ from distckpt.storage.archive import BLOCK_BYTES, FOLDER, Slot, directory, local
 from distckpt.storage.checksum import crc32
 from distckpt.storage.image import ImagePlan, Part, crcs_of, plan_image, tail_of
 from distckpt.storage.pickling import pickle_state
+from tests.unit.storages import bytes_of, storages_of
 
 GIB = 1 << 30
-
-
-def storages_of(sizes: Sequence[int]) -> list[torch.UntypedStorage]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator).untyped_storage() for size in sizes]
-
-
-def bytes_of(storage: torch.UntypedStorage) -> bytes:
-    return torch.empty(0, dtype=torch.uint8).set_(storage).numpy().tobytes() if storage.nbytes() else b""
 
 
 def parts_of(
@@ -191,7 +183,7 @@ sizes = st.lists(st.sampled_from([0, 1, 4, 4000, 4095, 4096, 4097, 8192, 60_000,
 def test_any_number_of_shares_makes_the_same_file(sizes: list[int], num_ranks: int, data: st.DataObject) -> None:
     saving_rank = data.draw(st.integers(0, num_ranks - 1))
     replicated = data.draw(st.sets(st.sampled_from(range(len(sizes))))) if sizes else set()
-    storages = storages_of(sizes)
+    storages = storages_of(*sizes)
     plan = plan_image(sizes, replicated)
     shares = sorted(plan.shares(num_ranks, saving_rank))
     assert [begin for begin, _ in shares] == [0, *(end for _, end in shares[:-1])], "nothing is left out"
@@ -223,7 +215,7 @@ def test_one_tensor_is_split_inside() -> None:
 
 def test_bytes_that_nobody_checked_are_noticed() -> None:
     plan = plan_image([8192], [0])
-    parts = parts_of(plan, storages_of([8192]), 2, 0)
+    parts = parts_of(plan, storages_of(8192), 2, 0)
     with pytest.raises(ValueError, match=r"of record data/0 .* of 8192 bytes were checked"):
         crcs_of(plan, [parts[0][0].checked])
 

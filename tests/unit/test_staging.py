@@ -15,17 +15,9 @@ import torch
 from distckpt import DiskSaver
 from distckpt.state.staging import Copy, HostMemory, Staging, kept_memory
 from distckpt.storage.direct import DirectFile
+from tests.unit.storages import bytes_of, storages_of
 
 MIB = 1 << 20
-
-
-def storages_of(*sizes: int) -> list[torch.UntypedStorage]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator).untyped_storage() for size in sizes]
-
-
-def bytes_of(storage: torch.UntypedStorage) -> bytes:
-    return torch.empty(0, dtype=torch.uint8).set_(storage).numpy().tobytes()
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 4])
