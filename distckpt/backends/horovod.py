@@ -9,11 +9,9 @@ its ``HorovodInternalError`` and ``HostsUpdatedInterrupt`` have to reach ``hvd.e
 one under ``mpirun``, which has no such server.
 """
 
-import contextlib
 import functools
 import http.client
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,14 +21,13 @@ from typing import Any
 import horovod
 import horovod.torch as hvd
 import torch
-import torch.distributed as dist
 from horovod.common.exceptions import HorovodInternalError, HostsUpdatedInterrupt
 from horovod.common.process_sets import global_process_set
 
 from distckpt.backends.base import Board, TensorOp, default_timeout_s
 from distckpt.backends.channel import Channel
-from distckpt.backends.host_group import GIVEN_UP, given_up_text
 from distckpt.backends.hosted import FOLD, HostedBackend
+from distckpt.backends.rendezvous import Meeting, clear_addresses, rendezvous_server
 from distckpt.backends.store_board import StoreBoard
 from distckpt.errors import CollectiveTimeout
 
@@ -42,8 +39,6 @@ _REDUCED_DTYPES = frozenset({torch.float64, torch.float32, torch.int64, torch.in
 _BRISK_S = 0.005
 _BRISK_PAUSE_S = 0.00005
 _PAUSE_S = 0.001
-_ASK_S = 0.02  # how often the rendezvous server is asked
-_SCOPE = "distckpt"
 
 
 class _Ranks(list[int]):
@@ -82,9 +77,9 @@ def current() -> "HorovodBackend":
 
 def join() -> None:
     """Join the job that the launcher started; a world of one without a launcher."""
-    server = _rendezvous_server()
-    if _Live.num_left and server is not None and os.environ.get("HOROVOD_ELASTIC") != "1":
-        _clear_addresses(server, _Live.num_left)
+    server = rendezvous_server()
+    if _Live.num_left and server is not None and not _is_elastic():
+        clear_addresses(server, _Live.num_left)
     hvd.init()
     if torch.cuda.is_available():
         torch.cuda.set_device(hvd.local_rank() % torch.cuda.device_count())
@@ -114,6 +109,10 @@ def _run_rank(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
             leave()
 
 
+def _is_elastic() -> bool:
+    return os.environ.get("HOROVOD_ELASTIC") == "1"
+
+
 class HorovodBackend(HostedBackend):
     """One rank of the live Horovod job."""
 
@@ -121,7 +120,7 @@ class HorovodBackend(HostedBackend):
 
     def __init__(self) -> None:
         super().__init__(int(hvd.rank()), int(hvd.size()))
-        self._is_elastic = os.environ.get("HOROVOD_ELASTIC") == "1"
+        self._is_elastic = _is_elastic()
         # Elsewhere it means that a rank is lost, and which one can be said.
         self.untouched = (HorovodInternalError, HostsUpdatedInterrupt) if self._is_elastic else (HostsUpdatedInterrupt,)
         self._local_rank, self._node = int(hvd.local_rank()), int(hvd.cross_rank())
@@ -172,11 +171,10 @@ class HorovodBackend(HostedBackend):
         return _HorovodChannel(self.untouched)
 
     def _make_board(self, what: object, timeout_s: float) -> Board | None:
-        server = _rendezvous_server()
+        server = rendezvous_server()
         if server is None or self._is_elastic:
             return None
-        number = _NUM_STORES[server] = _NUM_STORES.get(server, 0) + 1
-        meeting = _Meeting(server, number, str(what), timeout_s)
+        meeting = Meeting(server, str(what), timeout_s)
         try:
             store = meeting.open() if self._rank == 0 else meeting.find()
         except (http.client.HTTPException, RuntimeError) as error:
@@ -294,111 +292,3 @@ class _Maximum(_Work):
 def _name_of(kind: str, tensor: torch.Tensor) -> str:
     # By its size too: Horovod keeps what it has agreed on by name, and would have to agree anew on each other size.
     return f"distckpt.{kind}.{tensor.dtype}.{tuple(tensor.shape)}"
-
-
-# -- the board -----------------------------------------------------------------------------------------
-
-
-# How many stores each rendezvous server was asked about by this process; the same on every rank.
-_NUM_STORES: dict[tuple[str, int], int] = {}
-
-
-def _rendezvous_server() -> tuple[str, int] | None:
-    """Return the address of the launcher's server; None where there is no launcher of Horovod's own."""
-    address, port = os.environ.get("HOROVOD_GLOO_RENDEZVOUS_ADDR"), os.environ.get("HOROVOD_GLOO_RENDEZVOUS_PORT", "")
-    return (address, int(port)) if address and port.isdecimal() and int(port) > 0 else None
-
-
-def _clear_addresses(server: tuple[str, int], number: int) -> None:
-    """Collective, by the server alone. Make it forget the addresses that the ranks had in the job they have left.
-
-    Horovod asks for that as each rank comes to know the others, and its server counts those who asked. But whenever one
-    list of addresses is done with, it forgets what it has counted of all others: addresses stay, and a job begun anew
-    may call a rank where it is no more (Horovod 0.28.1, ``RendezvousHandler.do_DELETE``).
-
-    Args:
-        server: the launcher's.
-        number: how often the job is begun anew with this.
-    """
-    rank, num_ranks = int(os.environ.get("HOROVOD_RANK", "0")), int(os.environ.get("HOROVOD_SIZE", "1"))
-    lists = f"local_{os.environ.get('HOROVOD_HOSTNAME', '')} cross_{os.environ.get('HOROVOD_LOCAL_RANK', '0')}"
-    deadline = time.monotonic() + default_timeout_s()
-
-    def text_of(key: str) -> str:
-        # Where somebody never comes, Horovod itself says so.
-        while (text := _ask(server, "GET", f"{_SCOPE}/{key}")) is None and time.monotonic() < deadline:
-            time.sleep(_ASK_S)
-        return text or ""
-
-    _ask(server, "PUT", f"{_SCOPE}/again{number}.{rank}", lists)
-    if rank == 0:
-        texts = [text_of(f"again{number}.{peer}") for peer in range(num_ranks)]
-        for name in sorted({"global", *" ".join(texts).split()}):
-            for _ in range(num_ranks):  # at most as often as it counts to
-                if all(_ask(server, "GET", f"{name}/{peer}") is None for peer in range(num_ranks)):
-                    break
-                _ask(server, "DELETE", f"{name}/0")
-        _ask(server, "PUT", f"{_SCOPE}/again{number}", "cleared")
-    text_of(f"again{number}")
-
-
-class _Meeting:
-    """How the ranks come by one store: rank 0 serves it and tells its address by the launcher's server.
-
-    Where another rank has given up waiting for rank 0 before that, both find out, in whichever order they come: the
-    one writes that it gives up and then looks for the store, the other tells where the store is and then looks whether
-    somebody has given up.
-
-    Args:
-        server: the launcher's.
-        number: of the store, among those of this server's.
-        what: what it is wanted for.
-        timeout_s: seconds to wait.
-    """
-
-    def __init__(self, server: tuple[str, int], number: int, what: str, timeout_s: float) -> None:
-        self._server = server
-        self._address, self._given_up = f"{_SCOPE}/store{number}", f"{_SCOPE}/store{number}.given_up"
-        self._what = what
-        self._timeout_s = timeout_s
-
-    def open(self) -> dist.Store:
-        """On rank 0: serve the store."""
-        with socket.create_connection(self._server, timeout=self._timeout_s) as probe:
-            host = probe.getsockname()[0]  # by which the launcher's host, and so the others', reach this one
-        limit = timedelta(seconds=default_timeout_s())
-        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=limit)
-        _ask(self._server, "PUT", self._address, f"{host} {store.port}")
-        given_up = _ask(self._server, "GET", self._given_up)
-        if given_up is not None:
-            store.set(GIVEN_UP, given_up)
-        return store
-
-    def find(self) -> dist.Store | None:
-        """On the others: connect to it; None where rank 0 does not tell in time where it is."""
-        deadline = time.monotonic() + self._timeout_s
-        while (store := self._connect()) is None:
-            if time.monotonic() > deadline:
-                text = given_up_text(self._what, (0,))
-                _ask(self._server, "PUT", self._given_up, text)
-                if (late := self._connect()) is not None:
-                    late.set(GIVEN_UP, text)
-                return None
-            time.sleep(_ASK_S)
-        return store
-
-    def _connect(self) -> dist.Store | None:
-        answer = _ask(self._server, "GET", self._address)
-        if answer is None:
-            return None
-        host, _, port = answer.partition(" ")
-        return dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=default_timeout_s()))
-
-
-def _ask(server: tuple[str, int], method: str, path: str, text: str | None = None) -> str | None:
-    """Write, read or delete a text that the launcher's server keeps; None where it has none of that name."""
-    with contextlib.closing(http.client.HTTPConnection(*server, timeout=10.0)) as connection:
-        connection.request(method, f"/{path}", body=None if text is None else text.encode())
-        answer: Any = connection.getresponse()
-        data = answer.read()
-    return data.decode(errors="replace") if answer.status == http.client.OK else None
