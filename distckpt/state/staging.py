@@ -158,7 +158,12 @@ class Staging:
 
     @contextlib.contextmanager
     def beside(self, num_threads: int) -> Iterator[None]:
-        """Copy on so many other threads while the body runs; what is not copied at its end stays so."""
+        """Copy on so many other threads while the body runs; what is not copied at its end stays so.
+
+        On an accelerator what this thread's stream is computing is waited for first: other threads have other streams.
+        """
+        for device in {storage.device for storage in self._storages if storage.device.type == "cuda"}:
+            torch.cuda.current_stream(device).synchronize()
         helpers = [
             threading.Thread(target=self._help, name="distckpt-staging", daemon=True) for _ in range(num_threads)
         ]
