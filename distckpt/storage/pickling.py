@@ -1,63 +1,32 @@
 """State -> ``data.pkl`` and the storages that it refers to, without a byte of theirs being copied.
 
-Owns the pickle inside a ``.pt``: the same bytes that ``torch.save`` writes there, a few times faster for the plain
-tensors that a checkpoint is made of. Must not know where the storages come to lie. Layer L2, below
-:mod:`distckpt.storage.ptfile`.
+Owns the pickle inside a ``.pt``: made in one walk where the state is plain (:mod:`distckpt.storage.emitting`), else the
+same bytes that ``torch.save`` writes there, a few times faster for plain tensors. Must not know where the storages come
+to lie. Layer L2, below :mod:`distckpt.storage.ptfile`.
 
 Source: ``torch.serialization._save`` and ``torch.Tensor.__reduce_ex__`` of torch 2.9 to 2.13, whose format this is.
 """
 
+import contextlib
 import io
 import pickle
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 
-__all__ = ["Pickled", "TensorAt", "pickle_state"]
+from distckpt.storage.emitting import TYPES, NotPlain, TensorAt, emit, is_plain
 
-_TYPES: Final[Mapping[torch.dtype, Any]] = {
-    torch.float64: torch.DoubleStorage,
-    torch.float32: torch.FloatStorage,
-    torch.float16: torch.HalfStorage,
-    torch.bfloat16: torch.BFloat16Storage,
-    torch.int64: torch.LongStorage,
-    torch.int32: torch.IntStorage,
-    torch.int16: torch.ShortStorage,
-    torch.int8: torch.CharStorage,
-    torch.uint8: torch.ByteStorage,
-    torch.bool: torch.BoolStorage,
-    torch.complex64: torch.ComplexFloatStorage,
-    torch.complex128: torch.ComplexDoubleStorage,
-}
+__all__ = ["Pickled", "TensorAt", "pickle_exactly", "pickle_state"]
+
+_EMITTED_PROTOCOL = 2
 _NEVER_STORAGES = frozenset(
     {str, int, float, bool, type(None), tuple, list, dict, OrderedDict, torch.Tensor, torch.Size}
 )
 _LEVELS = 16
 """How far down the state's tensors are named."""
-
-
-@dataclass(frozen=True, slots=True)
-class TensorAt:
-    """One tensor of a state, as the manifest names it.
-
-    Attributes:
-        name: the keys that lead to it, joined by dots.
-        dtype: e.g. ``float32``.
-        shape: its sizes.
-        storage: which of the storages it views.
-        begin_bytes: where in that storage its first element lies.
-        num_bytes: of its elements.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    storage: int
-    begin_bytes: int
-    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,30 +36,25 @@ class Pickled:
     Attributes:
         data: the pickle.
         storages: what it refers to, by number; shared ones once. They are the live ones, not copies.
-        named: the tensors that stand in nested mappings and sequences, each with the keys that lead to it.
-        numbers: of the storages, by torch's identity of them.
+        forms: of the tensors that stand in nested mappings and sequences: name, dtype, shape, number of the storage,
+            offset in elements, number of elements.
     """
 
     data: bytes
     storages: tuple[torch.UntypedStorage, ...]
-    named: tuple[tuple[str, torch.Tensor], ...]
-    numbers: Mapping[int, str]
+    forms: Sequence[tuple[str, torch.dtype, tuple[int, ...], int, int, int]]
 
     def tensors(self) -> Iterator[TensorAt]:
         """Yield what the manifest says of the named tensors. Any thread."""
-        for name, tensor in self.named:
-            if tensor.layout is not torch.strided or tensor.device.type == "meta":
-                continue
-            number = self.numbers.get(tensor.untyped_storage()._cdata)  # noqa: SLF001 - as in the pickler
-            if number is not None:
-                size = tensor.element_size()
-                begin, num_bytes = int(tensor.storage_offset()) * size, tensor.numel() * size
-                dtype = str(tensor.dtype).removeprefix("torch.")
-                yield TensorAt(name, dtype, tuple(tensor.shape), int(number), begin, num_bytes)
+        for name, dtype, shape, number, offset, numel in self.forms:
+            size = dtype.itemsize
+            yield TensorAt(name, str(dtype).removeprefix("torch."), shape, number, offset * size, numel * size)
 
 
 def pickle_state(state: Any, *, protocol: int = 2) -> Pickled:
-    """Pickle `state` as ``torch.save`` does. Rank-local; issues no collectives.
+    """Pickle `state`: what ``torch.load`` gets from it is what it would get from ``torch.save``'s.
+
+    Rank-local; issues no collectives.
 
     Args:
         state: what ``torch.save`` takes.
@@ -105,10 +69,26 @@ def pickle_state(state: Any, *, protocol: int = 2) -> Pickled:
         >>> [storage.nbytes() for storage in pickled.storages], [tensor.name for tensor in pickled.tensors()]
         ([8], ['a'])
     """
+    if protocol == _EMITTED_PROTOCOL:
+        with contextlib.suppress(NotPlain):
+            data, storages, forms = emit(state)
+            return Pickled(data, tuple(storages), forms)
+    return pickle_exactly(state, protocol=protocol)
+
+
+def pickle_exactly(state: Any, *, protocol: int = 2) -> Pickled:
+    """Pickle `state` to the very bytes of ``torch.save``; else as :func:`pickle_state` does."""
     buffer = io.BytesIO()
     pickler = _Pickler(buffer, protocol)
     pickler.dump(state)
-    return Pickled(buffer.getvalue(), tuple(pickler.storages), tuple(_tensors(state, "", 0)), pickler.numbers)
+    forms = []
+    for name, tensor in _tensors(state, "", 0):
+        if tensor.layout is torch.strided and tensor.device.type != "meta":
+            number = pickler.numbers.get(tensor.untyped_storage()._cdata)  # noqa: SLF001 - as in the pickler
+            if number is not None:
+                shape, offset = tuple(tensor.shape), int(tensor.storage_offset())
+                forms.append((name, tensor.dtype, shape, int(number), offset, tensor.numel()))
+    return Pickled(buffer.getvalue(), tuple(pickler.storages), forms)
 
 
 class _Storage:
@@ -149,8 +129,8 @@ class _Pickler(pickle.Pickler):
         if kind is not torch.Tensor:
             return NotImplemented
         dtype = obj.dtype
-        storage_type = _TYPES.get(dtype)
-        if storage_type is None or not _is_plain(obj):
+        storage_type = TYPES.get(dtype)
+        if storage_type is None or not is_plain(obj):
             return NotImplemented
         storage = obj.untyped_storage()
         pid = self._pid_of(storage, dtype, storage_type, storage.nbytes() // dtype.itemsize)
@@ -178,20 +158,6 @@ class _Pickler(pickle.Pickler):
             self.storages.append(storage)
         location = "cpu" if device.type == "cpu" else torch.serialization.location_tag(storage)
         return ("storage", kind, key, location, numel)
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
-    """Tell whether nothing of a tensor is left out where its storage, sizes and strides are kept."""
-    return (
-        tensor.layout is torch.strided
-        and tensor.device.type in ("cpu", "cuda")
-        and not tensor.is_quantized
-        and not tensor.is_conj()
-        and not tensor.is_neg()
-        and not tensor.is_nested
-        and not tensor.__dict__
-        and not tensor._backward_hooks  # noqa: SLF001 - torch warns of them where it pickles
-    )
 
 
 def _tensors(tree: Any, path: str, level: int) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,0 +1,131 @@
+"""A plain state's pickle, made in one walk: what is read from it is what is read from torch's."""
+
+import io
+import pickle
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from distckpt.storage.emitting import NotPlain, emit
+from distckpt.storage.pickling import pickle_exactly, pickle_state
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64]
+
+
+class Reader(pickle.Unpickler):
+    """Reads a pickle with its storages; a storage is told by its number."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data))
+
+    def persistent_load(self, pid: Any) -> Any:
+        return ("pid", *pid)
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name == "_rebuild_tensor_v2":
+            return lambda *args: ("tensor", *args)
+        return super().find_class(module, name)
+
+
+def read(data: bytes) -> Any:
+    return Reader(data).load()
+
+
+def told(tree: Any) -> Any:
+    """Return a tree such that two are equal only where types and order are."""
+    if isinstance(tree, dict):
+        return (
+            type(tree),
+            [(told(key), told(item)) for key, item in tree.items()],
+            told(vars(tree)) if (isinstance(tree, OrderedDict) and vars(tree)) else None,
+        )
+    if isinstance(tree, list | tuple):
+        return type(tree), [told(item) for item in tree]
+    return type(tree), repr(tree)
+
+
+scalars = st.one_of(
+    st.none(), st.booleans(), st.floats(), st.text(max_size=6), st.integers(), st.integers(-(10**30), 10**30),
+    st.sampled_from([0, 255, 256, 65535, 65536, 2**31 - 1, 2**31, -(2**31), -(2**31) - 1, -1, -128, -129, 2**63]),
+)  # fmt: skip
+tensors = st.builds(
+    lambda dtype, shape, grad: torch.zeros(shape, dtype=dtype, requires_grad=grad and dtype.is_floating_point),
+    st.sampled_from(DTYPES), st.lists(st.integers(0, 3), max_size=4), st.booleans(),
+)  # fmt: skip
+trees = st.recursive(
+    scalars | tensors,
+    lambda inner: (
+        st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=4) | st.integers(), inner, max_size=5)
+        | st.lists(inner, max_size=5).map(tuple)
+        | st.dictionaries(st.text(max_size=4), inner, max_size=3).map(OrderedDict)
+    ),
+    max_leaves=25,
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(tree=trees)
+def test_what_is_read_is_what_is_read_from_torchs(tree: Any) -> None:
+    emitted = emit(tree)
+    exact = pickle_exactly(tree)
+    assert told(read(emitted.data)) == told(read(exact.data))
+    assert [one.nbytes() for one in emitted.storages] == [one.nbytes() for one in exact.storages]
+    assert list(pickle_state(tree).tensors()) == list(exact.tensors())
+
+
+def test_a_trained_models_state_takes_the_short_way() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(3, 4)).sum().backward()
+    optimizer.step()
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    emitted = emit(state)
+    assert told(read(emitted.data)) == told(read(pickle_exactly(state).data))
+    assert vars(read(emitted.data)["model"])["_metadata"][""] == {"version": 1}
+
+
+def test_a_shared_storage_is_there_once_with_its_views() -> None:
+    base = torch.arange(20, dtype=torch.float32)
+    state = [base, base[3:9], base.view(4, 5).t(), torch.ones(1)]
+    emitted = emit(state)
+    assert len(emitted.storages) == 2
+    assert read(emitted.data) == read(pickle_exactly(state).data)
+
+
+@pytest.mark.parametrize("make", [list, dict, lambda: torch.ones(1)])
+def test_an_object_that_stands_twice_is_one_after_loading(make: Any) -> None:
+    one = make()
+    with pytest.raises(NotPlain):
+        emit([one, one])
+    first, second = read(pickle_state([one, one]).data)
+    assert first is second
+
+
+def test_what_is_not_plain_is_left_to_python() -> None:
+    class Text(str):
+        __slots__ = ()
+
+    inside: list[Any] = []
+    inside.append(inside)
+    for value in (torch.Size([1]), Text("a"), 1j, b"a", {1}, nn.Parameter(torch.ones(1)), 1 << 3000, inside):
+        with pytest.raises(NotPlain):
+            emit([value])
+
+
+def test_a_state_that_is_too_deep_is_left_to_python() -> None:
+    deep: Any = 0
+    for _ in range(200):
+        deep = [deep]
+    with pytest.raises(NotPlain):
+        emit(deep)
+
+
+def test_memory_that_is_viewed_as_two_types_is_refused_as_torch_does() -> None:
+    tensor = torch.ones(4)
+    with pytest.raises(RuntimeError, match="view the same data as different types"):
+        emit([tensor, tensor.view(torch.int32)])
