@@ -8,15 +8,17 @@ leaves the copying to the disk. It wants memory, offset and length on borders of
 """
 
 import contextlib
+import ctypes
 import errno
 import os
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
 from distckpt.storage.archive import BLOCK_BYTES
 from distckpt.storage.temp import close_quietly
 
-__all__ = ["DirectFile", "write_at"]
+__all__ = ["DirectFile", "allocate", "write_at"]
 
 
 class DirectFile:
@@ -79,6 +81,33 @@ def write_at(fd: int, data: memoryview, offset: int) -> None:
     done = 0
     while done < len(data):
         done += _written(os.pwrite(fd, data[done:], offset + done))
+
+
+def allocate(fd: int, num_bytes: int) -> None:
+    """Give a file a length, and blocks of the disk where the file system can do that without writing them.
+
+    Raises:
+        OSError: the operating system refused; ENOSPC where there are not so many blocks.
+    """
+    if _fallocate is not None:
+        ctypes.set_errno(0)
+        if _fallocate(fd, 0, 0, num_bytes) == 0:
+            return
+        number = ctypes.get_errno()
+        if number not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINTR):
+            raise OSError(number, os.strerror(number))
+    os.ftruncate(fd, num_bytes)  # os.posix_fallocate would write into every block there
+
+
+def _find_fallocate() -> Callable[[int, int, int, int], int] | None:
+    library = ctypes.CDLL(None, use_errno=True)
+    function = getattr(library, "fallocate64", None)  # musl has no name of its own for it
+    if function is not None:
+        function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    return function
+
+
+_fallocate = _find_fallocate()
 
 
 def _written(num_bytes: int) -> int:

@@ -19,9 +19,16 @@ from typing import Self
 
 from distckpt.errors import SaveError, save_error
 from distckpt.naming import check_name, is_temp
-from distckpt.storage.direct import DirectFile
+from distckpt.storage.direct import DirectFile, allocate
 from distckpt.storage.sink import Sink
-from distckpt.storage.temp import FILE_MODE, NEW_FILE_FLAGS, close_quietly, open_temp, remove_if_dead
+from distckpt.storage.temp import (
+    FILE_MODE,
+    JOINED_FILE_FLAGS,
+    NEW_FILE_FLAGS,
+    close_quietly,
+    open_temp,
+    remove_if_dead,
+)
 
 __all__ = ["Directory", "NewFile", "WriteReceipt", "make_directory"]
 
@@ -131,6 +138,30 @@ class Directory:
             raise
         return NewFile(self.path, name, fd, parent, at, leaf)
 
+    def join(self, name: str, temp: str) -> "NewFile":
+        """Open the file that another process has begun under `name`, to write a part of it.
+
+        Args:
+            name: see :meth:`create`.
+            temp: :attr:`NewFile.temp` of the one that was made there.
+
+        Raises:
+            ValueError: the name would leave the directory, or a symlink is in the way.
+            SaveError: the operating system refused; FileNotFoundError too where there is no such file.
+        """
+        parent, leaf = self._parent_of(name, "save")
+        try:
+            (temp,) = check_name(temp)
+            fd = os.open(temp, JOINED_FILE_FLAGS, dir_fd=parent)
+        except OSError as error:
+            close_quietly(parent)
+            msg = f"cannot save {name}: the file {self.path / temp} that was begun for it cannot be opened"
+            raise save_error(f"{msg} ({_named(error)})", error) from error
+        except BaseException:
+            close_quietly(parent)
+            raise
+        return NewFile(self.path, name, fd, parent, temp, leaf, is_owner=False)
+
     def remove(self, name: str) -> None:
         """Remove a file.
 
@@ -188,20 +219,23 @@ class Directory:
 
 
 class NewFile:
-    """A file that is being written; a context that removes it unless it was committed.
+    """A file that is being written; a context that removes it unless it was committed, or is another process's.
 
     Attributes:
         fd: its descriptor, open for reading and writing.
         temp: the name it has until then, in the folder of its final name.
     """
 
-    def __init__(self, directory: Path, name: str, fd: int, parent: int, temp: str, leaf: str) -> None:
+    def __init__(
+        self, directory: Path, name: str, fd: int, parent: int, temp: str, leaf: str, *, is_owner: bool = True
+    ) -> None:
         self._directory = directory
         self._name = name
         self.fd = fd
         self._parent = parent
         self.temp = temp
         self._leaf = leaf
+        self._is_owner = is_owner
         self._is_open = True
 
     def __enter__(self) -> Self:
@@ -259,16 +293,38 @@ class NewFile:
             raise save_error(msg, error, renamed=True) from error
         return WriteReceipt(path=path, num_bytes=num_bytes)
 
+    def allocate(self, num_bytes: int) -> None:
+        """Let it have a length before anybody writes: several writers need not wait for each other then.
+
+        Raises:
+            SaveError: the operating system refused; there is not so much room, for one.
+        """
+        try:
+            allocate(self.fd, num_bytes)
+        except OSError as error:
+            raise self.refused("making room for", num_bytes, error) from error
+
+    def sync(self, num_bytes: int) -> None:
+        """Make what was written into it durable; :meth:`commit` does so too.
+
+        Raises:
+            SaveError: the operating system refused.
+        """
+        try:
+            os.fsync(self.fd)
+        except OSError as error:
+            raise self.refused("syncing", num_bytes, error) from error
+
     def opened_directly(self) -> DirectFile:
         """Open it once more, for large pieces at offsets."""
         return DirectFile(self.fd, self._parent, self.temp)
 
     def abandon(self) -> None:
-        """Close it, and remove it unless it has its final name. Does nothing a second time."""
+        """Close it, and remove it unless it has its final name or another process made it. Nothing a second time."""
         if not self._is_open:
             return
         self._is_open = False
-        if self.temp != self._leaf:
+        if self._is_owner and self.temp != self._leaf:
             # Also for KeyboardInterrupt. What cannot be removed now, the next save clears.
             with contextlib.suppress(OSError):
                 os.unlink(self.temp, dir_fd=self._parent)

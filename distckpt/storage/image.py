@@ -13,10 +13,11 @@ The order of the file::
     central directory       ... and this
 
 All before the tail is the *image*. It is cut into shares on borders of 4096 bytes, one a rank; the last one is the
-saving rank's. Whoever holds the header of a record has to know the checksum of the whole record, also of what lies in
-another's share: of replicated bytes it can be taken from the live ones.
+saving rank's. The header of a record tells the checksum of the whole record: where the end of one lies in another's
+share, its header is left out, and the saving rank puts it there when all checksums are known.
 """
 
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -51,7 +52,7 @@ class Piece(NamedTuple):
     num_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ImagePlan:
     """Where every byte of an image lies. Computed alike on every rank whose state is of the same form.
 
@@ -96,21 +97,27 @@ class ImagePlan:
             if first < last:
                 yield Piece(number, first - slot.offset, first, last - first)
 
-    def beyond(self, begin: int, end: int) -> Piece | None:
-        """Return the rest of the record whose header is in a share but whose end is not."""
-        for number, slot in zip(self.order, self.slots, strict=True):
-            if begin <= slot.header < end < slot.end:
-                return Piece(number, end - slot.offset, end, slot.end - end)
-        return None
+    def cut_headers(self, cuts: Collection[int], crcs: Sequence[int]) -> list[tuple[int, bytes]]:
+        """Return the headers that no share's writer could put: of the records that a cut goes through.
 
-    def form(self) -> int:
-        """Return a CRC-32 of all that has to be equal on all ranks for writing in shares."""
-        told = [(slot.name, slot.offset, slot.num_bytes) for slot in self.slots if slot.end <= self.shared_end]
-        return crc32(repr((told, self.shared_end, self.end)).encode())
+        Args:
+            cuts: where shares end.
+            crcs: of all records, in the order of the slots.
+
+        Returns:
+            Offsets in the file, and what goes there.
+        """
+        return [
+            (slot.header, local_header(slot, crc))
+            for slot, crc in zip(self.slots, crcs, strict=True)
+            if any(slot.header < cut < slot.end for cut in cuts)
+        ]
 
 
 def plan_image(sizes: Sequence[int], replicated: Collection[int] = ()) -> ImagePlan:
     """Plan the image of storages.
+
+    One of the last few that were planned is handed out again: mostly a state's form stays as it is.
 
     Args:
         sizes: each storage's, in bytes.
@@ -121,6 +128,11 @@ def plan_image(sizes: Sequence[int], replicated: Collection[int] = ()) -> ImageP
         >>> [slot.offset for slot in plan.slots], plan.end
         ([4096, 8192, 16384], 16384)
     """
+    return _plan_image(tuple(sizes), frozenset(replicated))
+
+
+@functools.lru_cache(maxsize=8)
+def _plan_image(sizes: tuple[int, ...], replicated: frozenset[int]) -> ImagePlan:
     head, at = [], 0
     for name, data in _HEAD:
         slot = place(name, len(data), at, on_border=False)
@@ -146,19 +158,17 @@ class Part:
         memory: of the share's length, or longer.
         begin: where in the image the share begins.
         end: where it ends.
-        beyond_crc: of what :meth:`ImagePlan.beyond` returns.
 
     Attributes:
         checked: (slot's number, CRC-32, bytes) of each record's bytes in this share, once they were checked.
     """
 
-    def __init__(self, plan: ImagePlan, memory: memoryview, begin: int, end: int, *, beyond_crc: int = 0) -> None:
+    def __init__(self, plan: ImagePlan, memory: memoryview, begin: int, end: int) -> None:
         self.plan = plan
         self.begin = begin
         self.end = end
         self.checked: list[tuple[int, int, int]] = []
         self._memory = memory[: end - begin]
-        self._beyond_crc = beyond_crc
 
     def chunks(self, wait_for: Callable[[int], None]) -> Iterator[tuple[int, memoryview]]:
         """Yield the share's bytes in chunks, each with its offset in the file, headers and all. Any one thread.
@@ -184,16 +194,14 @@ class Part:
             self._put(slot.header, local_header(slot, crc32(data)) + data)
 
     def _finish(self, number: int, slot: Slot, wait_for: Callable[[int], None]) -> None:
-        """Check the record's bytes in this share, and put its header before them."""
+        """Check the record's bytes in this share, and put its header before them if all of them are."""
         first, last = max(slot.offset, self.begin), min(slot.end, self.end)
         crc, num_bytes = 0, max(last - first, 0)
         if num_bytes:
             wait_for(last)
             crc = crc32(self._memory[first - self.begin : last - self.begin])
             self.checked.append((number, crc, num_bytes))
-        if self.begin <= slot.header < self.end:
-            if slot.end > self.end:
-                crc = combined([(crc, num_bytes), (self._beyond_crc, slot.end - self.end)])
+        if self.begin <= slot.header and slot.end <= self.end:
             self._put(slot.header, local_header(slot, crc))
 
     def _put(self, at: int, data: bytes) -> None:

@@ -16,9 +16,11 @@ import zlib
 
 from distckpt.naming import TEMP_PREFIX, TEMP_SUFFIX
 
-__all__ = ["FILE_MODE", "NEW_FILE_FLAGS", "close_quietly", "open_temp", "remove_if_dead"]
+__all__ = ["FILE_MODE", "JOINED_FILE_FLAGS", "NEW_FILE_FLAGS", "close_quietly", "open_temp", "remove_if_dead"]
 
 NEW_FILE_FLAGS = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+JOINED_FILE_FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+"""Of a file that another process has made."""
 FILE_MODE = 0o666
 """Before umask: a checkpoint is as readable as any file that its user makes."""
 
