@@ -41,7 +41,7 @@ class Copy(NamedTuple):
 
 
 class HostMemory:
-    """Page-aligned host memory that is kept and used again. One user at a time.
+    """Page-aligned host memory that is kept and used again. One user at a time: :meth:`reserve` it first.
 
     Attributes:
         num_bytes: how much there is.
@@ -54,7 +54,26 @@ class HostMemory:
 
     def __init__(self) -> None:
         self._map: mmap.mmap | None = None
+        self._in_use = threading.Lock()
         self.num_bytes = 0
+
+    def reserve(self) -> None:
+        """Wait until nobody uses it, and use it. Whatever it waits for needs no other rank: bytes that are written."""
+        while not self._in_use.acquire(timeout=1.0):  # not for ever: a signal handler may want its turn
+            pass
+
+    def release(self) -> None:
+        """Let the next one use it. Any thread; views of it must not be used any more."""
+        self._in_use.release()
+
+    @contextlib.contextmanager
+    def reserved(self) -> Iterator[None]:
+        """Have it reserved while the body runs."""
+        self.reserve()
+        try:
+            yield
+        finally:
+            self.release()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "HostMemory":
         """Return a new one: what a copy of its owner stages, goes elsewhere."""
@@ -124,6 +143,7 @@ class Staging:
         self._address = _address_of(memory)
         self._begin = begin
         self._todo = [part for copy in copies for part in _in_strides(copy)]
+        self._sources = [storage.data_ptr() if storage.device.type == "cpu" else None for storage in storages]
         self._next = itertools.count()
         self._is_done = bytearray(len(self._todo))
         self._num_done = 0  # from the first on, without a gap
@@ -164,17 +184,16 @@ class Staging:
         """
         for device in {storage.device for storage in self._storages if storage.device.type == "cuda"}:
             torch.cuda.current_stream(device).synchronize()
-        helpers = [
-            threading.Thread(target=self._help, name="distckpt-staging", daemon=True) for _ in range(num_threads)
-        ]
-        for helper in helpers:
-            helper.start()
+        helpers = []
         try:
+            for _ in range(num_threads):
+                has_ended = threading.Event()
+                threading.Thread(target=self._help, args=(has_ended,), name="distckpt-staging", daemon=True).start()
+                helpers.append(has_ended)
             yield
         finally:
             self.stop()
-            for helper in helpers:
-                helper.join()
+            _wait_for_all(helpers)
 
     def run_on(self, num_threads: int) -> None:
         """Copy all of it, with so many threads, this one among them; return when it is done.
@@ -216,18 +235,40 @@ class Staging:
             self._num_done = len(self._todo) if far < 0 else far
             self._change.notify_all()
 
-    def _help(self) -> None:
+    def _help(self, has_ended: threading.Event) -> None:
         with contextlib.suppress(BaseException):  # kept, and raised where it is waited for
             self.run()
+        has_ended.set()
 
     def _copy(self, copy: Copy) -> None:
-        storage, at = self._storages[copy.storage], copy.at - self._begin
-        if storage.device.type == "cpu":
-            ctypes.memmove(self._address + at, storage.data_ptr() + copy.begin, copy.num_bytes)
+        number, begin, at, num_bytes = copy
+        address = self._sources[number]
+        if address is not None:
+            ctypes.memmove(self._address + at - self._begin, address + begin, num_bytes)
         else:
-            source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-            target = torch.frombuffer(self._memory, dtype=torch.uint8, offset=at, count=copy.num_bytes)
-            target.copy_(source[copy.begin : copy.begin + copy.num_bytes])
+            self._fetch(copy)
+
+    def _fetch(self, copy: Copy) -> None:
+        storage, at = self._storages[copy.storage], copy.at - self._begin
+        source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+        target = torch.frombuffer(self._memory, dtype=torch.uint8, offset=at, count=copy.num_bytes)
+        target.copy_(source[copy.begin : copy.begin + copy.num_bytes])
+
+
+def _wait_for_all(events: Sequence[threading.Event]) -> None:
+    """Wait for all, whatever interrupts that: who writes into the memory must have ended before somebody else does.
+
+    Not by Thread.join: one that a signal interrupts takes the thread for ended (CPython 3.11, threading.py).
+    """
+    interrupt: BaseException | None = None
+    for event in events:
+        while not event.is_set():
+            try:
+                event.wait(timeout=1.0)
+            except BaseException as error:  # noqa: BLE001 - KeyboardInterrupt, for one; raised below
+                interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 def num_staging_threads() -> int:

@@ -4,6 +4,7 @@ import ctypes
 import errno
 import os
 import pickle
+import signal
 import threading
 from collections.abc import Iterator
 from copy import deepcopy
@@ -71,6 +72,23 @@ def test_copies_that_end_while_somebody_looks_do_no_harm() -> None:
     staging = Overtaken(storages_of(10), [Copy(0, 0, 5, 10)], HostMemory().take(15), 0)
     staging.looks = iter([0, 1, 1])
     staging.wait_for(5)
+
+
+def test_an_interrupt_waits_until_nobody_writes_into_the_memory_any_more() -> None:
+    staging = Staging(storages_of(10), [Copy(0, 0, 0, 10)], HostMemory().take(10), 0)
+    began, gate, has_ended = threading.Event(), threading.Event(), threading.Event()
+
+    def copy_slowly(_copy: Copy) -> None:
+        began.set()
+        gate.wait(timeout=10.0)
+        has_ended.set()
+
+    staging._copy = copy_slowly  # type: ignore[assignment, method-assign]
+    threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    threading.Timer(0.4, gate.set).start()
+    with pytest.raises(KeyboardInterrupt), staging.beside(1):
+        began.wait(timeout=10.0)
+    assert has_ended.is_set()
 
 
 def test_an_error_of_one_thread_reaches_all() -> None:
