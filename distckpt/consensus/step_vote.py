@@ -9,7 +9,8 @@ The protocol:
 2. (all ranks) when the last handler has run, reduce one header (:meth:`~distckpt.backends.base.Backend.meet`): event
    and iteration, each with its negative, whether some handler failed, and a number for each kind of fact. Ranks that
    are at different iterations, or whose handlers differ, get :class:`~distckpt.errors.RanksDriftedApart`.
-3. (all ranks) only when something is so somewhere, or failed: gather which ranks say so, and what they tell of it.
+3. (all ranks) only when something is so somewhere, or failed: gather which ranks say so, and what they tell of it. Of
+   a quiet fact nobody tells more than that it is so somewhere.
 4. (all ranks) every rank holds the same result.
 
 Step 2 can be left to run beside the next iteration: :meth:`Ballot.start` begins it, and what it returns waits for it.
@@ -42,11 +43,15 @@ class Fact(IntEnum):
     SAVE_WANTED = 1
     """A checkpoint is due."""
     PARTS_PENDING = 2
-    """Not all that was saved in the background is durable on this rank."""
+    """Not all that was saved in the background is durable on this rank. A quiet one: what counts is where it is so no
+    more."""
     SIGNAL = 3
     """The process was told to stop."""
     TIME_OVER = 4
     """The time limit is reached."""
+
+
+_QUIET = frozenset({Fact.PARTS_PENDING})
 
 
 class Later(Protocol):
@@ -123,10 +128,12 @@ class Result:
     Attributes:
         scope: where it took place.
         said: for each motion with a yes somewhere, what each rank that said yes tells of it; in the ballot's order.
+        over: the motions of quiet facts that are so nowhere.
     """
 
     scope: Scope
     said: Mapping[Motion, Mapping[int, Any]] = field(default_factory=dict)
+    over: tuple[Motion, ...] = ()
 
 
 class Ballot:
@@ -260,17 +267,28 @@ class _Count:
         if self._wait is None:  # a world of one
             if self._error is not None:
                 raise self._error
-            return Result(self._scope, {motion: {0: detail()} for motion, detail in self._details().items()})
+            said = {motion: {0: detail()} for motion, detail in self._details().items()}
+            return Result(self._scope, said, self._over([bool(self._answers.get(motion)) for motion in self._motions]))
         try:
-            said_somewhere = any(self._wait())
+            numbers = self._wait()
         except RanksDriftedApart as error:
             raise error from self._error
-        return self._gather() if said_somewhere else Result(self._scope)
+        over = self._over([bool(numbers[1 + motion.fact]) for motion in self._motions])
+        if numbers[0] or any(number for fact, number in zip(Fact, numbers[1:], strict=True) if fact not in _QUIET):
+            return self._gather(over)
+        return Result(self._scope, over=over)
+
+    def _over(self, are_so: Sequence[bool]) -> tuple[Motion, ...]:
+        """Return the motions of quiet facts that are so nowhere."""
+        pairs = zip(self._motions, are_so, strict=True)
+        return tuple(motion for motion, is_so in pairs if motion.fact in _QUIET and not is_so)
 
     def _details(self) -> dict[Motion, Detail]:
         """Return what to tell of each yes: of the first one, where a handler said several; in the ballot's order."""
         found: dict[Motion, Detail] = {}
         for motion in self._motions:
+            if motion.fact in _QUIET:
+                continue
             for answer in self._answers.get(motion, ()):
                 if not isinstance(answer, Pending):
                     found.setdefault(motion, answer)
@@ -304,7 +322,7 @@ class _Count:
                 raise CollectiveTimeout(msg)
             time.sleep(_POLL_S)
 
-    def _gather(self) -> Result:
+    def _gather(self, over: tuple[Motion, ...]) -> Result:
         """Step 3: what each rank says, or the error of those that failed."""
         failure = self._failure
         mine: dict[str, Any] = {"said": {}, "failure": None}
@@ -328,7 +346,7 @@ class _Count:
             for rank, answer in enumerate(answers):
                 if motion.who in answer["said"]:
                     said.setdefault(motion, {})[rank] = answer["said"][motion.who]
-        return Result(self._scope, said)
+        return Result(self._scope, said, over)
 
 
 def _number(answers: Sequence[Detail | Pending]) -> Any:

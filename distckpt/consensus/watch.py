@@ -40,6 +40,7 @@ from distckpt.consensus.fault import Fault
 from distckpt.consensus.peers import IDLE, LEFT, RUNS, BoardHost, Peers, heartbeat
 from distckpt.consensus.processes import TrainingThread, place_of_this_process
 from distckpt.errors import CollectiveError, DistckptError, RankFailure
+from distckpt.unfinished import wait_for_unfinished
 
 __all__ = ["END_BLOCKED_VARIABLE", "EXIT_CODE", "Watch"]
 
@@ -48,6 +49,8 @@ EXIT_CODE = 70
 """With which a process ends whose training thread hangs in a collective of a lost job (sysexits' EX_SOFTWARE)."""
 
 _LOOK_S = 0.05  # how soon the thread notices that it has to end
+_WRITE_LIMIT_S = 120.0
+"""For how long a process that is ended goes on with what it is writing in the background."""
 _BLOCKED_S = 0.5  # how long a thread in a collective of torch's has to stand still
 _NUM_LOOKS = 6  # after how many of this rank's own beats one that has not beaten twice is suspected
 _STAY_S = 2.0  # how long the host of the board stays for the others
@@ -404,6 +407,7 @@ class Watch:
             sys.stderr.flush()
             faulthandler.dump_traceback(all_threads=True)
         self.close(f"{type(error).__name__}")
+        wait_for_unfinished(_WRITE_LIMIT_S)  # a checkpoint that this rank writes alone
         os._exit(EXIT_CODE)
 
 

@@ -26,6 +26,9 @@ class Hooks(Protocol):
     def before_event(self, engine: Engine, event: Any) -> None:
         """Called before the handlers of STARTED and of COMPLETED."""
 
+    def after_iteration(self, engine: Engine) -> None:
+        """Called after the handlers of ITERATION_COMPLETED, and before what :func:`after_event` is given."""
+
     def after_run(self, engine: Engine) -> None:
         """Called when a run has ended without an exception."""
 
@@ -109,7 +112,7 @@ def engines_firing() -> list[Engine]:
 
 
 def _wrap_fire_event(fire: Callable[..., None]) -> Callable[..., None]:
-    started, completed, frames = Events.STARTED, Events.COMPLETED, _FRAMES
+    started, completed, iterated, frames = Events.STARTED, Events.COMPLETED, Events.ITERATION_COMPLETED, _FRAMES
 
     @functools.wraps(fire)
     def fire_event(self: Engine, event_name: Any, *event_args: Any, **event_kwargs: Any) -> None:
@@ -122,6 +125,10 @@ def _wrap_fire_event(fire: Callable[..., None]) -> Callable[..., None]:
         stack.append(frame)
         try:
             fire(self, event_name, *event_args, **event_kwargs)
+            if event_name is iterated:
+                hooks = self.__dict__.get(_ATTRIBUTE)
+                if hooks is not None:
+                    hooks.after_iteration(self)
         finally:
             stack.pop()
         if frame.actions is not None:

@@ -1,0 +1,272 @@
+"""The votes of one engine on one rank: when they are held, and what an engine's run does around them.
+
+Owns the ballot of an engine, and what follows from a count. What handlers see of it lies in
+:mod:`distckpt.handlers.voting`. Layer L5.
+"""
+
+import sys
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ignite.engine import Engine, Events
+
+from distckpt.backends.base import Backend, default_timeout_s
+from distckpt.backends.detect import current
+from distckpt.consensus import liveness
+from distckpt.consensus.step_vote import Ballot, Motion, Result, Scope
+from distckpt.errors import CollectiveError, PhaseError, RanksDriftedApart
+from distckpt.handlers.broken import is_of_a_broken_collective
+from distckpt.handlers.firing import after_event, engines_firing, hooks_of
+from distckpt.handlers.places import counts_iterations
+
+if TYPE_CHECKING:
+    from distckpt.handlers.voting import Poller, StopReason, Voter
+
+__all__ = ["EngineVote"]
+
+_TOLD = "_distckpt_told"  # on an exception that the other ranks have been told of
+
+
+class EngineVote:
+    """The votes of one engine on one rank; kept on the engine.
+
+    Attributes:
+        reason: why the last run was stopped.
+        exit_code: with which to end the program after this run; 0 to go on.
+        num_runs: how many runs have begun since there is this object.
+        poisoned_at: the iteration that was voted NaN.
+        is_scheduled: whether somebody has voted on the event under way, and the count is still to come.
+        pollers: those who vote after each iteration without being attached.
+    """
+
+    def __init__(self) -> None:
+        self.reason: StopReason | None = None
+        self.exit_code = 0
+        self.num_runs = 0
+        self.poisoned_at: int | None = None
+        self.pollers: list[Poller] = []
+        self._backend: Backend | None = None
+        self._watch: liveness.Watch | None = None
+        self._name = ""
+        self._start_anew(None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "EngineVote":
+        """Return a new one: a copy of an engine votes for itself."""
+        return EngineVote()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Start anew in another process."""
+        return (EngineVote, ())
+
+    def _start_anew(self, backend: Backend | None) -> None:
+        self._backend = backend
+        self._rank = 0 if backend is None else backend.rank
+        self._ballot = Ballot()
+        self._pending: Callable[[], Result] | None = None
+        self._num_votes = 0
+        self._is_exact = False
+        self.is_scheduled = False
+        self._default_timeout_s = default_timeout_s()  # once: it reads the environment
+        self._scope: Scope | None = None
+        self._counts_iterations = True
+        self._event: tuple[Any, str, bool] = (None, "", False)
+        self._forget_voters()
+
+    def _forget_voters(self) -> None:
+        # By the identity of the handler, which is kept alive beside it: some handlers compare by value.
+        self._motions: dict[int, tuple[Motion, Voter]] = {}
+        self._voters: dict[Motion, Voter] = {}
+        self._pace: dict[str, tuple[int, str]] = {}
+        self._lag, self._every, self._pace_told = 0, 1, ""
+        self._timeout_s: float | None = None
+
+    # -- during an event ---------------------------------------------------------------------------
+
+    def motion_of(self, voter: "Voter", backend: Backend) -> Motion | None:
+        """Return what the handler asks in this job; None if it is new to it. Rank-local."""
+        found = self._motions.get(id(voter))
+        return None if found is None or backend is not self._backend else found[0]
+
+    def welcome(self, voter: "Voter", engine: Engine, backend: Backend, watch: str | None) -> Motion:
+        """All ranks. Let a handler take part, after all ranks have it."""
+        if backend is not self._backend:  # another job than before
+            self._start_anew(backend)
+            ticket = backend.take_ticket("vote") if backend.world_size > 1 else None
+            self._name = ticket or "vote"
+        self._watch = liveness.ensure(backend, voter.timeout_s)
+        if self._watch is not None:
+            self._watch.enter(engine.state.iteration)
+        who, _ = voter._seat.take(backend, watch=watch, timeout_s=voter.timeout_s)  # noqa: SLF001 - it is a voter's
+        self._agree_on_pace(voter, who)
+        motion = Motion(who, voter.fact)
+        self._motions[id(voter)] = motion, voter
+        self._voters[motion] = voter
+        return motion
+
+    def put(self, motion: Motion, voter: "Voter", engine: Engine) -> None:
+        """Rank-local. Put a handler's answer on the ballot."""
+        if self._watch is not None:
+            self._watch.enter(engine.state.iteration)
+        self._ballot.put(self._rank, motion, voter._probe, engine)  # noqa: SLF001 - it is a voter's
+        if voter.is_exact:
+            self._is_exact = True
+        if not self.is_scheduled:
+            self.is_scheduled = True
+            # Said now: a handler of the user's may fire events of its own before this one is over.
+            self._look_where(engine)
+            after_event(engine, self._end_of_event)
+
+    def _look_where(self, engine: Engine) -> None:
+        event, step = engine.last_event_name, engine.state.iteration
+        if event is not self._event[0]:
+            self._event = event, str(getattr(event, "name", event)), counts_iterations(engine)
+        _, name, self._counts_iterations = self._event
+        self._num_votes += 1
+        self._scope = Scope(self._name, name, step, step if self._counts_iterations else self._num_votes)
+
+    def _agree_on_pace(self, voter: "Voter", who: str) -> None:
+        """Take a handler's wishes; two that differ are a mistake.
+
+        Raises:
+            ValueError: another handler of this engine wishes for something else.
+        """
+        for name in ("lag", "every"):
+            value = getattr(voter, name)
+            if value is None:
+                continue
+            before, other = self._pace.setdefault(name, (value, who))
+            if before != value:
+                msg = (
+                    f"The handlers of one engine share one vote, but {who} has {name}={value} and {other} has "
+                    f"{name}={before}. Give it to one of them, or the same to all."
+                )
+                raise ValueError(msg)
+        self._lag, self._every = self._pace.get("lag", (0, ""))[0], self._pace.get("every", (1, ""))[0]
+        paces = ((name, value) for name, (value, _) in sorted(self._pace.items(), reverse=True))
+        self._pace_told = "".join(f", {name}={value}" for name, value in paces if value > (name == "every"))
+        if voter.timeout_s is not None:
+            self._timeout_s = voter.timeout_s if self._timeout_s is None else min(self._timeout_s, voter.timeout_s)
+
+    # -- at its end --------------------------------------------------------------------------------
+
+    def _end_of_event(self, engine: Engine) -> None:
+        """Collective. Hold the vote, or leave it to run, and act on what is known."""
+        self.is_scheduled = False
+        if not self._ballot:
+            return  # somebody who needed to know has had it counted
+        is_exact = self._is_exact or not self._counts_iterations
+        if engine.state.iteration % self._every and not is_exact:
+            return  # what is on the ballot stays there
+        self._is_exact = False
+        before = self._finish_pending()
+        if self._lag and not is_exact and not (before is not None and (before.said or before.over)):
+            self._pending = self._start()
+        else:
+            self._act(engine, before, self._start()())
+
+    def settle(self, engine: Engine) -> None:
+        """Collective where something is open: finish the vote under way, and hold the one that is due later.
+
+        Only where all ranks are bound to ask, as in a save.
+        """
+        before = self._finish_pending()
+        self._act(engine, before, self._start()() if self._ballot else None)
+
+    def _start(self) -> Callable[[], Result]:
+        if self._backend is None or self._scope is None:  # nothing was brought
+            msg = "a vote without a ballot"
+            raise AssertionError(msg)
+        self._scope.pace = self._pace_told  # of all handlers; the scope was made with the event's first one
+        timeout_s = self._default_timeout_s if self._timeout_s is None else self._timeout_s
+        return self._ballot.start(self._backend, self._scope, timeout_s=timeout_s)
+
+    def _finish_pending(self) -> Result | None:
+        pending, self._pending = self._pending, None
+        return None if pending is None else pending()
+
+    def _act(self, engine: Engine, *results: Result | None) -> None:
+        """Let each handler act on the results, in the order of :class:`Fact`, then of the ballot."""
+        said = [(motion, answers) for result in results if result for motion, answers in result.said.items()]
+        said += [(motion, {}) for result in results if result for motion in result.over]
+        if not said:
+            return
+        event = engine.last_event_name
+        for motion, answers in sorted(said, key=lambda one: one[0].fact):
+            # A handler that saves asks for the event's name; another one may have fired events since.
+            engine.last_event_name = event
+            self._voters[motion]._act(engine, answers)  # noqa: SLF001 - it is a voter's
+        engine.last_event_name = event
+
+    # -- around a run ------------------------------------------------------------------------------
+
+    def after_iteration(self, engine: Engine) -> None:
+        """All ranks. Let the pollers vote."""
+        for poller in tuple(self.pollers):
+            poller.poll(engine)
+
+    def _drain(self, engine: Engine) -> None:
+        for poller in tuple(self.pollers):
+            poller.drain(engine)
+
+    def before_event(self, engine: Engine, event: Any) -> None:
+        """Begin a run with a clean slate, and end it with nothing open."""
+        if event is Events.STARTED:
+            self.reason, self.exit_code = None, 0
+            self.num_runs += 1
+            self._forget_open_votes()
+            self._forget_voters()  # handlers may have been removed, or be another's with another pace
+            if self.poisoned_at != engine.state.iteration:
+                self.poisoned_at = None  # a run that begins anew comes to the same iteration again
+        else:
+            if self._backend is not None and self._backend is current():
+                self.settle(engine)
+            self._drain(engine)
+
+    def after_run(self, engine: Engine) -> None:
+        """End what is in flight, and the program where a handler asked for an exit code."""
+        self._drain(engine)
+        self._leave()
+        if self.exit_code:
+            code, self.exit_code = self.exit_code, 0
+            engine.logger.info("Ending the program with exit code %d", code)
+            sys.exit(code)
+
+    def on_exception(self, engine: Engine, error: BaseException) -> BaseException:
+        """Tell the other ranks, or find out whether it is another's death that is felt here; end what is in flight."""
+        leaving = self._tell_others(engine, error)
+        for poller in tuple(self.pollers):
+            poller.leave(leaving)
+        return leaving
+
+    def _tell_others(self, engine: Engine, error: BaseException) -> BaseException:
+        self._forget_open_votes()
+        watch = self._watch
+        if watch is None or self._backend is not current():
+            return error
+        if vars(error).get(_TOLD) and not watch.in_run:
+            return error  # ignite says it twice: where the exception is raised, and around the run
+        if any(hooks_of(one) is not None for one in engines_firing()):
+            return error  # the engine around this one may catch it; if not, it will tell
+        watch.step = engine.state.iteration
+        vars(error)[_TOLD] = True
+        try:
+            if isinstance(error, PhaseError | RanksDriftedApart):
+                return error  # raised on every rank alike
+            is_runtimes = isinstance(error, self._backend.untouched) or is_of_a_broken_collective(error)
+            if not isinstance(error, CollectiveError) and is_runtimes:
+                news = watch.suspect()
+                if news is not None:
+                    return news
+            watch.report(error, "".join(traceback.format_exception(error)))
+        finally:
+            self._leave()
+        return error
+
+    def _forget_open_votes(self) -> None:
+        self._pending, self.is_scheduled, self._is_exact = None, False, False
+        self._ballot = Ballot()
+
+    def _leave(self) -> None:
+        if self._watch is not None and not engines_firing():
+            self._watch.leave()
