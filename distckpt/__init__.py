@@ -30,6 +30,7 @@ from distckpt.errors import (
     PhaseError,
     RankLost,
     RanksDriftedApart,
+    ReplicasDiffer,
     SaveError,
     UnsafeCheckpoint,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "Preemption",
     "RankLost",
     "RanksDriftedApart",
+    "ReplicasDiffer",
     "RngState",
     "SaveError",
     "TerminateOnNan",

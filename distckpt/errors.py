@@ -13,6 +13,7 @@ The tree::
     │   └── (PhaseError, <cause>)       raised alike on every rank, and caught as the cause's type too
     ├── SaveError(OSError)              a checkpoint could not be written; what was there before stands
     │   └── CommitNotDurable            it was renamed into place, but may not survive a power cut
+    ├── ReplicasDiffer                  what has to be equal on all ranks is not (``check_replicas``)
     └── LoadError
         ├── DamagedCheckpoint(RuntimeError, pickle.UnpicklingError, EOFError)
         │                               the file is no checkpoint, or is truncated or damaged
@@ -43,6 +44,7 @@ __all__ = [
     "RankLost",
     "RanksDriftedApart",
     "RemoteTraceback",
+    "ReplicasDiffer",
     "SaveError",
     "UnsafeCheckpoint",
 ]
@@ -117,6 +119,10 @@ class CommitNotDurable(SaveError):  # noqa: N818 - the name is the sentence; it 
 
     It loads now; after a power cut it may be gone. The older checkpoint has been kept for that reason.
     """
+
+
+class ReplicasDiffer(DistckptError):  # noqa: N818 - the name is the sentence; it is public API
+    """What has to be equal on all ranks is not: parameters of a DistributedDataParallel, or their optimizer's state."""
 
 
 class LoadError(DistckptError):

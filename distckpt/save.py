@@ -29,10 +29,10 @@ from distckpt.consensus.decision import Agreed, NameRules, SaveIntent, decide_fr
 from distckpt.errors import CommitNotDurable, SaveError, save_error
 from distckpt.retention import Entry
 
-__all__ = ["Removal", "commit", "decide", "remove"]
+__all__ = ["WRITE_TIMEOUT_S", "Removal", "commit", "decide", "removals_of", "remove", "remove_here", "with_context"]
 
-# Ranks that write nothing wait for the one that does; a disk may take its time over a large checkpoint.
-_WRITE_TIMEOUT_S = 1800.0
+WRITE_TIMEOUT_S = 1800.0
+"""Ranks that write nothing wait for the one that does; a disk may take its time over a large checkpoint."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,16 +122,24 @@ def commit(
         try:
             write(captured[0])
         except SaveError as error:
-            raise _with_context(error, backend.rank, here.step, filename, agreed.history) from error
+            raise with_context(error, backend.rank, here.step, filename, agreed.history) from error
 
     patience_s = default_timeout_s() if timeout_s is None else timeout_s
     if all_write or backend.rank != agreed.coordinator:
-        patience_s = max(patience_s, _WRITE_TIMEOUT_S)
+        patience_s = max(patience_s, WRITE_TIMEOUT_S)
     agree.run(backend, here, write_here, timeout_s=patience_s)
 
 
-def _with_context(error: SaveError, rank: int, step: int, filename: str, history: Sequence[Entry]) -> SaveError:
-    """Say on which rank and step it happened, and what stands. A file of the same name is not vouched for."""
+def with_context(error: SaveError, rank: int, step: int, filename: str, history: Sequence[Entry]) -> SaveError:
+    """Say on which rank and step it happened, and what stands. A file of the same name is not vouched for.
+
+    Args:
+        error: what went wrong.
+        rank: where.
+        step: the engine's iteration.
+        filename: what was to be saved.
+        history: what was kept before.
+    """
     others = [name for _, name in history if name != filename]
     is_renamed = isinstance(error, CommitNotDurable)
     if isinstance(error, FileNotFoundError | NotADirectoryError):
@@ -166,21 +174,31 @@ def remove(
     """
     if not filenames:
         return []
+    answers = agree.run(backend, place, lambda: remove_here(filenames, remove_one), timeout_s=timeout_s)
+    return removals_of(filenames, answers)
 
-    def remove_here() -> dict[str, Any]:
-        problems = {}
-        for filename in filenames:
-            try:
-                remove_one(filename)
-            except FileNotFoundError:
-                problems[filename] = [True, f"{filename} was already gone"]
-            except ValueError as error:  # a name from a loaded history that would leave the directory
-                problems[filename] = [True, f"{filename} is left alone: {error}"]
-            except Exception as error:  # noqa: BLE001 - a custom handler's; the new checkpoint is committed
-                problems[filename] = [False, f"{filename} could not be removed: {type(error).__name__}: {error}"]
-        return problems
 
-    answers = agree.run(backend, place, remove_here, timeout_s=timeout_s)
+def remove_here(filenames: Sequence[str], remove_one: Callable[[str], None]) -> dict[str, list[Any]]:
+    """Remove files on this rank. Any thread; issues no collectives.
+
+    Returns:
+        For each that was not removed whether it is gone all the same, and why.
+    """
+    problems: dict[str, list[Any]] = {}
+    for filename in filenames:
+        try:
+            remove_one(filename)
+        except FileNotFoundError:
+            problems[filename] = [True, f"{filename} was already gone"]
+        except ValueError as error:  # a name from a loaded history that would leave the directory
+            problems[filename] = [True, f"{filename} is left alone: {error}"]
+        except Exception as error:  # noqa: BLE001 - a custom handler's; the new checkpoint is committed
+            problems[filename] = [False, f"{filename} could not be removed: {type(error).__name__}: {error}"]
+    return problems
+
+
+def removals_of(filenames: Sequence[str], answers: Sequence[Mapping[str, Sequence[Any]]]) -> list[Removal]:
+    """Return what became of each file, from what :func:`remove_here` told on each rank, in rank order. Pure."""
     removals = []
     for filename in filenames:
         told = [f"rank {rank}: {answer[filename][1]}" for rank, answer in enumerate(answers) if filename in answer]

@@ -1,50 +1,130 @@
 """One rank's snapshot of a state: from captured objects to bytes in a file.
 
-Owns planning, staging and writing on one rank. Must not know about engines, nor how ranks agree. Layer L4, below
-:mod:`distckpt.save`.
+Owns planning, staging and writing on one rank, of the whole of a file or of one share of it. Must not know about
+engines, nor how ranks agree. Layer L4, below :mod:`distckpt.save`.
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import ctypes
+import functools
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
+
+import torch
 
 from distckpt.manifest import Manifest, TensorEntry, to_json
 from distckpt.state.staging import Copy, HostMemory, Staging, num_staging_threads
 from distckpt.storage.archive import BLOCK_BYTES
+from distckpt.storage.checksum import crc32
 from distckpt.storage.direct import write_at
 from distckpt.storage.disk import Directory, NewFile, WriteReceipt
 from distckpt.storage.image import ImagePlan, Part, crcs_of, plan_image, tail_of
-from distckpt.storage.pickling import Pickled, pickle_state
+from distckpt.storage.pickling import pickle_state
 from distckpt.storage.ptfile import is_ordinary, write_pt
 from distckpt.storage.verify import check_whole
 
-__all__ = ["Snapshot", "write_file"]
+__all__ = ["WHOLE", "Share", "Snapshot", "write_file"]
+
+_T = TypeVar("_T")
+Checked = Sequence[Sequence[int]]
+"""What was checked of a share; see :class:`~distckpt.storage.image.Part`."""
+
+
+class Share(NamedTuple):
+    """Which share of a file's image a rank stages and writes.
+
+    Attributes:
+        number: this writer's number.
+        num_writers: how many there are.
+        saving: the number of the saving rank's.
+    """
+
+    number: int
+    num_writers: int
+    saving: int
+
+
+WHOLE = Share(0, 1, 0)
 
 
 class Snapshot:
-    """A state's image in host memory.
+    """A state's image in host memory, or a share of it.
 
     Args:
-        pickled: the state.
-        plan: of its image.
-        memory: where to stage it; in use until the snapshot is written.
+        state: what ``torch.save`` takes.
+        share: which share.
+        replicated: of the storages that are equal on all ranks, torch's identities (``_cdata``).
+        protocol: pickle's.
     """
 
-    def __init__(self, pickled: Pickled, plan: ImagePlan, memory: HostMemory) -> None:
-        view = memory.take(plan.end)
+    def __init__(
+        self, state: Any, *, share: Share = WHOLE, replicated: Collection[int] = (), protocol: int = 2
+    ) -> None:
+        self._pickled = pickle_state(state, protocol=protocol)
+        storages = self._pickled.storages
+        shared = [number for number, one in enumerate(storages) if one._cdata in replicated]  # noqa: SLF001 - as above
+        self._plan = plan_image([storage.nbytes() for storage in storages], shared)
+        self._shared = frozenset(shared)
+        self._share = share
         self._rest = b""
-        self._pickled = pickled
-        self._plan = plan
-        self._part = Part(plan, view, 0, plan.end)
-        self._staging = Staging(pickled.storages, (Copy(*piece) for piece in plan.pieces(0, plan.end)), view, 0)
+        self._part: Part | None = None
+        self._staging: Staging | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of the image: of the file, but for its tail."""
+        return self._plan.end
+
+    def form(self) -> int:
+        """Return a number that is the same on two ranks only if they may write one file in shares.
+
+        It can differ where they might: all that is pickled is counted in.
+        """
+        return crc32(repr((self._plan.shared_end, self._plan.end, crc32(self._pickled.data))).encode())
+
+    def forms(self) -> list[str]:
+        """Return what has to be the same on two ranks for them to write one file in shares, as phrases."""
+        told = [
+            f"{one.name}: {one.dtype} {list(one.shape)}, in data/{one.storage} from byte {one.begin_bytes}"
+            for one in self._pickled.tensors()
+            if one.storage in self._shared
+        ]
+        return [*told, f"{self._plan.shared_end} bytes of replicas, {self._plan.end} bytes in all"]
+
+    def fingerprints(self) -> list[tuple[str, int]]:
+        """Return a checksum of each storage that is to be equal on all ranks, with the name of a tensor in it."""
+        names = {tensor.storage: tensor.name for tensor in reversed(list(self._pickled.tensors()))}
+        storages = self._pickled.storages
+        return [(names.get(number, f"data/{number}"), _crc_of(storages[number])) for number in sorted(self._shared)]
+
+    def take(self, memory: HostMemory, *, whole: bool = False) -> None:
+        """Make ready to stage into `memory`, which is in use until the image is written.
+
+        Args:
+            memory: reserved for this.
+            whole: stage all of the image after all.
+
+        Raises:
+            MemoryError: there is not enough.
+        """
+        if whole:
+            self._share = WHOLE
+        begin, end = _cut(self._plan, self._share)
+        view = memory.take(end - begin)
+        self._part = Part(self._plan, view, begin, end)
+        self._staging = Staging(self._pickled.storages, _copies(self._plan, begin, end), view, begin)
+
+    def stage(self) -> None:
+        """Copy the bytes, and return when that is done."""
+        _made(self._staging).run_on(num_staging_threads())
 
     def staging_beside(self) -> contextlib.AbstractContextManager[None]:
         """Copy the bytes on other threads while the body runs."""
-        return self._staging.beside(num_staging_threads())
+        return _made(self._staging).beside(num_staging_threads())
 
     def write_image(self, new: NewFile) -> list[tuple[int, int, int]]:
-        """Write the image's bytes into a file, each as soon as it is staged.
+        """Write the share's bytes into a file, each as soon as it is staged. Any thread.
 
         Returns:
             What was checked; see :class:`~distckpt.storage.image.Part`.
@@ -53,19 +133,21 @@ class Snapshot:
             SaveError: the operating system refused.
         """
         done = 0
+        part, staging = _made(self._part), _made(self._staging)
         try:
             with new.opened_directly() as file:
-                for at, chunk in self._part.chunks(self._staging.wait_for):
+                for at, chunk in part.chunks(staging.wait_for):
                     num_whole = len(chunk) // BLOCK_BYTES * BLOCK_BYTES
                     file.write(chunk[:num_whole], at)
                     self._rest = bytes(chunk[num_whole:])  # of the image's last chunk alone: it goes with the tail
                     done += num_whole
         except OSError as error:
             raise new.refused("writing", done, error) from error
-        return self._part.checked
+        self._part = self._staging = None  # the memory is another's now
+        return part.checked
 
-    def write_tail(self, new: NewFile, checked: Sequence[Sequence[tuple[int, int, int]]], about: Manifest) -> int:
-        """Write what comes after the image.
+    def write_tail(self, new: NewFile, checked: Sequence[Checked], about: Manifest) -> int:
+        """Write what comes after the image, and what was left out of it. Any thread.
 
         Args:
             new: the file.
@@ -78,10 +160,13 @@ class Snapshot:
         Raises:
             SaveError: the operating system refused.
         """
-        crcs = crcs_of(self._plan, checked)
+        crcs = crcs_of(self._plan, [[(one[0], one[1], one[2]) for one in share] for share in checked])
         tail = tail_of(self._plan, crcs, self._pickled.data, to_json(replace(about, tensors=self._entries(crcs))))
         at = self._plan.end - len(self._rest)
+        cuts = [end for _, end in self._plan.shares(self._share.num_writers, self._share.saving)]
         try:
+            for offset, header in self._plan.cut_headers(cuts, crcs):
+                write_at(new.fd, memoryview(header), offset)
             write_at(new.fd, memoryview(self._rest + tail), at)
         except OSError as error:
             raise new.refused("writing", at, error) from error
@@ -124,7 +209,7 @@ def write_file(
         directory: where.
         name: relative to it.
         state: what ``torch.save`` takes.
-        memory: where to stage it.
+        memory: where to stage it; waited for where a save in the background uses it.
         about: the manifest, but for its tensors.
         options: keyword arguments of ``torch.save``.
         atomic: see :meth:`~distckpt.storage.disk.Directory.create`.
@@ -136,10 +221,34 @@ def write_file(
     """
     if not is_ordinary(options):  # another pickler's, or the older format: torch's own writer knows them
         return directory.write(name, lambda sink: write_pt(state, sink, options), atomic=atomic)
-    pickled = pickle_state(state, protocol=options.get("pickle_protocol", 2))
-    plan = plan_image([storage.nbytes() for storage in pickled.storages])
+    snapshot = Snapshot(state, protocol=options.get("pickle_protocol", 2))
     with directory.create(name, atomic=atomic) as new:
-        snapshot = Snapshot(pickled, plan, memory)
-        with snapshot.staging_beside():
-            checked = snapshot.write_image(new)
+        with memory.reserved():
+            snapshot.take(memory)
+            with snapshot.staging_beside():
+                checked = snapshot.write_image(new)
         return new.commit(snapshot.write_tail(new, [checked], about), check_whole)
+
+
+def _made(one: _T | None) -> _T:
+    if one is None:
+        msg = "a snapshot that was not made ready, or was written already"
+        raise AssertionError(msg)
+    return one
+
+
+def _cut(plan: ImagePlan, share: Share) -> tuple[int, int]:
+    return plan.shares(share.num_writers, share.saving)[share.number]
+
+
+@functools.lru_cache(maxsize=8)
+def _copies(plan: ImagePlan, begin: int, end: int) -> tuple[Copy, ...]:
+    return tuple(Copy(*piece) for piece in plan.pieces(begin, end))
+
+
+def _crc_of(storage: torch.UntypedStorage) -> int:
+    tensor = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).cpu()
+    num_bytes = tensor.numel()
+    if not num_bytes:
+        return 0
+    return crc32(memoryview((ctypes.c_char * num_bytes).from_address(tensor.data_ptr())).cast("B"))

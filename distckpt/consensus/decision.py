@@ -54,6 +54,8 @@ class SaveIntent:
         history: what this rank believes to be kept, lowest priority first.
         strays: files that should have been removed and could not be.
         directory: where this rank would save; None where that is no local directory.
+        is_spread: whether some object's state is spread over the ranks.
+        knows_writers: whether this rank knows who writes, where ranks may write together.
     """
 
     rules: NameRules
@@ -63,6 +65,8 @@ class SaveIntent:
     history: tuple[Entry, ...]
     strays: tuple[str, ...]
     directory: str | None = None
+    is_spread: bool = False
+    knows_writers: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +100,8 @@ class Agreed:
         scores: every rank's score when they differed, else None.
         score: the one that counts.
         decision: None when nothing is to be saved.
+        is_spread: whether some object's state is spread over the ranks, as some rank says.
+        know_writers: whether all ranks know who writes.
     """
 
     coordinator: int
@@ -105,6 +111,8 @@ class Agreed:
     scores: tuple[int | float, ...] | None
     score: int | float | None
     decision: SaveDecision | None
+    is_spread: bool = False
+    know_writers: bool = True
 
 
 def decide_from(intents: Sequence[SaveIntent]) -> Agreed:
@@ -139,6 +147,8 @@ def decide_from(intents: Sequence[SaveIntent]) -> Agreed:
         scores=tuple(one for one in scores if one is not None) if differed else None,
         score=score,
         decision=decision,
+        is_spread=any(intent.is_spread for intent in intents),
+        know_writers=all(intent.knows_writers for intent in intents),
     )
 
 

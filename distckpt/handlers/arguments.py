@@ -5,7 +5,7 @@ Owns the errors of their constructors: they name the argument, what was given an
 
 import math
 import numbers
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,4 +109,15 @@ def check_timeout(timeout_s: object) -> None:
         raise TypeError(msg)
     if not 0 < timeout_s < math.inf:
         msg = f"Argument timeout_s should be a positive number of seconds or None, but given {timeout_s!r}"
+        raise ValueError(msg)
+
+
+def check_choice(name: str, given: object, choices: Sequence[object]) -> None:
+    """Check an argument that is one of a few.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if given not in choices:
+        msg = f"Argument {name} should be one of {', '.join(map(repr, choices))}, but given {given!r}"
         raise ValueError(msg)

@@ -4,49 +4,42 @@ Owns :class:`Checkpoint`: what a user asks for, on an engine's event. How the ra
 durable, and in which order, lies below. Layer L5.
 """
 
-import dataclasses
 import logging
-import time
-import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ignite.engine import Engine, Events
 
-from distckpt import retention, save
+from distckpt import retention
 from distckpt.backends.base import Backend
 from distckpt.backends.detect import current
-from distckpt.consensus.agree import Place, Seat
-from distckpt.consensus.decision import Agreed, NameRules, SaveDecision, SaveIntent, nan_is_why
+from distckpt.consensus.agree import Seat
+from distckpt.consensus.decision import NameRules, SaveIntent
 from distckpt.consensus.scores import check_rule
 from distckpt.consensus.step_vote import Answer, Fact
-from distckpt.errors import CommitNotDurable
 from distckpt.handlers import arguments
-from distckpt.handlers.about import about
 from distckpt.handlers.checkpoint_helpers import CheckpointHelpers
-from distckpt.handlers.checkpoint_history import ON_DISK, CheckpointHistory
+from distckpt.handlers.checkpoint_history import ON_DISK
+from distckpt.handlers.checkpoint_saving import CheckpointSaving
 from distckpt.handlers.disk_saver import DiskSaver
-from distckpt.handlers.early import Moment, half_a_step_lower
-from distckpt.handlers.events import CheckpointEvents, register
+from distckpt.handlers.early import Moment
+from distckpt.handlers.events import CheckpointEvents
 from distckpt.handlers.firing import after_event, engines_firing, return_to_event
-from distckpt.handlers.older import accept_older_order, deprecated
-from distckpt.handlers.places import counts_iterations, take_place
-from distckpt.handlers.save_handler import BaseSaveHandler, hand_over
-from distckpt.handlers.voting import (
-    Voter,
+from distckpt.handlers.flights import Flights
+from distckpt.handlers.looking import (
     engine_that_looks_for_nan,
-    is_poisoned,
     nan_is_looked_for,
     nan_is_looked_for_later,
     others_vote,
-    settle,
 )
-from distckpt.manifest import Manifest
+from distckpt.handlers.older import accept_older_order, deprecated
+from distckpt.handlers.places import counts_iterations
+from distckpt.handlers.save_handler import BaseSaveHandler
+from distckpt.handlers.voting import Voter, is_poisoned, settle
 from distckpt.naming import check_name
 from distckpt.scalars import is_numpy_scalar, plain_score
-from distckpt.state.collect import capture, consolidate
+from distckpt.state.collect import is_spread
 
 __all__ = ["Checkpoint"]
 
@@ -67,12 +60,13 @@ _OLDER_ORDER = (
 )
 
 
-class Checkpoint(CheckpointHelpers, CheckpointHistory, Voter):
+class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
     """Handler that saves objects during a run, the same on every rank, and keeps the best or latest of them.
 
     Attach it on all ranks. What is saved, under which name, and what it replaces is decided once from every rank's
     facts. A call returns when the file is durable; only then is an older one removed. An error on any rank is raised
-    on every rank, and what was saved before is untouched.
+    on every rank, and what was saved before is untouched. With a :class:`DiskSaver` that saves in the background a call
+    returns earlier, and the rest follows a few iterations later.
 
     Args:
         to_save: objects with ``state_dict`` and ``load_state_dict``, in mappings and lists nested at will.
@@ -183,7 +177,8 @@ class Checkpoint(CheckpointHelpers, CheckpointHistory, Voter):
         self._intent: SaveIntent | None = None
         self.last_save_s = 0.0
         self._saved_at = self._ended_at = Moment()
-        self._is_early = False
+        self._is_early = self._is_forced = False
+        self._flights = Flights(timeout_s)
         self._seat = Seat("Checkpoint")
         self._warned: set[str] = set()
 
@@ -259,65 +254,6 @@ class Checkpoint(CheckpointHelpers, CheckpointHistory, Voter):
         if not self._ended_at.is_now(engine):
             self._save(engine, intend)
 
-    def _stands(self) -> str:
-        last = self.last_checkpoint
-        return "There is no earlier checkpoint." if last is None else f"The last one is {last}."
-
-    def _save(self, engine: Engine, intend: Callable[[], SaveIntent]) -> None:
-        backend = current()
-        place = take_place(self._seat, backend, engine, watch=self._ticket(), timeout_s=self.timeout_s)
-        agreed = save.decide(
-            backend,
-            place("deciding what to save"),
-            lambda: dataclasses.replace(intend(), history=self._history(), strays=self._strays),
-            timeout_s=self.timeout_s,
-        )
-        self._is_agreed = True
-        self._saved = [Checkpoint.Item(*entry) for entry in agreed.history]
-        self._strays = agreed.strays
-        self._directory = (self.save_handler, agreed.directory)
-        self._warn_of_scores(agreed)
-        decision = agreed.decision
-        if decision is None:
-            return
-        if self._is_early and self.global_step_transform is not None and agreed.score is None:
-            decision = half_a_step_lower(decision)
-            agreed = dataclasses.replace(agreed, decision=decision)
-        begin_s = time.monotonic()
-        is_overwritten = decision.filename in [name for _, name in agreed.history]
-        handler = self.save_handler
-        try:
-            save.commit(
-                backend,
-                place,
-                agreed,
-                consolidate=lambda: consolidate(self.to_save, save_on_rank=agreed.coordinator),
-                capture=lambda: self._capture(backend, agreed.coordinator, decision),
-                write=lambda checkpoint: _hand_over(handler, checkpoint, decision, about(backend, engine, agreed)),
-                all_write=not (isinstance(handler, DiskSaver) and handler.writes_on_one_rank),
-                timeout_s=self.timeout_s,
-            )
-        except CommitNotDurable:
-            if is_overwritten:  # what it replaced is gone: the new one is what there is
-                self._saved = [Checkpoint.Item(*entry) for entry in decision.kept]
-                self._strays = (*decision.evicted,)
-            else:  # it stands beside the older one, which was kept; the next save removes it
-                self._strays = (*self._strays, decision.filename)
-            raise
-        except BaseException as error:
-            # After an interrupt nobody knows whether the file was renamed into place; the next save removes it.
-            if not isinstance(error, Exception) and not is_overwritten:
-                self._strays = (*self._strays, decision.filename)
-            raise
-        self._saved = [Checkpoint.Item(*entry) for entry in decision.kept]
-        self.last_save_s = time.monotonic() - begin_s
-        self._saved_at = Moment(engine)
-        self._strays = decision.evicted
-        problems = self._remove(backend, place("removing what was evicted"), decision.evicted)
-        self._tell(engine)
-        if problems:
-            warnings.warn(f"Checkpoint: while removing older checkpoints: {' '.join(problems)}", stacklevel=2)
-
     def has_saved_at(self, engine: Engine) -> bool:
         """Tell whether the engine's present iteration has been saved. The same on every rank."""
         return self._saved_at.is_now(engine)
@@ -340,11 +276,11 @@ class Checkpoint(CheckpointHelpers, CheckpointHistory, Voter):
             return
         present, is_within = engine.last_event_name, counts_iterations(engine)
         engine.last_event_name = event
-        self._is_early = is_within and not counts_iterations(engine)
+        self._is_early, self._is_forced = is_within and not counts_iterations(engine), True
         try:
             self(engine, *args, **kwargs)
         finally:
-            engine.last_event_name, self._is_early = present, False
+            engine.last_event_name, self._is_early, self._is_forced = present, False, False
         if self.has_saved_at(engine):
             self._ended_at = self._saved_at
 
@@ -367,10 +303,9 @@ class Checkpoint(CheckpointHelpers, CheckpointHistory, Voter):
             history=self._history(),
             strays=self._strays,
             directory=str(self.save_handler.dirname) if isinstance(self.save_handler, ON_DISK) else None,
+            is_spread=is_spread(self.to_save),
+            knows_writers=not isinstance(self.save_handler, DiskSaver) or self.save_handler.knows_writers(current()),
         )
-
-    def _history(self) -> tuple[tuple[int | float, str], ...]:
-        return tuple((item.priority, item.filename) for item in self._saved)
 
     def _rules(self) -> NameRules:
         return NameRules(
@@ -386,53 +321,6 @@ class Checkpoint(CheckpointHelpers, CheckpointHistory, Voter):
 
     def _coordinator(self) -> int:
         return self.save_handler.save_on_rank if isinstance(self.save_handler, DiskSaver) else self.save_on_rank
-
-    def _capture(self, backend: Backend, coordinator: int, decision: SaveDecision) -> dict[str, Any]:
-        checkpoint = capture(self.to_save, rank=backend.rank, save_on_rank=coordinator)
-        if self.include_self:
-            checkpoint["checkpointer"] = OrderedDict(_saved=list(decision.kept))
-        elif len(checkpoint) == 1:
-            (checkpoint,) = checkpoint.values()
-        return checkpoint
-
-    def _remove(self, backend: Backend, place: Place, evicted: tuple[str, ...]) -> list[str]:
-        """Collective. Remove what was evicted, keep what could not be removed for the next save; return what to say."""
-        handler = self.save_handler
-        if not isinstance(handler, BaseSaveHandler):
-            self._strays = ()
-            return []
-        removals = save.remove(backend, place, evicted, handler.remove, timeout_s=self.timeout_s)
-        self._strays = tuple(one.filename for one in removals if one.problem is not None and not one.gone)
-        told = [one for one in removals if one.problem is not None]
-        return [f"{one.problem}.{'' if one.gone else ' The next save tries again.'}" for one in told]
-
-    def _tell(self, engine: Engine) -> None:
-        register(engine)
-        before = engine.last_event_name
-        try:
-            engine.fire_event(CheckpointEvents.SAVED_CHECKPOINT)
-        finally:
-            # The next handler on the same event asks for its name; so does the engine's loop.
-            engine.last_event_name = before
-
-    def _warn_of_scores(self, agreed: Agreed) -> None:
-        if agreed.scores is not None and "differ" not in self._warned:
-            self._warned.add("differ")
-            warnings.warn(
-                f"Checkpoint: the ranks have different scores, {list(agreed.scores)}; their {self.score_rule} counts, "
-                f"{agreed.score}. Reduce the metric over all ranks. This is said once.",
-                stacklevel=3,
-            )
-        if nan_is_why(agreed) and "nan" not in self._warned:
-            self._warned.add("nan")
-            warnings.warn("Checkpoint: the score is NaN; nothing was saved. This is said once.", stacklevel=3)
-
-
-def _hand_over(handler: Callable[..., Any], checkpoint: Any, decision: SaveDecision, manifest: Manifest) -> None:
-    if type(handler).__call__ is DiskSaver.__call__:
-        handler.save_with(checkpoint, decision.filename, manifest)  # type: ignore[attr-defined]  # it is one
-    else:  # a user's, or a DiskSaver that does more
-        hand_over(handler, checkpoint, decision.filename, dict(decision.metadata))
 
 
 def _remembered(work: Callable[[], SaveIntent]) -> Callable[[], SaveIntent]:

@@ -6,25 +6,30 @@ Owns :class:`DiskSaver`: who writes, and what a directory must look like. Layer 
 import errno
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from distckpt.backends.base import Backend
 from distckpt.backends.detect import current
-from distckpt.consensus.agree import post_failure
+from distckpt.consensus.agree import Place, post_failure
+from distckpt.flight import Sharing
 from distckpt.handlers.about import about
-from distckpt.handlers.arguments import check_rank
+from distckpt.handlers.arguments import check_choice, check_rank
 from distckpt.handlers.save_handler import BaseSaveHandler
 from distckpt.manifest import Manifest
 from distckpt.naming import check_name
-from distckpt.snapshot import write_file
-from distckpt.state.staging import kept_memory
+from distckpt.parts import Part
+from distckpt.sharers import Sharers
+from distckpt.snapshot import WHOLE, Share, write_file
+from distckpt.state.staging import HostMemory, kept_memory
 from distckpt.storage.disk import Directory, make_directory
-from distckpt.storage.ptfile import check_save_options, what_loading_refuses
+from distckpt.storage.ptfile import check_save_options, is_ordinary, what_loading_refuses
 
-__all__ = ["DiskSaver"]
+__all__ = ["DiskSaver", "ShareWrite", "WhenBusy"]
 
+ShareWrite = Literal["node", "world"] | None
+WhenBusy = Literal["wait", "skip"]
 _OF_XM_SAVE = ("master_only", "global_master")
 
 
@@ -42,18 +47,41 @@ class DiskSaver(BaseSaveHandler):
         create_dir: make the directory where it is missing.
         require_empty: refuse a directory that holds any ``*.pt``.
         save_on_rank: the rank that writes.
+        background: a :class:`~distckpt.Checkpoint` that saves here returns as soon as the state is copied into host
+            memory; the file is written beside training. It is there, and in the handler's history, a few iterations
+            later, when all ranks have heard that it is durable; at the latest at the end of the run, or after
+            :meth:`~distckpt.Checkpoint.wait_until_finished`. An error is raised then, on all ranks, and what was saved
+            before is untouched. In such a run all ranks have to run the same number of iterations.
+        when_busy: what a Checkpoint does whose last save is still under way: ``"wait"`` for it, or ``"skip"`` the new
+            one.
+        own_memory: copy into memory of this saver's own. Else one image's worth of memory serves all savers of the
+            process, and one waits for the other.
+        share_write: ranks of the same ``"node"``, or of the whole ``"world"``, that see the same directory (a probe
+            file tells) write the file together. Each copies and writes a share of what is known to be equal on all of
+            them: the parameters of modules in `to_save` that are wrapped in DistributedDataParallel, and their
+            optimizer's state. Everything else comes from ``save_on_rank``. Where the ranks' states differ in form,
+            ``save_on_rank`` writes all, with a warning.
+        check_replicas: compare checksums of what is known to be equal before each save; a difference is an error on
+            all ranks that names the tensor.
         kwargs: keyword arguments of ``torch.save``; in an XLA job also those of ``xm.save``. ``master_only=False``:
             every replica writes, each into a `dirname` of its own. ``global_master=False``, said expressly: the first
             replica of each machine writes, for disks that the machines do not share.
 
+    A call of its own saves in the foreground, alone.
+
     Attributes:
         dirname: the directory, as a path.
         save_on_rank: see above.
+        background: see above.
+        when_busy: see above.
+        share_write: see above.
+        check_replicas: see above.
         kwargs: see above.
 
     Raises:
         TypeError: `dirname` is neither str nor Path, or `save_on_rank` no int.
-        ValueError: the directory is missing or not empty. Every rank looks for itself.
+        ValueError: the directory is missing or not empty, where every rank looks for itself; or an argument has a wrong
+            value.
         OSError: the directory cannot be made.
 
     Example:
@@ -72,15 +100,29 @@ class DiskSaver(BaseSaveHandler):
         create_dir: bool = True,
         require_empty: bool = True,
         save_on_rank: int = 0,
+        *,
+        background: bool = False,
+        when_busy: WhenBusy = "wait",
+        own_memory: bool = False,
+        share_write: ShareWrite = None,
+        check_replicas: bool = False,
         **kwargs: Any,
     ) -> None:
         if not isinstance(dirname, str | os.PathLike):
             msg = f"Argument dirname should be a string or Path object, but given {type(dirname)}"
             raise TypeError(msg)
         check_rank(save_on_rank)
+        check_choice("when_busy", when_busy, ("wait", "skip"))
+        check_choice("share_write", share_write, (None, "node", "world"))
         self.dirname = Path(dirname).expanduser()
         self.save_on_rank = save_on_rank
+        self.background = bool(background)
+        self.when_busy = when_busy
+        self.share_write = share_write
+        self.check_replicas = bool(check_replicas)
         self.kwargs = kwargs
+        self._memory = HostMemory() if own_memory else None
+        self._sharers = Sharers()
         self._atomic = bool(atomic)
         self._has_looked = False
         backend = current()
@@ -149,7 +191,7 @@ class DiskSaver(BaseSaveHandler):
     def save_with(self, checkpoint: Mapping[str, Any], filename: str, manifest: Manifest) -> None:
         """Save `checkpoint` with what its manifest is to say, but for the tensors; else as a call does."""
         live = current()
-        options = {name: value for name, value in self.kwargs.items() if live.name != "xla" or name not in _OF_XM_SAVE}
+        options = self._options()
         check_save_options(options)
         check_name(filename)
         if self._writes_on(live):
@@ -157,14 +199,90 @@ class DiskSaver(BaseSaveHandler):
                 Directory(self.dirname),
                 filename,
                 checkpoint,
-                memory=kept_memory(),
+                memory=self._staging_memory(),
                 about=manifest,
                 options=options,
                 atomic=self._atomic,
             )
-            if not self._has_looked:
-                self._has_looked = True
-                self._warn_of_what_cannot_be_loaded(self.dirname / filename)
+            self.look_at(filename)
+
+    def _options(self) -> dict[str, Any]:
+        is_xla = current().name == "xla"
+        return {name: value for name, value in self.kwargs.items() if not is_xla or name not in _OF_XM_SAVE}
+
+    def _staging_memory(self) -> HostMemory:
+        return kept_memory() if self._memory is None else self._memory
+
+    @property
+    def saves_in_parts(self) -> bool:
+        """Whether a Checkpoint saves in steps that the ranks hear of each other in between.
+
+        Keyword arguments of ``torch.save`` that choose another pickler or format ask for torch's own writer, which
+        knows no such steps: those saves are in the foreground.
+        """
+        return (self.background or self.share_write is not None or self.check_replicas) and is_ordinary(self.kwargs)
+
+    def knows_writers(self, backend: Backend) -> bool:
+        """Tell whether this rank knows who writes. Rank-local."""
+        return not self._shares or self._sharers.of(backend, self.dirname, self.save_on_rank) is not None
+
+    def sharing(
+        self, backend: Backend, place: Callable[[str], Place], *, is_known: bool, timeout_s: float | None
+    ) -> Sharing:
+        """Find out who writes. The same on every rank; collective unless `is_known`, on every rank."""
+        writers: tuple[int, ...] = (self.save_on_rank,)
+        if self._shares:
+            if not is_known:
+                self._sharers.find(
+                    backend,
+                    place,
+                    self.dirname,
+                    coordinator=self.save_on_rank,
+                    is_node_enough=self.share_write == "node",
+                    timeout_s=timeout_s,
+                )
+            ranks = self._sharers.of(backend, self.dirname, self.save_on_rank) or ()
+            writers = (*(rank for rank in ranks if rank != self.save_on_rank), self.save_on_rank)  # its share: the last
+        return Sharing(writers=writers, is_checked=self.check_replicas)
+
+    @property
+    def _shares(self) -> bool:
+        return self.share_write is not None and self.writes_on_one_rank
+
+    def part(self, backend: Backend, filename: str, manifest: Manifest, sharing: Sharing) -> Part:
+        """Rank-local. Return this rank's part of a save.
+
+        Raises:
+            TypeError: a keyword argument of the constructor is none of ``torch.save``'s.
+            ValueError: the name would leave the directory.
+        """
+        options = self._options()
+        check_save_options(options)
+        check_name(filename)
+        share = None
+        if len(sharing.writers) > 1:
+            if backend.rank in sharing.writers:
+                share = Share(sharing.writers.index(backend.rank), len(sharing.writers), len(sharing.writers) - 1)
+        elif self._writes_on(backend):
+            share = WHOLE
+        return Part(
+            Directory(self.dirname),
+            filename,
+            about=manifest,
+            memory=self._staging_memory(),
+            share=share,
+            is_saving=self._writes_on(backend),
+            in_background=self.background,
+            atomic=self._atomic,
+            protocol=options.get("pickle_protocol", 2),
+            is_checked=sharing.is_checked,
+        )
+
+    def look_at(self, filename: str) -> None:
+        """Rank-local. Warn, after the first save, of what is in it that no load will give back."""
+        if not self._has_looked and self._writes_on(current()):
+            self._has_looked = True
+            self._warn_of_what_cannot_be_loaded(self.dirname / filename)
 
     def _warn_of_what_cannot_be_loaded(self, path: Path) -> None:
         refused = what_loading_refuses(path)

@@ -12,7 +12,7 @@ from ignite.engine import Engine
 from distckpt.consensus.decision import SaveIntent
 from distckpt.handlers.arguments import check_include_self
 from distckpt.handlers.checkpoint import Checkpoint
-from distckpt.handlers.disk_saver import DiskSaver
+from distckpt.handlers.disk_saver import DiskSaver, ShareWrite, WhenBusy
 from distckpt.handlers.older import accept_older_order, deprecated
 from distckpt.state.collect import check_objects
 
@@ -81,6 +81,11 @@ class ModelCheckpoint(Checkpoint):
         save_as_state_dict: deprecated; has to be True.
         score_rule: see :class:`Checkpoint`.
         timeout_s: see :class:`Checkpoint`.
+        background: see :class:`DiskSaver`.
+        when_busy: see :class:`DiskSaver`.
+        own_memory: see :class:`DiskSaver`.
+        share_write: see :class:`DiskSaver`.
+        check_replicas: see :class:`DiskSaver`.
         kwargs: keyword arguments of ``torch.save``.
 
     Example:
@@ -119,6 +124,11 @@ class ModelCheckpoint(Checkpoint):
         save_as_state_dict: Any = _UNSET,
         score_rule: str = "mean",
         timeout_s: float | None = None,
+        background: bool = False,
+        when_busy: WhenBusy = "wait",
+        own_memory: bool = False,
+        share_write: ShareWrite = None,
+        check_replicas: bool = False,
         **kwargs: Any,
     ) -> None:
         if isinstance(filename_pattern, bool) or isinstance(include_self, str):
@@ -132,6 +142,11 @@ class ModelCheckpoint(Checkpoint):
             create_dir=create_dir,
             require_empty=require_empty,
             save_on_rank=save_on_rank,
+            background=background,
+            when_busy=when_busy,
+            own_memory=own_memory,
+            share_write=share_write,
+            check_replicas=check_replicas,
             **kwargs,
         )
         super().__init__(

@@ -8,10 +8,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from distckpt.scalars import is_numpy_scalar
-from distckpt.state.unwrap import unwrap
+import torch
+from torch import nn
 
-__all__ = ["capture", "check_objects", "consolidate", "map_tree", "plain_scalars"]
+from distckpt.scalars import is_numpy_scalar
+from distckpt.state.unwrap import unwrap, unwrap_once
+
+__all__ = ["capture", "check_objects", "consolidate", "is_spread", "map_tree", "plain_scalars", "replicas"]
 
 
 def map_tree(func: Callable[[Any], Any], tree: Any) -> Any:
@@ -87,6 +90,70 @@ def consolidate(to_save: Mapping[str, Any], *, save_on_rank: int) -> None:
             obj.distckpt_consolidate(save_on_rank)
 
     map_tree(gather, dict(to_save))
+
+
+def is_spread(to_save: Mapping[str, Any]) -> bool:
+    """Tell whether some object's state is spread over the ranks, so that :func:`consolidate` has something to do."""
+    found: list[bool] = []
+    map_tree(
+        lambda obj: found.append(_is_sharded_optimizer(obj) or hasattr(type(obj), "distckpt_consolidate")),
+        dict(to_save),
+    )
+    return any(found)
+
+
+def replicas(to_save: Mapping[str, Any], *, world_size: int) -> frozenset[int]:
+    """Find the storages that are known to be equal on all ranks, bit for bit. Rank-local; issues no collectives.
+
+    These are the parameters of modules that are wrapped in DistributedDataParallel over all ranks, and what an
+    optimizer keeps for these parameters. Buffers are each rank's own; so is what belongs to nobody known. A job that
+    averages parameters now and then (post-local SGD) has no replicas in between.
+
+    Args:
+        to_save: mappings and lists of objects, nested at will.
+        world_size: number of ranks of the job.
+
+    Returns:
+        torch's identities of the storages (``UntypedStorage._cdata``). Valid as long as the objects live.
+    """
+    parameters: set[torch.Tensor] = set()
+    optimizers: list[torch.optim.Optimizer] = []
+
+    def look(obj: Any) -> None:
+        module = _data_parallel(obj, world_size)
+        if module is not None:
+            ignored = getattr(module, "parameters_to_ignore", ())
+            named = module.module.named_parameters()
+            parameters.update(parameter for name, parameter in named if name not in ignored)
+        elif isinstance(obj, torch.optim.Optimizer) and not _is_sharded_optimizer(obj):
+            optimizers.append(obj)
+
+    map_tree(look, dict(to_save))
+    tensors: list[torch.Tensor] = list(parameters)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter in parameters:
+                    kept = optimizer.state.get(parameter, {})
+                    tensors.extend(one for one in kept.values() if isinstance(one, torch.Tensor))
+    return frozenset(
+        storage._cdata  # noqa: SLF001 - torch's identity of a storage, whatever Python wraps it
+        for tensor in tensors
+        if tensor.layout is torch.strided and (storage := tensor.untyped_storage()).nbytes() == tensor.nbytes
+    )
+
+
+def _data_parallel(obj: Any, world_size: int) -> Any:
+    """Return the DistributedDataParallel that `obj` is, or wraps, if it keeps replicas on all ranks; else None."""
+    while not isinstance(obj, nn.parallel.DistributedDataParallel):
+        inner = unwrap_once(obj)
+        if inner is obj:
+            return None
+        obj = inner
+    hooks = getattr(obj, "_comm_hooks", ())
+    if any("localSGD" in getattr(hook, "__name__", "") for hook, _ in hooks):
+        return None
+    return obj if torch.distributed.get_world_size(obj.process_group) == world_size else None
 
 
 def plain_scalars(state: Any) -> Any:

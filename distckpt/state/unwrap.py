@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["unwrap"]
+__all__ = ["unwrap", "unwrap_once"]
 
 
 def unwrap(obj: Any) -> Any:
@@ -20,13 +20,18 @@ def unwrap(obj: Any) -> Any:
         >>> unwrap(nn.DataParallel(inner)) is inner
         True
     """
-    while True:
-        if isinstance(obj, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            obj = obj.module
-        elif _is_compiled(obj):
-            obj = obj._orig_mod  # noqa: SLF001 - torch.compile offers no other way to it
-        else:
-            return obj
+    while (inner := unwrap_once(obj)) is not obj:
+        obj = inner
+    return obj
+
+
+def unwrap_once(obj: Any) -> Any:
+    """Return what the outermost wrapper of `obj` wraps; `obj` itself if there is none."""
+    if isinstance(obj, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return obj.module
+    if _is_compiled(obj):
+        return obj._orig_mod  # noqa: SLF001 - torch.compile offers no other way to it
+    return obj
 
 
 def _is_compiled(obj: Any) -> bool:

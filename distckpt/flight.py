@@ -1,0 +1,271 @@
+"""One save that goes on beside training, or that several ranks write together: the order of its hops.
+
+Owns the way from a decision to a committed file in steps that the ranks hear of each other in between. Must not know
+about engines. Layer L4, above :mod:`distckpt.save`.
+
+The protocol, once it is decided what to save (steps 1 and 2 of :mod:`distckpt.save`):
+
+3. (all ranks) where somebody's state is spread over the ranks: consolidate.
+4. (all ranks) capture and :meth:`~distckpt.parts.Part.prepare`. Then training may go on.
+   Where ranks write together, their images have to be of one form. Ranks whose pickles are equal know that they are;
+   the others compare form by form, and where they differ the saving rank stages and writes everything.
+5. (each rank that writes, on a thread of its own or at once) write its share, and sync it. No collectives.
+6. (all ranks) hear of all. An error is raised on every rank, and the file is given up.
+7. (saving rank, again on a thread or at once) finish the file with everybody's checksums, commit it, remove what it
+   replaces. A rank that writes alone has done so in 5.
+8. (all ranks) hear of it.
+
+IMPORTANT: what is replaced is removed only after the commit; and where several ranks save each a file of its own, not
+before 8.
+"""
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from distckpt.backends.base import Backend, default_timeout_s
+from distckpt.consensus import agree
+from distckpt.consensus.decision import Agreed
+from distckpt.errors import ReplicasDiffer, SaveError
+from distckpt.parts import Part, Task
+from distckpt.save import WRITE_TIMEOUT_S, remove_here, with_context
+
+__all__ = ["Flight", "Sharing", "take_off"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sharing:
+    """Who writes, the same on every rank.
+
+    Attributes:
+        writers: the ranks that write one file together, in the order of their shares; of one that saves alone, itself.
+        is_checked: whether replicas are compared first.
+    """
+
+    writers: tuple[int, ...]
+    is_checked: bool = False
+
+
+class Flight:
+    """A save under way. All methods but the properties are called on all ranks alike.
+
+    Attributes:
+        agreed: what is saved.
+        difference: why the saving rank writes all, where ranks were to write together; else None.
+        problems: of all ranks, what became of the files to remove that were not removed; empty before the end.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        place: Callable[[str], agree.Place],
+        agreed: Agreed,
+        part: Part,
+        *,
+        writers: Sequence[int],
+        temp: str | None,
+        difference: str | None,
+        remove_one: Callable[[str], None] | None,
+        timeout_s: float | None,
+    ) -> None:
+        self.backend = backend
+        self.agreed = agreed
+        self.difference = difference
+        self.problems: list[Mapping[str, Sequence[Any]]] = []
+        self.took_s = 0.0
+        self._place = place
+        self._part = part
+        self._writers = tuple(writers)
+        self._temp = temp
+        self._remove_one = remove_one
+        self._patience_s = max(default_timeout_s() if timeout_s is None else timeout_s, WRITE_TIMEOUT_S)
+        self._begin_s = time.monotonic()
+        self._task: Task | None = None
+        self._checked: list[Sequence[Sequence[int]]] = []
+        self._is_finishing = len(self._writers) == 1
+        self._begin(self._write, has_work=part.writes)
+
+    @property
+    def filename(self) -> str:
+        """What is saved."""
+        return "" if self.agreed.decision is None else self.agreed.decision.filename
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether this rank is still at work. Rank-local; waits for nothing."""
+        return self._task is not None and not self._task.is_done()
+
+    def advance(self) -> bool:
+        """Collective. Wait for all ranks' present step, and begin the next one.
+
+        Returns:
+            Whether the file is committed, and nothing is left to do.
+
+        Raises:
+            PhaseError: it failed on some rank; on every rank. In a world of one what was raised.
+            CommitNotDurable: the file is in place, but may not survive a power cut.
+        """
+        doing = "committing" if self._is_finishing else "writing"
+        try:
+            answers = agree.run(
+                self.backend, self._place(f"{doing} {self.filename}"), self._outcome, timeout_s=self._patience_s
+            )
+        except BaseException:
+            self.give_up()
+            raise
+        if self._is_finishing:
+            self.problems = [answer["problems"] for answer in answers]
+            self.took_s = time.monotonic() - self._begin_s
+            return True
+        self._checked = [answers[rank]["checked"] for rank in self._writers]
+        self._is_finishing = True
+        self._begin(self._finish, has_work=self._part.is_saving)
+        return False
+
+    def wait(self) -> None:
+        """Rank-local. Wait for this rank's present step; its error is kept."""
+        if self._task is not None:
+            self._task.wait()
+
+    def give_up(self) -> None:
+        """Rank-local. Let go of what is not committed, once this rank's step is done."""
+        if self._task is not None:
+            self._task.then(self._part.abandon)
+        else:
+            self._part.abandon()
+
+    def _begin(self, work: Callable[[], dict[str, Any]], *, has_work: bool) -> None:
+        """Begin a step: on a thread, or, in the foreground, where its outcome is asked for."""
+        self._work = work
+        self._task = Task(work) if self._part.in_background and has_work else None
+
+    def _outcome(self) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = self._work() if self._task is None else self._task.outcome()
+        except SaveError as error:
+            step = self._place("").step
+            raise with_context(error, self.backend.rank, step, self.filename, self.agreed.history) from error
+        return found
+
+    def _write(self) -> dict[str, Any]:
+        checked = self._part.write(self._temp)
+        if not self._is_finishing:
+            return {"checked": checked}
+        self._checked = [checked]
+        return self._finish()
+
+    def _finish(self) -> dict[str, Any]:
+        self._part.finish(self._checked)
+        decision = self.agreed.decision
+        if self._remove_one is None or not self._part.is_saving or decision is None:
+            return {"problems": {}}
+        return {"problems": remove_here(decision.evicted, self._remove_one)}
+
+
+def take_off(
+    backend: Backend,
+    place: Callable[[str], agree.Place],
+    agreed: Agreed,
+    *,
+    consolidate: Callable[[], None] | None,
+    capture: Callable[[], Any],
+    replicas: Callable[[], Collection[int]],
+    make_part: Callable[[], Part],
+    sharing: Sharing,
+    remove_one: Callable[[str], None] | None,
+    timeout_s: float | None,
+) -> Flight:
+    """Collective. Steps 3 and 4 of the protocol, and the beginning of 5.
+
+    Args:
+        backend: the job's.
+        place: makes the place of a phase from what is done in it.
+        agreed: what :func:`distckpt.save.decide` returned; it holds a decision.
+        consolidate: gathers what is sharded over the ranks; None where nothing is.
+        capture: returns the checkpoint on this rank.
+        replicas: returns the identities of the storages that are equal on all ranks.
+        make_part: returns this rank's part.
+        sharing: who writes.
+        remove_one: removes a file that is replaced, on the saving rank; None where the caller does it.
+        timeout_s: seconds to wait for the other ranks; None for the default.
+
+    Raises:
+        PhaseError: something failed on some rank; on every rank. In a world of one what was raised.
+        ReplicasDiffer: what was to be equal on all ranks is not; on every rank.
+    """
+    filename = "" if agreed.decision is None else agreed.decision.filename
+    patience_s = max(default_timeout_s() if timeout_s is None else timeout_s, WRITE_TIMEOUT_S)
+    writers, difference = sharing.writers, None
+
+    parts: list[Part] = []
+
+    def prepare() -> dict[str, Any]:
+        part = make_part()
+        parts.append(part)
+        state = backend.materialise(capture(), to_host=part.is_saving or part.is_shared)
+        return part.prepare(state, replicas())
+
+    try:
+        if consolidate is not None:
+            agree.run(backend, place(f"consolidating {filename}"), consolidate, timeout_s=timeout_s)
+        # Patient: a rank may wait until another save's bytes are written, for its place in memory.
+        answers = agree.run(backend, place(f"staging {filename}"), prepare, timeout_s=patience_s)
+        if sharing.is_checked:
+            prints = agree.run(
+                backend, place(f"comparing replicas for {filename}"), parts[0].fingerprints, timeout_s=patience_s
+            )
+            _check(prints, agreed.coordinator)
+        if len(writers) > 1 and len({answers[rank]["form"] for rank in writers}) > 1:
+            forms = agree.run(backend, place(f"comparing forms of {filename}"), parts[0].forms, timeout_s=timeout_s)
+            difference = _difference({rank: forms[rank] for rank in writers}, agreed.coordinator)
+            if difference is not None:
+                agree.run(backend, place(f"staging all of {filename}"), parts[0].take_all, timeout_s=patience_s)
+                writers = (agreed.coordinator,)
+    except BaseException:
+        for part in parts:
+            part.abandon()
+        raise
+    return Flight(
+        backend,
+        place,
+        agreed,
+        parts[0],
+        writers=writers,
+        temp=answers[agreed.coordinator]["temp"],
+        difference=difference,
+        remove_one=remove_one,
+        timeout_s=timeout_s,
+    )
+
+
+def _check(prints: Sequence[Sequence[Sequence[Any]]], coordinator: int) -> None:
+    """Compare fingerprints, the same on every rank.
+
+    Raises:
+        ReplicasDiffer: they are not equal.
+    """
+    ours = [tuple(one) for one in prints[coordinator]]
+    for rank, found in enumerate(prints):
+        theirs = [tuple(one) for one in found]
+        if theirs == ours:
+            continue
+        names = [one[0] for one, other in zip(ours, theirs, strict=False) if one != other]
+        what = f"the first tensor that differs is {names[0]}" if names else f"{len(theirs)} tensors against {len(ours)}"
+        msg = (
+            f"what should be equal on all ranks is not: {what}, on rank {rank} other than on rank {coordinator}. "
+            "Nothing was saved. Was a parameter changed on one rank alone, or a gradient not reduced?"
+        )
+        raise ReplicasDiffer(msg)
+
+
+def _difference(forms: Mapping[int, Sequence[str]], coordinator: int) -> str | None:
+    """Return a phrase about the first thing in which the ranks' images differ; None where they may be shared."""
+    ours = forms[coordinator]
+    for rank, theirs in forms.items():
+        for one, other in zip(ours, theirs, strict=False):
+            if one != other:
+                return f"rank {coordinator} has {one!r}, rank {rank} has {other!r}"
+        if len(ours) != len(theirs):
+            return f"rank {coordinator} has {len(ours) - 1} replicas, rank {rank} has {len(theirs) - 1}"
+    return None

@@ -1,0 +1,284 @@
+"""How a Checkpoint saves: decide, save in one of three ways, take over what became of it.
+
+Owns the part of :class:`~distckpt.Checkpoint` that walks a save with all ranks, from a decision to the history. When it
+is called for lies in :mod:`distckpt.handlers.checkpoint`, the order of a save's hops in :mod:`distckpt.save` and
+:mod:`distckpt.flight`. Layer L5.
+"""
+
+import dataclasses
+import logging
+import time
+import warnings
+from abc import abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ignite.engine import Engine
+
+from distckpt import save
+from distckpt.backends.base import Backend
+from distckpt.backends.detect import current
+from distckpt.consensus.agree import Place, Seat
+from distckpt.consensus.decision import Agreed, SaveDecision, SaveIntent, nan_is_why
+from distckpt.errors import CommitNotDurable
+from distckpt.flight import Flight, take_off
+from distckpt.handlers.about import about
+from distckpt.handlers.checkpoint_history import CheckpointHistory
+from distckpt.handlers.disk_saver import DiskSaver
+from distckpt.handlers.early import Moment, half_a_step_lower
+from distckpt.handlers.events import CheckpointEvents, register
+from distckpt.handlers.flights import Flights
+from distckpt.handlers.places import take_place
+from distckpt.handlers.save_handler import BaseSaveHandler, hand_over
+from distckpt.manifest import Manifest
+from distckpt.state.collect import capture, consolidate, replicas
+
+__all__ = ["CheckpointSaving"]
+
+_logger = logging.getLogger(__name__)
+
+PlaceOf = Callable[[str], Place]
+
+
+class CheckpointSaving(CheckpointHistory):
+    """The part of :class:`~distckpt.Checkpoint` that saves."""
+
+    to_save: Mapping[str, Any]
+    include_self: bool
+    score_rule: Any
+    global_step_transform: Callable[..., int] | None
+    timeout_s: float | None
+    last_save_s: float
+    _seat: Seat
+    _flights: Flights
+    _saved_at: Moment
+    _is_early: bool
+    _is_forced: bool
+    _warned: set[str]
+
+    @abstractmethod
+    def _ticket(self) -> str | None:
+        """Return what notes about the save handler's construction stand under."""
+
+    @property
+    def is_in_flight(self) -> bool:
+        """Whether a save in the background is under way. The same on every rank."""
+        return bool(self._flights)
+
+    def wait_until_finished(self) -> None:
+        """Collective. Wait until nothing is being saved in the background any more.
+
+        Call it on all ranks. Afterwards the save is in the history, and ``last_checkpoint`` tells of it.
+
+        Raises:
+            PhaseError: the save failed on some rank; on every rank, and of the type that was raised there.
+            SaveError: in a world of one, the checkpoint could not be written.
+        """
+        self._flights.land()
+
+    def _stands(self) -> str:
+        last = self.last_checkpoint
+        return "There is no earlier checkpoint." if last is None else f"The last one is {last}."
+
+    def _history(self) -> tuple[tuple[int | float, str], ...]:
+        return tuple((item.priority, item.filename) for item in self._saved)
+
+    def _save(self, engine: Engine, intend: Callable[[], SaveIntent]) -> None:
+        """Collective. Save if the ranks agree to."""
+        saver = _disk_saver_of(self.save_handler)
+        if self._flights:
+            if saver is not None and saver.when_busy == "skip" and not self._is_forced:
+                _logger.info(
+                    "Checkpoint: iteration %d is not saved: the last save is under way", engine.state.iteration
+                )
+                return
+            self._flights.land()
+        backend = current()
+        place = take_place(self._seat, backend, engine, watch=self._ticket(), timeout_s=self.timeout_s)
+        agreed = save.decide(
+            backend,
+            place("deciding what to save"),
+            lambda: dataclasses.replace(intend(), history=self._history(), strays=self._strays),
+            timeout_s=self.timeout_s,
+        )
+        self._is_agreed = True
+        self._saved = [CheckpointHistory.Item(*entry) for entry in agreed.history]
+        self._strays = agreed.strays
+        self._directory = (self.save_handler, agreed.directory)
+        self._warn_of_scores(agreed)
+        decision = agreed.decision
+        if decision is None:
+            return
+        if self._is_early and self.global_step_transform is not None and agreed.score is None:
+            agreed = dataclasses.replace(agreed, decision=half_a_step_lower(decision))
+        if saver is not None and saver.saves_in_parts:
+            self._save_in_parts(engine, backend, place, agreed, saver)
+        else:
+            self._save_at_once(engine, backend, place, agreed)
+
+    def _save_at_once(self, engine: Engine, backend: Backend, place: PlaceOf, agreed: Agreed) -> None:
+        """Collective. Save, and return when it is durable."""
+        begin_s = time.monotonic()
+        handler, decision = self.save_handler, _made(agreed.decision)
+        try:
+            save.commit(
+                backend,
+                place,
+                agreed,
+                consolidate=lambda: consolidate(self.to_save, save_on_rank=agreed.coordinator),
+                capture=lambda: self._capture(backend, agreed.coordinator, decision),
+                write=lambda checkpoint: _hand_over(handler, checkpoint, decision, about(backend, engine, agreed)),
+                all_write=not (isinstance(handler, DiskSaver) and handler.writes_on_one_rank),
+                timeout_s=self.timeout_s,
+            )
+        except BaseException as error:
+            self._note_failure(agreed, error)
+            raise
+        self._saved_at = Moment(engine)
+        self._take_over(agreed, took_s=time.monotonic() - begin_s)
+        problems = self._remove(backend, place("removing what was evicted"), decision.evicted)
+        self._tell(engine, problems)
+
+    def _save_in_parts(
+        self, engine: Engine, backend: Backend, place: PlaceOf, agreed: Agreed, saver: DiskSaver
+    ) -> None:
+        """Collective. Save in the background, or with several ranks that write."""
+        sharing = saver.sharing(backend, place, is_known=agreed.know_writers, timeout_s=self.timeout_s)
+        decision = _made(agreed.decision)
+        is_removed_early = saver.writes_on_one_rank and type(saver).remove is DiskSaver.remove
+        flight = take_off(
+            backend,
+            place,
+            agreed,
+            consolidate=(lambda: consolidate(self.to_save, save_on_rank=agreed.coordinator))
+            if agreed.is_spread
+            else None,
+            capture=lambda: self._capture(backend, agreed.coordinator, decision),
+            replicas=lambda: replicas(self.to_save, world_size=backend.world_size),
+            make_part=lambda: saver.part(backend, decision.filename, about(backend, engine, agreed), sharing),
+            sharing=sharing,
+            remove_one=saver.remove if is_removed_early else None,
+            timeout_s=self.timeout_s,
+        )
+        self._saved_at = Moment(engine)
+        if flight.difference is not None and "shares" not in self._warned:
+            self._warned.add("shares")
+            warnings.warn(
+                f"Checkpoint: the ranks cannot write {flight.filename} together: {flight.difference}. Rank "
+                f"{agreed.coordinator} writes all of it. This is said once.",
+                stacklevel=2,
+            )
+        history = self._saved
+
+        def landed(flight: Flight, error: BaseException | None) -> None:
+            if error is not None:
+                if self._saved is history:
+                    self._note_failure(agreed, error)
+                self._saved_at = Moment()
+                return
+            if self._saved is history:  # else it was loaded or reset meanwhile: the file stays, and is not ours
+                self._take_over(agreed, took_s=flight.took_s)
+            problems = (
+                self._told(save.removals_of(decision.evicted, flight.problems))
+                if is_removed_early
+                else self._remove(backend, place("removing what was evicted"), decision.evicted)
+            )
+            saver.look_at(decision.filename)
+            self._tell(engine, problems)
+
+        if saver.background:
+            self._flights.begin(engine, flight, landed)
+            return
+        try:
+            while not flight.advance():
+                pass
+        except BaseException as error:
+            landed(flight, error)
+            raise
+        landed(flight, None)
+
+    def _note_failure(self, agreed: Agreed, error: BaseException) -> None:
+        """Keep in mind what a save that failed may have left."""
+        decision = _made(agreed.decision)
+        is_overwritten = decision.filename in [name for _, name in agreed.history]
+        if isinstance(error, CommitNotDurable):
+            if is_overwritten:  # what it replaced is gone: the new one is what there is
+                self._saved = [CheckpointHistory.Item(*entry) for entry in decision.kept]
+                self._strays = (*decision.evicted,)
+            else:  # it stands beside the older one, which was kept; the next save removes it
+                self._strays = (*self._strays, decision.filename)
+        elif not isinstance(error, Exception) and not is_overwritten:
+            # After an interrupt nobody knows whether the file was renamed into place; the next save removes it.
+            self._strays = (*self._strays, decision.filename)
+
+    def _take_over(self, agreed: Agreed, *, took_s: float) -> None:
+        decision = _made(agreed.decision)
+        self._saved = [CheckpointHistory.Item(*entry) for entry in decision.kept]
+        self._strays = decision.evicted
+        self.last_save_s = took_s
+
+    def _capture(self, backend: Backend, coordinator: int, decision: SaveDecision) -> dict[str, Any]:
+        checkpoint = capture(self.to_save, rank=backend.rank, save_on_rank=coordinator)
+        if self.include_self:
+            checkpoint["checkpointer"] = OrderedDict(_saved=list(decision.kept))
+        elif len(checkpoint) == 1:
+            (checkpoint,) = checkpoint.values()
+        return checkpoint
+
+    def _remove(self, backend: Backend, place: Place, evicted: tuple[str, ...]) -> list[str]:
+        """Collective. Remove what was evicted, keep what could not be removed for the next save; return what to say."""
+        handler = self.save_handler
+        if not isinstance(handler, BaseSaveHandler):
+            self._strays = ()
+            return []
+        return self._told(save.remove(backend, place, evicted, handler.remove, timeout_s=self.timeout_s))
+
+    def _told(self, removals: list[save.Removal]) -> list[str]:
+        """Keep what could not be removed for the next save; return what to say."""
+        self._strays = tuple(one.filename for one in removals if one.problem is not None and not one.gone)
+        told = [one for one in removals if one.problem is not None]
+        return [f"{one.problem}.{'' if one.gone else ' The next save tries again.'}" for one in told]
+
+    def _tell(self, engine: Engine, problems: list[str]) -> None:
+        register(engine)
+        before = engine.last_event_name
+        try:
+            engine.fire_event(CheckpointEvents.SAVED_CHECKPOINT)
+        finally:
+            # The next handler on the same event asks for its name; so does the engine's loop.
+            engine.last_event_name = before
+        if problems:
+            warnings.warn(f"Checkpoint: while removing older checkpoints: {' '.join(problems)}", stacklevel=3)
+
+    def _warn_of_scores(self, agreed: Agreed) -> None:
+        if agreed.scores is not None and "differ" not in self._warned:
+            self._warned.add("differ")
+            warnings.warn(
+                f"Checkpoint: the ranks have different scores, {list(agreed.scores)}; their {self.score_rule} counts, "
+                f"{agreed.score}. Reduce the metric over all ranks. This is said once.",
+                stacklevel=3,
+            )
+        if nan_is_why(agreed) and "nan" not in self._warned:
+            self._warned.add("nan")
+            warnings.warn("Checkpoint: the score is NaN; nothing was saved. This is said once.", stacklevel=3)
+
+
+def _disk_saver_of(handler: Any) -> DiskSaver | None:
+    """Return a handler that writes as DiskSaver does; one of a user's may do more."""
+    return handler if isinstance(handler, DiskSaver) and type(handler).__call__ is DiskSaver.__call__ else None
+
+
+def _hand_over(handler: Callable[..., Any], checkpoint: Any, decision: SaveDecision, manifest: Manifest) -> None:
+    saver = _disk_saver_of(handler)
+    if saver is not None:
+        saver.save_with(checkpoint, decision.filename, manifest)
+    else:
+        hand_over(handler, checkpoint, decision.filename, dict(decision.metadata))
+
+
+def _made(decision: SaveDecision | None) -> SaveDecision:
+    if decision is None:
+        msg = "a save that was not decided"
+        raise AssertionError(msg)
+    return decision

@@ -1,0 +1,161 @@
+"""A Checkpoint's save that goes on beside training: who asks for it, when it is over, and where a run waits for it.
+
+Owns the poll after each iteration and the drains at a run's ends. How a save goes on lies in :mod:`distckpt.flight`.
+Layer L5.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ignite.engine import Engine
+
+from distckpt.backends.detect import current
+from distckpt.consensus.agree import Seat
+from distckpt.consensus.step_vote import Answer, Fact
+from distckpt.errors import PhaseError
+from distckpt.flight import Flight
+from distckpt.handlers.firing import engines_firing
+from distckpt.handlers.voting import Poller, settle, start_polling, stop_polling
+
+__all__ = ["Flights"]
+
+_logger = logging.getLogger(__name__)
+
+Landed = Callable[[Flight, BaseException | None], None]
+"""Takes over what became of a flight: committed, or the error."""
+
+
+class Flights(Poller):
+    """What one Checkpoint has in flight: nothing, or one save.
+
+    It polls the outermost engine that fires as the save begins: after each iteration all ranks vote on whether somebody
+    is still at work, together with all else that is voted on, and nothing is waited for.
+
+    Args:
+        timeout_s: seconds to wait for the other ranks; None for the default.
+    """
+
+    fact = Fact.PARTS_PENDING
+    is_exact = False
+    lag = None
+    every = None
+
+    def __init__(self, timeout_s: float | None) -> None:
+        self.timeout_s = timeout_s
+        self._seat = Seat("Checkpoint in the background")
+        self._flight: Flight | None = None
+        self._voted_on: Flight | None = None
+        self._engine: Engine | None = None
+        self._landed: Landed | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Flights":
+        """Return a new one: a copy of a Checkpoint has nothing in flight."""
+        return Flights(self.timeout_s)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Start anew in another process."""
+        return (Flights, (self.timeout_s,))
+
+    def __bool__(self) -> bool:
+        """Tell whether something is in flight. The same on every rank."""
+        return self._flight is not None
+
+    def begin(self, engine: Engine, flight: Flight, landed: Landed) -> None:
+        """All ranks. Take a flight that has begun.
+
+        Args:
+            engine: on whose event.
+            flight: see there.
+            landed: called on all ranks when it is over, in an event of the engine that is polled or where somebody
+                waited for it.
+        """
+        self._flight, self._landed = flight, landed
+        self._engine = next(iter(engines_firing()), engine)
+        start_polling(self._engine, self)
+
+    def poll(self, engine: Engine) -> None:
+        """All ranks. Vote."""
+        if self._flight is not None:
+            self._vote(engine, current())
+
+    def _probe(self, engine: Engine) -> Answer:
+        del engine
+        self._voted_on = self._flight
+        return _nothing_to_tell if self._flight is not None and self._flight.is_pending else None
+
+    def _act(self, engine: Engine, said: Mapping[int, Any]) -> None:
+        """Collective: no rank is at work on it any more."""
+        del engine, said
+        if self._flight is not None and self._flight is self._voted_on:
+            self._advance()
+
+    def land(self) -> None:
+        """Collective. Wait until nothing is in flight.
+
+        Raises:
+            PhaseError: it failed on some rank; on every rank. In a world of one what was raised.
+        """
+        if self._flight is not None and self._engine is not None:
+            settle(self._engine)
+        while self._flight is not None:
+            self._advance()
+
+    def _advance(self) -> None:
+        flight = self._flight
+        if flight is None:
+            return
+        try:
+            is_over = flight.advance()
+        except BaseException as error:
+            self._end(flight, error)
+            raise
+        if is_over:
+            self._end(flight, None)
+
+    def _end(self, flight: Flight, error: BaseException | None) -> None:
+        engine, landed = self._engine, self._landed
+        self._flight = self._engine = self._landed = None
+        if engine is not None:
+            stop_polling(engine, self)
+        if landed is not None:
+            landed(flight, error)
+
+    def drain(self, engine: Engine) -> None:
+        """Collective. Wait until nothing is in flight, for the engine's run ends."""
+        del engine
+        self.land()
+
+    def leave(self, error: BaseException) -> None:
+        """Wait for what is in flight, for an exception leaves the engine's run.
+
+        It is taken over where all ranks are bound to come here. Else each rank finishes its own work: a rank that
+        writes alone commits the file, and :func:`~distckpt.resume` finds it.
+        """
+        flight = self._flight
+        if flight is None:
+            return
+        try:
+            if flight.backend is current() and (flight.backend.world_size == 1 or isinstance(error, PhaseError)):
+                while self._flight is not None:
+                    self._advance()
+                return
+        except Exception:
+            _logger.exception("Checkpoint: %s was being saved as the run failed, and failed too", flight.filename)
+            return
+        begin_s = time.monotonic()
+        flight.wait()
+        flight.give_up()
+        self._end(flight, error)
+        _logger.warning(
+            "Checkpoint: %s was being saved as the run failed; rank %d ended its part in %.1f s. Where it was written "
+            "whole it stands on the disk, and resume() will find it",
+            flight.filename,
+            flight.backend.rank,
+            time.monotonic() - begin_s,
+        )
+
+
+def _nothing_to_tell() -> None:
+    """Return what a rank tells of its being at work."""

@@ -1,0 +1,274 @@
+"""What one rank does of one save, step by step, so that ranks may agree in between.
+
+Owns the life of a rank's part: its file, its place in the staging memory, the thread that writes it. Must not know how
+ranks agree. Layer L4, below :mod:`distckpt.save`.
+
+The steps of a part, of which the ranks hear of each other's in between:
+
+1. :meth:`Part.prepare`: plan the image, make the temporary file (saving rank), and, where the save goes on in the
+   background, stage. Afterwards training may go on.
+2. :meth:`Part.write`: write the bytes, and sync them. Any thread.
+3. :meth:`Part.finish`: what comes after the image, the commit, and the removal of what is replaced (saving rank). Any
+   thread.
+
+:meth:`Part.abandon` ends it between any two of them.
+"""
+
+import threading
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, TypeVar
+
+from distckpt.manifest import Manifest
+from distckpt.snapshot import WHOLE, Checked, Share, Snapshot
+from distckpt.state.staging import HostMemory
+from distckpt.storage.disk import Directory, NewFile
+from distckpt.storage.verify import check_whole
+from distckpt.unfinished import unfinished
+
+__all__ = ["Part", "Task"]
+
+_T = TypeVar("_T")
+
+
+class Part:
+    """One rank's part of one file. Rank-local; issues no collectives.
+
+    Args:
+        directory: where the file goes.
+        name: relative to it.
+        about: the manifest, but for its tensors.
+        memory: where to stage.
+        share: what this rank writes; None for nothing.
+        is_saving: whether this rank commits the file.
+        in_background: whether :meth:`prepare` stages, for :meth:`write` to run beside training.
+        atomic: see :meth:`~distckpt.storage.disk.Directory.create`.
+        protocol: pickle's.
+        is_checked: whether :meth:`fingerprints` will be asked for.
+    """
+
+    def __init__(
+        self,
+        directory: Directory,
+        name: str,
+        *,
+        about: Manifest,
+        memory: HostMemory,
+        share: Share | None,
+        is_saving: bool,
+        in_background: bool,
+        atomic: bool = True,
+        protocol: int = 2,
+        is_checked: bool = False,
+    ) -> None:
+        self.name = name
+        self.is_saving = is_saving
+        self.in_background = in_background
+        self._directory = directory
+        self._about = about
+        self._memory = memory
+        self._share = share
+        self._atomic = atomic
+        self._protocol = protocol
+        self._is_checked = is_checked
+        self._snapshot: Snapshot | None = None
+        self._new: NewFile | None = None
+        self._holds_memory = False
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other ranks write into the same file."""
+        return self._share is not None and self._share.num_writers > 1
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank writes anything."""
+        return self._share is not None
+
+    def prepare(self, state: Any, replicated: Collection[int]) -> dict[str, Any]:
+        """Step 1.
+
+        Args:
+            state: what ``torch.save`` takes.
+            replicated: identities of the storages that are equal on all ranks.
+
+        Returns:
+            What the other ranks should know: ``form``, which has to be equal on all that write (see
+            :meth:`~distckpt.snapshot.Snapshot.form`), and of the saving rank ``temp``, the name to find its file by.
+
+        Raises:
+            ValueError: the name would leave the directory, or a symlink is in the way.
+            SaveError: the operating system refused.
+            MemoryError: there is none to stage in.
+        """
+        answer: dict[str, Any] = {"form": None, "temp": None}
+        if self._share is None and not self._is_checked:
+            return answer
+        share = self._share or WHOLE
+        snapshot = self._snapshot = Snapshot(state, share=share, replicated=replicated, protocol=self._protocol)
+        if self._share is None:
+            return answer
+        answer["form"] = snapshot.form() if self.is_shared else None
+        if self.is_saving:
+            self._new = self._directory.create(self.name, atomic=self._atomic)
+            if self.is_shared:
+                self._new.allocate(snapshot.num_bytes)
+            answer["temp"] = self._new.temp
+        self._take(whole=False)
+        return answer
+
+    def forms(self) -> list[str]:
+        """Return what has to be equal for the file to be written in shares; nothing on a rank that does not write."""
+        return [] if self._snapshot is None or self._share is None else self._snapshot.forms()
+
+    def fingerprints(self) -> list[tuple[str, int]]:
+        """Return the name and the checksum of each storage that is to be equal on all ranks."""
+        return [] if self._snapshot is None else self._snapshot.fingerprints()
+
+    def take_all(self) -> None:
+        """Let the saving rank write everything after all, and the others nothing. After :meth:`prepare`.
+
+        Raises:
+            MemoryError: there is none to stage in.
+        """
+        self._share = WHOLE if self.is_saving else None
+        if self.is_saving:
+            self._take(whole=True)
+        else:
+            self._let_go_of_memory()
+
+    def _take(self, *, whole: bool) -> None:
+        snapshot = _made(self._snapshot)
+        if not self._holds_memory:
+            self._memory.reserve()
+            self._holds_memory = True
+        snapshot.take(self._memory, whole=whole)
+        if self.in_background:
+            snapshot.stage()
+
+    def write(self, temp: str | None) -> list[tuple[int, int, int]]:
+        """Step 2.
+
+        Args:
+            temp: what :meth:`prepare` told on the saving rank.
+
+        Returns:
+            What was checked, for :meth:`finish` on the saving rank.
+
+        Raises:
+            SaveError: the operating system refused.
+        """
+        if self._share is None:
+            return []
+        snapshot = _made(self._snapshot)
+        if self._new is None:
+            if temp is None:
+                msg = "a file to join that nobody has begun"
+                raise AssertionError(msg)
+            self._new = self._directory.join(self.name, temp)
+        try:
+            if self.in_background:
+                checked = snapshot.write_image(self._new)
+            else:
+                with snapshot.staging_beside():
+                    checked = snapshot.write_image(self._new)
+        finally:
+            self._let_go_of_memory()
+        if self.is_shared:
+            self._new.sync(snapshot.num_bytes)
+        if not self.is_saving:
+            self.abandon()
+        return checked
+
+    def finish(self, checked: Sequence[Checked]) -> None:
+        """Step 3; on a rank that does not save nothing.
+
+        Args:
+            checked: of all writers, in the order of their shares.
+
+        Raises:
+            SaveError: the operating system refused; what was there before is untouched.
+            CommitNotDurable: the file is there, but may not survive a power cut.
+        """
+        if not self.is_saving:
+            return
+        new = _made(self._new)
+        new.commit(_made(self._snapshot).write_tail(new, checked, self._about), check_whole)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Let go of everything; a file that was not committed is removed. Does nothing a second time."""
+        self._let_go_of_memory()
+        if self._new is not None:
+            self._new.abandon()
+        self._snapshot = None
+
+    def _let_go_of_memory(self) -> None:
+        if self._holds_memory:
+            self._holds_memory = False
+            self._memory.release()
+
+
+class Task:
+    """Work on a thread of its own, beside training. It must issue no collectives.
+
+    The thread is no daemon: a program that ends waits for what is being written.
+
+    Args:
+        work: what to do.
+    """
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self._work = work
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self._after: list[Callable[[], None]] = []
+        self._lock = threading.Lock()
+        # Not Thread.join: one that a signal interrupts takes the thread for ended (CPython 3.11, threading.py).
+        self._ended = threading.Event()
+        threading.Thread(target=self._run, name="distckpt-writer").start()
+
+    def is_done(self) -> bool:
+        """Tell whether it has ended, well or not. Waits for nothing."""
+        return self._ended.is_set()
+
+    def wait(self) -> None:
+        """Wait until it has ended, well or not."""
+        while not self._ended.wait(timeout=1.0):  # not for ever: a signal handler may want its turn
+            pass
+
+    def outcome(self) -> Any:
+        """Wait, and return what the work returned.
+
+        Raises:
+            BaseException: what it raised.
+        """
+        self.wait()
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+    def then(self, action: Callable[[], None]) -> None:
+        """Do something when it has ended: now, or on its thread."""
+        with self._lock:
+            if not self._ended.is_set():
+                self._after.append(action)
+                return
+        action()
+
+    def _run(self) -> None:
+        try:
+            with unfinished():
+                self._value = self._work()
+        except BaseException as error:  # noqa: BLE001 - raised where the outcome is asked for
+            self._error = error
+        with self._lock:
+            self._ended.set()
+        for action in self._after:
+            action()
+
+
+def _made(one: _T | None) -> _T:
+    if one is None:
+        msg = "a part of a save that was not prepared"
+        raise AssertionError(msg)
+    return one
