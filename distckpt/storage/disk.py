@@ -151,7 +151,9 @@ class Directory:
         """
         parent, leaf = self._parent_of(name, "save")
         try:
-            (temp,) = check_name(temp)
+            if "/" in temp or not (is_temp(temp) or temp == leaf):
+                msg = f"cannot save {name}: {temp!r} is the name of no file that was begun for it"
+                raise ValueError(msg)  # noqa: TRY301 - one place that closes
             fd = os.open(temp, JOINED_FILE_FLAGS, dir_fd=parent)
         except OSError as error:
             close_quietly(parent)

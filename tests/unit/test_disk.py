@@ -46,6 +46,31 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("atomic", [True, False])
+def test_a_file_that_was_begun_can_be_joined_and_is_its_makers(tmp_path: Path, *, atomic: bool) -> None:
+    with Directory(tmp_path).create("a.pt", atomic=atomic) as new:
+        new.allocate(8)
+        with Directory(tmp_path).join("a.pt", new.temp) as joined:
+            os.pwrite(joined.fd, b"half", 4)
+            joined.sync(4)
+        os.pwrite(new.fd, b"one ", 0)
+        assert names_in(tmp_path) == [new.temp]
+        new.commit(8)
+    assert (tmp_path / "a.pt").read_bytes() == b"one half"
+    assert open_files_below(tmp_path) == []
+
+
+def test_what_was_not_begun_for_it_cannot_be_joined(tmp_path: Path) -> None:
+    (tmp_path / "b.pt").touch()
+    (tmp_path / "c.pt").symlink_to("b.pt")
+    for begun in ("b.pt", "../b.pt", "c.pt", ".distckpt-0-0-0.tmp/../b.pt"):
+        with pytest.raises(ValueError, match=r"no file that was begun for it|symlink"):
+            Directory(tmp_path).join("c.pt" if begun == "c.pt" else "a.pt", begun)
+    with pytest.raises(FileNotFoundError, match="that was begun for it cannot be opened"):
+        Directory(tmp_path).join("a.pt", DEAD)
+    assert open_files_below(tmp_path) == []
+
+
+@pytest.mark.parametrize("atomic", [True, False])
 def test_a_written_file_holds_the_content_and_nothing_else_is_left(tmp_path: Path, *, atomic: bool) -> None:
     receipt = Directory(tmp_path).write("a.pt", holding(b"content"), atomic=atomic)
     assert (receipt.path, receipt.num_bytes) == (tmp_path / "a.pt", 7)

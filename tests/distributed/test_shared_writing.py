@@ -1,0 +1,312 @@
+"""Several ranks write one file together: each its share of what is equal on all, and the file is as one rank's."""
+
+import contextlib
+import errno
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import post_localSGD_hook as hooks
+from torch.nn.parallel import DistributedDataParallel
+
+from distckpt import Checkpoint, DiskSaver, PhaseError, ReplicasDiffer, RngState
+from distckpt.backends.detect import current
+from distckpt.consensus.agree import Place
+from distckpt.sharers import find_sharers
+from distckpt.state.collect import replicas
+from distckpt.storage.direct import DirectFile
+from distckpt.storage.ptfile import verify
+from tests.distributed.programs import all_equal, gathered, raised, training_step, warned
+from tests.support import job, run_distributed
+from tests.support.selection import of_torch
+
+MODES = pytest.mark.parametrize("background", [False, True], ids=["foreground", "background"])
+pytestmark = of_torch
+
+
+class Job:
+    """A model in DistributedDataParallel with a BatchNorm of each rank's own, its optimizer, and a trainer."""
+
+    def __init__(self, width: int = 200) -> None:
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.Linear(width, width))
+        self.model = DistributedDataParallel(model)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
+        self.trainer = Engine(self._step)
+
+    def _step(self, engine: Engine, _batch: Any) -> None:
+        torch.manual_seed(100 * engine.state.iteration + job.rank())
+        self.optimizer.zero_grad()
+        self.model(torch.randn(4, self.model.module[0].in_features)).square().sum().backward()
+        self.optimizer.step()
+
+    def to_save(self) -> dict[str, Any]:
+        return {"model": self.model, "optimizer": self.optimizer, "trainer": self.trainer}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return copies of what a checkpoint of this rank's would hold."""
+        names = {parameter: name for name, parameter in self.model.module.named_parameters()}
+        states = {
+            f"{names[parameter]}.{key}": value.clone()
+            for parameter, state in self.optimizer.state.items()
+            for key, value in state.items()
+        }
+        return {**{key: value.clone() for key, value in self.model.module.state_dict().items()}, **states}
+
+
+def held(path: Path, like: Job) -> dict[str, torch.Tensor]:
+    """Load a file with plain torch, and return its tensors by the names of :meth:`Job.tensors`."""
+    verify(path)
+    state = torch.load(path, weights_only=True)
+    names = [name for name, _ in like.model.module.named_parameters()]
+    states = {
+        f"{names[number]}.{key}": value
+        for number, one in state["optimizer"]["state"].items()
+        for key, value in one.items()
+    }
+    return {**state["model"], **states}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@contextlib.contextmanager
+def noted_writes(error: OSError | None = None) -> Iterator[list[int]]:
+    """Note how many bytes of images this rank writes; fail instead where an error is given."""
+    lengths: list[int] = []
+    write = DirectFile.write
+
+    def noting(self: DirectFile, data: memoryview, offset: int) -> None:
+        if error is not None:
+            raise error
+        lengths.append(len(data))
+        write(self, data, offset)
+
+    setattr(DirectFile, "write", noting)  # noqa: B010 - as a test's patch, mypy would ask for more
+    try:
+        yield lengths
+    finally:
+        setattr(DirectFile, "write", write)  # noqa: B010 - as above
+
+
+def save_together(folder: Path, *, background: bool, width: int = 200, saving: int = 0) -> None:
+    one = Job(width)
+    saver = DiskSaver(folder, share_write="node", background=background, save_on_rank=saving)
+    handler = Checkpoint(one.to_save(), saver, n_saved=None)
+    one.trainer.add_event_handler(Events.ITERATION_COMPLETED(every=3), handler)
+    expected: dict[int, dict[str, torch.Tensor]] = {}
+
+    @one.trainer.on(Events.ITERATION_COMPLETED)
+    def note(engine: Engine) -> None:
+        expected[engine.state.iteration] = one.tensors()
+
+    with noted_writes() as lengths:
+        one.trainer.run([0] * 10)
+    names = gathered(Path(str(handler.last_checkpoint)).name)
+    assert names == ["checkpoint_9.pt"] * job.world_size()
+    for iteration in (3, 6, 9):
+        if job.rank() == saving:  # the buffers are the saving rank's
+            assert same(held(folder / f"checkpoint_{iteration}.pt", one), expected[iteration])
+    written = gathered(sum(lengths) / 3)
+    assert max(written) < 1.1 * sum(written) / job.world_size() + (1 << 16)
+    job.barrier()
+    assert sorted(os.listdir(folder)) == [f"checkpoint_{iteration}.pt" for iteration in (3, 6, 9)]
+
+
+@MODES
+@run_distributed(world_size=2)
+def test_two_ranks_write_what_one_would(tmp_path: Path, *, background: bool) -> None:
+    save_together(tmp_path, background=background)
+
+
+@MODES
+@run_distributed(world_size=3)
+def test_three_ranks_do_whichever_commits(tmp_path: Path, *, background: bool) -> None:
+    save_together(tmp_path, background=background, saving=1, width=500)
+
+
+@run_distributed(world_size=2)
+def test_a_small_state_is_written_by_whoever_has_the_block(tmp_path: Path) -> None:
+    save_together(tmp_path, background=False, width=2)
+
+
+@run_distributed(world_size=2)
+def test_states_that_differ_in_what_is_each_ranks_own_are_shared_all_the_same(tmp_path: Path) -> None:
+    one = Job()
+    rng = RngState(one.trainer)
+    with noted_writes() as lengths, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        handler = Checkpoint({**one.to_save(), "rng": rng}, DiskSaver(tmp_path, share_write="node"))
+        one.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), handler)
+        one.trainer.run([0] * 2)
+    written = gathered(sum(lengths))
+    assert min(written) > 0.3 * sum(written)
+    verify(Path(str(handler.last_checkpoint)))
+
+
+class Odd:
+    """An object whose state is of another size on each rank."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"own": torch.arange(10_000 * (1 + job.rank()))}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take nothing."""
+
+
+@MODES
+@run_distributed(world_size=2)
+def test_where_the_forms_differ_the_saving_rank_writes_all_and_says_why(tmp_path: Path, *, background: bool) -> None:
+    one = Job()
+    handler = Checkpoint(
+        {**one.to_save(), "odd": Odd()}, DiskSaver(tmp_path, share_write="node", background=background)
+    )
+    one.trainer.run([0])
+    expected = one.tensors()
+    with noted_writes() as lengths, warned() as messages:
+        handler(one.trainer)
+        handler.wait_until_finished()
+        handler(one.trainer)
+        handler.wait_until_finished()
+    assert all("cannot write checkpoint_1.pt together" in message for message in messages)
+    assert len(messages) == 1
+    assert "bytes in all" in messages[0]
+    written = gathered(sum(lengths))
+    assert written[0] > 0
+    assert written[1] == 0
+    if job.rank() == 0:
+        assert same(held(tmp_path / "checkpoint_1.pt", one), expected)
+
+
+@MODES
+@run_distributed(world_size=2)
+def test_an_error_of_another_ranks_share_is_everybodys_and_the_one_before_stands(
+    tmp_path: Path, *, background: bool
+) -> None:
+    one = Job()
+    handler = Checkpoint(one.to_save(), DiskSaver(tmp_path, share_write="node", background=background))
+    one.trainer.add_event_handler(Events.ITERATION_COMPLETED(every=2), handler)
+    one.trainer.run([0] * 2)
+    error = OSError(errno.EDQUOT, "Disk quota exceeded") if job.rank() == 1 else None
+    with noted_writes(error), pytest.raises(OSError, match=r"rank 1, step 4: .*checkpoint_2.pt is intact") as caught:
+        one.trainer.run([0] * 2, max_epochs=2)
+    assert isinstance(caught.value, PhaseError)
+    assert caught.value.errno == errno.EDQUOT
+    job.barrier()
+    assert os.listdir(tmp_path) == ["checkpoint_2.pt"]
+    assert gathered(Path(str(handler.last_checkpoint)).name) == ["checkpoint_2.pt"] * 2
+    handler(one.trainer)
+    handler.wait_until_finished()
+    assert gathered(Path(str(handler.last_checkpoint)).name) == ["checkpoint_4.pt"] * 2
+    verify(tmp_path / "checkpoint_4.pt")
+
+
+@run_distributed(world_size=2)
+def test_ranks_with_directories_of_their_own_are_found_out(tmp_path: Path) -> None:
+    one = Job()
+    folder = tmp_path / str(job.rank())
+    folder.mkdir()
+    handler = Checkpoint(one.to_save(), DiskSaver(folder, share_write="world"))
+    with noted_writes() as lengths:
+        handler(one.trainer)
+    assert gathered(len(lengths) > 0) == [True, False]
+    job.barrier()
+    assert os.listdir(tmp_path / "0") == ["checkpoint_0.pt"]
+    assert os.listdir(tmp_path / "1") == []
+
+
+@run_distributed(world_size=3)
+def test_the_ranks_that_see_a_directory_are_found_by_a_probe(tmp_path: Path) -> None:
+    folder = tmp_path if job.rank() != 1 else tmp_path / "elsewhere"
+    folder.mkdir(exist_ok=True)
+    alias = tmp_path / f"alias{job.rank()}"
+    alias.symlink_to(folder)
+
+    def place(doing: str) -> Place:
+        return Place(who="test", doing=doing, step=0)
+
+    found = find_sharers(current(), place, alias, coordinator=2, is_node_enough=True, timeout_s=None)
+    assert gathered(list(found)) == [[0, 2]] * 3
+    job.barrier()
+    assert sorted(os.listdir(tmp_path)) == ["alias0", "alias1", "alias2", "elsewhere"]
+
+
+@MODES
+@run_distributed(world_size=2)
+def test_a_parameter_that_is_no_replica_is_named(tmp_path: Path, *, background: bool) -> None:
+    one = Job()
+    saver = DiskSaver(tmp_path, share_write="node", check_replicas=True, background=background)
+    handler = Checkpoint(one.to_save(), saver)
+    one.trainer.add_event_handler(Events.ITERATION_COMPLETED, handler)
+    one.trainer.run([0])
+    if job.rank() == 1:
+        with torch.no_grad():
+            one.model.module[2].weight[3, 4] += 1e-6
+    error = raised(lambda: one.trainer.run([0], max_epochs=2))
+    assert isinstance(error, ReplicasDiffer)
+    assert "model.2.weight, on rank 1 other than on rank 0" in str(error)
+    job.barrier()
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint_1.pt"]
+    job.barrier()
+    saver.check_replicas = False
+    handler(one.trainer)
+    handler.wait_until_finished()
+    assert gathered(Path(str(handler.last_checkpoint)).name) == ["checkpoint_2.pt"] * 2
+
+
+@run_distributed(world_size=2)
+def test_only_what_is_known_to_be_equal_counts_as_a_replica() -> None:
+    one = Job(4)
+    one.trainer.run([0])
+    parameters = dict(one.model.module.named_parameters())
+    states = [value for state in one.optimizer.state.values() for value in state.values()]
+    expected = {tensor.untyped_storage()._cdata for tensor in (*parameters.values(), *states)}
+    assert replicas(one.to_save(), world_size=2) == expected
+    assert replicas({"deep": [one.model, {"o": one.optimizer}]}, world_size=2) == expected
+    assert replicas({"model": one.model.module, "optimizer": one.optimizer}, world_size=2) == frozenset()
+    assert replicas({"optimizer": one.optimizer}, world_size=2) == frozenset()
+    assert replicas({"model": one.model}, world_size=3) == frozenset(), "of a smaller group than the job"
+    assert replicas({"model": torch.compile(one.model)}, world_size=2) == {
+        parameter.untyped_storage()._cdata for parameter in parameters.values()
+    }
+
+
+@run_distributed(world_size=2)
+def test_a_parameter_in_memory_that_others_share_is_no_replica() -> None:
+    module = nn.Linear(4, 4)
+    memory = torch.zeros(100)
+    module.weight.data = memory[:16].view(4, 4)
+    wrapped = DistributedDataParallel(module)
+    found = replicas({"model": wrapped}, world_size=2)
+    assert found == {module.bias.untyped_storage()._cdata}
+
+
+@run_distributed(world_size=2)
+def test_models_that_are_averaged_now_and_then_have_no_replicas() -> None:
+    wrapped = DistributedDataParallel(nn.Linear(2, 2))
+    make: Any = hooks.PostLocalSGDState
+    state = make(process_group=None, subgroup=None, start_localSGD_iter=1)
+    wrapped.register_comm_hook(state, hooks.post_localSGD_hook)
+    assert replicas({"model": wrapped}, world_size=2) == frozenset()
+
+
+@run_distributed(world_size=2)
+def test_names_that_leave_the_directory_are_refused_on_all_ranks(tmp_path: Path) -> None:
+    one = Job(4)
+    handler = Checkpoint(
+        one.to_save(), DiskSaver(tmp_path, share_write="node"), filename_pattern="../{name}_{global_step}.{ext}"
+    )
+    error = raised(lambda: handler(one.trainer))
+    assert all_equal(gathered(str(error)))
+    assert isinstance(error, ValueError)
+    assert os.listdir(tmp_path) == []
+    assert threading.active_count() < 50
+    assert training_step() == job.world_size()
