@@ -171,6 +171,7 @@ def take_off(
     consolidate: Callable[[], None] | None,
     capture: Callable[[], Any],
     replicas: Callable[[], Collection[int]],
+    stepped: Callable[[], Mapping[int, str]],
     make_part: Callable[[], Part],
     sharing: Sharing,
     remove_one: Callable[[str], None] | None,
@@ -185,6 +186,7 @@ def take_off(
         consolidate: gathers what is sharded over the ranks; None where nothing is.
         capture: returns the checkpoint on this rank.
         replicas: returns the identities of the storages that are equal on all ranks.
+        stepped: returns those of the storages that only an optimizer's step changes, with their devices' types.
         make_part: returns this rank's part.
         sharing: who writes.
         remove_one: removes a file that is replaced, on the saving rank; None where the caller does it.
@@ -204,7 +206,7 @@ def take_off(
         part = make_part()
         parts.append(part)
         state = backend.materialise(capture(), to_host=part.is_saving or part.is_shared)
-        return part.prepare(state, replicas())
+        return part.prepare(state, replicas=replicas, stepped=stepped)
 
     try:
         if consolidate is not None:

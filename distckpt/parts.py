@@ -15,7 +15,7 @@ The steps of a part, of which the ranks hear of each other's in between:
 """
 
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 from distckpt.manifest import Manifest
@@ -43,6 +43,8 @@ class Part:
         in_background: whether :meth:`prepare` stages, for :meth:`write` to run beside training.
         atomic: see :meth:`~distckpt.storage.disk.Directory.create`.
         protocol: pickle's.
+        late_devices: the types of devices whose tensors may be copied after :meth:`prepare` has returned, where only an
+            optimizer's step changes them.
         is_checked: whether :meth:`fingerprints` will be asked for.
     """
 
@@ -58,6 +60,7 @@ class Part:
         in_background: bool,
         atomic: bool = True,
         protocol: int = 2,
+        late_devices: Collection[str] = ("cuda",),
         is_checked: bool = False,
     ) -> None:
         self.name = name
@@ -69,7 +72,9 @@ class Part:
         self._share = share
         self._atomic = atomic
         self._protocol = protocol
+        self._late_devices = late_devices
         self._is_checked = is_checked
+        self._late: Collection[int] = ()
         self._snapshot: Snapshot | None = None
         self._new: NewFile | None = None
         self._holds_memory = False
@@ -84,12 +89,15 @@ class Part:
         """Whether this rank writes anything."""
         return self._share is not None
 
-    def prepare(self, state: Any, replicated: Collection[int]) -> dict[str, Any]:
+    def prepare(
+        self, state: Any, *, replicas: Callable[[], Collection[int]], stepped: Callable[[], Mapping[int, str]]
+    ) -> dict[str, Any]:
         """Step 1.
 
         Args:
             state: what ``torch.save`` takes.
-            replicated: identities of the storages that are equal on all ranks.
+            replicas: returns the identities of the storages that are equal on all ranks.
+            stepped: returns those of the storages that only an optimizer's step changes, with their devices' types.
 
         Returns:
             What the other ranks should know: ``form``, which has to be equal on all that write (see
@@ -104,9 +112,12 @@ class Part:
         if self._share is None and not self._is_checked:
             return answer
         share = self._share or WHOLE
+        replicated = replicas() if self.is_shared or self._is_checked else ()
         snapshot = self._snapshot = Snapshot(state, share=share, replicated=replicated, protocol=self._protocol)
         if self._share is None:
             return answer
+        if self.in_background and not snapshot.devices.isdisjoint(self._late_devices):
+            self._late = {identity for identity, kind in stepped().items() if kind in self._late_devices}
         answer["form"] = snapshot.form() if self.is_shared else None
         if self.is_saving:
             self._new = self._directory.create(self.name, atomic=self._atomic)
@@ -141,7 +152,8 @@ class Part:
         if not self._holds_memory:
             self._memory.reserve()
             self._holds_memory = True
-        snapshot.take(self._memory, whole=whole)
+        snapshot.settle()
+        snapshot.take(self._memory, whole=whole, late=self._late)
         if self.in_background:
             snapshot.stage()
 
@@ -205,6 +217,8 @@ class Part:
     def _let_go_of_memory(self) -> None:
         if self._holds_memory:
             self._holds_memory = False
+            if self._snapshot is not None:
+                self._snapshot.settle()
             self._memory.release()
 
 

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from distckpt.helping import helping
 from distckpt.manifest import Manifest, TensorEntry, to_json
+from distckpt.state.fence import Fence
 from distckpt.state.staging import Copy, HostMemory, Staging, num_staging_threads
 from distckpt.storage.archive import BLOCK_BYTES
 from distckpt.storage.checksum import crc32
@@ -70,11 +72,18 @@ class Snapshot:
         self._rest = b""
         self._part: Part | None = None
         self._staging: Staging | None = None
+        self._late: Staging | None = None
+        self._fence: Fence | None = None
 
     @property
     def num_bytes(self) -> int:
         """Length of the image: of the file, but for its tail."""
         return self._plan.end
+
+    @property
+    def devices(self) -> set[str]:
+        """The types of the devices that the state lies on."""
+        return {storage.device.type for storage in self._pickled.storages}
 
     def form(self) -> int:
         """Return a number that is the same on two ranks only if they may write one file in shares.
@@ -98,12 +107,13 @@ class Snapshot:
         storages = self._pickled.storages
         return [(names.get(number, f"data/{number}"), _crc_of(storages[number])) for number in sorted(self._shared)]
 
-    def take(self, memory: HostMemory, *, whole: bool = False) -> None:
+    def take(self, memory: HostMemory, *, whole: bool = False, late: Collection[int] = ()) -> None:
         """Make ready to stage into `memory`, which is in use until the image is written.
 
         Args:
             memory: reserved for this.
             whole: stage all of the image after all.
+            late: identities of the storages that :meth:`stage` may copy after it has returned, behind a fence.
 
         Raises:
             MemoryError: there is not enough.
@@ -111,13 +121,36 @@ class Snapshot:
         if whole:
             self._share = WHOLE
         begin, end = _cut(self._plan, self._share)
-        view = memory.take(end - begin)
+        storages = self._pickled.storages
+        view = memory.take(end - begin, pinned=any(storage.device.type == "cuda" for storage in storages))
         self._part = Part(self._plan, view, begin, end)
-        self._staging = Staging(self._pickled.storages, _copies(self._plan, begin, end), view, begin)
+        copies = _copies(self._plan, begin, end)
+        if late:
+            is_late = [storage._cdata in late for storage in storages]  # noqa: SLF001 - torch's identity of a storage
+            self._late = Staging(storages, (one for one in copies if is_late[one.storage]), view, begin)
+            copies = tuple(one for one in copies if not is_late[one.storage])
+        self._staging = Staging(storages, copies, view, begin)
 
     def stage(self) -> None:
-        """Copy the bytes, and return when that is done."""
+        """Copy the bytes, and return when training may go on: what is copied late has a fence around it."""
+        if self._late is not None:
+            late = self._late
+            self._fence = Fence(lambda: late.wait_for(None))
+            late.begin(num_staging_threads())
         _made(self._staging).run_on(num_staging_threads())
+
+    def settle(self) -> None:
+        """Wait until nothing is copied any more: the memory is another's afterwards. Any thread."""
+        if self._late is not None:
+            with contextlib.suppress(Exception):  # told where the bytes are taken
+                self._late.wait_for(None)
+        if self._fence is not None:
+            self._fence.take_down()
+
+    def _wait_for(self, offset: int) -> None:
+        _made(self._staging).wait_for(offset)
+        if self._late is not None:
+            self._late.wait_for(offset)
 
     def staging_beside(self) -> contextlib.AbstractContextManager[None]:
         """Copy the bytes on other threads while the body runs."""
@@ -133,17 +166,18 @@ class Snapshot:
             SaveError: the operating system refused.
         """
         done = 0
-        part, staging = _made(self._part), _made(self._staging)
+        part = _made(self._part)
         try:
-            with new.opened_directly() as file:
-                for at, chunk in part.chunks(staging.wait_for):
+            with new.opened_directly() as file, helping(lambda: part.check(self._wait_for)):
+                for at, chunk in part.chunks():
                     num_whole = len(chunk) // BLOCK_BYTES * BLOCK_BYTES
                     file.write(chunk[:num_whole], at)
                     self._rest = bytes(chunk[num_whole:])  # of the image's last chunk alone: it goes with the tail
                     done += num_whole
         except OSError as error:
             raise new.refused("writing", done, error) from error
-        self._part = self._staging = None  # the memory is another's now
+        self.settle()
+        self._part = self._staging = self._late = None  # the memory is another's now
         return part.checked
 
     def write_tail(self, new: NewFile, checked: Sequence[Checked], about: Manifest) -> int:

@@ -32,7 +32,7 @@ from distckpt.handlers.flights import Flights
 from distckpt.handlers.places import take_place
 from distckpt.handlers.save_handler import BaseSaveHandler, hand_over
 from distckpt.manifest import Manifest
-from distckpt.state.collect import capture, consolidate, replicas
+from distckpt.state.collect import capture, consolidate, replicas, stepped
 
 __all__ = ["CheckpointSaving"]
 
@@ -156,6 +156,7 @@ class CheckpointSaving(CheckpointHistory):
             else None,
             capture=lambda: self._capture(backend, agreed.coordinator, decision),
             replicas=lambda: replicas(self.to_save, world_size=backend.world_size),
+            stepped=lambda: stepped(self.to_save),
             make_part=lambda: saver.part(backend, decision.filename, about(backend, engine, agreed), sharing),
             sharing=sharing,
             remove_one=saver.remove if is_removed_early else None,

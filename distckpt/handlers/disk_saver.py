@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from distckpt.backends.base import Backend
 from distckpt.backends.detect import current
@@ -54,6 +54,9 @@ class DiskSaver(BaseSaveHandler):
             before is untouched. In such a run all ranks have to run the same number of iterations.
         when_busy: what a Checkpoint does whose last save is still under way: ``"wait"`` for it, or ``"skip"`` the new
             one.
+        overlap_copy: in the background, copy parameters and optimizer states that lie on an accelerator while the next
+            step computes; the optimizer's step waits for it. False where something else than a ``torch.optim``
+            optimizer changes parameters in place before that: a handler that swaps averaged weights, for one.
         own_memory: copy into memory of this saver's own. Else one image's worth of memory serves all savers of the
             process, and one waits for the other.
         share_write: ranks of the same ``"node"``, or of the whole ``"world"``, that see the same directory (a probe
@@ -74,6 +77,7 @@ class DiskSaver(BaseSaveHandler):
         save_on_rank: see above.
         background: see above.
         when_busy: see above.
+        overlap_copy: see above.
         share_write: see above.
         check_replicas: see above.
         kwargs: see above.
@@ -93,6 +97,8 @@ class DiskSaver(BaseSaveHandler):
         {'a': tensor([1., 1.])}
     """
 
+    _late_devices: ClassVar[tuple[str, ...]] = ("cuda",)  # on a CPU copying late would slow down what it hides behind
+
     def __init__(
         self,
         dirname: str | os.PathLike[str],
@@ -103,6 +109,7 @@ class DiskSaver(BaseSaveHandler):
         *,
         background: bool = False,
         when_busy: WhenBusy = "wait",
+        overlap_copy: bool = True,
         own_memory: bool = False,
         share_write: ShareWrite = None,
         check_replicas: bool = False,
@@ -121,6 +128,7 @@ class DiskSaver(BaseSaveHandler):
         self.share_write = share_write
         self.check_replicas = bool(check_replicas)
         self.kwargs = kwargs
+        self.overlap_copy = bool(overlap_copy)
         self._memory = HostMemory() if own_memory else None
         self._sharers = Sharers()
         self._atomic = bool(atomic)
@@ -275,6 +283,7 @@ class DiskSaver(BaseSaveHandler):
             in_background=self.background,
             atomic=self._atomic,
             protocol=options.get("pickle_protocol", 2),
+            late_devices=self._late_devices if self.overlap_copy else (),
             is_checked=sharing.is_checked,
         )
 

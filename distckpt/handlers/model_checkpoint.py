@@ -83,6 +83,7 @@ class ModelCheckpoint(Checkpoint):
         timeout_s: see :class:`Checkpoint`.
         background: see :class:`DiskSaver`.
         when_busy: see :class:`DiskSaver`.
+        overlap_copy: see :class:`DiskSaver`.
         own_memory: see :class:`DiskSaver`.
         share_write: see :class:`DiskSaver`.
         check_replicas: see :class:`DiskSaver`.
@@ -126,6 +127,7 @@ class ModelCheckpoint(Checkpoint):
         timeout_s: float | None = None,
         background: bool = False,
         when_busy: WhenBusy = "wait",
+        overlap_copy: bool = True,
         own_memory: bool = False,
         share_write: ShareWrite = None,
         check_replicas: bool = False,
@@ -144,6 +146,7 @@ class ModelCheckpoint(Checkpoint):
             save_on_rank=save_on_rank,
             background=background,
             when_busy=when_busy,
+            overlap_copy=overlap_copy,
             own_memory=own_memory,
             share_write=share_write,
             check_replicas=check_replicas,

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from distckpt.scalars import is_numpy_scalar
+from distckpt.state.fence import is_stepped_in_python
 from distckpt.state.unwrap import unwrap, unwrap_once
 
-__all__ = ["capture", "check_objects", "consolidate", "is_spread", "map_tree", "plain_scalars", "replicas"]
+__all__ = ["capture", "check_objects", "consolidate", "is_spread", "map_tree", "plain_scalars", "replicas", "stepped"]
 
 
 def map_tree(func: Callable[[Any], Any], tree: Any) -> Any:
@@ -141,6 +142,30 @@ def replicas(to_save: Mapping[str, Any], *, world_size: int) -> frozenset[int]:
         for tensor in tensors
         if tensor.layout is torch.strided and (storage := tensor.untyped_storage()).nbytes() == tensor.nbytes
     )
+
+
+def stepped(to_save: Mapping[str, Any]) -> dict[int, str]:
+    """Find the storages that nothing but an optimizer's step changes, and only where a hook can tell of it. Rank-local.
+
+    Returns:
+        torch's identities of the storages, with their devices' types.
+    """
+    found: dict[int, str] = {}
+
+    def look(obj: Any) -> None:
+        if not isinstance(obj, torch.optim.Optimizer) or _is_sharded_optimizer(obj) or not is_stepped_in_python(obj):
+            return
+        for group in obj.param_groups:
+            for parameter in group["params"]:
+                kept = (one for one in obj.state.get(parameter, {}).values() if isinstance(one, torch.Tensor))
+                for tensor in (parameter, *kept):
+                    if tensor.layout is torch.strided:
+                        storage = tensor.untyped_storage()
+                        if storage.nbytes() == tensor.nbytes:
+                            found[storage._cdata] = tensor.device.type  # noqa: SLF001 - torch's identity of a storage
+
+    map_tree(look, dict(to_save))
+    return found
 
 
 def _data_parallel(obj: Any, world_size: int) -> Any:

@@ -16,6 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from distckpt.helping import helping
+from distckpt.state.from_device import Fetcher, pin, unpin
+
 __all__ = ["Copy", "HostMemory", "Staging", "kept_memory", "num_staging_threads"]
 
 _STRIDE_BYTES = 4 << 20
@@ -55,6 +58,7 @@ class HostMemory:
     def __init__(self) -> None:
         self._map: mmap.mmap | None = None
         self._in_use = threading.Lock()
+        self._is_pinned = False
         self.num_bytes = 0
 
     def reserve(self) -> None:
@@ -83,11 +87,12 @@ class HostMemory:
         """Start anew in another process."""
         return (HostMemory, ())
 
-    def take(self, num_bytes: int) -> memoryview:
+    def take(self, num_bytes: int, *, pinned: bool = False) -> memoryview:
         """Return `num_bytes` of it, with what the last user left there.
 
         Args:
             num_bytes: how much; the memory grows where it has less.
+            pinned: whether a device is to write into it; then all of it stays where it is, if the driver lets us.
 
         Raises:
             MemoryError: there is not that much.
@@ -103,11 +108,15 @@ class HostMemory:
             with contextlib.suppress(OSError):  # larger pages: fewer to touch, and to pin for the disk
                 self._map.madvise(mmap.MADV_HUGEPAGE)
             self.num_bytes = size
+        if pinned and not self._is_pinned:
+            self._is_pinned = pin(_address_of(memoryview(self._map)), self.num_bytes)
         return memoryview(self._map)[:num_bytes]
 
     def free(self) -> None:
         """Give it back. Views of it that somebody still holds keep theirs."""
-        self._map, self.num_bytes = None, 0
+        if self._is_pinned and self._map is not None:
+            unpin(_address_of(memoryview(self._map)))
+        self._map, self._is_pinned, self.num_bytes = None, False, 0
 
 
 class _Kept(threading.local):
@@ -128,6 +137,8 @@ def kept_memory() -> HostMemory:
 class Staging:
     """A copying under way: any number of threads may take part, and any thread may wait for it.
 
+    On an accelerator, of what this thread's streams have computed by now, or are still computing.
+
     Args:
         storages: what is copied from.
         copies: what goes where, in ascending order of ``at``.
@@ -144,6 +155,7 @@ class Staging:
         self._begin = begin
         self._todo = [part for copy in copies for part in _in_strides(copy)]
         self._sources = [storage.data_ptr() if storage.device.type == "cpu" else None for storage in storages]
+        self._fetcher = Fetcher(storage.device for storage in storages if storage.device.type == "cuda")
         self._next = itertools.count()
         self._is_done = bytearray(len(self._todo))
         self._num_done = 0  # from the first on, without a gap
@@ -178,22 +190,17 @@ class Staging:
 
     @contextlib.contextmanager
     def beside(self, num_threads: int) -> Iterator[None]:
-        """Copy on so many other threads while the body runs; what is not copied at its end stays so.
+        """Copy on so many other threads while the body runs; what is not copied at its end stays so."""
+        with helping(self._help, num_threads=num_threads):
+            try:
+                yield
+            finally:
+                self.stop()
 
-        On an accelerator what this thread's stream is computing is waited for first: other threads have other streams.
-        """
-        for device in {storage.device for storage in self._storages if storage.device.type == "cuda"}:
-            torch.cuda.current_stream(device).synchronize()
-        helpers = []
-        try:
-            for _ in range(num_threads):
-                has_ended = threading.Event()
-                threading.Thread(target=self._help, args=(has_ended,), name="distckpt-staging", daemon=True).start()
-                helpers.append(has_ended)
-            yield
-        finally:
-            self.stop()
-            _wait_for_all(helpers)
+    def begin(self, num_threads: int) -> None:
+        """Copy all of it on so many other threads; :meth:`wait_for` tells when it is done."""
+        for _ in range(num_threads):
+            threading.Thread(target=self._help, name="distckpt-staging", daemon=True).start()
 
     def run_on(self, num_threads: int) -> None:
         """Copy all of it, with so many threads, this one among them; return when it is done.
@@ -235,10 +242,9 @@ class Staging:
             self._num_done = len(self._todo) if far < 0 else far
             self._change.notify_all()
 
-    def _help(self, has_ended: threading.Event) -> None:
+    def _help(self) -> None:
         with contextlib.suppress(BaseException):  # kept, and raised where it is waited for
             self.run()
-        has_ended.set()
 
     def _copy(self, copy: Copy) -> None:
         number, begin, at, num_bytes = copy
@@ -249,26 +255,9 @@ class Staging:
             self._fetch(copy)
 
     def _fetch(self, copy: Copy) -> None:
-        storage, at = self._storages[copy.storage], copy.at - self._begin
-        source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+        at = copy.at - self._begin
         target = torch.frombuffer(self._memory, dtype=torch.uint8, offset=at, count=copy.num_bytes)
-        target.copy_(source[copy.begin : copy.begin + copy.num_bytes])
-
-
-def _wait_for_all(events: Sequence[threading.Event]) -> None:
-    """Wait for all, whatever interrupts that: who writes into the memory must have ended before somebody else does.
-
-    Not by Thread.join: one that a signal interrupts takes the thread for ended (CPython 3.11, threading.py).
-    """
-    interrupt: BaseException | None = None
-    for event in events:
-        while not event.is_set():
-            try:
-                event.wait(timeout=1.0)
-            except BaseException as error:  # noqa: BLE001 - KeyboardInterrupt, for one; raised below
-                interrupt = error
-    if interrupt is not None:
-        raise interrupt
+        self._fetcher.fetch(self._storages[copy.storage], copy.begin, target)
 
 
 def num_staging_threads() -> int:

@@ -20,6 +20,7 @@ share, its header is left out, and the saving rank puts it there when all checks
 import functools
 import itertools
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -29,8 +30,8 @@ from distckpt.storage.checksum import combined, crc32
 
 __all__ = ["CHUNK_BYTES", "ImagePlan", "Part", "Piece", "crcs_of", "plan_image", "tail_of"]
 
-CHUNK_BYTES = 8 << 20
-"""What is written at once. A power of two of blocks."""
+CHUNK_BYTES, MOST_BYTES = 8 << 20, 256 << 20
+"""What is written at once, at least and at most. Powers of two of blocks."""
 
 _HEAD = (("version", b"3\n"), ("byteorder", sys.byteorder.encode()))
 PICKLE, MANIFEST = "data.pkl", "distckpt.json"
@@ -153,6 +154,9 @@ def _plan_image(sizes: tuple[int, ...], replicated: frozenset[int]) -> ImagePlan
 class Part:
     """One rank's share of an image in its memory, on the way to the disk.
 
+    Two threads work on it: one checks the bytes and puts headers before them (:meth:`check`), the other takes what is
+    ready (:meth:`chunks`).
+
     Args:
         plan: the image's.
         memory: of the share's length, or longer.
@@ -169,32 +173,66 @@ class Part:
         self.end = end
         self.checked: list[tuple[int, int, int]] = []
         self._memory = memory[: end - begin]
+        self._ready = begin
+        self._change = threading.Condition()
+        self._error: BaseException | None = None
 
-    def chunks(self, wait_for: Callable[[int], None]) -> Iterator[tuple[int, memoryview]]:
-        """Yield the share's bytes in chunks, each with its offset in the file, headers and all. Any one thread.
+    def check(self, wait_for: Callable[[int], None]) -> None:
+        """Check each record's bytes in this share, and put its header before them if all of them are. Any one thread.
 
         Args:
-            wait_for: returns when the image's bytes up to an offset are in memory.
+            wait_for: returns when the image's bytes up to an offset are in memory. What it raises, whoever takes the
+                chunks gets.
         """
-        slots = iter(enumerate(self.plan.slots))
-        upcoming = next(slots, None)
-        self._put_head()
+        try:
+            self._put_head()
+            for number, slot in enumerate(self.plan.slots):
+                if self.begin < slot.end and slot.header < self.end:
+                    self._check(number, slot, wait_for)
+                    self._tell(min(slot.end, self.end))
+            wait_for(self.end)
+            self._tell(self.end)
+        except BaseException as error:  # noqa: BLE001 - raised where the chunks are taken
+            with self._change:
+                self._error = error
+                self._change.notify_all()
+
+    def chunks(self) -> Iterator[tuple[int, memoryview]]:
+        """Yield the share's bytes in chunks, each with its offset in the file, headers and all. Any one thread.
+
+        A chunk holds what is ready, within limits: who writes it need not come back too often.
+
+        Raises:
+            BaseException: what kept :meth:`check` from its end.
+        """
         at = self.begin
         while at < self.end:
-            until = min((at // CHUNK_BYTES + 1) * CHUNK_BYTES, self.end)
-            while upcoming is not None and upcoming[1].header < until:
-                self._finish(*upcoming, wait_for)
-                upcoming = next(slots, None)
-            wait_for(until)
+            ready = self._wait_for(min(at + CHUNK_BYTES, self.end))
+            until = ready if ready == self.end else ready // BLOCK_BYTES * BLOCK_BYTES
+            until = min(until, at + MOST_BYTES)
             yield at, self._memory[at - self.begin : until - self.begin]
             at = until
+
+    def _tell(self, ready: int) -> None:
+        if ready - self._ready >= CHUNK_BYTES or ready == self.end:
+            with self._change:
+                self._ready = ready
+                self._change.notify_all()
+
+    def _wait_for(self, offset: int) -> int:
+        """Wait until the bytes up to an offset are ready, and return up to where they are."""
+        with self._change:
+            while self._ready < offset and self._error is None:
+                self._change.wait(timeout=1.0)  # not for ever: a signal handler may want its turn
+            if self._error is not None:
+                raise self._error
+            return self._ready
 
     def _put_head(self) -> None:
         for slot, (_, data) in zip(self.plan.head, _HEAD, strict=True):
             self._put(slot.header, local_header(slot, crc32(data)) + data)
 
-    def _finish(self, number: int, slot: Slot, wait_for: Callable[[int], None]) -> None:
-        """Check the record's bytes in this share, and put its header before them if all of them are."""
+    def _check(self, number: int, slot: Slot, wait_for: Callable[[int], None]) -> None:
         first, last = max(slot.offset, self.begin), min(slot.end, self.end)
         crc, num_bytes = 0, max(last - first, 0)
         if num_bytes:

@@ -36,7 +36,8 @@ def parts_of(
         staging.run()
         part = Part(plan, memory, begin, end)
         written = b""
-        for at, chunk in part.chunks(staging.wait_for):
+        part.check(staging.wait_for)
+        for at, chunk in part.chunks():
             assert at == begin + len(written)
             written += bytes(chunk)
         found.append((part, written))

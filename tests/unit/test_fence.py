@@ -1,0 +1,142 @@
+"""What is copied late is copied as it was: an optimizer's step waits for it, and what changes otherwise is not late."""
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+
+from distckpt import Checkpoint, DiskSaver
+from distckpt.state import fence
+from distckpt.state.collect import stepped
+from distckpt.state.fence import Fence, is_stepped_in_python
+from distckpt.state.staging import Copy, Staging
+from distckpt.storage.ptfile import verify
+
+
+class Late(DiskSaver):
+    """Copies late on a CPU too."""
+
+    _late_devices = ("cuda", "cpu")
+
+
+@pytest.fixture
+def slow_copies(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Copies take their time; lists the threads that made them."""
+    copy, names = Staging._copy, list[str]()
+
+    def slowly(self: Staging, one: Copy) -> None:
+        names.append(threading.current_thread().name)
+        time.sleep(0.002)
+        copy(self, one)
+
+    monkeypatch.setattr(Staging, "_copy", slowly)
+    return names
+
+
+def test_each_file_holds_the_state_of_its_iteration_though_it_is_copied_late(
+    tmp_path: Path, slow_copies: list[str]
+) -> None:
+    model = nn.Sequential(nn.Linear(60, 60), nn.BatchNorm1d(60), nn.Linear(60, 1))
+    average = torch.optim.swa_utils.AveragedModel(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    expected: dict[int, list[torch.Tensor]] = {}
+
+    def tensors() -> list[torch.Tensor]:
+        states = (value for state in optimizer.state.values() for value in state.values())
+        return [*model.state_dict().values(), *average.state_dict().values(), *states]
+
+    def step(_engine: Engine, _batch: Any) -> None:
+        optimizer.zero_grad()
+        model(torch.randn(8, 60)).sum().backward()
+        optimizer.step()
+
+    trainer = Engine(step)
+    saver = Late(tmp_path, background=True)
+    handler = Checkpoint({"model": model, "average": average, "optimizer": optimizer}, saver, n_saved=None)
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def note(engine: Engine) -> None:
+        expected[engine.state.iteration] = [tensor.clone() for tensor in tensors()]
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, handler)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda _: average.update_parameters(model))
+    trainer.run([0] * 25)
+    assert slow_copies.count("distckpt-staging") > 25
+    for iteration, held in expected.items():
+        path = tmp_path / f"checkpoint_{iteration}.pt"
+        verify(path)
+        state = torch.load(path, weights_only=True)
+        states = (value for one in state["optimizer"]["state"].values() for value in one.values())
+        assert all(map(torch.equal, [*state["model"].values(), *state["average"].values(), *states], held)), iteration
+    assert fence._UP == []
+
+
+def test_without_the_fence_the_same_loop_tears_its_checkpoints(
+    tmp_path: Path, slow_copies: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Fence, "hold", Fence.take_down)
+    model = nn.Linear(60, 60)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    def step(_engine: Engine, _batch: Any) -> None:
+        model(torch.randn(8, 60)).sum().backward()
+        optimizer.step()
+
+    trainer = Engine(step)
+    handler = Checkpoint({"model": model, "optimizer": optimizer}, Late(tmp_path, background=True), n_saved=None)
+    expected: dict[int, torch.Tensor] = {}
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def note(engine: Engine) -> None:
+        expected[engine.state.iteration] = model.bias.detach().clone()
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, handler)
+    trainer.run([0] * 20)
+    states = {number: torch.load(tmp_path / f"checkpoint_{number}.pt")["model"]["bias"] for number in expected}
+    assert slow_copies
+    assert not all(torch.equal(states[number], held) for number, held in expected.items())
+
+
+def test_nothing_is_late_where_that_is_asked_for(tmp_path: Path, slow_copies: list[str]) -> None:
+    model = nn.Linear(60, 60)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = Engine(lambda _engine, _batch: None)
+    saver = Late(tmp_path, background=True, overlap_copy=False)
+    Checkpoint({"model": model, "optimizer": optimizer}, saver)(trainer)
+    assert len(slow_copies) == 2
+    assert fence._UP == []
+
+
+def test_only_what_an_optimizer_changes_is_late() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    optimizer = torch.optim.Adam(model[0].parameters())
+    model(torch.ones(3, 4)).sum().backward()
+    optimizer.step()
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    expected = {tensor.untyped_storage()._cdata for tensor in (*model[0].parameters(), *states)}
+    assert stepped({"model": model, "deep": [{"optimizer": optimizer}]}) == dict.fromkeys(expected, "cpu")
+    assert stepped({"model": model}) == {}
+
+
+def test_steps_that_a_graph_repeats_are_not_waited_for() -> None:
+    parameters = [nn.Parameter(torch.ones(1))]
+    assert is_stepped_in_python(torch.optim.Adam(parameters))
+    assert not is_stepped_in_python(torch.optim.Adam(parameters, capturable=True))
+
+
+def test_a_copy_that_fails_keeps_no_optimizer() -> None:
+    def fail() -> None:
+        raise OSError
+
+    parameter = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    parameter.grad = torch.ones(1)
+    Fence(fail)
+    optimizer.step()
+    assert parameter.item() == 0.0
+    assert fence._UP == []
