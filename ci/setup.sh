@@ -8,7 +8,8 @@
 #   base       torch 2.13 and the tools of the checks; what is taken without a name
 #   horovod    torch 2.13 and Horovod 0.28, which is built from its source archive: some minutes, once
 #   xla        torch 2.9 and torch_xla 2.9, with the CUDA packages that this torch asks for: about 7 GB
-#   all        the three of them; with --print-python one path in each line, in this order
+#   bench      torch 2.13 and torchsnapshot, for ci/bench_save.py
+#   all        base, horovod and xla; with --print-python one path in each line, in this order
 #
 # An environment is kept outside the tree, under a name made of its pins and the Python version:
 # ${DISTCKPT_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/distckpt}/env-NAME-<hash>; built wheels beside it, in wheels/.
@@ -25,9 +26,9 @@ for argument in "$@"; do
     case "$argument" in
         --print-python) PRINT_PYTHON=1 ;;
         -h | --help) usage && exit 0 ;;
-        base | horovod | xla) NAMES=("$argument") ;;
+        base | horovod | xla | bench) NAMES=("$argument") ;;
         all) NAMES=(base horovod xla) ;;
-        *) die "unknown environment or option '$argument'; there are: base, horovod, xla, all" ;;
+        *) die "unknown environment or option '$argument'; there are: base, horovod, xla, bench, all" ;;
     esac
 done
 
@@ -73,6 +74,7 @@ pip_install() {
 proof_of() {
     case "$1" in
         base) printf '%s\n' 'import torch' ;;
+        bench) printf '%s\n' 'import ignite, isal, torchsnapshot' ;;
         horovod) printf '%s\n' 'import horovod.torch as hvd; hvd.init(); assert hvd.size() == 1; hvd.shutdown()' ;;
         xla) printf '%s\n' 'import torch, torch_xla; assert torch.ones(2, device=torch_xla.device()).sum().item() == 2' ;;
     esac

@@ -1,0 +1,157 @@
+"""The training job whose state is saved: a small GPT with AdamW under DistributedDataParallel.
+
+Owns the model, its step, and the fingerprint of its state. Must not know how it is saved.
+"""
+
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ci.savebench.meeting import Meeting
+
+__all__ = ["Job", "shape_of"]
+
+NUM_LAYERS = 12
+NUM_HEADS = 4
+CONTEXT = 8  # tokens in a batch of one: a step is short beside the save that it is measured with
+BYTES_A_PARAMETER = 12  # the weight and AdamW's two moments, in float32
+
+
+class Block(nn.Module):
+    """A transformer block of twelve parameters."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm_before = nn.LayerNorm(width)
+        self.look = nn.Linear(width, 3 * width)
+        self.project = nn.Linear(width, width)
+        self.norm_between = nn.LayerNorm(width)
+        self.widen = nn.Linear(width, 4 * width)
+        self.narrow = nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the next layer's input: float32 (batch, time, width)."""
+        batch, time, width = x.shape
+        heads = self.look(self.norm_before(x)).view(batch, time, 3, NUM_HEADS, width // NUM_HEADS)
+        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        seen = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.project(seen.transpose(1, 2).reshape(batch, time, width))
+        widened = nn.functional.gelu(self.widen(self.norm_between(x)))
+        narrowed: torch.Tensor = self.narrow(widened)
+        return x + narrowed
+
+
+class SmallGpt(nn.Module):
+    """A GPT of 149 parameters."""
+
+    def __init__(self, width: int, num_words: int) -> None:
+        super().__init__()
+        self.words = nn.Embedding(num_words, width)
+        self.places = nn.Embedding(CONTEXT, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(NUM_LAYERS))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, num_words, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the logits, float32 (batch, time, words), of tokens, int64 (batch, time)."""
+        x = self.words(tokens) + self.places.weight[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        logits: torch.Tensor = self.head(self.norm(x))
+        return logits
+
+
+def shape_of(state_bytes: int) -> tuple[int, int]:
+    """Return the width and the number of words of the model whose state has about so many bytes."""
+    num_parameters = state_bytes // BYTES_A_PARAMETER
+
+    def num_without_words(width: int) -> int:
+        return NUM_LAYERS * (12 * width**2 + 13 * width) + (CONTEXT + 2) * width
+
+    width = 16
+    while num_without_words(width + 16) <= 0.9 * num_parameters:
+        width += 16
+    return width, max(64, (num_parameters - num_without_words(width)) // (2 * width))
+
+
+class Job:
+    """One rank's part of the training job.
+
+    Args:
+        meeting: of the ranks.
+        state_bytes: about how many bytes the model and the optimizer's state have.
+        folder: where checkpoints go.
+
+    Attributes:
+        model: the model as the user trains it, wrapped.
+        module: the model inside.
+        optimizer: AdamW, whose states exist.
+        num_steps: steps taken so far.
+    """
+
+    def __init__(self, meeting: Meeting, state_bytes: int, folder: Path) -> None:
+        self.meeting = meeting
+        self.rank, self.world_size = meeting.rank, meeting.world_size
+        self.folder = folder
+        torch.manual_seed(1)
+        width, self._num_words = shape_of(state_bytes)
+        self.module = SmallGpt(width, self._num_words)
+        self.model = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        self._random = torch.Generator().manual_seed(self.rank)
+        self.num_steps = 0
+        for _ in range(2):  # the second one has the buckets in the order of the gradients
+            self.step()
+
+    def step(self, *_: Any) -> float:
+        """Collective. Train on one batch; return the loss."""
+        tokens = torch.randint(self._num_words, (1, CONTEXT + 1), generator=self._random)
+        logits = self.model(tokens[:, :-1])
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        self.optimizer.zero_grad(set_to_none=False)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch ships it without types
+        self.optimizer.step()
+        self.num_steps += 1
+        return loss.item()
+
+    def objects(self) -> dict[str, Any]:
+        """Return what is saved and loaded."""
+        return {"model": self.module, "optimizer": self.optimizer}
+
+    def wrapped(self) -> dict[str, Any]:
+        """Return the same as a user trains it, and as ignite's handlers take it."""
+        return {"model": self.model, "optimizer": self.optimizer}
+
+    def state(self) -> dict[str, Any]:
+        """Return the state of it; its tensors are the live ones."""
+        return {name: thing.state_dict() for name, thing in self.objects().items()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Load a state into the live objects."""
+        for name, thing in self.objects().items():
+            thing.load_state_dict(state[name])
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield every live tensor of the state, with its name."""
+        yield from self.module.state_dict().items()
+        for index, kept in self.optimizer.state_dict()["state"].items():
+            for name, tensor in sorted(kept.items()):
+                yield f"{index}.{name}", tensor
+
+    def size(self) -> tuple[int, int]:
+        """Return the number of tensors of the state, and of their bytes."""
+        sizes = [tensor.nbytes for _, tensor in self.tensors()]
+        return len(sizes), sum(sizes)
+
+    def fingerprint(self) -> int:
+        """Return a number that another state does not have."""
+        total = 0
+        for name, tensor in self.tensors():
+            total = zlib.crc32(name.encode(), total)
+            total = zlib.crc32(tensor.detach().contiguous().view(-1).numpy().data, total)
+        return total

@@ -1,0 +1,89 @@
+"""What the machine itself allows: a copy of the state, a raw write of it, a raw read.
+
+Owns the three limits that contestants are held against. Must not know the contestants.
+"""
+
+import ctypes
+import mmap
+import os
+import time
+from pathlib import Path
+
+from ci.savebench.job import Job
+
+__all__ = ["LIMITS", "measure_limits"]
+
+LIMITS = "limits"
+CHUNK_BYTES = 8 * 2**20
+BLOCK_BYTES = 4096
+
+
+def measure_limits(job: Job) -> dict[str, float]:
+    """Collective. Return the seconds of each limit: the last rank's."""
+    size = -(-job.size()[1] // (BLOCK_BYTES * job.world_size)) * BLOCK_BYTES * job.world_size
+    share = size // job.world_size
+    path = job.folder / "raw"
+    with mmap.mmap(-1, size) as source, mmap.mmap(-1, size) as target:
+        for memory in (source, target):
+            ctypes.memset(_address_of(memory), 1, size)  # touched: no page faults below
+        taken = {
+            "memcpy_s": _copy(job, source, target, size),
+            "memcpy_share_s": _copy(job, source, target, share),
+        }
+        if job.rank == 0:
+            path.unlink(missing_ok=True)
+            os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+        taken["write_s"] = _write(job, path, source, share)
+        taken["read_s"] = _read(job, path, target, share)
+    job.meeting.barrier()
+    if job.rank == 0:
+        path.unlink()
+    return {name: max(values) for name, values in _by_name(job.meeting.gather(taken)).items()}
+
+
+def _by_name(rows: list[dict[str, float]]) -> dict[str, list[float]]:
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def _address_of(memory: mmap.mmap) -> int:
+    view = ctypes.c_char.from_buffer(memory)
+    return ctypes.addressof(view)  # the view goes, or the memory could not be closed; the address stays
+
+
+def _copy(job: Job, source: mmap.mmap, target: mmap.mmap, size: int) -> float:
+    job.meeting.barrier()
+    begin = time.monotonic()
+    ctypes.memmove(_address_of(target), _address_of(source), size)
+    return time.monotonic() - begin
+
+
+def _write(job: Job, path: Path, source: mmap.mmap, share: int) -> float:
+    first = job.rank * share
+    job.meeting.barrier()
+    begin = time.monotonic()
+    descriptor = os.open(path, os.O_WRONLY | os.O_DIRECT)
+    try:
+        os.posix_fallocate(descriptor, first, share)
+        with memoryview(source) as view:
+            for offset in range(first, first + share, CHUNK_BYTES):
+                end = min(offset + CHUNK_BYTES, first + share)
+                os.pwrite(descriptor, view[offset:end], offset)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return time.monotonic() - begin
+
+
+def _read(job: Job, path: Path, target: mmap.mmap, share: int) -> float:
+    first = job.rank * share
+    job.meeting.barrier()
+    begin = time.monotonic()
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    try:
+        with memoryview(target) as view:
+            for offset in range(first, first + share, CHUNK_BYTES):
+                end = min(offset + CHUNK_BYTES, first + share)
+                os.preadv(descriptor, [view[offset:end]], offset)
+    finally:
+        os.close(descriptor)
+    return time.monotonic() - begin

@@ -1,0 +1,162 @@
+"""One save and one load of one contestant, measured.
+
+Owns what is timed, from where to where. Must not know who the contestant is, or what becomes of the numbers.
+"""
+
+import itertools
+import os
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from ignite.engine import Engine, Events
+
+from ci.savebench.contestant import Contestant
+from ci.savebench.files import drop_from_cache, num_bytes, read_from_storage
+from ci.savebench.job import Job
+
+__all__ = ["NUM_BEFORE", "Watch", "save_and_load"]
+
+NUM_WARM = 2  # iterations: a new engine's handlers meet in the first one
+NUM_BEFORE = 3  # without a save, each way
+MAX_AFTER = 8
+LIMIT_S = 100  # of a save; the group's own is longer
+
+
+@dataclass(slots=True)
+class Run:
+    """A few iterations with one save among them, as one rank saw them.
+
+    A step is counted from its start to the start of the next one, with all handlers. The stall is apart from it.
+    """
+
+    without_s: list[float] = field(default_factory=list)
+    during_s: list[float] = field(default_factory=list)
+    began: float = 0.0
+    went_on: float = 0.0
+    ended: float = 0.0
+    durable: float = 0.0
+    fingerprint: int = 0
+
+    def lost_s(self) -> float:
+        """Return the time until the save was durable, less what as many steps take without one."""
+        return self.ended - self.began - len(self.during_s) * statistics.median(self.without_s)
+
+
+class Watch:
+    """Notes the time on the events of an engine, and ends its run when it has seen enough.
+
+    Args:
+        job: that the engine trains.
+        contestant: that saves in its events.
+        path: where to.
+        max_after: steps without a save after it.
+    """
+
+    def __init__(self, job: Job, contestant: Contestant, path: Path, *, max_after: int = MAX_AFTER) -> None:
+        self.run = Run()
+        self._job, self._contestant, self._path = job, contestant, path
+        self._at, self._max_after = NUM_WARM + NUM_BEFORE, max_after
+        self._started = 0.0
+        self._is_durable = False
+        self._num_left = -1
+        engine = Engine(job.step)
+        engine.add_event_handler(Events.ITERATION_STARTED, self._on_started)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._on_completed)
+        contestant.attach(engine, at=self._at, path=path)
+        engine.run(itertools.repeat(0), epoch_length=10**6)
+
+    def _on_started(self, engine: Engine) -> None:
+        now = time.monotonic()
+        run, number = self.run, engine.state.iteration - 1  # of the step that is over
+        if number == self._at:
+            run.went_on = now
+            self._contestant.saved(self._path)
+        elif number > self._at and not run.ended:
+            run.during_s.append(now - self._started)
+        elif number > NUM_WARM:
+            run.without_s.append(now - self._started)
+        if number >= self._at and not run.ended:
+            self._look()
+            if self._is_durable:
+                run.ended = now
+        self._started = now
+
+    def _on_completed(self, engine: Engine) -> None:
+        number = engine.state.iteration
+        if number == self._at:
+            self._stand_ready()
+        elif number > self._at and not self._is_durable:
+            # Whether it is durable on every rank: all end the window, and the run, with the same step.
+            self._look()
+            waiting = torch.tensor([not self.run.durable], dtype=torch.int32)
+            dist.all_reduce(waiting, op=dist.ReduceOp.MAX)
+            self._is_durable = not waiting.item()
+            self._num_left = min(self._max_after, max(NUM_BEFORE, number - self._at)) + 1
+            if not self._is_durable and time.monotonic() - self.run.began > LIMIT_S:
+                msg = f"rank {self._job.rank}: not durable {LIMIT_S} s after the call"
+                raise TimeoutError(msg)
+        elif number > self._at:
+            self._num_left -= 1
+            if not self._num_left:
+                engine.terminate()
+
+    def _stand_ready(self) -> None:
+        """Fingerprint the state that is to be saved, and begin when all ranks are there; the step has ended."""
+        self.run.without_s.append(time.monotonic() - self._started)
+        self.run.fingerprint = self._job.fingerprint()
+        self._job.meeting.barrier()
+        self.run.began = time.monotonic()
+
+    def _look(self) -> None:
+        if not self.run.durable:
+            self.run.durable = self._contestant.durable_at() or 0.0
+
+
+def save_and_load(job: Job, contestant: Contestant, path: Path) -> dict[str, Any]:
+    """Collective. Train, save in between, and load; return the numbers, each over all ranks."""
+    run = Watch(job, contestant, path).run
+    job.meeting.barrier()
+    where = contestant.where(path)
+    if job.rank == 0:
+        drop_from_cache(where)
+    read_before = read_from_storage(os.getpid())
+    job.meeting.barrier()
+    begin = time.monotonic()
+    contestant.load(path)
+    loaded = time.monotonic()
+    read = read_from_storage(os.getpid()) - read_before
+    rows = job.meeting.gather(
+        {
+            "began": run.began,
+            "durable": run.durable,
+            "stall_s": run.went_on - run.began,
+            "lost_s": run.lost_s(),
+            "load_began": begin,
+            "loaded": loaded,
+            "read": read,
+            "saved": run.fingerprint,
+            "restored": job.fingerprint(),
+        }
+    )
+    measured = {
+        "stall_s": max(row["stall_s"] for row in rows),
+        "durable_s": max(row["durable"] for row in rows) - min(row["began"] for row in rows),
+        "load_s": max(row["loaded"] for row in rows) - min(row["load_began"] for row in rows),
+        "lost_s": max(row["lost_s"] for row in rows),
+        "read_bytes": sum(row["read"] for row in rows),
+        "checkpoint_bytes": num_bytes(where),
+        "is_snapshot": len({row["saved"] for row in rows} | {row["restored"] for row in rows}) == 1,
+        "steps_without_s": run.without_s,
+        "steps_during_s": run.during_s,
+    }
+    job.meeting.barrier()
+    if job.rank == 0:
+        contestant.remove(path)
+        os.sync()  # what is written back now is not somebody else's any more
+    job.meeting.barrier()
+    return measured

@@ -1,0 +1,69 @@
+"""How much memory a save takes, measured apart from its time: a sampler would slow it down.
+
+Owns what is held against what.
+"""
+
+import ctypes
+import gc
+from collections.abc import Callable, Sequence
+
+from ci.savebench.contestant import Contestant
+from ci.savebench.job import Job
+from ci.savebench.measure import NUM_BEFORE, Watch
+from ci.savebench.sampler import Sampler
+
+__all__ = ["Memory"]
+
+
+class Memory:
+    """The peak of all ranks while a new contestant saves a few times, less that of plain steps before it.
+
+    What it holds from save to save is in it. distckpt's contestants may share memory that stays: all of them are held
+    against the steps before the first one, and have to come last.
+
+    Args:
+        job: to train between.
+        sampler: of all ranks, on rank 0; the others return 0 for everything.
+    """
+
+    def __init__(self, job: Job, sampler: Sampler | None) -> None:
+        self._job, self._sampler = job, sampler
+        self._before_ours: int | None = None
+
+    def extra_bytes(self, kind: type[Contestant], labels: Sequence[str]) -> int:
+        """Collective. Return it for saves of these names.
+
+        Raises:
+            MissingError: this version lacks what the contestant needs.
+            ImportError: it is not installed.
+        """
+        if not kind.is_ours:
+            plain = self._of_plain_steps()
+        else:
+            plain = self._of_plain_steps() if self._before_ours is None else self._before_ours
+            self._before_ours = plain
+
+        def save() -> None:
+            contestant = kind(self._job)
+            for label in labels:
+                Watch(self._job, contestant, contestant.folder / label, max_after=0)
+                self._job.meeting.barrier()
+                if self._job.rank == 0:
+                    contestant.remove(contestant.folder / label)
+            contestant.close()
+
+        return max(0, self._peak(save) - plain)
+
+    def _of_plain_steps(self) -> int:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what others freed is not to be used again unseen
+        return self._peak(lambda: [self._job.step() for _ in range(NUM_BEFORE)])
+
+    def _peak(self, work: Callable[[], object]) -> int:
+        self._job.meeting.barrier()
+        if self._sampler is not None:
+            self._sampler.peak()
+        self._job.meeting.barrier()
+        work()
+        self._job.meeting.barrier()
+        return 0 if self._sampler is None else self._sampler.peak()

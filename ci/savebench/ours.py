@@ -1,0 +1,116 @@
+"""distckpt itself, in the foreground and in the background.
+
+Owns its contestants. They are the handler as a user attaches it; durable is what they say is durable.
+"""
+
+import inspect
+import time
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ignite.engine import Engine, Events
+
+import distckpt
+from ci.savebench.contestant import Contestant, MissingError
+from ci.savebench.job import Job
+
+__all__ = ["Background", "BackgroundShared", "Foreground", "Shared"]
+
+
+class Foreground(Contestant):
+    """Checkpoint with a DiskSaver, which keeps the latest one."""
+
+    name = "distckpt"
+    is_ours = True
+    writes_one_file = True
+    options: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, job: Job) -> None:
+        known = inspect.signature(distckpt.DiskSaver).parameters
+        missing = [name for name in self.options if name not in known]
+        if missing:
+            msg = f"DiskSaver has no argument {' and no '.join(missing)}"
+            raise MissingError(msg)
+        super().__init__(job)
+        saver = distckpt.DiskSaver(self.folder, require_empty=False, **self.options)
+        self._checkpoint: Any = distckpt.Checkpoint(
+            job.wrapped(), saver, n_saved=1, global_step_transform=lambda *_: job.num_steps
+        )
+        self._at: float | None = None
+
+    def attach(self, engine: Engine, *, at: int, path: Path) -> None:
+        """Attach the handler."""
+        del path
+        self._at = None
+        engine.add_event_handler(Events.ITERATION_COMPLETED(once=at), self._checkpoint)
+
+    def saved(self, path: Path) -> None:
+        """Note when the call returned: the file is durable."""
+        del path
+        self._at = time.monotonic()
+
+    def durable_at(self) -> float | None:
+        """Return that moment."""
+        return self._at
+
+    def where(self, path: Path) -> Path:
+        """Return the newest file."""
+        del path
+        return Path(self._checkpoint.last_checkpoint)
+
+    def load(self, path: Path) -> None:
+        """Load on every rank."""
+        distckpt.Checkpoint.load_objects(self.job.wrapped(), self.where(path))
+
+    def remove(self, path: Path) -> None:
+        """Leave it to the next save."""
+
+
+class Shared(Foreground):
+    """The same with the writing shared among the ranks of a node."""
+
+    name = "distckpt shared"
+    options: ClassVar[dict[str, Any]] = {"share_write": "node"}
+
+
+class Background(Foreground):
+    """The same with a saver that writes beside the training."""
+
+    name = "distckpt background"
+    is_background = True
+    options: ClassVar[dict[str, Any]] = {"background": True}
+
+    def __init__(self, job: Job) -> None:
+        for needed in ("is_in_flight", "wait_until_finished"):
+            if not hasattr(distckpt.Checkpoint, needed):
+                msg = f"Checkpoint has no {needed}"
+                raise MissingError(msg)
+        super().__init__(job)
+        self._is_begun = False
+
+    def attach(self, engine: Engine, *, at: int, path: Path) -> None:
+        """Attach the handler."""
+        self._is_begun = False
+        super().attach(engine, at=at, path=path)
+
+    def saved(self, path: Path) -> None:
+        """Note that there is something to wait for."""
+        del path
+        self._is_begun = True
+
+    def durable_at(self) -> float | None:
+        """Return the first moment at which it was seen to be committed."""
+        if self._at is None and self._is_begun and not self._checkpoint.is_in_flight:
+            self._at = time.monotonic()
+        return self._at
+
+    def close(self) -> None:
+        """End what is in flight."""
+        self._checkpoint.wait_until_finished()
+
+
+class BackgroundShared(Background):
+    """The same with the writing shared among the ranks of a node."""
+
+    name = "distckpt background shared"
+    options: ClassVar[dict[str, Any]] = {"background": True, "share_write": "node"}

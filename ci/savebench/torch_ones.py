@@ -1,0 +1,185 @@
+"""What comes with torch and ignite: torch.save, ignite's Checkpoint, torch.distributed.checkpoint.
+
+Owns these contestants. They sync nothing: an fsync of their files is done for them, beside the training.
+"""
+
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, ClassVar
+
+import ignite.handlers
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from ignite.engine import Engine, Events
+from torch.distributed.checkpoint import staging
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+
+from ci.savebench.contestant import Contestant, MissingError
+from ci.savebench.job import Job
+
+__all__ = ["DcpProcess", "DcpProcessStager", "DcpSave", "DcpStager", "DcpThread", "IgniteCheckpoint", "TorchSave"]
+
+
+class TorchSave(Contestant):
+    """torch.save on rank 0, torch.load on every rank."""
+
+    name = "torch.save"
+    writes_one_file = True
+
+    def save(self, path: Path) -> None:
+        """Save on rank 0."""
+        if self.job.rank == 0:
+            torch.save(self.job.state(), path)
+
+    def load(self, path: Path) -> None:
+        """Load on every rank."""
+        self.job.load_state(torch.load(path, map_location="cpu", weights_only=True))
+
+
+class IgniteCheckpoint(Contestant):
+    """ignite's Checkpoint with its DiskSaver, which keeps the latest one."""
+
+    name = "ignite Checkpoint"
+    writes_one_file = True
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        saver = ignite.handlers.DiskSaver(str(self.folder), require_empty=False)
+        self._checkpoint = ignite.handlers.Checkpoint(
+            job.wrapped(), saver, n_saved=1, global_step_transform=lambda *_: job.num_steps
+        )
+
+    def attach(self, engine: Engine, *, at: int, path: Path) -> None:
+        """Attach the handler."""
+        del path
+        engine.add_event_handler(Events.ITERATION_COMPLETED(once=at), self._checkpoint)
+
+    def where(self, path: Path) -> Path:
+        """Return the only file."""
+        del path
+        (found,) = self.folder.glob("*.pt")
+        return found
+
+    def load(self, path: Path) -> None:
+        """Load on every rank."""
+        ignite.handlers.Checkpoint.load_objects(self.job.wrapped(), checkpoint=str(self.where(path)))
+
+    def remove(self, path: Path) -> None:
+        """Leave it to the next save."""
+
+
+class DcpSave(Contestant):
+    """torch.distributed.checkpoint.save: each rank writes its share."""
+
+    name = "DCP save"
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        # Of its own: collectives of a thread would mix with those of the training.
+        self._group = dist.new_group(backend="gloo")
+        self._future: Future[Any] | None = None
+
+    def save(self, path: Path) -> None:
+        """Save on all ranks."""
+        dcp.save(self.job.state(), checkpoint_id=path, process_group=self._group)
+
+    def load(self, path: Path) -> None:
+        """Load in place, each rank everything."""
+        state = self.job.state()
+        dcp.load(state, checkpoint_id=path, process_group=self._group)
+        self.job.load_state(state)
+
+    def close(self) -> None:
+        """Give the group back."""
+        dist.destroy_process_group(self._group)
+
+
+class DcpThread(DcpSave):
+    """async_save as it comes: a copy into fresh memory, then a thread."""
+
+    name = "DCP async_save"
+    is_background = True
+    options: ClassVar[dict[str, Any]] = {}
+
+    def save(self, path: Path) -> None:
+        """Copy the state, and begin."""
+        begun = dcp.async_save(self.job.state(), checkpoint_id=path, process_group=self._group, **self.more())
+        self._future = begun if isinstance(begun, Future) else begun.upload_completion
+
+    def more(self) -> dict[str, Any]:
+        """Return further arguments of async_save."""
+        return {}
+
+    def complete(self, path: Path) -> None:
+        """Wait for the thread."""
+        del path
+        if self._future is not None:
+            self._future.result()
+
+
+class DcpStager(DcpThread):
+    """async_save with a stager that keeps its memory from save to save."""
+
+    name = "DCP async_save, stager"
+    is_memory_shared: ClassVar[bool] = False
+
+    def __init__(self, job: Job) -> None:
+        if not hasattr(staging, "DefaultStager"):
+            msg = f"torch {torch.__version__} has no DefaultStager"
+            raise MissingError(msg)
+        super().__init__(job)
+        self._stager = staging.DefaultStager(
+            staging.StagingOptions(
+                use_pinned_memory=False,
+                use_shared_memory=self.is_memory_shared,
+                use_async_staging=False,
+                use_non_blocking_copy=False,
+            )
+        )
+
+    def more(self) -> dict[str, Any]:
+        """Return the stager."""
+        return {"async_stager": self._stager}
+
+    def close(self) -> None:
+        """Free the memory."""
+        self._stager.close()
+        super().close()
+
+
+class DcpProcess(DcpThread):
+    """async_save in a process, which is kept from save to save."""
+
+    name = "DCP async_save, process"
+
+    def more(self) -> dict[str, Any]:
+        """Return the kind."""
+        return {"async_checkpointer_type": AsyncCheckpointerType.PROCESS}
+
+    def close(self) -> None:
+        """End the process too."""
+        _end_process()
+        super().close()
+
+
+class DcpProcessStager(DcpStager):
+    """The same over a stager in shared memory."""
+
+    name = "DCP async_save, process, stager"
+    is_memory_shared = True
+
+    def more(self) -> dict[str, Any]:
+        """Return the stager, and the kind."""
+        return {**super().more(), "async_checkpointer_type": AsyncCheckpointerType.PROCESS}
+
+    def close(self) -> None:
+        """End the process too."""
+        _end_process()
+        super().close()
+
+
+def _end_process() -> None:
+    from torch.distributed.checkpoint import _async_process_executor as executor  # noqa: PLC0415 - only where it is
+
+    executor._CHECKPOINT_PROCESS = None  # noqa: SLF001 - nothing public ends it; the next save starts another
