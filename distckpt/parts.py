@@ -179,10 +179,10 @@ class Part:
             self._new = self._directory.join(self.name, temp)
         try:
             if self.in_background:
-                checked = snapshot.write_image(self._new)
+                checked = snapshot.write_image(self._new, self._about)
             else:
                 with snapshot.staging_beside():
-                    checked = snapshot.write_image(self._new)
+                    checked = snapshot.write_image(self._new, self._about)
         finally:
             self._let_go_of_memory()
         if self.is_shared:

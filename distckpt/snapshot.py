@@ -70,6 +70,7 @@ class Snapshot:
         self._shared = frozenset(shared)
         self._share = share
         self._rest = b""
+        self._tail: tuple[bytes, list[int]] | None = None
         self._part: Part | None = None
         self._staging: Staging | None = None
         self._late: Staging | None = None
@@ -156,8 +157,12 @@ class Snapshot:
         """Copy the bytes on other threads while the body runs."""
         return _made(self._staging).beside(num_staging_threads())
 
-    def write_image(self, new: NewFile) -> list[tuple[int, int, int]]:
+    def write_image(self, new: NewFile, about: Manifest | None = None) -> list[tuple[int, int, int]]:
         """Write the share's bytes into a file, each as soon as it is staged. Any thread.
+
+        Args:
+            new: the file.
+            about: the manifest, but for its tensors: where the share is all of the image, the tail is made meanwhile.
 
         Returns:
             What was checked; see :class:`~distckpt.storage.image.Part`.
@@ -168,7 +173,7 @@ class Snapshot:
         done = 0
         part = _made(self._part)
         try:
-            with new.opened_directly() as file, helping(lambda: part.check(self._wait_for)):
+            with new.opened_directly() as file, helping(lambda: self._check(part, about)):
                 for at, chunk in part.chunks():
                     num_whole = len(chunk) // BLOCK_BYTES * BLOCK_BYTES
                     file.write(chunk[:num_whole], at)
@@ -179,6 +184,18 @@ class Snapshot:
         self.settle()
         self._part = self._staging = self._late = None  # the memory is another's now
         return part.checked
+
+    def _check(self, part: Part, about: Manifest | None) -> None:
+        part.check(self._wait_for)
+        if about is not None and self._share.num_writers == 1:
+            with contextlib.suppress(Exception):  # made again, and raised, where it is written
+                self._tail = self._tail_of([part.checked], about)
+
+    def _tail_of(self, checked: Sequence[Checked], about: Manifest) -> tuple[bytes, list[int]]:
+        """Return what comes after the image, and the checksums of its records."""
+        crcs = crcs_of(self._plan, [[(one[0], one[1], one[2]) for one in share] for share in checked])
+        manifest = to_json(replace(about, tensors=self._entries(crcs)))
+        return tail_of(self._plan, crcs, self._pickled.data, manifest), crcs
 
     def write_tail(self, new: NewFile, checked: Sequence[Checked], about: Manifest) -> int:
         """Write what comes after the image, and what was left out of it. Any thread.
@@ -194,8 +211,7 @@ class Snapshot:
         Raises:
             SaveError: the operating system refused.
         """
-        crcs = crcs_of(self._plan, [[(one[0], one[1], one[2]) for one in share] for share in checked])
-        tail = tail_of(self._plan, crcs, self._pickled.data, to_json(replace(about, tensors=self._entries(crcs))))
+        tail, crcs = self._tail or self._tail_of(checked, about)
         at = self._plan.end - len(self._rest)
         cuts = [end for _, end in self._plan.shares(self._share.num_writers, self._share.saving)]
         try:
@@ -260,7 +276,7 @@ def write_file(
         with memory.reserved():
             snapshot.take(memory)
             with snapshot.staging_beside():
-                checked = snapshot.write_image(new)
+                checked = snapshot.write_image(new, about)
         return new.commit(snapshot.write_tail(new, [checked], about), check_whole)
 
 
