@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from distckpt.storage.ptfile import verify
 from tests.support.selection import of_torch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,10 +27,11 @@ LAUNCHERS = pytest.mark.parametrize(
 )
 
 
-def examples() -> tuple[str, str]:
-    """Return the README's two Python blocks."""
-    first, second = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    return str(first), str(second)
+def examples() -> tuple[str, str, str]:
+    """Return the README's three Python blocks: the first one, that of saving beside training, that of going on."""
+    text = (ROOT / "README.md").read_text()
+    first, second, third = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return str(first), str(second), str(third)
 
 
 def run(example: str, launcher: list[str], folder: Path) -> list[str]:
@@ -53,8 +55,17 @@ def test_example_of_the_readme_has_twelve_lines() -> None:
 
 
 @LAUNCHERS
-def test_second_example_of_the_readme_goes_on_where_it_was(launcher: list[str], tmp_path: Path) -> None:
-    example = examples()[1]
+def test_example_of_the_readme_saves_beside_training(launcher: list[str], tmp_path: Path) -> None:
+    assert run(examples()[1], launcher, tmp_path) == ["checkpoint_40.pt", "checkpoint_50.pt"]
+    verify(tmp_path / "checkpoints" / "checkpoint_50.pt")
+    state = torch.load(tmp_path / "checkpoints" / "checkpoint_50.pt", weights_only=True)
+    assert state["trainer"]["iteration"] == 50
+    assert state["optimizer"]["state"][0]["step"] == 50
+
+
+@LAUNCHERS
+def test_last_example_of_the_readme_goes_on_where_it_was(launcher: list[str], tmp_path: Path) -> None:
+    example = examples()[2]
     shorter = example.replace("max_epochs=3", "max_epochs=1")
     assert shorter != example
     assert run(shorter, launcher, tmp_path) == ["checkpoint_10.pt"]
