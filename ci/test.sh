@@ -6,6 +6,8 @@
 #   ci/test.sh --checks              linters, types, layers, the wheel
 #   ci/test.sh --tests               pytest only
 #   ci/test.sh --fast                no crash tests, no benchmarks
+#   ci/test.sh --crash               the crash tests only, and the whole of them: thousands of trials, most of an hour. All the
+#                                    others run a quick selection. Either prints how many trials it was
 #   ci/test.sh --only NAME           the tests of one environment: base, horovod or xla
 #   ci/test.sh [...] -- -k retention     what follows goes to pytest, in each environment
 #
@@ -13,7 +15,7 @@
 # each in an environment of its own. After all three, a report shows every test of the contract x every backend.
 #
 # DISTCKPT_WORKERS     pytest processes (3); each has a pool of ranks of its own, and ranks wait most of the time
-# DISTCKPT_LIMIT_S     limit for the tests of one environment, in seconds (2700)
+# DISTCKPT_LIMIT_S     limit for the tests of one environment, in seconds (2700; with --crash 7200)
 # See ci/setup.sh for the environments'.
 set -euo pipefail
 exec </dev/null
@@ -22,13 +24,18 @@ exec </dev/null
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 cd "$ROOT"
 
-CHECKS=1 TESTS=1 BENCHMARKS=1 FAST=0
+CHECKS=1 TESTS=1 BENCHMARKS=1 FAST=0 SELECTION=() LIMIT_S=2700
 RUNTIMES=(base horovod xla)
 while [ $# -gt 0 ]; do
     case "$1" in
         --checks) TESTS=0 BENCHMARKS=0 ;;
         --tests) CHECKS=0 BENCHMARKS=0 ;;
         --fast) FAST=1 BENCHMARKS=0 ;;
+        --crash)
+            # A test of the whole takes minutes, and has limits of its own.
+            SELECTION=(tests/crash -o faulthandler_timeout=0) LIMIT_S=7200 RUNTIMES=(base) CHECKS=0 BENCHMARKS=0
+            export DISTCKPT_CRASH=whole
+            ;;
         --only)
             [[ "${2:-}" =~ ^(base|horovod|xla)$ ]] || die "--only takes base, horovod or xla, but was given '${2:-}'"
             RUNTIMES=("$2") CHECKS=0 BENCHMARKS=0
@@ -86,7 +93,7 @@ trap 'rm -rf "$RESULTS"' EXIT
 tests_of() {
     local name="$1" python="${PYTHONS[$1]}"
     shift
-    stage "pytest, $name" "${DISTCKPT_LIMIT_S:-2700}" env PATH="$(dirname "$python"):$PATH" "$python" -m pytest \
+    stage "pytest, $name" "${DISTCKPT_LIMIT_S:-$LIMIT_S}" env PATH="$(dirname "$python"):$PATH" "$python" -m pytest \
         -n "${DISTCKPT_WORKERS:-3}" --dist worksteal --durations=10 --outcomes "$RESULTS/$name.json" "$@"
 }
 
@@ -104,8 +111,7 @@ if [ "$CHECKS" -eq 1 ]; then
     stage "wheel" 300 "$PYTHON" ci/check_wheel.py
 fi
 if [ "$TESTS" -eq 1 ]; then
-    SELECTION=()
-    [ "$FAST" -eq 0 ] || SELECTION=(-m "not crash")
+    [ "$FAST" -eq 0 ] || SELECTION+=(-m "not crash")
     for name in "${RUNTIMES[@]}"; do
         case "$name" in
             base) tests_of base "${SELECTION[@]}" "$@" ;;

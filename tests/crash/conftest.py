@@ -1,9 +1,10 @@
 """What the crash tests share: how many trials, which random numbers, and a way to say what was counted.
 
-The full counts are the default. A developer's quick round sets them lower:
+A quick selection is the default. The whole, which takes most of an hour, is `ci/test.sh --crash`, or
 
-    DISTCKPT_CRASH_KILLS=50 DISTCKPT_CRASH_CUTS=10 pytest tests/crash
+    DISTCKPT_CRASH=whole pytest tests/crash -o faulthandler_timeout=0
 
+`DISTCKPT_CRASH_KILLS`, `DISTCKPT_CRASH_CUTS` and `DISTCKPT_CRASH_STATES` set single counts, of each way of saving.
 `DISTCKPT_CRASH_SEED` repeats a round whose seed was printed (the moments of the kills are repeated, what the
 machine makes of them is not).
 """
@@ -17,8 +18,18 @@ import pytest
 
 from tests.crash.lost_jobs import Jobs, Table
 
-FULL_KILLS = 1000
-FULL_CUTS = 200
+_VARIABLE = "DISTCKPT_CRASH"
+_KINDS = ("quick", "whole")
+_COUNTS = {"KILLS": (40, 1000), "CUTS": (20, 200), "STATES": (40, 500)}
+"""How many in the quick selection and in the whole."""
+_LIMITS_S = (170.0, 3000.0)
+
+
+def _which() -> int:
+    kind = os.environ.get(_VARIABLE, _KINDS[0])
+    if kind not in _KINDS:
+        pytest.fail(f"{_VARIABLE} should be one of {_KINDS}, but is {kind!r}")
+    return _KINDS.index(kind)
 
 
 def _from_environment(name: str, default: int) -> int:
@@ -28,16 +39,38 @@ def _from_environment(name: str, default: int) -> int:
     return int(text)
 
 
+def _count(name: str) -> int:
+    return _from_environment(f"{_VARIABLE}_{name}", _COUNTS[name][_which()])
+
+
+@pytest.fixture
+def is_whole() -> bool:
+    """Tell whether the whole is run, and not the quick selection."""
+    return bool(_which())
+
+
+@pytest.fixture
+def limit_s() -> float:
+    """Return how long the trials of one test may take, in seconds."""
+    return _LIMITS_S[_which()]
+
+
 @pytest.fixture
 def kills() -> int:
     """Return at how many random moments a saver is killed."""
-    return _from_environment("DISTCKPT_CRASH_KILLS", FULL_KILLS)
+    return _count("KILLS")
 
 
 @pytest.fixture
 def cuts() -> int:
     """Return how often the power is cut."""
-    return _from_environment("DISTCKPT_CRASH_CUTS", FULL_CUTS)
+    return _count("CUTS")
+
+
+@pytest.fixture
+def states() -> int:
+    """Return how many states of a disk with reordered blocks are looked at."""
+    return _count("STATES")
 
 
 @pytest.fixture

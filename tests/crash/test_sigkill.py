@@ -131,12 +131,12 @@ def _kill_one(directory: Path, saver: str, newest: int, moment: tuple[int, float
 
 
 def test_a_killed_saver_loses_no_acknowledged_checkpoint(
-    tmp_path: Path, kills: int, seed: int, tell: Callable[[str], None]
+    tmp_path: Path, kills: int, seed: int, limit_s: float, tell: Callable[[str], None]
 ) -> None:
     share = -(-kills // NUM_SERVERS)
     start = time.monotonic()
     tallies = run_ranks(
-        _kill_savers, NUM_SERVERS, str(tmp_path), "distckpt", share, seed, backend=None, fresh=True, timeout_s=LIMIT_S
+        _kill_savers, NUM_SERVERS, str(tmp_path), "distckpt", share, seed, backend=None, fresh=True, timeout_s=limit_s
     )
     tell(
         f"SIGKILL: {sum(t.kills for t in tallies)} kills, seed {seed}: "
