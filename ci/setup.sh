@@ -33,7 +33,7 @@ for argument in "$@"; do
 done
 
 # Tools, each with the Debian package it comes in: those that tests start, and those that build Horovod.
-TEST_TOOLS="strace:strace losetup:util-linux mkfs.ext4:e2fsprogs unzip:unzip cc:gcc ip:iproute2"
+TEST_TOOLS="strace:strace losetup:util-linux mkfs.ext4:e2fsprogs mkfs.xfs:xfsprogs unzip:unzip cc:gcc ip:iproute2"
 BUILD_TOOLS="cmake:cmake make:make c++:g++"
 
 # missing_packages TOOL:PACKAGE...

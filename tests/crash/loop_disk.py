@@ -1,4 +1,4 @@
-"""A file system of our own whose power can be cut: ext4 in a file, behind a loop device.
+"""A file system of our own whose power can be cut: ext4 or xfs in a file, behind a loop device.
 
 Works in a mount namespace of its own, which `OWN_MOUNTS` gives to a process: nobody else sees the mounts, and
 when the last process in it ends, whatever it died of, the kernel unmounts them and frees the loop devices. So
@@ -11,18 +11,21 @@ import os
 import struct
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["OWN_MOUNTS", "LoopDisk", "mounted_tmpfs", "why_no_mounts"]
+__all__ = ["KINDS", "OWN_MOUNTS", "LoopDisk", "mounted_tmpfs", "why_no_mounts"]
 
 OWN_MOUNTS: Sequence[str] = ("unshare", "--mount", "--propagation", "private")
 """Command in front of a program that is to mount things unseen."""
 
 _LIMIT_S = 30.0
-_IMAGE_BYTES = 16 << 20
-# EXT4_IOC_SHUTDOWN and EXT4_GOING_FLAGS_NOLOGFLUSH (linux: fs/ext4/ext4.h): what has not reached the disk by now
-# never will, the journal included.
+# The least that mkfs makes: xfs asks for 300 MiB. Only what is written takes room.
+_IMAGE_BYTES: Mapping[str, int] = {"ext4": 16 << 20, "xfs": 300 << 20}
+KINDS: Sequence[str] = tuple(_IMAGE_BYTES)
+"""File systems whose power can be cut."""
+# EXT4_IOC_SHUTDOWN and EXT4_GOING_FLAGS_NOLOGFLUSH (linux: fs/ext4/ext4.h), the same for xfs (fs/xfs/xfs_fs.h): what
+# has not reached the disk by now never will, the journal included.
 _SHUTDOWN = 0x8004587D
 _NO_LOG_FLUSH = struct.pack("I", 2)
 
@@ -36,13 +39,14 @@ def why_no_mounts(directory: Path, *, kind: str = "ext4") -> str | None:
 
     Args:
         directory: to try in.
-        kind: `ext4` in a file behind a loop device, or `tmpfs`.
+        kind: one of `KINDS`, in a file behind a loop device, or `tmpfs`.
     """
     target = directory / f"probe-{kind}"
     target.mkdir()
     script = 'mount -t tmpfs tmpfs "$1"'
-    if kind == "ext4":
-        script = 'truncate -s 16M "$1.image" && mkfs.ext4 -q "$1.image" && mount -o loop "$1.image" "$1"'
+    if kind in KINDS:
+        make = f'truncate -s {_IMAGE_BYTES[kind]} "$1.image" && mkfs.{kind} -q "$1.image"'
+        script = f'{make} && mount -o loop "$1.image" "$1"'
     try:
         done = _command(*OWN_MOUNTS, "sh", "-c", f'{script} && umount "$1"', "sh", str(target))
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -51,18 +55,19 @@ def why_no_mounts(directory: Path, *, kind: str = "ext4") -> str | None:
 
 
 class LoopDisk:
-    """An ext4 of 16 MiB.
+    """A small file system.
 
     Args:
         directory: exists; holds the image and the mount point.
+        kind: one of `KINDS`.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, kind: str = "ext4") -> None:
         self._image, self.root = directory / "image", directory / "disk"
         self.root.mkdir()
         with self._image.open("wb") as image:
-            image.truncate(_IMAGE_BYTES)
-        _must("mkfs.ext4", "-q", str(self._image))
+            image.truncate(_IMAGE_BYTES[kind])
+        _must(f"mkfs.{kind}", "-q", str(self._image))
 
     @contextlib.contextmanager
     def powered(self) -> Iterator[Path]:

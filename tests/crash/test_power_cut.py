@@ -1,8 +1,8 @@
-"""The power is cut at random moments of saving, on a real ext4.
+"""The power is cut at random moments of saving, on a real ext4 and on a real xfs.
 
 The ioctl that shuts a file system down drops everything that has not reached the disk: that is a power cut as
 far as the kernel's caches go. Then the file system is mounted again, which replays its journal, and read. Each
-trial begins in a directory that does not exist: what DiskSaver makes must survive too. (ext4 commits a new
+trial begins in a directory that does not exist: what DiskSaver makes must survive too. (Either commits a new
 directory's parents when it syncs a file in it, so that they are synced is shown by `test_order_of_calls`.)
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.crash.forked import forked, save_for_ever, typical_save_s
-from tests.crash.loop_disk import OWN_MOUNTS, LoopDisk, why_no_mounts
+from tests.crash.loop_disk import KINDS, OWN_MOUNTS, LoopDisk, why_no_mounts
 from tests.crash.subject import whole_steps
 from tests.support import fresh_ranks
 
@@ -49,19 +49,21 @@ class Tally:
         self.findings += [f"cut {self.cuts}: {finding}" for finding in findings]
 
 
-@pytest.fixture(autouse=True)
-def _mounts_are_allowed(tmp_path: Path) -> None:
-    reason = why_no_mounts(tmp_path)
+@pytest.fixture(params=KINDS)
+def kind(tmp_path: Path, request: pytest.FixtureRequest) -> str:
+    found = str(request.param)
+    reason = why_no_mounts(tmp_path, kind=found)
     if reason is not None:
-        pytest.skip(f"this machine does not allow to mount an ext4 on a loop device: {reason}")
+        pytest.skip(f"this machine does not allow to mount an {found} on a loop device: {reason}")
+    return found
 
 
-def _cut_power(root: str, saver: str, cuts: int, seed: int, stop_at: float = math.inf) -> Tally:
+def _cut_power(root: str, kind: str, saver: str, cuts: int, seed: int, stop_at: float = math.inf) -> Tally:
     """Cut the power `cuts` times, or as often as it takes until so many saves were lost."""
     moments = random.Random(f"{seed}-{os.environ['RANK']}")
     directory = Path(root) / os.environ["RANK"]
     directory.mkdir(parents=True)
-    disk = LoopDisk(directory)
+    disk = LoopDisk(directory, kind)
     with disk.powered():
         practice = disk.root / "practice"
         practice.mkdir()
@@ -103,16 +105,16 @@ def _others_in(directory: Path) -> list[str]:
 
 
 def test_a_power_cut_loses_no_acknowledged_checkpoint(
-    tmp_path: Path, cuts: int, seed: int, tell: Callable[[str], None]
+    tmp_path: Path, kind: str, cuts: int, seed: int, limit_s: float, tell: Callable[[str], None]
 ) -> None:
     share = -(-cuts // NUM_SERVERS)
     start = time.monotonic()
     with fresh_ranks(
-        _cut_power, NUM_SERVERS, str(tmp_path), "distckpt", share, seed, backend=None, prefix=lambda _: OWN_MOUNTS
+        _cut_power, NUM_SERVERS, str(tmp_path), kind, "distckpt", share, seed, backend=None, prefix=lambda _: OWN_MOUNTS
     ) as servers:
-        tallies = [end.value for end in servers.finish(timeout_s=LIMIT_S)]
+        tallies = [end.value for end in servers.finish(timeout_s=limit_s)]
     tell(
-        f"power cut: {sum(t.cuts for t in tallies)} cuts, seed {seed}: "
+        f"power cut, {kind}: {sum(t.cuts for t in tallies)} cuts, seed {seed}: "
         f"{sum(t.cut_writing for t in tallies)} of them left a temporary file; "
         f"{sum(t.acknowledged for t in tallies)} saves acknowledged, "
         f"{sum(len(t.findings) for t in tallies)} lost or left behind; {time.monotonic() - start:.0f} s"
@@ -122,20 +124,24 @@ def test_a_power_cut_loses_no_acknowledged_checkpoint(
     assert sum(tally.acknowledged for tally in tallies) >= cuts // 2
 
 
-def _cut_power_of_broken_savers(root: str, savers: tuple[str, ...], cuts: int, seed: int) -> dict[str, Tally]:
+def _cut_power_of_broken_savers(
+    root: str, kind: str, savers: tuple[str, ...], cuts: int, seed: int
+) -> dict[str, Tally]:
     places = {saver: f"{root}/{saver.replace(' ', '-')}" for saver in savers}
-    return {saver: _cut_power(place, saver, cuts, seed, CONTROL_LOSSES) for saver, place in places.items()}
+    return {saver: _cut_power(place, kind, saver, cuts, seed, CONTROL_LOSSES) for saver, place in places.items()}
 
 
-def test_the_same_cuts_find_out_savers_that_do_not_sync(tmp_path: Path, seed: int, tell: Callable[[str], None]) -> None:
+def test_the_same_cuts_find_out_savers_that_do_not_sync(
+    tmp_path: Path, kind: str, seed: int, tell: Callable[[str], None]
+) -> None:
     savers = ("syncs nothing", "syncs no directory", "ignite")
     with fresh_ranks(
-        _cut_power_of_broken_savers, 1, str(tmp_path), savers, CONTROL_CUTS, seed,
+        _cut_power_of_broken_savers, 1, str(tmp_path), kind, savers, CONTROL_CUTS, seed,
         backend=None, prefix=lambda _: OWN_MOUNTS,
     ) as servers:  # fmt: skip
         tallies = servers.finish(timeout_s=LIMIT_S)[0].value
     tell(
-        "power cut, negative controls, acknowledged saves lost: "
+        f"power cut, {kind}, negative controls, acknowledged saves lost: "
         + ", ".join(f"{saver} {tally.lost} in {tally.cuts} cuts" for saver, tally in tallies.items())
     )
     assert all(tally.lost > 0 for tally in tallies.values()), "a saver that does not sync was not found out"
