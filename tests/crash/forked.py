@@ -1,7 +1,7 @@
-"""Processes that save until they are killed, forked from one that has imported torch.
+"""Processes that run until they are killed, forked from one that has imported torch.
 
 A fork costs some ten milliseconds where a fresh Python with torch costs seconds. The forking process runs no
-threads of its own and computes on one, so the children start clean.
+threads of its own and computes on one, so the children start clean. What they do is not said here.
 """
 
 import contextlib
@@ -9,39 +9,32 @@ import ctypes
 import os
 import select
 import signal
-import statistics
 import struct
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
-from ignite.engine import Engine, Events
+__all__ = ["Body", "Child", "Job", "forked"]
 
-from tests.crash.savers import SAVERS
-from tests.crash.subject import Counted, name_of, steps_in
-
-__all__ = ["Child", "forked", "save_for_ever", "typical_save_s"]
+Body = Callable[[Callable[[int], None]], int | None]
+"""Runs in a child, is given a function that sends a step, and returns the exit code, if it is not 0."""
 
 _ACK = struct.Struct("<q")
-_READY = 0
 _PR_SET_PDEATHSIG = 1
 _LIBRARY = ctypes.CDLL(None)
 _LIMIT_S = 60.0
-# Its tensor is larger than what the writer gathers: a save is several writes.
-_NUM_FLOATS = 300_000
 
 
 class Child:
     """A forked process that says on a pipe which steps it takes for saved.
 
     Args:
-        body: runs in the child and is given a function that sends a step.
+        body: runs in the child.
     """
 
-    def __init__(self, body: Callable[[Callable[[int], None]], None]) -> None:
+    def __init__(self, body: Body) -> None:
         self._pipe, theirs = os.pipe()
         self.acknowledged: list[int] = []
         self.pid = os.fork()
@@ -58,20 +51,42 @@ class Child:
                 self.kill()
                 raise RuntimeError(f"a saving child sent {self.acknowledged} and then no more")
 
+    def signal(self) -> None:
+        """SIGKILL it, and wait for nothing. Does nothing once it is reaped."""
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+
     def kill(self) -> None:
         """SIGKILL it, reap it, and take in what it has sent before. Does nothing the second time."""
         if self.pid:
-            os.kill(self.pid, signal.SIGKILL)
+            self.signal()
             self.finish()
 
-    def finish(self) -> int:
-        """Wait for its end and take in what it has sent; returns the exit code, minus the signal's number if killed."""
-        while self._take(_LIMIT_S):
+    def finish(self, limit_s: float = _LIMIT_S) -> int | None:
+        """Wait for its end and take in what it has sent.
+
+        Returns:
+            The exit code, minus the signal's number if killed; None if it has not ended: it is killed then.
+        """
+        deadline = time.monotonic() + limit_s
+        while self._take(deadline - time.monotonic()):
             pass
+        is_late = not self._is_over(max(deadline, time.monotonic() + 1.0))
+        if is_late:
+            self.signal()
         _, status = os.waitpid(self.pid, 0)
         self.pid = 0
+        while is_late and self._take(0.0):
+            pass
         os.close(self._pipe)
-        return os.waitstatus_to_exitcode(status)
+        return None if is_late else os.waitstatus_to_exitcode(status)
+
+    def _is_over(self, deadline: float) -> bool:
+        while os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.001)
+        return True
 
     def _take(self, patience_s: float) -> bool:
         ready, _, _ = select.select([self._pipe], [], [], max(0.0, patience_s))
@@ -81,8 +96,50 @@ class Child:
         return bool(data)
 
 
+class Job:
+    """The ranks of one job, each a :class:`Child`.
+
+    Args:
+        bodies: what each rank does.
+    """
+
+    def __init__(self, bodies: Sequence[Body]) -> None:
+        self.ranks: list[Child] = []
+        try:
+            for body in bodies:
+                self.ranks.append(Child(body))
+        except BaseException:
+            self.kill()
+            raise
+
+    @property
+    def acknowledged(self) -> list[int]:
+        """The steps that any rank has taken for saved, in order, after the one that it began with."""
+        return sorted({step for rank in self.ranks for step in rank.acknowledged[1:]})
+
+    def wait_for(self, num_acks: int) -> None:
+        """As :meth:`Child.wait_for`, each rank."""
+        try:
+            for rank in self.ranks:
+                rank.wait_for(num_acks)
+        except RuntimeError:
+            self.kill()
+            raise
+
+    def kill(self) -> None:
+        """SIGKILL all ranks at once. Does nothing the second time."""
+        for rank in self.ranks:
+            rank.signal()
+        for rank in self.ranks:
+            rank.kill()
+
+    def finish(self, limit_s: float = _LIMIT_S) -> list[int | None]:
+        """As :meth:`Child.finish`, each rank that has not been reaped."""
+        return [rank.finish(limit_s) for rank in self.ranks if rank.pid]
+
+
 @contextlib.contextmanager
-def forked(body: Callable[[Callable[[int], None]], None]) -> Iterator[Child]:
+def forked(body: Body) -> Iterator[Child]:
     """Fork a :class:`Child`, wait until it is ready, and kill it in the end."""
     child = Child(body)
     try:
@@ -96,50 +153,13 @@ def _send(pipe: int, step: int) -> None:
     os.write(pipe, _ACK.pack(step))  # eight bytes go through a pipe whole or not at all
 
 
-def _run_and_leave(body: Callable[[Callable[[int], None]], None], send: Callable[[int], None]) -> NoReturn:
+def _run_and_leave(body: Body, send: Callable[[int], None]) -> NoReturn:
     code = 1
     try:
         _LIBRARY.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # none outlives the process that forked it
-        body(send)
-        code = 0
+        code = body(send) or 0
     except BaseException:  # noqa: BLE001 - nothing may reach the forking process's own code
         traceback.print_exc()
         sys.stderr.flush()
     finally:
         os._exit(code)
-
-
-def save_for_ever(
-    directory: Path, saver: str, after: int, num_saves: int = 10**6
-) -> Callable[[Callable[[int], None]], None]:
-    """Return a body that trains and saves, as a run does that was resumed.
-
-    Args:
-        directory: where to.
-        saver: which of `SAVERS`.
-        after: steps go on from this one.
-        num_saves: how many, if it is to end by itself.
-    """
-
-    def body(send: Callable[[int], None]) -> None:
-        counted = Counted(_NUM_FLOATS)
-        handler = SAVERS[saver](counted, directory)
-        handler.load_state_dict({"_saved": [(step, name_of(step)) for step in steps_in(directory)]})
-        engine = Engine(lambda engine, _batch: setattr(counted, "step", after + engine.state.iteration))
-        engine.add_event_handler(Events.ITERATION_COMPLETED, handler)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: send(counted.step))
-        send(_READY)
-        engine.run([0], max_epochs=num_saves)
-
-    return body
-
-
-def typical_save_s(directory: Path, saver: str) -> float:
-    """Measure how long a save takes here; leaves its files in `directory`."""
-    seconds = []
-    with forked(save_for_ever(directory, saver, after=0, num_saves=8)) as child:
-        for count in range(2, 10):
-            start = time.monotonic()
-            child.wait_for(count)
-            seconds.append(time.monotonic() - start)
-    return statistics.median(seconds)

@@ -20,8 +20,8 @@ OWN_MOUNTS: Sequence[str] = ("unshare", "--mount", "--propagation", "private")
 """Command in front of a program that is to mount things unseen."""
 
 _LIMIT_S = 30.0
-# The least that mkfs makes: xfs asks for 300 MiB. Only what is written takes room.
-_IMAGE_BYTES: Mapping[str, int] = {"ext4": 16 << 20, "xfs": 300 << 20}
+# Less than 300 MiB is no xfs. Only what is written takes room.
+_IMAGE_BYTES: Mapping[str, int] = {"ext4": 32 << 20, "xfs": 300 << 20}
 KINDS: Sequence[str] = tuple(_IMAGE_BYTES)
 """File systems whose power can be cut."""
 # EXT4_IOC_SHUTDOWN and EXT4_GOING_FLAGS_NOLOGFLUSH (linux: fs/ext4/ext4.h), the same for xfs (fs/xfs/xfs_fs.h): what

@@ -4,7 +4,7 @@ A state here is one number, the step, many times over: any mixture of two steps,
 shows. Checking uses torch alone, never distckpt: that is the promise.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from ignite.engine import Engine
 
 import distckpt
 
-__all__ = ["Counted", "name_of", "steps_in", "whole_step", "whole_steps"]
+__all__ = ["KEY", "Counted", "name_of", "numbers_in", "step_of", "steps_in", "whole_step", "whole_steps"]
 
 KEY = "counted"
+_NUM_TENSORS = (3, 7)
+"""Of a `Counted`, and of what `tests.crash.trained` saves."""
 
 
 class Counted:
@@ -24,11 +26,16 @@ class Counted:
 
     Args:
         num_floats: length of the first of its three tensors; the others are short.
+        step: where it begins.
     """
 
-    def __init__(self, num_floats: int = 1000) -> None:
-        self.step = 0
+    def __init__(self, num_floats: int = 1000, step: int = 0) -> None:
+        self.step = step
         self._num_floats = num_floats
+
+    def advance(self) -> None:
+        """Train for a step."""
+        self.step += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return the step and three tensors full of it."""
@@ -60,9 +67,14 @@ def name_of(step: int) -> str:
     return f"{KEY}_{step}.pt"
 
 
+def step_of(path: Path) -> int:
+    """Return the step that a file is named by."""
+    return int(path.stem.partition("_")[2])
+
+
 def steps_in(directory: Path) -> list[int]:
     """Return the steps whose files are there, whole or not, in order."""
-    return sorted(int(path.stem.partition("_")[2]) for path in directory.glob(f"{KEY}_*.pt"))
+    return sorted(map(step_of, directory.glob(f"{KEY}_*.pt")))
 
 
 def whole_step(path: Path) -> int:
@@ -73,12 +85,27 @@ def whole_step(path: Path) -> int:
         Exception: whatever torch raises for a file that is no whole checkpoint.
     """
     state = torch.load(path, map_location="cpu", weights_only=True)
-    step = int(state.pop("step"))
+    step = int(state.get(KEY, state)["step"])
     assert path.name == name_of(step), f"{path} holds step {step}"
-    assert len(state) == 3
-    for key, values in state.items():
-        assert bool((values == float(step)).all()), f"{path}: {key} is not of step {step} throughout"
+    numbers = list(numbers_in(state))
+    assert len(numbers) in _NUM_TENSORS, f"{path} holds {len(numbers)} tensors"
+    assert set(numbers) == {float(step)}, f"{path} is not of step {step} throughout, but of {sorted(set(numbers))}"
     return step
+
+
+def numbers_in(state: Any) -> Iterator[float]:
+    """Yield for each tensor in a state the number that it is full of.
+
+    Raises:
+        AssertionError: one is empty, or holds several.
+    """
+    if isinstance(state, torch.Tensor):
+        number = state.flatten()[0].item()
+        assert bool((state == number).all()), f"a tensor holds {number} and other numbers"
+        yield number
+    elif isinstance(state, Mapping):
+        for value in state.values():
+            yield from numbers_in(value)
 
 
 def whole_steps(directory: Path) -> tuple[list[int], list[str]]:

@@ -1,0 +1,61 @@
+"""What a process that makes saves fail has seen."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+from tests.crash.subject import whole_steps
+
+__all__ = ["Tally", "others_in"]
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """What one process has seen.
+
+    Attributes:
+        trials: how many.
+        acknowledged: saves that a rank took for done.
+        cut_writing: trials that left a temporary file.
+        cut_before_removal: trials that ended between a rename and the removal of the older checkpoint.
+        findings: what was wrong, each with the number of its trial.
+    """
+
+    trials: int = 0
+    acknowledged: int = 0
+    cut_writing: int = 0
+    cut_before_removal: int = 0
+    findings: list[str] = field(default_factory=list)
+
+    @property
+    def lost(self) -> int:
+        """In how many trials an acknowledged save was lost."""
+        return sum("lost:" in finding for finding in self.findings)
+
+    def take(self, *findings: str) -> None:
+        """Note what was found in the present trial."""
+        self.findings += [f"trial {self.trials}: {finding}" for finding in findings]
+
+    def look(self, directory: Path, acknowledged: int) -> int:
+        """Note what does not load, and whether what was acknowledged does; return the newest that does, or 0."""
+        whole, problems = whole_steps(directory)
+        found = max(whole, default=0)
+        self.take(*problems)
+        if found < acknowledged:
+            self.take(f"lost: step {acknowledged} was acknowledged, the newest that loads is {found or None}")
+        return found
+
+    @classmethod
+    def sum(cls, tallies: Sequence[Self]) -> Self:
+        """Return what all have seen."""
+        total = cls()
+        for tally in tallies:
+            for name, value in vars(tally).items():
+                setattr(total, name, getattr(total, name) + value)
+        return total
+
+
+def others_in(directory: Path) -> set[str]:
+    """Return the names in a directory that are no checkpoints'."""
+    return {path.name for path in directory.iterdir() if path.suffix != ".pt"} if directory.exists() else set()

@@ -1,0 +1,112 @@
+"""A job of data-parallel training whose every number is the step: any mixture of two steps shows.
+
+What is known to be the same on all ranks is in it, a DDP-wrapped model's parameters and its optimizer's state, beside
+what is not: a buffer, and a counter. All are changed in place by a real step of training, as a background save or
+a shared one will meet them.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import ignite.handlers
+import torch
+import torch._dynamo  # an optimizer and DDP import it when they are first made: here, before a process forks
+import torch.distributed as dist
+from torch import nn
+
+import distckpt
+from tests.crash.subject import KEY, numbers_in
+
+__all__ = ["Trained"]
+
+# Larger than what the writer gathers: a save is several writes.
+_LENGTHS = (400_000, 1000, 10)
+
+
+class Trained:
+    """What one rank trains and saves.
+
+    Args:
+        step: where it begins.
+    """
+
+    def __init__(self, step: int = 0) -> None:
+        model = _Model(step)
+        self._model: nn.Module = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
+        self._optimizer = _Counting(model.parameters(), step)
+        self._counter = _Counter(step)
+        self.to_save = {"model": self._model, "optimizer": self._optimizer, KEY: self._counter}
+
+    @property
+    def step(self) -> int:
+        """How many steps were trained."""
+        return self._counter.step
+
+    def advance(self) -> None:
+        """Train for a step; over all ranks, if there are several."""
+        self._optimizer.zero_grad()
+        self._model().backward()
+        self._optimizer.step()
+        self._counter.step += 1
+
+    def handler(self, save_handler: Any, kind: Any = distckpt.Checkpoint, **kwargs: Any) -> Any:
+        """Return a `kind` of Checkpoint that saves all of it, keeps one, and names files by the step."""
+        return kind(
+            self.to_save,
+            save_handler,
+            n_saved=1,
+            filename_pattern=KEY + "_{global_step}.{ext}",
+            global_step_transform=lambda *_: self.step,
+            **kwargs,
+        )
+
+    def ignite_handler(self, directory: Path) -> Any:
+        """Return the same of ignite's."""
+        saver = ignite.handlers.DiskSaver(str(directory), require_empty=False)
+        return self.handler(saver, kind=ignite.handlers.Checkpoint)
+
+    def check(self) -> None:
+        """Assert that all that is live is of one step."""
+        live = {"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict()}
+        assert set(numbers_in(live)) == {float(self.step)}, f"of step {self.step}: {set(numbers_in(live))}"
+
+
+class _Model(nn.Module):
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.values = nn.ParameterList(nn.Parameter(torch.full((length,), float(step))) for length in _LENGTHS)
+        self.register_buffer("seen", torch.full((1000,), float(step)))
+
+    def forward(self) -> torch.Tensor:
+        assert isinstance(self.seen, torch.Tensor)
+        self.seen += 1
+        return -sum((values.sum() for values in self.values), torch.zeros(()))
+
+
+class _Counting(torch.optim.Optimizer):
+    """Adds one to each parameter, the gradients being minus one; its state is a copy."""
+
+    def __init__(self, parameters: Any, step: int) -> None:
+        super().__init__(parameters, {})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["copy"] = torch.full_like(parameter, float(step))
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.sub_(parameter.grad)
+                self.state[parameter]["copy"].sub_(parameter.grad)
+
+
+class _Counter:
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.step = int(state["step"])
