@@ -33,14 +33,19 @@ for argument in "$@"; do
 done
 
 # Tools, each with the Debian package it comes in: those that tests start, and those that build Horovod.
-TEST_TOOLS="strace:strace losetup:util-linux mkfs.ext4:e2fsprogs mkfs.xfs:xfsprogs unzip:unzip cc:gcc ip:iproute2"
+# nbdkit's plugins are no commands.
+TEST_TOOLS="strace:strace losetup:util-linux mkfs.ext4:e2fsprogs mkfs.xfs:xfsprogs unzip:unzip cc:gcc ip:iproute2
+    nbdkit:nbdkit nbdfuse:libnbd-bin nbdkit-python-plugin.so:nbdkit-plugin-python"
 BUILD_TOOLS="cmake:cmake make:make c++:g++"
 
 # missing_packages TOOL:PACKAGE...
 missing_packages() {
     local tool
     for tool in "$@"; do
-        PATH="$PATH:/usr/sbin:/sbin" command -v "${tool%%:*}" >/dev/null || printf '%s\n' "${tool##*:}"
+        case "$tool" in
+            *-plugin.so:*) compgen -G "/usr/lib/*/nbdkit/plugins/${tool%%:*}" || compgen -G "/usr/lib*/nbdkit/plugins/${tool%%:*}" ;;
+            *) PATH="$PATH:/usr/sbin:/sbin" command -v "${tool%%:*}" ;;
+        esac >/dev/null || printf '%s\n' "${tool##*:}"
     done
 }
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["KINDS", "OWN_MOUNTS", "LoopDisk", "mounted_tmpfs", "why_no_mounts"]
+__all__ = ["KINDS", "OWN_MOUNTS", "LoopDisk", "mounted_tmpfs", "must", "try_mounts", "why_no_mounts"]
 
 OWN_MOUNTS: Sequence[str] = ("unshare", "--mount", "--propagation", "private")
 """Command in front of a program that is to mount things unseen."""
@@ -41,17 +41,29 @@ def why_no_mounts(directory: Path, *, kind: str = "ext4") -> str | None:
         directory: to try in.
         kind: one of `KINDS`, in a file behind a loop device, or `tmpfs`.
     """
-    target = directory / f"probe-{kind}"
-    target.mkdir()
     script = 'mount -t tmpfs tmpfs "$1"'
     if kind in KINDS:
         make = f'truncate -s {_IMAGE_BYTES[kind]} "$1.image" && mkfs.{kind} -q "$1.image"'
         script = f'{make} && mount -o loop "$1.image" "$1"'
+    return try_mounts(directory, kind, f'{script} && umount "$1"')
+
+
+def try_mounts(directory: Path, what: str, script: str, *arguments: str) -> str | None:
+    """Run a shell script that mounts something and unmounts it; returns what the machine said when it did not work.
+
+    Args:
+        directory: to try in.
+        what: a name that nothing there has.
+        script: `$1` is an empty folder, other names that begin so are free.
+        *arguments: the script's others.
+    """
+    target = directory / f"probe-{what}"
+    target.mkdir()
     try:
-        done = _command(*OWN_MOUNTS, "sh", "-c", f'{script} && umount "$1"', "sh", str(target))
+        done = _command(*OWN_MOUNTS, "sh", "-c", script, "sh", str(target), *arguments)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{type(error).__name__}: {error}"
-    return None if done.returncode == 0 else done.stderr.strip()
+    return None if done.returncode == 0 else done.stderr.strip() or f"exit code {done.returncode}"
 
 
 class LoopDisk:
@@ -60,31 +72,35 @@ class LoopDisk:
     Args:
         directory: exists; holds the image and the mount point.
         kind: one of `KINDS`.
+
+    Attributes:
+        image: the file that it is in.
+        root: where it is mounted.
     """
 
     def __init__(self, directory: Path, kind: str = "ext4") -> None:
-        self._image, self.root = directory / "image", directory / "disk"
+        self.image, self.root = directory / "image", directory / "disk"
         self.root.mkdir()
-        with self._image.open("wb") as image:
+        with self.image.open("wb") as image:
             image.truncate(_IMAGE_BYTES[kind])
-        _must(f"mkfs.{kind}", "-q", str(self._image))
+        must(f"mkfs.{kind}", "-q", str(self.image))
 
     @contextlib.contextmanager
-    def powered(self) -> Iterator[Path]:
-        """Have it mounted in the block, under the yielded path."""
-        self.power_on()
+    def powered(self, image: Path | None = None) -> Iterator[Path]:
+        """Have it mounted in the block, under the yielded path; from another file, if one is given."""
+        self.power_on(image)
         try:
             yield self.root
         finally:
             self.power_off()
 
-    def power_on(self) -> None:
+    def power_on(self, image: Path | None = None) -> None:
         """Mount it, replaying its journal."""
-        _must("mount", "-o", "loop", str(self._image), str(self.root))
+        must("mount", "-o", "loop", str(image or self.image), str(self.root))
 
     def power_off(self) -> None:
         """Unmount it."""
-        _must("umount", str(self.root))
+        must("umount", str(self.root))
 
     def cut(self) -> None:
         """Cut the power: every later write fails, and what was not on the disk is lost at the next `power_on`."""
@@ -98,14 +114,14 @@ class LoopDisk:
 @contextlib.contextmanager
 def mounted_tmpfs(directory: Path, size: str) -> Iterator[None]:
     """Have a tmpfs of a limited size at `directory` in the block."""
-    _must("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(directory))
+    must("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(directory))
     try:
         yield
     finally:
-        _must("umount", str(directory))
+        must("umount", str(directory))
 
 
-def _must(*words: str) -> None:
+def must(*words: str) -> None:
     """Run a command; one that finds a device busy, another worker's or a dying process's, may try again."""
     deadline = time.monotonic() + _LIMIT_S
     while (done := _command(*words)).returncode != 0:

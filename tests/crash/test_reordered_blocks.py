@@ -1,0 +1,132 @@
+"""The power is cut while a disk writes in an order of its own: what is not flushed is lost in part, and half-written.
+
+Each state that is looked at is a real ext4, mounted, with what a disk may have made of the writes up to some moment of
+a run that trains and saves. An acknowledged save has to be on it, whole; and nothing that is there may be torn.
+"""
+
+import math
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.crash.loop_disk import OWN_MOUNTS
+from tests.crash.modes import MODES, world_size_of
+from tests.crash.program import saving
+from tests.crash.reordered import RecordedDisk, why_no_recorder
+from tests.crash.tally import Tally, others_in
+from tests.support import fresh_ranks
+
+pytestmark = pytest.mark.crash
+
+NUM_SERVERS = 2
+NUM_SAVES = 8
+STATES_OF_A_RUN = 100
+CONTROL_STATES = 60
+CONTROL_LOSSES = 3
+LIMIT_S = 170.0
+
+
+@dataclass(kw_only=True)
+class TallyOfStates(Tally):
+    """What one process that looks at states has seen.
+
+    Attributes:
+        blocks: written and not flushed, in all states.
+        lost_blocks: how many of them were lost.
+        torn_blocks: how many were half-written.
+        with_acknowledged: states in which something had been acknowledged.
+    """
+
+    blocks: int = 0
+    lost_blocks: int = 0
+    torn_blocks: int = 0
+    with_acknowledged: int = 0
+
+
+@pytest.fixture(autouse=True)
+def _disks_can_be_recorded(tmp_path: Path) -> None:
+    reason = why_no_recorder(tmp_path)
+    if reason is not None:
+        pytest.skip(f"this machine does not allow to record what is written to a disk: {reason}")
+
+
+def _look_at_states(
+    root: str, saver: str, world_size: int, num: int, seed: int, stop_at: float = math.inf
+) -> TallyOfStates:
+    """Look at `num` states, of as many recorded runs as it takes, or at as many as lose so many saves."""
+    draw = random.Random(f"{seed}-{os.environ['RANK']}")
+    tally = TallyOfStates()
+    while tally.trials < num:
+        directory = Path(root) / f"{saver.replace(' ', '-')}-{os.environ['RANK']}-{tally.trials}"
+        directory.mkdir(parents=True)
+        disk = RecordedDisk(directory)
+        place = disk.root / "runs" / "checkpoints"
+        with (
+            disk.recording(),
+            saving(place, saver, after=0, num_saves=NUM_SAVES, world_size=world_size, told=disk.acknowledge) as job,
+        ):
+            assert set(job.finish()) == {0}
+            tally.acknowledged += len(job.acknowledged)
+        for state in disk.states(min(STATES_OF_A_RUN, num - tally.trials), draw):
+            tally.trials += 1
+            tally.blocks += state.num_blocks
+            tally.lost_blocks += state.num_lost
+            tally.torn_blocks += state.num_torn
+            tally.with_acknowledged += state.acknowledged > 0
+            tally.cut_writing += bool(others_in(place))
+            tally.look(place, state.acknowledged)
+            if tally.lost >= stop_at:
+                return tally
+    return tally
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_order_of_blocks_loses_or_tears_a_checkpoint(
+    tmp_path: Path, mode: str, states: int, seed: int, limit_s: float, tell: Callable[[str], None]
+) -> None:
+    share = -(-states // NUM_SERVERS)
+    start = time.monotonic()
+    with fresh_ranks(
+        _look_at_states, NUM_SERVERS, str(tmp_path), mode, world_size_of(mode), share, seed,
+        backend=None, prefix=lambda _: OWN_MOUNTS,
+    ) as servers:  # fmt: skip
+        tally = TallyOfStates.sum([end.value for end in servers.finish(timeout_s=limit_s)])
+    tell(
+        f"reordered blocks, {mode}: {tally.trials} states, seed {seed}: of {tally.blocks} blocks that were not flushed "
+        f"{tally.lost_blocks} lost, {tally.torn_blocks} half-written; {tally.cut_writing} states with a temporary "
+        f"file, {tally.with_acknowledged} with an acknowledged save, {len(tally.findings)} lost or torn; "
+        f"{time.monotonic() - start:.0f} s"
+    )
+    assert tally.findings == []
+    assert tally.trials >= states
+    # Otherwise the moments lie elsewhere and prove nothing.
+    assert tally.lost_blocks > 10 * states
+    assert tally.torn_blocks > states
+    assert tally.with_acknowledged > states // 2
+
+
+def _look_at_states_of_broken_savers(
+    root: str, savers: tuple[str, ...], num: int, seed: int
+) -> dict[str, TallyOfStates]:
+    return {saver: _look_at_states(root, saver, 1, num, seed, CONTROL_LOSSES) for saver in savers}
+
+
+def test_the_same_states_find_out_savers_that_do_not_sync(
+    tmp_path: Path, seed: int, tell: Callable[[str], None]
+) -> None:
+    savers = ("syncs nothing", "syncs no directory", "ignite")
+    with fresh_ranks(
+        _look_at_states_of_broken_savers, 1, str(tmp_path), savers, CONTROL_STATES, seed,
+        backend=None, prefix=lambda _: OWN_MOUNTS,
+    ) as servers:  # fmt: skip
+        tallies = servers.finish(timeout_s=LIMIT_S)[0].value
+    tell(
+        "reordered blocks, negative controls, acknowledged saves lost: "
+        + ", ".join(f"{saver} {tally.lost} in {tally.trials} states" for saver, tally in tallies.items())
+    )
+    assert all(tally.lost > 0 for tally in tallies.values()), "a saver that does not sync was not found out"
