@@ -11,22 +11,28 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from distckpt.naming import TEMP_PREFIX, TEMP_SUFFIX, is_temp
 from distckpt.storage import temp
+from tests.crash.modes import MODES, is_background, is_shared
+from tests.crash.savers import Subject
 from tests.crash.shim import Called, Fault, How
 from tests.crash.subject import Counted, idle_engine, name_of, steps_in, whole_steps
+from tests.crash.trained import Trained
 
-__all__ = ["Expected", "Seen", "Trouble", "expected_of", "judge", "observe"]
+__all__ = ["Expected", "HandlerMaker", "Seats", "Seen", "Trouble", "expected_of", "judge", "observe"]
 
 Expected = Literal["saved", "failed", "not durable"]
-HandlerMaker = Callable[[Counted, Path, int], Any]
+HandlerMaker = Callable[[Subject, Path, int], Any]
 DEAD = f"{TEMP_PREFIX}{temp._host_tag()}-1-of-the-dead{TEMP_SUFFIX}"
 """A temporary file that a dead process of this host has left behind."""
 _NUM_FLOATS = 300_000
 _FIRST, _SECOND, _THIRD = 1, 2, 3
+# What Python calls once more after EINTR (PEP 475).
+_MADE_AGAIN = {"openat", "write", "fsync", "flock", "fstat"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +41,7 @@ class Trouble:
 
     Attributes:
         what: a phrase.
-        start: makes a context in which it is wrong; entered on the saving rank.
+        start: makes a context in which it is wrong; entered on the failing rank.
         expected: what every rank has to be told.
         errno: what the error has to name.
         may_stay: whether the second file may stay for ever, since its rename was done but reported as failed.
@@ -50,7 +56,7 @@ class Trouble:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """What one rank saw. The last five are filled on the saving rank only.
+    """What one rank saw. Of the last five all but `open_files` are filled on the saving rank only.
 
     Attributes:
         outcome: of the second save: `saved`, or the error's type.
@@ -79,27 +85,45 @@ class Seen:
     steps: tuple[int, ...] = ()
 
 
-def observe(directory: Path, rank: int, saving: int, trouble: Trouble, make: HandlerMaker) -> Seen:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seats:
+    """Who does what, and how.
+
+    Attributes:
+        rank: this rank.
+        saving: the rank that saves; where several write, the one that commits.
+        failing: the rank that is in trouble.
+        mode: how is saved.
+    """
+
+    rank: int
+    saving: int
+    failing: int
+    mode: str = MODES[0]
+
+
+def observe(directory: Path, seats: Seats, trouble: Trouble, make: HandlerMaker) -> Seen:
     """Collective. Save three times, the second time in trouble.
 
     Args:
         directory: does not exist yet; is removed in the end.
-        rank: this rank.
-        saving: the rank that saves.
-        trouble: on the saving rank; the others only need its phrase.
+        seats: see :class:`Seats`.
+        trouble: on the failing rank; the others only need its phrase.
         make: makes the handler.
     """
-    counted = Counted(_NUM_FLOATS)
-    handler = make(counted, directory, saving)
-    here = rank == saving
-    _save(handler, counted, _FIRST)
+    counted = Trained() if is_shared(seats.mode) else Counted(_NUM_FLOATS)
+    handler = make(counted, directory, seats.saving)
+    here, fails_here = seats.rank == seats.saving, seats.rank == seats.failing
+    save = partial(_save, handler, counted, seats.mode)
+    save(_FIRST)
     if here:
         (directory / DEAD).write_bytes(b"half a checkpoint")
     error: Exception | None = None
-    with warnings.catch_warnings(record=True) as told, trouble.start(directory) if here else contextlib.nullcontext():
+    in_trouble = trouble.start(directory) if fails_here else contextlib.nullcontext()
+    with warnings.catch_warnings(record=True) as told, in_trouble:
         warnings.simplefilter("always")
         try:
-            _save(handler, counted, _SECOND)
+            save(_SECOND)
         except Exception as caught:  # noqa: BLE001 - whatever it is, it is what this rank saw
             error = caught
     seen: dict[str, Any] = {
@@ -110,10 +134,11 @@ def observe(directory: Path, rank: int, saving: int, trouble: Trouble, make: Han
         "last": Path(handler.last_checkpoint or "").name,
     }
     del error  # it holds frames, and these may hold descriptors
+    seen["open_files"] = _open_files(directory)
     if here:
         whole, problems = whole_steps(directory)
-        seen |= {"whole": tuple(whole), "problems": tuple(problems), "open_files": _open_files(directory)}
-    seen["third"] = _third_save(handler, counted)
+        seen |= {"whole": tuple(whole), "problems": tuple(problems)}
+    seen["third"] = _third_save(save)
     if here:
         seen["problems"] += tuple(whole_steps(directory)[1])
         seen["others"] = tuple(path.name for path in directory.iterdir() if path.suffix != ".pt")
@@ -122,18 +147,21 @@ def observe(directory: Path, rank: int, saving: int, trouble: Trouble, make: Han
     return Seen(**seen)
 
 
-def _save(handler: Any, counted: Counted, step: int) -> None:
-    counted.step = step
+def _save(handler: Any, counted: Subject, mode: str, step: int) -> None:
+    while counted.step < step:
+        counted.advance()
     engine = idle_engine()
     engine.state.iteration = step
     handler(engine)
+    if is_background(mode):
+        handler.wait_until_finished()
 
 
-def _third_save(handler: Any, counted: Counted) -> str:
+def _third_save(save: Callable[[int], None]) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the second one's removal may turn out to have been done
         try:
-            _save(handler, counted, _THIRD)
+            save(_THIRD)
         except Exception as error:  # noqa: BLE001 - judged by its absence
             return f"{type(error).__name__}: {error}"
     return "saved"
@@ -169,7 +197,7 @@ def expected_of(fault: Fault, calls: Sequence[Called]) -> Expected:
 
 def _expected_of_call(fault: Fault, index: int, calls: Sequence[Called]) -> Expected:
     call = calls[index]
-    if fault.how is How.SHORT:
+    if fault.how is How.SHORT or (fault.errno == errno.EINTR and call.name in _MADE_AGAIN):
         return "saved"
     if call.name == "fsync" and call.path == "":
         return "saved" if fault.errno == errno.EINVAL else "not durable"
@@ -184,13 +212,14 @@ def _expected_of_call(fault: Fault, index: int, calls: Sequence[Called]) -> Expe
     return "failed" if call.name == "openat" and index == 0 else "saved"
 
 
-def judge(directory: Path, saving: int, trouble: Trouble, seen: Sequence[Seen]) -> list[str]:
+def judge(directory: Path, seats: Seats, trouble: Trouble, seen: Sequence[Seen]) -> list[str]:
     """Say what is wrong with what the ranks saw."""
-    here = seen[saving]
+    here = seen[seats.saving]
+    open_files = [path for one in seen for path in one.open_files]
     saved = here.outcome == "saved"
     outcome: Expected = "saved" if saved else "not durable" if "CommitNotDurable" in here.kinds else "failed"
     acknowledged = _SECOND if all(one.outcome == "saved" for one in seen) else _FIRST
-    named = f"rank {saving}, step {_SECOND}", str(directory), errno.errorcode[trouble.errno]
+    named = f"rank {seats.failing}, step {_SECOND}", str(directory), errno.errorcode[trouble.errno]
     wrong = {
         f"the ranks saw different things: {[(one.outcome, one.message) for one in seen]}": (
             len({(one.outcome, one.message, one.kinds, one.told) for one in seen}) > 1
@@ -205,11 +234,12 @@ def judge(directory: Path, saving: int, trouble: Trouble, seen: Sequence[Seen]) 
             one.last != name_of(acknowledged) for one in seen
         ),
         f"files do not load: {here.problems}": bool(here.problems),
-        f"files are still open: {here.open_files}": bool(here.open_files),
+        f"files are still open: {open_files}": bool(open_files),
         f"the next save failed: {[one.third for one in seen]}": any(one.third != "saved" for one in seen),
         f"left after the next save: {here.others}": bool(here.others),
         f"checkpoints after the next save: {here.steps}": (
             set(here.steps) - ({_SECOND} if trouble.may_stay else set()) != {_THIRD}
         ),
     }
-    return [f"{trouble.what}, rank {saving} saves: {problem}" for problem, is_so in wrong.items() if is_so]
+    who = f"{trouble.what}, on rank {seats.failing}, rank {seats.saving} saves"
+    return [f"{who}: {problem}" for problem, is_so in wrong.items() if is_so]

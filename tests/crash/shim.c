@@ -1,8 +1,8 @@
 /* Stands between a process and its C library, and makes one of the calls that touch one directory fail.
  *
  * Loaded with LD_PRELOAD; steered from inside the process through shim_watch(), shim_fail() and
- * shim_watch_end(), by ctypes. Outside the watched directory every call goes through untouched. Not thread-safe: the thread that saves is the one
- * that arms it, and nobody else touches that directory.
+ * shim_watch_end(), by ctypes. Outside the watched directory every call goes through untouched. Another thread than the one
+ * that arms it may make the calls, or several may: they are counted one after the other.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -10,6 +10,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <pthread.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -80,8 +81,8 @@ static void of_name(int fd, const char *name, char *path)
         path[0] = 0;
 }
 
-/* Note the call if it touches the watched directory, and say what is to happen to it. */
-static int fate(const char *call, const char *path)
+/* As fate(), by one thread at a time. */
+static int fate_of_one(const char *call, const char *path)
 {
     size_t length = strlen(watched);
     if (!length || strncmp(path, watched, length) || (path[length] && path[length] != '/'))
@@ -97,6 +98,16 @@ static int fate(const char *call, const char *path)
         return NOTHING;
     seen++;
     return seen == nth || (for_ever && seen > nth) ? how : NOTHING;
+}
+
+/* Note the call if it touches the watched directory, and say what is to happen to it. */
+static int fate(const char *call, const char *path)
+{
+    static pthread_mutex_t guard = PTHREAD_MUTEX_INITIALIZER;
+    pthread_mutex_lock(&guard);
+    int answer = fate_of_one(call, path);
+    pthread_mutex_unlock(&guard);
+    return answer;
 }
 
 static int fate_of_descriptor(const char *call, int fd)

@@ -1,12 +1,14 @@
-"""Every system call of a save fails once, on the saving rank of a real two-rank job.
+"""Every system call of a save fails, once or from then on, on either rank of a real two-rank job.
 
-One job goes through all failures. A save without one is watched first: what it calls is what can fail. Each
-failure then meets the second of three saves with n_saved=1, in a directory in which a dead process has left a
-temporary file, so that clearing and eviction are part of what fails.
+It fails on the rank that saves, and where ranks share the writing on the others too. One job goes through all
+failures. A save without one is watched first: what it calls is what can fail. Each failure then meets the second of
+three saves with n_saved=1, in a directory in which a dead process has left a temporary file, so that clearing and
+eviction are part of what fails.
 """
 
 import contextlib
 import errno
+import itertools
 import os
 import resource
 from collections.abc import Callable, Iterator, Sequence
@@ -18,10 +20,12 @@ import pytest
 import torch.distributed as dist
 
 import distckpt
-from tests.crash.injected import Seen, Trouble, expected_of, judge, observe
+from tests.crash.faults import faults_of
+from tests.crash.injected import HandlerMaker, Seats, Seen, Trouble, expected_of, judge, observe
 from tests.crash.loop_disk import OWN_MOUNTS, mounted_tmpfs, why_no_mounts
-from tests.crash.shim import Called, Fault, How, Shim, build, why_no_compiler
-from tests.crash.subject import Counted
+from tests.crash.modes import MODES, disk_saver, is_shared
+from tests.crash.savers import Subject
+from tests.crash.shim import Called, How, Shim, build, why_no_compiler
 from tests.support import fresh_ranks
 
 pytestmark = pytest.mark.crash
@@ -59,63 +63,54 @@ class _DeafCheckpoint(distckpt.Checkpoint):
             super().__call__(*args, **kwargs)
 
 
-def _ours(counted: Counted, directory: Path, saving: int) -> Any:
-    return counted.handler(directory, save_on_rank=saving)
+def _ours(counted: Subject, directory: Path, saving: int, *, mode: str) -> Any:
+    return counted.handler(disk_saver(directory, mode, save_on_rank=saving), save_on_rank=saving)
 
 
-def _swallowing(counted: Counted, directory: Path, saving: int) -> Any:
+def _swallowing(counted: Subject, directory: Path, saving: int) -> Any:
     return counted.handler(_SwallowingSaver(directory, save_on_rank=saving), save_on_rank=saving)
 
 
-def _deaf(counted: Counted, directory: Path, saving: int) -> Any:
+def _deaf(counted: Subject, directory: Path, saving: int) -> Any:
     return counted.handler(directory, kind=_DeafCheckpoint, save_on_rank=saving)
 
 
-MAKERS = {"ours": _ours, "swallows": _swallowing, "deaf": _deaf}
+MAKERS: dict[str, HandlerMaker] = {
+    "swallows": _swallowing,
+    "deaf": _deaf,
+    **{mode: partial(_ours, mode=mode) for mode in MODES},
+}
 
 
 # -- on the ranks ------------------------------------------------------------------------------------
 
 
-def _calls_of_a_save(directory: Path, saving: int) -> list[Called]:
-    """Collective. Watch a save without any failure and tell all ranks what it calls."""
+def _all_seats(mode: str) -> Iterator[Seats]:
+    """Yield each rank as the saving one, and of the ranks that write each as the failing one."""
+    for saving, failing in itertools.product(range(WORLD_SIZE), range(WORLD_SIZE)):
+        if failing == saving or is_shared(mode):
+            yield Seats(rank=dist.get_rank(), saving=saving, failing=failing, mode=mode)
+
+
+def _calls_of_a_save(directory: Path, seats: Seats) -> list[Called]:
+    """Collective. Watch a save without any failure and tell all ranks what the rank that is to fail calls."""
     shim = Shim()
     calm = Trouble(what="none", start=shim.watching, expected="saved", errno=errno.EIO)
-    seen = observe(directory, dist.get_rank(), saving, calm, _ours)
+    seen = observe(directory, seats, calm, MAKERS[seats.mode])
     calls: list[Any] = [shim.log()]
-    dist.broadcast_object_list(calls, src=saving)
+    dist.broadcast_object_list(calls, src=seats.failing)
     assert (seen.outcome, seen.told) == ("saved", ())
     return list(calls[0])
 
 
-def _faults(calls: Sequence[Called]) -> Iterator[Fault]:
-    """Yield each call's failures."""
-    names = [call.name for call in calls]
-    for name in sorted(set(names)):
-        for nth in range(1, names.count(name) + 1):
-            yield Fault(call=name, nth=nth)
-            yield Fault(call=name, nth=nth, errno=errno.ENOSPC)
-            if name == "write":
-                for how in (How.SHORT, How.ZERO, How.TORN):
-                    yield Fault(call=name, nth=nth, how=how)
-                if nth < names.count(name):
-                    yield Fault(call=name, nth=nth, how=How.SHORT_THEN_REFUSED, errno=errno.ENOSPC)
-            if name in {"write", "fsync", "rename", "unlink"}:
-                yield Fault(call=name, nth=nth, how=How.DONE_BUT_REPORTED_AS_FAILED)
-            if name == "fsync":
-                yield Fault(call=name, nth=nth, errno=errno.EINVAL)  # no harm on a directory
-    for nth in range(1, len(names) + 1):
-        yield Fault(call="*", nth=nth, for_ever=True)
-
-
-def _fail_each_call(root: str, whose: str, only: str | None = None) -> Judged:
-    """Collective. Make every call of a save fail, with each rank as the saving one."""
+def _fail_each_call(root: str, whose: str, is_whole: bool, only: str | None = None) -> Judged:  # noqa: FBT001
+    """Collective. Make every call of a save fail, on each rank that makes some."""
     tried, wrong = [], []
-    shim, rank = Shim(), dist.get_rank()
-    for saving in range(WORLD_SIZE):
-        place = Path(root).resolve() / f"rank{saving}"
-        calls = _calls_of_a_save(place / "calm", saving)
-        for number, fault in enumerate(_faults(calls)):
+    shim = Shim()
+    for seats in _all_seats(whose if whose in MODES else MODES[0]):
+        place = Path(root).resolve() / f"rank{seats.saving}-{seats.failing}"
+        calls = _calls_of_a_save(place / "calm", seats)
+        for number, fault in enumerate(faults_of(calls, is_whole=is_whole)):
             if only not in (None, fault.call):
                 continue
             trouble = Trouble(
@@ -125,7 +120,7 @@ def _fail_each_call(root: str, whose: str, only: str | None = None) -> Judged:
                 errno=fault.errno,
                 may_stay=fault.call == "rename" and fault.how is How.DONE_BUT_REPORTED_AS_FAILED,
             )
-            wrong += _observe_and_judge(place / f"case{number}", rank, saving, trouble, whose)
+            wrong += _observe_and_judge(place / f"case{number}", seats, trouble, whose)
             tried.append(f"{fault} -> {trouble.expected}")
     return tried, wrong
 
@@ -133,17 +128,17 @@ def _fail_each_call(root: str, whose: str, only: str | None = None) -> Judged:
 def _fail_calls_of_broken_savers(root: str, controls: Sequence[tuple[str, str]]) -> Judged:
     tried, wrong = [], []
     for whose, only in controls:
-        found = _fail_each_call(f"{root}/{whose}-{only}", whose, only)
+        found = _fail_each_call(f"{root}/{whose}-{only}", whose, is_whole=False, only=only)
         tried += [f"{whose} {one}" for one in found[0]]
         wrong += [f"{whose} {one}" for one in found[1]]
     return tried, wrong
 
 
-def _observe_and_judge(directory: Path, rank: int, saving: int, trouble: Trouble, whose: str) -> list[str]:
+def _observe_and_judge(directory: Path, seats: Seats, trouble: Trouble, whose: str) -> list[str]:
     seen: list[Any] = [None] * WORLD_SIZE
-    dist.all_gather_object(seen, observe(directory, rank, saving, trouble, MAKERS[whose]))
+    dist.all_gather_object(seen, observe(directory, seats, trouble, MAKERS[whose]))
     found: list[Seen] = seen
-    return judge(directory, saving, trouble, found)
+    return judge(directory, seats, trouble, found)
 
 
 # -- what the machine itself can do, without the shim ------------------------------------------------
@@ -200,24 +195,28 @@ REAL_TROUBLES = [
 FULL_DISK = Trouble(what="full disk", start=_full_disk, expected="failed", errno=errno.ENOSPC)
 
 
-def _real_troubles(root: str) -> Judged:
+def _seats_where_one_rank_fails(mode: str) -> Iterator[Seats]:
+    return (seats for seats in _all_seats(mode) if seats.failing == seats.saving)
+
+
+def _real_troubles(root: str, mode: str) -> Judged:
     tried, wrong = [], []
-    for saving in range(WORLD_SIZE):
+    for seats in _seats_where_one_rank_fails(mode):
         for trouble in REAL_TROUBLES:
-            directory = Path(root).resolve() / f"rank{saving}" / "checkpoints"
-            wrong += _observe_and_judge(directory, dist.get_rank(), saving, trouble, "ours")
+            directory = Path(root).resolve() / f"rank{seats.saving}" / "checkpoints"
+            wrong += _observe_and_judge(directory, seats, trouble, mode)
             tried.append(trouble.what)
     return tried, wrong
 
 
-def _full_disks(root: str) -> Judged:
+def _full_disks(root: str, mode: str) -> Judged:
     tried, wrong = [], []
-    for saving in range(WORLD_SIZE):
+    for seats in _seats_where_one_rank_fails(mode):
         # Each rank has mounts of its own: as on two nodes, only the saving one sees this disk.
-        place = Path(root).resolve() / f"rank{saving}"
+        place = Path(root).resolve() / f"rank{seats.saving}"
         place.mkdir(exist_ok=True)
-        with mounted_tmpfs(place, "3m") if dist.get_rank() == saving else contextlib.nullcontext():
-            wrong += _observe_and_judge(place / "checkpoints", dist.get_rank(), saving, FULL_DISK, "ours")
+        with mounted_tmpfs(place, "3m") if seats.rank == seats.saving else contextlib.nullcontext():
+            wrong += _observe_and_judge(place / "checkpoints", seats, FULL_DISK, mode)
         tried.append(FULL_DISK.what)
     return tried, wrong
 
@@ -225,21 +224,29 @@ def _full_disks(root: str) -> Judged:
 # -- tests -------------------------------------------------------------------------------------------
 
 
-def _on_ranks(function: Callable[..., Judged], *args: object, **kwargs: Any) -> Judged:
+def _on_ranks(function: Callable[..., Judged], *args: object, limit_s: float = LIMIT_S, **kwargs: Any) -> Judged:
     with fresh_ranks(function, WORLD_SIZE, *args, **kwargs) as ranks:
-        ends = ranks.finish(timeout_s=LIMIT_S)
+        ends = ranks.finish(timeout_s=limit_s)
     tried: Judged = ends[0].value
     assert ends[1].value == tried, "the ranks judge alike"
     return tried
 
 
-def test_every_call_of_a_save_fails_once_and_all_ranks_hear_the_same(
-    tmp_path: Path, shim_library: Path, tell: Callable[[str], None]
+@pytest.mark.parametrize("mode", MODES)
+def test_every_call_of_a_save_fails_and_all_ranks_hear_the_same(
+    tmp_path: Path,
+    shim_library: Path,
+    mode: str,
+    is_whole: bool,  # noqa: FBT001
+    limit_s: float,
+    tell: Callable[[str], None],
 ) -> None:
-    tried, wrong = _on_ranks(_fail_each_call, str(tmp_path), "ours", env={"LD_PRELOAD": str(shim_library)})
+    tried, wrong = _on_ranks(
+        _fail_each_call, str(tmp_path), mode, is_whole, env={"LD_PRELOAD": str(shim_library)}, limit_s=limit_s
+    )
     outcomes = [one.rpartition(" -> ")[2] for one in tried]
     counts = ", ".join(f"{outcomes.count(name)} {name}" for name in ("failed", "not durable", "saved"))
-    tell(f"failing calls: {len(tried)} failures on two ranks ({counts}), {len(wrong)} with a wrong end")
+    tell(f"failing calls, {mode}: {len(tried)} failures on two ranks ({counts}), {len(wrong)} with a wrong end")
     assert not wrong, "\n".join(wrong)
     assert {"openat", "write", "fsync", "rename", "unlink", "close", "fstat", "stat", "flock", "readdir"} <= {
         one.split(" ")[0] for one in tried
@@ -262,18 +269,23 @@ def test_the_same_failures_find_out_savers_that_keep_an_error_to_themselves(
         assert found, f"a saver that {whose} was not found out when {call} failed"
 
 
+@pytest.mark.parametrize("mode", MODES)
 def test_real_limits_and_vanished_directories_are_the_same_error_on_every_rank(
-    tmp_path: Path, tell: Callable[[str], None]
+    tmp_path: Path, mode: str, tell: Callable[[str], None]
 ) -> None:
-    tried, wrong = _on_ranks(_real_troubles, str(tmp_path))
-    tell(f"real failures on two ranks: {len(tried)} ({', '.join(sorted(set(tried)))}), {len(wrong)} with a wrong end")
+    tried, wrong = _on_ranks(_real_troubles, str(tmp_path), mode)
+    tell(
+        f"real failures on two ranks, {mode}: {len(tried)} ({', '.join(sorted(set(tried)))}), "
+        f"{len(wrong)} with a wrong end"
+    )
     assert not wrong, "\n".join(wrong)
 
 
-def test_a_full_disk_is_the_same_error_on_every_rank(tmp_path: Path, tell: Callable[[str], None]) -> None:
+@pytest.mark.parametrize("mode", [mode for mode in MODES if not is_shared(mode)])
+def test_a_full_disk_is_the_same_error_on_every_rank(tmp_path: Path, mode: str, tell: Callable[[str], None]) -> None:
     reason = why_no_mounts(tmp_path, kind="tmpfs")
     if reason is not None:
         pytest.skip(f"this machine does not allow to mount a small tmpfs: {reason}")
-    tried, wrong = _on_ranks(_full_disks, str(tmp_path), prefix=lambda _: OWN_MOUNTS)
-    tell(f"full disk on two ranks: {len(tried)} saves, {len(wrong)} with a wrong end")
+    tried, wrong = _on_ranks(_full_disks, str(tmp_path), mode, prefix=lambda _: OWN_MOUNTS)
+    tell(f"full disk on two ranks, {mode}: {len(tried)} saves, {len(wrong)} with a wrong end")
     assert not wrong, "\n".join(wrong)

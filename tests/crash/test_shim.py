@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from tests.crash import strace
-from tests.crash.injected import Seen, Trouble, observe
+from tests.crash.injected import Seats, Seen, Trouble, observe
+from tests.crash.savers import Subject
 from tests.crash.shim import Called, Shim, build, why_no_compiler
-from tests.crash.subject import Counted
 from tests.support import fresh_ranks
 
 pytestmark = pytest.mark.crash
@@ -24,7 +24,7 @@ _SHIMS_NAME = {
 }  # fmt: skip
 
 
-def _handler(counted: Counted, directory: Path, _saving: int) -> Any:
+def _handler(counted: Subject, directory: Path, _saving: int) -> Any:
     return counted.handler(directory)
 
 
@@ -41,7 +41,7 @@ def _watch_a_save(directory: str) -> tuple[Seen, Sequence[Called]]:
             end.stat()
 
     calm = Trouble(what="none", start=between_marks, expected="saved", errno=errno.EIO)
-    return observe(Path(directory) / "checkpoints", 0, 0, calm, _handler), shim.log()
+    return observe(Path(directory) / "checkpoints", Seats(rank=0, saving=0, failing=0), calm, _handler), shim.log()
 
 
 def _in_the_shims_words(call: strace.Call) -> str:

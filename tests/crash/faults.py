@@ -1,0 +1,47 @@
+"""Which calls of a save fail, and how: all of it, or a quick selection that still has each call fail."""
+
+import errno
+import itertools
+from collections.abc import Iterator, Sequence
+
+from tests.crash.shim import Called, Fault, How
+
+__all__ = ["faults_of"]
+
+# EINTR only once: the kernel does not go on so for ever, and Python would.
+_ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
+
+
+def faults_of(calls: Sequence[Called], *, is_whole: bool) -> Iterator[Fault]:
+    """Yield each call's failures: with each error, once and from then on; in a quick selection with some of them.
+
+    Args:
+        calls: of a save without failures.
+        is_whole: all of it.
+    """
+    names = [call.name for call in calls]
+    taking_turns = itertools.cycle((errno.ENOSPC, errno.EINTR, errno.EDQUOT))
+    for name in sorted(set(names)):
+        for nth in range(1, names.count(name) + 1):
+            for code in (*_ERRORS, errno.EINTR) if is_whole else (errno.EIO, next(taking_turns)):
+                yield Fault(call=name, nth=nth, errno=code)
+            for code in _ERRORS if is_whole else ():
+                yield Fault(call=name, nth=nth, errno=code, for_ever=True)
+            yield from _of_its_own(name, nth, is_last=nth == names.count(name))
+    one_each = itertools.cycle(_ERRORS)
+    for nth in range(1, len(names) + 1):
+        for code in _ERRORS if is_whole else (next(one_each),):
+            yield Fault(call="*", nth=nth, errno=code, for_ever=True)
+
+
+def _of_its_own(name: str, nth: int, *, is_last: bool) -> Iterator[Fault]:
+    """Yield what only such a call can do."""
+    if name == "write":
+        for how in (How.SHORT, How.ZERO, How.TORN):
+            yield Fault(call=name, nth=nth, how=how)
+        if not is_last:
+            yield Fault(call=name, nth=nth, how=How.SHORT_THEN_REFUSED, errno=errno.ENOSPC)
+    if name in {"write", "fsync", "rename", "unlink"}:
+        yield Fault(call=name, nth=nth, how=How.DONE_BUT_REPORTED_AS_FAILED)
+    if name == "fsync":
+        yield Fault(call=name, nth=nth, errno=errno.EINVAL)  # no harm on a directory
