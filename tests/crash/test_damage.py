@@ -1,0 +1,165 @@
+"""Damage to a checkpoint that two ranks of a real job have saved, in each way of saving.
+
+Each damage is told as damage, on every rank, before anything live is touched; and both ranks resume from the same older
+checkpoint. A small one is damaged in every way that `tests.crash.damage` knows, two ranks' shares swapped among them.
+(What the file of one rank's has to stand is in `tests/unit/test_verify.py`.)
+"""
+
+import contextlib
+import itertools
+import random
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import distckpt
+from distckpt.storage.ptfile import read_pt
+from tests.crash.damage import every_damage, some_damage
+from tests.crash.modes import MODES, disk_saver, is_background
+from tests.crash.subject import idle_engine
+from tests.support import run_ranks
+
+pytestmark = pytest.mark.crash
+
+WORLD_SIZE = 2
+NUM_ON_RANKS = {False: 24, True: 1200}
+QUICK_STEP = 211
+OLD, NEW = "model_1.pt", "model_2.pt"
+
+
+class _Model(nn.Module):
+    """No two of its numbers are the same, so that no two of its blocks are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = nn.ParameterList([torch.zeros(3500), torch.zeros(2000), torch.zeros(3)])
+
+    def fill(self, step: int) -> None:
+        with torch.no_grad():
+            for number, parameter in enumerate(self.values):
+                parameter.copy_(torch.arange(len(parameter)) + step + number / 8)
+
+    def forward(self) -> torch.Tensor:
+        return sum((values.sum() for values in self.values), torch.zeros(()))
+
+    def numbers(self) -> torch.Tensor:
+        return torch.cat([values.detach() for values in self.values])
+
+
+def _save_two(directory: Path, mode: str) -> tuple[_Model, dict[str, Any]]:
+    """Collective. Save an older and a newer checkpoint."""
+    model = _Model()
+    to_save = {"model": nn.parallel.DistributedDataParallel(model)}
+    saver = disk_saver(directory, mode)
+    handler = distckpt.Checkpoint(to_save, saver, n_saved=2)
+    for step in (1, 2):
+        model.fill(step)
+        engine = idle_engine()
+        engine.state.iteration = step
+        handler(engine)
+        if is_background(mode):
+            handler.wait_until_finished()  # type: ignore[attr-defined]
+    return model, to_save
+
+
+def _save(directory: str, mode: str) -> None:
+    _save_two(Path(directory), mode)
+
+
+def _damage_on_ranks(root: str, mode: str, num: int, seed: int) -> list[str]:
+    """Collective. Damage the newer of two checkpoints, again and again; returns what was wrong."""
+    directory = Path(root)
+    model, to_save = _save_two(directory, mode)
+    content, wrong = (directory / NEW).read_bytes(), []
+    live = _Model()
+    live.fill(1)
+    older = live.numbers()
+    for what, damaged in [("nothing", content), *some_damage(content, num, random.Random(seed))]:
+        dist.barrier()
+        if dist.get_rank() == 0:
+            (directory / NEW).write_bytes(damaged)
+        dist.barrier()
+        model.fill(7)
+        before = model.numbers()
+        try:
+            distckpt.Checkpoint.load_objects(to_save, directory / NEW)
+            told = "loaded"
+        except distckpt.DamagedCheckpoint:
+            told = "damaged"
+        is_touched = not torch.equal(before, model.numbers())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is passed over
+            resumed = distckpt.resume(to_save, directory)
+        name = resumed and resumed.name
+        is_older = torch.equal(older, model.numbers())
+        expected = ("loaded", True, NEW, False) if damaged is content else ("damaged", False, OLD, True)
+        if (told, is_touched, name, is_older) != expected:
+            wrong.append(f"{what}: {told}, live objects touched: {is_touched}, resumed from {name}, older: {is_older}")
+    return wrong
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_damage_is_told_on_all_ranks_and_all_resume_from_the_older_one(
+    tmp_path: Path,
+    mode: str,
+    is_whole: bool,  # noqa: FBT001
+    seed: int,
+    limit_s: float,
+    tell: Callable[[str], None],
+) -> None:
+    num, start = NUM_ON_RANKS[is_whole], time.monotonic()
+    ends = run_ranks(_damage_on_ranks, WORLD_SIZE, str(tmp_path), mode, num, seed, timeout_s=limit_s)
+    tell(
+        f"damage on two ranks, {mode}: {num} damages, seed {seed}, {len(ends[0])} with a wrong end; "
+        f"{time.monotonic() - start:.0f} s"
+    )
+    assert ends == [[], []]
+
+
+def _is_noticed(path: Path, content: bytes) -> bool:
+    path.write_bytes(content)
+    try:
+        read_pt(path)
+    except distckpt.DamagedCheckpoint:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_damage_is_noticed(
+    tmp_path: Path, mode: str, is_whole: bool, tell: Callable[[str], None]  # noqa: FBT001
+) -> None:  # fmt: skip
+    run_ranks(_save, WORLD_SIZE, str(tmp_path / "saved"), mode)
+    content, start = (tmp_path / "saved" / NEW).read_bytes(), time.monotonic()
+    path = tmp_path / "damaged.pt"
+    missed, num = [], 0
+    for what, damaged in itertools.islice(every_damage(content), 0, None, 1 if is_whole else QUICK_STEP):
+        num += 1
+        if not _is_noticed(path, damaged):
+            missed.append(what)
+    tell(
+        f"damage, {mode}: {num} damages of {len(content)} bytes, {len(missed)} not noticed; "
+        f"{time.monotonic() - start:.0f} s"
+    )
+    assert missed == []
+    assert not _is_noticed(path, content), "the control: as it was written, it is whole"
+
+
+def test_the_same_damages_are_missed_by_a_reader_that_trusts(tmp_path: Path, tell: Callable[[str], None]) -> None:
+    run_ranks(_save, WORLD_SIZE, str(tmp_path / "saved"), MODES[0])
+    content, path = (tmp_path / "saved" / NEW).read_bytes(), tmp_path / "damaged.pt"
+    missed, num = 0, 60
+    for _, damaged in some_damage(content, num, random.Random(1)):
+        path.write_bytes(damaged)
+        with contextlib.suppress(Exception):  # whatever torch says of it
+            torch.load(path, weights_only=True)
+            missed += 1
+    tell(f"damage, negative control: torch.load notices {num - missed} of {num}")
+    assert missed > 0
