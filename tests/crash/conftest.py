@@ -4,7 +4,7 @@ A quick selection is the default. The whole, which takes most of an hour, is `ci
 
     DISTCKPT_CRASH=whole pytest tests/crash -o faulthandler_timeout=0
 
-`DISTCKPT_CRASH_KILLS`, `DISTCKPT_CRASH_CUTS` and `DISTCKPT_CRASH_STATES` set single counts, of each way of saving.
+`DISTCKPT_CRASH_KILLS`, `..._RANK_KILLS`, `..._CUTS` and `..._STATES` set single counts, of each way of saving.
 `DISTCKPT_CRASH_SEED` repeats a round whose seed was printed (the moments of the kills are repeated, what the
 machine makes of them is not).
 """
@@ -20,8 +20,8 @@ from tests.crash.lost_jobs import Jobs, Table
 
 _VARIABLE = "DISTCKPT_CRASH"
 _KINDS = ("quick", "whole")
-_COUNTS = {"KILLS": (40, 1000), "CUTS": (20, 200), "STATES": (40, 500)}
-"""How many in the quick selection and in the whole."""
+_COUNTS = {"KILLS": (40, 1000), "RANK_KILLS": (24, 1000), "CUTS": (10, 200), "STATES": (20, 500)}
+"""How many of each way of saving, in the quick selection and in the whole."""
 _LIMITS_S = (170.0, 3000.0)
 
 
@@ -59,6 +59,12 @@ def limit_s() -> float:
 def kills() -> int:
     """Return at how many random moments a saver is killed."""
     return _count("KILLS")
+
+
+@pytest.fixture
+def rank_kills() -> int:
+    """Return at how many random moments of a job a rank is killed, or all are."""
+    return _count("RANK_KILLS")
 
 
 @pytest.fixture

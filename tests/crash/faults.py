@@ -1,24 +1,32 @@
-"""Which calls of a save fail, and how: all of it, or a quick selection that still has each call fail."""
+"""Which calls of a save fail, and how: all of it, or a selection."""
 
 import errno
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 from tests.crash.shim import Called, Fault, How
 
-__all__ = ["faults_of"]
+__all__ = ["Extent", "faults_of"]
 
 # EINTR only once: the kernel does not go on so for ever, and Python would.
 _ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
+_SAMPLE_EACH = 5
+Extent = Literal["whole", "quick", "sample"]
 
 
-def faults_of(calls: Sequence[Called], *, is_whole: bool) -> Iterator[Fault]:
-    """Yield each call's failures: with each error, once and from then on; in a quick selection with some of them.
+def faults_of(calls: Sequence[Called], extent: Extent) -> Iterator[Fault]:
+    """Yield each call's failures.
 
     Args:
         calls: of a save without failures.
-        is_whole: all of it.
+        extent: `whole`: with each error, once and from then on. `quick`: each call with some of them. `sample`: some.
     """
+    faults = _faults_of(calls, is_whole=extent == "whole")
+    return itertools.islice(faults, 0, None, _SAMPLE_EACH if extent == "sample" else 1)
+
+
+def _faults_of(calls: Sequence[Called], *, is_whole: bool) -> Iterator[Fault]:
     names = [call.name for call in calls]
     taking_turns = itertools.cycle((errno.ENOSPC, errno.EINTR, errno.EDQUOT))
     for name in sorted(set(names)):

@@ -219,7 +219,7 @@ def judge(directory: Path, seats: Seats, trouble: Trouble, seen: Sequence[Seen])
     saved = here.outcome == "saved"
     outcome: Expected = "saved" if saved else "not durable" if "CommitNotDurable" in here.kinds else "failed"
     acknowledged = _SECOND if all(one.outcome == "saved" for one in seen) else _FIRST
-    named = f"rank {seats.failing}, step {_SECOND}", str(directory), errno.errorcode[trouble.errno]
+    named = f"rank {seats.failing}", f"step {_SECOND}", str(directory), errno.errorcode[trouble.errno]
     wrong = {
         f"the ranks saw different things: {[(one.outcome, one.message) for one in seen]}": (
             len({(one.outcome, one.message, one.kinds, one.told) for one in seen}) > 1

@@ -27,16 +27,16 @@ def disk_saver(directory: str | os.PathLike[str], mode: str, kind: type[DiskSave
     return kind(directory, require_empty=False, **_ARGUMENTS[mode], **kwargs)
 
 
-def is_background(mode: str) -> bool:
-    """Tell whether training goes on while a file is written."""
-    return bool(_ARGUMENTS[mode].get("background"))
+def is_background(saver: str) -> bool:
+    """Tell whether training goes on while a file is written. A broken saver does nothing of the kind."""
+    return bool(_ARGUMENTS.get(saver, {}).get("background"))
 
 
-def is_shared(mode: str) -> bool:
+def is_shared(saver: str) -> bool:
     """Tell whether several ranks write one file."""
-    return "share_write" in _ARGUMENTS[mode]
+    return "share_write" in _ARGUMENTS.get(saver, {})
 
 
-def world_size_of(mode: str) -> int:
+def world_size_of(saver: str) -> int:
     """Return how many ranks it takes."""
-    return 2 if is_shared(mode) else 1
+    return 2 if is_shared(saver) else 1

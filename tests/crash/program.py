@@ -5,6 +5,7 @@ saved when the handler's `last_checkpoint` is of it: in the background that is s
 """
 
 import contextlib
+import importlib
 import os
 import statistics
 import time
@@ -63,6 +64,8 @@ def saving(
     if world_size == 1:
         bodies: list[Body] = [lambda send: _one_rank(directory, saver, after, num_saves, told, send)]
     else:
+        # An optimizer and DDP import it when they are first made, which takes half a second: once, before the forks.
+        importlib.import_module("torch._dynamo")
         number = _next_number()
         bodies = [
             lambda send, rank=rank: _a_rank(directory, saver, num_saves, number, rank, world_size, told, send)  # type: ignore[misc]
@@ -146,7 +149,7 @@ def _train(
     send: Callable[[int], None],
 ) -> None:
     known = [handler.last_checkpoint]
-    every = _EVERY if saver in MODES and is_background(saver) else 1
+    every = _EVERY if is_background(saver) else 1
 
     def tell() -> None:
         if handler.last_checkpoint != known[0]:

@@ -1,13 +1,13 @@
 """What a process that makes saves fail has seen."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
 from tests.crash.subject import whole_steps
 
-__all__ = ["Tally", "others_in"]
+__all__ = ["Tally", "others_in", "place_of"]
 
 
 @dataclass(kw_only=True)
@@ -47,6 +47,11 @@ class Tally:
         return found
 
     @classmethod
+    def sums(cls, tallies: Sequence[Mapping[str, Self]]) -> dict[str, Self]:
+        """Return what all have seen, of each saver."""
+        return {saver: cls.sum([of_one[saver] for of_one in tallies]) for saver in tallies[0]}
+
+    @classmethod
     def sum(cls, tallies: Sequence[Self]) -> Self:
         """Return what all have seen."""
         total = cls()
@@ -59,3 +64,8 @@ class Tally:
 def others_in(directory: Path) -> set[str]:
     """Return the names in a directory that are no checkpoints'."""
     return {path.name for path in directory.iterdir() if path.suffix != ".pt"} if directory.exists() else set()
+
+
+def place_of(root: str | Path, saver: str) -> Path:
+    """Return the folder of a saver's trials."""
+    return Path(root) / saver.replace(" ", "-")

@@ -14,24 +14,26 @@ import resource
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch.distributed as dist
 
 import distckpt
-from tests.crash.faults import faults_of
+from tests.crash.faults import Extent, faults_of
 from tests.crash.injected import HandlerMaker, Seats, Seen, Trouble, expected_of, judge, observe
 from tests.crash.loop_disk import OWN_MOUNTS, mounted_tmpfs, why_no_mounts
 from tests.crash.modes import MODES, disk_saver, is_shared
 from tests.crash.savers import Subject
 from tests.crash.shim import Called, How, Shim, build, why_no_compiler
+from tests.crash.tally import place_of
 from tests.support import fresh_ranks
 
 pytestmark = pytest.mark.crash
 
 WORLD_SIZE = 2
 LIMIT_S = 170.0
+T = TypeVar("T")
 Judged = tuple[Sequence[str], Sequence[str]]
 """What was tried, and what was wrong."""
 
@@ -103,14 +105,15 @@ def _calls_of_a_save(directory: Path, seats: Seats) -> list[Called]:
     return list(calls[0])
 
 
-def _fail_each_call(root: str, whose: str, is_whole: bool, only: str | None = None) -> Judged:  # noqa: FBT001
+def _fail_each_call(root: str, whose: str, extent: Extent, only: str | None = None) -> Judged:
     """Collective. Make every call of a save fail, on each rank that makes some."""
     tried, wrong = [], []
     shim = Shim()
     for seats in _all_seats(whose if whose in MODES else MODES[0]):
         place = Path(root).resolve() / f"rank{seats.saving}-{seats.failing}"
         calls = _calls_of_a_save(place / "calm", seats)
-        for number, fault in enumerate(faults_of(calls, is_whole=is_whole)):
+        assert calls, f"rank {seats.failing} of {WORLD_SIZE} has no part in a save that is {seats.mode}"
+        for number, fault in enumerate(faults_of(calls, extent)):
             if only not in (None, fault.call):
                 continue
             trouble = Trouble(
@@ -128,7 +131,7 @@ def _fail_each_call(root: str, whose: str, is_whole: bool, only: str | None = No
 def _fail_calls_of_broken_savers(root: str, controls: Sequence[tuple[str, str]]) -> Judged:
     tried, wrong = [], []
     for whose, only in controls:
-        found = _fail_each_call(f"{root}/{whose}-{only}", whose, is_whole=False, only=only)
+        found = _fail_each_call(f"{root}/{whose}-{only}", whose, "quick", only)
         tried += [f"{whose} {one}" for one in found[0]]
         wrong += [f"{whose} {one}" for one in found[1]]
     return tried, wrong
@@ -199,55 +202,62 @@ def _seats_where_one_rank_fails(mode: str) -> Iterator[Seats]:
     return (seats for seats in _all_seats(mode) if seats.failing == seats.saving)
 
 
-def _real_troubles(root: str, mode: str) -> Judged:
+def _real_troubles(root: str) -> Judged:
     tried, wrong = [], []
-    for seats in _seats_where_one_rank_fails(mode):
-        for trouble in REAL_TROUBLES:
+    for mode, trouble in itertools.product(MODES, REAL_TROUBLES):
+        for seats in _seats_where_one_rank_fails(mode):
             directory = Path(root).resolve() / f"rank{seats.saving}" / "checkpoints"
             wrong += _observe_and_judge(directory, seats, trouble, mode)
-            tried.append(trouble.what)
+            tried.append(f"{trouble.what}, {mode}")
     return tried, wrong
 
 
-def _full_disks(root: str, mode: str) -> Judged:
+def _full_disks(root: str) -> Judged:
     tried, wrong = [], []
-    for seats in _seats_where_one_rank_fails(mode):
+    # Where the writing is shared the ranks share the disk as well.
+    for seats in (seats for mode in MODES if not is_shared(mode) for seats in _seats_where_one_rank_fails(mode)):
         # Each rank has mounts of its own: as on two nodes, only the saving one sees this disk.
         place = Path(root).resolve() / f"rank{seats.saving}"
         place.mkdir(exist_ok=True)
         with mounted_tmpfs(place, "3m") if seats.rank == seats.saving else contextlib.nullcontext():
-            wrong += _observe_and_judge(place / "checkpoints", seats, FULL_DISK, mode)
-        tried.append(FULL_DISK.what)
+            wrong += _observe_and_judge(place / "checkpoints", seats, FULL_DISK, seats.mode)
+        tried.append(f"{FULL_DISK.what}, {seats.mode}")
     return tried, wrong
 
 
 # -- tests -------------------------------------------------------------------------------------------
 
 
-def _on_ranks(function: Callable[..., Judged], *args: object, limit_s: float = LIMIT_S, **kwargs: Any) -> Judged:
+def _on_ranks(function: Callable[..., T], *args: object, limit_s: float = LIMIT_S, **kwargs: Any) -> T:
     with fresh_ranks(function, WORLD_SIZE, *args, **kwargs) as ranks:
         ends = ranks.finish(timeout_s=limit_s)
-    tried: Judged = ends[0].value
-    assert ends[1].value == tried, "the ranks judge alike"
-    return tried
+    judged: T = ends[0].value
+    assert ends[1].value == judged, "the ranks judge alike"
+    return judged
 
 
-@pytest.mark.parametrize("mode", MODES)
+def _fail_calls_in_each_mode(root: str, extents: dict[str, Extent]) -> dict[str, Judged]:
+    return {mode: _fail_each_call(str(place_of(root, mode)), mode, extent) for mode, extent in extents.items()}
+
+
 def test_every_call_of_a_save_fails_and_all_ranks_hear_the_same(
     tmp_path: Path,
     shim_library: Path,
-    mode: str,
     is_whole: bool,  # noqa: FBT001
     limit_s: float,
     tell: Callable[[str], None],
 ) -> None:
-    tried, wrong = _on_ranks(
-        _fail_each_call, str(tmp_path), mode, is_whole, env={"LD_PRELOAD": str(shim_library)}, limit_s=limit_s
+    extents = {mode: "whole" if is_whole else "quick" if mode == MODES[0] else "sample" for mode in MODES}
+    of_modes = _on_ranks(
+        _fail_calls_in_each_mode, str(tmp_path), extents, env={"LD_PRELOAD": str(shim_library)}, limit_s=limit_s
     )
-    outcomes = [one.rpartition(" -> ")[2] for one in tried]
-    counts = ", ".join(f"{outcomes.count(name)} {name}" for name in ("failed", "not durable", "saved"))
-    tell(f"failing calls, {mode}: {len(tried)} failures on two ranks ({counts}), {len(wrong)} with a wrong end")
+    for mode, (tried, wrong) in of_modes.items():
+        outcomes = [one.rpartition(" -> ")[2] for one in tried]
+        counts = ", ".join(f"{outcomes.count(name)} {name}" for name in ("failed", "not durable", "saved"))
+        tell(f"failing calls, {mode}: {len(tried)} failures on two ranks ({counts}), {len(wrong)} with a wrong end")
+    wrong = [f"{mode}: {one}" for mode, of_mode in of_modes.items() for one in of_mode[1]]
     assert not wrong, "\n".join(wrong)
+    tried = of_modes[MODES[0]][0]
     assert {"openat", "write", "fsync", "rename", "unlink", "close", "fstat", "stat", "flock", "readdir"} <= {
         one.split(" ")[0] for one in tried
     }
@@ -269,23 +279,18 @@ def test_the_same_failures_find_out_savers_that_keep_an_error_to_themselves(
         assert found, f"a saver that {whose} was not found out when {call} failed"
 
 
-@pytest.mark.parametrize("mode", MODES)
 def test_real_limits_and_vanished_directories_are_the_same_error_on_every_rank(
-    tmp_path: Path, mode: str, tell: Callable[[str], None]
+    tmp_path: Path, tell: Callable[[str], None]
 ) -> None:
-    tried, wrong = _on_ranks(_real_troubles, str(tmp_path), mode)
-    tell(
-        f"real failures on two ranks, {mode}: {len(tried)} ({', '.join(sorted(set(tried)))}), "
-        f"{len(wrong)} with a wrong end"
-    )
+    tried, wrong = _on_ranks(_real_troubles, str(tmp_path))
+    tell(f"real failures on two ranks: {len(tried)} ({'; '.join(sorted(set(tried)))}), {len(wrong)} with a wrong end")
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if not is_shared(mode)])
-def test_a_full_disk_is_the_same_error_on_every_rank(tmp_path: Path, mode: str, tell: Callable[[str], None]) -> None:
+def test_a_full_disk_is_the_same_error_on_every_rank(tmp_path: Path, tell: Callable[[str], None]) -> None:
     reason = why_no_mounts(tmp_path, kind="tmpfs")
     if reason is not None:
         pytest.skip(f"this machine does not allow to mount a small tmpfs: {reason}")
-    tried, wrong = _on_ranks(_full_disks, str(tmp_path), mode, prefix=lambda _: OWN_MOUNTS)
-    tell(f"full disk on two ranks, {mode}: {len(tried)} saves, {len(wrong)} with a wrong end")
+    tried, wrong = _on_ranks(_full_disks, str(tmp_path), prefix=lambda _: OWN_MOUNTS)
+    tell(f"full disk on two ranks: {len(tried)} ({'; '.join(sorted(set(tried)))}), {len(wrong)} with a wrong end")
     assert not wrong, "\n".join(wrong)

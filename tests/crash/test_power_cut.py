@@ -10,7 +10,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ import pytest
 from tests.crash.loop_disk import KINDS, OWN_MOUNTS, LoopDisk, why_no_mounts
 from tests.crash.modes import MODES, world_size_of
 from tests.crash.program import saving, typical_save_s
-from tests.crash.tally import Tally, others_in
+from tests.crash.tally import Tally, others_in, place_of
 from tests.support import fresh_ranks
 
 pytestmark = pytest.mark.crash
@@ -38,13 +38,12 @@ def kind(tmp_path: Path, request: pytest.FixtureRequest) -> str:
     return found
 
 
-def _cut_power(
-    root: str, kind: str, saver: str, world_size: int, cuts: int, seed: int, stop_at: float = math.inf
-) -> Tally:
+def _cut_power(root: Path, kind: str, saver: str, cuts: int, seed: int, stop_at: float) -> Tally:
     """Cut the power `cuts` times, or as often as it takes until so many saves were lost."""
     moments = random.Random(f"{seed}-{os.environ['RANK']}")
-    directory = Path(root) / os.environ["RANK"]
+    directory = root / os.environ["RANK"]
     directory.mkdir(parents=True)
+    world_size = world_size_of(saver)
     disk = LoopDisk(directory, kind)
     with disk.powered():
         practice = disk.root / "practice"
@@ -78,32 +77,33 @@ def _cut_once(disk: LoopDisk, saver: str, world_size: int, moment: tuple[int, fl
             path.unlink()
 
 
-@pytest.mark.parametrize("mode", MODES)
+def _cut_power_of_each(
+    root: str, kind: str, savers: Sequence[str], cuts: int, seed: int, stop_at: float = math.inf
+) -> dict[str, Tally]:
+    """Cut the power of the given savers, one kind after the other."""
+    return {saver: _cut_power(place_of(root, saver), kind, saver, cuts, seed, stop_at) for saver in savers}
+
+
 def test_a_power_cut_loses_no_acknowledged_checkpoint(
-    tmp_path: Path, kind: str, mode: str, cuts: int, seed: int, limit_s: float, tell: Callable[[str], None]
+    tmp_path: Path, kind: str, cuts: int, seed: int, limit_s: float, tell: Callable[[str], None]
 ) -> None:
     share = -(-cuts // NUM_SERVERS)
     start = time.monotonic()
     with fresh_ranks(
-        _cut_power, NUM_SERVERS, str(tmp_path), kind, mode, world_size_of(mode), share, seed,
+        _cut_power_of_each, NUM_SERVERS, str(tmp_path), kind, MODES, share, seed,
         backend=None, prefix=lambda _: OWN_MOUNTS,
     ) as servers:  # fmt: skip
-        tally = Tally.sum([end.value for end in servers.finish(timeout_s=limit_s)])
-    tell(
-        f"power cut, {kind}, {mode}: {tally.trials} cuts, seed {seed}: {tally.cut_writing} of them left a temporary "
-        f"file; {tally.acknowledged} saves acknowledged, {len(tally.findings)} lost or left behind; "
-        f"{time.monotonic() - start:.0f} s"
-    )
-    assert tally.findings == []
-    assert tally.trials >= cuts
-    assert tally.acknowledged >= cuts // 2
-
-
-def _cut_power_of_broken_savers(
-    root: str, kind: str, savers: tuple[str, ...], cuts: int, seed: int
-) -> dict[str, Tally]:
-    places = {saver: f"{root}/{saver.replace(' ', '-')}" for saver in savers}
-    return {saver: _cut_power(place, kind, saver, 1, cuts, seed, CONTROL_LOSSES) for saver, place in places.items()}
+        tallies = Tally.sums([end.value for end in servers.finish(timeout_s=limit_s)])
+    for mode, tally in tallies.items():
+        tell(
+            f"power cut, {kind}, {mode}: {tally.trials} cuts, seed {seed}: {tally.cut_writing} of them left a "
+            f"temporary file; {tally.acknowledged} saves acknowledged, {len(tally.findings)} lost or left behind"
+        )
+    tell(f"power cut, {kind}: all in {time.monotonic() - start:.0f} s")
+    assert {mode: tally.findings for mode, tally in tallies.items()} == {mode: [] for mode in MODES}
+    for tally in tallies.values():
+        assert tally.trials >= cuts
+        assert tally.acknowledged >= cuts // 2
 
 
 def test_the_same_cuts_find_out_savers_that_do_not_sync(
@@ -111,7 +111,7 @@ def test_the_same_cuts_find_out_savers_that_do_not_sync(
 ) -> None:
     savers = ("syncs nothing", "syncs no directory", "ignite")
     with fresh_ranks(
-        _cut_power_of_broken_savers, 1, str(tmp_path), kind, savers, CONTROL_CUTS, seed,
+        _cut_power_of_each, 1, str(tmp_path), kind, savers, CONTROL_CUTS, seed, CONTROL_LOSSES,
         backend=None, prefix=lambda _: OWN_MOUNTS,
     ) as servers:  # fmt: skip
         tallies = servers.finish(timeout_s=LIMIT_S)[0].value

@@ -20,7 +20,7 @@ from tests.crash.forked import forked
 from tests.crash.modes import MODES, is_shared
 from tests.crash.program import saving, typical_save_s
 from tests.crash.subject import name_of, steps_in
-from tests.crash.tally import Tally, others_in
+from tests.crash.tally import Tally, others_in, place_of
 from tests.support import run_ranks
 
 pytestmark = pytest.mark.crash
@@ -29,6 +29,7 @@ NUM_SERVERS = 2
 LIVE_NAME = "live.bin"
 LIVE_HALF = b"x" * 5_000_000
 CONTROL_KILLS = 200
+NEVER = "never"
 LIMIT_S = 170.0
 
 
@@ -58,7 +59,7 @@ def _live_writer(directory: Path) -> Iterator[Callable[[], list[str]]]:
     os.close(theirs)
 
 
-def _kill_savers(root: str, saver: str, kills: int, seed: int, stop_at: str = "never") -> Tally:
+def _kill_savers(root: str, saver: str, kills: int, seed: int, stop_at: str) -> Tally:
     """Kill `kills` savers, or as many as it takes until a finding begins with `stop_at`."""
     moments = random.Random(f"{seed}-{os.environ['RANK']}")
     directory = Path(root) / os.environ["RANK"]
@@ -107,34 +108,38 @@ def _kill_one(directory: Path, saver: str, newest: int, moment: tuple[int, float
     return found or acknowledged
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if not is_shared(mode)])
+def _kill_each(root: str, savers: dict[str, str], kills: int, seed: int) -> dict[str, Tally]:
+    """Kill the given savers, one kind after the other, each until its word stands in a finding."""
+    return {
+        saver: _kill_savers(str(place_of(root, saver)), saver, kills, seed, stop_at=word)
+        for saver, word in savers.items()
+    }
+
+
 def test_a_killed_saver_loses_no_acknowledged_checkpoint(
-    tmp_path: Path, mode: str, kills: int, seed: int, limit_s: float, tell: Callable[[str], None]
+    tmp_path: Path, kills: int, seed: int, limit_s: float, tell: Callable[[str], None]
 ) -> None:
+    modes = [mode for mode in MODES if not is_shared(mode)]
     share = -(-kills // NUM_SERVERS)
     start = time.monotonic()
-    tally = Tally.sum(
-        run_ranks(
-            _kill_savers, NUM_SERVERS, str(tmp_path), mode, share, seed, backend=None, fresh=True, timeout_s=limit_s
+    servers = run_ranks(
+        _kill_each, NUM_SERVERS, str(tmp_path), dict.fromkeys(modes, NEVER), share, seed,
+        backend=None, fresh=True, timeout_s=limit_s,
+    )  # fmt: skip
+    tallies = Tally.sums(servers)
+    for mode, tally in tallies.items():
+        tell(
+            f"SIGKILL, {mode}: {tally.trials} kills, seed {seed}: {tally.cut_writing} of them while a file was "
+            f"written, {tally.cut_before_removal} between rename and removal; {tally.acknowledged} saves acknowledged, "
+            f"{len(tally.findings)} lost or left behind"
         )
-    )
-    tell(
-        f"SIGKILL, {mode}: {tally.trials} kills, seed {seed}: {tally.cut_writing} of them while a file was written, "
-        f"{tally.cut_before_removal} between rename and removal; {tally.acknowledged} saves acknowledged, "
-        f"{len(tally.findings)} lost or left behind; {time.monotonic() - start:.0f} s"
-    )
-    assert tally.findings == []
-    assert tally.trials >= kills
-    assert tally.acknowledged > 0
-    # Otherwise the moments lie elsewhere and prove nothing.
-    assert tally.cut_writing > 0.1 * kills
-
-
-def _kill_all_broken_savers(root: str, controls: dict[str, str], kills: int, seed: int) -> dict[str, Tally]:
-    return {
-        saver: _kill_savers(f"{root}/{saver.replace(' ', '-')}", saver, kills, seed, stop_at=expected)
-        for saver, expected in controls.items()
-    }
+    tell(f"SIGKILL: all in {time.monotonic() - start:.0f} s")
+    assert {mode: tally.findings for mode, tally in tallies.items()} == {mode: [] for mode in modes}
+    for tally in tallies.values():
+        assert tally.trials >= kills
+        assert tally.acknowledged > 0
+        # Otherwise the moments lie elsewhere and prove nothing.
+        assert tally.cut_writing > 0.1 * kills
 
 
 def test_the_same_kills_find_out_broken_savers(tmp_path: Path, seed: int, tell: Callable[[str], None]) -> None:
@@ -146,7 +151,7 @@ def test_the_same_kills_find_out_broken_savers(tmp_path: Path, seed: int, tell: 
         "clears the living": "live:",
     }
     (tallies,) = run_ranks(
-        _kill_all_broken_savers, 1, str(tmp_path), controls, CONTROL_KILLS, seed,
+        _kill_each, 1, str(tmp_path), controls, CONTROL_KILLS, seed,
         backend=None, fresh=True, timeout_s=LIMIT_S,
     )  # fmt: skip
     tell(

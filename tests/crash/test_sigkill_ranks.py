@@ -18,7 +18,7 @@ import pytest
 from tests.crash.modes import MODES
 from tests.crash.program import EXIT_LOST, EXIT_OTHERWISE, saving, typical_save_s
 from tests.crash.subject import name_of, steps_in
-from tests.crash.tally import Tally, others_in
+from tests.crash.tally import Tally, others_in, place_of
 from tests.support import run_ranks
 
 pytestmark = pytest.mark.crash
@@ -26,6 +26,7 @@ pytestmark = pytest.mark.crash
 WORLD_SIZE = 2
 NUM_SERVERS = 2
 CONTROL_KILLS = 60
+NEVER = "never"
 # A survivor has to be told by then that the other rank is gone.
 SURVIVOR_LIMIT_S = 20.0
 LIMIT_S = 170.0
@@ -69,7 +70,7 @@ class TallyOfRanks(Tally):
     told: int = 0
 
 
-def _kill_ranks(root: str, saver: str, kills: int, seed: int, stop_at: str = "never") -> TallyOfRanks:
+def _kill_ranks(root: str, saver: str, kills: int, seed: int, stop_at: str) -> TallyOfRanks:
     """Kill in `kills` jobs, or in as many as it takes until a finding begins with `stop_at`."""
     moments = random.Random(f"{seed}-{os.environ['RANK']}")
     directory = Path(root) / os.environ["RANK"]
@@ -137,43 +138,46 @@ def _kill_once(directory: Path, saver: str, newest: int, moment: Moment, tally: 
     return found
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_killed_ranks_lose_no_acknowledged_checkpoint_and_all_go_on_from_the_same(
-    tmp_path: Path, mode: str, kills: int, seed: int, limit_s: float, tell: Callable[[str], None]
-) -> None:
-    share = -(-kills // NUM_SERVERS)
-    start = time.monotonic()
-    tally = TallyOfRanks.sum(
-        run_ranks(
-            _kill_ranks, NUM_SERVERS, str(tmp_path), mode, share, seed, backend=None, fresh=True, timeout_s=limit_s
-        )
-    )
-    tell(
-        f"SIGKILL of ranks, {mode}: {tally.trials} jobs of {WORLD_SIZE} ranks, seed {seed}: in {tally.one_rank} one "
-        f"was killed first, in the others all; {tally.cut_writing} while a file was written, "
-        f"{tally.cut_before_removal} between rename and removal; {tally.acknowledged} saves acknowledged, "
-        f"{len(tally.findings)} lost, left behind or seen differently; {tally.told} of {tally.survivors} survivors "
-        f"were told by distckpt; {tally.stale} older checkpoints stay; {time.monotonic() - start:.0f} s"
-    )
-    assert tally.findings == []
-    assert tally.trials >= kills
-    assert tally.acknowledged > 0
-    # Otherwise the moments lie elsewhere and prove nothing.
-    assert tally.cut_writing > 0.02 * kills
-    assert 0 < tally.survivors < tally.one_rank < tally.trials
-
-
-def _kill_ranks_of_broken_savers(root: str, controls: dict[str, str], kills: int, seed: int) -> dict[str, TallyOfRanks]:
+def _kill_ranks_of_each(root: str, savers: dict[str, str], kills: int, seed: int) -> dict[str, TallyOfRanks]:
+    """Kill ranks of the given savers, one kind after the other, each until its word stands in a finding."""
     return {
-        saver: _kill_ranks(f"{root}/{saver.replace(' ', '-')}", saver, kills, seed, stop_at=expected)
-        for saver, expected in controls.items()
+        saver: _kill_ranks(str(place_of(root, saver)), saver, kills, seed, stop_at=word)
+        for saver, word in savers.items()
     }
+
+
+def test_killed_ranks_lose_no_acknowledged_checkpoint_and_all_go_on_from_the_same(
+    tmp_path: Path, rank_kills: int, seed: int, limit_s: float, tell: Callable[[str], None]
+) -> None:
+    share = -(-rank_kills // NUM_SERVERS)
+    start = time.monotonic()
+    servers = run_ranks(
+        _kill_ranks_of_each, NUM_SERVERS, str(tmp_path), dict.fromkeys(MODES, NEVER), share, seed,
+        backend=None, fresh=True, timeout_s=limit_s,
+    )  # fmt: skip
+    tallies = TallyOfRanks.sums(servers)
+    for mode, tally in tallies.items():
+        tell(
+            f"SIGKILL of ranks, {mode}: {tally.trials} jobs of {WORLD_SIZE} ranks, seed {seed}: in {tally.one_rank} "
+            f"one was killed first, in the others all; {tally.cut_writing} while a file was written, "
+            f"{tally.cut_before_removal} between rename and removal; {tally.acknowledged} saves acknowledged, "
+            f"{len(tally.findings)} lost, left behind or seen differently; {tally.told} of {tally.survivors} survivors "
+            f"were told by distckpt; {tally.stale} older checkpoints stay"
+        )
+    tell(f"SIGKILL of ranks: all in {time.monotonic() - start:.0f} s")
+    assert {mode: tally.findings for mode, tally in tallies.items()} == {mode: [] for mode in MODES}
+    for tally in tallies.values():
+        assert tally.trials >= rank_kills
+        assert tally.acknowledged > 0
+        assert 0 < tally.survivors < tally.one_rank < tally.trials
+    # Otherwise the moments lie elsewhere and prove nothing.
+    assert TallyOfRanks.sum(list(tallies.values())).cut_writing > 0.02 * rank_kills
 
 
 def test_the_same_kills_of_ranks_find_out_broken_savers(tmp_path: Path, seed: int, tell: Callable[[str], None]) -> None:
     controls = {"ignite": "lost:", "removes first": "lost:", "in place": "torn:", "hasty": "lost:"}
     (tallies,) = run_ranks(
-        _kill_ranks_of_broken_savers, 1, str(tmp_path), controls, CONTROL_KILLS, seed,
+        _kill_ranks_of_each, 1, str(tmp_path), controls, CONTROL_KILLS, seed,
         backend=None, fresh=True, timeout_s=LIMIT_S,
     )  # fmt: skip
     tell(

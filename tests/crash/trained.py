@@ -10,7 +10,6 @@ from typing import Any
 
 import ignite.handlers
 import torch
-import torch._dynamo  # an optimizer and DDP import it when they are first made: here, before a process forks
 import torch.distributed as dist
 from torch import nn
 
