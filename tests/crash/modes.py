@@ -1,6 +1,6 @@
 """The ways of saving that the crash tests go through, and what each asks of `DiskSaver`.
 
-One place: a new way of saving is one more entry in `MODES`, and every kind of trial is done in it.
+One place: a new way of saving is one more entry, and every kind of trial is done in it.
 """
 
 import os
@@ -18,8 +18,7 @@ _ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     "background shared": {"background": True, "share_write": "node"},
 }
 
-MODES: Sequence[str] = ("foreground",)
-"""Those of the above that there are by now."""
+MODES: Sequence[str] = tuple(_ARGUMENTS)
 
 
 def disk_saver(directory: str | os.PathLike[str], mode: str, kind: type[DiskSaver] = DiskSaver, **kwargs: Any) -> Any:
