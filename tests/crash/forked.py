@@ -51,6 +51,11 @@ class Child:
                 self.kill()
                 raise RuntimeError(f"a saving child sent {self.acknowledged} and then no more")
 
+    def take_in(self) -> None:
+        """Take in what it has sent by now."""
+        while self._take(0.0):
+            pass
+
     def signal(self) -> None:
         """SIGKILL it, and wait for nothing. Does nothing once it is reaped."""
         if self.pid:
@@ -76,8 +81,8 @@ class Child:
             self.signal()
         _, status = os.waitpid(self.pid, 0)
         self.pid = 0
-        while is_late and self._take(0.0):
-            pass
+        if is_late:
+            self.take_in()
         os.close(self._pipe)
         return None if is_late else os.waitstatus_to_exitcode(status)
 
@@ -125,6 +130,11 @@ class Job:
         except RuntimeError:
             self.kill()
             raise
+
+    def take_in(self) -> None:
+        """Take in what the ranks have sent by now."""
+        for rank in self.ranks:
+            rank.take_in()
 
     def kill(self) -> None:
         """SIGKILL all ranks at once. Does nothing the second time."""

@@ -34,7 +34,7 @@ EXIT_LOST, EXIT_OTHERWISE = 3, 4
 _NUM_FLOATS = 300_000
 _FOR_EVER = 10**6
 # How long a rank waits for one that died where only a time limit tells.
-_TIMEOUT_S = 5
+_TIMEOUT_S = 10
 # In the background, training goes on between two saves.
 _EVERY = 3
 

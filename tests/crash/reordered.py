@@ -106,7 +106,7 @@ class RecordedDisk:
         events = list(_events_in(self._log))
         moments = sorted(draw.randint(1, len(events)) for _ in range(num))
         durable, pending, acknowledged, done = bytearray(self._before), list[_Event](), 0, 0
-        for moment in moments:
+        for number, moment in enumerate(moments):
             for event in events[done:moment]:
                 if event.kind == _WRITE:
                     pending.append(event)
@@ -119,9 +119,12 @@ class RecordedDisk:
             done = moment
             left = bytearray(durable)
             lost, torn, blocks = _write_some(left, pending, draw)
-            self._disk.image.write_bytes(left)
-            with self._disk.powered():
+            # A file of its own: a loop device that is not quite gone yet would show what was in the one before.
+            image = self._disk.image.with_name(f"state{number}")
+            image.write_bytes(left)
+            with self._disk.powered(image):
                 yield State(moment=moment, acknowledged=acknowledged, num_blocks=blocks, num_lost=lost, num_torn=torn)
+            image.unlink()
 
 
 def _write_some(image: bytearray, writes: list[_Event], draw: random.Random) -> tuple[int, int, int]:

@@ -28,7 +28,7 @@ NUM_SERVERS = 2
 CONTROL_KILLS = 60
 NEVER = "never"
 # A survivor has to be told by then that the other rank is gone.
-SURVIVOR_LIMIT_S = 20.0
+SURVIVOR_LIMIT_S = 30.0
 LIMIT_S = 170.0
 VICTIMS = ((0,), (1,), (0, 1), (0, 1))
 # The other rank is killed after so many seconds at most; in each so-many-th trial it is not: that takes two seconds.
