@@ -40,7 +40,8 @@ __all__ = [
     "shares_of",
 ]
 
-_READ_BYTES = 4 << 20
+_READ_BYTES = 1 << 20
+"""Stays in a core's own cache between reading and checking."""
 
 Checked = tuple[int, int, int]
 """A record's number, the CRC-32 of some of its bytes, and how many they are; number -1 is the bytes around them."""
@@ -200,10 +201,11 @@ def _all_regions(archive: Archive) -> Iterator[tuple[int, int, int, bytes | None
 def _chunks(fd: int, begin: int, end: int) -> Iterator[tuple[int, memoryview]]:
     buffer = bytearray(min(_READ_BYTES, max(end - begin, 1)))
     view = memoryview(buffer)
+    # Reading ahead is left to the kernel: asked for by POSIX_FADV_WILLNEED it fills the page cache with single pages,
+    # from which everything that follows is copied at half the speed.
     os.posix_fadvise(fd, begin, end - begin, os.POSIX_FADV_SEQUENTIAL)
     at = begin
     while at < end:
-        os.posix_fadvise(fd, at, min(2 * _READ_BYTES, end - at), os.POSIX_FADV_WILLNEED)
         num_bytes = os.preadv(fd, [view[: min(len(buffer), end - at)]], at)
         if num_bytes == 0:
             return  # it was cut short while it was read; what was not checked is missing from the count
