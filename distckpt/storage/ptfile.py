@@ -3,10 +3,8 @@
 Owns the file's content. Must not know where the file lies or how it becomes durable. Layer L2.
 """
 
-import errno
 import functools
 import inspect
-import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,16 +12,10 @@ from typing import Any
 
 import torch
 
-from distckpt.errors import DamagedCheckpoint, UnsafeCheckpoint
-from distckpt.quiet import quiet
+from distckpt.storage.opened import OpenCheckpoint
 from distckpt.storage.sink import Sink
-from distckpt.storage.verify import begins_as_archive, check_whole
 
 __all__ = ["check_save_options", "is_ordinary", "read_pt", "verify", "what_loading_refuses", "write_pt"]
-
-
-_MOST_FAULTS = 3
-"""What a message names of them."""
 
 
 @functools.cache
@@ -79,17 +71,8 @@ def verify(path: Path) -> None:
         OSError: it cannot be read.
         DamagedCheckpoint: it is not as it was written.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        if not begins_as_archive(fd):
-            return  # the older format, or no checkpoint at all: who reads it will say so
-        faults = check_whole(fd)
-    finally:
-        os.close(fd)
-    if faults:
-        more = f", and {len(faults) - _MOST_FAULTS} more" if len(faults) > _MOST_FAULTS else ""
-        msg = f"{path} is no checkpoint, or is truncated or damaged: {'; '.join(faults[:_MOST_FAULTS])}{more}"
-        raise DamagedCheckpoint(msg)
+    with OpenCheckpoint(path) as file:
+        file.verify()
 
 
 def read_pt(path: Path, *, verified: bool = True) -> Any:
@@ -104,36 +87,12 @@ def read_pt(path: Path, *, verified: bool = True) -> Any:
         UnsafeCheckpoint: it holds objects that only execution could restore.
         DamagedCheckpoint: it is no checkpoint, is truncated or damaged.
     """
-    with path.open("rb") as file:  # a missing or forbidden file is the operating system's own error
-        is_empty = not file.read(1)
-    if is_empty:
-        msg = f"{path} is no checkpoint: it is empty"
-        raise DamagedCheckpoint(msg)
-    if verified:
-        verify(path)
-    try:
-        with quiet():  # of a pickle protocol that its own loader may not know: it will say so
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = _reason(str(error))
-        if "global" in reason.lower() or "class" in reason.lower():
-            msg = (
-                f"{path} holds objects that can only be loaded by executing code, which distckpt never does: {reason} "
-                "Nothing was executed. Save plain tensors, numbers, text and containers of them."
-            )
-            raise UnsafeCheckpoint(msg) from error
-        msg = f"{path} is no checkpoint, or is damaged: {reason}"
-        raise DamagedCheckpoint(msg) from error
-    except OSError as error:
-        if error.errno not in (None, errno.EINVAL):  # EINVAL: a seek that the damaged directory asked for
-            raise
-        msg = f"{path} is no checkpoint, or is truncated: {error}"
-        raise DamagedCheckpoint(msg) from error
-    except MemoryError:
-        raise
-    except Exception as error:
-        msg = f"{path} is no checkpoint, or is truncated or damaged: {type(error).__name__}: {_reason(str(error))}"
-        raise DamagedCheckpoint(msg) from error
+    with OpenCheckpoint(path) as file:
+        if verified:
+            file.verify()
+        state = file.state()
+        file.fill(None)
+        return state
 
 
 def what_loading_refuses(path: Path) -> list[str]:
@@ -147,15 +106,3 @@ def what_loading_refuses(path: Path) -> list[str]:
     except Exception as error:  # noqa: BLE001 - it reads the usual format alone, and stops at a newer pickle protocol
         told = str(error)
         return [told.splitlines()[0]] if "Unsupported operand" in told else []
-
-
-def _reason(text: str) -> str:
-    """Pick what went wrong out of torch's long advice, which recommends the unsafe way."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    lines = [line for line in lines if not line.startswith(("Check the documentation", "Please file an issue"))]
-    told = [line for line in lines if "GLOBAL" in line or "Unsupported" in line]
-    line = (told or lines or ["no reason given"])[-1]
-    if "weights_only" in line:  # torch's advice to load it unsafely
-        return "its format can only be read by executing what it holds."
-    line = line.removeprefix("WeightsUnpickler error: ").split(" Please use ", 1)[0].split(". In PyTorch 2.6", 1)[0]
-    return line if line.endswith(".") else line + "."

@@ -10,7 +10,7 @@ checked, where its writer has computed checksums at all (``torch.serialization.s
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from distckpt.storage.archive import (
@@ -133,7 +133,9 @@ def shares_of(archive: Archive, num_ranks: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise([*cuts, archive.num_bytes]))
 
 
-def check_range(fd: int, archive: Archive, begin: int, end: int) -> list[Checked]:
+def check_range(
+    fd: int, archive: Archive, begin: int, end: int, wait_for: Callable[[int], None] | None = None
+) -> list[Checked]:
     """Read a share of a file, once and in order, and check it. Any thread.
 
     Args:
@@ -141,6 +143,7 @@ def check_range(fd: int, archive: Archive, begin: int, end: int) -> list[Checked
         archive: what its directory says.
         begin: where the share begins.
         end: where it ends.
+        wait_for: called before so many bytes are read, if somebody reads ahead.
 
     Returns:
         For the records that have bytes in it what their CRC-32 is; and one entry of number -1 for each place around
@@ -153,7 +156,7 @@ def check_range(fd: int, archive: Archive, begin: int, end: int) -> list[Checked
     crc, num_bytes = 0, 0
     regions = _regions(archive, begin, end)
     number, at, until, expected = next(regions, (-1, end, end, None))
-    for offset, chunk in _chunks(fd, begin, end):
+    for offset, chunk in _chunks(fd, begin, end, wait_for):
         done = 0
         while done < len(chunk):
             last = min(until - offset, len(chunk))
@@ -198,7 +201,7 @@ def _all_regions(archive: Archive) -> Iterator[tuple[int, int, int, bytes | None
     yield -1, at, archive.num_bytes, ending
 
 
-def _chunks(fd: int, begin: int, end: int) -> Iterator[tuple[int, memoryview]]:
+def _chunks(fd: int, begin: int, end: int, wait_for: Callable[[int], None] | None) -> Iterator[tuple[int, memoryview]]:
     buffer = bytearray(min(_READ_BYTES, max(end - begin, 1)))
     view = memoryview(buffer)
     # Reading ahead is left to the kernel: asked for by POSIX_FADV_WILLNEED it fills the page cache with single pages,
@@ -206,6 +209,8 @@ def _chunks(fd: int, begin: int, end: int) -> Iterator[tuple[int, memoryview]]:
     os.posix_fadvise(fd, begin, end - begin, os.POSIX_FADV_SEQUENTIAL)
     at = begin
     while at < end:
+        if wait_for is not None:
+            wait_for(min(len(buffer), end - at))
         num_bytes = os.preadv(fd, [view[: min(len(buffer), end - at)]], at)
         if num_bytes == 0:
             return  # it was cut short while it was read; what was not checked is missing from the count

@@ -231,7 +231,7 @@ def test_torch_is_always_told_to_execute_nothing(tmp_path: Path, monkeypatch: py
             read_pt(tmp_path / name)
         except LoadError:
             assert name in {"noise", "unsafe"}
-    assert len(seen) == len(files), "no second try"
+    assert len(seen) == len(files) - 1, "no second try; the good one is read by the unpickler that torch.load uses then"
     assert all(kwargs["weights_only"] is True for kwargs in seen)
 
 

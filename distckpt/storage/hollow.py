@@ -1,0 +1,163 @@
+"""``data.pkl`` -> the state, its tensors in memory that nothing was read into yet.
+
+Owns which pickles are read so, and where in the file each storage stands. Must not know who fills it, nor how. Layer
+L2, below :mod:`distckpt.storage.opened`.
+
+Memory that is never touched costs nothing. So a tensor whose bytes go elsewhere, straight into a live one, needs no
+memory of its own; the others are filled where they are, and the tree around them stays as it was unpickled.
+
+The unpickler is torch's own for ``weights_only``: it executes nothing. What it builds by looking at a tensor's values
+(sparse, quantised, those of a device), and what anybody has added to its list, is left to ``torch.load``.
+
+Source: ``torch.serialization._load`` of torch 2.9 to 2.13, with what it asks of a file.
+"""
+
+import io
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from distckpt.quiet import quiet
+from distckpt.storage.archive import FOLDER, Slot
+from distckpt.storage.verify import Archive
+
+__all__ = ["Hollow", "NotPlain", "read_hollow"]
+
+_PICKLE, _VERSION, _BYTEORDER = "data.pkl", "version", "byteorder"
+_VERSIONS = (b"2\n", b"3\n")
+_KNOWN = frozenset(
+    {
+        "_codecs.encode",
+        "builtins.bytearray",
+        "builtins.complex",
+        "builtins.set",
+        "__builtin__.bytearray",
+        "__builtin__.complex",
+        "__builtin__.set",
+        "collections.Counter",
+        "collections.OrderedDict",
+        "torch.Size",
+        "torch.device",
+        "torch._utils._rebuild_parameter",
+        "torch._utils._rebuild_tensor_v2",
+        "torch._utils._rebuild_tensor_v3",
+        "torch.storage.UntypedStorage",
+    }
+)
+"""What may be called by name: none of them looks at what a storage holds."""
+
+
+class NotPlain(Exception):  # noqa: N818 - a reason, always caught
+    """The file is to be read by ``torch.load``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hollow:
+    """A state, and where its bytes are to be found.
+
+    Attributes:
+        state: what was saved; its tensors are on the CPU, and hold nothing yet.
+        slots: where each storage's bytes stand in the file, by torch's identity of the storage.
+        storages: all of them, by the same; they live as long as this.
+    """
+
+    state: Any
+    slots: Mapping[int, Slot]
+    storages: Mapping[int, torch.UntypedStorage]
+
+
+def read_hollow(archive: Archive, fd: int) -> Hollow:
+    """Read the pickle of a file, and nothing of its tensors. Any thread.
+
+    Args:
+        archive: what the file's directory says.
+        fd: open for reading.
+
+    Raises:
+        NotPlain: the file is to be read in torch's own way; or it is damaged, and that way will say how.
+        OSError: it cannot be read.
+    """
+    try:
+        records = _records(archive, fd)
+        return _unpickled(_content(fd, records[_PICKLE]), records)
+    except (NotPlain, OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise NotPlain(str(error)) from error
+
+
+def _records(archive: Archive, fd: int) -> dict[str, Slot]:
+    """Return the records by their names in the folder that all of them are in.
+
+    Raises:
+        NotPlain: they are in several, or the file is another machine's, or a program.
+    """
+    folders = {FOLDER} if archive.is_own else {slot.name.partition("/")[0] for slot in archive.slots}
+    names = [slot.name if archive.is_own else slot.name.partition("/")[2] for slot in archive.slots]
+    if len(folders) != 1 or len(set(names)) != len(names) or "constants.pkl" in names:
+        raise NotPlain
+    records = dict(zip(names, archive.slots, strict=True))
+    order = _content(fd, records[_BYTEORDER]) if _BYTEORDER in records else sys.byteorder.encode()
+    if _content(fd, records[_VERSION]) not in _VERSIONS or order != sys.byteorder.encode():
+        raise NotPlain
+    return records
+
+
+def _content(fd: int, slot: Slot) -> bytes:
+    content = b""
+    while len(content) < slot.num_bytes:
+        part = os.pread(fd, slot.num_bytes - len(content), slot.offset + len(content))
+        if not part:
+            raise NotPlain
+        content += part
+    return content
+
+
+def _unpickled(data: bytes, records: Mapping[str, Slot]) -> Hollow:
+    unpickling: Any = torch._weights_only_unpickler  # noqa: SLF001 - torch.load's own, without its reading of storages
+    with quiet():
+        if not all(map(_is_known, unpickling.get_globals_in_pkl(io.BytesIO(data)))):
+            raise NotPlain
+        unpickler = unpickling.Unpickler(io.BytesIO(data), encoding="utf-8")
+        made: dict[str, Any] = {}
+        unpickler.persistent_load = _storages_from(records, made)
+        state = unpickler.load()
+    slots, storages = {}, {}
+    for key, typed in made.items():
+        storage, slot = typed._untyped_storage, records[f"data/{key}"]  # noqa: SLF001 - its own accessor warns
+        if storage.nbytes() != slot.num_bytes:  # a tensor reached beyond its end
+            raise NotPlain
+        slots[storage._cdata], storages[storage._cdata] = slot, storage  # noqa: SLF001 - torch's identity of it
+    return Hollow(state, slots, storages)
+
+
+def _is_known(name: str) -> bool:
+    if name in _KNOWN:
+        return True
+    module, _, last = name.rpartition(".")
+    found = getattr(torch, last, None) if module == "torch" else None
+    return isinstance(found, torch.dtype) or (isinstance(found, type) and last.endswith("Storage"))
+
+
+def _storages_from(records: Mapping[str, Slot], made: dict[str, Any]) -> Callable[[Any], Any]:
+    """Return what gives the unpickler a storage for what stands in its place in the pickle."""
+
+    def make(pid: Any) -> Any:
+        kind, storage_type, key, _location, numel = pid
+        if kind not in ("storage", b"storage"):
+            raise NotPlain
+        if key not in made:
+            dtype = torch.uint8 if storage_type is torch.UntypedStorage else storage_type.dtype
+            num_bytes = numel * dtype.itemsize
+            if records[f"data/{key}"].num_bytes != num_bytes:
+                raise NotPlain
+            storages: Any = torch.storage  # its constructors have no types
+            untyped = storages.UntypedStorage(num_bytes)
+            made[key] = storages.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)
+        return made[key]
+
+    return make

@@ -1,0 +1,282 @@
+"""A checkpoint that is held open: what is verified is what is read, whatever comes in the file's place meanwhile.
+
+Owns the file's descriptor, and the way of its bytes: checked in shares or whole, then into memory that others name.
+Must not know what the memory is of. Layer L2.
+
+Everything goes through the page cache, which all ranks of a machine share: what one of them has had read from storage
+to check it, the others, and the reading that follows, find there. The file is not mapped: one that shrinks while it is
+read would end the process.
+"""
+
+import ctypes
+import itertools
+import os
+import threading
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import torch
+
+from distckpt.errors import DamagedCheckpoint
+from distckpt.storage.ahead import ReadAhead
+from distckpt.storage.archive import border_from
+from distckpt.storage.hollow import Hollow, NotPlain, read_hollow
+from distckpt.storage.torch_reader import load_by_torch
+from distckpt.storage.verify import (
+    Archive,
+    Checked,
+    NotAnArchive,
+    begins_as_archive,
+    check_range,
+    find_faults,
+    read_archive,
+    shares_of,
+)
+
+__all__ = ["OpenCheckpoint"]
+
+_STRIDE_BYTES = 4 << 20
+_MOST_THREADS = 4
+"""More do not make a memory faster."""
+_TAIL_BYTES = 64 * 1024
+"""What a fingerprint is of, and the zip's directory: there are the checksums of all records."""
+_MOST_FAULTS = 3
+"""What a message names of them."""
+
+
+Ranges = list[tuple[int, int]]
+"""Where each of some pieces of a file begins and ends."""
+
+
+class Part(NamedTuple):
+    """Bytes of a file, and the memory that they are for."""
+
+    address: int
+    num_bytes: int
+    at: int
+
+
+class OpenCheckpoint:
+    """A checkpoint's file, open for reading; a context.
+
+    Args:
+        path: of a file that ``torch.save`` or distckpt wrote.
+
+    Attributes:
+        path: see above.
+        num_bytes: its length when it was opened.
+
+    Raises:
+        OSError: it cannot be opened or read.
+        DamagedCheckpoint: it is empty.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("rb")  # a missing or forbidden file is the operating system's own error
+        self._archive: Archive | None = None
+        self._fault: str | None = None
+        self._hollow: Hollow | None = None
+        self._filled: set[int] = set()
+        try:
+            self.num_bytes = os.fstat(self._file.fileno()).st_size
+            self._open()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _open(self) -> None:
+        fd = self._file.fileno()
+        if not os.pread(fd, 1, 0):
+            msg = f"{self.path} is no checkpoint: it is empty"
+            raise DamagedCheckpoint(msg)
+        if begins_as_archive(fd):  # else the older format, or no checkpoint at all: who reads it will say so
+            try:
+                self._archive = read_archive(fd)
+            except NotAnArchive as error:
+                self._fault = str(error)
+
+    def __enter__(self) -> Self:
+        """Return it."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Close it."""
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.close()
+
+    # -- checking ----------------------------------------------------------------------------------
+
+    def fingerprint(self) -> list[int]:
+        """Return what is equal for equal files: their length, and the CRC-32 of their end."""
+        begin = max(0, self.num_bytes - _TAIL_BYTES)
+        if self._archive is not None:
+            begin = min(begin, self._archive.directory_at)
+        return [self.num_bytes, zlib.crc32(os.pread(self._file.fileno(), self.num_bytes - begin, begin))]
+
+    def inode(self) -> list[int]:
+        """Return what tells a file of this machine from all others."""
+        found = os.fstat(self._file.fileno())
+        return [found.st_dev, found.st_ino]
+
+    def share(self, number: int, num_shares: int) -> Ranges:
+        """Return what one of several ranks is to check, if each checks as much."""
+        return [] if self._archive is None else [shares_of(self._archive, num_shares)[number]]
+
+    def all_from(self, part: float) -> Ranges:
+        """Return all of the file, beginning at a part of it: what lies before comes last."""
+        if self._archive is None:
+            return []
+        cut = border_from(int(part * self.num_bytes))
+        return [one for one in ((cut, self.num_bytes), (0, cut)) if one[0] < one[1]]
+
+    def read_ahead(self, ranges: Ranges) -> ReadAhead:
+        """Return a context in whose body the file is read ahead, in the order in which it will be checked."""
+        return ReadAhead(self._file.fileno(), ranges)
+
+    def check(self, ranges: Ranges, ahead: ReadAhead | None = None) -> list[Checked]:
+        """Read ranges of the file, and check them. Any thread.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        if self._archive is None:
+            return []
+        fd, wait_for = self._file.fileno(), None if ahead is None else ahead.wait_for
+        found = {begin: check_range(fd, self._archive, begin, end, wait_for) for begin, end in ranges}
+        return [one for begin in sorted(found) for one in found[begin]]
+
+    def faults(self, checked: Iterable[Sequence[Checked]]) -> list[str]:
+        """Say what is wrong with the file, from what :meth:`check` found in all shares, in their order."""
+        if self._archive is None:
+            return [] if self._fault is None else [self._fault]
+        return find_faults(self._archive, checked)
+
+    def verify(self, ranges: Ranges | None = None, ahead: ReadAhead | None = None) -> None:
+        """Compare all of the file with its own checksums. Any thread. Files that are no archives pass.
+
+        Args:
+            ranges: what :meth:`all_from` returned; None to begin at the beginning.
+            ahead: what reads ahead in these ranges.
+
+        Raises:
+            OSError: it cannot be read.
+            DamagedCheckpoint: it is not as it was written.
+        """
+        self.refuse(self.faults([self.check(self.all_from(0.0) if ranges is None else ranges, ahead)]))
+
+    def refuse(self, faults: Sequence[str]) -> None:
+        """Raise an error that tells of faults, if there are any.
+
+        Raises:
+            DamagedCheckpoint: there are.
+        """
+        if faults:
+            more = f", and {len(faults) - _MOST_FAULTS} more" if len(faults) > _MOST_FAULTS else ""
+            told = "; ".join(faults[:_MOST_FAULTS])
+            msg = f"{self.path} is no checkpoint, or is truncated or damaged: {told}{more}"
+            raise DamagedCheckpoint(msg)
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    def look(self) -> bool:
+        """Read what the file says of its state, but for its tensors; tell whether that was possible. Any thread.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        if self._hollow is None and self._archive is not None:
+            try:
+                self._hollow = read_hollow(self._archive, self._file.fileno())
+            except NotPlain:
+                return False
+        return self._hollow is not None
+
+    def state(self) -> Any:
+        """Return what was saved. Its tensors, on the CPU, hold nothing yet where :meth:`look` could tell of them.
+
+        Raises:
+            OSError: it cannot be read.
+            UnsafeCheckpoint: it holds objects that only execution could restore.
+            DamagedCheckpoint: it is no checkpoint, is truncated or damaged.
+        """
+        if self.look() and self._hollow is not None:
+            return self._hollow.state
+        return load_by_torch(self._file, self.path)
+
+    def place_of(self, tensor: torch.Tensor) -> int | None:
+        """Return where in the file a tensor's storage begins; None if it holds what it should."""
+        identity = tensor.untyped_storage()._cdata  # noqa: SLF001 - torch's identity of a storage
+        if self._hollow is None or identity in self._filled or identity not in self._hollow.slots:
+            return None
+        return self._hollow.slots[identity].offset
+
+    def fill(self, storages: Iterable[torch.UntypedStorage] | None) -> None:
+        """Read what is to stand in some of the state's storages into them; None for all.
+
+        Raises:
+            OSError: it cannot be read.
+            DamagedCheckpoint: it has become shorter.
+        """
+        if self._hollow is None:
+            return
+        slots = self._hollow.slots
+        wanted = slots.keys() if storages is None else {storage._cdata for storage in storages} & slots.keys()  # noqa: SLF001
+        todo = wanted - self._filled
+        places = {one: self._hollow.storages[one].data_ptr() for one in todo}
+        self.read((places[one], slots[one].num_bytes, slots[one].offset) for one in slots if one in todo)
+        self._filled |= todo
+
+    def read(self, parts: Iterable[tuple[int, int, int]]) -> None:
+        """Read bytes into memory, on as many threads as torch may use.
+
+        Args:
+            parts: address of the memory, number of bytes, and where in the file they stand; the memory is that of
+                tensors on the CPU.
+
+        Raises:
+            OSError: the operating system refused; some of the memory has been written to.
+            DamagedCheckpoint: the file has become shorter; the same.
+        """
+        todo = [piece for part in parts for piece in _in_strides(Part(*part))]
+        num_threads = min(torch.get_num_threads(), _MOST_THREADS, sum(one.num_bytes for one in todo) // _STRIDE_BYTES)
+        counter, stop = itertools.count(), threading.Event()
+
+        def work() -> None:
+            for number in counter:
+                if number >= len(todo) or stop.is_set():
+                    return
+                self._read_one(todo[number])
+
+        if num_threads <= 1:
+            work()
+            return
+        with ThreadPoolExecutor(num_threads - 1, thread_name_prefix="distckpt-read") as pool:
+            others = [pool.submit(work) for _ in range(num_threads - 1)]
+            try:
+                work()
+            finally:
+                stop.set()
+        for other in others:
+            other.result()
+
+    def _read_one(self, part: Part) -> None:
+        memory, done = memoryview((ctypes.c_char * part.num_bytes).from_address(part.address)), 0
+        while done < part.num_bytes:
+            num_bytes = os.preadv(self._file.fileno(), [memory[done:]], part.at + done)
+            if num_bytes == 0:
+                msg = f"{self.path} is truncated: it became shorter while it was read"
+                raise DamagedCheckpoint(msg)
+            done += num_bytes
+
+
+def _in_strides(part: Part) -> Iterator[Part]:
+    for done in range(0, part.num_bytes, _STRIDE_BYTES):
+        yield Part(part.address + done, min(_STRIDE_BYTES, part.num_bytes - done), part.at + done)

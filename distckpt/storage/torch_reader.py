@@ -1,0 +1,67 @@
+"""torch's own reader, which takes every format that torch has ever written. Never executes code.
+
+Owns how it is called, and what is made of its errors. Must not know whether the file was verified. Layer L2, below
+:mod:`distckpt.storage.ptfile`.
+"""
+
+import errno
+import pickle
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from distckpt.errors import DamagedCheckpoint, UnsafeCheckpoint
+from distckpt.quiet import quiet
+
+__all__ = ["load_by_torch"]
+
+
+def load_by_torch(file: IO[bytes], path: Path) -> Any:
+    """Read a checkpoint onto the CPU, all of it: there is no fallback to an unsafe way.
+
+    Args:
+        file: open for reading.
+        path: its name, for messages.
+
+    Raises:
+        OSError: it cannot be read.
+        UnsafeCheckpoint: it holds objects that only execution could restore.
+        DamagedCheckpoint: it is no checkpoint, is truncated or damaged.
+    """
+    try:
+        file.seek(0)
+        with quiet():  # of a pickle protocol that its own loader may not know: it will say so
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = _reason(str(error))
+        if "global" in reason.lower() or "class" in reason.lower():
+            msg = (
+                f"{path} holds objects that can only be loaded by executing code, which distckpt never does: {reason} "
+                "Nothing was executed. Save plain tensors, numbers, text and containers of them."
+            )
+            raise UnsafeCheckpoint(msg) from error
+        msg = f"{path} is no checkpoint, or is damaged: {reason}"
+        raise DamagedCheckpoint(msg) from error
+    except OSError as error:
+        if error.errno not in (None, errno.EINVAL):  # EINVAL: a seek that the damaged directory asked for
+            raise
+        msg = f"{path} is no checkpoint, or is truncated: {error}"
+        raise DamagedCheckpoint(msg) from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        msg = f"{path} is no checkpoint, or is truncated or damaged: {type(error).__name__}: {_reason(str(error))}"
+        raise DamagedCheckpoint(msg) from error
+
+
+def _reason(text: str) -> str:
+    """Pick what went wrong out of torch's long advice, which recommends the unsafe way."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith(("Check the documentation", "Please file an issue"))]
+    told = [line for line in lines if "GLOBAL" in line or "Unsupported" in line]
+    line = (told or lines or ["no reason given"])[-1]
+    if "weights_only" in line:  # torch's advice to load it unsafely
+        return "its format can only be read by executing what it holds."
+    line = line.removeprefix("WeightsUnpickler error: ").split(" Please use ", 1)[0].split(". In PyTorch 2.6", 1)[0]
+    return line if line.endswith(".") else line + "."
