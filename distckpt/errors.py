@@ -17,8 +17,11 @@ The tree::
     └── LoadError
         ├── DamagedCheckpoint(RuntimeError, pickle.UnpicklingError, EOFError)
         │                               the file is no checkpoint, or is truncated or damaged
-        └── UnsafeCheckpoint(pickle.UnpicklingError)
-                                        it holds objects that loading would have to execute; nothing was
+        ├── UnsafeCheckpoint(pickle.UnpicklingError)
+        │                               it holds objects that loading would have to execute; nothing was
+        ├── DoesNotFit                  keys or shapes are missing, unexpected or mismatched
+        │   └── (DoesNotFit, <kind>)    of the types that each object's own error is of
+        └── PartlyLoaded(OSError)       storage failed when live tensors were being read into
 
 A mistake of the caller (a wrong type, a name that leaves the directory) is a plain ``TypeError`` or
 ``ValueError``. A failure inside a phase that all ranks walk together reaches all of them as one
@@ -38,7 +41,9 @@ __all__ = [
     "CommitNotDurable",
     "DamagedCheckpoint",
     "DistckptError",
+    "DoesNotFit",
     "LoadError",
+    "PartlyLoaded",
     "PhaseError",
     "RankFailure",
     "RankLost",
@@ -126,7 +131,7 @@ class ReplicasDiffer(DistckptError):  # noqa: N818 - the name is the sentence; i
 
 
 class LoadError(DistckptError):
-    """A checkpoint could not be read or does not fit. No live object was changed."""
+    """A checkpoint could not be read or does not fit. No live object was changed, unless it is a PartlyLoaded."""
 
 
 class DamagedCheckpoint(LoadError, RuntimeError, pickle.UnpicklingError, EOFError):  # noqa: N818 - public name
@@ -135,6 +140,38 @@ class DamagedCheckpoint(LoadError, RuntimeError, pickle.UnpicklingError, EOFErro
 
 class UnsafeCheckpoint(LoadError, pickle.UnpicklingError):  # noqa: N818 - public name
     """The checkpoint holds objects that can only be loaded by executing code. Nothing was executed."""
+
+
+class DoesNotFit(LoadError):  # noqa: N818 - the name is the sentence; it is public API
+    """A checkpoint and the objects it is for do not fit together. No live object was changed.
+
+    Args:
+        message: what each object lacks, or has too much.
+        missing: keys that objects have and the checkpoint lacks, each behind its object's name.
+        unexpected: keys that the checkpoint has for an object which lacks them.
+        mismatched: keys whose shape or kind is another one.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        missing: Sequence[str] = (),
+        unexpected: Sequence[str] = (),
+        mismatched: Sequence[str] = (),
+    ) -> None:
+        super().__init__(message)
+        self.missing = tuple(missing)
+        self.unexpected = tuple(unexpected)
+        self.mismatched = tuple(mismatched)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Rebuild through :func:`does_not_fit`: the mixed-in types have no importable name."""
+        kinds = tuple(base.__name__ for base in type(self).__mro__)
+        return (does_not_fit, (str(self), kinds, self.missing, self.unexpected, self.mismatched))
+
+
+class PartlyLoaded(LoadError, OSError):  # noqa: N818 - the name is the sentence; it is public API
+    """Storage failed while live tensors were being read into: some objects hold neither the old nor the new state."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,6 +254,8 @@ _OURS: tuple[type[Exception], ...] = (
     SaveError,
     DamagedCheckpoint,
     UnsafeCheckpoint,
+    DoesNotFit,
+    PartlyLoaded,
     LoadError,
     RankLost,
     CollectiveTimeout,
@@ -294,6 +333,32 @@ def save_error(message: str, cause: OSError, *, renamed: bool = False) -> SaveEr
     kinds = [base.__name__ for base in type(cause).__mro__]
     ours = CommitNotDurable if renamed else SaveError
     error: SaveError = _mixed((ours, *_named(_BUILTIN, kinds)))(message, cause)
+    return error
+
+
+def does_not_fit(
+    message: str,
+    kinds: Sequence[str],
+    missing: Sequence[str] = (),
+    unexpected: Sequence[str] = (),
+    mismatched: Sequence[str] = (),
+) -> DoesNotFit:
+    """Make the error of a checkpoint that does not fit.
+
+    Args:
+        message: see :class:`DoesNotFit`, as all that follow.
+        kinds: names of the builtin types that it is to be of too.
+        missing: keys.
+        unexpected: keys.
+        mismatched: keys.
+
+    Example:
+        >>> error = does_not_fit("no", ["ValueError", "RuntimeError"], missing=["model.bias"])
+        >>> isinstance(error, ValueError), isinstance(error, RuntimeError), error.missing
+        (True, True, ('model.bias',))
+    """
+    mixed_in = tuple(base for base in (ValueError, RuntimeError) if base.__name__ in kinds)
+    error: DoesNotFit = _mixed((DoesNotFit, *mixed_in))(message, missing, unexpected, mismatched)
     return error
 
 

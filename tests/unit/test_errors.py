@@ -16,12 +16,15 @@ from distckpt.errors import (
     CommitNotDurable,
     DamagedCheckpoint,
     DistckptError,
+    DoesNotFit,
     LoadError,
+    PartlyLoaded,
     PhaseError,
     RankFailure,
     RanksDriftedApart,
     SaveError,
     UnsafeCheckpoint,
+    does_not_fit,
     phase_error,
     save_error,
 )
@@ -54,6 +57,9 @@ PRODUCTS: dict[str, Exception] = {
     "LoadError": LoadError("unfit"),
     "DamagedCheckpoint": DamagedCheckpoint("damaged"),
     "UnsafeCheckpoint": UnsafeCheckpoint("unsafe"),
+    "DoesNotFit": DoesNotFit("unfit", ["m.a"], ["m.b"], ["m.c"]),
+    "does_not_fit, of two kinds": does_not_fit("unfit", ["ValueError", "RuntimeError"], ["m.a"]),
+    "PartlyLoaded": PartlyLoaded("partly"),
     "save_error": save_error("full", FULL),
     "save_error, mixed": save_error("absent", ABSENT),
     "save_error, renamed": save_error("unsynced", PermissionError(errno.EACCES, "denied"), renamed=True),
@@ -93,6 +99,8 @@ JOURNEYS: dict[str, Callable[[Any], Any]] = {
         (LoadError, (DistckptError,)),
         (DamagedCheckpoint, (LoadError, RuntimeError, pickle.UnpicklingError, EOFError)),
         (UnsafeCheckpoint, (LoadError, pickle.UnpicklingError)),
+        (DoesNotFit, (LoadError,)),
+        (PartlyLoaded, (LoadError, OSError)),
         (DistckptError, (Exception,)),
     ],
 )
@@ -109,7 +117,7 @@ def test_error_survives_a_journey(name: str, journey: str) -> None:
     twin = JOURNEYS[journey](error)
     assert type(twin) is type(error)
     assert str(twin) == str(error)
-    for attribute in ("errno", "strerror", "missing", "phase", "failures"):
+    for attribute in ("errno", "strerror", "missing", "unexpected", "mismatched", "phase", "failures"):
         assert getattr(twin, attribute, None) == getattr(error, attribute, None)
 
 
@@ -177,6 +185,8 @@ def test_failed_save_is_of_its_causes_type_too(cause: OSError, also: type[OSErro
         (save_error("s", FULL, renamed=True), (CommitNotDurable, SaveError, OSError)),
         (DamagedCheckpoint("d"), (DamagedCheckpoint, pickle.UnpicklingError, EOFError, RuntimeError)),
         (UnsafeCheckpoint("u"), (UnsafeCheckpoint, LoadError)),
+        (does_not_fit("d", ["RuntimeError"]), (DoesNotFit, LoadError, RuntimeError)),
+        (PartlyLoaded("p"), (PartlyLoaded, LoadError, OSError)),
         (CollectiveTimeout("c"), (CollectiveTimeout, CollectiveError)),
         (RanksDriftedApart("r"), (RanksDriftedApart,)),
         (of_phase(KeyError("k")), (PhaseError, KeyError)),
