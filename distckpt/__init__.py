@@ -52,6 +52,7 @@ from distckpt.handlers import (
     resume,
     stop_reason,
 )
+from distckpt.load import LoadReport
 
 __all__ = [
     "BaseSaveHandler",
@@ -66,6 +67,7 @@ __all__ = [
     "DoesNotFit",
     "EarlyStopping",
     "LoadError",
+    "LoadReport",
     "ModelCheckpoint",
     "Parallel",
     "PartlyLoaded",

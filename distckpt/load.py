@@ -1,56 +1,96 @@
 """One load: the order of its hops.
 
 Owns the way from a path or a mapping to live objects. Must not know about engines. Layer L4.
+
+1. the file is opened once: what is verified is what is read.
+2. while it comes from storage its pickle is read, and tried on the objects; then all of it is compared with its
+   checksums. Nothing live is touched.
+3. what cannot go straight into live tensors is read into memory of its own.
+4. the objects are loaded, and the rest is read into the live tensors' memory.
 """
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from distckpt.backends.detect import current
 from distckpt.state.collect import check_objects
-from distckpt.state.restore import restore
-from distckpt.state.undo import undo_object
-from distckpt.storage.ptfile import read_pt
+from distckpt.state.report import LoadReport
+from distckpt.state.restore import Prepared, prepare, restore
+from distckpt.storage.opened import OpenCheckpoint
 
-__all__ = ["check_to_load", "load_objects", "load_with"]
+__all__ = ["LoadReport", "check_to_load", "load_objects", "load_with"]
 
 
-def load_objects(to_load: Mapping[str, Any], checkpoint: str | Path | Mapping[str, Any], **kwargs: Any) -> None:
+def load_objects(
+    to_load: Mapping[str, Any], checkpoint: str | Path | Mapping[str, Any], *, verify: bool = True, **kwargs: Any
+) -> LoadReport:
     """Load a checkpoint into live objects: all of them, or none. Rank-local; issues no collectives.
 
     Args:
         to_load: objects with ``load_state_dict``, in mappings and lists nested at will. DistributedDataParallel,
             DataParallel and torch.compile are seen through.
         checkpoint: a path, or the mapping that was saved.
+        verify: compare a file with its checksums first.
         kwargs: for ``nn.Module.load_state_dict``; modules only.
+
+    Returns:
+        The keys that were left as they were; none, if the load is strict.
 
     Raises:
         TypeError: `checkpoint` is neither, or an object has no ``load_state_dict``.
         OSError: the file cannot be read.
         DamagedCheckpoint: the file is no checkpoint, is truncated or damaged.
         UnsafeCheckpoint: the file holds objects that only execution could restore.
-        ValueError: the checkpoint lacks an object, or an optimizer's groups differ.
-        RuntimeError: a module's keys or shapes differ.
+        DoesNotFit: the checkpoint lacks an object, or an optimizer's groups differ (a ValueError too); a module's keys
+            or shapes differ (a RuntimeError too). It lists them all.
+        PartlyLoaded: storage failed in the midst of reading into live tensors.
     """
     if not isinstance(checkpoint, Mapping | str | Path):
         msg = f"Argument checkpoint should be a string or a dictionary, but given {type(checkpoint)}"
         raise TypeError(msg)
     check_to_load(to_load)
-    state = checkpoint if isinstance(checkpoint, Mapping) else read_pt(Path(checkpoint))
-    restore(to_load, state, kwargs)
+    if isinstance(checkpoint, Mapping):
+        return restore(to_load, checkpoint, kwargs)
+    with OpenCheckpoint(Path(checkpoint)) as file:
+        prepared = _prepared_and_verified(file, to_load, kwargs) if verify else None
+        if prepared is None:
+            prepared = prepare(to_load, file.state(), kwargs, file)
+        return prepared.load()
 
 
-def check_to_load(to_load: object) -> None:
-    """Check the argument ``to_load``.
+def _prepared_and_verified(
+    file: OpenCheckpoint, to_load: Mapping[str, Any], options: Mapping[str, Any]
+) -> Prepared | None:
+    """Verify a file, and prepare its load while it comes from storage; None where the load has to wait for the check.
 
-    Raises:
-        TypeError: it is no mapping, or an object has no ``load_state_dict``.
+    What is wrong with the file is told before what does not fit. Each rank of a machine begins at a place of its own,
+    so that ranks that load at once read different bytes from storage, and find the others' in the page cache.
     """
-    if not isinstance(to_load, Mapping):
-        msg = f"Argument to_load should be a dictionary, but given {type(to_load)}"
-        raise TypeError(msg)
-    check_objects(dict(to_load), "load_state_dict")
+    ranges = file.all_from(_fraction_of(current().local_rank))
+    prepared = None
+    with file.read_ahead(ranges) as ahead:
+        try:
+            if file.look():
+                prepared = prepare(to_load, file.state(), options, file)
+        except Exception:
+            file.verify(ranges, ahead)
+            raise
+        file.verify(ranges, ahead)
+    return prepared
+
+
+def _fraction_of(number: int) -> float:
+    """Return a place between 0 and 1, such that those of the first n numbers are spread evenly, whatever n is.
+
+    Example:
+        >>> [_fraction_of(number) for number in range(5)]
+        [0.0, 0.5, 0.25, 0.75, 0.125]
+    """
+    fraction, step = 0.0, 0.5
+    while number:
+        fraction, number, step = fraction + step * (number & 1), number >> 1, step / 2
+    return fraction
 
 
 def load_with(
@@ -67,9 +107,16 @@ def load_with(
     Raises:
         Exception: what :func:`load_objects` raises of what was read, or one of the others.
     """
-    with contextlib.ExitStack() as undo:
-        for obj, its_state in others:
-            undo.callback(undo_object(obj))
-            obj.load_state_dict(its_state)
-        restore(to_load, state, options)
-        undo.pop_all()
+    prepare(to_load, state, options).load(others)
+
+
+def check_to_load(to_load: object) -> None:
+    """Check the argument ``to_load``.
+
+    Raises:
+        TypeError: it is no mapping, or an object has no ``load_state_dict``.
+    """
+    if not isinstance(to_load, Mapping):
+        msg = f"Argument to_load should be a dictionary, but given {type(to_load)}"
+        raise TypeError(msg)
+    check_objects(dict(to_load), "load_state_dict")

@@ -10,6 +10,7 @@ from typing import Any
 from ignite.engine import Engine
 
 from distckpt import load
+from distckpt.load import LoadReport
 from distckpt.naming import default_pattern
 
 __all__ = ["CheckpointHelpers"]
@@ -64,24 +65,36 @@ class CheckpointHelpers:
         return lambda engine: score_sign * engine.state.metrics[metric_name]
 
     @staticmethod
-    def load_objects(to_load: Mapping[str, Any], checkpoint: str | Path | Mapping[str, Any], **kwargs: Any) -> None:
+    def load_objects(
+        to_load: Mapping[str, Any], checkpoint: str | Path | Mapping[str, Any], *, verify: bool = True, **kwargs: Any
+    ) -> LoadReport:
         """Load a checkpoint into objects: all of them, or none. Never executes code. Rank-local.
+
+        A file's bytes go straight into the tensors of modules and optimizers where shape and dtype allow, once all of
+        it has been verified. Ranks of one machine that load it at once have each byte read from storage once.
 
         Args:
             to_load: objects with ``load_state_dict``, in mappings and lists nested at will.
             checkpoint: a path, or what was saved, as a mapping. A single object's bare state dict will do.
+            verify: compare a file with its checksums before any object is touched.
             kwargs: for ``nn.Module.load_state_dict``, e.g. ``strict=False``; modules only.
+
+        Returns:
+            The keys that a load with ``strict=False`` has passed over: ``missing``, ``unexpected``, ``mismatched``.
 
         Raises:
             TypeError: `checkpoint` is neither, or an object cannot be loaded into.
             LoadError: the file is no checkpoint, is damaged, or would have to execute code.
-            ValueError: the checkpoint lacks an object.
+            ValueError: the checkpoint lacks an object, or an optimizer's groups differ.
+            RuntimeError: a module's keys or shapes differ.
+            DoesNotFit: either of the last two; it lists the keys of all objects.
 
         Example:
             >>> from torch import nn
             >>> model, twin = nn.Linear(2, 2), nn.Linear(2, 2)
             >>> CheckpointHelpers.load_objects({"model": twin}, {"model": model.state_dict()})
+            LoadReport(missing=(), unexpected=(), mismatched=())
             >>> bool((model.weight == twin.weight).all())
             True
         """
-        load.load_objects(to_load, checkpoint, **kwargs)
+        return load.load_objects(to_load, checkpoint, verify=verify, **kwargs)

@@ -16,6 +16,7 @@ from ignite.handlers.checkpoint import DiskSaver as _IgniteDiskSaver
 from distckpt import load
 from distckpt.consensus.decision import NameRules, filename_of
 from distckpt.handlers.disk_saver import DiskSaver
+from distckpt.load import LoadReport
 from distckpt.naming import format_score
 from distckpt.scalars import plain_score
 
@@ -94,17 +95,27 @@ class CheckpointHistory(Serializable):
         self._is_agreed = False
 
     def reload_objects(
-        self, to_load: Mapping[str, Any], load_kwargs: Mapping[str, Any] | None = None, **filename_components: Any
-    ) -> None:
-        """Load one of this handler's files into objects, found by its name's components.
+        self,
+        to_load: Mapping[str, Any],
+        load_kwargs: Mapping[str, Any] | None = None,
+        *,
+        verify: bool = True,
+        **filename_components: Any,
+    ) -> LoadReport:
+        """Load one of this handler's files into objects, found by its name's components; see ``load_objects``.
 
         Args:
             to_load: objects with ``load_state_dict``.
             load_kwargs: for ``nn.Module.load_state_dict``.
+            verify: compare the file with its checksums before any object is touched.
             filename_components: ``name``, ``score``, ``global_step``.
+
+        Returns:
+            The keys that a load with ``strict=False`` has passed over.
 
         Raises:
             AttributeError: the save handler is no :class:`DiskSaver`.
+            Exception: what ``load_objects`` raises.
         """
         if not isinstance(self.save_handler, ON_DISK):
             msg = f"Checkpoint's `save_handler` should be of type `DiskSaver`, given {type(self.save_handler)}"
@@ -118,4 +129,4 @@ class CheckpointHistory(Serializable):
             rules, score=told if has_score else None, global_step=filename_components.get("global_step")
         )
         path = self.save_handler.dirname / filename
-        load.load_objects(to_load, path, **(load_kwargs or {}))
+        return load.load_objects(to_load, path, verify=verify, **(load_kwargs or {}))

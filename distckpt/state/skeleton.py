@@ -6,16 +6,21 @@ are not tried: what their code does to a twin, and to what it shares with the li
 """
 
 import copy
+import re
 from typing import Any
 
 import torch
 from torch import nn
 
+from distckpt.errors import does_not_fit
 from distckpt.quiet import quiet
+from distckpt.state.report import LoadReport
 
 __all__ = ["NotCopyable", "try_on_skeleton"]
 
 _METHODS = ("load_state_dict", "_load_from_state_dict", "set_extra_state")
+_MISMATCH = re.compile(r'size mismatch for (.+?): |While \w+ the parameter named "(.+?)",')
+"""How torch's messages begin."""
 _HOOKS = ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 
 
@@ -23,7 +28,7 @@ class NotCopyable(Exception):  # noqa: N818 - not an error: the caller takes ano
     """The module loads in a way of its own, or cannot be copied: no dry run is possible."""
 
 
-def try_on_skeleton(module: nn.Module, state: Any, options: dict[str, Any]) -> None:
+def try_on_skeleton(module: nn.Module, state: Any, options: dict[str, Any]) -> LoadReport:
     """Load `state` into a twin of `module` on the meta device.
 
     Args:
@@ -31,9 +36,13 @@ def try_on_skeleton(module: nn.Module, state: Any, options: dict[str, Any]) -> N
         state: a state dict; it is not changed.
         options: keyword arguments of ``nn.Module.load_state_dict``.
 
+    Returns:
+        What is missing and unexpected, if the load is not strict.
+
     Raises:
         NotCopyable: no dry run is possible.
-        Exception: whatever ``load_state_dict`` raises when the state does not fit.
+        DoesNotFit: ``load_state_dict`` refuses the state; a RuntimeError with its message.
+        Exception: whatever else it raises.
     """
     if any(_loads_its_own_way(part) for part in module.modules()):
         raise NotCopyable
@@ -41,8 +50,23 @@ def try_on_skeleton(module: nn.Module, state: Any, options: dict[str, Any]) -> N
         skeleton = _twin_of(module, {}, {})
     except Exception as error:
         raise NotCopyable from error
+    lists: list[tuple[list[str], list[str], list[str]]] = []
+
+    def note(*given: Any) -> None:  # torch hands the lists that it goes on filling
+        lists.append(given[-3:])
+
+    skeleton.register_load_state_dict_pre_hook(note)  # type: ignore[no-untyped-call]  # torch ships it without types
+    refused: RuntimeError | None = None
     with quiet():  # "copying to meta is a no-op", and what the real load will say again
-        skeleton.load_state_dict(_on_meta(state), **options)
+        try:
+            skeleton.load_state_dict(_on_meta(state), **options)
+        except RuntimeError as error:
+            refused = error
+    missing, unexpected, errors = lists[0] if lists else ([], [], [])
+    mismatched = [found.group(1) or found.group(2) for found in map(_MISMATCH.match, errors) if found]
+    if refused is not None:
+        raise does_not_fit(str(refused), ["RuntimeError"], missing, unexpected, mismatched) from refused
+    return LoadReport(missing=tuple(missing), unexpected=tuple(unexpected), mismatched=tuple(mismatched))
 
 
 def _loads_its_own_way(module: nn.Module) -> bool:
