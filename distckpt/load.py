@@ -9,7 +9,7 @@ Owns the way from a path or a mapping to live objects. Must not know about engin
 4. the objects are loaded, and the rest is read into the live tensors' memory.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from distckpt.state.report import LoadReport
 from distckpt.state.restore import Prepared, prepare, restore
 from distckpt.storage.opened import OpenCheckpoint
 
-__all__ = ["LoadReport", "check_to_load", "load_objects", "load_with"]
+__all__ = ["LoadReport", "check_to_load", "load_objects"]
 
 
 def load_objects(
@@ -91,23 +91,6 @@ def _fraction_of(number: int) -> float:
     while number:
         fraction, number, step = fraction + step * (number & 1), number >> 1, step / 2
     return fraction
-
-
-def load_with(
-    others: Sequence[tuple[Any, Any]], to_load: Mapping[str, Any], state: Any, options: Mapping[str, Any]
-) -> None:
-    """Load a state that has been read, and a few objects beside it: all of them, or none. Rank-local.
-
-    Args:
-        others: objects that are not among `to_load`, each with its state; no modules or optimizers.
-        to_load: see :func:`load_objects`.
-        state: the checkpoint.
-        options: for ``nn.Module.load_state_dict``.
-
-    Raises:
-        Exception: what :func:`load_objects` raises of what was read, or one of the others.
-    """
-    prepare(to_load, state, options).load(others)
 
 
 def check_to_load(to_load: object) -> None:

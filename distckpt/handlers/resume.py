@@ -27,7 +27,8 @@ from distckpt.handlers.disk_saver import DiskSaver
 from distckpt.handlers.fast_forward import FastForward
 from distckpt.handlers.own_files import OwnFiles, files_in
 from distckpt.handlers.rng_state import RngState
-from distckpt.state.restore import check_complete
+from distckpt.load import LoadReport
+from distckpt.state.restore import Prepared, check_complete, prepare
 
 __all__ = ["resume"]
 
@@ -44,6 +45,7 @@ def resume(
     *,
     skip_batches: bool = True,
     timeout_s: float | None = None,
+    verify: bool = True,
     **kwargs: Any,
 ) -> Path | None:
     """Collective. Load the newest checkpoint that is whole, the same one on all ranks; with none, start afresh.
@@ -53,11 +55,14 @@ def resume(
 
     1. (coordinator) list the candidates in its directory, and order them: the highest iteration recorded inside is the
        newest.
-    2. (all ranks) read one after the other, the newest first. One that is damaged on some rank, is not the same file
-       on all ranks, or lacks an object is passed over on all ranks with a warning that says why.
-    3. (all ranks) load it: on each rank all objects, or none. An error on one rank is raised on every rank.
-    4. (all ranks) take over the handler's history, so that it goes on removing what it replaces.
-    5. (all ranks) let the engine's next run begin where the other one was: see `skip_batches`.
+    2. (all ranks) verify one after the other, the newest first, the ranks of a machine each its share. One that is
+       damaged on some rank, is not the same file on all ranks, or lacks an object is passed over on all ranks with a
+       warning that says why.
+    3. (all ranks) try it on the objects. If it does not fit on one rank, that is raised on every rank, and no object of
+       any rank has been touched.
+    4. (all ranks) load it: on each rank all objects, or none. An error on one rank is raised on every rank.
+    5. (all ranks) take over the handler's history, so that it goes on removing what it replaces.
+    6. (all ranks) let the engine's next run begin where the other one was: see `skip_batches`.
 
     Args:
         to_load: what was saved: objects with ``load_state_dict``, in mappings and lists nested at will. Put an
@@ -71,6 +76,7 @@ def resume(
             that it had trained in it. False for data that know by themselves where to go on.
         timeout_s: seconds to wait for the other ranks; None for ``DISTCKPT_TIMEOUT_S``, or 300, and for no less than
             1800 while they read and load.
+        verify: compare the files with their checksums.
         kwargs: for ``nn.Module.load_state_dict``, e.g. ``strict=False``; modules only.
 
     Returns:
@@ -131,18 +137,29 @@ def resume(
         coordinator=coordinator,
         check=lambda state: check_complete(to_load, state),
         timeout_s=patience_s,
+        verify=verify,
     )
-    found: list[Beside] = []
+    found: list[tuple[Beside, Prepared]] = []
+
+    def fit_here() -> None:
+        beside = find_beside(source[0].handler, chosen, names, to_load, engine)
+        found.append((beside, prepare(to_load, chosen.state, kwargs, chosen.file)))
+        found[0][1].fill()
 
     def load_here() -> None:
-        found.append(find_beside(source[0].handler, chosen, names, to_load, engine))
-        load.load_with(found[0].pairs, to_load, chosen.state, kwargs)
+        beside, prepared = found[0]
+        passed_over.append(prepared.load(beside.pairs))
 
-    place = agree.Place(who="resume", doing=f"loading {chosen.name}", step=0)
-    agree.run(backend, place, load_here, timeout_s=patience_s)
-    (beside,) = found
+    passed_over: list[LoadReport] = []
+    with chosen.file:
+        for doing, work in (("fitting", fit_here), ("loading", load_here)):
+            place = agree.Place(who="resume", doing=f"{doing} {chosen.name}", step=0)
+            agree.run(backend, place, work, timeout_s=patience_s)
+    beside = found[0][0]
     for what in beside.warnings:
         warnings.warn(f"resume: {what}", stacklevel=2)
+    for what in _left_out(chosen, passed_over[0]):
+        _logger.warning("resume: %s", what)
     if engine is not None and beside.is_engine_known:
         engine.should_terminate = False  # of the run before; ignite would begin the epoch's count anew
         FastForward(engine, [one for _, one in leaves(to_load) if isinstance(one, RngState)], skip_batches=skip_batches)
@@ -178,6 +195,12 @@ class _Source:
         answer["names"] = [path.relative_to(self.directory).as_posix() for path in ordered]
         answer["num_others"] = len(there) - len(names)
         return answer
+
+
+def _left_out(chosen: choose.Chosen, report: LoadReport) -> list[str]:
+    """Say which keys a load that is not strict has passed over."""
+    kinds = {"lacks": report.missing, "has, and no object takes,": report.unexpected}
+    return [f"{chosen.path} {verb} {', '.join(keys)}" for verb, keys in kinds.items() if keys]
 
 
 def _source_of(given: object) -> _Source:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from ignite.engine import Engine, Events
 
-from distckpt import Checkpoint, CollectiveTimeout, DiskSaver, LoadError, PhaseError, RngState, resume
+from distckpt import Checkpoint, CollectiveTimeout, DiskSaver, DoesNotFit, LoadError, PhaseError, RngState, resume
+from distckpt.storage.opened import OpenCheckpoint
 from tests.distributed.programs import all_equal, gathered, idle_engine, kinds, logged, model_of, raised, warned
 from tests.support import job, run_distributed, run_ranks
 from tests.support.selection import of_processes, only_on
@@ -200,6 +201,94 @@ def test_one_that_lacks_an_object_is_passed_over_on_all_ranks(tmp_path: Path, wo
     assert all_equal(ends)
     assert ends[0]["path"] == tmp_path / "checkpoint_4.pt"
     assert "checkpoint_8.pt cannot be resumed from: on every rank: it lacks" in ends[0]["told"][0]
+
+
+@WORLDS
+def test_damage_in_any_ranks_share_is_found_on_all(tmp_path: Path, world_size: int) -> None:
+    put(tmp_path, 4)
+    state = {**torch.load(tmp_path / "checkpoint_4.pt", weights_only=True), "large": torch.zeros(200_000)}
+    DiskSaver(tmp_path, require_empty=False)(state, "checkpoint_8.pt")
+    newest = tmp_path / "checkpoint_8.pt"
+    content = bytearray(newest.read_bytes())
+    for part in range(4):
+        damaged = bytearray(content)
+        damaged[20_000 + part * 200_000] ^= 1
+        newest.write_bytes(damaged)
+        ends = run_ranks(resumed_from, world_size, tmp_path)
+        assert all_equal(ends)
+        assert ends[0]["path"] == tmp_path / "checkpoint_4.pt"
+        assert "on every rank: " in ends[0]["told"][0]
+        assert "has checksum" in ends[0]["told"][0]
+
+
+def shared_reading(folder: Path) -> tuple[int, int]:
+    """Resume; return how many bytes this rank has verified, and how many of the process came from storage."""
+    checked: list[int] = []
+    real = OpenCheckpoint.check
+
+    def watched(self: OpenCheckpoint, ranges: Any, ahead: Any = None) -> Any:
+        checked.extend(end - begin for begin, end in ranges)
+        return real(self, ranges, ahead)
+
+    OpenCheckpoint.check = watched  # type: ignore[method-assign]
+    model = torch.nn.Linear(1024, 2048)
+    job.barrier()
+    before = bytes_read()
+    try:
+        resume({"model": model}, folder)
+    finally:
+        OpenCheckpoint.check = real  # type: ignore[method-assign]
+    assert model.weight.mean().item() == 3.0
+    return sum(checked), bytes_read() - before
+
+
+def loaded_at_once(folder: Path) -> tuple[int, int]:
+    """Load the same file on all ranks at once; return the same as the above, and nothing of what is verified."""
+    model = torch.nn.Linear(1024, 2048)
+    job.barrier()
+    before = bytes_read()
+    Checkpoint.load_objects({"model": model}, folder / "a.pt")
+    assert model.weight.mean().item() == 3.0
+    return 0, bytes_read() - before
+
+
+def bytes_read() -> int:
+    """Return how many bytes this process has had read from storage."""
+    lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes:"))
+
+
+@of_processes
+@WORLDS
+@pytest.mark.parametrize("how", [shared_reading, loaded_at_once])
+def test_ranks_of_one_machine_have_each_byte_read_from_storage_once(tmp_path: Path, world_size: int, how: Any) -> None:
+    model = torch.nn.Linear(1024, 2048)
+    torch.nn.init.constant_(model.weight, 3.0)
+    DiskSaver(tmp_path)({"model": model.state_dict()}, "a.pt")
+    size = (tmp_path / "a.pt").stat().st_size
+    with (tmp_path / "a.pt").open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    ends = run_ranks(how, world_size, tmp_path)
+    if how is shared_reading:
+        assert sum(verified for verified, _ in ends) == size
+        assert max(verified for verified, _ in ends) < size / world_size + 4096
+    total = sum(read for _, read in ends)
+    assert total <= 1.01 * size + 65536, "a file system without storage counts nothing"
+
+
+@run_distributed(world_size=2)
+def test_what_does_not_fit_on_one_rank_touches_no_object_of_any(tmp_path: Path) -> None:
+    if job.rank() == 0:
+        put(tmp_path, 4)
+    job.barrier()
+    model, book = (model_of(0.0) if job.rank() == 0 else torch.nn.Linear(7, 7)), idle_engine()
+    before = model.bias.detach().clone()
+    with pytest.raises(PhaseError, match="size mismatch") as caught:
+        resume({"model": model, "trainer": book}, tmp_path)
+    assert isinstance(caught.value, RuntimeError)
+    assert isinstance(caught.value, DoesNotFit)
+    assert torch.equal(model.bias, before)
+    assert book.state.iteration == 0
 
 
 class RefusesOn:

@@ -1,6 +1,7 @@
 """What does not fit is told: in a report where the load is not strict, else in one error that lists all of it."""
 
 import copy
+import logging
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from ignite.handlers import Checkpoint as Ignites
 from torch import nn
 
-from distckpt import Checkpoint, DiskSaver, DoesNotFit, LoadError, LoadReport
+from distckpt import Checkpoint, DiskSaver, DoesNotFit, LoadError, LoadReport, resume
 from distckpt.state.report import all_in_one
 from tests.unit.test_restore_modules import Hooked
 from tests.unit.toys import Notebook, equal, linear, run_epochs, snapshot
@@ -159,3 +160,14 @@ def test_reload_objects_reports_too(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match="checksum"):
         handler.reload_objects({"m": linear(0)}, global_step=1)
     assert not handler.reload_objects({"m": linear(0)}, verify=False, global_step=1)
+
+
+def test_resume_says_what_it_has_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    DiskSaver(tmp_path)({"m": SURPLUS}, "a.pt")
+    with caplog.at_level(logging.WARNING, logger="distckpt"):
+        assert resume({"m": linear(0)}, tmp_path, strict=False) == tmp_path / "a.pt"
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        f"resume: {tmp_path / 'a.pt'} lacks m.bias",
+        f"resume: {tmp_path / 'a.pt'} has, and no object takes, m.more",
+    ]
