@@ -95,21 +95,24 @@ def newest_first(paths: Sequence[Path], progress: Callable[[Any], int]) -> list[
 
     Args:
         paths: the candidates.
-        progress: takes what a file holds (its tensors mapped, not read), returns the iteration.
+        progress: takes what a file holds (its tensors not read), returns the iteration.
     """
-    keys: dict[Path, tuple[float, int, str]] = {}
+    mtimes_ns: dict[Path, int] = {}
     for path in paths:
-        try:
-            mtime_ns = path.stat().st_mtime_ns
-        except FileNotFoundError:  # removed since it was listed
-            continue
-        keys[path] = (_peek(path, progress), mtime_ns, path.name)
+        with contextlib.suppress(FileNotFoundError):  # removed since it was listed
+            mtimes_ns[path] = path.stat().st_mtime_ns
+    if len(mtimes_ns) < 2:  # noqa: PLR2004 - nothing to order
+        return list(mtimes_ns)
+    keys = {path: (_peek(path, progress), mtime_ns, path.name) for path, mtime_ns in mtimes_ns.items()}
     return sorted(keys, key=lambda path: keys[path], reverse=True)
 
 
 def _peek(path: Path, progress: Callable[[Any], int]) -> float:
     """Return the iteration that a file tells of; infinity where it cannot be read."""
     try:
+        with OpenCheckpoint(path) as file:
+            if file.look():  # its tensors are not read
+                return progress(file.state())
         with quiet():  # reading it will say so again
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # noqa: BLE001 - it is read in the sure way, then; the older format cannot be mapped
