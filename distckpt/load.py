@@ -55,7 +55,7 @@ def load_objects(
     with OpenCheckpoint(Path(checkpoint)) as file:
         prepared = _prepared_and_verified(file, to_load, kwargs) if verify else None
         if prepared is None:
-            prepared = prepare(to_load, file.state(), kwargs, file)
+            prepared = prepare(to_load, file.state(), kwargs, file if file.look() else None)
         return prepared.load()
 
 

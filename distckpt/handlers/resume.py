@@ -143,7 +143,8 @@ def resume(
 
     def fit_here() -> None:
         beside = find_beside(source[0].handler, chosen, names, to_load, engine)
-        found.append((beside, prepare(to_load, chosen.state, kwargs, chosen.file)))
+        unread = chosen.file if chosen.file.look() else None
+        found.append((beside, prepare(to_load, chosen.state, kwargs, unread)))
         found[0][1].fill()
 
     def load_here() -> None:
