@@ -65,7 +65,7 @@ def _save_two(directory: Path, mode: str) -> tuple[_Model, dict[str, Any]]:
         engine.state.iteration = step
         handler(engine)
         if is_background(mode):
-            handler.wait_until_finished()  # type: ignore[attr-defined]
+            handler.wait_until_finished()
     return model, to_save
 
 
