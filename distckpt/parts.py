@@ -14,8 +14,11 @@ The steps of a part, of which the ranks hear of each other's in between:
 :meth:`Part.abandon` ends it between any two of them.
 """
 
+import functools
+import os
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from distckpt.manifest import Manifest
@@ -23,11 +26,13 @@ from distckpt.snapshot import WHOLE, Checked, Share, Snapshot
 from distckpt.state.staging import HostMemory
 from distckpt.storage.disk import Directory, NewFile
 from distckpt.storage.verify import check_whole
-from distckpt.unfinished import unfinished
+from distckpt.unfinished import Unfinished
 
 __all__ = ["Part", "Task"]
 
 _T = TypeVar("_T")
+_MOST_WRITERS = 64
+"""A handler has one save under way; replicas may be threads of one process."""
 
 
 class Part:
@@ -45,6 +50,7 @@ class Part:
         protocol: pickle's.
         late_devices: the types of devices whose tensors may be copied after :meth:`prepare` has returned, where only an
             optimizer's step changes them.
+        num_threads: how many threads copy.
         is_checked: whether :meth:`fingerprints` will be asked for.
     """
 
@@ -61,6 +67,7 @@ class Part:
         atomic: bool = True,
         protocol: int = 2,
         late_devices: Collection[str] = ("cuda",),
+        num_threads: int = 1,
         is_checked: bool = False,
     ) -> None:
         self.name = name
@@ -73,6 +80,7 @@ class Part:
         self._atomic = atomic
         self._protocol = protocol
         self._late_devices = late_devices
+        self._num_threads = num_threads
         self._is_checked = is_checked
         self._late: Collection[int] = ()
         self._snapshot: Snapshot | None = None
@@ -113,7 +121,9 @@ class Part:
             return answer
         share = self._share or WHOLE
         replicated = replicas() if self.is_shared or self._is_checked else ()
-        snapshot = self._snapshot = Snapshot(state, share=share, replicated=replicated, protocol=self._protocol)
+        snapshot = self._snapshot = Snapshot(
+            state, share=share, replicated=replicated, protocol=self._protocol, num_threads=self._num_threads
+        )
         if self._share is None:
             return answer
         if self.in_background and not snapshot.devices.isdisjoint(self._late_devices):
@@ -121,8 +131,6 @@ class Part:
         answer["form"] = snapshot.form() if self.is_shared else None
         if self.is_saving:
             self._new = self._directory.create(self.name, atomic=self._atomic)
-            if self.is_shared:
-                self._new.allocate(snapshot.num_bytes)
             answer["temp"] = self._new.temp
         self._take(whole=False)
         return answer
@@ -178,6 +186,8 @@ class Part:
                 raise AssertionError(msg)
             self._new = self._directory.join(self.name, temp)
         try:
+            if self.is_shared and self.is_saving:
+                self._new.allocate(snapshot.num_bytes)
             if self.in_background:
                 checked = snapshot.write_image(self._new, self._about)
             else:
@@ -222,10 +232,20 @@ class Part:
             self._memory.release()
 
 
+@functools.cache
+def _writers(process: int) -> ThreadPoolExecutor:
+    """Return threads that wait for work: to start one keeps training until that has run for a while.
+
+    A program that ends waits for what they are doing. A process that was forked has none of its parent's.
+    """
+    del process
+    return ThreadPoolExecutor(_MOST_WRITERS, thread_name_prefix="distckpt-writer")
+
+
 class Task:
     """Work on a thread of its own, beside training. It must issue no collectives.
 
-    The thread is no daemon: a program that ends waits for what is being written.
+    A program that ends waits for it.
 
     Args:
         work: what to do.
@@ -239,7 +259,8 @@ class Task:
         self._lock = threading.Lock()
         # Not Thread.join: one that a signal interrupts takes the thread for ended (CPython 3.11, threading.py).
         self._ended = threading.Event()
-        threading.Thread(target=self._run, name="distckpt-writer").start()
+        self._mark = Unfinished()
+        _writers(os.getpid()).submit(self._run)
 
     def is_done(self) -> bool:
         """Tell whether it has ended, well or not. Waits for nothing."""
@@ -271,14 +292,14 @@ class Task:
 
     def _run(self) -> None:
         try:
-            with unfinished():
-                self._value = self._work()
+            self._value = self._work()
         except BaseException as error:  # noqa: BLE001 - raised where the outcome is asked for
             self._error = error
         with self._lock:
             self._ended.set()
         for action in self._after:
             action()
+        self._mark.end()
 
 
 def _made(one: _T | None) -> _T:

@@ -16,7 +16,7 @@ import torch
 from distckpt.helping import helping
 from distckpt.manifest import Manifest, TensorEntry, to_json
 from distckpt.state.fence import Fence
-from distckpt.state.staging import Copy, HostMemory, Staging, num_staging_threads
+from distckpt.state.staging import Copy, HostMemory, Staging, in_strides
 from distckpt.storage.archive import BLOCK_BYTES
 from distckpt.storage.checksum import crc32
 from distckpt.storage.direct import write_at
@@ -58,10 +58,17 @@ class Snapshot:
         share: which share.
         replicated: of the storages that are equal on all ranks, torch's identities (``_cdata``).
         protocol: pickle's.
+        num_threads: how many threads copy.
     """
 
     def __init__(
-        self, state: Any, *, share: Share = WHOLE, replicated: Collection[int] = (), protocol: int = 2
+        self,
+        state: Any,
+        *,
+        share: Share = WHOLE,
+        replicated: Collection[int] = (),
+        protocol: int = 2,
+        num_threads: int = 1,
     ) -> None:
         self._pickled = pickle_state(state, protocol=protocol)
         storages = self._pickled.storages
@@ -69,6 +76,7 @@ class Snapshot:
         self._plan = plan_image([storage.nbytes() for storage in storages], shared)
         self._shared = frozenset(shared)
         self._share = share
+        self._num_threads = num_threads
         self._rest = b""
         self._tail: tuple[bytes, list[int]] | None = None
         self._part: Part | None = None
@@ -128,7 +136,7 @@ class Snapshot:
         copies = _copies(self._plan, begin, end)
         if late:
             is_late = [storage._cdata in late for storage in storages]  # noqa: SLF001 - torch's identity of a storage
-            self._late = Staging(storages, (one for one in copies if is_late[one.storage]), view, begin)
+            self._late = Staging(storages, tuple(one for one in copies if is_late[one.storage]), view, begin)
             copies = tuple(one for one in copies if not is_late[one.storage])
         self._staging = Staging(storages, copies, view, begin)
 
@@ -137,8 +145,8 @@ class Snapshot:
         if self._late is not None:
             late = self._late
             self._fence = Fence(lambda: late.wait_for(None))
-            late.begin(num_staging_threads())
-        _made(self._staging).run_on(num_staging_threads())
+            late.begin(self._num_threads)
+        _made(self._staging).run_on(self._num_threads)
 
     def settle(self) -> None:
         """Wait until nothing is copied any more: the memory is another's afterwards. Any thread."""
@@ -155,7 +163,7 @@ class Snapshot:
 
     def staging_beside(self) -> contextlib.AbstractContextManager[None]:
         """Copy the bytes on other threads while the body runs."""
-        return _made(self._staging).beside(num_staging_threads())
+        return _made(self._staging).beside(self._num_threads)
 
     def write_image(self, new: NewFile, about: Manifest | None = None) -> list[tuple[int, int, int]]:
         """Write the share's bytes into a file, each as soon as it is staged. Any thread.
@@ -252,6 +260,7 @@ def write_file(
     about: Manifest,
     options: Mapping[str, Any],
     atomic: bool,
+    num_threads: int = 1,
 ) -> WriteReceipt:
     """Write a state as a file, whole and durable, and return when it is. Rank-local; issues no collectives.
 
@@ -263,6 +272,7 @@ def write_file(
         about: the manifest, but for its tensors.
         options: keyword arguments of ``torch.save``.
         atomic: see :meth:`~distckpt.storage.disk.Directory.create`.
+        num_threads: how many threads copy.
 
     Raises:
         ValueError: the name would leave the directory, or a symlink is in the way.
@@ -271,7 +281,7 @@ def write_file(
     """
     if not is_ordinary(options):  # another pickler's, or the older format: torch's own writer knows them
         return directory.write(name, lambda sink: write_pt(state, sink, options), atomic=atomic)
-    snapshot = Snapshot(state, protocol=options.get("pickle_protocol", 2))
+    snapshot = Snapshot(state, protocol=options.get("pickle_protocol", 2), num_threads=num_threads)
     with directory.create(name, atomic=atomic) as new:
         with memory.reserved():
             snapshot.take(memory)
@@ -293,7 +303,7 @@ def _cut(plan: ImagePlan, share: Share) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=8)
 def _copies(plan: ImagePlan, begin: int, end: int) -> tuple[Copy, ...]:
-    return tuple(Copy(*piece) for piece in plan.pieces(begin, end))
+    return in_strides(Copy(*piece) for piece in plan.pieces(begin, end))
 
 
 def _crc_of(storage: torch.UntypedStorage) -> int:

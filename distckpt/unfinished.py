@@ -5,35 +5,35 @@ Owns the list of it. Must not know what it is. Layer L1.
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-__all__ = ["unfinished", "wait_for_unfinished"]
+__all__ = ["Unfinished", "wait_for_unfinished"]
 
 _LOCK = threading.Lock()
-_UNDER_WAY: dict[int, threading.Event] = {}
+_UNDER_WAY: "dict[int, Unfinished]" = {}
 
 
-@contextmanager
-def unfinished() -> Iterator[None]:
-    """Be on the list while the body runs. Any thread.
+class Unfinished:
+    """Something that is on the list until :meth:`end` is called. Any thread.
 
     Example:
-        >>> with unfinished():
-        ...     wait_for_unfinished(0.01)
+        >>> one = Unfinished()
+        >>> wait_for_unfinished(0.01)
         False
+        >>> one.end()
         >>> wait_for_unfinished(0.01)
         True
     """
-    has_ended = threading.Event()
-    with _LOCK:
-        _UNDER_WAY[id(has_ended)] = has_ended
-    try:
-        yield
-    finally:
+
+    def __init__(self) -> None:
+        self.has_ended = threading.Event()
         with _LOCK:
-            del _UNDER_WAY[id(has_ended)]
-        has_ended.set()
+            _UNDER_WAY[id(self)] = self
+
+    def end(self) -> None:
+        """Take it off the list."""
+        with _LOCK:
+            _UNDER_WAY.pop(id(self), None)
+        self.has_ended.set()
 
 
 def wait_for_unfinished(limit_s: float) -> bool:
@@ -47,5 +47,5 @@ def wait_for_unfinished(limit_s: float) -> bool:
     """
     deadline = time.monotonic() + limit_s
     with _LOCK:
-        events = list(_UNDER_WAY.values())
-    return all(event.wait(max(deadline - time.monotonic(), 0.0)) for event in events)
+        found = list(_UNDER_WAY.values())
+    return all(one.has_ended.wait(max(deadline - time.monotonic(), 0.0)) for one in found)

@@ -18,6 +18,9 @@ from distckpt.state.unwrap import unwrap, unwrap_once
 __all__ = ["capture", "check_objects", "consolidate", "is_spread", "map_tree", "plain_scalars", "replicas", "stepped"]
 
 
+_PLAIN = frozenset({torch.Tensor, nn.Parameter, str, int, float, bool, type(None)})
+
+
 def map_tree(func: Callable[[Any], Any], tree: Any) -> Any:
     """Apply `func` to the leaves of nested mappings and sequences; returns plain dicts and lists of the same shape.
 
@@ -67,7 +70,8 @@ def capture(to_save: Mapping[str, Any], *, rank: int, save_on_rank: int) -> dict
         obj = unwrap(obj)
         if _is_sharded_optimizer(obj) and rank != save_on_rank:
             return {}
-        return plain_scalars(obj.state_dict())
+        state = obj.state_dict()
+        return plain_scalars(state) if _holds_more_than_plain(state) else state
 
     captured: dict[str, Any] = map_tree(state_of, dict(to_save))
     return captured
@@ -130,18 +134,15 @@ def replicas(to_save: Mapping[str, Any], *, world_size: int) -> frozenset[int]:
             optimizers.append(obj)
 
     map_tree(look, dict(to_save))
-    tensors: list[torch.Tensor] = list(parameters)
+    found = {_whole_storage(parameter) for parameter in parameters}
     for optimizer in optimizers:
+        states = optimizer.state
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if parameter in parameters:
-                    kept = optimizer.state.get(parameter, {})
-                    tensors.extend(one for one in kept.values() if isinstance(one, torch.Tensor))
-    return frozenset(
-        storage._cdata  # noqa: SLF001 - torch's identity of a storage, whatever Python wraps it
-        for tensor in tensors
-        if tensor.layout is torch.strided and (storage := tensor.untyped_storage()).nbytes() == tensor.nbytes
-    )
+                if parameter in parameters and parameter in states:
+                    kept = states[parameter].values()
+                    found.update(_whole_storage(one) for one in kept if isinstance(one, torch.Tensor))
+    return frozenset(identity for identity in found if identity is not None)
 
 
 def stepped(to_save: Mapping[str, Any]) -> dict[int, str]:
@@ -159,13 +160,20 @@ def stepped(to_save: Mapping[str, Any]) -> dict[int, str]:
             for parameter in group["params"]:
                 kept = (one for one in obj.state.get(parameter, {}).values() if isinstance(one, torch.Tensor))
                 for tensor in (parameter, *kept):
-                    if tensor.layout is torch.strided:
-                        storage = tensor.untyped_storage()
-                        if storage.nbytes() == tensor.nbytes:
-                            found[storage._cdata] = tensor.device.type  # noqa: SLF001 - torch's identity of a storage
+                    identity = _whole_storage(tensor)
+                    if identity is not None:
+                        found[identity] = tensor.device.type
 
     map_tree(look, dict(to_save))
     return found
+
+
+def _whole_storage(tensor: torch.Tensor) -> int | None:
+    """Return torch's identity of a tensor's storage, if nothing else lies in it; else None."""
+    if tensor.layout is not torch.strided:
+        return None
+    storage = tensor.untyped_storage()
+    return storage._cdata if storage.nbytes() == tensor.nbytes else None  # noqa: SLF001 - whatever Python wraps it
 
 
 def _data_parallel(obj: Any, world_size: int) -> Any:
@@ -199,6 +207,21 @@ def plain_scalars(state: Any) -> Any:
         items = [plain_scalars(item) for item in state]
         return state if all(new is old for new, old in zip(items, state, strict=True)) else kind(items)
     return state
+
+
+def _holds_more_than_plain(state: Any) -> bool:
+    """Tell whether a state may hold NumPy scalars: a quick look, for all the states that do not."""
+    kind = type(state)
+    if kind in _PLAIN:
+        return False
+    if kind is dict or kind is OrderedDict:
+        for key, item in state.items():
+            if (type(key) not in _PLAIN) or (type(item) not in _PLAIN and _holds_more_than_plain(item)):
+                return True
+        return False
+    if kind is list or kind is tuple:
+        return any(type(item) not in _PLAIN and _holds_more_than_plain(item) for item in state)
+    return True
 
 
 def _is_sharded_optimizer(obj: Any) -> bool:

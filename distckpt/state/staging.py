@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import itertools
 import mmap
+import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -19,8 +20,9 @@ import torch
 from distckpt.helping import helping
 from distckpt.state.from_device import Fetcher, pin, unpin
 
-__all__ = ["Copy", "HostMemory", "Staging", "kept_memory", "num_staging_threads"]
+__all__ = ["Copy", "HostMemory", "Staging", "in_strides", "kept_memory", "num_staging_threads"]
 
+_CPU = torch.device("cpu")
 _STRIDE_BYTES = 4 << 20
 """What one thread copies before it tells how far it is."""
 _MOST_THREADS = 4
@@ -141,21 +143,23 @@ class Staging:
 
     Args:
         storages: what is copied from.
-        copies: what goes where, in ascending order of ``at``.
+        copies: what goes where, in ascending order of ``at``; see :func:`in_strides`.
         memory: what is copied into.
         begin: the offset of the memory's first byte.
     """
 
     def __init__(
-        self, storages: Sequence[torch.UntypedStorage], copies: Iterable[Copy], memory: memoryview, begin: int
+        self, storages: Sequence[torch.UntypedStorage], copies: Sequence[Copy], memory: memoryview, begin: int
     ) -> None:
         self._storages = storages
         self._memory = memory
         self._address = _address_of(memory)
         self._begin = begin
-        self._todo = [part for copy in copies for part in _in_strides(copy)]
-        self._sources = [storage.data_ptr() if storage.device.type == "cpu" else None for storage in storages]
-        self._fetcher = Fetcher(storage.device for storage in storages if storage.device.type == "cuda")
+        self._todo = copies
+        devices = [storage.device for storage in storages]
+        pairs = zip(storages, devices, strict=True)
+        self._sources = [storage.data_ptr() if device == _CPU else None for storage, device in pairs]
+        self._fetcher = Fetcher(device for device in devices if device != _CPU)
         self._next = itertools.count()
         self._is_done = bytearray(len(self._todo))
         self._num_done = 0  # from the first on, without a gap
@@ -208,9 +212,20 @@ class Staging:
         Raises:
             Exception: copying failed.
         """
+        if num_threads == 1 and None not in self._sources:
+            self._run_alone()
+            return
         with self.beside(num_threads - 1):
             self.run()
             self.wait_for(None)
+
+    def _run_alone(self) -> None:
+        """Copy all of it from the host's memory, with nobody who takes part or looks meanwhile."""
+        shift, sources, copy = self._address - self._begin, self._sources, ctypes.memmove
+        for storage, begin, at, num_bytes in self._todo:
+            copy(shift + at, sources[storage] + begin, num_bytes)  # type: ignore[operator]  # none is None
+        self._is_done = bytearray(b"\1") * len(self._todo)
+        self._look_how_far()
 
     def wait_for(self, offset: int | None) -> None:
         """Return when all bytes up to an offset are copied; None for all there are.
@@ -260,17 +275,26 @@ class Staging:
         self._fetcher.fetch(self._storages[copy.storage], copy.begin, target)
 
 
-def num_staging_threads() -> int:
-    """Return how many threads may copy in this process."""
-    return min(torch.get_num_threads(), _MOST_THREADS)
+def num_staging_threads(num_ranks: int) -> int:
+    """Return how many threads may copy while training stands still: torch's, or this rank's part of the CPUs.
+
+    Args:
+        num_ranks: how many ranks of the job there are on this machine.
+
+    Example:
+        >>> 1 <= num_staging_threads(10_000) <= num_staging_threads(1) <= 4
+        True
+    """
+    own = len(os.sched_getaffinity(0)) // max(num_ranks, 1)
+    return min(max(torch.get_num_threads(), own), _MOST_THREADS)
 
 
-def _in_strides(copy: Copy) -> Iterable[Copy]:
-    if copy.num_bytes <= _STRIDE_BYTES:
-        return (copy,)
-    return (
+def in_strides(copies: Iterable[Copy]) -> tuple[Copy, ...]:
+    """Cut copies into pieces such that several threads may share them, and others take what is copied."""
+    return tuple(
         Copy(copy.storage, copy.begin + done, copy.at + done, min(_STRIDE_BYTES, copy.num_bytes - done))
-        for done in range(0, copy.num_bytes, _STRIDE_BYTES)
+        for copy in copies
+        for done in range(0, max(copy.num_bytes, 1), _STRIDE_BYTES)
     )
 
 
