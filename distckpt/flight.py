@@ -12,7 +12,7 @@ The protocol, once it is decided what to save (steps 1 and 2 of :mod:`distckpt.s
 5. (each rank that writes, on a thread of its own or at once) write its share, and sync it. No collectives.
 6. (all ranks) hear of all. An error is raised on every rank, and the file is given up.
 7. (saving rank, again on a thread or at once) finish the file with everybody's checksums, commit it, remove what it
-   replaces. A rank that writes alone has done so in 5.
+   replaces. A rank that writes alone has done so in 5; so has one that found the others' receipts on the job's board.
 8. (all ranks) hear of it.
 
 IMPORTANT: what is replaced is removed only after the commit; and where several ranks save each a file of its own, not
@@ -29,9 +29,13 @@ from distckpt.consensus import agree
 from distckpt.consensus.decision import Agreed
 from distckpt.errors import ReplicasDiffer, SaveError
 from distckpt.parts import Part, Task
+from distckpt.receipts import Receipts
 from distckpt.save import WRITE_TIMEOUT_S, remove_here, with_context
 
 __all__ = ["Flight", "Sharing", "take_off"]
+
+_LOOK_S = 0.2
+"""How often a rank that waits looks whether another is lost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +88,11 @@ class Flight:
         self._task: Task | None = None
         self._checked: list[Sequence[Sequence[int]]] = []
         self._is_finishing = len(self._writers) == 1
+        self._receipts: Receipts | None = None
+        if part.in_background and not self._is_finishing and temp is not None:
+            board = backend.board(timeout_s=timeout_s)
+            if board is not None:
+                self._receipts = Receipts(board, place("").who, temp)
         self._begin(self._write, has_work=part.writes)
 
     @property
@@ -114,7 +123,7 @@ class Flight:
         except BaseException:
             self.give_up()
             raise
-        if self._is_finishing:
+        if self._is_finishing or answers[self.agreed.coordinator]["is_finished"]:
             self.problems = [answer["problems"] for answer in answers]
             self.took_s = time.monotonic() - self._begin_s
             return True
@@ -125,11 +134,15 @@ class Flight:
 
     def wait(self) -> None:
         """Rank-local. Wait for this rank's present step; its error is kept."""
+        if self._receipts is not None:
+            self._receipts.call_off()
         if self._task is not None:
             self._task.wait()
 
     def give_up(self) -> None:
         """Rank-local. Let go of what is not committed, once this rank's step is done."""
+        if self._receipts is not None:
+            self._receipts.call_off()
         if self._task is not None:
             self._task.then(self._part.abandon)
         else:
@@ -142,25 +155,53 @@ class Flight:
 
     def _outcome(self) -> dict[str, Any]:
         try:
+            self._heed_news()
             found: dict[str, Any] = self._work() if self._task is None else self._task.outcome()
         except SaveError as error:
             step = self._place("").step
             raise with_context(error, self.backend.rank, step, self.filename, self.agreed.history) from error
         return found
 
+    def _heed_news(self) -> None:
+        """Wait for this rank's step, but no longer than until a rank is known to be lost whose receipt it waits for.
+
+        Raises:
+            DistckptError: a rank is lost.
+        """
+        while self._receipts is not None and self._task is not None and not self._task.is_done(within_s=_LOOK_S):
+            news = None if self.backend.watcher is None else self.backend.watcher.news()
+            if news is not None:
+                self._receipts.call_off()
+                raise news
+
     def _write(self) -> dict[str, Any]:
-        checked = self._part.write(self._temp)
+        others = [rank for rank in self._writers if rank != self.agreed.coordinator]
+        is_other = self.backend.rank in others
+        try:
+            checked = self._part.write(self._temp)
+        except BaseException:
+            if self._receipts is not None and is_other:
+                self._receipts.leave(self.backend.rank, None)
+            raise
+        if self._receipts is not None and is_other:
+            self._receipts.leave(self.backend.rank, checked)
+        if self._receipts is not None and self._part.is_saving:
+            found = self._receipts.wait_for(others, self._patience_s)
+            if found is not None:
+                self._checked = [*found, checked]
+                return self._finish()
         if not self._is_finishing:
-            return {"checked": checked}
+            return {"checked": checked, "is_finished": False, "problems": {}}
         self._checked = [checked]
         return self._finish()
 
     def _finish(self) -> dict[str, Any]:
         self._part.finish(self._checked)
         decision = self.agreed.decision
-        if self._remove_one is None or not self._part.is_saving or decision is None:
-            return {"problems": {}}
-        return {"problems": remove_here(decision.evicted, self._remove_one)}
+        found: dict[str, Any] = {"checked": [], "is_finished": True, "problems": {}}
+        if self._remove_one is not None and self._part.is_saving and decision is not None:
+            found["problems"] = remove_here(decision.evicted, self._remove_one)
+        return found
 
 
 def take_off(

@@ -262,9 +262,13 @@ class Task:
         self._mark = Unfinished()
         _writers(os.getpid()).submit(self._run)
 
-    def is_done(self) -> bool:
-        """Tell whether it has ended, well or not. Waits for nothing."""
-        return self._ended.is_set()
+    def is_done(self, *, within_s: float = 0.0) -> bool:
+        """Tell whether it has ended, well or not.
+
+        Args:
+            within_s: how long to wait for it, in seconds.
+        """
+        return self._ended.wait(timeout=within_s) if within_s else self._ended.is_set()
 
     def wait(self) -> None:
         """Wait until it has ended, well or not."""

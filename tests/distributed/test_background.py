@@ -27,17 +27,17 @@ LIMIT_S = 20.0
 
 @contextlib.contextmanager
 def slow_disk(rank: int, until: str, error: OSError | None = None) -> Iterator[None]:
-    """Let one rank's bytes reach the disk only when a key is in the job's store; then with an error, if one is given.
+    """Let the saving rank's bytes reach the disk only when a key is in the job's store; with an error, if one is given.
 
-    Ranks may be threads of one process: a thread that writes is told from the others by who started it.
+    It is the only one that writes: ranks may be threads of one process.
     """
     if job.rank() != rank:
         yield
         return
-    store, write, before = job.store(), DirectFile.write, {thread.ident for thread in threading.enumerate()}
+    store, write = job.store(), DirectFile.write
 
     def held(self: DirectFile, data: memoryview, offset: int) -> None:
-        if threading.get_ident() not in before:
+        if threading.current_thread().name.startswith("distckpt-writer"):
             # Not store.wait: it would keep this rank's other threads from the store.
             deadline = time.monotonic() + LIMIT_S
             while not store.check([until]) and time.monotonic() < deadline:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -207,6 +208,39 @@ def test_an_error_of_another_ranks_share_is_everybodys_and_the_one_before_stands
     handler.wait_until_finished()
     assert gathered(Path(str(handler.last_checkpoint)).name) == ["checkpoint_4.pt"] * 2
     verify(tmp_path / "checkpoint_4.pt")
+
+
+@run_distributed(world_size=2)
+def test_a_file_is_committed_before_the_next_vote(tmp_path: Path) -> None:
+    one = Job()
+    handler = Checkpoint(one.to_save(), DiskSaver(tmp_path, share_write="node", background=True))
+    handler(one.trainer)
+    deadline = time.monotonic() + 20.0
+    while not (tmp_path / "checkpoint_0.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert handler.is_in_flight, "nobody has voted"
+    verify(tmp_path / "checkpoint_0.pt")
+    handler.wait_until_finished()
+    assert gathered(Path(str(handler.last_checkpoint)).name) == ["checkpoint_0.pt"] * 2
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["well", "with an error"])
+@run_distributed(world_size=2)
+def test_without_a_board_the_votes_tell(tmp_path: Path, *, fails: bool) -> None:
+    one = Job()
+    handler = Checkpoint(one.to_save(), DiskSaver(tmp_path, share_write="node", background=True))
+    backend = current()
+    vars(backend)["board"] = lambda **_: None
+    try:
+        error = OSError(errno.EDQUOT, "Disk quota exceeded") if fails and job.rank() == 1 else None
+        with noted_writes(error):
+            handler(one.trainer)
+            raised_here = raised(handler.wait_until_finished)
+    finally:
+        del vars(backend)["board"]
+    job.barrier()
+    assert isinstance(raised_here, PhaseError) == fails
+    assert sorted(os.listdir(tmp_path)) == ([] if fails else ["checkpoint_0.pt"])
 
 
 @run_distributed(world_size=2)
