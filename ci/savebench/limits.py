@@ -9,9 +9,10 @@ import os
 import time
 from pathlib import Path
 
+from ci.savebench.files import files_of
 from ci.savebench.job import Job
 
-__all__ = ["LIMITS", "measure_limits"]
+__all__ = ["LIMITS", "measure_limits", "read_raw"]
 
 LIMITS = "limits"
 CHUNK_BYTES = 256 * 2**20  # larger ones than the 8 MiB that are usual are faster here, for everybody
@@ -29,6 +30,8 @@ def measure_limits(job: Job) -> dict[str, float]:
         taken = {
             "memcpy_s": _copy(job, source, target, size),
             "memcpy_share_s": _copy(job, source, target, share),
+            "tensors_s": _copy_tensors(job, target, 0, size),
+            "tensors_share_s": _copy_tensors(job, target, job.rank * share, share),
         }
         if job.rank == 0:
             path.unlink(missing_ok=True)
@@ -55,6 +58,40 @@ def _copy(job: Job, source: mmap.mmap, target: mmap.mmap, size: int) -> float:
     begin = time.monotonic()
     ctypes.memmove(_address_of(target), _address_of(source), size)
     return time.monotonic() - begin
+
+
+def _copy_tensors(job: Job, target: mmap.mmap, begin: int, num_bytes: int) -> float:
+    """Copy bytes of the live tensors one by one, as they lie one after the other."""
+    pieces, at = [], 0
+    for _, tensor in job.tensors():
+        first, last = max(begin - at, 0), min(begin + num_bytes - at, tensor.nbytes)
+        if first < last:
+            pieces.append((at + first - begin, tensor.data_ptr() + first, last - first))
+        at += tensor.nbytes
+    address, copy = _address_of(target), ctypes.memmove
+    job.meeting.barrier()
+    begin_s = time.monotonic()
+    for offset, source, length in pieces:
+        copy(address + offset, source, length)
+    return time.monotonic() - begin_s
+
+
+def read_raw(job: Job, path: Path) -> float:
+    """Collective. Read a checkpoint's files past the page cache, a share by each rank; return the slowest's seconds."""
+    job.meeting.barrier()
+    begin = time.monotonic()
+    with mmap.mmap(-1, CHUNK_BYTES) as memory, memoryview(memory) as view:
+        for one in files_of(path):
+            share = -(-one.stat().st_size // (BLOCK_BYTES * job.world_size)) * BLOCK_BYTES
+            descriptor = os.open(one, os.O_RDONLY | os.O_DIRECT)
+            try:
+                for offset in range(job.rank * share, (job.rank + 1) * share, CHUNK_BYTES):
+                    length = min(CHUNK_BYTES, (job.rank + 1) * share - offset)
+                    os.preadv(descriptor, [view[:length]], offset)
+            finally:
+                os.close(descriptor)
+    taken: list[float] = job.meeting.gather(time.monotonic() - begin)
+    return max(taken)
 
 
 def _write(job: Job, path: Path, source: mmap.mmap, share: int) -> float:

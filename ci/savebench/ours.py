@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from ignite.engine import Engine, Events
 
 import distckpt
-from ci.savebench.contestant import Contestant, MissingError
+from ci.savebench.contestant import Contestant, MissingError, Waiter
 from ci.savebench.job import Job
 
 __all__ = ["Background", "BackgroundShared", "Foreground", "Shared"]
@@ -80,29 +80,37 @@ class Background(Foreground):
     is_background = True
     options: ClassVar[dict[str, Any]] = {"background": True}
 
+    POLL_S: ClassVar[float] = 0.003
+
     def __init__(self, job: Job) -> None:
         for needed in ("is_in_flight", "wait_until_finished"):
             if not hasattr(distckpt.Checkpoint, needed):
                 msg = f"Checkpoint has no {needed}"
                 raise MissingError(msg)
         super().__init__(job)
-        self._is_begun = False
+        self._older: set[str] = set()
 
     def attach(self, engine: Engine, *, at: int, path: Path) -> None:
         """Attach the handler."""
-        self._is_begun = False
+        self._older = self._names()
         super().attach(engine, at=at, path=path)
 
     def saved(self, path: Path) -> None:
-        """Note that there is something to wait for."""
+        """Wait beside the training, as for the others."""
         del path
-        self._is_begun = True
+        self._waiter = Waiter(self._wait)
+
+    def _wait(self) -> None:
+        """Return when the new file is there and the older one is not: it is removed after all is synced."""
+        while self._names() & self._older or not self._names() - self._older:
+            time.sleep(self.POLL_S)
+
+    def _names(self) -> set[str]:
+        return {path.name for path in self.folder.glob("*.pt")}
 
     def durable_at(self) -> float | None:
-        """Return the first moment at which it was seen to be committed."""
-        if self._at is None and self._is_begun and not self._checkpoint.is_in_flight:
-            self._at = time.monotonic()
-        return self._at
+        """Return that moment."""
+        return None if self._waiter is None else self._waiter.durable_at()
 
     def close(self) -> None:
         """End what is in flight."""

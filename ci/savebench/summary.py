@@ -40,6 +40,7 @@ class Row:
     lost_s: Spread
     stall_by_memcpy: float
     stall_by_share: float
+    stall_by_tensors: float
     durable_by_write: float
     load_by_read: float
     read_by_size: float
@@ -86,8 +87,11 @@ def _row(measured: Measured, name: str, rounds: dict[int, dict[str, Any]], *, nu
         lost_s=Spread.of(one["lost_s"] for one in numbers),
         stall_by_memcpy=ratio("stall_s", "memcpy_s"),
         stall_by_share=ratio("stall_s", "memcpy_share_s"),
+        stall_by_tensors=ratio("stall_s", "tensors_share_s"),
         durable_by_write=ratio("durable_s", "write_s"),
-        load_by_read=ratio("load_s", "read_s", "memcpy_s"),
+        load_by_read=Spread.of(
+            one["load_s"] / (one["raw_read_s"] + limits[number]["memcpy_s"]) for number, one in rounds.items()
+        ).median,
         read_by_size=statistics.median(one["read_bytes"] / one["checkpoint_bytes"] for one in numbers),
         file_by_size=statistics.median(one["checkpoint_bytes"] / measured.num_bytes for one in numbers),
         extra_bytes=measured.extra_bytes.get(name),
