@@ -243,6 +243,9 @@ class Preemption(Voter):
                 else:
                     one(engine)
                 engine.last_event_name = event  # a user's callable may have fired events of its own
+            for one in self._savers:
+                if isinstance(one, Checkpoint):
+                    one.wait_until_finished()  # in the background; the process has its grace and no more
         for one in due:
             if isinstance(one, Checkpoint) and not one.has_saved_at(engine):
                 self._say_unsaved(engine, one, "found nothing to save")
