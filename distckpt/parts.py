@@ -193,10 +193,11 @@ class Part:
             else:
                 with snapshot.staging_beside():
                     checked = snapshot.write_image(self._new, self._about)
+            if self.is_shared:
+                self._new.sync(snapshot.num_bytes)
+                snapshot.check_written(self._new)
         finally:
             self._let_go_of_memory()
-        if self.is_shared:
-            self._new.sync(snapshot.num_bytes)
         if not self.is_saving:
             self.abandon()
         return checked

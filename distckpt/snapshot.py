@@ -6,6 +6,7 @@ engines, nor how ranks agree. Layer L4, below :mod:`distckpt.save`.
 
 import contextlib
 import ctypes
+import errno
 import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -190,8 +191,27 @@ class Snapshot:
         except OSError as error:
             raise new.refused("writing", done, error) from error
         self.settle()
-        self._part = self._staging = self._late = None  # the memory is another's now
+        self._staging = self._late = None
         return part.checked
+
+    def check_written(self, new: NewFile) -> None:
+        """Compare the share with what the file holds, where the file system tells of a hole in it. Any thread.
+
+        After :meth:`write_image` and a sync, and before the memory is another's.
+
+        Raises:
+            SaveError: the file does not hold what was written.
+        """
+        part = _made(self._part)
+        end = part.end // BLOCK_BYTES * BLOCK_BYTES
+        if not new.has_hole(part.begin, end):
+            return
+        try:
+            for at, chunk in part.chunks():
+                if not new.holds(chunk[: max(min(len(chunk), end - at), 0)], at):
+                    raise OSError(errno.EIO, "it does not hold what was written")  # noqa: TRY301 - one error path
+        except OSError as error:
+            raise new.refused("checking", end - part.begin, error) from error
 
     def _check(self, part: Part, about: Manifest | None) -> None:
         part.check(self._wait_for)
@@ -225,6 +245,8 @@ class Snapshot:
         try:
             for offset, header in self._plan.cut_headers(cuts, crcs):
                 write_at(new.fd, memoryview(header), offset)
+                if not new.holds(memoryview(header), offset):  # no hole would tell of it: there was something before
+                    raise OSError(errno.EIO, "it does not hold what was written")  # noqa: TRY301 - one error path
             write_at(new.fd, memoryview(self._rest + tail), at)
         except OSError as error:
             raise new.refused("writing", at, error) from error

@@ -12,14 +12,12 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Self
 
-from distckpt.errors import SaveError, save_error
+from distckpt.errors import save_error
 from distckpt.naming import check_name, is_temp
-from distckpt.storage.direct import DirectFile, allocate
+from distckpt.storage.new_file import NewFile, WriteReceipt, named, sync_directory
 from distckpt.storage.sink import Sink
 from distckpt.storage.temp import (
     FILE_MODE,
@@ -33,19 +31,6 @@ from distckpt.storage.temp import (
 __all__ = ["Directory", "NewFile", "WriteReceipt", "make_directory"]
 
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WriteReceipt:
-    """Proof that a file is durable.
-
-    Attributes:
-        path: where it stands.
-        num_bytes: its length.
-    """
-
-    path: Path
-    num_bytes: int
 
 
 def make_directory(path: Path) -> None:
@@ -131,7 +116,7 @@ class Directory:
                 fd, at = make(parent, leaf)
             except OSError as error:
                 what = "no temporary file can be made" if atomic else "it cannot be opened"
-                msg = f"cannot save {name}: {what} in {self.path} ({_named(error)})"
+                msg = f"cannot save {name}: {what} in {self.path} ({named(error)})"
                 raise save_error(msg, error) from error
         except BaseException:
             close_quietly(parent)
@@ -158,7 +143,7 @@ class Directory:
         except OSError as error:
             close_quietly(parent)
             msg = f"cannot save {name}: the file {self.path / temp} that was begun for it cannot be opened"
-            raise save_error(f"{msg} ({_named(error)})", error) from error
+            raise save_error(f"{msg} ({named(error)})", error) from error
         except BaseException:
             close_quietly(parent)
             raise
@@ -188,7 +173,7 @@ class Directory:
         try:
             fd = os.open(here, _DIRECTORY_FLAGS)
         except OSError as error:
-            msg = f"cannot {doing} {name}: directory {here} cannot be opened ({_named(error)})"
+            msg = f"cannot {doing} {name}: directory {here} cannot be opened ({named(error)})"
             raise save_error(msg, error) from error
         try:
             for folder in folders:
@@ -198,7 +183,7 @@ class Directory:
                 except OSError as error:
                     if error.errno in (errno.ELOOP, errno.ENOTDIR) and _is_symlink(folder, fd):
                         raise _symlink_in_the_way(name, here) from error
-                    msg = f"cannot {doing} {name}: folder {here} cannot be opened ({_named(error)})"
+                    msg = f"cannot {doing} {name}: folder {here} cannot be opened ({named(error)})"
                     raise save_error(msg, error) from error
                 close_quietly(fd)
                 fd = below
@@ -220,132 +205,6 @@ class Directory:
                 remove_if_dead(parent, name)
 
 
-class NewFile:
-    """A file that is being written; a context that removes it unless it was committed, or is another process's.
-
-    Attributes:
-        fd: its descriptor, open for reading and writing.
-        temp: the name it has until then, in the folder of its final name.
-    """
-
-    def __init__(
-        self, directory: Path, name: str, fd: int, parent: int, temp: str, leaf: str, *, is_owner: bool = True
-    ) -> None:
-        self._directory = directory
-        self._name = name
-        self.fd = fd
-        self._parent = parent
-        self.temp = temp
-        self._leaf = leaf
-        self._is_owner = is_owner
-        self._is_open = True
-
-    def __enter__(self) -> Self:
-        """Return it."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Let go of it."""
-        self.abandon()
-
-    def commit(self, num_bytes: int, check: Callable[[int], Sequence[str]] | None = None) -> WriteReceipt:
-        """Make it durable under its name: steps 4 to 6 of :meth:`Directory.create`.
-
-        Args:
-            num_bytes: how long it has to be.
-            check: says what is wrong with its content, from its descriptor. Called only where the file system tells of
-                a hole in it: some leave out zeros that were written, others have lost what was.
-
-        Raises:
-            SaveError: the operating system refused; what was there before is untouched.
-            CommitNotDurable: step 6 failed: the file is there, but may not survive a power cut.
-        """
-        doing = "syncing"
-        try:
-            os.fsync(self.fd)
-            doing = "checking"
-            length = os.fstat(self.fd).st_size
-            if length != num_bytes:
-                raise OSError(  # noqa: TRY301 - one error path for both steps
-                    errno.EIO, f"the file system reported {num_bytes} bytes written, but holds {length}"
-                )
-            faults = check(self.fd) if check is not None and _has_hole(self.fd, num_bytes) else ()
-            if faults:
-                raise OSError(errno.EIO, f"it does not hold what was written: {faults[0]}")  # noqa: TRY301 - as above
-        except OSError as error:
-            raise self.refused(doing, num_bytes, error) from error
-        path = self._directory / self._name
-        try:
-            if self.temp != self._leaf:
-                os.rename(self.temp, self._leaf, src_dir_fd=self._parent, dst_dir_fd=self._parent)
-        except OSError as error:
-            msg = (
-                f"cannot save {self._name} in {self._directory}: its temporary file could not be renamed "
-                f"({_named(error)})"
-            )
-            raise save_error(msg, error) from error
-        self.temp = self._leaf
-        try:
-            _sync_directory(self._parent)
-        except OSError as error:
-            msg = (
-                f"{path} was written and renamed, but its directory could not be synced ({_named(error)}): it may not "
-                "survive a power cut"
-            )
-            raise save_error(msg, error, renamed=True) from error
-        return WriteReceipt(path=path, num_bytes=num_bytes)
-
-    def allocate(self, num_bytes: int) -> None:
-        """Let it have a length before anybody writes: several writers need not wait for each other then.
-
-        Raises:
-            SaveError: the operating system refused; there is not so much room, for one.
-        """
-        try:
-            allocate(self.fd, num_bytes)
-        except OSError as error:
-            raise self.refused("making room for", num_bytes, error) from error
-
-    def sync(self, num_bytes: int) -> None:
-        """Make what was written into it durable; :meth:`commit` does so too.
-
-        Raises:
-            SaveError: the operating system refused.
-        """
-        try:
-            os.fsync(self.fd)
-        except OSError as error:
-            raise self.refused("syncing", num_bytes, error) from error
-
-    def opened_directly(self) -> DirectFile:
-        """Open it once more, for large pieces at offsets."""
-        return DirectFile(self.fd, self._parent, self.temp)
-
-    def abandon(self) -> None:
-        """Close it, and remove it unless it has its final name or another process made it. Nothing a second time."""
-        if not self._is_open:
-            return
-        self._is_open = False
-        if self._is_owner and self.temp != self._leaf:
-            # Also for KeyboardInterrupt. What cannot be removed now, the next save clears.
-            with contextlib.suppress(OSError):
-                os.unlink(self.temp, dir_fd=self._parent)
-        close_quietly(self.fd)
-        close_quietly(self._parent)
-
-    def refused(self, doing: str, num_bytes: int, error: OSError) -> SaveError:
-        """Return the error to raise where the operating system refused something."""
-        what = f"cannot save {self._name} in {self._directory}: {doing} {num_bytes} bytes failed ({_named(error)})"
-        return save_error(what, error)
-
-
-def _has_hole(fd: int, num_bytes: int) -> bool:
-    try:
-        return os.lseek(fd, 0, os.SEEK_HOLE) < num_bytes
-    except OSError:  # it cannot tell
-        return False
-
-
 def _make_temp(parent: int, leaf: str) -> tuple[int, str]:
     del leaf
     return open_temp(parent)
@@ -362,18 +221,9 @@ def _sync_entry(path: Path) -> None:
     """Make the name of a directory durable in its parent."""
     fd = os.open(path.parent, _DIRECTORY_FLAGS)
     try:
-        _sync_directory(fd)
+        sync_directory(fd)
     finally:
         close_quietly(fd)
-
-
-def _sync_directory(fd: int) -> None:
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        # These file systems keep no directory of their own to sync (CIFS, some FUSE); there is nothing to wait for.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
 
 
 def _is_symlink(name: str, parent: int) -> bool:
@@ -387,8 +237,3 @@ def _symlink_in_the_way(name: str, where: str) -> ValueError:
     return ValueError(
         f"Argument filename should name a file inside the checkpoint directory, but {name!r} meets {where}, a symlink"
     )
-
-
-def _named(error: OSError) -> str:
-    code = errno.errorcode.get(error.errno, str(error.errno)) if error.errno is not None else "no errno"
-    return f"{code}: {error.strerror}"

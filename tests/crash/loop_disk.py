@@ -20,6 +20,7 @@ OWN_MOUNTS: Sequence[str] = ("unshare", "--mount", "--propagation", "private")
 """Command in front of a program that is to mount things unseen."""
 
 _LIMIT_S = 30.0
+_E2FSCK_REPAIRED = 3  # the bits of its exit code for errors that were repaired
 # Less than 300 MiB is no xfs. Only what is written takes room.
 _IMAGE_BYTES: Mapping[str, int] = {"ext4": 32 << 20, "xfs": 300 << 20}
 KINDS: Sequence[str] = tuple(_IMAGE_BYTES)
@@ -97,6 +98,20 @@ class LoopDisk:
     def power_on(self, image: Path | None = None) -> None:
         """Mount it, replaying its journal."""
         must("mount", "-o", "loop", str(image or self.image), str(self.root))
+
+    def power_on_repaired(self, image: Path) -> bool:
+        """Mount an image, by the help of e2fsck where ext4 itself refuses it; tell whether that was so.
+
+        A superblock of ext4's or of its journal's that is half-written is no matter of what was saved.
+        """
+        done = _command("mount", "-o", "loop", str(image), str(self.root))
+        if done.returncode == 0:
+            return False
+        done = _command("e2fsck", "-fy", str(image))
+        if done.returncode & ~_E2FSCK_REPAIRED:
+            raise RuntimeError(f"e2fsck failed: {done.stdout.strip()} {done.stderr.strip()}")
+        self.power_on(image)
+        return True
 
     def power_off(self) -> None:
         """Unmount it."""

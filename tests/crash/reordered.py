@@ -40,6 +40,7 @@ class State:
         num_blocks: how many blocks were written and not flushed.
         num_lost: how many of them are lost.
         num_torn: how many are half-written.
+        is_repaired: whether ext4 refused it, so that e2fsck had to repair it first.
     """
 
     moment: int
@@ -47,6 +48,7 @@ class State:
     num_blocks: int
     num_lost: int
     num_torn: int
+    is_repaired: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,8 +124,18 @@ class RecordedDisk:
             # A file of its own: a loop device that is not quite gone yet would show what was in the one before.
             image = self._disk.image.with_name(f"state{number}")
             image.write_bytes(left)
-            with self._disk.powered(image):
-                yield State(moment=moment, acknowledged=acknowledged, num_blocks=blocks, num_lost=lost, num_torn=torn)
+            is_repaired = self._disk.power_on_repaired(image)
+            try:
+                yield State(
+                    moment=moment,
+                    acknowledged=acknowledged,
+                    num_blocks=blocks,
+                    num_lost=lost,
+                    num_torn=torn,
+                    is_repaired=is_repaired,
+                )
+            finally:
+                self._disk.power_off()
             image.unlink()
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from distckpt import BaseSaveHandler, DiskSaver
-from distckpt.storage import disk
+from distckpt.storage import disk, new_file
 from tests.crash.modes import MODES, disk_saver
 from tests.crash.subject import Counted
 from tests.crash.trained import Trained
@@ -82,7 +82,7 @@ def _never_clears(counted: Subject, directory: Path) -> Any:
 
 def _clears_the_living(counted: Subject, directory: Path) -> Any:
     """Remove every temporary file, whoever writes it."""
-    vars(disk)["remove_if_dead"] = lambda parent, name: os.unlink(name, dir_fd=parent)
+    vars(new_file)["remove_if_dead"] = lambda parent, name: os.unlink(name, dir_fd=parent)
     return _distckpt(counted, directory)
 
 
@@ -115,7 +115,7 @@ def _syncs_nothing(counted: Subject, directory: Path) -> Any:
 
 def _syncs_no_directory(counted: Subject, directory: Path) -> Any:
     """Leave out the fsync after the rename."""
-    disk._sync_directory = lambda fd: None  # noqa: ARG005 - the name is the original's
+    new_file.sync_directory = lambda fd: None  # noqa: ARG005 - the name is the original's
     return _distckpt(counted, directory)
 
 

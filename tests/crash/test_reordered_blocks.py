@@ -40,12 +40,14 @@ class TallyOfStates(Tally):
         lost_blocks: how many of them were lost.
         torn_blocks: how many were half-written.
         with_acknowledged: states in which something had been acknowledged.
+        repaired: states that ext4 itself refused before e2fsck repaired them.
     """
 
     blocks: int = 0
     lost_blocks: int = 0
     torn_blocks: int = 0
     with_acknowledged: int = 0
+    repaired: int = 0
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +80,7 @@ def _look_at_states(root: Path, saver: str, num: int, seed: int, stop_at: float)
             tally.lost_blocks += state.num_lost
             tally.torn_blocks += state.num_torn
             tally.with_acknowledged += state.acknowledged > 0
+            tally.repaired += state.is_repaired
             tally.cut_writing += bool(others_in(place))
             tally.look(place, state.acknowledged)
             if tally.lost >= stop_at:
@@ -106,7 +109,8 @@ def test_no_order_of_blocks_loses_or_tears_a_checkpoint(
         tell(
             f"reordered blocks, {mode}: {tally.trials} states, seed {seed}: of {tally.blocks} blocks that were not "
             f"flushed {tally.lost_blocks} lost, {tally.torn_blocks} half-written; {tally.cut_writing} states with a "
-            f"temporary file, {tally.with_acknowledged} with an acknowledged save, {len(tally.findings)} lost or torn"
+            f"temporary file, {tally.with_acknowledged} with an acknowledged save, {tally.repaired} that e2fsck had to "
+            f"repair, {len(tally.findings)} lost or torn"
         )
     tell(f"reordered blocks: all in {time.monotonic() - start:.0f} s")
     assert {mode: tally.findings for mode, tally in tallies.items()} == {mode: [] for mode in MODES}
