@@ -82,7 +82,7 @@ def _never_clears(counted: Subject, directory: Path) -> Any:
 
 def _clears_the_living(counted: Subject, directory: Path) -> Any:
     """Remove every temporary file, whoever writes it."""
-    vars(new_file)["remove_if_dead"] = lambda parent, name: os.unlink(name, dir_fd=parent)
+    vars(disk)["remove_if_dead"] = lambda parent, name: os.unlink(name, dir_fd=parent)
     return _distckpt(counted, directory)
 
 
