@@ -19,6 +19,7 @@ IMPORTANT: what is replaced is removed only after the commit; and where several 
 before 8.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from typing import Any
 from distckpt.backends.base import Backend, default_timeout_s
 from distckpt.consensus import agree
 from distckpt.consensus.decision import Agreed
-from distckpt.errors import ReplicasDiffer, SaveError
+from distckpt.errors import CollectiveError, ReplicasDiffer, SaveError
 from distckpt.parts import Part, Task
 from distckpt.receipts import Receipts
 from distckpt.save import WRITE_TIMEOUT_S, remove_here, with_context
@@ -58,6 +59,9 @@ class Flight:
         agreed: what is saved.
         difference: why the saving rank writes all, where ranks were to write together; else None.
         problems: of all ranks, what became of the files to remove that were not removed; empty before the end.
+        has_committed: whether this rank has committed a file, whatever became of the others.
+        own_problems: of this rank, as `problems`.
+        took_s: from the beginning to the end, in seconds.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class Flight:
         *,
         writers: Sequence[int],
         temp: str | None,
+        token: str | None,
         difference: str | None,
         remove_one: Callable[[str], None] | None,
         timeout_s: float | None,
@@ -77,6 +82,8 @@ class Flight:
         self.agreed = agreed
         self.difference = difference
         self.problems: list[Mapping[str, Sequence[Any]]] = []
+        self.has_committed = False
+        self.own_problems: dict[str, list[Any]] = {}
         self.took_s = 0.0
         self._place = place
         self._part = part
@@ -89,10 +96,11 @@ class Flight:
         self._checked: list[Sequence[Sequence[int]]] = []
         self._is_finishing = len(self._writers) == 1
         self._receipts: Receipts | None = None
-        if part.in_background and not self._is_finishing and temp is not None:
-            board = backend.board(timeout_s=timeout_s)
-            if board is not None:
-                self._receipts = Receipts(board, place("").who, temp)
+        if part.in_background and not self._is_finishing and token is not None:
+            with contextlib.suppress(CollectiveError):  # then the votes tell
+                board = backend.board(timeout_s=timeout_s)
+                if board is not None:
+                    self._receipts = Receipts(board, place("").who, token)
         self._begin(self._write, has_work=part.writes)
 
     @property
@@ -105,8 +113,11 @@ class Flight:
         """Whether this rank is still at work. Rank-local; waits for nothing."""
         return self._task is not None and not self._task.is_done()
 
-    def advance(self) -> bool:
+    def advance(self, *, patience_s: float | None = None) -> bool:
         """Collective. Wait for all ranks' present step, and begin the next one.
+
+        Args:
+            patience_s: seconds to wait for the other ranks; None for as long as a disk may take.
 
         Returns:
             Whether the file is committed, and nothing is left to do.
@@ -118,7 +129,10 @@ class Flight:
         doing = "committing" if self._is_finishing else "writing"
         try:
             answers = agree.run(
-                self.backend, self._place(f"{doing} {self.filename}"), self._outcome, timeout_s=self._patience_s
+                self.backend,
+                self._place(f"{doing} {self.filename}"),
+                self._outcome,
+                timeout_s=patience_s or self._patience_s,
             )
         except BaseException:
             self.give_up()
@@ -152,6 +166,12 @@ class Flight:
         """Begin a step: on a thread, or, in the foreground, where its outcome is asked for."""
         self._work = work
         self._task = Task(work) if self._part.in_background and has_work else None
+        if self._task is not None:
+            try:
+                self._task.start()
+            except BaseException:
+                self._task.then(self._part.abandon)
+                raise
 
     def _outcome(self) -> dict[str, Any]:
         try:
@@ -186,7 +206,7 @@ class Flight:
         if self._receipts is not None and is_other:
             self._receipts.leave(self.backend.rank, checked)
         if self._receipts is not None and self._part.is_saving:
-            found = self._receipts.wait_for(others, self._patience_s)
+            found = self._receipts.wait_for(others)
             if found is not None:
                 self._checked = [*found, checked]
                 return self._finish()
@@ -197,10 +217,11 @@ class Flight:
 
     def _finish(self) -> dict[str, Any]:
         self._part.finish(self._checked)
+        self.has_committed = self._part.is_saving
         decision = self.agreed.decision
         found: dict[str, Any] = {"checked": [], "is_finished": True, "problems": {}}
         if self._remove_one is not None and self._part.is_saving and decision is not None:
-            found["problems"] = remove_here(decision.evicted, self._remove_one)
+            found["problems"] = self.own_problems = remove_here(decision.evicted, self._remove_one)
         return found
 
 
@@ -276,6 +297,7 @@ def take_off(
         parts[0],
         writers=writers,
         temp=answers[agreed.coordinator]["temp"],
+        token=answers[agreed.coordinator]["token"],
         difference=difference,
         remove_one=remove_one,
         timeout_s=timeout_s,

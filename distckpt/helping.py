@@ -5,9 +5,9 @@ Owns that promise. Must not know what they do. Layer L1.
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
-__all__ = ["helping"]
+__all__ = ["helping", "start_helper", "wait_for_all"]
 
 
 @contextlib.contextmanager
@@ -27,13 +27,17 @@ def helping(work: Callable[[], None], *, num_threads: int = 1) -> Iterator[None]
     """
     events: list[threading.Event] = []
     try:
-        for _ in range(num_threads):
-            has_ended = threading.Event()
-            threading.Thread(target=_run, args=(work, has_ended), name="distckpt-helper", daemon=True).start()
-            events.append(has_ended)
+        events.extend(start_helper(work) for _ in range(num_threads))
         yield
     finally:
-        _wait_for_all(events)
+        wait_for_all(events)
+
+
+def start_helper(work: Callable[[], None]) -> threading.Event:
+    """Start a thread that does `work`, and return what tells of its end."""
+    has_ended = threading.Event()
+    threading.Thread(target=_run, args=(work, has_ended), name="distckpt-staging", daemon=True).start()
+    return has_ended
 
 
 def _run(work: Callable[[], None], has_ended: threading.Event) -> None:
@@ -43,7 +47,8 @@ def _run(work: Callable[[], None], has_ended: threading.Event) -> None:
         has_ended.set()
 
 
-def _wait_for_all(events: list[threading.Event]) -> None:
+def wait_for_all(events: Sequence[threading.Event]) -> None:
+    """Wait for the end of threads, whatever interrupts that; an interrupt is raised when all have ended."""
     # Not by Thread.join: one that a signal interrupts takes the thread for ended (CPython 3.11, threading.py).
     interrupt: BaseException | None = None
     for event in events:

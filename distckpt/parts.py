@@ -16,6 +16,7 @@ The steps of a part, of which the ranks hear of each other's in between:
 
 import functools
 import os
+import secrets
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -109,14 +110,15 @@ class Part:
 
         Returns:
             What the other ranks should know: ``form``, which has to be equal on all that write (see
-            :meth:`~distckpt.snapshot.Snapshot.form`), and of the saving rank ``temp``, the name to find its file by.
+            :meth:`~distckpt.snapshot.Snapshot.form`), and of the saving rank ``temp``, the name to find its file by,
+            and ``token``, which no other save has.
 
         Raises:
             ValueError: the name would leave the directory, or a symlink is in the way.
             SaveError: the operating system refused.
             MemoryError: there is none to stage in.
         """
-        answer: dict[str, Any] = {"form": None, "temp": None}
+        answer: dict[str, Any] = {"form": None, "temp": None, "token": None}
         if self._share is None and not self._is_checked:
             return answer
         share = self._share or WHOLE
@@ -131,7 +133,7 @@ class Part:
         answer["form"] = snapshot.form() if self.is_shared else None
         if self.is_saving:
             self._new = self._directory.create(self.name, atomic=self._atomic)
-            answer["temp"] = self._new.temp
+            answer |= {"temp": self._new.temp, "token": secrets.token_hex(8)}
         self._take(whole=False)
         return answer
 
@@ -228,9 +230,11 @@ class Part:
     def _let_go_of_memory(self) -> None:
         if self._holds_memory:
             self._holds_memory = False
-            if self._snapshot is not None:
-                self._snapshot.settle()
-            self._memory.release()
+            try:
+                if self._snapshot is not None:
+                    self._snapshot.settle()
+            finally:
+                self._memory.release()
 
 
 @functools.cache
@@ -260,8 +264,20 @@ class Task:
         self._lock = threading.Lock()
         # Not Thread.join: one that a signal interrupts takes the thread for ended (CPython 3.11, threading.py).
         self._ended = threading.Event()
+        self._mark: Unfinished | None = None
+
+    def start(self) -> None:
+        """Begin.
+
+        Raises:
+            RuntimeError: there can be no thread; it counts as ended.
+        """
         self._mark = Unfinished()
-        _writers(os.getpid()).submit(self._run)
+        try:
+            _writers(os.getpid()).submit(self._run)
+        except BaseException as error:
+            self._end(error)
+            raise
 
     def is_done(self, *, within_s: float = 0.0) -> bool:
         """Tell whether it has ended, well or not.
@@ -299,12 +315,20 @@ class Task:
         try:
             self._value = self._work()
         except BaseException as error:  # noqa: BLE001 - raised where the outcome is asked for
-            self._error = error
+            self._end(error)
+        else:
+            self._end(None)
+
+    def _end(self, error: BaseException | None) -> None:
+        self._error = error
         with self._lock:
             self._ended.set()
-        for action in self._after:
-            action()
-        self._mark.end()
+        try:
+            for action in self._after:
+                action()
+        finally:
+            if self._mark is not None:
+                self._mark.end()
 
 
 def _made(one: _T | None) -> _T:

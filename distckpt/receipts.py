@@ -7,6 +7,7 @@ the job has no board, or it does not answer, the ranks hear of each other in the
 
 import json
 import threading
+import time
 from collections.abc import Sequence
 
 from distckpt.backends.base import Board
@@ -16,6 +17,7 @@ __all__ = ["Receipts"]
 
 _LIMIT_S = 10.0
 _LOOK_S = 0.005
+_PATIENCE_S = 60.0
 
 
 class Receipts:
@@ -24,7 +26,7 @@ class Receipts:
     Args:
         board: the job's.
         who: the handler, by the same name on all ranks.
-        token: which save; the same on all ranks, and no other's.
+        token: of the save; the same on all ranks, and no other save's.
     """
 
     def __init__(self, board: Board, who: str, token: str) -> None:
@@ -40,19 +42,18 @@ class Receipts:
         except (OSError, TimeoutError):
             self._is_off.set()
 
-    def wait_for(self, ranks: Sequence[int], limit_s: float) -> list[Checked] | None:
-        """Wait for those of other ranks. Any thread.
+    def wait_for(self, ranks: Sequence[int]) -> list[Checked] | None:
+        """Wait for those of other ranks, for a minute. Any thread.
 
         Returns:
-            Theirs; None where one of them failed, there is no hearing of them, or :meth:`call_off` was called.
+            Theirs; None where one of them failed, there is no hearing of them, or :meth:`call_off` was called: then the
+            votes tell.
         """
-        keys, waited_s = [self._key(rank) for rank in ranks], 0.0
-        while waited_s < limit_s and not self._is_off.is_set():
+        keys, deadline = [self._key(rank) for rank in ranks], time.monotonic() + _PATIENCE_S
+        while time.monotonic() < deadline and not self._is_off.is_set():
             try:
                 notes = self._board.look(keys, limit_s=_LIMIT_S)
-            except TimeoutError:
-                continue
-            except OSError:
+            except (OSError, TimeoutError):
                 return None
             found = [json.loads(note) for note in notes if note is not None]
             ours = [checked for token, checked in found if token == self._token]
@@ -61,7 +62,6 @@ class Receipts:
             if len(ours) == len(keys):
                 return ours
             self._is_off.wait(timeout=_LOOK_S)
-            waited_s += _LOOK_S
         return None
 
     def call_off(self) -> None:

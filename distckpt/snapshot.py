@@ -100,7 +100,8 @@ class Snapshot:
 
         It can differ where they might: all that is pickled is counted in.
         """
-        return crc32(repr((self._plan.shared_end, self._plan.end, crc32(self._pickled.data))).encode())
+        told = (sorted(self._shared), self._plan.shared_end, self._plan.end, crc32(self._pickled.data))
+        return crc32(repr(told).encode())
 
     def forms(self) -> list[str]:
         """Return what has to be the same on two ranks for them to write one file in shares, as phrases."""
@@ -151,11 +152,12 @@ class Snapshot:
 
     def settle(self) -> None:
         """Wait until nothing is copied any more: the memory is another's afterwards. Any thread."""
-        if self._late is not None:
-            with contextlib.suppress(Exception):  # told where the bytes are taken
-                self._late.wait_for(None)
-        if self._fence is not None:
-            self._fence.take_down()
+        try:
+            if self._late is not None:
+                self._late.settle()
+        finally:
+            if self._fence is not None:
+                self._fence.take_down()
 
     def _wait_for(self, offset: int) -> None:
         _made(self._staging).wait_for(offset)

@@ -18,8 +18,7 @@ __all__ = ["Memory"]
 class Memory:
     """The peak of all ranks while a new contestant saves a few times, less that of plain steps before it.
 
-    What it holds from save to save is in it. distckpt's contestants may share memory that stays: all of them are held
-    against the steps before the first one, and have to come last.
+    What it holds from save to save is in it.
 
     Args:
         job: to train between.
@@ -28,7 +27,6 @@ class Memory:
 
     def __init__(self, job: Job, sampler: Sampler | None) -> None:
         self._job, self._sampler = job, sampler
-        self._before_ours: int | None = None
 
     def extra_bytes(self, kind: type[Contestant], labels: Sequence[str]) -> int:
         """Collective. Return it for saves of these names.
@@ -37,11 +35,7 @@ class Memory:
             MissingError: this version lacks what the contestant needs.
             ImportError: it is not installed.
         """
-        if not kind.is_ours:
-            plain = self._of_plain_steps()
-        else:
-            plain = self._of_plain_steps() if self._before_ours is None else self._before_ours
-            self._before_ours = plain
+        plain = self._of_plain_steps()
 
         def save() -> None:
             contestant = kind(self._job)

@@ -13,6 +13,7 @@ from ignite.engine import Engine, Events
 import distckpt
 from ci.savebench.contestant import Contestant, MissingError, Waiter
 from ci.savebench.job import Job
+from distckpt.state.staging import kept_memory
 
 __all__ = ["Background", "BackgroundShared", "Foreground", "Shared"]
 
@@ -65,6 +66,10 @@ class Foreground(Contestant):
     def remove(self, path: Path) -> None:
         """Leave it to the next save."""
 
+    def close(self) -> None:
+        """Free the memory that all savers of a process share."""
+        kept_memory().free()
+
 
 class Shared(Foreground):
     """The same with the writing shared among the ranks of a node."""
@@ -115,6 +120,7 @@ class Background(Foreground):
     def close(self) -> None:
         """End what is in flight."""
         self._checkpoint.wait_until_finished()
+        super().close()
 
 
 class BackgroundShared(Background):

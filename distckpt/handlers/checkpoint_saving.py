@@ -159,24 +159,18 @@ class CheckpointSaving(CheckpointHistory):
             stepped=lambda: stepped(self.to_save),
             make_part=lambda: saver.part(backend, decision.filename, about(backend, engine, agreed), sharing),
             sharing=sharing,
-            remove_one=saver.remove if is_removed_early else None,
+            remove_one=saver.remover() if is_removed_early else None,
             timeout_s=self.timeout_s,
         )
         self._saved_at = Moment(engine)
-        if flight.difference is not None and "shares" not in self._warned:
-            self._warned.add("shares")
-            warnings.warn(
-                f"Checkpoint: the ranks cannot write {flight.filename} together: {flight.difference}. Rank "
-                f"{agreed.coordinator} writes all of it. This is said once.",
-                stacklevel=2,
-            )
         history = self._saved
 
         def landed(flight: Flight, error: BaseException | None) -> None:
             if error is not None:
-                if self._saved is history:
-                    self._note_failure(agreed, error)
                 self._saved_at = Moment()
+                flight.wait()  # an interrupt has not ended it
+                if self._saved is history:
+                    self._take_over_what_is_there(agreed, flight, error, is_removed=is_removed_early)
                 return
             if self._saved is history:  # else it was loaded or reset meanwhile: the file stays, and is not ours
                 self._take_over(agreed, took_s=flight.took_s)
@@ -190,14 +184,38 @@ class CheckpointSaving(CheckpointHistory):
 
         if saver.background:
             self._flights.begin(engine, flight, landed)
+        else:
+            try:
+                while not flight.advance():
+                    pass
+            except BaseException as error:
+                landed(flight, error)
+                raise
+            landed(flight, None)
+        self._warn_of_difference(flight)
+
+    def _take_over_what_is_there(
+        self, agreed: Agreed, flight: Flight, error: BaseException, *, is_removed: bool
+    ) -> None:
+        """Take over what this rank has committed though the save ended with an error elsewhere; else note the failure.
+
+        The other ranks hear of it with the next save: then the saving rank's history is everybody's.
+        """
+        if not flight.has_committed:
+            self._note_failure(agreed, error)
             return
-        try:
-            while not flight.advance():
-                pass
-        except BaseException as error:
-            landed(flight, error)
-            raise
-        landed(flight, None)
+        self._take_over(agreed, took_s=flight.took_s)
+        if is_removed:
+            self._told(save.removals_of(_made(agreed.decision).evicted, [flight.own_problems]))
+
+    def _warn_of_difference(self, flight: Flight) -> None:
+        if flight.difference is not None and "shares" not in self._warned:
+            self._warned.add("shares")
+            warnings.warn(
+                f"Checkpoint: the ranks cannot write {flight.filename} together: {flight.difference}. Rank "
+                f"{flight.agreed.coordinator} writes all of it. This is said once.",
+                stacklevel=3,
+            )
 
     def _note_failure(self, agreed: Agreed, error: BaseException) -> None:
         """Keep in mind what a save that failed may have left."""

@@ -55,8 +55,9 @@ class DiskSaver(BaseSaveHandler):
         when_busy: what a Checkpoint does whose last save is still under way: ``"wait"`` for it, or ``"skip"`` the new
             one.
         overlap_copy: in the background, copy parameters and optimizer states that lie on an accelerator while the next
-            step computes; the optimizer's step waits for it. False where something else than a ``torch.optim``
-            optimizer changes parameters in place before that: a handler that swaps averaged weights, for one.
+            step computes; the optimizer's step waits for it, and so do distckpt's own loads. False where something
+            else changes parameters in place before that: a handler that swaps averaged weights, or torch's
+            ``load_state_dict``.
         own_memory: copy into memory of this saver's own. Else one image's worth of memory serves all savers of the
             process, and one waits for the other.
         share_write: ranks of the same ``"node"``, or of the whole ``"world"``, that see the same directory (a probe
@@ -303,6 +304,10 @@ class DiskSaver(BaseSaveHandler):
                 f"{', '.join(refused)}. Save plain tensors, numbers, text and containers of them. This is said once.",
                 stacklevel=2,
             )
+
+    def remover(self) -> Callable[[str], None]:
+        """Return what removes a file on the rank that calls it, on any thread: there nobody need ask who it is."""
+        return Directory(self.dirname).remove
 
     def remove(self, filename: str) -> None:
         """Remove `filename` on the saving rank. Rank-local; issues no collectives.

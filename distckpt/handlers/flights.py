@@ -11,6 +11,7 @@ from typing import Any
 
 from ignite.engine import Engine
 
+from distckpt.backends.base import default_timeout_s
 from distckpt.backends.detect import current
 from distckpt.consensus.agree import Seat
 from distckpt.consensus.step_vote import Answer, Fact
@@ -102,12 +103,12 @@ class Flights(Poller):
         while self._flight is not None:
             self._advance()
 
-    def _advance(self) -> None:
+    def _advance(self, patience_s: float | None = None) -> None:
         flight = self._flight
         if flight is None:
             return
         try:
-            is_over = flight.advance()
+            is_over = flight.advance(patience_s=patience_s)
         except BaseException as error:
             self._end(flight, error)
             raise
@@ -139,7 +140,8 @@ class Flights(Poller):
         try:
             if flight.backend is current() and (flight.backend.world_size == 1 or isinstance(error, PhaseError)):
                 while self._flight is not None:
-                    self._advance()
+                    # Without a watch nobody tells a rank that waits for one which went another way.
+                    self._advance(default_timeout_s() if self.timeout_s is None else self.timeout_s)
                 return
         except Exception:
             _logger.exception("Checkpoint: %s was being saved as the run failed, and failed too", flight.filename)

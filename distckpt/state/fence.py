@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-__all__ = ["Fence", "is_stepped_in_python"]
+__all__ = ["Fence", "hold_all", "is_stepped_in_python"]
 
 _LOCK = threading.Lock()
 _UP: "list[Fence]" = []
@@ -49,12 +49,21 @@ class Fence:
             _UP.remove(self)
 
 
-def _hold(*_: Any) -> None:
+def hold_all() -> None:
+    """Wait until nothing is copied late any more: before anything else than an optimizer changes parameters."""
     if _UP:
         for fence in tuple(_UP):
             fence.hold()
 
 
+def _hold(*_: Any) -> None:
+    hold_all()
+
+
 def is_stepped_in_python(optimizer: torch.optim.Optimizer) -> bool:
-    """Tell whether each step of an optimizer comes by the hook: not where a graph of the device's may repeat it."""
-    return not any(group.get("capturable") for group in optimizer.param_groups)
+    """Tell whether each step of an optimizer comes by the hook: not where a graph of the device's may repeat it.
+
+    Optimizers that refuse to be captured unless they are told to (Adam and its like have ``capturable``) are known; of
+    others, as SGD, nobody knows.
+    """
+    return all(group.get("capturable") is False for group in optimizer.param_groups)

@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from distckpt.errors import DoesNotFit, LoadError, PartlyLoaded, does_not_fit
+from distckpt.state.fence import hold_all
 from distckpt.state.inplace import (
     Claim,
     Unread,
@@ -154,6 +155,7 @@ class Prepared:
         """
         reports = []
         self.fill()
+        hold_all()  # what is being saved is the state of before
         with contextlib.ExitStack() as undo:  # every step is taken, also when one of them fails
             for obj, state in others:
                 undo.callback(undo_object(obj))

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from distckpt.helping import helping
+from distckpt.helping import helping, start_helper, wait_for_all
 from distckpt.state.from_device import Fetcher, pin, unpin
 
 __all__ = ["Copy", "HostMemory", "Staging", "in_strides", "kept_memory", "num_staging_threads"]
@@ -166,6 +166,7 @@ class Staging:
         self._change = threading.Condition()
         self._num_waiting = 0
         self._error: BaseException | None = None
+        self._threads: list[threading.Event] = []
 
     def run(self) -> None:
         """Take part until there is nothing left to begin.
@@ -202,9 +203,21 @@ class Staging:
                 self.stop()
 
     def begin(self, num_threads: int) -> None:
-        """Copy all of it on so many other threads; :meth:`wait_for` tells when it is done."""
-        for _ in range(num_threads):
-            threading.Thread(target=self._help, name="distckpt-staging", daemon=True).start()
+        """Copy all of it on so many other threads; :meth:`wait_for` tells when it is done, :meth:`settle` waits for it.
+
+        Raises:
+            RuntimeError: a thread cannot be started.
+        """
+        try:
+            for _ in range(num_threads):
+                self._threads.append(start_helper(self._help))
+        except BaseException:
+            self.stop()
+            raise
+
+    def settle(self) -> None:
+        """Wait until none of the threads of :meth:`begin` is left, whatever interrupts that. Any thread."""
+        wait_for_all(self._threads)
 
     def run_on(self, num_threads: int) -> None:
         """Copy all of it, with so many threads, this one among them; return when it is done.

@@ -142,8 +142,9 @@ def test_the_end_of_a_run_waits_on_all_ranks(tmp_path: Path) -> None:
     trainer.add_event_handler(Events.ITERATION_COMPLETED, handler)
     found: list[str] = []
     trainer.add_event_handler(Events.COMPLETED, lambda _: found.append(Path(str(handler.last_checkpoint)).name))
+    let_go = threading.Timer(0.3, lambda store: store.set("written", "1"), [job.store()])
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda _: let_go.start())
     with slow_disk(0, "written"):
-        threading.Timer(0.3, lambda store: store.set("written", "1"), [job.store()]).start()
         trainer.run([0] * 4)
     assert found == ["obj_1.pt"]
     assert all_equal(gathered(found))

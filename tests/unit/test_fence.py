@@ -16,6 +16,7 @@ from distckpt.state.collect import stepped
 from distckpt.state.fence import Fence, is_stepped_in_python
 from distckpt.state.staging import Copy, Staging
 from distckpt.storage.ptfile import verify
+from tests.unit.directories import names_in
 
 
 class Late(DiskSaver):
@@ -81,7 +82,7 @@ def test_without_the_fence_the_same_loop_tears_its_checkpoints(
 ) -> None:
     monkeypatch.setattr(Fence, "hold", Fence.take_down)
     model = nn.Linear(60, 60)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
 
     def step(_engine: Engine, _batch: Any) -> None:
         model(torch.randn(8, 60)).sum().backward()
@@ -116,6 +117,37 @@ def test_nothing_is_late_where_that_is_asked_for(tmp_path: Path) -> None:
     assert torch.equal(torch.load(tmp_path / "checkpoint_0.pt", weights_only=True)["model"]["weight"], before)
 
 
+def test_a_load_waits_for_what_is_copied_late(tmp_path: Path, slow_copies: list[str]) -> None:
+    model = nn.Linear(1200, 1200)  # of several pieces
+    optimizer = torch.optim.AdamW(model.parameters())
+    handler = Checkpoint({"model": model, "optimizer": optimizer}, Late(tmp_path, background=True))
+    before = model.weight.detach().clone()
+    handler(Engine(lambda _engine, _batch: None))
+    Checkpoint.load_objects({"model": model}, {"weight": torch.zeros(1200, 1200), "bias": torch.zeros(1200)})
+    handler.wait_until_finished()
+    assert "distckpt-staging" in slow_copies
+    assert torch.equal(torch.load(tmp_path / "checkpoint_0.pt", weights_only=True)["model"]["weight"], before)
+    assert fence._UP == []
+
+
+def test_a_copy_that_cannot_begin_holds_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Staging, _num_threads: int) -> None:
+        self.stop()
+        raise RuntimeError("can't start new thread")
+
+    model = nn.Linear(60, 60)
+    objects = {"model": model, "optimizer": torch.optim.AdamW(model.parameters())}
+    handler = Checkpoint(objects, Late(tmp_path, background=True))
+    with monkeypatch.context() as patch:
+        patch.setattr(Staging, "begin", fail)
+        with pytest.raises(RuntimeError, match="can't start"):
+            handler(Engine(lambda _engine, _batch: None))
+    assert fence._UP == []
+    handler(Engine(lambda _engine, _batch: None))
+    handler.wait_until_finished()
+    assert names_in(tmp_path) == ["checkpoint_0.pt"]
+
+
 def test_only_what_an_optimizer_changes_is_late() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     optimizer = torch.optim.Adam(model[0].parameters())
@@ -130,6 +162,7 @@ def test_only_what_an_optimizer_changes_is_late() -> None:
 def test_steps_that_a_graph_repeats_are_not_waited_for() -> None:
     parameters = [nn.Parameter(torch.ones(1))]
     assert is_stepped_in_python(torch.optim.Adam(parameters))
+    assert not is_stepped_in_python(torch.optim.SGD(parameters, lr=0.1)), "a graph may hold it, and nobody asks"
     assert not is_stepped_in_python(torch.optim.Adam(parameters, capturable=True))
 
 
