@@ -20,7 +20,7 @@ from tests.crash.lost_jobs import Jobs, Table
 
 _VARIABLE = "DISTCKPT_CRASH"
 _KINDS = ("quick", "whole")
-_COUNTS = {"KILLS": (40, 1000), "RANK_KILLS": (24, 1000), "CUTS": (10, 200), "STATES": (20, 500)}
+_COUNTS = {"KILLS": (25, 1000), "RANK_KILLS": (12, 1000), "CUTS": (8, 200), "STATES": (14, 500)}
 """How many of each way of saving, in the quick selection and in the whole."""
 _LIMITS_S = (170.0, 3000.0)
 
