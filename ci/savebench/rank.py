@@ -144,7 +144,7 @@ class Rounds:
     def _measure_memory(self) -> None:
         with self._watching() as sampler:
             memory = Memory(self._job, sampler)
-            for name in sorted(self._plan.names, key=lambda name: FIELD[name].is_ours):
+            for name in self._plan.names:
                 with self._turn(name, MEMORY_ROUND), contextlib.suppress(MissingError, ImportError):  # told below
                     num_bytes = memory.extra_bytes(FIELD[name], ("first", "second"))
                     self._journal.tell(kind="memory", name=name, extra_bytes=num_bytes)
