@@ -209,12 +209,11 @@ class CheckpointSaving(CheckpointHistory):
             self._told(save.removals_of(_made(agreed.decision).evicted, [flight.own_problems]))
 
     def _warn_of_difference(self, flight: Flight) -> None:
-        if flight.difference is not None and "shares" not in self._warned:
-            self._warned.add("shares")
-            warnings.warn(
-                f"Checkpoint: the ranks cannot write {flight.filename} together: {flight.difference}. Rank "
-                f"{flight.agreed.coordinator} writes all of it. This is said once.",
-                stacklevel=3,
+        if flight.difference is not None:
+            self._warn_once(
+                "shares",
+                f"the ranks cannot write {flight.filename} together: {flight.difference}. Rank "
+                f"{flight.agreed.coordinator} writes all of it.",
             )
 
     def _note_failure(self, agreed: Agreed, error: BaseException) -> None:
@@ -271,16 +270,19 @@ class CheckpointSaving(CheckpointHistory):
             warnings.warn(f"Checkpoint: while removing older checkpoints: {' '.join(problems)}", stacklevel=3)
 
     def _warn_of_scores(self, agreed: Agreed) -> None:
-        if agreed.scores is not None and "differ" not in self._warned:
-            self._warned.add("differ")
-            warnings.warn(
-                f"Checkpoint: the ranks have different scores, {list(agreed.scores)}; their {self.score_rule} counts, "
-                f"{agreed.score}. Reduce the metric over all ranks. This is said once.",
-                stacklevel=3,
+        if agreed.scores is not None:
+            self._warn_once(
+                "differ",
+                f"the ranks have different scores, {list(agreed.scores)}; their {self.score_rule} counts, "
+                f"{agreed.score}. Reduce the metric over all ranks.",
             )
-        if nan_is_why(agreed) and "nan" not in self._warned:
-            self._warned.add("nan")
-            warnings.warn("Checkpoint: the score is NaN; nothing was saved. This is said once.", stacklevel=3)
+        if nan_is_why(agreed):
+            self._warn_once("nan", "the score is NaN; nothing was saved.")
+
+    def _warn_once(self, what: str, text: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            warnings.warn(f"Checkpoint: {text} This is said once.", stacklevel=4)
 
 
 def _disk_saver_of(handler: Any) -> DiskSaver | None:
