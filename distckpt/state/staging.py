@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from distckpt.copying import copy
 from distckpt.helping import helping, start_helper, wait_for_all
 from distckpt.state.from_device import Fetcher, pin, unpin
 
@@ -234,7 +235,7 @@ class Staging:
 
     def _run_alone(self) -> None:
         """Copy all of it from the host's memory, with nobody who takes part or looks meanwhile."""
-        shift, sources, copy = self._address - self._begin, self._sources, ctypes.memmove
+        shift, sources = self._address - self._begin, self._sources
         for storage, begin, at, num_bytes in self._todo:
             copy(shift + at, sources[storage] + begin, num_bytes)  # type: ignore[operator]  # none is None
         self._is_done = bytearray(b"\1") * len(self._todo)
@@ -274,18 +275,18 @@ class Staging:
         with contextlib.suppress(BaseException):  # kept, and raised where it is waited for
             self.run()
 
-    def _copy(self, copy: Copy) -> None:
-        number, begin, at, num_bytes = copy
+    def _copy(self, piece: Copy) -> None:
+        number, begin, at, num_bytes = piece
         address = self._sources[number]
         if address is not None:
-            ctypes.memmove(self._address + at - self._begin, address + begin, num_bytes)
+            copy(self._address + at - self._begin, address + begin, num_bytes)
         else:
-            self._fetch(copy)
+            self._fetch(piece)
 
-    def _fetch(self, copy: Copy) -> None:
-        at = copy.at - self._begin
-        target = torch.frombuffer(self._memory, dtype=torch.uint8, offset=at, count=copy.num_bytes)
-        self._fetcher.fetch(self._storages[copy.storage], copy.begin, target)
+    def _fetch(self, piece: Copy) -> None:
+        at = piece.at - self._begin
+        target = torch.frombuffer(self._memory, dtype=torch.uint8, offset=at, count=piece.num_bytes)
+        self._fetcher.fetch(self._storages[piece.storage], piece.begin, target)
 
 
 def num_staging_threads(num_ranks: int) -> int:
@@ -305,9 +306,9 @@ def num_staging_threads(num_ranks: int) -> int:
 def in_strides(copies: Iterable[Copy]) -> tuple[Copy, ...]:
     """Cut copies into pieces such that several threads may share them, and others take what is copied."""
     return tuple(
-        Copy(copy.storage, copy.begin + done, copy.at + done, min(_STRIDE_BYTES, copy.num_bytes - done))
-        for copy in copies
-        for done in range(0, max(copy.num_bytes, 1), _STRIDE_BYTES)
+        Copy(one.storage, one.begin + done, one.at + done, min(_STRIDE_BYTES, one.num_bytes - done))
+        for one in copies
+        for done in range(0, max(one.num_bytes, 1), _STRIDE_BYTES)
     )
 
 
