@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from ignite.engine import Engine, Events
 
 import distckpt
+from ci.savebench.arrivals import Arrivals
 from ci.savebench.contestant import Contestant, MissingError, Waiter
 from ci.savebench.job import Job
 from distckpt.state.staging import kept_memory
@@ -85,19 +86,18 @@ class Background(Foreground):
     is_background = True
     options: ClassVar[dict[str, Any]] = {"background": True}
 
-    POLL_S: ClassVar[float] = 0.003
-
     def __init__(self, job: Job) -> None:
         for needed in ("is_in_flight", "wait_until_finished"):
             if not hasattr(distckpt.Checkpoint, needed):
                 msg = f"Checkpoint has no {needed}"
                 raise MissingError(msg)
         super().__init__(job)
-        self._older: set[str] = set()
+        self._arrivals: Arrivals | None = None
 
     def attach(self, engine: Engine, *, at: int, path: Path) -> None:
         """Attach the handler."""
-        self._older = self._names()
+        self._arrivals = Arrivals(self.folder)
+        self.job.meeting.barrier()  # all ranks watch
         super().attach(engine, at=at, path=path)
 
     def saved(self, path: Path) -> None:
@@ -107,11 +107,9 @@ class Background(Foreground):
 
     def _wait(self) -> None:
         """Return when the new file is there and the older one is not: it is removed after all is synced."""
-        while self._names() & self._older or not self._names() - self._older:
-            time.sleep(self.POLL_S)
-
-    def _names(self) -> set[str]:
-        return {path.name for path in self.folder.glob("*.pt")}
+        if self._arrivals is not None:
+            with self._arrivals as arrivals:
+                arrivals.wait_for_another(".pt")
 
     def durable_at(self) -> float | None:
         """Return that moment."""
