@@ -122,6 +122,7 @@ def _fail_each_call(root: str, whose: str, extent: Extent, only: str | None = No
                 expected=expected_of(fault, calls),
                 errno=fault.errno,
                 may_stay=fault.call == "rename" and fault.how is How.DONE_BUT_REPORTED_AS_FAILED,
+                may_harm_nothing=fault.how is How.TORN,
             )
             wrong += _observe_and_judge(place / f"case{number}", seats, trouble, whose)
             tried.append(f"{fault} -> {trouble.expected}")
