@@ -26,6 +26,7 @@ from typing import Any
 
 from ci.savebench.field import FIELD
 from ci.savebench.files import file_system_of
+from ci.savebench.first_touch import touch_free_memory
 from ci.savebench.picture import picture_of
 from ci.savebench.rank import MEMORY_ROUND, Plan
 from ci.savebench.summary import Row, rows_of
@@ -109,6 +110,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=arguments.folder or scratch_folder()) as text:
         folder = Path(text)
         about = versions(folder)
+        if not arguments.quick:
+            progress(f"{touch_free_memory() / 2**30:.0f} GiB of free memory touched")
         for world_size in arguments.ranks:
             plan = Plan(
                 world_size=world_size,

@@ -7,7 +7,18 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["children_of", "drop_from_cache", "file_system_of", "files_of", "num_bytes", "read_from_storage", "sync"]
+__all__ = [
+    "children_of",
+    "drop_from_cache",
+    "file_system_of",
+    "files_of",
+    "num_bytes",
+    "read_from_storage",
+    "read_through_cache",
+    "sync",
+]
+
+_READ_BYTES = 8 << 20
 
 
 def files_of(path: Path) -> list[Path]:
@@ -43,6 +54,18 @@ def drop_from_cache(path: Path) -> None:
         try:
             os.fsync(descriptor)  # dirty pages stay
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def read_through_cache(path: Path) -> None:
+    """Read a checkpoint through the page cache, to the last byte."""
+    memory = memoryview(bytearray(_READ_BYTES))
+    for one in files_of(path):
+        descriptor = os.open(one, os.O_RDONLY)
+        try:
+            while os.readv(descriptor, [memory]):
+                pass
         finally:
             os.close(descriptor)
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from ignite.engine import Engine, Events
 
 from ci.savebench.contestant import Contestant
-from ci.savebench.files import drop_from_cache, num_bytes, read_from_storage
+from ci.savebench.files import drop_from_cache, num_bytes, read_from_storage, read_through_cache
 from ci.savebench.job import Job
 from ci.savebench.limits import read_raw
 
@@ -126,6 +126,9 @@ def save_and_load(job: Job, contestant: Contestant, path: Path) -> dict[str, Any
     read_raw(job, where)  # the machine below may keep what was read before: the second one, and the load, find the same
     raw_read_s = read_raw(job, where)
     if job.rank == 0:
+        # A virtual machine's free memory may go back to the one below, and costs more than the load to have again (see
+        # first_touch.py). So everybody finds a page cache whose pages were in use a moment ago.
+        read_through_cache(where)
         drop_from_cache(where)
     read_before = read_from_storage(os.getpid())
     job.meeting.barrier()
