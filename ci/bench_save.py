@@ -111,7 +111,7 @@ def main() -> int:
         folder = Path(text)
         about = versions(folder)
         if not arguments.quick:
-            progress(f"{touch_free_memory() / 2**30:.0f} GiB of free memory touched")
+            progress(touch_free_memory())
         for world_size in arguments.ranks:
             plan = Plan(
                 world_size=world_size,

@@ -126,8 +126,8 @@ def save_and_load(job: Job, contestant: Contestant, path: Path) -> dict[str, Any
     read_raw(job, where)  # the machine below may keep what was read before: the second one, and the load, find the same
     raw_read_s = read_raw(job, where)
     if job.rank == 0:
-        # A virtual machine's free memory may go back to the one below, and costs more than the load to have again (see
-        # first_touch.py). So everybody finds a page cache whose pages were in use a moment ago.
+        # A virtual machine's free memory may go back to the one below, and to have it again costs more than the load
+        # (see first_touch.py). So the page cache most likely gets pages that were in use a moment ago.
         read_through_cache(where)
         drop_from_cache(where)
     read_before = read_from_storage(os.getpid())

@@ -4,7 +4,6 @@ Owns its contestants. They are the handler as a user attaches it; durable is wha
 """
 
 import inspect
-import time
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -38,22 +37,16 @@ class Foreground(Contestant):
         self._checkpoint: Any = distckpt.Checkpoint(
             job.wrapped(), saver, n_saved=1, global_step_transform=lambda *_: job.num_steps
         )
-        self._at: float | None = None
 
     def attach(self, engine: Engine, *, at: int, path: Path) -> None:
-        """Attach the handler."""
+        """Attach the handler, and wait beside the training as for the others."""
         del path
-        self._at = None
+        arrivals = Arrivals(self.folder)
+        self._waiter = Waiter(lambda: _wait(arrivals))
         engine.add_event_handler(Events.ITERATION_COMPLETED(once=at), self._checkpoint)
 
     def saved(self, path: Path) -> None:
-        """Note when the call returned: the file is durable."""
-        del path
-        self._at = time.monotonic()
-
-    def durable_at(self) -> float | None:
-        """Return that moment."""
-        return self._at
+        """Do nothing: it is waited for already."""
 
     def where(self, path: Path) -> Path:
         """Return the newest file."""
@@ -92,28 +85,6 @@ class Background(Foreground):
                 msg = f"Checkpoint has no {needed}"
                 raise MissingError(msg)
         super().__init__(job)
-        self._arrivals: Arrivals | None = None
-
-    def attach(self, engine: Engine, *, at: int, path: Path) -> None:
-        """Attach the handler."""
-        self._arrivals = Arrivals(self.folder)
-        self.job.meeting.barrier()  # all ranks watch
-        super().attach(engine, at=at, path=path)
-
-    def saved(self, path: Path) -> None:
-        """Wait beside the training, as for the others."""
-        del path
-        self._waiter = Waiter(self._wait)
-
-    def _wait(self) -> None:
-        """Return when the new file is there and the older one is not: it is removed after all is synced."""
-        if self._arrivals is not None:
-            with self._arrivals as arrivals:
-                arrivals.wait_for_another(".pt")
-
-    def durable_at(self) -> float | None:
-        """Return that moment."""
-        return None if self._waiter is None else self._waiter.durable_at()
 
     def close(self) -> None:
         """End what is in flight."""
@@ -126,3 +97,9 @@ class BackgroundShared(Background):
 
     name = "distckpt background shared"
     options: ClassVar[dict[str, Any]] = {"background": True, "share_write": "node"}
+
+
+def _wait(arrivals: Arrivals) -> None:
+    """Return when the new file is there and the older one begins to go, which it does when the new one is synced."""
+    with arrivals:
+        arrivals.wait_for_another(".pt")
