@@ -2,13 +2,16 @@
 
 Owns one function, :func:`copy`. Must not know what the bytes are. Layer L1.
 
-An ordinary store first reads the line of memory that it is about to overwrite, and leaves it in the caches, where a
-snapshot is of no use and the model is. Non-temporal stores do neither: a large copy takes about two thirds of the time.
-glibc uses them above three quarters of the last cache's size alone (240 MiB on a machine with one of 480 MiB; tensors
-are smaller), and nothing that Python brings along has them. So the loop is here, in machine code, as a just-in-time
-compiler would make it: x86-64's base instructions, one function, no calls, no stack. It goes through four pages at a
-time, for memory has several rows open at once (as glibc's large copies do, ``sysdeps/x86_64/multiarch/
-memmove-vec-unaligned-erms.S``).
+An ordinary store first reads the line of memory that it is about to overwrite, and leaves it in the caches, where the
+model was. Non-temporal stores do neither: 256 MiB of tensors a rank took 31 ms instead of 50 while training stood still
+(2 CPUs with AMX and a last cache of 480 MiB; two ranks copied at once). Whoever reads the copy next fetches it from
+memory.
+
+glibc has such stores for copies above a size that it derives from the last cache (181 MiB on that machine; ``ld.so
+--list-tunables``), and tensors are smaller; nothing that Python or torch bring along has them for any size. So the loop
+is here, in machine code, as a just-in-time compiler would make it: x86-64's base instructions, one function, no calls,
+no stack. It goes through four pages at a time, for memory has several rows open at once (as glibc's large copies do,
+``sysdeps/x86_64/multiarch/memmove-vec-unaligned-erms.S``).
 
 Where it cannot be had (another processor, a system that lets no new memory be executed) or a trial of it copies
 something wrong, :func:`ctypes.memmove` does the work.
@@ -22,12 +25,12 @@ import platform
 import sys
 from collections.abc import Callable
 
-__all__ = ["copy", "is_streaming"]
+__all__ = ["copy"]
 
 _GROUP_BYTES = 4 * 4096
 """What one turn of the loop copies."""
 _LEAST_BYTES = 1 << 18
-"""Less is better off in the caches."""
+"""Less is not worth it: a processor's own caches hold that much."""
 _TARGET_BYTES = 16
 """On whose borders non-temporal stores go."""
 
@@ -87,11 +90,6 @@ def copy(to: int, source: int, num_bytes: int) -> None:
     ctypes.memmove(to, source, num_bytes)
 
 
-def is_streaming() -> bool:
-    """Tell whether large copies go past the caches on this machine."""
-    return _streaming() is not None
-
-
 @functools.cache
 def _streaming() -> _Function | None:
     """Return the loop; None where there is none that works."""
@@ -99,9 +97,9 @@ def _streaming() -> _Function | None:
         return None
     try:
         function = _loaded()
+        return function if _copies_right(function) else None
     except (OSError, AttributeError):
         return None
-    return function if _copies_right(function) else None
 
 
 def _loaded() -> _Function:
@@ -125,11 +123,11 @@ def _loaded() -> _Function:
 
 
 def _copies_right(function: _Function) -> bool:
-    """Try it on two groups of bytes, from an odd address."""
+    """Try it on two groups of bytes, from an odd address, with bytes around them that have to stay."""
     length = 2 * _GROUP_BYTES
     pattern = os.urandom(length)
     source = ctypes.create_string_buffer(b"." + pattern, length + 1)
-    with mmap.mmap(-1, length + mmap.PAGESIZE) as target:
-        at = ctypes.addressof(ctypes.c_char.from_buffer(target))
-        function(at, ctypes.addressof(source) + 1, 2)
-        return target[:] == pattern + bytes(mmap.PAGESIZE)
+    target = ctypes.create_string_buffer(length + 4 * _TARGET_BYTES)
+    skipped = _TARGET_BYTES + -ctypes.addressof(target) % _TARGET_BYTES
+    function(ctypes.addressof(target) + skipped, ctypes.addressof(source) + 1, 2)
+    return target.raw == bytes(skipped) + pattern + bytes(4 * _TARGET_BYTES - skipped)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from distckpt.naming import TEMP_PREFIX, TEMP_SUFFIX, is_temp
 from distckpt.storage import temp
+from distckpt.storage.verify import check_whole
 from tests.crash.modes import MODES, is_background, is_shared
 from tests.crash.savers import Subject
 from tests.crash.shim import Called, Fault, How
@@ -59,7 +60,7 @@ class Trouble:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """What one rank saw. Of the last five all but `open_files` are filled on the saving rank only.
+    """What one rank saw. Of the last six all but `open_files` are filled on the saving rank only.
 
     Attributes:
         outcome: of the second save: `saved`, or the error's type.
@@ -69,6 +70,7 @@ class Seen:
         last: the handler's last checkpoint after it.
         third: `saved`, or the error of the third save.
         whole: the steps that load after the second save.
+        faults: what is wrong with any byte of the second file, where it is there.
         problems: files that do not load, after the second or the third save.
         open_files: descriptors into the directory that the second save left open.
         others: files that are no checkpoints, after the third save.
@@ -82,6 +84,7 @@ class Seen:
     last: str
     third: str
     whole: tuple[int, ...] = ()
+    faults: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
     open_files: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
@@ -140,7 +143,7 @@ def observe(directory: Path, seats: Seats, trouble: Trouble, make: HandlerMaker)
     seen["open_files"] = _open_files(directory)
     if here:
         whole, problems = whole_steps(directory)
-        seen |= {"whole": tuple(whole), "problems": tuple(problems)}
+        seen |= {"whole": tuple(whole), "faults": _faults(directory / name_of(_SECOND)), "problems": tuple(problems)}
     seen["third"] = _third_save(save)
     if here:
         seen["problems"] += tuple(whole_steps(directory)[1])
@@ -158,6 +161,13 @@ def _save(handler: Any, counted: Subject, mode: str, step: int) -> None:
     handler(engine)
     if is_background(mode):
         handler.wait_until_finished()
+
+
+def _faults(path: Path) -> tuple[str, ...]:
+    if not path.exists():
+        return ()
+    with path.open("rb") as file:
+        return tuple(check_whole(file.fileno()))
 
 
 def _third_save(save: Callable[[int], None]) -> str:
@@ -221,7 +231,7 @@ def judge(directory: Path, seats: Seats, trouble: Trouble, seen: Sequence[Seen])
     open_files = [path for one in seen for path in one.open_files]
     saved = here.outcome == "saved"
     outcome: Expected = "saved" if saved else "not durable" if "CommitNotDurable" in here.kinds else "failed"
-    is_unharmed = trouble.may_harm_nothing and saved and _SECOND in here.whole
+    is_unharmed = trouble.may_harm_nothing and saved and _SECOND in here.whole and not here.faults
     acknowledged = _SECOND if all(one.outcome == "saved" for one in seen) else _FIRST
     named = f"rank {seats.failing}", f"step {_SECOND}", str(directory), errno.errorcode[trouble.errno]
     wrong = {

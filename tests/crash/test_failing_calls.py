@@ -12,6 +12,7 @@ import itertools
 import os
 import resource
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ from tests.crash.loop_disk import OWN_MOUNTS, mounted_tmpfs, why_no_mounts
 from tests.crash.modes import MODES, disk_saver, is_shared
 from tests.crash.savers import Subject
 from tests.crash.shim import Called, How, Shim, build, why_no_compiler
+from tests.crash.subject import name_of
 from tests.crash.tally import place_of
 from tests.support import fresh_ranks
 
@@ -278,6 +280,19 @@ def test_the_same_failures_find_out_savers_that_keep_an_error_to_themselves(
     for (whose, call), finding in controls.items():
         found = [one for one in wrong if one.startswith(f"{whose} {call}") and finding in one]
         assert found, f"a saver that {whose} was not found out when {call} failed"
+
+
+@pytest.mark.parametrize(("faults", "whole"), [(("record data/3 has 1 of its 9 bytes",), (2,)), ((), (1,))])
+def test_a_torn_write_is_forgiven_only_where_every_byte_is_right(
+    tmp_path: Path, faults: tuple[str, ...], whole: tuple[int, ...]
+) -> None:
+    torn = Trouble(what="torn", start=contextlib.nullcontext, expected="failed", errno=errno.EIO, may_harm_nothing=True)
+    seats = Seats(rank=0, saving=0, failing=0)
+    right = Seen(outcome="saved", message="", kinds=(), told=(), last=name_of(2), third="saved", whole=(2,), steps=(3,))
+    assert judge(tmp_path, seats, torn, [right, right]) == []
+    assert judge(tmp_path, seats, replace(torn, may_harm_nothing=False), [right, right])
+    wrong = judge(tmp_path, seats, torn, [replace(right, faults=faults, whole=whole), right])
+    assert any("expected failed, saw saved" in one for one in wrong)
 
 
 def test_real_limits_and_vanished_directories_are_the_same_error_on_every_rank(
