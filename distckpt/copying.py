@@ -5,7 +5,7 @@ Owns one function, :func:`copy`. Must not know what the bytes are. Layer L1.
 An ordinary store first reads the line of memory that it is about to overwrite, and leaves it in the caches, where the
 model was. Non-temporal stores do neither: 256 MiB of tensors a rank took 31 ms instead of 50 while training stood still
 (2 CPUs with AMX and a last cache of 480 MiB; two ranks copied at once). Whoever reads the copy next fetches it from
-memory.
+memory: where it is read at once, as in a save in the foreground, an ordinary copy is better.
 
 glibc has such stores for copies above a size that it derives from the last cache (181 MiB on that machine; ``ld.so
 --list-tunables``), and tensors are smaller; nothing that Python or torch bring along has them for any size. So the loop

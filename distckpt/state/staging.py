@@ -12,7 +12,7 @@ import itertools
 import mmap
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -161,6 +161,7 @@ class Staging:
         pairs = zip(storages, devices, strict=True)
         self._sources = [storage.data_ptr() if device == _CPU else None for storage, device in pairs]
         self._fetcher = Fetcher(device for device in devices if device != _CPU)
+        self._move: Callable[[int, int, int], object] = copy
         self._next = itertools.count()
         self._is_done = bytearray(len(self._todo))
         self._num_done = 0  # from the first on, without a gap
@@ -194,9 +195,16 @@ class Staging:
         if self._num_done < len(self._todo):
             self._error = self._error or RuntimeError("the copying was stopped")
 
+    def beside(self, num_threads: int) -> contextlib.AbstractContextManager[None]:
+        """Copy on so many other threads while the body runs; what is not copied at its end stays so.
+
+        The body reads what is copied at once: the copies go by way of the caches.
+        """
+        self._move = ctypes.memmove
+        return self._beside(num_threads)
+
     @contextlib.contextmanager
-    def beside(self, num_threads: int) -> Iterator[None]:
-        """Copy on so many other threads while the body runs; what is not copied at its end stays so."""
+    def _beside(self, num_threads: int) -> Iterator[None]:
         with helping(self._help, num_threads=num_threads):
             try:
                 yield
@@ -229,7 +237,7 @@ class Staging:
         if num_threads == 1 and None not in self._sources:
             self._run_alone()
             return
-        with self.beside(num_threads - 1):
+        with self._beside(num_threads - 1):
             self.run()
             self.wait_for(None)
 
@@ -279,7 +287,7 @@ class Staging:
         number, begin, at, num_bytes = piece
         address = self._sources[number]
         if address is not None:
-            copy(self._address + at - self._begin, address + begin, num_bytes)
+            self._move(self._address + at - self._begin, address + begin, num_bytes)
         else:
             self._fetch(piece)
 

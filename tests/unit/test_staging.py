@@ -34,13 +34,34 @@ def test_every_byte_goes_where_it_should(num_threads: int) -> None:
         assert bytes(memory[one.at - 1000 :][: one.num_bytes]) == bytes_of(storage)
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_only_what_nobody_reads_at_once_goes_past_the_caches(monkeypatch: pytest.MonkeyPatch, num_threads: int) -> None:
+    storages, seen = storages_of(10, 20), list[int]()
+    copies = [Copy(0, 0, 0, 10), Copy(1, 0, 10, 20)]
+    memory = HostMemory().take(30)
+
+    def past_the_caches(to: int, source: int, num_bytes: int) -> None:
+        seen.append(num_bytes)
+        ctypes.memmove(to, source, num_bytes)
+
+    monkeypatch.setattr("distckpt.state.staging.copy", past_the_caches)
+    Staging(storages, copies, memory, 0).run_on(num_threads)
+    assert sorted(seen) == [10, 20]
+    assert bytes(memory) == bytes_of(storages[0]) + bytes_of(storages[1])
+    seen.clear()
+    one = Staging(storages, copies, memory, 0)
+    with one.beside(num_threads):
+        one.wait_for(None)
+    assert not seen
+
+
 def test_whoever_waits_goes_on_as_soon_as_his_bytes_are_there() -> None:
     storages = storages_of(10, 10)
     staging = Staging(storages, [Copy(0, 0, 0, 10), Copy(1, 0, 10, 10)], HostMemory().take(20), 0)
     gate, seen = threading.Event(), list[int]()
 
-    def stop_at_the_second(copy: Copy) -> None:
-        if copy.at:
+    def stop_at_the_second(piece: Copy) -> None:
+        if piece.at:
             gate.wait(timeout=10.0)
 
     staging._copy = stop_at_the_second  # type: ignore[method-assign]
@@ -94,8 +115,8 @@ def test_an_interrupt_waits_until_nobody_writes_into_the_memory_any_more() -> No
 def test_an_error_of_one_thread_reaches_all() -> None:
     staging = Staging(storages_of(10), [Copy(0, 0, 0, 10)], HostMemory().take(10), 0)
 
-    def fail(copy: Copy) -> None:
-        raise ValueError(copy.num_bytes)
+    def fail(piece: Copy) -> None:
+        raise ValueError(piece.num_bytes)
 
     staging._copy = fail  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="10"):
