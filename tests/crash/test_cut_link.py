@@ -24,6 +24,8 @@ SOON_S = LIMIT_S + 2.0
 GONE_S = 30.0
 """Within which the process of a rank that does nothing more has to be gone. Twenty end at once, which costs; one that
 waited for what it had under way with those beyond the cut would take half an hour."""
+ATTEMPTS = 3
+"""A cut has to meet each DDP job in its own collective, and not in a vote, as on a busy machine it may."""
 SHORT_S = 1.0
 """A cut that is survived. TCP tries again 0.2, 0.6, 1.4 and 3 s after what was lost, so it is felt a little longer."""
 
@@ -107,14 +109,24 @@ def test_all_ranks_name_those_beyond_the_cut_in_time(jobs: Jobs, hosts: Hosts, t
         {"step": "vote", "launcher": "agent"},
         {"step": "ddp", "launcher": "agent"},
     ]
-    started = start(jobs, hosts, how, plans)
-    try:
-        cut(hosts, how, started)
-        for job, ends in zip(started, check_ends(started, table), strict=True):
-            if job.plan.step == "ddp":
-                assert any(end.was_blocked for end in ends), job.story()
-    finally:
-        jobs.end(started)
+    stories: list[str] = []
+    for _ in range(ATTEMPTS):
+        started = start(jobs, hosts, how, plans)
+        try:
+            cut(hosts, how, started)
+            ends = check_ends(started, table)
+            stories = [job.story() for job in started if is_ddp(job)]
+        finally:
+            jobs.end(started)
+        met = [any(end.was_blocked for end in of_job) for job, of_job in zip(started, ends, strict=True) if is_ddp(job)]
+        if all(met):
+            return
+        hosts.mend()
+    pytest.fail(f"{ATTEMPTS} cuts did not meet both jobs in DistributedDataParallel's own collective: {stories}")
+
+
+def is_ddp(job: Job) -> bool:
+    return bool(job.plan.step == "ddp")
 
 
 def test_ranks_of_the_real_torchrun_name_those_beyond_the_cut_in_time(jobs: Jobs, hosts: Hosts, table: Table) -> None:
