@@ -60,14 +60,11 @@ def drop_from_cache(path: Path) -> None:
 
 def read_through_cache(path: Path) -> None:
     """Read a checkpoint through the page cache, to the last byte."""
-    memory = memoryview(bytearray(_READ_BYTES))
+    memory = bytearray(_READ_BYTES)
     for one in files_of(path):
-        descriptor = os.open(one, os.O_RDONLY)
-        try:
-            while os.readv(descriptor, [memory]):
+        with one.open("rb", buffering=0) as file:
+            while file.readinto(memory):
                 pass
-        finally:
-            os.close(descriptor)
 
 
 def children_of(pid: int) -> Iterator[int]:

@@ -33,7 +33,7 @@ that all ranks read from storage, of the checkpoint's. extra: the most memory th
 steps. step x: a step until the save is durable, against one without.
 lost: stall and longer steps until it is durable. Medians of the rounds (smallest-largest). torch, ignite and
 torchsnapshot sync nothing: a thread beside the training did it for them. The older checkpoint was removed at no cost to
-them, where distckpt and ignite's handler remove it in the save."""
+them, where distckpt and ignite's handler remove it in the save; distckpt's is durable when that begins."""
 
 
 def table_of(measured: Measured) -> str:

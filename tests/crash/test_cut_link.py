@@ -109,24 +109,23 @@ def test_all_ranks_name_those_beyond_the_cut_in_time(jobs: Jobs, hosts: Hosts, t
         {"step": "vote", "launcher": "agent"},
         {"step": "ddp", "launcher": "agent"},
     ]
-    stories: list[str] = []
+    in_ddp: list[tuple[str, bool]] = []
     for _ in range(ATTEMPTS):
         started = start(jobs, hosts, how, plans)
         try:
             cut(hosts, how, started)
-            ends = check_ends(started, table)
-            stories = [job.story() for job in started if is_ddp(job)]
+            in_ddp = [
+                (job.story(), any(end.was_blocked for end in ends))
+                for job, ends in zip(started, check_ends(started, table), strict=True)
+                if job.plan.step == "ddp"
+            ]
         finally:
             jobs.end(started)
-        met = [any(end.was_blocked for end in of_job) for job, of_job in zip(started, ends, strict=True) if is_ddp(job)]
-        if all(met):
+        if all(is_met for _, is_met in in_ddp):
             return
         hosts.mend()
+    stories = [story for story, _ in in_ddp]
     pytest.fail(f"{ATTEMPTS} cuts did not meet both jobs in DistributedDataParallel's own collective: {stories}")
-
-
-def is_ddp(job: Job) -> bool:
-    return bool(job.plan.step == "ddp")
 
 
 def test_ranks_of_the_real_torchrun_name_those_beyond_the_cut_in_time(jobs: Jobs, hosts: Hosts, table: Table) -> None:
