@@ -14,12 +14,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from distckpt.checksum import crc32
 from distckpt.helping import helping
 from distckpt.manifest import Manifest, TensorEntry, to_json
 from distckpt.state.fence import Fence
 from distckpt.state.staging import Copy, HostMemory, Staging, in_strides
 from distckpt.storage.archive import BLOCK_BYTES
-from distckpt.storage.checksum import crc32
 from distckpt.storage.direct import write_at
 from distckpt.storage.disk import Directory, NewFile, WriteReceipt
 from distckpt.storage.image import ImagePlan, Part, crcs_of, plan_image, tail_of
@@ -164,6 +164,10 @@ class Snapshot:
         if self._late is not None:
             self._late.wait_for(offset)
 
+    def _known(self, begin: int, end: int) -> list[tuple[int, int]] | None:
+        parts = _made(self._staging).checked(begin, end)
+        return self._late.checked(begin, end) if parts is None and self._late is not None else parts
+
     def staging_beside(self) -> contextlib.AbstractContextManager[None]:
         """Copy the bytes on other threads while the body runs."""
         return _made(self._staging).beside(self._num_threads)
@@ -216,7 +220,7 @@ class Snapshot:
             raise new.refused("checking", end - part.begin, error) from error
 
     def _check(self, part: Part, about: Manifest | None) -> None:
-        part.check(self._wait_for)
+        part.check(self._wait_for, self._known)
         if about is not None and self._share.num_writers == 1:
             with contextlib.suppress(Exception):  # made again, and raised, where it is written
                 self._tail = self._tail_of([part.checked], about)

@@ -3,21 +3,23 @@
 Owns that memory, and the copying. Must not know about files, nor why a byte goes where it goes. Layer L2.
 
 The memory is page-aligned, touched once, and kept for the next save. Copying lets go of Python's lock; where torch may
-use several threads (``torch.get_num_threads``), so does the copying.
+use several threads (``torch.get_num_threads``), so does the copying. Where that costs nothing, the bytes of the host's
+own memory are checked while they are copied.
 """
 
+import bisect
 import contextlib
 import ctypes
 import itertools
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from distckpt.copying import copy
+from distckpt.checksum import copy_and_check, is_checked_in_passing
 from distckpt.helping import helping, start_helper, wait_for_all
 from distckpt.state.from_device import Fetcher, pin, unpin
 
@@ -161,7 +163,8 @@ class Staging:
         pairs = zip(storages, devices, strict=True)
         self._sources = [storage.data_ptr() if device == _CPU else None for storage, device in pairs]
         self._fetcher = Fetcher(device for device in devices if device != _CPU)
-        self._move: Callable[[int, int, int], object] = copy
+        self._is_checking = is_checked_in_passing()
+        self._crcs: list[int | None] = [None] * len(copies)
         self._next = itertools.count()
         self._is_done = bytearray(len(self._todo))
         self._num_done = 0  # from the first on, without a gap
@@ -180,7 +183,7 @@ class Staging:
             for number in self._next:
                 if number >= len(self._todo) or self._error is not None:
                     break
-                self._copy(self._todo[number])
+                self._copy(number)
                 self._is_done[number] = 1
                 if self._num_waiting or number == self._num_done:
                     self._look_how_far()
@@ -195,16 +198,9 @@ class Staging:
         if self._num_done < len(self._todo):
             self._error = self._error or RuntimeError("the copying was stopped")
 
-    def beside(self, num_threads: int) -> contextlib.AbstractContextManager[None]:
-        """Copy on so many other threads while the body runs; what is not copied at its end stays so.
-
-        The body reads what is copied at once: the copies go by way of the caches.
-        """
-        self._move = ctypes.memmove
-        return self._beside(num_threads)
-
     @contextlib.contextmanager
-    def _beside(self, num_threads: int) -> Iterator[None]:
+    def beside(self, num_threads: int) -> Iterator[None]:
+        """Copy on so many other threads while the body runs; what is not copied at its end stays so."""
         with helping(self._help, num_threads=num_threads):
             try:
                 yield
@@ -237,17 +233,37 @@ class Staging:
         if num_threads == 1 and None not in self._sources:
             self._run_alone()
             return
-        with self._beside(num_threads - 1):
+        with self.beside(num_threads - 1):
             self.run()
             self.wait_for(None)
 
     def _run_alone(self) -> None:
         """Copy all of it from the host's memory, with nobody who takes part or looks meanwhile."""
-        shift, sources = self._address - self._begin, self._sources
-        for storage, begin, at, num_bytes in self._todo:
-            copy(shift + at, sources[storage] + begin, num_bytes)  # type: ignore[operator]  # none is None
+        for number in range(len(self._todo)):
+            self._copy(number)
         self._is_done = bytearray(b"\1") * len(self._todo)
         self._look_how_far()
+
+    def checked(self, begin: int, end: int) -> list[tuple[int, int]] | None:
+        """Return the checksums of what was copied to a range, in its order. Any thread, once it is copied.
+
+        Args:
+            begin: where a copy goes.
+            end: where one ends.
+
+        Returns:
+            CRC-32 and number of bytes of each of the range's pieces; None where they are not known.
+        """
+        number = bisect.bisect_left(self._todo, begin, key=lambda one: one.at)
+        parts = []
+        while begin < end:
+            crc = self._crcs[number] if number < len(self._todo) and self._todo[number].at == begin else None
+            if crc is None:
+                return None
+            num_bytes = self._todo[number].num_bytes
+            parts.append((crc, num_bytes))
+            begin, number = begin + num_bytes, number + 1
+        return parts
 
     def wait_for(self, offset: int | None) -> None:
         """Return when all bytes up to an offset are copied; None for all there are.
@@ -283,13 +299,15 @@ class Staging:
         with contextlib.suppress(BaseException):  # kept, and raised where it is waited for
             self.run()
 
-    def _copy(self, piece: Copy) -> None:
-        number, begin, at, num_bytes = piece
-        address = self._sources[number]
-        if address is not None:
-            self._move(self._address + at - self._begin, address + begin, num_bytes)
-        else:
+    def _copy(self, which: int) -> None:
+        number, begin, at, num_bytes = piece = self._todo[which]
+        source = self._sources[number]
+        if source is None:
             self._fetch(piece)
+        elif self._is_checking:
+            self._crcs[which] = copy_and_check(self._address + at - self._begin, source + begin, num_bytes)
+        else:
+            ctypes.memmove(self._address + at - self._begin, source + begin, num_bytes)
 
     def _fetch(self, piece: Copy) -> None:
         at = piece.at - self._begin

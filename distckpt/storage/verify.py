@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from distckpt.checksum import combined, crc32
 from distckpt.storage.archive import (
     FOLDER,
     MAGIC,
@@ -25,7 +26,6 @@ from distckpt.storage.archive import (
     read_directory,
     read_local_header,
 )
-from distckpt.storage.checksum import combined, crc32
 from distckpt.storage.image import MANIFEST
 
 __all__ = [

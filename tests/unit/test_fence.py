@@ -14,7 +14,7 @@ from distckpt import Checkpoint, DiskSaver
 from distckpt.state import fence
 from distckpt.state.collect import stepped
 from distckpt.state.fence import Fence, is_stepped_in_python
-from distckpt.state.staging import Copy, Staging
+from distckpt.state.staging import Staging
 from distckpt.storage.ptfile import verify
 from tests.unit.directories import names_in
 
@@ -30,10 +30,10 @@ def slow_copies(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Copies take their time; lists the threads that made them."""
     copy, names = Staging._copy, list[str]()
 
-    def slowly(self: Staging, one: Copy) -> None:
+    def slowly(self: Staging, which: int) -> None:
         names.append(threading.current_thread().name)
         time.sleep(0.002)
-        copy(self, one)
+        copy(self, which)
 
     monkeypatch.setattr(Staging, "_copy", slowly)
     return names

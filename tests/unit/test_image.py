@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.serialization import config
 
+from distckpt.checksum import crc32
 from distckpt.state.staging import Copy, HostMemory, Staging
 from distckpt.storage.archive import BLOCK_BYTES, FOLDER, Slot, directory, local_header, place
-from distckpt.storage.checksum import crc32
 from distckpt.storage.image import ImagePlan, Part, crcs_of, plan_image, tail_of
 from distckpt.storage.pickling import pickle_exactly, pickle_state
 from tests.unit.storages import bytes_of, storages_of

@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import threading
+import zlib
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -14,7 +15,8 @@ import pytest
 import torch
 
 from distckpt import DiskSaver
-from distckpt.state.staging import Copy, HostMemory, Staging, kept_memory
+from distckpt.checksum import combined
+from distckpt.state.staging import Copy, HostMemory, Staging, in_strides, kept_memory
 from distckpt.storage.direct import DirectFile
 from tests.unit.storages import bytes_of, storages_of
 
@@ -35,24 +37,29 @@ def test_every_byte_goes_where_it_should(num_threads: int) -> None:
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
-def test_only_what_nobody_reads_at_once_goes_past_the_caches(monkeypatch: pytest.MonkeyPatch, num_threads: int) -> None:
-    storages, seen = storages_of(10, 20), list[int]()
-    copies = [Copy(0, 0, 0, 10), Copy(1, 0, 10, 20)]
-    memory = HostMemory().take(30)
-
-    def past_the_caches(to: int, source: int, num_bytes: int) -> None:
-        seen.append(num_bytes)
-        ctypes.memmove(to, source, num_bytes)
-
-    monkeypatch.setattr("distckpt.state.staging.copy", past_the_caches)
-    Staging(storages, copies, memory, 0).run_on(num_threads)
-    assert sorted(seen) == [10, 20]
-    assert bytes(memory) == bytes_of(storages[0]) + bytes_of(storages[1])
-    seen.clear()
-    one = Staging(storages, copies, memory, 0)
-    with one.beside(num_threads):
-        one.wait_for(None)
-    assert not seen
+@pytest.mark.parametrize("is_free", [True, False])
+def test_bytes_are_checked_as_they_are_copied_where_that_costs_nothing(
+    monkeypatch: pytest.MonkeyPatch, num_threads: int, *, is_free: bool
+) -> None:
+    monkeypatch.setattr("distckpt.state.staging.is_checked_in_passing", lambda: is_free)
+    storages = storages_of(9 * MIB + 3, 20)
+    copies = in_strides([Copy(0, 0, 100, 9 * MIB + 3), Copy(1, 5, 10 * MIB, 15)])
+    memory = HostMemory().take(11 * MIB)
+    one = Staging(storages, copies, memory, 100)
+    assert one.checked(10 * MIB, 10 * MIB + 15) is None
+    one.run_on(num_threads)
+    end = 100 + 9 * MIB + 3
+    if not is_free:
+        assert one.checked(100, end) is None
+        return
+    assert one.checked(10 * MIB, 10 * MIB + 15) == [(zlib.crc32(bytes_of(storages[1])[5:]), 15)]
+    parts = one.checked(100, end)
+    assert parts is not None
+    assert [num_bytes for _, num_bytes in parts] == [4 * MIB, 4 * MIB, MIB + 3]
+    assert combined(parts) == zlib.crc32(bytes_of(storages[0]))
+    for begin in (99, 101, end, 11 * MIB):
+        assert one.checked(begin, begin + 1) is None, "it is no copy's place"
+    assert one.checked(100, 100) == []
 
 
 def test_whoever_waits_goes_on_as_soon_as_his_bytes_are_there() -> None:
@@ -60,8 +67,8 @@ def test_whoever_waits_goes_on_as_soon_as_his_bytes_are_there() -> None:
     staging = Staging(storages, [Copy(0, 0, 0, 10), Copy(1, 0, 10, 10)], HostMemory().take(20), 0)
     gate, seen = threading.Event(), list[int]()
 
-    def stop_at_the_second(piece: Copy) -> None:
-        if piece.at:
+    def stop_at_the_second(which: int) -> None:
+        if which:
             gate.wait(timeout=10.0)
 
     staging._copy = stop_at_the_second  # type: ignore[method-assign]
@@ -99,7 +106,7 @@ def test_an_interrupt_waits_until_nobody_writes_into_the_memory_any_more() -> No
     staging = Staging(storages_of(10), [Copy(0, 0, 0, 10)], HostMemory().take(10), 0)
     began, gate, has_ended = threading.Event(), threading.Event(), threading.Event()
 
-    def copy_slowly(_copy: Copy) -> None:
+    def copy_slowly(_which: int) -> None:
         began.set()
         gate.wait(timeout=10.0)
         has_ended.set()
@@ -113,10 +120,11 @@ def test_an_interrupt_waits_until_nobody_writes_into_the_memory_any_more() -> No
 
 
 def test_an_error_of_one_thread_reaches_all() -> None:
-    staging = Staging(storages_of(10), [Copy(0, 0, 0, 10)], HostMemory().take(10), 0)
+    copies = [Copy(0, 0, 0, 10)]
+    staging = Staging(storages_of(10), copies, HostMemory().take(10), 0)
 
-    def fail(piece: Copy) -> None:
-        raise ValueError(piece.num_bytes)
+    def fail(which: int) -> None:
+        raise ValueError(copies[which].num_bytes)
 
     staging._copy = fail  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="10"):
