@@ -20,6 +20,7 @@ before 8.
 """
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from distckpt.backends.base import Backend, default_timeout_s
 from distckpt.consensus import agree
 from distckpt.consensus.decision import Agreed
 from distckpt.errors import CollectiveError, ReplicasDiffer, SaveError
-from distckpt.parts import Part, Task
+from distckpt.parts import Checked, Part, Task
 from distckpt.receipts import Receipts
 from distckpt.save import WRITE_TIMEOUT_S, remove_here, with_context
 
@@ -198,7 +199,7 @@ class Flight:
         others = [rank for rank in self._writers if rank != self.agreed.coordinator]
         is_other = self.backend.rank in others
         try:
-            checked = self._part.write(self._temp)
+            checked = self._part.write(self._temp, None if self._receipts is None else self._meet)
         except BaseException:
             if self._receipts is not None and is_other:
                 self._receipts.leave(self.backend.rank, None)
@@ -214,6 +215,15 @@ class Flight:
             return {"checked": checked, "is_finished": False, "problems": {}}
         self._checked = [checked]
         return self._finish()
+
+    def _meet(self, checked: Checked, is_over: threading.Event) -> list[Checked] | None:
+        """Tell the saving rank what this one has checked; there: return what the others have."""
+        if self._receipts is None:
+            return None
+        if not self._part.is_saving:
+            self._receipts.leave_word(self.backend.rank, checked)
+            return None
+        return self._receipts.word_of([rank for rank in self._writers if rank != self.backend.rank], is_over)
 
     def _finish(self) -> dict[str, Any]:
         self._part.finish(self._checked)

@@ -23,13 +23,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from distckpt.manifest import Manifest
-from distckpt.snapshot import WHOLE, Checked, Share, Snapshot
+from distckpt.snapshot import WHOLE, Checked, Meet, Share, Snapshot
 from distckpt.state.staging import HostMemory
 from distckpt.storage.disk import Directory, NewFile
 from distckpt.storage.verify import check_whole
 from distckpt.unfinished import Unfinished
 
-__all__ = ["Part", "Task"]
+__all__ = ["Checked", "Part", "Task"]
 
 _T = TypeVar("_T")
 _MOST_WRITERS = 64
@@ -167,11 +167,12 @@ class Part:
         if self.in_background:
             snapshot.stage()
 
-    def write(self, temp: str | None) -> list[tuple[int, int, int]]:
+    def write(self, temp: str | None, meet: Meet | None = None) -> list[tuple[int, int, int]]:
         """Step 2.
 
         Args:
             temp: what :meth:`prepare` told on the saving rank.
+            meet: tells others what was checked, and hears of them; see :meth:`~distckpt.snapshot.Snapshot.write_image`.
 
         Returns:
             What was checked, for :meth:`finish` on the saving rank.
@@ -191,10 +192,10 @@ class Part:
             if self.is_shared and self.is_saving:
                 self._new.allocate(snapshot.num_bytes)
             if self.in_background:
-                checked = snapshot.write_image(self._new, self._about)
+                checked = snapshot.write_image(self._new, self._about, meet)
             else:
                 with snapshot.staging_beside():
-                    checked = snapshot.write_image(self._new, self._about)
+                    checked = snapshot.write_image(self._new, self._about, meet)
             if self.is_shared:
                 self._new.sync(snapshot.num_bytes)
                 snapshot.check_written(self._new)

@@ -8,7 +8,8 @@ import contextlib
 import ctypes
 import errno
 import functools
-from collections.abc import Collection, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,11 +28,15 @@ from distckpt.storage.pickling import pickle_state
 from distckpt.storage.ptfile import is_ordinary, write_pt
 from distckpt.storage.verify import check_whole
 
-__all__ = ["WHOLE", "Share", "Snapshot", "write_file"]
+__all__ = ["WHOLE", "Checked", "Meet", "Share", "Snapshot", "write_file"]
 
 _T = TypeVar("_T")
+_Known = list[tuple[int, ...]]
 Checked = Sequence[Sequence[int]]
 """What was checked of a share; see :class:`~distckpt.storage.image.Part`."""
+Meet = Callable[[Checked, threading.Event], "Sequence[Checked] | None"]
+"""Takes what was checked of a share, and returns that of the others, in the order of the image: None where it does not
+hear of them before the event is set, or nobody here needs it. Any thread."""
 
 
 class Share(NamedTuple):
@@ -79,7 +84,7 @@ class Snapshot:
         self._share = share
         self._num_threads = num_threads
         self._rest = b""
-        self._tail: tuple[bytes, list[int]] | None = None
+        self._tail: tuple[list[_Known], bytes, list[int]] | None = None
         self._part: Part | None = None
         self._staging: Staging | None = None
         self._late: Staging | None = None
@@ -172,12 +177,15 @@ class Snapshot:
         """Copy the bytes on other threads while the body runs."""
         return _made(self._staging).beside(self._num_threads)
 
-    def write_image(self, new: NewFile, about: Manifest | None = None) -> list[tuple[int, int, int]]:
+    def write_image(
+        self, new: NewFile, about: Manifest | None = None, meet: Meet | None = None
+    ) -> list[tuple[int, int, int]]:
         """Write the share's bytes into a file, each as soon as it is staged. Any thread.
 
         Args:
             new: the file.
-            about: the manifest, but for its tensors: where the share is all of the image, the tail is made meanwhile.
+            about: the manifest, but for its tensors: where all checksums are known, the tail is made meanwhile.
+            meet: tells others of this share's, and returns theirs; where the share is not all of the image.
 
         Returns:
             What was checked; see :class:`~distckpt.storage.image.Part`.
@@ -186,14 +194,17 @@ class Snapshot:
             SaveError: the operating system refused.
         """
         done = 0
-        part = _made(self._part)
+        part, is_over = _made(self._part), threading.Event()
         try:
-            with new.opened_directly() as file, helping(lambda: self._check(part, about)):
-                for at, chunk in part.chunks():
-                    num_whole = len(chunk) // BLOCK_BYTES * BLOCK_BYTES
-                    file.write(chunk[:num_whole], at)
-                    self._rest = bytes(chunk[num_whole:])  # of the image's last chunk alone: it goes with the tail
-                    done += num_whole
+            with new.opened_directly() as file, helping(lambda: self._check(part, about, meet, is_over)):
+                try:
+                    for at, chunk in part.chunks():
+                        num_whole = len(chunk) // BLOCK_BYTES * BLOCK_BYTES
+                        file.write(chunk[:num_whole], at)
+                        self._rest = bytes(chunk[num_whole:])  # of the image's last chunk alone: it goes with the tail
+                        done += num_whole
+                finally:
+                    is_over.set()
         except OSError as error:
             raise new.refused("writing", done, error) from error
         self.settle()
@@ -219,11 +230,16 @@ class Snapshot:
         except OSError as error:
             raise new.refused("checking", end - part.begin, error) from error
 
-    def _check(self, part: Part, about: Manifest | None) -> None:
-        part.check(self._wait_for, self._known)
-        if about is not None and self._share.num_writers == 1:
-            with contextlib.suppress(Exception):  # made again, and raised, where it is written
-                self._tail = self._tail_of([part.checked], about)
+    def _check(self, part: Part, about: Manifest | None, meet: Meet | None, is_over: threading.Event) -> None:
+        if not part.check(self._wait_for, self._known) or about is None:
+            return
+        with contextlib.suppress(Exception):  # made again, and raised, where it is written
+            others: Sequence[Checked] | None = []
+            if self._share.num_writers > 1:
+                others = None if meet is None else meet(part.checked, is_over)
+            if others is not None:
+                shares = [*others, part.checked]
+                self._tail = (_as_known(shares), *self._tail_of(shares, about))
 
     def _tail_of(self, checked: Sequence[Checked], about: Manifest) -> tuple[bytes, list[int]]:
         """Return what comes after the image, and the checksums of its records."""
@@ -245,7 +261,10 @@ class Snapshot:
         Raises:
             SaveError: the operating system refused.
         """
-        tail, crcs = self._tail or self._tail_of(checked, about)
+        if self._tail is not None and self._tail[0] == _as_known(checked):
+            _, tail, crcs = self._tail
+        else:
+            tail, crcs = self._tail_of(checked, about)
         at = self._plan.end - len(self._rest)
         cuts = [end for _, end in self._plan.shares(self._share.num_writers, self._share.saving)]
         try:
@@ -323,6 +342,10 @@ def _made(one: _T | None) -> _T:
         msg = "a snapshot that was not made ready, or was written already"
         raise AssertionError(msg)
     return one
+
+
+def _as_known(shares: Sequence[Checked]) -> list[_Known]:
+    return [[tuple(one) for one in share] for share in shares]
 
 
 def _cut(plan: ImagePlan, share: Share) -> tuple[int, int]:

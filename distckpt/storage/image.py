@@ -179,7 +179,7 @@ class Part:
         self._change = threading.Condition()
         self._error: BaseException | None = None
 
-    def check(self, wait_for: Callable[[int], None], known: Known | None = None) -> None:
+    def check(self, wait_for: Callable[[int], None], known: Known | None = None) -> bool:
         """Check each record's bytes in this share, and put its header before them if all of them are. Any one thread.
 
         Args:
@@ -187,6 +187,9 @@ class Part:
                 chunks gets.
             known: returns the CRC-32 and the length of each of the pieces between two offsets of a record, if they were
                 checked on their way into memory.
+
+        Returns:
+            Whether it came to its end.
         """
         try:
             self._put_head()
@@ -200,6 +203,8 @@ class Part:
             with self._change:
                 self._error = error
                 self._change.notify_all()
+            return False
+        return True
 
     def chunks(self) -> Iterator[tuple[int, memoryview]]:
         """Yield the share's bytes in chunks, each with its offset in the file, headers and all. Any one thread.

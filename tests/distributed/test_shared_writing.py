@@ -20,7 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 from distckpt import Checkpoint, DiskSaver, PhaseError, ReplicasDiffer, RngState
 from distckpt.backends.detect import current
 from distckpt.consensus.agree import Place
+from distckpt.receipts import Receipts
 from distckpt.sharers import find_sharers
+from distckpt.snapshot import Snapshot
 from distckpt.state.collect import replicas
 from distckpt.storage.direct import DirectFile
 from distckpt.storage.ptfile import verify
@@ -222,6 +224,58 @@ def test_a_file_is_committed_before_the_next_vote(tmp_path: Path) -> None:
     verify(tmp_path / "checkpoint_0.pt")
     handler.wait_until_finished()
     assert gathered(Path(str(handler.last_checkpoint)).name) == ["checkpoint_0.pt"] * 2
+
+
+@contextlib.contextmanager
+def slow_writes_and_noted_tails() -> Iterator[tuple[list[float], list[float]]]:
+    """Let each large write take its time; note when they end, and when what comes after them was made."""
+    ends, tails = list[float](), list[float]()
+    write, tail_of = DirectFile.write, Snapshot._tail_of
+
+    def slowly(self: DirectFile, data: memoryview, offset: int) -> None:
+        write(self, data, offset)
+        time.sleep(1.0)
+        ends.append(time.monotonic())
+
+    def noting(self: Snapshot, *arguments: Any) -> Any:
+        made = tail_of(self, *arguments)
+        tails.append(time.monotonic())
+        return made
+
+    setattr(DirectFile, "write", slowly)  # noqa: B010 - as above
+    setattr(Snapshot, "_tail_of", noting)  # noqa: B010 - as above
+    try:
+        yield ends, tails
+    finally:
+        setattr(DirectFile, "write", write)  # noqa: B010 - as above
+        setattr(Snapshot, "_tail_of", tail_of)  # noqa: B010 - as above
+
+
+@pytest.mark.parametrize("word", ["comes", "is lost", "is another's"])
+@run_distributed(world_size=3)
+def test_what_comes_after_the_bytes_is_made_while_they_are_written(tmp_path: Path, word: str) -> None:
+    one = Job()
+    handler = Checkpoint(one.to_save(), DiskSaver(tmp_path, share_write="node", background=True))
+    leave = Receipts.leave_word
+
+    def leave_another(self: Receipts, rank: int, checked: Any) -> None:
+        if word == "is another's":
+            leave(self, rank, [(number, crc ^ 1, num_bytes) for number, crc, num_bytes in checked])
+
+    if word != "comes":
+        setattr(Receipts, "leave_word", leave_another)  # noqa: B010 - as above
+    try:
+        with slow_writes_and_noted_tails() as (ends, tails):
+            handler(one.trainer)
+            handler.wait_until_finished()
+    finally:
+        setattr(Receipts, "leave_word", leave)  # noqa: B010 - as above
+    verify(tmp_path / "checkpoint_0.pt")
+    if job.rank() == 0:
+        assert len(tails) == (2 if word == "is another's" else 1)
+        assert (tails[0] < ends[0]) == (word != "is lost")
+    else:
+        assert not tails
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["well", "with an error"])
