@@ -7,7 +7,6 @@ use several threads (``torch.get_num_threads``), so does the copying. Where that
 own memory are checked while they are copied.
 """
 
-import bisect
 import contextlib
 import ctypes
 import itertools
@@ -165,6 +164,7 @@ class Staging:
         self._fetcher = Fetcher(device for device in devices if device != _CPU)
         self._is_checking = is_checked_in_passing()
         self._crcs: list[int | None] = [None] * len(copies)
+        self._numbers: dict[int, int] = {}  # of the copies, by where they go
         self._next = itertools.count()
         self._is_done = bytearray(len(self._todo))
         self._num_done = 0  # from the first on, without a gap
@@ -254,15 +254,17 @@ class Staging:
         Returns:
             CRC-32 and number of bytes of each of the range's pieces; None where they are not known.
         """
-        number = bisect.bisect_left(self._todo, begin, key=lambda one: one.at)
+        if not self._numbers:
+            self._numbers = {one.at: number for number, one in enumerate(self._todo)}
         parts = []
         while begin < end:
-            crc = self._crcs[number] if number < len(self._todo) and self._todo[number].at == begin else None
-            if crc is None:
+            number = self._numbers.get(begin)
+            crc = None if number is None else self._crcs[number]
+            if number is None or crc is None:
                 return None
             num_bytes = self._todo[number].num_bytes
             parts.append((crc, num_bytes))
-            begin, number = begin + num_bytes, number + 1
+            begin += num_bytes
         return parts
 
     def wait_for(self, offset: int | None) -> None:

@@ -192,8 +192,12 @@ def test_the_manifest_tells_of_the_run_and_of_every_tensor(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("score", [None, 3, 0.1, float("inf"), float("-inf")])
 def test_a_manifest_is_read_as_it_was_written(score: float | None) -> None:
-    entry = TensorEntry(name="ü.0", dtype="int8", shape=(2, 0), record="data/0", offset=4096, num_bytes=0, crc32=0)
-    manifest = Manifest(score=score, versions={"torch": "2"}, wall_time_s=1.5, tensors=(entry,), iteration=7)
+    entries = tuple(
+        TensorEntry(name=name, dtype="int8", shape=shape, record="data/0", offset=2**40, num_bytes=0, crc32=2**32 - 1)
+        for name in ("ü.0", 'a "b"', "c\\d", "\n\t\0\x7f\u2028", "", "{}")
+        for shape in ((), (2, 0), (2**31,))
+    )
+    manifest = Manifest(score=score, versions={"torch": "2"}, wall_time_s=1.5, tensors=entries, iteration=7)
     assert from_json(to_json(manifest)) == manifest
     json.loads(to_json(manifest), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
