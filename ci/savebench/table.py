@@ -27,7 +27,7 @@ LEGEND = """\
 stall: of the call, on the slowest rank. durable: from the call until everything is synced. cold load: into live
 objects, on all ranks. /memcpy, /share: against a rank's copy of as many bytes as the whole state has, and as its share
 has, by one memcpy; /tensors: against a copy of its share by one memcpy a tensor, all in the same round. (glibc's memcpy
-writes past the caches from a size on that `ld.so --list-tunables` tells; distckpt from 256 KiB on.) /write: against a
+writes past the caches from a size on that `ld.so --list-tunables` tells; distckpt always, if it can.) /write: against a
 raw write of a share by each rank; /read+copy: against such a read of the same files, and a memcpy of all. read x: bytes
 that all ranks read from storage, of the checkpoint's. extra: the most memory that all ranks hold more than in plain
 steps. step x: a step until the save is durable, against one without.
