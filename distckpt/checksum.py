@@ -119,7 +119,7 @@ def crc32(data: bytes | bytearray | memoryview, before: int = 0) -> int:
         >>> crc32(b"6789", crc32(b"12345")) == crc32(b"123456789")
         True
     """
-    if len(data) >= _LEAST_BYTES and type(data) is memoryview and data.itemsize == 1 and not data.readonly:
+    if len(data) >= _LEAST_BYTES and type(data) is memoryview and _is_plain(data):
         fold = _folding(is_copying=False)
         if fold is not None:
             num_bytes = len(data) // _TURN_BYTES * _TURN_BYTES
@@ -177,6 +177,11 @@ def combined(parts: Iterable[tuple[int, int]]) -> int:
     for crc, num_bytes in parts:
         total = int(isal_zlib.crc32_combine(total, crc, num_bytes))
     return total
+
+
+def _is_plain(view: memoryview) -> bool:
+    """Tell whether a view is of as many bytes as it is long, at an address that can be told."""
+    return view.nbytes == len(view) and view.c_contiguous and not view.readonly
 
 
 def _folded(fold: _Function, to: int, source: int, num_bytes: int, before: int) -> int:

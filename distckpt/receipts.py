@@ -66,6 +66,7 @@ class Receipts:
             try:
                 found = self._look(keys)
             except (OSError, TimeoutError):
+                self._is_off.set()  # nor will it be asked for receipts
                 return None
             if None not in found and len(found) == len(keys):
                 return [checked for checked in found if checked is not None]

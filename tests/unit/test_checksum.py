@@ -102,13 +102,24 @@ def test_what_is_checked_where_it_lies_stays_as_it_is(num_bytes: int, before: in
     assert data == BYTES
 
 
-@pytest.mark.parametrize(
-    "data",
-    [BYTES, bytearray(BYTES), memoryview(BYTES), memoryview(bytearray(BYTES)).cast("I"), memoryview(bytearray(BYTES))],
-    ids=["bytes", "bytearray", "read-only view", "view of numbers", "view"],
-)
-def test_all_kinds_of_buffers_are_checked(data: Any) -> None:
-    assert checksum.crc32(data) == zlib.crc32(BYTES)
+BUFFERS: dict[str, Callable[[], Any]] = {
+    "bytes": lambda: BYTES,
+    "bytearray": lambda: bytearray(BYTES),
+    "read-only view": lambda: memoryview(BYTES),
+    "view": lambda: memoryview(bytearray(BYTES)),
+    "view of numbers": lambda: memoryview(bytearray(BYTES)).cast("I"),
+    "view of rows": lambda: memoryview(bytearray(BYTES)).cast("B", (MIB, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", BUFFERS)
+def test_all_kinds_of_buffers_are_checked(kind: str) -> None:
+    assert checksum.crc32(BUFFERS[kind]()) == zlib.crc32(BYTES)
+
+
+def test_a_view_with_gaps_is_no_buffer() -> None:
+    with pytest.raises(BufferError):
+        checksum.crc32(memoryview(bytearray(BYTES))[::2])
 
 
 def test_every_single_bit_counts() -> None:
