@@ -47,11 +47,13 @@ class Deadline:
         if self._timer is None or self._end_s is None:
             return
         self._timer.cancel()
+        self._timer.join()  # what it has begun to say is said before what follows
         if raised[0] is None:
             now_s = time.monotonic()
             self._logger.info(
-                "Preemption: the save of iteration %d took %.1f s and ended %.1f s before the deadline",
+                "Preemption: the save of iteration %d took %.1f s and ended %.1f s %s the deadline",
                 self._step,
                 now_s - self._begin_s,
-                self._end_s - now_s,
+                abs(self._end_s - now_s),
+                "before" if now_s <= self._end_s else "after",
             )

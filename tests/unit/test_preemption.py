@@ -7,6 +7,7 @@ import os
 import pickle
 import signal
 import threading
+import time
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -730,20 +731,24 @@ def test_a_save_that_took_longer_than_what_is_left_is_warned_of(log: pytest.LogC
     assert "the save of iteration 3 took 0." in log.text
 
 
-def test_a_save_that_has_not_ended_in_time_is_told_when_the_time_is_over() -> None:
+def test_a_save_that_has_not_ended_in_time_is_told_when_the_time_is_over(log: pytest.LogCaptureFixture) -> None:
     is_told = threading.Event()
 
-    class Listener(logging.Handler):
+    class Slow(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            if record.levelno == logging.ERROR and "has not ended" in record.getMessage():
+            if record.levelno == logging.ERROR:
                 is_told.set()
+                time.sleep(0.2)  # the log has the line only now
 
     trainer = trainer_that({3: send})
     preemption = Preemption(trainer, Log(lambda: is_told.wait(LIMIT_S)), grace_s=0.01)
-    preemption.logger.addHandler(listener := Listener())
+    preemption.logger.addHandler(slow := Slow())
     trainer.run([0] * 5)
-    preemption.logger.removeHandler(listener)
-    assert is_told.is_set()
+    preemption.logger.removeHandler(slow)
+    late, ended = log.messages[-2:]
+    assert late.startswith("Preemption: the time that was left is over and the save of iteration 3 has not ended")
+    assert ended.startswith("Preemption: the save of iteration 3 took ")
+    assert ended.endswith(" after the deadline")
 
 
 @pytest.mark.parametrize("checkpoint", [None, Log()])
