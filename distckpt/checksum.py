@@ -95,9 +95,10 @@ _CODE = bytes.fromhex(
     "80e87f4a01000000"  #    0x14a7fe880
 )
 _STORES = tuple(
-    bytes.fromhex(f"c5{middle}e7{last}")
-    for middle, lasts in (("fd", ("07", "4f20", "5740", "5f60")), ("7d", ("0f", "4f20", "4f40", "4f60")))
-    for last in lasts
+    map(
+        bytes.fromhex,
+        ("c5fde707", "c5fde74f20", "c5fde75740", "c5fde75f60", "c57de70f", "c57de74f20", "c57de74f40", "c57de74f60"),
+    )
 )
 _NOTHING = {4: bytes.fromhex("0f1f4000"), 5: bytes.fromhex("0f1f440000")}
 """As many bytes as a store has: for what is checked where it lies."""
@@ -211,10 +212,9 @@ def _processor_flags() -> set[str]:
     Raises:
         OSError: the system does not tell.
     """
-    for line in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines():
-        if line.startswith("flags"):
-            return set(line.partition(":")[2].split())
-    return set()
+    with Path("/proc/cpuinfo").open(encoding="ascii", errors="replace") as lines:  # a processor after the other
+        flags = next((line for line in lines if line.startswith("flags")), "")
+    return set(flags.partition(":")[2].split())
 
 
 def _without_stores(code: bytes) -> bytes:

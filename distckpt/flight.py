@@ -20,6 +20,7 @@ before 8.
 """
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -198,8 +199,9 @@ class Flight:
     def _write(self) -> dict[str, Any]:
         others = [rank for rank in self._writers if rank != self.agreed.coordinator]
         is_other = self.backend.rank in others
+        meet = None if self._receipts is None else functools.partial(self._meet, self._receipts, others)
         try:
-            checked = self._part.write(self._temp, None if self._receipts is None else self._meet)
+            checked = self._part.write(self._temp, meet)
         except BaseException:
             if self._receipts is not None and is_other:
                 self._receipts.leave(self.backend.rank, None)
@@ -216,14 +218,14 @@ class Flight:
         self._checked = [checked]
         return self._finish()
 
-    def _meet(self, checked: Checked, is_over: threading.Event) -> list[Checked] | None:
+    def _meet(
+        self, receipts: Receipts, others: Sequence[int], checked: Checked, is_over: threading.Event
+    ) -> list[Checked] | None:
         """Tell the saving rank what this one has checked; there: return what the others have."""
-        if self._receipts is None:
-            return None
-        if not self._part.is_saving:
-            self._receipts.leave_word(self.backend.rank, checked)
-            return None
-        return self._receipts.word_of([rank for rank in self._writers if rank != self.backend.rank], is_over)
+        if self._part.is_saving:
+            return receipts.word_of(others, is_over)
+        receipts.leave_word(self.backend.rank, checked)
+        return None
 
     def _finish(self) -> dict[str, Any]:
         self._part.finish(self._checked)

@@ -9,7 +9,7 @@ the job has no board, or it does not answer, the ranks hear of each other in the
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from distckpt.backends.base import Board
 from distckpt.snapshot import Checked
@@ -62,26 +62,7 @@ class Receipts:
             Theirs; None where it did not come in time.
         """
         keys = [self._key(rank, "checked") for rank in ranks]
-        while not is_over.wait(timeout=_EARLY_LOOK_S) and not self._is_off.is_set():
-            try:
-                found = self._look(keys)
-            except (OSError, TimeoutError):
-                self._is_off.set()  # nor will it be asked for receipts
-                return None
-            if None not in found and len(found) == len(keys):
-                return [checked for checked in found if checked is not None]
-        return None
-
-    def _look(self, keys: Sequence[str]) -> list[Checked | None]:
-        """Return what stands under some keys of this save; nothing of those that nothing stands under yet.
-
-        Raises:
-            OSError: the board does not answer.
-            TimeoutError: the same.
-        """
-        notes = self._board.look(keys, limit_s=_LIMIT_S)
-        found = [json.loads(note) for note in notes if note is not None]
-        return [checked for token, checked in found if token == self._token]
+        return self._found(keys, lambda: is_over.wait(timeout=_EARLY_LOOK_S), pause_s=0.0)
 
     def wait_for(self, ranks: Sequence[int]) -> list[Checked] | None:
         """Wait for those of other ranks, for a minute. Any thread.
@@ -91,16 +72,30 @@ class Receipts:
             votes tell.
         """
         keys, deadline = [self._key(rank) for rank in ranks], time.monotonic() + _PATIENCE_S
-        while time.monotonic() < deadline and not self._is_off.is_set():
+        return self._found(keys, lambda: time.monotonic() >= deadline, pause_s=_LOOK_S)
+
+    def _found(self, keys: Sequence[str], is_over: Callable[[], bool], *, pause_s: float) -> list[Checked] | None:
+        """Look until something of this save stands under all keys; None where it tells of a failure, or never does.
+
+        Args:
+            keys: where to look.
+            is_over: called before each look; tells whether it would be of no use any more.
+            pause_s: between two looks, in seconds.
+        """
+        while not is_over() and not self._is_off.is_set():
             try:
-                found = self._look(keys)
+                notes = self._board.look(keys, limit_s=_LIMIT_S)
             except (OSError, TimeoutError):
+                self._is_off.set()  # it is asked no more
                 return None
-            if None in found:
+            read = [json.loads(note) for note in notes if note is not None]
+            found: list[Checked | None] = [checked for token, checked in read if token == self._token]
+            whole = [checked for checked in found if checked is not None]
+            if len(whole) < len(found):
                 return None
-            if len(found) == len(keys):
-                return [checked for checked in found if checked is not None]
-            self._is_off.wait(timeout=_LOOK_S)
+            if len(whole) == len(keys):
+                return whole
+            self._is_off.wait(timeout=pause_s)
         return None
 
     def call_off(self) -> None:

@@ -31,7 +31,7 @@ from distckpt.storage.verify import check_whole
 __all__ = ["WHOLE", "Checked", "Meet", "Share", "Snapshot", "write_file"]
 
 _T = TypeVar("_T")
-_Known = list[tuple[int, ...]]
+_Parts = list[list[tuple[int, int, int]]]
 Checked = Sequence[Sequence[int]]
 """What was checked of a share; see :class:`~distckpt.storage.image.Part`."""
 Meet = Callable[[Checked, threading.Event], "Sequence[Checked] | None"]
@@ -54,6 +54,20 @@ class Share(NamedTuple):
 
 
 WHOLE = Share(0, 1, 0)
+
+
+class _Tail(NamedTuple):
+    """What comes after an image.
+
+    Attributes:
+        shares: what was checked of all shares, of which it was made.
+        crcs: the checksums of the image's records.
+        data: the bytes.
+    """
+
+    shares: _Parts
+    crcs: list[int]
+    data: bytes
 
 
 class Snapshot:
@@ -84,7 +98,7 @@ class Snapshot:
         self._share = share
         self._num_threads = num_threads
         self._rest = b""
-        self._tail: tuple[list[_Known], bytes, list[int]] | None = None
+        self._tail: _Tail | None = None
         self._part: Part | None = None
         self._staging: Staging | None = None
         self._late: Staging | None = None
@@ -196,15 +210,15 @@ class Snapshot:
         done = 0
         part, is_over = _made(self._part), threading.Event()
         try:
-            with new.opened_directly() as file, helping(lambda: self._check(part, about, meet, is_over)):
-                try:
-                    for at, chunk in part.chunks():
-                        num_whole = len(chunk) // BLOCK_BYTES * BLOCK_BYTES
-                        file.write(chunk[:num_whole], at)
-                        self._rest = bytes(chunk[num_whole:])  # of the image's last chunk alone: it goes with the tail
-                        done += num_whole
-                finally:
-                    is_over.set()
+            with contextlib.ExitStack() as stack:
+                file = stack.enter_context(new.opened_directly())
+                stack.enter_context(helping(lambda: self._check(part, about, meet, is_over)))
+                stack.callback(is_over.set)
+                for at, chunk in part.chunks():
+                    num_whole = len(chunk) // BLOCK_BYTES * BLOCK_BYTES
+                    file.write(chunk[:num_whole], at)
+                    self._rest = bytes(chunk[num_whole:])  # of the image's last chunk alone: it goes with the tail
+                    done += num_whole
         except OSError as error:
             raise new.refused("writing", done, error) from error
         self.settle()
@@ -238,14 +252,13 @@ class Snapshot:
             if self._share.num_writers > 1:
                 others = None if meet is None else meet(part.checked, is_over)
             if others is not None:
-                shares = [*others, part.checked]
-                self._tail = (_as_known(shares), *self._tail_of(shares, about))
+                self._tail = self._tail_of(_as_parts([*others, part.checked]), about)
 
-    def _tail_of(self, checked: Sequence[Checked], about: Manifest) -> tuple[bytes, list[int]]:
-        """Return what comes after the image, and the checksums of its records."""
-        crcs = crcs_of(self._plan, [[(one[0], one[1], one[2]) for one in share] for share in checked])
+    def _tail_of(self, shares: _Parts, about: Manifest) -> _Tail:
+        """Return what comes after the image, of what was checked of all shares."""
+        crcs = crcs_of(self._plan, shares)
         manifest = to_json(replace(about, tensors=self._entries(crcs)))
-        return tail_of(self._plan, crcs, self._pickled.data, manifest), crcs
+        return _Tail(shares, crcs, tail_of(self._plan, crcs, self._pickled.data, manifest))
 
     def write_tail(self, new: NewFile, checked: Sequence[Checked], about: Manifest) -> int:
         """Write what comes after the image, and what was left out of it. Any thread.
@@ -261,10 +274,10 @@ class Snapshot:
         Raises:
             SaveError: the operating system refused.
         """
-        if self._tail is not None and self._tail[0] == _as_known(checked):
-            _, tail, crcs = self._tail
-        else:
-            tail, crcs = self._tail_of(checked, about)
+        shares = _as_parts(checked)
+        if self._tail is None or self._tail.shares != shares:
+            self._tail = self._tail_of(shares, about)
+        crcs, tail = self._tail.crcs, self._tail.data
         at = self._plan.end - len(self._rest)
         cuts = [end for _, end in self._plan.shares(self._share.num_writers, self._share.saving)]
         try:
@@ -344,8 +357,8 @@ def _made(one: _T | None) -> _T:
     return one
 
 
-def _as_known(shares: Sequence[Checked]) -> list[_Known]:
-    return [[tuple(one) for one in share] for share in shares]
+def _as_parts(checked: Sequence[Checked]) -> _Parts:
+    return [[(one[0], one[1], one[2]) for one in share] for share in checked]
 
 
 def _cut(plan: ImagePlan, share: Share) -> tuple[int, int]:

@@ -303,13 +303,13 @@ class Staging:
 
     def _copy(self, which: int) -> None:
         number, begin, at, num_bytes = piece = self._todo[which]
-        source = self._sources[number]
+        source, to = self._sources[number], self._address + at - self._begin
         if source is None:
             self._fetch(piece)
         elif self._is_checking:
-            self._crcs[which] = copy_and_check(self._address + at - self._begin, source + begin, num_bytes)
+            self._crcs[which] = copy_and_check(to, source + begin, num_bytes)
         else:
-            ctypes.memmove(self._address + at - self._begin, source + begin, num_bytes)
+            ctypes.memmove(to, source + begin, num_bytes)
 
     def _fetch(self, piece: Copy) -> None:
         at = piece.at - self._begin

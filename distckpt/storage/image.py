@@ -33,8 +33,7 @@ __all__ = ["CHUNK_BYTES", "ImagePlan", "Part", "Piece", "crcs_of", "plan_image",
 CHUNK_BYTES, MOST_BYTES = 8 << 20, 256 << 20
 """What is written at once, at least and at most. Powers of two of blocks."""
 
-Known = Callable[[int, int], Sequence[tuple[int, int]] | None]
-
+_Known = Callable[[int, int], Sequence[tuple[int, int]] | None]
 _HEAD = (("version", b"3\n"), ("byteorder", sys.byteorder.encode()))
 PICKLE, MANIFEST = "data.pkl", "distckpt.json"
 
@@ -179,7 +178,7 @@ class Part:
         self._change = threading.Condition()
         self._error: BaseException | None = None
 
-    def check(self, wait_for: Callable[[int], None], known: Known | None = None) -> bool:
+    def check(self, wait_for: Callable[[int], None], known: _Known | None = None) -> bool:
         """Check each record's bytes in this share, and put its header before them if all of them are. Any one thread.
 
         Args:
@@ -241,16 +240,13 @@ class Part:
         for slot, (_, data) in zip(self.plan.head, _HEAD, strict=True):
             self._put(slot.header, local_header(slot, crc32(data)) + data)
 
-    def _check(self, number: int, slot: Slot, wait_for: Callable[[int], None], known: Known | None) -> None:
+    def _check(self, number: int, slot: Slot, wait_for: Callable[[int], None], known: _Known | None) -> None:
         first, last = max(slot.offset, self.begin), min(slot.end, self.end)
         crc, num_bytes = 0, max(last - first, 0)
         if num_bytes:
             wait_for(last)
             parts = None if known is None else known(first, last)
-            if parts is None:
-                crc = crc32(self._memory[first - self.begin : last - self.begin])
-            else:
-                crc = combined(parts) if len(parts) > 1 else parts[0][0]
+            crc = crc32(self._memory[first - self.begin : last - self.begin]) if parts is None else combined(parts)
             self.checked.append((number, crc, num_bytes))
         if self.begin <= slot.header and slot.end <= self.end:
             self._put(slot.header, local_header(slot, crc))

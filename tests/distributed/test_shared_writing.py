@@ -93,11 +93,9 @@ def noted_writes(error: OSError | None = None) -> Iterator[list[int]]:
         lengths.append(len(data))
         write(self, data, offset)
 
-    setattr(DirectFile, "write", noting)  # noqa: B010 - as a test's patch, mypy would ask for more
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DirectFile, "write", noting)
         yield lengths
-    finally:
-        setattr(DirectFile, "write", write)  # noqa: B010 - as above
 
 
 def save_together(folder: Path, *, background: bool, width: int = 200, saving: int = 0) -> None:
@@ -242,13 +240,10 @@ def slow_writes_and_noted_tails() -> Iterator[tuple[list[float], list[float]]]:
         tails.append(time.monotonic())
         return made
 
-    setattr(DirectFile, "write", slowly)  # noqa: B010 - as above
-    setattr(Snapshot, "_tail_of", noting)  # noqa: B010 - as above
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DirectFile, "write", slowly)
+        patch.setattr(Snapshot, "_tail_of", noting)
         yield ends, tails
-    finally:
-        setattr(DirectFile, "write", write)  # noqa: B010 - as above
-        setattr(Snapshot, "_tail_of", tail_of)  # noqa: B010 - as above
 
 
 @pytest.mark.parametrize("word", ["comes", "is lost", "is another's"])
@@ -262,14 +257,11 @@ def test_what_comes_after_the_bytes_is_made_while_they_are_written(tmp_path: Pat
         if word == "is another's":
             leave(self, rank, [(number, crc ^ 1, num_bytes) for number, crc, num_bytes in checked])
 
-    if word != "comes":
-        setattr(Receipts, "leave_word", leave_another)  # noqa: B010 - as above
-    try:
-        with slow_writes_and_noted_tails() as (ends, tails):
-            handler(one.trainer)
-            handler.wait_until_finished()
-    finally:
-        setattr(Receipts, "leave_word", leave)  # noqa: B010 - as above
+    with pytest.MonkeyPatch.context() as patch, slow_writes_and_noted_tails() as (ends, tails):
+        if word != "comes":
+            patch.setattr(Receipts, "leave_word", leave_another)
+        handler(one.trainer)
+        handler.wait_until_finished()
     verify(tmp_path / "checkpoint_0.pt")
     if job.rank() == 0:
         assert len(tails) == (2 if word == "is another's" else 1)

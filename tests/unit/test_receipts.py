@@ -1,7 +1,7 @@
 """Notes between the ranks that write one file: who waits for them goes on where they do not come."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import pytest
@@ -15,8 +15,10 @@ AS_LISTS = [[0, 5, 8], [1, 2**32 - 1, 2**40]]
 
 
 @pytest.fixture
-def board() -> StoreBoard:
-    return StoreBoard(dist.HashStore(), lambda: True, is_guest=True)
+def board() -> Iterator[StoreBoard]:
+    made = StoreBoard(dist.HashStore(), lambda: True, is_guest=True)
+    yield made
+    made.close()
 
 
 def receipts(board: Any, save: str = "this") -> Receipts:
