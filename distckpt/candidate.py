@@ -24,6 +24,7 @@ from distckpt.backends.base import Backend
 from distckpt.consensus import agree
 from distckpt.errors import LoadError
 from distckpt.storage.opened import OpenCheckpoint
+from distckpt.threads import num_threads
 
 __all__ = ["Candidate"]
 
@@ -111,7 +112,7 @@ class Candidate:
         return agree.run(self._backend, place, attempt, timeout_s=self._timeout_s)
 
     def _open(self) -> dict[str, Any]:
-        file = OpenCheckpoint(self.path)
+        file = OpenCheckpoint(self.path, num_threads=num_threads(self._backend.world_size))
         self._opened.append(file)
         return {"file": file.fingerprint(), "inode": file.inode(), "machine": _this_machine()}
 

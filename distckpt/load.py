@@ -18,6 +18,7 @@ from distckpt.state.collect import check_objects
 from distckpt.state.report import LoadReport
 from distckpt.state.restore import Prepared, prepare, restore
 from distckpt.storage.opened import OpenCheckpoint
+from distckpt.threads import num_threads
 
 __all__ = ["LoadReport", "check_to_load", "load_objects"]
 
@@ -52,7 +53,7 @@ def load_objects(
     check_to_load(to_load)
     if isinstance(checkpoint, Mapping):
         return restore(to_load, checkpoint, kwargs)
-    with OpenCheckpoint(Path(checkpoint)) as file:
+    with OpenCheckpoint(Path(checkpoint), num_threads=num_threads(current().world_size)) as file:
         prepared = _prepared_and_verified(file, to_load, kwargs) if verify else None
         if prepared is None:
             prepared = prepare(to_load, file.state(), kwargs, file if file.look() else None)
@@ -64,19 +65,18 @@ def _prepared_and_verified(
 ) -> Prepared | None:
     """Verify a file, and prepare its load while it comes from storage; None where the load has to wait for the check.
 
-    What is wrong with the file is told before what does not fit. Each rank of a machine begins at a place of its own,
+    What is wrong with the file is told before what does not fit. Each rank of a machine begins at places of its own,
     so that ranks that load at once read different bytes from storage, and find the others' in the page cache.
     """
-    ranges = file.all_from(_fraction_of(current().local_rank))
     prepared = None
-    with file.read_ahead(ranges) as ahead:
+    with file.read_in_turns(_fraction_of(current().local_rank)) as ahead:
         try:
             if file.look():
                 prepared = prepare(to_load, file.state(), options, file)
         except Exception:
-            file.verify(ranges, ahead)
+            file.verify(ahead)
             raise
-        file.verify(ranges, ahead)
+        file.verify(ahead)
     return prepared
 
 

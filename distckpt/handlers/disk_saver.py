@@ -22,9 +22,10 @@ from distckpt.naming import check_name
 from distckpt.parts import Part
 from distckpt.sharers import Sharers
 from distckpt.snapshot import WHOLE, Share, write_file
-from distckpt.state.staging import HostMemory, kept_memory, num_staging_threads
+from distckpt.state.staging import HostMemory, kept_memory
 from distckpt.storage.disk import Directory, make_directory
 from distckpt.storage.ptfile import check_save_options, is_ordinary, what_loading_refuses
+from distckpt.threads import num_threads
 
 __all__ = ["DiskSaver", "ShareWrite", "WhenBusy"]
 
@@ -212,7 +213,7 @@ class DiskSaver(BaseSaveHandler):
                 about=manifest,
                 options=options,
                 atomic=self._atomic,
-                num_threads=num_staging_threads(_num_ranks_here(live)),
+                num_threads=num_threads(live.world_size),
             )
             self.look_at(filename)
 
@@ -285,7 +286,7 @@ class DiskSaver(BaseSaveHandler):
             in_background=self.background,
             atomic=self._atomic,
             protocol=options.get("pickle_protocol", 2),
-            num_threads=num_staging_threads(_num_ranks_here(backend)),
+            num_threads=num_threads(backend.world_size),
             late_devices=self._late_devices if self.overlap_copy else (),
             is_checked=sharing.is_checked,
         )
@@ -319,9 +320,3 @@ class DiskSaver(BaseSaveHandler):
         check_name(filename)
         if self._writes_on(current()):
             Directory(self.dirname).remove(filename)
-
-
-def _num_ranks_here(backend: Backend) -> int:
-    """Return how many ranks share this machine's CPUs, as far as the launcher tells; else all of the job's."""
-    told = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return int(told) if told.isdecimal() and 0 < int(told) <= backend.world_size else backend.world_size

@@ -2,16 +2,14 @@
 
 Owns that memory, and the copying. Must not know about files, nor why a byte goes where it goes. Layer L2.
 
-The memory is page-aligned, touched once, and kept for the next save. Copying lets go of Python's lock; where torch may
-use several threads (``torch.get_num_threads``), so does the copying. Where that costs nothing, the bytes of the host's
-own memory are checked while they are copied.
+The memory is page-aligned, touched once, and kept for the next save. Copying lets go of Python's lock, and may use
+several threads. Where that costs nothing, the bytes of the host's own memory are checked while they are copied.
 """
 
 import contextlib
 import ctypes
 import itertools
 import mmap
-import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -22,13 +20,11 @@ from distckpt.checksum import copy_and_check, is_checked_in_passing
 from distckpt.helping import helping, start_helper, wait_for_all
 from distckpt.state.from_device import Fetcher, pin, unpin
 
-__all__ = ["Copy", "HostMemory", "Staging", "in_strides", "kept_memory", "num_staging_threads"]
+__all__ = ["Copy", "HostMemory", "Staging", "in_strides", "kept_memory"]
 
 _CPU = torch.device("cpu")
 _STRIDE_BYTES = 4 << 20
 """What one thread copies before it tells how far it is."""
-_MOST_THREADS = 4
-"""More do not make a memory faster."""
 
 
 class Copy(NamedTuple):
@@ -315,20 +311,6 @@ class Staging:
         at = piece.at - self._begin
         target = torch.frombuffer(self._memory, dtype=torch.uint8, offset=at, count=piece.num_bytes)
         self._fetcher.fetch(self._storages[piece.storage], piece.begin, target)
-
-
-def num_staging_threads(num_ranks: int) -> int:
-    """Return how many threads may copy while training stands still: torch's, or this rank's part of the CPUs.
-
-    Args:
-        num_ranks: how many ranks of the job there are on this machine.
-
-    Example:
-        >>> 1 <= num_staging_threads(10_000) <= num_staging_threads(1) <= 4
-        True
-    """
-    own = len(os.sched_getaffinity(0)) // max(num_ranks, 1)
-    return min(max(torch.get_num_threads(), own), _MOST_THREADS)
 
 
 def in_strides(copies: Iterable[Copy]) -> tuple[Copy, ...]:

@@ -22,8 +22,7 @@ from typing import Any, NamedTuple, Self
 import torch
 
 from distckpt.errors import DamagedCheckpoint
-from distckpt.storage.ahead import ReadAhead
-from distckpt.storage.archive import border_from
+from distckpt.storage.ahead import ReadAhead, in_turns
 from distckpt.storage.hollow import Hollow, NotPlain, read_hollow
 from distckpt.storage.torch_reader import load_by_torch
 from distckpt.storage.verify import (
@@ -40,8 +39,6 @@ from distckpt.storage.verify import (
 __all__ = ["OpenCheckpoint"]
 
 _STRIDE_BYTES = 4 << 20
-_MOST_THREADS = 4
-"""More do not make a memory faster."""
 _TAIL_BYTES = 64 * 1024
 """What a fingerprint is of, and the zip's directory: there are the checksums of all records."""
 _MOST_FAULTS = 3
@@ -65,6 +62,7 @@ class OpenCheckpoint:
 
     Args:
         path: of a file that ``torch.save`` or distckpt wrote.
+        num_threads: how many read into memory.
 
     Attributes:
         path: see above.
@@ -75,8 +73,9 @@ class OpenCheckpoint:
         DamagedCheckpoint: it is empty.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, num_threads: int = 1) -> None:
         self.path = path
+        self._num_threads = num_threads
         self._file = path.open("rb")  # a missing or forbidden file is the operating system's own error
         self._archive: Archive | None = None
         self._fault: str | None = None
@@ -130,16 +129,17 @@ class OpenCheckpoint:
         """Return what one of several ranks is to check, if each checks as much."""
         return [] if self._archive is None else [shares_of(self._archive, num_shares)[number]]
 
-    def all_from(self, part: float) -> Ranges:
-        """Return all of the file, beginning at a part of it: what lies before comes last."""
-        if self._archive is None:
-            return []
-        cut = border_from(int(part * self.num_bytes))
-        return [one for one in ((cut, self.num_bytes), (0, cut)) if one[0] < one[1]]
-
     def read_ahead(self, ranges: Ranges) -> ReadAhead:
-        """Return a context in whose body the file is read ahead, in the order in which it will be checked."""
+        """Return a context in whose body ranges of the file are read ahead."""
         return ReadAhead(self._file.fileno(), ranges)
+
+    def read_in_turns(self, part: float) -> ReadAhead:
+        """Return a context in whose body all of the file is read ahead, by all processes of a machine that do so.
+
+        Args:
+            part: between 0 and 1, another one for each of them.
+        """
+        return self.read_ahead([] if self._archive is None else in_turns(self.num_bytes, part))
 
     def check(self, ranges: Ranges, ahead: ReadAhead | None = None) -> list[Checked]:
         """Read ranges of the file, and check them. Any thread.
@@ -149,8 +149,8 @@ class OpenCheckpoint:
         """
         if self._archive is None:
             return []
-        fd, wait_for = self._file.fileno(), None if ahead is None else ahead.wait_for
-        found = {begin: check_range(fd, self._archive, begin, end, wait_for) for begin, end in ranges}
+        fd, read = self._file.fileno(), None if ahead is None else ahead.read
+        found = {begin: check_range(fd, self._archive, begin, end, read) for begin, end in ranges}
         return [one for begin in sorted(found) for one in found[begin]]
 
     def faults(self, checked: Iterable[Sequence[Checked]]) -> list[str]:
@@ -159,18 +159,17 @@ class OpenCheckpoint:
             return [] if self._fault is None else [self._fault]
         return find_faults(self._archive, checked)
 
-    def verify(self, ranges: Ranges | None = None, ahead: ReadAhead | None = None) -> None:
+    def verify(self, ahead: ReadAhead | None = None) -> None:
         """Compare all of the file with its own checksums. Any thread. Files that are no archives pass.
 
         Args:
-            ranges: what :meth:`all_from` returned; None to begin at the beginning.
-            ahead: what reads ahead in these ranges.
+            ahead: what reads it ahead.
 
         Raises:
             OSError: it cannot be read.
             DamagedCheckpoint: it is not as it was written.
         """
-        self.refuse(self.faults([self.check(self.all_from(0.0) if ranges is None else ranges, ahead)]))
+        self.refuse(self.faults([self.check([(0, self.num_bytes)], ahead)]))
 
     def refuse(self, faults: Sequence[str]) -> None:
         """Raise an error that tells of faults, if there are any.
@@ -235,7 +234,7 @@ class OpenCheckpoint:
         self._filled |= todo
 
     def read(self, parts: Iterable[tuple[int, int, int]]) -> None:
-        """Read bytes into memory, on as many threads as torch may use.
+        """Read bytes into memory, on several threads.
 
         Args:
             parts: address of the memory, number of bytes, and where in the file they stand; the memory is that of
@@ -246,7 +245,7 @@ class OpenCheckpoint:
             DamagedCheckpoint: the file has become shorter; the same.
         """
         todo = [piece for part in parts for piece in _in_strides(Part(*part))]
-        num_threads = min(torch.get_num_threads(), _MOST_THREADS, sum(one.num_bytes for one in todo) // _STRIDE_BYTES)
+        num_threads = min(self._num_threads, sum(one.num_bytes for one in todo) // _STRIDE_BYTES)
         counter, stop = itertools.count(), threading.Event()
 
         def work() -> None:

@@ -134,7 +134,7 @@ def shares_of(archive: Archive, num_ranks: int) -> list[tuple[int, int]]:
 
 
 def check_range(
-    fd: int, archive: Archive, begin: int, end: int, wait_for: Callable[[int], None] | None = None
+    fd: int, archive: Archive, begin: int, end: int, read: Callable[[memoryview, int], int] | None = None
 ) -> list[Checked]:
     """Read a share of a file, once and in order, and check it. Any thread.
 
@@ -143,7 +143,8 @@ def check_range(
         archive: what its directory says.
         begin: where the share begins.
         end: where it ends.
-        wait_for: called before so many bytes are read, if somebody reads ahead.
+        read: called with memory and the place of the bytes that it is for, if somebody reads ahead; returns how many
+            it has read.
 
     Returns:
         For the records that have bytes in it what their CRC-32 is; and one entry of number -1 for each place around
@@ -156,7 +157,7 @@ def check_range(
     crc, num_bytes = 0, 0
     regions = _regions(archive, begin, end)
     number, at, until, expected = next(regions, (-1, end, end, None))
-    for offset, chunk in _chunks(fd, begin, end, wait_for):
+    for offset, chunk in _chunks(fd, begin, end, read):
         done = 0
         while done < len(chunk):
             last = min(until - offset, len(chunk))
@@ -201,17 +202,18 @@ def _all_regions(archive: Archive) -> Iterator[tuple[int, int, int, bytes | None
     yield -1, at, archive.num_bytes, ending
 
 
-def _chunks(fd: int, begin: int, end: int, wait_for: Callable[[int], None] | None) -> Iterator[tuple[int, memoryview]]:
-    buffer = bytearray(min(_READ_BYTES, max(end - begin, 1)))
-    view = memoryview(buffer)
-    # Reading ahead is left to the kernel: asked for by POSIX_FADV_WILLNEED it fills the page cache with single pages,
-    # from which everything that follows is copied at half the speed.
-    os.posix_fadvise(fd, begin, end - begin, os.POSIX_FADV_SEQUENTIAL)
+def _chunks(
+    fd: int, begin: int, end: int, read: Callable[[memoryview, int], int] | None
+) -> Iterator[tuple[int, memoryview]]:
+    view = memoryview(bytearray(min(_READ_BYTES, max(end - begin, 1))))
+    if read is None:
+        # Reading ahead is left to the kernel: asked for by POSIX_FADV_WILLNEED it fills the page cache with single
+        # pages, from which everything that follows is copied at half the speed.
+        os.posix_fadvise(fd, begin, end - begin, os.POSIX_FADV_SEQUENTIAL)
     at = begin
     while at < end:
-        if wait_for is not None:
-            wait_for(min(len(buffer), end - at))
-        num_bytes = os.preadv(fd, [view[: min(len(buffer), end - at)]], at)
+        memory = view[: min(len(view), end - at)]
+        num_bytes = os.preadv(fd, [memory], at) if read is None else read(memory, at)
         if num_bytes == 0:
             return  # it was cut short while it was read; what was not checked is missing from the count
         yield at, view[:num_bytes]

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from distckpt import DiskSaver
-from distckpt.storage.ahead import ReadAhead
 from distckpt.storage.hollow import NotPlain, read_hollow
 from distckpt.storage.opened import OpenCheckpoint
 from distckpt.storage.verify import read_archive
@@ -173,22 +172,3 @@ def test_what_was_opened_is_read_whatever_comes_in_its_place(tmp_path: Path) -> 
         state = file.state()
         file.fill(None)
     assert torch.equal(state["t"], torch.ones(2))
-
-
-@pytest.mark.parametrize("parts", [[(0, 1.0)], [(0.5, 1.0), (0, 0.5)]])
-def test_reading_ahead_brings_what_is_waited_for(tmp_path: Path, parts: list[tuple[float, float]]) -> None:
-    size = 40 << 20
-    (tmp_path / "a").write_bytes(bytes(size))
-    fd = os.open(tmp_path / "a", os.O_RDONLY)
-    with ReadAhead(fd, [(int(begin * size), int(end * size)) for begin, end in parts]) as ahead:
-        for _ in range(40):
-            ahead.wait_for(1 << 20)
-        ahead.wait_for(1 << 20)  # more than there is: nothing more comes
-    os.close(fd)
-
-
-def test_reading_ahead_of_what_cannot_be_read_ends(tmp_path: Path) -> None:
-    fd = os.open(tmp_path, os.O_RDONLY)
-    with ReadAhead(fd, [(0, 1 << 30)]) as ahead:
-        ahead.wait_for(1 << 30)
-    os.close(fd)
