@@ -240,8 +240,8 @@ class _Walk:
         )  # fmt: skip
         after = (
             self._word(location) + _integer(num_bytes // dtype.itemsize) + _TUPLE + _PERSISTENT_ID
-            + _integer(offset) + _integers(shape) + _integers(stride) + (_TRUE if requires_grad else _FALSE)
-            + self._global("collections", "OrderedDict") + _EMPTY_TUPLE + _REDUCE + _TUPLE + _REDUCE
+            + _integer(offset) + self._integers(shape) + self._integers(stride) + (_TRUE if requires_grad else _FALSE)
+            + _NONE + _TUPLE + _REDUCE  # no hooks: torch writes an empty dict of them, for a reader of long ago
         )  # fmt: skip
         return before, after
 
@@ -251,14 +251,22 @@ class _Walk:
     def _word(self, text: str) -> bytes:
         return self._once(text, _text(text))
 
+    def _integers(self, values: tuple[int, ...]) -> bytes:
+        if not values:
+            return _EMPTY_TUPLE
+        data, short = b"".join(map(_integer, values)), _SHORT_TUPLES.get(len(values))
+        return self._once(values, _MARK + data + _TUPLE if short is None else data + short)
+
     def _once(self, what: Any, data: bytes) -> bytes:
         """Return bytes the first time, what refers to them afterwards."""
         found = self._memo.get(what)
         if found is not None:
             return found
-        number = bytes((len(self._memo),))  # a few dozen at most
-        self._memo[what] = b"h" + number
-        return data + b"q" + number
+        number = len(self._memo)
+        put, get, length = (b"q", b"h", 1) if number < _BYTE else (b"r", b"j", 4)
+        at = number.to_bytes(length, "little")
+        self._memo[what] = get + at
+        return data + put + at
 
 
 _LENGTH = struct.Struct("<I")
@@ -283,13 +291,6 @@ def _integer(value: int) -> bytes:
     if length > _MOST_LONG_BYTES:
         raise NotPlain
     return b"\x8a" + bytes((length,)) + value.to_bytes(length, "little", signed=True)
-
-
-def _integers(values: tuple[int, ...]) -> bytes:
-    data = b"".join(map(_integer, values))
-    if not values:
-        return _EMPTY_TUPLE
-    return data + _SHORT_TUPLES[len(values)] if len(values) in _SHORT_TUPLES else _MARK + data + _TUPLE
 
 
 def _scalar(value: Any, kind: type) -> bytes:
