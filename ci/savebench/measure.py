@@ -20,7 +20,7 @@ from ci.savebench.files import drop_from_cache, num_bytes, read_from_storage, re
 from ci.savebench.job import Job
 from ci.savebench.limits import read_raw
 
-__all__ = ["NUM_BEFORE", "Watch", "save_and_load"]
+__all__ = ["Watch", "save_and_load"]
 
 NUM_WARM = 2  # iterations: a new engine's handlers meet in the first one
 NUM_BEFORE = 3  # without a save, each way

@@ -6,13 +6,24 @@ Owns what is held against what.
 import ctypes
 import gc
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from ci.savebench.contestant import Contestant
 from ci.savebench.job import Job
-from ci.savebench.measure import NUM_BEFORE, Watch
+from ci.savebench.measure import Watch
 from ci.savebench.sampler import Sampler
 
 __all__ = ["Memory"]
+
+
+class _Nobody(Contestant):
+    """Saves nothing; all else is as for the others, so that what a process does for the first time is not theirs."""
+
+    name = "nobody"
+    writes_one_file = True
+
+    def save(self, path: Path) -> None:
+        path.touch()
 
 
 class Memory:
@@ -51,7 +62,8 @@ class Memory:
     def _of_plain_steps(self) -> int:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # what others freed is not to be used again unseen
-        return self._peak(lambda: [self._job.step() for _ in range(NUM_BEFORE)])
+        nobody = _Nobody(self._job)
+        return self._peak(lambda: Watch(self._job, nobody, nobody.folder / "none", max_after=0))
 
     def _peak(self, work: Callable[[], object]) -> int:
         self._job.meeting.barrier()
