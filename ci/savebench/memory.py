@@ -27,7 +27,7 @@ class _Nobody(Contestant):
 
 
 class Memory:
-    """The peak of all ranks while a new contestant saves a few times, less that of plain steps before it.
+    """The peak of all ranks while a new contestant saves a few times, less that of a run before it that saves nothing.
 
     What it holds from save to save is in it.
 
@@ -63,7 +63,10 @@ class Memory:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # what others freed is not to be used again unseen
         nobody = _Nobody(self._job)
-        return self._peak(lambda: Watch(self._job, nobody, nobody.folder / "none", max_after=0))
+        peak = self._peak(lambda: Watch(self._job, nobody, nobody.folder / "none", max_after=0))
+        if self._job.rank == 0:
+            nobody.remove(nobody.folder / "none")
+        return peak
 
     def _peak(self, work: Callable[[], object]) -> int:
         self._job.meeting.barrier()

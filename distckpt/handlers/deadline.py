@@ -9,6 +9,9 @@ import time
 
 __all__ = ["Deadline"]
 
+_PATIENCE_S = 10.0
+"""For a log that takes its time."""
+
 
 class Deadline:
     """Says in the log whether a save can end, and has ended, before the process is killed."""
@@ -47,9 +50,9 @@ class Deadline:
         if self._timer is None or self._end_s is None:
             return
         self._timer.cancel()
-        self._timer.join()  # what it has begun to say is said before what follows
+        now_s = time.monotonic()
+        self._timer.join(_PATIENCE_S)  # what it has begun to say is said before what follows
         if raised[0] is None:
-            now_s = time.monotonic()
             self._logger.info(
                 "Preemption: the save of iteration %d took %.1f s and ended %.1f s %s the deadline",
                 self._step,

@@ -5,11 +5,12 @@ L2, below :mod:`distckpt.storage.opened`.
 
 ``sendfile`` to ``/dev/null`` has the kernel read, in order and with its own large read-ahead, and copies nothing. The
 thread needs Python's lock once in tens of megabytes, so it goes on while the reader's thread runs Python. Who reads
-asks the kernel for what is there (``RWF_NOWAIT``), and sleeps where that is nothing: whoever has brought it, this
-process or another.
+asks the kernel for what is there (``RWF_NOWAIT``), and sleeps where that is nothing, whoever brings it: this process,
+another, or the kernel, which may begin to read what it is asked for (Linux 6.18 does).
 """
 
 import contextlib
+import itertools
 import os
 import threading
 from collections.abc import Sequence
@@ -19,9 +20,16 @@ from typing import Self
 __all__ = ["ReadAhead", "in_turns"]
 
 _STEP_BYTES = 64 << 20
-"""What is asked for at once: a reader that gives up waits for no more than that."""
+"""What is asked for at once: a reader that gives up waits for no more than that. A window has as many."""
+_LEAST_BYTES = 8 << 20
+"""For what is smaller a thread is not worth it."""
+_LEAD_BYTES = 1 << 30
+"""How far ahead it goes: what a small memory would have to forget again is of no use."""
 _PAUSE_S = 0.0005
 """A disk of some gigabytes a second brings a megabyte in that time."""
+_LONG_PAUSE_S = 0.01
+_NO_WAIT = getattr(os, "RWF_NOWAIT", 0)
+"""0 where Python was built for a C library that does not know it."""
 
 
 class ReadAhead:
@@ -36,20 +44,24 @@ class ReadAhead:
 
     def __init__(self, fd: int, ranges: Sequence[tuple[int, int]]) -> None:
         self._fd = fd
-        self._ranges = ranges
+        self._pieces = [
+            (at, min(at + _STEP_BYTES, end)) for begin, end in ranges for at in range(begin, end, _STEP_BYTES)
+        ]
         self._is_over = threading.Event()
         self._thread: threading.Thread | None = None
-        self._tells = True
+        self._tells = _NO_WAIT != 0
+        self._front = self._read_until = min((begin for begin, _ in self._pieces), default=0)
 
     def __enter__(self) -> Self:
         """Start, where it is worth it."""
-        if sum(end - begin for begin, end in self._ranges) > _STEP_BYTES // 8:
-            # The reader's own reading ahead would bring the same, in the order of the reader.
-            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
+        if sum(end - begin for begin, end in self._pieces) > _LEAST_BYTES:
+            if self._tells:  # the kernel's reading ahead of the reader would bring the same, in the reader's order
+                self._advise(os.POSIX_FADV_RANDOM)
             self._thread = threading.Thread(target=self._run, name="distckpt-ahead", daemon=True)
             self._thread.start()
         else:
-            self._end()
+            self._is_over.set()
+            self._advise(os.POSIX_FADV_SEQUENTIAL)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -57,7 +69,7 @@ class ReadAhead:
         self._is_over.set()
         if self._thread is not None:
             self._thread.join()
-        self._end()
+        self._advise(os.POSIX_FADV_SEQUENTIAL)
 
     def read(self, memory: memoryview, at: int) -> int:
         """Read bytes when they have been brought, or nothing more comes. One thread.
@@ -72,18 +84,21 @@ class ReadAhead:
         Raises:
             OSError: they cannot be read.
         """
-        done = 0
+        done, self._read_until = 0, at
         while done < len(memory) and self._tells and not self._is_over.is_set():
             try:
-                num_bytes = os.preadv(self._fd, [memory[done:]], at + done, os.RWF_NOWAIT)
+                num_bytes = os.preadv(self._fd, [memory[done:]], at + done, _NO_WAIT)
             except BlockingIOError:
+                if at + done < self._front:
+                    break  # it was there, and had to give way to something else
                 self._is_over.wait(_PAUSE_S)
-            except OSError:
-                self._tells = False  # not every file system can; and what is wrong is told below
+            except (OSError, NotImplementedError):  # not every file system can, nor every C library
+                self._tells = False
+                self._advise(os.POSIX_FADV_SEQUENTIAL)
             else:
                 done += num_bytes
                 if num_bytes == 0:
-                    return done
+                    break  # the end; or not, says preadv2(2) of Linux 5.9 and 5.10
         while done < len(memory):
             num_bytes = os.preadv(self._fd, [memory[done:]], at + done)
             done += num_bytes
@@ -92,29 +107,35 @@ class ReadAhead:
         return done
 
     def _run(self) -> None:
-        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+        try:
+            with contextlib.suppress(OSError):
+                self._bring_all()
+        finally:
+            if not self._is_over.is_set():  # else the reader has gone, and may have closed the file
+                self._advise(os.POSIX_FADV_SEQUENTIAL)
+                self._is_over.set()
+
+    def _bring_all(self) -> None:
+        with contextlib.ExitStack() as stack:
             # Opened anew, for what the kernel remembers of the order of reading is the reader's too else.
             fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, fd)
             null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
             stack.callback(os.close, null)
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-            for begin, end in self._ranges:
-                self._read(fd, null, begin, end)
-        self._end()
+            firsts = list(itertools.accumulate((begin for begin, _ in reversed(self._pieces)), min))
+            for (begin, end), first in zip(self._pieces, reversed(firsts), strict=True):
+                self._front = first  # all before that has been brought
+                while self._front - self._read_until > _LEAD_BYTES and not self._is_over.is_set():
+                    self._is_over.wait(_LONG_PAUSE_S)
+                at = begin
+                while at < end and not self._is_over.is_set():
+                    num_bytes = os.sendfile(null, fd, at, end - at)
+                    at = at + num_bytes if num_bytes else end
 
-    def _read(self, fd: int, null: int, at: int, end: int) -> None:
-        while at < end and not self._is_over.is_set():
-            num_bytes = os.sendfile(null, fd, at, min(_STEP_BYTES, end - at))
-            if num_bytes == 0:
-                return
-            at += num_bytes
-
-    def _end(self) -> None:
-        """Leave reading ahead to the kernel again."""
+    def _advise(self, order: int) -> None:
         with contextlib.suppress(OSError):
-            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        self._is_over.set()
+            os.posix_fadvise(self._fd, 0, 0, order)
 
 
 def in_turns(num_bytes: int, part: float) -> list[tuple[int, int]]:

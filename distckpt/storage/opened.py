@@ -62,7 +62,7 @@ class OpenCheckpoint:
 
     Args:
         path: of a file that ``torch.save`` or distckpt wrote.
-        num_threads: how many read into memory.
+        num_threads: how many read into memory, at most.
 
     Attributes:
         path: see above.

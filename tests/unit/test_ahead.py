@@ -3,15 +3,19 @@
 import errno
 import os
 import random
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from distckpt.storage import ahead as module
 from distckpt.storage.ahead import ReadAhead, in_turns
 
-SIZE = (70 << 20) + 5
+SIZE = (20 << 20) + 5
+LIMIT_S = 30.0
 DATA = random.Random(5).randbytes(1 << 20)
 
 
@@ -46,7 +50,7 @@ def all_of(ahead: ReadAhead) -> bytes:
         in_turns(SIZE, 0.0),
         in_turns(SIZE, 0.5),
         [(SIZE // 2, SIZE), (0, SIZE // 2)],
-        [(0, 20 << 20)],
+        [(0, 9 << 20)],
         [(SIZE + 5, 2 * SIZE)],
         [],
     ],
@@ -60,23 +64,40 @@ def test_what_is_read_is_the_file_s_whatever_is_brought_and_when(cold: int, rang
     assert bytes(memory) == expected()[7:107]
 
 
-def test_the_reader_takes_what_another_has_brought(cold: int) -> None:
-    """A thread that is stopped half-way, in the place of a process that does so."""
-    with ReadAhead(cold, [(0, SIZE)]):
-        assert len(os.pread(cold, SIZE, 0)) == SIZE
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Return what has to be set before anything is brought."""
+    may_go_on, sendfile = threading.Event(), os.sendfile
+
+    def late(out: int, fd: int, offset: int, count: int) -> int:
+        may_go_on.wait(LIMIT_S)
+        return sendfile(out, fd, offset, count)
+
+    monkeypatch.setattr(os, "sendfile", late)
+    yield may_go_on
+    may_go_on.set()
+
+
+def test_the_reader_takes_what_another_has_brought(cold: int, held: threading.Event) -> None:
+    """Another thread, in the place of another process: the page cache is the machine's."""
+    assert len(os.pread(cold, SIZE, 0)) == SIZE
     with ReadAhead(cold, in_turns(SIZE, 0.5)) as ahead:
         assert all_of(ahead) == expected()
+        assert not held.is_set(), "this one has brought nothing"
+        held.set()
 
 
-def test_a_file_system_that_cannot_tell_what_is_there_is_read_all_the_same(
-    cold: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [OSError(errno.EOPNOTSUPP, "not here"), NotImplementedError("preadv2")])
+def test_what_cannot_tell_what_is_there_is_read_all_the_same(
+    cold: int, held: threading.Event, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     asked, preadv = [], os.preadv
 
     def refuse(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
         if flags:
             asked.append(flags)
-            raise OSError(errno.EOPNOTSUPP, "no such flag here")
+            held.set()
+            raise error
         return preadv(fd, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", refuse)
@@ -85,21 +106,95 @@ def test_a_file_system_that_cannot_tell_what_is_there_is_read_all_the_same(
     assert asked == [os.RWF_NOWAIT], "asked once"
 
 
+def test_where_python_knows_no_such_flag_it_does_not_ask(cold: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_NO_WAIT", 0)
+    with ReadAhead(cold, [(0, SIZE)]) as ahead:
+        assert all_of(ahead) == expected()
+
+
+@pytest.mark.parametrize("answer", ["nothing yet", "a part", "an end that is none"])
 def test_what_was_not_there_when_it_was_asked_for_is_read_when_it_came(
-    cold: int, monkeypatch: pytest.MonkeyPatch
+    cold: int, held: threading.Event, monkeypatch: pytest.MonkeyPatch, answer: str
 ) -> None:
     asked, preadv = [0], os.preadv
 
     def late(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
-        asked[0] += bool(flags)
-        if flags and asked[0] % 3 == 0:
+        if not flags:
+            return preadv(fd, buffers, offset)
+        asked[0] += 1
+        if asked[0] == 5:
+            held.set()
+        if asked[0] % 2:
+            return preadv(fd, buffers, offset)
+        if answer == "nothing yet":
             raise BlockingIOError
-        if flags and asked[0] % 3 == 1:
-            return preadv(fd, [buffers[0][:100]], offset)  # a part of it is there
-        return preadv(fd, buffers, offset)
+        return preadv(fd, [buffers[0][:100]], offset) if answer == "a part" else 0
 
     monkeypatch.setattr(os, "preadv", late)
     with ReadAhead(cold, [(0, SIZE)]) as ahead:
+        assert all_of(ahead) == expected()
+    assert asked[0] > 4
+
+
+def test_a_thread_that_breaks_leaves_the_reading_to_the_reader(cold: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", lambda told_of: told.append(told_of.exc_type))
+
+    def breaks(*_: Any) -> int:
+        raise MemoryError
+
+    monkeypatch.setattr(os, "sendfile", breaks)
+    with ReadAhead(cold, [(0, SIZE)]) as ahead:
+        assert all_of(ahead) == expected()
+    assert told == [MemoryError]
+
+
+@pytest.fixture
+def brought(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return what becomes a list of what has been brought, in small steps and with a small lead."""
+    monkeypatch.setattr(module, "_STEP_BYTES", 1 << 20)
+    monkeypatch.setattr(module, "_LEAD_BYTES", 4 << 20)
+    lengths, sendfile = [], os.sendfile
+
+    def noting(out: int, fd: int, offset: int, count: int) -> int:
+        num_bytes = sendfile(out, fd, offset, count)
+        lengths.append(num_bytes)
+        return num_bytes
+
+    monkeypatch.setattr(os, "sendfile", noting)
+    return lengths
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_it_goes_no_further_ahead_than_its_lead(cold: int, brought: list[int], *, in_order: bool) -> None:
+    ranges = [(0, SIZE)] if in_order else in_turns(SIZE, 0.5)
+    memory = memoryview(bytearray(1 << 20))
+    with ReadAhead(cold, ranges) as ahead:
+        for at in (0, 5 << 20, 12 << 20):
+            assert ahead.read(memory, at) == len(memory)
+            deadline = time.monotonic() + 10
+            while sum(brought) <= at + (4 << 20) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(0.1)
+            assert at + (4 << 20) < sum(brought) <= at + (6 << 20)
+    assert sum(brought) <= 18 << 20, "it ends with its reader"
+
+
+@pytest.mark.usefixtures("brought")
+@pytest.mark.parametrize("order", [in_turns(SIZE, 0.0), in_turns(SIZE, 0.5), [(SIZE // 2, SIZE), (0, SIZE // 2)]])
+def test_what_was_brought_and_had_to_give_way_is_read_again(
+    cold: int, monkeypatch: pytest.MonkeyPatch, order: Sequence[tuple[int, int]]
+) -> None:
+    """As in a memory that is smaller than the file: nobody waits for what comes no more."""
+    preadv = os.preadv
+
+    def forgetful(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
+        if flags and offset % (8 << 20) < 2 << 20:
+            raise BlockingIOError
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", forgetful)
+    with ReadAhead(cold, order) as ahead:
         assert all_of(ahead) == expected()
 
 

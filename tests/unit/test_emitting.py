@@ -100,10 +100,13 @@ def test_a_shared_storage_is_there_once_with_its_views() -> None:
     assert read(emitted.data) == read(pickle_exactly(state).data)
 
 
-def test_more_forms_than_a_byte_can_number_are_told_apart() -> None:
+def test_more_forms_than_a_byte_can_number_are_told_apart(tmp_path: Path) -> None:
     state = [torch.empty(number, 1) for number in range(300)] + [torch.empty(number, 1, 2) for number in range(300)]
     emitted = emit(state)
     assert read(emitted.data) == read(pickle_exactly(state).data)
+    DiskSaver(tmp_path, require_empty=False)({"all": state}, "c.pt")
+    loaded = torch.load(tmp_path / "c.pt", weights_only=True)["all"]
+    assert [one.shape for one in loaded] == [one.shape for one in state]
 
 
 def test_a_tensor_costs_a_reader_one_call_and_seventeen_opcodes() -> None:

@@ -7,7 +7,6 @@ import os
 import pickle
 import signal
 import threading
-import time
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -732,19 +731,21 @@ def test_a_save_that_took_longer_than_what_is_left_is_warned_of(log: pytest.LogC
 
 
 def test_a_save_that_has_not_ended_in_time_is_told_when_the_time_is_over(log: pytest.LogCaptureFixture) -> None:
-    is_told = threading.Event()
+    is_late, has_ended = threading.Event(), threading.Event()
 
-    class Slow(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if record.levelno == logging.ERROR:
-                is_told.set()
-                time.sleep(0.2)  # the log has the line only now
+    def hold_up(record: logging.LogRecord) -> bool:
+        if record.levelno == logging.ERROR:
+            is_late.set()
+            has_ended.wait(0.2)  # if the save's end were told meanwhile
+        elif "took" in record.getMessage():
+            has_ended.set()
+        return True
 
     trainer = trainer_that({3: send})
-    preemption = Preemption(trainer, Log(lambda: is_told.wait(LIMIT_S)), grace_s=0.01)
-    preemption.logger.addHandler(slow := Slow())
+    preemption = Preemption(trainer, Log(lambda: is_late.wait(LIMIT_S)), grace_s=0.01)
+    preemption.logger.addFilter(hold_up)
     trainer.run([0] * 5)
-    preemption.logger.removeHandler(slow)
+    preemption.logger.removeFilter(hold_up)
     late, ended = log.messages[-2:]
     assert late.startswith("Preemption: the time that was left is over and the save of iteration 3 has not ended")
     assert ended.startswith("Preemption: the save of iteration 3 took ")
