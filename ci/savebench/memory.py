@@ -46,7 +46,7 @@ class Memory:
             MissingError: this version lacks what the contestant needs.
             ImportError: it is not installed.
         """
-        plain = self._of_plain_steps()
+        without = self._without_a_save()
 
         def save() -> None:
             contestant = kind(self._job)
@@ -57,9 +57,9 @@ class Memory:
                     contestant.remove(contestant.folder / label)
             contestant.close()
 
-        return max(0, self._peak(save) - plain)
+        return max(0, self._peak(save) - without)
 
-    def _of_plain_steps(self) -> int:
+    def _without_a_save(self) -> int:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # what others freed is not to be used again unseen
         nobody = _Nobody(self._job)

@@ -29,8 +29,8 @@ objects, on all ranks. /memcpy, /share: against a rank's copy of as many bytes a
 has, by one memcpy; /tensors: against a copy of its share by one memcpy a tensor, all in the same round. (glibc's memcpy
 writes past the caches from a size on that `ld.so --list-tunables` tells; distckpt always, if it can.) /write: against a
 raw write of a share by each rank; /read+copy: against such a read of the same files, and a memcpy of all. read x: bytes
-that all ranks read from storage, of the checkpoint's. extra: the most memory that all ranks hold more than in plain
-steps. step x: a step until the save is durable, against one without.
+that all ranks read from storage, of the checkpoint's. extra: the most memory that all ranks hold more than without
+a save. step x: a step until the save is durable, against one without.
 lost: stall and longer steps until it is durable. Medians of the rounds (smallest-largest). torch, ignite and
 torchsnapshot sync nothing: a thread beside the training did it for them. The older checkpoint was removed at no cost to
 them, where distckpt and ignite's handler remove it in the save; distckpt's is durable when that begins."""

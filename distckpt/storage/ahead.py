@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
+from distckpt.helping import start_helper, wait_for_all
+
 __all__ = ["ReadAhead", "in_turns"]
 
 _STEP_BYTES = 64 << 20
@@ -48,28 +50,23 @@ class ReadAhead:
             (at, min(at + _STEP_BYTES, end)) for begin, end in ranges for at in range(begin, end, _STEP_BYTES)
         ]
         self._is_over = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._tells = _NO_WAIT != 0
+        self._ended: list[threading.Event] = []
+        self._asks = False
         self._front = self._read_until = min((begin for begin, _ in self._pieces), default=0)
 
     def __enter__(self) -> Self:
         """Start, where it is worth it."""
-        if sum(end - begin for begin, end in self._pieces) > _LEAST_BYTES:
-            if self._tells:  # the kernel's reading ahead of the reader would bring the same, in the reader's order
-                self._advise(os.POSIX_FADV_RANDOM)
-            self._thread = threading.Thread(target=self._run, name="distckpt-ahead", daemon=True)
-            self._thread.start()
-        else:
-            self._is_over.set()
-            self._advise(os.POSIX_FADV_SEQUENTIAL)
+        is_worth_it = sum(end - begin for begin, end in self._pieces) > _LEAST_BYTES
+        self._ask(asks=is_worth_it and _NO_WAIT != 0)
+        if is_worth_it:
+            self._ended.append(start_helper(self._run))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """Stop."""
         self._is_over.set()
-        if self._thread is not None:
-            self._thread.join()
-        self._advise(os.POSIX_FADV_SEQUENTIAL)
+        wait_for_all(self._ended)
+        self._ask(asks=False)
 
     def read(self, memory: memoryview, at: int) -> int:
         """Read bytes when they have been brought, or nothing more comes. One thread.
@@ -85,7 +82,10 @@ class ReadAhead:
             OSError: they cannot be read.
         """
         done, self._read_until = 0, at
-        while done < len(memory) and self._tells and not self._is_over.is_set():
+        while done < len(memory) and self._asks:
+            if self._is_over.is_set():
+                self._ask(asks=False)
+                break
             try:
                 num_bytes = os.preadv(self._fd, [memory[done:]], at + done, _NO_WAIT)
             except BlockingIOError:
@@ -93,8 +93,7 @@ class ReadAhead:
                     break  # it was there, and had to give way to something else
                 self._is_over.wait(_PAUSE_S)
             except (OSError, NotImplementedError):  # not every file system can, nor every C library
-                self._tells = False
-                self._advise(os.POSIX_FADV_SEQUENTIAL)
+                self._ask(asks=False)
             else:
                 done += num_bytes
                 if num_bytes == 0:
@@ -106,14 +105,21 @@ class ReadAhead:
                 break
         return done
 
+    def _ask(self, *, asks: bool) -> None:
+        """Ask for what is there from now on, or no more; then the kernel reads ahead of the reader.
+
+        Where the reader asks, that would bring the same as the thread, in the reader's order.
+        """
+        self._asks = asks
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM if asks else os.POSIX_FADV_SEQUENTIAL)
+
     def _run(self) -> None:
         try:
             with contextlib.suppress(OSError):
                 self._bring_all()
         finally:
-            if not self._is_over.is_set():  # else the reader has gone, and may have closed the file
-                self._advise(os.POSIX_FADV_SEQUENTIAL)
-                self._is_over.set()
+            self._is_over.set()
 
     def _bring_all(self) -> None:
         with contextlib.ExitStack() as stack:
@@ -132,10 +138,6 @@ class ReadAhead:
                 while at < end and not self._is_over.is_set():
                     num_bytes = os.sendfile(null, fd, at, end - at)
                     at = at + num_bytes if num_bytes else end
-
-    def _advise(self, order: int) -> None:
-        with contextlib.suppress(OSError):
-            os.posix_fadvise(self._fd, 0, 0, order)
 
 
 def in_turns(num_bytes: int, part: float) -> list[tuple[int, int]]:

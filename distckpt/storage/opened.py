@@ -150,8 +150,7 @@ class OpenCheckpoint:
         if self._archive is None:
             return []
         fd, read = self._file.fileno(), None if ahead is None else ahead.read
-        found = {begin: check_range(fd, self._archive, begin, end, read) for begin, end in ranges}
-        return [one for begin in sorted(found) for one in found[begin]]
+        return [one for begin, end in ranges for one in check_range(fd, self._archive, begin, end, read)]
 
     def faults(self, checked: Iterable[Sequence[Checked]]) -> list[str]:
         """Say what is wrong with the file, from what :meth:`check` found in all shares, in their order."""
