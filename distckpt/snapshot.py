@@ -112,7 +112,7 @@ class Snapshot:
     @property
     def devices(self) -> set[str]:
         """The types of the devices that the state lies on."""
-        return {storage.device.type for storage in self._pickled.storages}
+        return {device.type for device in {storage.device for storage in self._pickled.storages}}
 
     def form(self) -> int:
         """Return a number that is the same on two ranks only if they may write one file in shares.
@@ -152,7 +152,7 @@ class Snapshot:
             self._share = WHOLE
         begin, end = _cut(self._plan, self._share)
         storages = self._pickled.storages
-        view = memory.take(end - begin, pinned=any(storage.device.type == "cuda" for storage in storages))
+        view = memory.take(end - begin, pinned="cuda" in self.devices)
         self._part = Part(self._plan, view, begin, end)
         copies = _copies(self._plan, begin, end)
         if late:
@@ -361,6 +361,7 @@ def _as_parts(checked: Sequence[Checked]) -> _Parts:
     return [[(one[0], one[1], one[2]) for one in share] for share in checked]
 
 
+@functools.lru_cache(maxsize=8)
 def _cut(plan: ImagePlan, share: Share) -> tuple[int, int]:
     return plan.shares(share.num_writers, share.saving)[share.number]
 

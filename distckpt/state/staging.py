@@ -155,9 +155,10 @@ class Staging:
         self._begin = begin
         self._todo = copies
         devices = [storage.device for storage in storages]
+        elsewhere = set(devices) - {_CPU}
         pairs = zip(storages, devices, strict=True)
-        self._sources = [storage.data_ptr() if device == _CPU else None for storage, device in pairs]
-        self._fetcher = Fetcher(device for device in devices if device != _CPU)
+        self._sources = [None if device in elsewhere else storage.data_ptr() for storage, device in pairs]
+        self._fetcher = Fetcher(elsewhere)
         self._is_checking = is_checked_in_passing()
         self._crcs: list[int | None] = [None] * len(copies)
         self._numbers: dict[int, int] = {}  # of the copies, by where they go

@@ -11,6 +11,7 @@ Source: ``pickletools`` of Python 3.11, of protocol 2; ``torch._weights_only_unp
 knows no other opcodes than are used here.
 """
 
+import functools
 import struct
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -35,6 +36,8 @@ TYPES: Final[Mapping[torch.dtype, Any]] = {
     torch.complex128: torch.ComplexDoubleStorage,
 }
 """The dtypes whose storages have a type of their own, by which a pickle names them."""
+
+_STRIDED, _COMPLEX = torch.strided, frozenset({torch.complex64, torch.complex128})
 
 _PROTOCOL, _STOP = b"\x80\x02", b"."
 _MARK, _REDUCE, _BUILD, _SET_ITEMS, _APPEND_ITEMS, _TUPLE, _PERSISTENT_ID = b"(", b"R", b"b", b"u", b"e", b"t", b"Q"
@@ -75,12 +78,12 @@ class Emitted(NamedTuple):
     Attributes:
         data: the pickle.
         storages: by number; shared ones once. The live ones, not copies.
-        tensors: name, dtype, shape, number of the storage, offset in elements, and number of elements of each tensor.
+        tensors: name, dtype, shape, number of the storage, and offset in elements of each tensor.
     """
 
     data: bytes
     storages: list[torch.UntypedStorage]
-    tensors: list[tuple[str, torch.dtype, tuple[int, ...], int, int, int]]
+    tensors: list[tuple[str, torch.dtype, tuple[int, ...], int, int]]
 
 
 def emit(state: Any) -> Emitted:
@@ -104,14 +107,17 @@ def emit(state: Any) -> Emitted:
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Tell whether nothing of a tensor is left out where its storage, sizes and strides are kept."""
+    """Tell whether nothing of a tensor is left out where its storage, sizes and strides are kept.
+
+    Args:
+        tensor: of one of `TYPES`: then it is not quantised, and conjugate only if it is complex.
+    """
     return (
-        tensor.layout is torch.strided
+        tensor.layout is _STRIDED
         and (tensor.is_cpu or tensor.is_cuda)
-        and not tensor.is_quantized
-        and not tensor.is_conj()
         and not tensor.is_neg()
         and not tensor.is_nested
+        and not (tensor.dtype in _COMPLEX and tensor.is_conj())
         and not tensor.__dict__
         and not tensor._backward_hooks  # noqa: SLF001 - torch warns of them where it pickles
     )
@@ -123,12 +129,13 @@ class _Walk:
     def __init__(self) -> None:
         self.out: list[bytes] = []
         self.storages: list[torch.UntypedStorage] = []
-        self.tensors: list[tuple[str, torch.dtype, tuple[int, ...], int, int, int]] = []
+        self.tensors: list[tuple[str, torch.dtype, tuple[int, ...], int, int]] = []
         self._memo: dict[Any, bytes] = {}  # what is written once -> how it is referred to
         self._seen: set[int] = set()  # containers and tensors
         self._numbers: dict[int, int] = {}  # torch's identity of a storage -> its number
         self._dtypes: dict[int, torch.dtype] = {}  # where its data lie -> their dtype
         self._forms: dict[Any, tuple[bytes, bytes]] = {}
+        self._keys: dict[str, bytes] = {}  # mappings have the same ones again and again
 
     def put(self, value: Any, path: str, level: int) -> None:
         kind = type(value)
@@ -176,7 +183,7 @@ class _Walk:
     def _put_mapping(self, value: Any, path: str, level: int) -> None:
         self._see(value, level)
         is_ordered = type(value) is OrderedDict
-        out = self.out
+        out, keys = self.out, self._keys
         if is_ordered:
             out.append(self._global("collections", "OrderedDict") + _EMPTY_TUPLE + _REDUCE)
         else:
@@ -185,7 +192,13 @@ class _Walk:
             out.append(_MARK)
             lead = f"{path}." if path else ""
             for key, item in value.items():
-                out.append(_text(key) if type(key) is str else _scalar(key, type(key)))
+                if type(key) is str:
+                    data = keys.get(key)
+                    if data is None:
+                        data = keys[key] = _text(key)
+                    out.append(data)
+                else:
+                    out.append(_scalar(key, type(key)))
                 if type(item) is torch.Tensor:
                     self._put_tensor(item, f"{lead}{key}")
                 else:
@@ -197,19 +210,20 @@ class _Walk:
 
     def _put_tensor(self, tensor: torch.Tensor, path: str) -> None:
         dtype = tensor.dtype
-        if dtype not in TYPES or not is_plain(tensor) or id(tensor) in self._seen:
+        if dtype not in TYPES or id(tensor) in self._seen or not is_plain(tensor):
             raise NotPlain
         self._seen.add(id(tensor))
         storage = tensor.untyped_storage()
-        number = self._numbers.get(storage._cdata)  # noqa: SLF001 - torch's identity of a storage
+        identity = storage._cdata  # noqa: SLF001 - torch's identity of a storage
+        number = self._numbers.get(identity)
         if number is None:
-            number = self._numbers[storage._cdata] = len(self.storages)  # noqa: SLF001 - as above
+            number = self._numbers[identity] = len(self.storages)
             self.storages.append(storage)
         at = storage.data_ptr()
-        if at != 0 and self._dtypes.setdefault(at, dtype) is not dtype:
+        if self._dtypes.setdefault(at, dtype) is not dtype and at != 0:
             msg = "Cannot save multiple tensors or storages that view the same data as different types"
             raise RuntimeError(msg)
-        shape, offset = tuple(tensor.shape), int(tensor.storage_offset())
+        shape, offset = tensor.shape, int(tensor.storage_offset())
         device = None if tensor.is_cpu else tensor.device
         form = (dtype, storage.nbytes(), device, offset, shape, tensor.stride(), tensor.requires_grad)
         found = self._forms.get(form)
@@ -217,8 +231,8 @@ class _Walk:
             # Twice: what is new in it is written in full now, and is referred to by all that come after it.
             found = self._form_of(*form, storage)
             self._forms[form] = self._form_of(*form, storage)
-        self.out += (found[0], _text(str(number)), found[1])
-        self.tensors.append((path, dtype, shape, number, offset, tensor.numel()))
+        self.out += (found[0], _key_of(number), found[1])
+        self.tensors.append((path, dtype, shape, number, offset))
 
     def _form_of(
         self,
@@ -278,6 +292,12 @@ _MOST_LONG_BYTES = 255
 def _text(value: str) -> bytes:
     data = value.encode("utf-8", "surrogatepass")
     return b"X" + _LENGTH.pack(len(data)) + data
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _key_of(number: int) -> bytes:
+    """Return a storage's name in the pickle: of the first few thousand, from the second save on, without making it."""
+    return _text(str(number))
 
 
 def _integer(value: int) -> bytes:

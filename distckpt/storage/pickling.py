@@ -9,6 +9,7 @@ Source: ``torch.serialization._save`` and ``torch.Tensor.__reduce_ex__`` of torc
 
 import contextlib
 import io
+import math
 import pickle
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -37,18 +38,18 @@ class Pickled:
         data: the pickle.
         storages: what it refers to, by number; shared ones once. They are the live ones, not copies.
         forms: of the tensors that stand in nested mappings and sequences: name, dtype, shape, number of the storage,
-            offset in elements, number of elements.
+            offset in elements.
     """
 
     data: bytes
     storages: tuple[torch.UntypedStorage, ...]
-    forms: Sequence[tuple[str, torch.dtype, tuple[int, ...], int, int, int]]
+    forms: Sequence[tuple[str, torch.dtype, tuple[int, ...], int, int]]
 
     def tensors(self) -> Iterator[TensorAt]:
         """Yield what the manifest says of the named tensors. Any thread."""
-        for name, dtype, shape, number, offset, numel in self.forms:
-            size = dtype.itemsize
-            yield TensorAt(name, str(dtype).removeprefix("torch."), shape, number, offset * size, numel * size)
+        for name, dtype, shape, number, offset in self.forms:
+            size, text = dtype.itemsize, str(dtype).removeprefix("torch.")
+            yield TensorAt(name, text, tuple(shape), number, offset * size, math.prod(shape) * size)
 
 
 def pickle_state(state: Any, *, protocol: int = 2) -> Pickled:
@@ -86,8 +87,7 @@ def pickle_exactly(state: Any, *, protocol: int = 2) -> Pickled:
         if tensor.layout is torch.strided and tensor.device.type != "meta":
             number = pickler.numbers.get(tensor.untyped_storage()._cdata)  # noqa: SLF001 - as in the pickler
             if number is not None:
-                shape, offset = tuple(tensor.shape), int(tensor.storage_offset())
-                forms.append((name, tensor.dtype, shape, int(number), offset, tensor.numel()))
+                forms.append((name, tensor.dtype, tensor.shape, int(number), int(tensor.storage_offset())))
     return Pickled(buffer.getvalue(), tuple(pickler.storages), forms)
 
 
