@@ -45,7 +45,7 @@ class Channel(ABC):
     """One rank's end of what carries host values. All operations are collective, one at a time, in one order.
 
     Attributes:
-        shares_memory: whether the frequent small reduction may go through memory that the ranks share instead.
+        shares_memory: whether what is small and frequent may go through memory that the ranks share instead.
         untouched: exceptions of the runtime's own that have to reach its user as they are.
     """
 

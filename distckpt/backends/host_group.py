@@ -19,13 +19,13 @@ import torch
 
 from distckpt.backends.base import Board, TensorOp, Watcher
 from distckpt.backends.channel import Channel, NoBoard
-from distckpt.backends.shared_memory import NUM_WORDS, Maximum, SharedMemory, offer_of
+from distckpt.backends.shared_memory import NUM_WORDS, ROOM_BYTES, Meeting, SharedMemory, offer_of
 from distckpt.errors import CollectiveError, CollectiveTimeout, DistckptError
 
 __all__ = ["GIVEN_UP", "SHARED_MEMORY_VARIABLE", "HostGroup", "board_is_gone", "call_the_roll", "given_up_text"]
 
 SHARED_MEMORY_VARIABLE = "DISTCKPT_SHARED_MEMORY"
-"""``0`` lets ranks of one machine reduce over Gloo too."""
+"""``0`` lets ranks of one machine reduce and gather over Gloo too."""
 
 T = TypeVar("T")
 GIVEN_UP = "host/given_up"
@@ -118,14 +118,14 @@ class _Operation:
     @property
     def is_in_memory(self) -> bool:
         """Whether it goes through shared memory."""
-        return isinstance(self.work, Maximum)
+        return isinstance(self.work, Meeting)
 
 
 class HostGroup:
     """A group over all ranks of a job, for host values only. Formed by its first operation.
 
     Where all ranks are processes of one machine, the frequent small reduction (:meth:`start_max`) goes through shared
-    memory, if the channel allows it.
+    memory, if the channel allows it; so does what ranks say in a few bytes (:meth:`gather_bytes`).
 
     Either every rank finishes an operation or none does: where some rank waited long, the first of "done" and "given
     up" to be written down on the board holds for all.
@@ -224,13 +224,22 @@ class HostGroup:
         return _from_bytes(result, tensor)
 
     def gather_bytes(self, data: bytes, num_bytes: int, *, what: object, timeout_s: float) -> list[bytes]:
-        """Collective. Give every rank every rank's bytes, each padded to `num_bytes` on the way."""
+        """Collective. Give every rank every rank's bytes: no more than `num_bytes`, which is the same on all ranks."""
+        if self._memory is not None and num_bytes <= ROOM_BYTES:
+            return self._gather_in(self._memory, data, what, timeout_s)
         padded = torch.zeros(_LENGTH_BYTES + num_bytes, dtype=torch.uint8)
         framed = len(data).to_bytes(_LENGTH_BYTES, "little") + data
         padded[: len(framed)] = torch.frombuffer(bytearray(framed), dtype=torch.uint8)
         parts = [bytes(part.numpy()) for part in self.gather(padded, what=what, timeout_s=timeout_s)]
         lengths = [int.from_bytes(part[:_LENGTH_BYTES], "little") for part in parts]
         return [part[_LENGTH_BYTES : _LENGTH_BYTES + length] for part, length in zip(parts, lengths, strict=True)]
+
+    def _gather_in(self, memory: SharedMemory, data: bytes, what: object, timeout_s: float) -> list[bytes]:
+        if self._open is not None:
+            self._finish(self._open)  # the memory keeps a few operations only
+        operation = self._start(lambda: memory.bring(self._num_operations, data), what, timeout_s)
+        self._finish(operation)
+        return [operation.work.by_rank[rank] for rank in range(self._world_size)]
 
     def carry(self, start: Callable[[Any], Any], *, what: object, timeout_s: float) -> None:
         """Collective. Run an operation of the channel's own.

@@ -1,4 +1,4 @@
-"""The largest of a few numbers over ranks of one machine, through memory that they share.
+"""The largest of a few numbers over ranks of one machine, or what each says in a few bytes, through shared memory.
 
 Owns the layout of that memory, how the ranks come to share it, and how one of them is waited for. Gloo wakes three
 threads for a reduction, which costs more than the reduction; here a rank writes its numbers and reads those of the
@@ -19,21 +19,26 @@ import struct
 import time
 import weakref
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
-__all__ = ["NUM_WORDS", "SharedMemory", "offer_of"]
+__all__ = ["NUM_WORDS", "ROOM_BYTES", "Maximum", "Meeting", "Parts", "SharedMemory", "offer_of"]
 
 NUM_WORDS = 12
 """How many int64 an operation reduces."""
 
+ROOM_BYTES = 4096
+"""How many bytes a rank can bring to an operation."""
+
 _WORDS = struct.Struct(f"<q{NUM_WORDS}q")  # the operation's number, and the values
 _CHECK = struct.Struct("<q")
-_SLOT_BYTES = 128  # two cache lines: no two ranks write to the same one
+_LINE_BYTES = 128  # two cache lines: no two ranks write to the same one
+_SLOT_BYTES = _LINE_BYTES + ROOM_BYTES
 # Operations of which a rank's numbers are kept: it may begin the next one before a slower rank has read the last.
 _NUM_KEPT = 4
-_RANK_BYTES = _SLOT_BYTES * (_NUM_KEPT + 1)  # and whether it has left
+_RANK_BYTES = _SLOT_BYTES * _NUM_KEPT + _LINE_BYTES  # and whether it has left
 # How long a rank gives way to others without sleeping; then it sleeps, longer and longer.
 _YIELD_S = 0.001
 _FIRST_SLEEP_S = 0.0001
@@ -140,12 +145,33 @@ class SharedMemory:
             number: the operation's, from 1; the same on all ranks, and each is used once.
             values: `NUM_WORDS` of int64.
         """
+        self._write(number, values)
+        return Maximum(self, number, values, self._others)
+
+    def bring(self, number: int, data: bytes) -> "Parts":
+        """Begin an operation: write this rank's bytes.
+
+        Args:
+            number: the operation's, as in :meth:`write`.
+            data: `ROOM_BYTES` at most.
+
+        Raises:
+            ValueError: it is more.
+        """
+        if len(data) > ROOM_BYTES:
+            msg = f"{len(data)} bytes, but there is room for {ROOM_BYTES}"
+            raise ValueError(msg)
+        at = self._at(self._rank, number) + _LINE_BYTES
+        self._memory[at : at + len(data)] = data
+        self._write(number, [len(data), zlib.crc32(data), *[0] * (NUM_WORDS - 2)])
+        return Parts(self, number, {self._rank: data}, self._others)
+
+    def _write(self, number: int, values: Sequence[int]) -> None:
         words = _WORDS.pack(number, *values)
         at = self._at(self._rank, number)
         # Not in one go: whoever reads in between, or on a processor that reorders, finds that they do not fit.
         self._memory[at : at + len(words)] = words
         _CHECK.pack_into(self._memory, at + len(words), zlib.crc32(words))
-        return Maximum(self, number, values, self._others)
 
     def read(self, rank: int, number: int) -> tuple[int, ...] | None:
         """Return what a rank wrote for an operation; None as long as it has not."""
@@ -155,6 +181,15 @@ class SharedMemory:
         if found[0] != number or _CHECK.unpack_from(self._memory, at + _WORDS.size)[0] != zlib.crc32(words):
             return None
         return found[1:]
+
+    def read_bytes(self, rank: int, number: int) -> bytes | None:
+        """Return the bytes that a rank brought to an operation; None as long as it has not."""
+        words = self.read(rank, number)
+        if words is None:
+            return None
+        at = self._at(rank, number) + _LINE_BYTES
+        data = self._memory[at : at + words[0]]
+        return data if zlib.crc32(data) == words[1] else None
 
     def lost(self, ranks: Sequence[int]) -> list[int]:
         """Return which of `ranks` have left, or whose process has ended."""
@@ -170,21 +205,20 @@ class SharedMemory:
         return rank * _RANK_BYTES + (number % _NUM_KEPT) * _SLOT_BYTES
 
 
-class Maximum:
-    """An operation under way, waited for as a work of torch.distributed's is.
+class Meeting(ABC):
+    """An operation under way, waited for as a work of torch.distributed's is."""
 
-    Attributes:
-        values: this rank's, and once it is done the largest of all ranks.
-    """
+    __slots__ = ("_left", "_memory", "_missing", "_number")
 
-    __slots__ = ("_left", "_memory", "_missing", "_number", "values")
-
-    def __init__(self, memory: SharedMemory, number: int, values: Sequence[int], others: Sequence[int]) -> None:
-        self.values = list(values)
+    def __init__(self, memory: SharedMemory, number: int, others: Sequence[int]) -> None:
         self._memory = memory
         self._number = number
         self._missing = list(others)
         self._left: list[int] = []
+
+    @abstractmethod
+    def _take_from(self, rank: int) -> bool:
+        """Take what a rank has brought; return whether it has."""
 
     def is_completed(self) -> bool:
         """Tell whether it has ended, well or not."""
@@ -219,13 +253,9 @@ class Maximum:
     def is_done(self) -> bool:
         """Tell whether all ranks have come. Waits for nothing."""
         missing = self._missing
-        if missing:
-            read, number = self._memory.read, self._number
-            for rank in missing[:]:
-                theirs = read(rank, number)
-                if theirs is not None:
-                    self.values = list(map(max, self.values, theirs))
-                    missing.remove(rank)
+        for rank in missing[:]:
+            if self._take_from(rank):
+                missing.remove(rank)
         return not missing
 
     def _look_for_the_lost(self) -> None:
@@ -234,6 +264,46 @@ class Maximum:
         if self._left and not self.is_done() and set(self._left) & set(self._missing):
             msg = f"connection closed by peer: ranks {self._left} have left, or their processes ended"
             raise RuntimeError(msg)
+
+
+class Maximum(Meeting):
+    """A reduction under way.
+
+    Attributes:
+        values: this rank's, and once it is done the largest of all ranks.
+    """
+
+    __slots__ = ("values",)
+
+    def __init__(self, memory: SharedMemory, number: int, values: Sequence[int], others: Sequence[int]) -> None:
+        super().__init__(memory, number, others)
+        self.values = list(values)
+
+    def _take_from(self, rank: int) -> bool:
+        theirs = self._memory.read(rank, self._number)
+        if theirs is not None:
+            self.values = list(map(max, self.values, theirs))
+        return theirs is not None
+
+
+class Parts(Meeting):
+    """A gathering under way.
+
+    Attributes:
+        by_rank: what this rank brought, and once it is done what each has.
+    """
+
+    __slots__ = ("by_rank",)
+
+    def __init__(self, memory: SharedMemory, number: int, by_rank: dict[int, bytes], others: Sequence[int]) -> None:
+        super().__init__(memory, number, others)
+        self.by_rank = by_rank
+
+    def _take_from(self, rank: int) -> bool:
+        data = self._memory.read_bytes(rank, self._number)
+        if data is not None:
+            self.by_rank[rank] = data
+        return data is not None
 
 
 def _close_all(fds: list[int]) -> None:

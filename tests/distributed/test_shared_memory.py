@@ -8,6 +8,7 @@ import pytest
 from distckpt import CollectiveError
 from distckpt.backends.detect import current
 from distckpt.backends.host_group import SHARED_MEMORY_VARIABLE
+from distckpt.backends.shared_memory import ROOM_BYTES
 from distckpt.backends.torch_dist import TorchDistBackend
 from tests.distributed.programs import gathered, raised
 from tests.support import fresh_ranks, job, run_distributed, run_ranks
@@ -76,18 +77,42 @@ def test_a_rank_that_leaves_the_job_is_named_at_once() -> None:
     assert time.monotonic() - begin_s < 10.0
 
 
-@run_distributed(world_size=3)
-def test_who_is_missing_from_what_goes_over_gloo_is_not_looked_for_in_the_memory() -> None:
+def gather_with_one_missing(num_bytes: int) -> bool:
     backend = current()
     backend.barrier()
     assert shares_memory()
     if job.rank() == 2:
-        assert gathered("late")
-        return
-    error = raised(lambda: backend.gather_host(b"here", 4, what="a gather", timeout_s=1.0))
+        return bool(gathered("late"))
+    error = raised(lambda: backend.gather_host(b"here", num_bytes, what="a gather", timeout_s=1.0))
     assert isinstance(error, CollectiveError)
     assert error.missing == (2,)
-    assert gathered("done")
+    return bool(gathered("done"))
+
+
+@pytest.mark.parametrize("num_bytes", [4, ROOM_BYTES, ROOM_BYTES + 1])
+def test_who_is_missing_from_a_gathering_is_found_where_it_goes(num_bytes: int) -> None:
+    """In the memory, or, where it is too long for that and goes over Gloo, not there."""
+    assert run_ranks(gather_with_one_missing, 3, num_bytes) == [True] * 3
+
+
+def gather_in_all_lengths() -> bool:
+    backend, rank = current(), job.rank()
+    backend.barrier()
+    assert shares_memory()
+    for turn, longest in enumerate([0, 1, 7, 100, ROOM_BYTES - 1, ROOM_BYTES, ROOM_BYTES + 1, 3 * ROOM_BYTES] * 5):
+        lengths = [max(longest - 3 * abs(one - turn % backend.world_size), 0) for one in range(backend.world_size)]
+        brought = [bytes([one + turn]) * length for one, length in enumerate(lengths)]
+        vote = backend.start_meeting("place", [turn + rank], turn=turn, timeout_s=20.0)  # open while it gathers
+        if turn % 5 == rank:
+            time.sleep(0.003)
+        assert backend.gather_host(brought[rank], longest, what="a gather", timeout_s=20.0) == brought
+        assert vote() == [turn + backend.world_size - 1]
+    return True
+
+
+@WORLDS
+def test_what_is_gathered_is_what_each_rank_brought(world_size: int) -> None:
+    assert run_ranks(gather_in_all_lengths, world_size) == [True] * world_size
 
 
 def die_in_a_meeting(victim: int) -> tuple[str, object, bool]:

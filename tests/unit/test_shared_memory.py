@@ -12,7 +12,7 @@ from datetime import timedelta
 
 import pytest
 
-from distckpt.backends.shared_memory import NUM_WORDS, SharedMemory, offer_of
+from distckpt.backends.shared_memory import NUM_WORDS, ROOM_BYTES, SharedMemory, offer_of
 
 LIMIT = timedelta(seconds=5)
 
@@ -89,6 +89,34 @@ def test_numbers_that_are_half_written_are_not_read(ranks: list[SharedMemory]) -
     memory[at : at + len(whole)] = whole
     work.wait(LIMIT)
     assert work.values == words(3)
+
+
+def test_every_rank_gets_what_each_has_brought(ranks: list[SharedMemory]) -> None:
+    lengths = [0, 1, 127, 128, ROOM_BYTES - 1, ROOM_BYTES]
+    for number in range(1, 20):  # more operations than are kept
+        brought = [os.urandom(lengths[(number + rank) % len(lengths)]) for rank in range(3)]
+        works = [memory.bring(number, data) for memory, data in zip(ranks, brought, strict=True)]
+        for work in works:
+            work.wait(LIMIT)
+            assert [work.by_rank[rank] for rank in range(3)] == brought
+    with pytest.raises(ValueError, match=f"{ROOM_BYTES + 1} bytes, but there is room for {ROOM_BYTES}"):
+        ranks[0].bring(20, bytes(ROOM_BYTES + 1))
+
+
+def test_bytes_that_are_half_written_are_not_read(ranks: list[SharedMemory]) -> None:
+    data = os.urandom(ROOM_BYTES)
+    work = ranks[0].bring(1, b"")
+    ranks[1].bring(1, b"")
+    ranks[2].bring(1, data)
+    memory = ranks[2]._memory
+    at = ranks[2]._at(2, 1) + 128
+    for there in (0, 1, 2000, ROOM_BYTES - 1):  # of the bytes; the others are another operation's still
+        memory[at + there : at + ROOM_BYTES] = bytes(ROOM_BYTES - there)
+        assert ranks[0].read_bytes(2, 1) is None
+        assert not work.is_done()
+        memory[at : at + ROOM_BYTES] = data
+    work.wait(LIMIT)
+    assert work.by_rank[2] == data
 
 
 def test_a_rank_that_has_left_ends_the_waiting_but_not_what_it_wrote_before(ranks: list[SharedMemory]) -> None:
