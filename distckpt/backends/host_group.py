@@ -235,8 +235,6 @@ class HostGroup:
         return [part[_LENGTH_BYTES : _LENGTH_BYTES + length] for part, length in zip(parts, lengths, strict=True)]
 
     def _gather_in(self, memory: SharedMemory, data: bytes, what: object, timeout_s: float) -> list[bytes]:
-        if self._open is not None:
-            self._finish(self._open)  # the memory keeps a few operations only
         operation = self._start(lambda: memory.bring(self._num_operations, data), what, timeout_s)
         self._finish(operation)
         return [operation.work.by_rank[rank] for rank in range(self._world_size)]
@@ -307,6 +305,8 @@ class HostGroup:
         if self._given_up is not None:
             msg = f"rank {self._rank}: {what} cannot run: the ranks' host group was given up earlier ({self._given_up})"
             raise CollectiveError(msg)
+        if self._open is not None:
+            self._finish(self._open)  # the memory keeps a few operations only, and each of the others counts too
         is_late = self._is_late(timeout_s)
         with self._giving_up(what, timeout_s):
             if not self._is_formed:
@@ -328,7 +328,6 @@ class HostGroup:
             self._open = None
         elif operation.is_finished:
             return  # another one had to begin
-        operation.is_finished = True
         if self._given_up is not None:
             msg = f"rank {self._rank}: {operation.what} ended: the ranks' host group was given up ({self._given_up})"
             raise CollectiveError(msg)
@@ -336,6 +335,7 @@ class HostGroup:
             was_slow = self._wait(operation)
             if (was_slow or operation.is_late) and self._verdict(operation, "done") != "done":
                 self.refuse_if_given_up(operation.what)
+        operation.is_finished = True  # not before: where it failed for another one that had to begin, it fails again
         self._last_end_s = time.monotonic()
 
     @contextlib.contextmanager

@@ -81,6 +81,7 @@ class SharedMemory:
         if is_new:
             os.ftruncate(fd, size)
         self._memory = mmap.mmap(fd, size)
+        self._pid = os.getpid()
         self._rank = 0
         self._others: list[int] = []
         self._pidfds: dict[int, int] = {}
@@ -132,8 +133,11 @@ class SharedMemory:
         return self._fds[0]
 
     def close(self) -> None:
-        """Tell the others that this rank has left. What it wrote stays. Does nothing the second time."""
-        if self._others:
+        """Tell the others that this rank has left. What it wrote stays. Does nothing the second time.
+
+        A process that was forked lets go of what it has of it, and tells nobody: it is not the rank.
+        """
+        if self._others and os.getpid() == self._pid:
             self._memory[self._rank * _RANK_BYTES + _NUM_KEPT * _SLOT_BYTES] = 1
         self._close_fds()
         self._pidfds = {}

@@ -2,10 +2,13 @@
 
 import os
 import time
+from typing import Any
 
 import pytest
+import torch
 
 from distckpt import CollectiveError
+from distckpt.backends.base import Backend
 from distckpt.backends.detect import current
 from distckpt.backends.host_group import SHARED_MEMORY_VARIABLE
 from distckpt.backends.shared_memory import ROOM_BYTES
@@ -96,18 +99,37 @@ def test_who_is_missing_from_a_gathering_is_found_where_it_goes(num_bytes: int) 
 
 
 def gather_in_all_lengths() -> bool:
+    """Gather, four times under a vote that is open meanwhile: the memory keeps four operations, and the next is one."""
     backend, rank = current(), job.rank()
     backend.barrier()
     assert shares_memory()
+    over_gloo = told_of_gatherings_over_gloo()
     for turn, longest in enumerate([0, 1, 7, 100, ROOM_BYTES - 1, ROOM_BYTES, ROOM_BYTES + 1, 3 * ROOM_BYTES] * 5):
         lengths = [max(longest - 3 * abs(one - turn % backend.world_size), 0) for one in range(backend.world_size)]
         brought = [bytes([one + turn]) * length for one, length in enumerate(lengths)]
-        vote = backend.start_meeting("place", [turn + rank], turn=turn, timeout_s=20.0)  # open while it gathers
+        vote = backend.start_meeting("place", [turn + rank], turn=turn, timeout_s=20.0)
         if turn % 5 == rank:
             time.sleep(0.003)
-        assert backend.gather_host(brought[rank], longest, what="a gather", timeout_s=20.0) == brought
+        before = len(over_gloo)
+        for _ in range(4):
+            assert backend.gather_host(brought[rank], longest, what="a gather", timeout_s=20.0) == brought
+        assert len(over_gloo) - before == (0 if longest <= ROOM_BYTES else 4)
         assert vote() == [turn + backend.world_size - 1]
     return True
+
+
+def told_of_gatherings_over_gloo() -> list[int]:
+    backend = current()
+    assert isinstance(backend, TorchDistBackend)
+    channel, told = backend._host._channel, []
+    gather = channel.gather
+
+    def gather_and_tell(result: Any, mine: Any, timeout_s: float) -> Any:
+        told.append(mine.numel())
+        return gather(result, mine, timeout_s)
+
+    channel.gather = gather_and_tell  # type: ignore[method-assign]
+    return told
 
 
 @WORLDS
@@ -115,20 +137,65 @@ def test_what_is_gathered_is_what_each_rank_brought(world_size: int) -> None:
     assert run_ranks(gather_in_all_lengths, world_size) == [True] * world_size
 
 
-def die_in_a_meeting(victim: int) -> tuple[str, object, bool]:
+@WORLDS
+def test_a_slow_rank_finds_a_vote_that_others_have_left_behind_them(world_size: int) -> None:
+    assert run_ranks(vote_while_much_goes_over_gloo, world_size) == [True] * world_size
+
+
+def vote_while_much_goes_over_gloo() -> bool:
+    backend, rank = current(), job.rank()
+    backend.barrier()
+    assert shares_memory()
+    for turn in range(3):
+        vote = backend.start_meeting("place", [rank], turn=turn, timeout_s=20.0)
+        for number in range(3):  # the fourth operation after the vote takes its place
+            values = torch.tensor([number + rank])
+            assert backend.reduce_host(values, "MAX", what="one", timeout_s=20.0).item() == number + rank_above(backend)
+        if rank == 1:
+            time.sleep(0.2)
+        assert backend.gather_host(b"x", 1, what="a gather", timeout_s=20.0) == [b"x"] * backend.world_size
+        assert vote() == [rank_above(backend)]
+    return True
+
+
+def rank_above(backend: Backend) -> int:
+    return backend.world_size - 1
+
+
+def fail_in_a_vote_that_a_gathering_ends() -> bool:
+    backend = current()
+    backend.barrier()
+    assert shares_memory()
+    if job.rank() == 1:
+        return bool(gathered("late"))
+    vote = backend.start_meeting("place", [5], timeout_s=0.5)
+    assert isinstance(raised(lambda: backend.gather_host(b"x", 1, what="a gather", timeout_s=20.0)), CollectiveError)
+    assert isinstance(raised(vote), CollectiveError), "this rank's own numbers are no result"
+    return bool(gathered("done"))
+
+
+def test_a_vote_that_failed_when_another_operation_had_to_begin_has_no_result() -> None:
+    assert run_ranks(fail_in_a_vote_that_a_gathering_ends, 2) == [True] * 2
+
+
+def die_before(operation: str, victim: int) -> tuple[str, object, bool]:
     backend = current()
     backend.barrier()
     assert shares_memory()
     if job.rank() == victim:
         os._exit(3)
     begin_s = time.monotonic()
-    error = raised(lambda: backend.barrier(timeout_s=60.0))
+    if operation == "vote":
+        error = raised(lambda: backend.barrier(timeout_s=60.0))
+    else:
+        error = raised(lambda: backend.gather_host(b"x", 1, what="a gather", timeout_s=60.0))
     return type(error).__name__, getattr(error, "missing", None), time.monotonic() - begin_s < 10.0
 
 
+@pytest.mark.parametrize("operation", ["vote", "gathering"])
 @pytest.mark.parametrize("victim", [1, 2])
-def test_a_rank_that_dies_is_noticed_at_once(victim: int) -> None:
-    with fresh_ranks(die_in_a_meeting, 3, victim) as ranks:
+def test_a_rank_that_dies_is_noticed_at_once(operation: str, victim: int) -> None:
+    with fresh_ranks(die_before, 3, operation, victim) as ranks:
         ends = ranks.finish(may_fail=[victim])
     assert ends[victim].exit_code == 3
     for rank in {0, 1, 2} - {victim}:

@@ -104,7 +104,8 @@ def test_every_rank_gets_what_each_has_brought(ranks: list[SharedMemory]) -> Non
 
 
 def test_bytes_that_are_half_written_are_not_read(ranks: list[SharedMemory]) -> None:
-    data = os.urandom(ROOM_BYTES)
+    data = bytes(range(1, 256)) * 16 + bytes([7]) * 16  # none of them 0
+    assert len(data) == ROOM_BYTES
     work = ranks[0].bring(1, b"")
     ranks[1].bring(1, b"")
     ranks[2].bring(1, data)
@@ -133,6 +134,17 @@ def test_a_rank_that_has_left_ends_the_waiting_but_not_what_it_wrote_before(rank
     assert again.is_completed(), "it has ended, though not well"
     with pytest.raises(RuntimeError, match=r"ranks \[2\] have left"):
         again.wait()
+
+
+def test_a_forked_process_that_ends_is_not_the_rank_that_leaves(ranks: list[SharedMemory]) -> None:
+    child = os.fork()
+    if child == 0:
+        ranks[2].close()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert ranks[0].lost([1, 2]) == []
+    ranks[2].close()
+    assert ranks[0].lost([1, 2]) == [2]
 
 
 def test_a_process_that_ended_is_not_waited_for() -> None:
