@@ -6,6 +6,7 @@ threads of its own and computes on one, so the children start clean. What they d
 
 import contextlib
 import ctypes
+import faulthandler
 import os
 import select
 import signal
@@ -25,6 +26,8 @@ _ACK = struct.Struct("<q")
 _PR_SET_PDEATHSIG = 1
 _LIBRARY = ctypes.CDLL(None)
 _LIMIT_S = 60.0
+_TELL_STACKS = signal.SIGUSR2
+_STACKS_S, _STACKS_BYTES = 1.0, 1 << 16
 
 
 class Child:
@@ -32,14 +35,22 @@ class Child:
 
     Args:
         body: runs in the child.
+
+    Attributes:
+        acknowledged: the steps.
+        pid: 0 once it is reaped.
+        stood_at: where its threads stood, if it was waited for in vain.
     """
 
     def __init__(self, body: Body) -> None:
         self._pipe, theirs = os.pipe()
+        self._stacks = os.memfd_create("stacks")
         self.acknowledged: list[int] = []
+        self.stood_at = ""
         self.pid = os.fork()
         if self.pid == 0:
             os.close(self._pipe)
+            faulthandler.register(_TELL_STACKS, file=self._stacks, all_threads=True)
             _run_and_leave(body, lambda step: _send(theirs, step))
         os.close(theirs)
 
@@ -78,13 +89,20 @@ class Child:
             pass
         is_late = not self._is_over(max(deadline, time.monotonic() + 1.0))
         if is_late:
+            self.stood_at = self._ask_where_it_stands()
             self.signal()
         _, status = os.waitpid(self.pid, 0)
         self.pid = 0
         if is_late:
             self.take_in()
         os.close(self._pipe)
+        os.close(self._stacks)
         return None if is_late else os.waitstatus_to_exitcode(status)
+
+    def _ask_where_it_stands(self) -> str:
+        os.kill(self.pid, _TELL_STACKS)
+        time.sleep(_STACKS_S)
+        return os.pread(self._stacks, _STACKS_BYTES, 0).decode()
 
     def _is_over(self, deadline: float) -> bool:
         while os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:

@@ -117,7 +117,9 @@ def _kill_once(directory: Path, saver: str, newest: int, moment: Moment, tally: 
             codes = job.finish(SURVIVOR_LIMIT_S)
             tally.survivors += len(codes)
             tally.told += codes.count(EXIT_LOST)
-            tally.take(*(f"survivor: ended with {code}" for code in codes if code not in {EXIT_LOST, EXIT_OTHERWISE}))
+            stood_at = "".join(f", {rank.stood_at}" for rank in job.ranks if rank.stood_at)
+            bad = [code for code in codes if code not in {EXIT_LOST, EXIT_OTHERWISE}]
+            tally.take(*(f"survivor: ended with {code}{stood_at}" for code in bad))
         elif len(moment.victims) < WORLD_SIZE:
             time.sleep(moment.survives_s)  # as above
         job.kill()
