@@ -20,6 +20,7 @@ import torch
 from distckpt.backends.base import Board, TensorOp, Watcher
 from distckpt.backends.channel import Channel, NoBoard
 from distckpt.backends.shared_memory import NUM_WORDS, ROOM_BYTES, Meeting, SharedMemory, offer_of
+from distckpt.backends.wire import bytes_of
 from distckpt.errors import CollectiveError, CollectiveTimeout, DistckptError
 
 __all__ = ["GIVEN_UP", "SHARED_MEMORY_VARIABLE", "HostGroup", "board_is_gone", "call_the_roll", "given_up_text"]
@@ -230,7 +231,7 @@ class HostGroup:
         padded = torch.zeros(_LENGTH_BYTES + num_bytes, dtype=torch.uint8)
         framed = len(data).to_bytes(_LENGTH_BYTES, "little") + data
         padded[: len(framed)] = torch.frombuffer(bytearray(framed), dtype=torch.uint8)
-        parts = [bytes(part.numpy()) for part in self.gather(padded, what=what, timeout_s=timeout_s)]
+        parts = [bytes_of(part) for part in self.gather(padded, what=what, timeout_s=timeout_s)]
         lengths = [int.from_bytes(part[:_LENGTH_BYTES], "little") for part in parts]
         return [part[_LENGTH_BYTES : _LENGTH_BYTES + length] for part, length in zip(parts, lengths, strict=True)]
 

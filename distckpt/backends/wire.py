@@ -15,7 +15,7 @@ import torch
 
 from distckpt.scalars import is_numpy_scalar
 
-__all__ = ["decode", "encode"]
+__all__ = ["bytes_of", "decode", "encode"]
 
 _MARK = "$"
 
@@ -45,6 +45,24 @@ def decode(data: bytes) -> Any:
     return _unpack(json.loads(data))
 
 
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    """Return a copy of a tensor's bytes, without NumPy: torch does not require it.
+
+    Args:
+        tensor: on the CPU, of any dtype and shape.
+
+    Example:
+        >>> bytes_of(torch.tensor([97, 98], dtype=torch.uint8))
+        b'ab'
+    """
+    if not tensor.numel():
+        return b""
+    flat = tensor.reshape(-1).view(torch.uint8)
+    memory = bytearray(flat.numel())
+    torch.frombuffer(memory, dtype=torch.uint8).copy_(flat)
+    return bytes(memory)
+
+
 def _pack(value: Any) -> Any:
     if value is None or type(value) in (bool, int, float, str):
         return value
@@ -71,10 +89,9 @@ def _pack_items(mark: str) -> Callable[[Any], dict[str, Any]]:
 
 def _pack_tensor(tensor: torch.Tensor) -> dict[str, Any]:
     plain = tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
-    raw = bytes(plain.reshape(-1).view(torch.uint8).numpy()) if plain.numel() else b""
     return {
         _MARK: "tensor",
-        "v": base64.b64encode(raw).decode("ascii"),
+        "v": base64.b64encode(bytes_of(plain)).decode("ascii"),
         "dtype": str(plain.dtype).removeprefix("torch."),
         "shape": list(plain.shape),
     }
