@@ -3,9 +3,14 @@
 Owns the worker thread that speaks with the store. A store whose host is frozen, or beyond a broken link, holds a call
 for as long as it likes, and with it the connection: so the calls run on a thread of their own, and whoever asks waits
 no longer than it wants to. Must not know what the notes mean. Layer L2.
+
+A call that was given up is still in the store. So the thread is ended before the interpreter is, after all else that
+may ask a board at exit; see :mod:`distckpt.helping` for what happens otherwise.
 """
 
+import atexit
 import contextlib
+import os
 import queue
 import socket
 import threading
@@ -18,6 +23,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from distckpt.backends.base import Board
+from distckpt.helping import EXIT_LIMIT_S
 
 __all__ = ["StoreBoard"]
 
@@ -43,6 +49,9 @@ class StoreBoard(Board):
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[dist.Store], Any]] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._worker: threading.Thread | None = None
+        self._is_closed = False
+        # First of all that is registered for this job, so last of it at exit: the watch, for one, asks until then.
+        atexit.register(_end_if_alive, weakref.ref(self), os.getpid())
 
     def put(self, key: str, text: str, *, limit_s: float) -> None:
         """Write a note, over an older one."""
@@ -66,8 +75,17 @@ class StoreBoard(Board):
         return self._is_open()
 
     def close(self) -> None:
-        """Let the worker end, after the calls that are under way. Nothing may be asked of it after."""
-        self._calls.put(None)
+        """Let the worker end, after the calls that are under way. What is asked after is refused: the store is gone."""
+        with self._lock:
+            self._is_closed = True
+            self._calls.put(None)
+
+    def end(self, limit_s: float) -> None:
+        """Close it, and wait for its worker, but no longer than `limit_s`: the store may be frozen."""
+        self.close()
+        worker = self._worker
+        if worker is not None:
+            worker.join(limit_s)
 
     def host(self) -> str:
         """Tell where the store is kept. Empty for a store without a host, as one in a file."""
@@ -83,6 +101,9 @@ class StoreBoard(Board):
     def _ask(self, call: Callable[[dist.Store], T], limit_s: float) -> T:
         answer: Future[T] = Future()
         with self._lock:
+            if self._is_closed:
+                msg = "the job's store is gone: this process has left the job"
+                raise ConnectionError(msg)
             self._calls.put((answer, call))
             if self._worker is None:
                 self._worker = threading.Thread(
@@ -137,6 +158,12 @@ def _serve(owner: "weakref.ref[StoreBoard]", calls: "queue.SimpleQueue[Any]") ->
         else:
             answer.set_result(result)
         del board, answer, call, order
+
+
+def _end_if_alive(board: "weakref.ref[StoreBoard]", process: int) -> None:
+    alive = board()
+    if alive is not None and os.getpid() == process:  # a forked child has none of its parent's threads
+        alive.end(EXIT_LIMIT_S)
 
 
 def _look(store: dist.Store, keys: list[str]) -> list[str | None]:

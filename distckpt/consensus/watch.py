@@ -40,6 +40,7 @@ from distckpt.consensus.fault import Fault
 from distckpt.consensus.peers import IDLE, LEFT, RUNS, BoardHost, Peers, heartbeat
 from distckpt.consensus.processes import TrainingThread, place_of_this_process
 from distckpt.errors import CollectiveError, DistckptError, RankFailure
+from distckpt.helping import EXIT_LIMIT_S, join_at_exit
 from distckpt.unfinished import wait_for_unfinished
 
 __all__ = ["END_BLOCKED_VARIABLE", "EXIT_CODE", "Watch"]
@@ -100,6 +101,7 @@ class Watch:
         self._era = 0
         self._asked_s = time.monotonic()
         self._stop = threading.Event()
+        self._closing = threading.Lock()
         self._wake = threading.Event()
         self._looking = threading.RLock()  # held while the thread looks, so that what it wrote last is not outdated
         self._training = TrainingThread()
@@ -118,16 +120,25 @@ class Watch:
         self._thread.start()
 
     def close(self, why: str = "its process ended") -> None:
-        """End the watch, and tell the others that this rank leaves. Any thread; does nothing the second time.
+        """End the watch, and tell the others that this rank leaves. Any thread; the second time it only waits.
 
-        A process that hosts the board stays a moment, until the others know what is written there.
+        A process that hosts the board stays a moment, until the others know what is written there. When this returns
+        on another thread, the watch's own has ended, unless the board holds it for longer than a process may wait.
         """
-        if self._stop.is_set() or os.getpid() != self._pid:  # a forked child inherits what is to be done at exit
+        if os.getpid() != self._pid:  # a forked child inherits what is to be done at exit
             return
-        self._stop.set()
-        self._wake.set()
+        if self._closing.acquire(blocking=False):  # never released: the first one closes
+            self._stop.set()
+            self._wake.set()
+            self._join(self._interval_s)
+            self._say_farewell(why)
+        self._join(EXIT_LIMIT_S)
+
+    def _join(self, limit_s: float) -> None:
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
-            self._thread.join(self._interval_s)
+            self._thread.join(limit_s)
+
+    def _say_farewell(self, why: str) -> None:
         is_host = self._board.host() == "this process"
         # An idle rank is not missed, and the rank that hosts the board may have ended by now.
         if self.in_run or is_host or "this process" not in self._store.hosts:
@@ -379,8 +390,11 @@ class Watch:
         if self._rank not in fault.ranks:
             _logger.error("rank %d, iteration %d: %s", self._rank, self.step, fault.error(self._rank))
         break_off = self._break_off() if self._break_off is not None else None
-        if break_off is not None and self._rank not in fault.ranks:
-            threading.Thread(target=break_off, name="distckpt-break-off", daemon=True).start()
+        if break_off is not None and self._rank not in fault.ranks and not self._stop.is_set():
+            # A daemon, since NCCL may take for ever over it.
+            thread = threading.Thread(target=break_off, name="distckpt-break-off", daemon=True)
+            thread.start()
+            join_at_exit(thread)
 
     def _end_if_blocked(self) -> None:
         """End the process where the training thread cannot be reached in any other way.

@@ -4,7 +4,8 @@ A quick selection is the default. The whole, which takes most of an hour, is `ci
 
     DISTCKPT_CRASH=whole pytest tests/crash -o faulthandler_timeout=0
 
-`DISTCKPT_CRASH_KILLS`, `..._RANK_KILLS`, `..._CUTS` and `..._STATES` set single counts, of each way of saving.
+`DISTCKPT_CRASH_KILLS`, `..._RANK_KILLS`, `..._CUTS`, `..._STATES` and `..._EXITS` set single counts, of each way of
+saving.
 `DISTCKPT_CRASH_SEED` repeats a round whose seed was printed (the moments of the kills are repeated, what the
 machine makes of them is not).
 """
@@ -20,7 +21,7 @@ from tests.crash.lost_jobs import Jobs, Table
 
 _VARIABLE = "DISTCKPT_CRASH"
 _KINDS = ("quick", "whole")
-_COUNTS = {"KILLS": (25, 1000), "RANK_KILLS": (12, 1000), "CUTS": (8, 200), "STATES": (14, 500)}
+_COUNTS = {"KILLS": (25, 1000), "RANK_KILLS": (12, 1000), "CUTS": (8, 200), "STATES": (14, 500), "EXITS": (8, 200)}
 """How many of each way of saving, in the quick selection and in the whole."""
 _LIMITS_S = (170.0, 3000.0)
 
@@ -77,6 +78,12 @@ def cuts() -> int:
 def states() -> int:
     """Return how many states of a disk with reordered blocks are looked at."""
     return _count("STATES")
+
+
+@pytest.fixture
+def exits() -> int:
+    """Return how many jobs end well, of each kind."""
+    return _count("EXITS")
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ spawned by a parent, or under torchrun's agent. Every rank writes what happens t
 the job's log. The side that starts jobs and reads the logs lies in `tests.crash.lost_jobs`.
 """
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -35,6 +36,7 @@ from ignite.engine import Engine, Events
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from distckpt import Checkpoint, DiskSaver, PhaseError, TerminateOnNan, TimeLimit
+from distckpt.backends import store_board
 from distckpt.storage.direct import DirectFile
 from tests.crash.hosts import INTERFACE, address_of, enter
 
@@ -63,7 +65,7 @@ class Plan:
         port: on the first host, where the agents of several hosts meet.
         victim: the rank that is lost.
         fault: how: "SIGKILL", "SIGSTOP", "exception", "exception like a lost peer's", "sys.exit",
-            "os._exit", or "sleeps".
+            "os._exit", "sleeps", or, of a program that ends well, "nothing waits".
         at: in which iteration.
         step: "vote": the step has no collective; "ddp": a backward pass of DistributedDataParallel on Gloo. Some
             programs know others.
@@ -313,6 +315,48 @@ def end_well(me: Rank) -> None:
     time.sleep(pauses_s[me.rank])
 
 
+def end_slowly(me: Rank) -> None:
+    """A job without any fault, whose ranks end in every way in which a thread of ours could be left in the store.
+
+    The store is slow or not (`step`), other libraries take their time at exit, and so does the interpreter's end. With
+    the fault "nothing waits" this process waits for no thread of distckpt's, as a control.
+    """
+    moments = random.Random(me.plan.seed)
+    slow_s, late_s = moments.choice(((0.2, 0.3), (0.5, 0.0)))
+    leaves_group, saves = moments.random() < 0.25, moments.random() < 0.5
+    trainer = _Trainer(me)
+    if saves:
+        saver = DiskSaver(me.folder / "checkpoints", background=moments.random() < 0.5)
+        trainer.engine.add_event_handler(Events.EPOCH_COMPLETED, Checkpoint({"model": trainer.model}, saver))
+    trainer.run(me.plan.at)
+    if me.plan.fault == "nothing waits":
+        threading.Thread.join = _do_not_join  # type: ignore[method-assign]  # in this process, which ends now
+    elif leaves_group:
+        dist.destroy_process_group()
+    if me.plan.step == "slow store":
+        look = store_board._look
+
+        def slow_look(store: dist.Store, keys: list[str]) -> list[str | None]:
+            with contextlib.suppress(dist.DistStoreError):
+                store.wait(["never"], timedelta(seconds=slow_s))
+            return look(store, keys)
+
+        store_board._look = slow_look
+        atexit.register(time.sleep, late_s)  # what other libraries do, before our functions
+    vars(sys.modules["__main__"])["slow"] = _SlowEnd()
+
+
+class _SlowEnd:
+    """Takes time once the interpreter is being taken down."""
+
+    def __del__(self, sleep: Callable[[float], None] = time.sleep) -> None:
+        sleep(0.5)
+
+
+def _do_not_join(self: threading.Thread, timeout: float | None = None) -> None:
+    del self, timeout
+
+
 def two_jobs(me: Rank) -> None:
     """Two process groups, one after the other: what belongs to the first ends with it."""
     for number in range(2):
@@ -338,6 +382,7 @@ PROGRAMS: dict[str, Callable[[Rank], None]] = {
     "run again": run_again,
     "end early": end_early,
     "end well": end_well,
+    "end slowly": end_slowly,
     "two jobs": two_jobs,
 }
 

@@ -334,17 +334,118 @@ def test_its_thread_ends_with_the_board(store: dist.Store) -> None:
     wait_until(lambda: not set(board_threads()) - before)
 
 
-def test_its_thread_does_not_keep_a_program_alive(server: Server) -> None:
-    program = f"""
+def test_a_closed_board_refuses_as_one_whose_store_is_gone(board: StoreBoard) -> None:
+    board.put("note", "text", limit_s=5.0)
+    board.close()
+    for call in CALLS.values():
+        with pytest.raises(ConnectionError, match="this process has left the job"):
+            call(board, 5.0)
+
+
+def test_the_end_of_a_board_waits_for_a_call_that_was_given_up(server: Server, board: StoreBoard) -> None:
+    before = set(board_threads())
+    board.put("note", "text", limit_s=5.0)
+    with server.frozen():
+        with pytest.raises(TimeoutError):
+            board.look(["note"], limit_s=0.1)
+        begin_s = time.monotonic()
+        board.end(LIMIT_S)
+        assert LIMIT_S <= time.monotonic() - begin_s + 0.01 < LIMIT_S + SLACK_S, "a frozen host holds it no longer"
+        assert set(board_threads()) - before
+    board.end(10.0)
+    assert not set(board_threads()) - before
+
+
+def test_the_end_of_a_board_that_nobody_asked_waits_for_nothing(board: StoreBoard) -> None:
+    board.end(10.0)
+    board.end(10.0)
+
+
+# -- how its process ends ----------------------------------------------------------------------------
+
+_BEGIN = """
+import atexit, contextlib, os, sys, threading, time
+from datetime import timedelta
 import torch.distributed as dist
 from distckpt.backends.store_board import StoreBoard
-store = dist.TCPStore("127.0.0.1", {server.port}, is_master=False)
-board = StoreBoard(store, lambda: True)
-board.put("leaving", "now", limit_s=20.0)
-print("end", flush=True)
+from distckpt.helping import join_at_exit, start_helper
+
+store = dist.TCPStore("127.0.0.1", int(sys.argv[1]), is_master=False)
+is_inside = threading.Event()
+
+def call_slowly(store=store):  # is inside the store for half a second
+    is_inside.set()
+    with contextlib.suppress(dist.DistStoreError):
+        store.wait(["never"], timedelta(seconds=0.5))
+
+class SlowEnd:  # takes time once the interpreter is being taken down
+    def __del__(self, sleep=time.sleep):
+        sleep(1.0)
+
+slow = SlowEnd()
 """
+_GIVEN_UP = """
+board = StoreBoard(store, lambda: True)
+with contextlib.suppress(TimeoutError):
+    board._ask(call_slowly, 0.1)
+"""
+_AS_GUEST = """
+with contextlib.suppress(TimeoutError), contextlib.closing(StoreBoard(store, lambda: True, is_guest=True)) as board:
+    board._ask(call_slowly, 0.1)
+"""
+_IN_A_FUNCTION_AT_EXIT = """
+board = StoreBoard(store, lambda: True)
+def leave():
+    with contextlib.suppress(TimeoutError):
+        board._ask(call_slowly, 0.1)
+atexit.register(leave)
+"""
+_ENDS = {
+    "idle": "board = StoreBoard(store, lambda: True); board.put('leaving', 'now', limit_s=20.0)",
+    "given up": _GIVEN_UP,
+    "given up, by a guest": _AS_GUEST,
+    "given up, the board dropped": f"{_GIVEN_UP}\ndel board",
+    "given up, the job over": _GIVEN_UP.replace("lambda: True", "lambda: False"),
+    "given up, at exit": _IN_A_FUNCTION_AT_EXIT,
+    "given up, beside a forked child": f"{_GIVEN_UP}\nif os.fork():\n    os.wait()",
+    "a helper's": "start_helper(call_slowly); is_inside.wait()",
+    "a daemon's": "one = threading.Thread(target=call_slowly, daemon=True); one.start(); join_at_exit(one)",
+}
+
+
+def run_to_its_end(program: str, port: int) -> subprocess.CompletedProcess[str]:
+    """Run a program beside a store."""
     root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=60.0, check=False
+    return subprocess.run(
+        [sys.executable, "-c", program, str(port)], cwd=root, capture_output=True, text=True, timeout=60.0, check=False
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+
+
+@pytest.mark.parametrize("end", _ENDS)
+def test_a_process_that_ends_with_a_call_in_the_store_exits_with_0(server: Server, end: str) -> None:
+    done = run_to_its_end(_BEGIN + _ENDS[end], server.port)
+    assert done.returncode == 0, done.stderr
+
+
+def test_control_a_daemon_thread_in_the_store_aborts_the_process(server: Server) -> None:
+    program = f"{_BEGIN}\nthreading.Thread(target=call_slowly, daemon=True).start(); is_inside.wait()"
+    assert run_to_its_end(program, server.port).returncode == -signal.SIGABRT
+
+
+def test_a_store_that_does_not_answer_holds_a_process_no_longer_than_the_limit(server: Server) -> None:
+    program = f"""{_BEGIN}
+from distckpt.backends import store_board
+store_board.EXIT_LIMIT_S = 0.5
+board = StoreBoard(store, lambda: True)
+board.put("note", "text", limit_s=20.0)
+os.kill({server.process.pid}, {int(signal.SIGSTOP)})
+with contextlib.suppress(TimeoutError):
+    board.look(["note"], limit_s=0.1)
+"""
+    begin_s = time.monotonic()
+    try:
+        done = run_to_its_end(program, server.port)
+    finally:
+        os.kill(server.process.pid, signal.SIGCONT)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - begin_s < 30.0
