@@ -1,7 +1,5 @@
 """Checkpoints and stop decisions that every rank agrees on: ignite's handlers, for data-parallel training."""
 
-import logging as _logging
-
 from distckpt.backends.entry import (
     all_gather,
     all_reduce,
@@ -102,6 +100,3 @@ __all__ = [
     "spawn",
     "stop_reason",
 ]
-
-# A library does not print by itself; the program that configures logging decides.
-_logging.getLogger(__name__).addHandler(_logging.NullHandler())

@@ -13,8 +13,8 @@ The protocol, after the coordinator has listed the candidates:
 """
 
 import contextlib
+import logging
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +25,14 @@ import torch
 from distckpt.backends.base import Backend
 from distckpt.candidate import Candidate
 from distckpt.errors import LoadError
+from distckpt.log_level import level_on
 from distckpt.quiet import quiet
 from distckpt.storage.opened import OpenCheckpoint
 from distckpt.storage.ptfile import read_pt
 
 __all__ = ["Chosen", "engine_states", "first_whole", "iteration_of", "newest_first"]
 
+_logger = logging.getLogger(__name__)
 _LEVELS = 4
 
 
@@ -166,7 +168,7 @@ def first_whole(
                     refused=tuple(names[: len(reasons)]),
                 )
         reasons.append(problem)
-        warnings.warn(f"resume: {problem} It is passed over.", stacklevel=4)
+        _logger.log(level_on(backend.rank, {coordinator}), "resume: %s It is passed over.", problem)
     told = "".join(f"\n- {reason}" for reason in reasons)
     msg = (
         f"None of the {len(names)} checkpoints in {directory} can be resumed from. To start afresh, move them away or "

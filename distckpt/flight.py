@@ -62,6 +62,7 @@ class Flight:
         difference: why the saving rank writes all, where ranks were to write together; else None.
         problems: of all ranks, what became of the files to remove that were not removed; empty before the end.
         has_committed: whether this rank has committed a file, whatever became of the others.
+        committed_at_s: when it has, on the monotonic clock, in seconds; None before, and on ranks that commit none.
         own_problems: of this rank, as `problems`.
         took_s: from the beginning to the end, in seconds.
     """
@@ -85,6 +86,7 @@ class Flight:
         self.difference = difference
         self.problems: list[Mapping[str, Sequence[Any]]] = []
         self.has_committed = False
+        self.committed_at_s: float | None = None
         self.own_problems: dict[str, list[Any]] = {}
         self.took_s = 0.0
         self._place = place
@@ -109,6 +111,11 @@ class Flight:
     def filename(self) -> str:
         """What is saved."""
         return "" if self.agreed.decision is None else self.agreed.decision.filename
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank writes anything of the file."""
+        return self.backend.rank in self._writers
 
     @property
     def is_pending(self) -> bool:
@@ -230,6 +237,8 @@ class Flight:
     def _finish(self) -> dict[str, Any]:
         self._part.finish(self._checked)
         self.has_committed = self._part.is_saving
+        if self.has_committed:
+            self.committed_at_s = time.monotonic()
         decision = self.agreed.decision
         found: dict[str, Any] = {"checked": [], "is_finished": True, "problems": {}}
         if self._remove_one is not None and self._part.is_saving and decision is not None:

@@ -13,8 +13,9 @@ from typing import Any, Self
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from distckpt.backends.entry import check_backend, finalize, get_local_rank, get_world_size, initialize
+from distckpt.backends.entry import check_backend, finalize, get_local_rank, get_rank, get_world_size, initialize
 from distckpt.backends.others import OTHERS, module_of
+from distckpt.log_level import level_on
 
 __all__ = ["Parallel", "spawn"]
 
@@ -219,23 +220,26 @@ class Parallel:
         self.backend = backend
         self.init_method = init_method
         self._logger = logging.getLogger(f"{__name__}.{type(self).__name__}")
+        self._rank = 0
 
     def __enter__(self) -> Self:
         """Join the job, if a launcher started it."""
         if self.backend is not None and self._spawn_options is None:
             initialize(self.backend, init_method=self.init_method)
-            self._logger.info("Initialized processing group with backend: '%s'", self.backend)
+            self._rank = get_rank()
+            self._log("Initialized processing group with backend: '%s'", self.backend)
         return self
 
     def run(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Run ``func(local_rank, *args, **kwargs)`` on every rank."""
         if self._spawn_options is not None and self.backend is not None:
-            self._logger.info("Spawn function '%s' in %s processes", func, self._spawn_options["nproc_per_node"])
+            self._log("Spawn function '%s' in %s processes", func, self._spawn_options["nproc_per_node"])
             spawn(self.backend, func, args=args, kwargs_dict=kwargs, **self._spawn_options)
         else:
-            self._logger.info("- Run '%s' in %s processes", func, get_world_size())
+            self._rank = get_rank()
+            self._log("- Run '%s' in %s processes", func, get_world_size())
             func(get_local_rank(), *args, **kwargs)
-        self._logger.info("End of run")
+        self._log("End of run")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -244,4 +248,7 @@ class Parallel:
         del kind, error, trace
         if self.backend is not None and self._spawn_options is None:
             finalize()
-            self._logger.info("Finalized processing group with backend: '%s'", self.backend)
+            self._log("Finalized processing group with backend: '%s'", self.backend)
+
+    def _log(self, message: str, *args: object) -> None:
+        self._logger.log(level_on(self._rank, {0}, logging.INFO), message, *args)

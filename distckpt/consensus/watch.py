@@ -413,7 +413,7 @@ class Watch:
             f"The training thread has waited for {still_s:.1f} s, in the job's own collective or elsewhere, and cannot "
             f"be interrupted there: the process ends, exit code {EXIT_CODE} ({END_BLOCKED_VARIABLE}=0 would keep it).\n"
         )
-        _logger.critical("%s", text.rstrip())
+        # Not through logging, where the fault is said already: the training thread may hold a handler's lock.
         with contextlib.suppress(OSError, ValueError):
             sys.stderr.write(text)
             if error.__cause__ is not None:

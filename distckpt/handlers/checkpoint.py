@@ -37,6 +37,7 @@ from distckpt.handlers.older import accept_older_order, deprecated
 from distckpt.handlers.places import counts_iterations
 from distckpt.handlers.save_handler import BaseSaveHandler
 from distckpt.handlers.voting import Voter, is_poisoned, settle
+from distckpt.log_level import level_on
 from distckpt.naming import check_name
 from distckpt.scalars import is_numpy_scalar, plain_score
 from distckpt.state.collect import is_spread
@@ -247,8 +248,11 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
         """Collective. Save, unless the step was voted NaN."""
         settle(engine, around)
         if is_poisoned(engine, around):
-            _logger.warning(
-                "Checkpoint: iteration %d was voted NaN and is not saved. %s", engine.state.iteration, self._stands()
+            _logger.log(
+                level_on(current().rank, {self._coordinator()}),
+                "Checkpoint: iteration %d was voted NaN and is not saved. %s",
+                engine.state.iteration,
+                self._stands(),
             )
             return
         if not self._ended_at.is_now(engine):

@@ -7,7 +7,6 @@ is called for lies in :mod:`distckpt.handlers.checkpoint`, the order of a save's
 
 import dataclasses
 import logging
-import time
 import warnings
 from abc import abstractmethod
 from collections import OrderedDict
@@ -31,6 +30,8 @@ from distckpt.handlers.events import CheckpointEvents, register
 from distckpt.handlers.flights import Flights
 from distckpt.handlers.places import take_place
 from distckpt.handlers.save_handler import BaseSaveHandler, hand_over
+from distckpt.handlers.save_log import SaveLog
+from distckpt.log_level import level_on
 from distckpt.manifest import Manifest
 from distckpt.state.collect import capture, consolidate, replicas, stepped
 
@@ -46,6 +47,8 @@ class CheckpointSaving(CheckpointHistory):
 
     to_save: Mapping[str, Any]
     include_self: bool
+    n_saved: int | None
+    score_name: str | None
     score_rule: Any
     global_step_transform: Callable[..., int] | None
     timeout_s: float | None
@@ -60,6 +63,10 @@ class CheckpointSaving(CheckpointHistory):
     @abstractmethod
     def _ticket(self) -> str | None:
         """Return what notes about the save handler's construction stand under."""
+
+    @abstractmethod
+    def _coordinator(self) -> int:
+        """Return the rank that saves."""
 
     @property
     def is_in_flight(self) -> bool:
@@ -86,12 +93,11 @@ class CheckpointSaving(CheckpointHistory):
 
     def _save(self, engine: Engine, intend: Callable[[], SaveIntent]) -> None:
         """Collective. Save if the ranks agree to."""
+        log = SaveLog()
         saver = _disk_saver_of(self.save_handler)
         if self._flights:
             if saver is not None and saver.when_busy == "skip" and not self._is_forced:
-                _logger.info(
-                    "Checkpoint: iteration %d is not saved: the last save is under way", engine.state.iteration
-                )
+                self._log_unsaved(engine, "the last save is still under way (when_busy='skip')")
                 return
             self._flights.land()
         backend = current()
@@ -109,17 +115,17 @@ class CheckpointSaving(CheckpointHistory):
         self._warn_of_scores(agreed)
         decision = agreed.decision
         if decision is None:
+            self._log_refused(engine, agreed)
             return
         if self._is_early and self.global_step_transform is not None and agreed.score is None:
             agreed = dataclasses.replace(agreed, decision=half_a_step_lower(decision))
         if saver is not None and saver.saves_in_parts:
-            self._save_in_parts(engine, backend, place, agreed, saver)
+            self._save_in_parts(engine, backend, place, agreed, saver, log)
         else:
-            self._save_at_once(engine, backend, place, agreed)
+            self._save_at_once(engine, backend, place, agreed, log)
 
-    def _save_at_once(self, engine: Engine, backend: Backend, place: PlaceOf, agreed: Agreed) -> None:
+    def _save_at_once(self, engine: Engine, backend: Backend, place: PlaceOf, agreed: Agreed, log: SaveLog) -> None:
         """Collective. Save, and return when it is durable."""
-        begin_s = time.monotonic()
         handler, decision = self.save_handler, _made(agreed.decision)
         try:
             save.commit(
@@ -136,12 +142,13 @@ class CheckpointSaving(CheckpointHistory):
             self._note_failure(agreed, error)
             raise
         self._saved_at = Moment(engine)
-        self._take_over(agreed, took_s=time.monotonic() - begin_s)
+        self._take_over(agreed, took_s=log.committed())
         problems = self._remove(backend, place("removing what was evicted"), decision.evicted)
-        self._tell(engine, problems)
+        log.write(backend.rank, agreed, n_saved=self.n_saved, score_name=self.score_name)
+        self._tell(engine, agreed, problems)
 
     def _save_in_parts(
-        self, engine: Engine, backend: Backend, place: PlaceOf, agreed: Agreed, saver: DiskSaver
+        self, engine: Engine, backend: Backend, place: PlaceOf, agreed: Agreed, saver: DiskSaver, log: SaveLog
     ) -> None:
         """Collective. Save in the background, or with several ranks that write."""
         sharing = saver.sharing(backend, place, is_known=agreed.know_writers, timeout_s=self.timeout_s)
@@ -165,12 +172,18 @@ class CheckpointSaving(CheckpointHistory):
         self._saved_at = Moment(engine)
         history = self._saved
 
+        def write_log() -> None:
+            log.committed(flight.committed_at_s)
+            log.write(backend.rank, agreed, n_saved=self.n_saved, score_name=self.score_name)
+
         def landed(flight: Flight, error: BaseException | None) -> None:
             if error is not None:
                 self._saved_at = Moment()
                 flight.wait()  # an interrupt has not ended it
                 if self._saved is history:
                     self._take_over_what_is_there(agreed, flight, error, is_removed=is_removed_early)
+                if flight.has_committed:
+                    write_log()
                 return
             if self._saved is history:  # else it was loaded or reset meanwhile: the file stays, and is not ours
                 self._take_over(agreed, took_s=flight.took_s)
@@ -180,9 +193,11 @@ class CheckpointSaving(CheckpointHistory):
                 else self._remove(backend, place("removing what was evicted"), decision.evicted)
             )
             saver.look_at(decision.filename)
-            self._tell(engine, problems)
+            write_log()
+            self._tell(engine, agreed, problems)
 
         if saver.background:
+            log.training_goes_on()
             self._flights.begin(engine, flight, landed)
         else:
             try:
@@ -258,7 +273,7 @@ class CheckpointSaving(CheckpointHistory):
         told = [one for one in removals if one.problem is not None]
         return [f"{one.problem}.{'' if one.gone else ' The next save tries again.'}" for one in told]
 
-    def _tell(self, engine: Engine, problems: list[str]) -> None:
+    def _tell(self, engine: Engine, agreed: Agreed, problems: list[str]) -> None:
         register(engine)
         before = engine.last_event_name
         try:
@@ -267,7 +282,31 @@ class CheckpointSaving(CheckpointHistory):
             # The next handler on the same event asks for its name; so does the engine's loop.
             engine.last_event_name = before
         if problems:
-            warnings.warn(f"Checkpoint: while removing older checkpoints: {' '.join(problems)}", stacklevel=3)
+            level = level_on(current().rank, {agreed.coordinator})
+            _logger.log(level, "Checkpoint: while removing older checkpoints: %s", " ".join(problems))
+
+    def _log_refused(self, engine: Engine, agreed: Agreed) -> None:
+        """All ranks. Log why nothing is saved.
+
+        A score that is no better is usual, and so is another event of the step that was just saved.
+        """
+        if nan_is_why(agreed):
+            self._log_unsaved(engine, "the score is NaN")
+        elif agreed.score is None and not self._saved_at.is_now(engine):
+            step, name = agreed.history[0]
+            self._log_unsaved(engine, f"its step is not above that of {name}, {step}, the lowest of those kept")
+        else:
+            self._log_unsaved(engine, "it is no better than what is kept", level=logging.DEBUG)
+
+    def _log_unsaved(self, engine: Engine, why: str, *, level: int = logging.WARNING) -> None:
+        """All ranks. Log that a save is left out."""
+        _logger.log(
+            level_on(current().rank, {self._coordinator()}, level),
+            "Checkpoint: iteration %d is not saved: %s. %s",
+            engine.state.iteration,
+            why,
+            self._stands(),
+        )
 
     def _warn_of_scores(self, agreed: Agreed) -> None:
         if agreed.scores is not None:
@@ -276,8 +315,6 @@ class CheckpointSaving(CheckpointHistory):
                 f"the ranks have different scores, {list(agreed.scores)}; their {self.score_rule} counts, "
                 f"{agreed.score}. Reduce the metric over all ranks.",
             )
-        if nan_is_why(agreed):
-            self._warn_once("nan", "the score is NaN; nothing was saved.")
 
     def _warn_once(self, what: str, text: str) -> None:
         if what not in self._warned:

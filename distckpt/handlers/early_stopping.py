@@ -21,6 +21,7 @@ from distckpt.handlers.arguments import check_timeout
 from distckpt.handlers.older import deprecated
 from distckpt.handlers.places import take_place
 from distckpt.handlers.voting import stop
+from distckpt.log_level import level_on
 from distckpt.scalars import is_nan, plain_score
 
 __all__ = ["EarlyStopping"]
@@ -171,7 +172,14 @@ class EarlyStopping(Serializable, ResettableHandler):
         self.counter += 1
         self.logger.debug("EarlyStopping: %i / %i", self.counter, self.patience)
         if self.counter >= self.patience:
-            self.logger.info("EarlyStopping: Stop training")
+            self.logger.log(
+                level_on(current().rank, {0}),
+                "EarlyStopping: Stop training (iteration %d: %d times no improvement; best score %s, last score %s)",
+                self.trainer.state.iteration,
+                self.counter,
+                self.best_score,
+                score,
+            )
             stop(self.trainer, "early_stop")
 
     def _improves(self, score: float) -> bool:

@@ -4,6 +4,7 @@ Owns the ballot of an engine, and what follows from a count. What handlers see o
 :mod:`distckpt.handlers.voting`. Layer L5.
 """
 
+import logging
 import sys
 import traceback
 from collections.abc import Callable
@@ -19,12 +20,14 @@ from distckpt.errors import CollectiveError, PhaseError, RanksDriftedApart
 from distckpt.handlers.broken import is_of_a_broken_collective
 from distckpt.handlers.firing import after_event, engines_firing, hooks_of
 from distckpt.handlers.places import counts_iterations
+from distckpt.log_level import level_on
 
 if TYPE_CHECKING:
     from distckpt.handlers.voting import Poller, StopReason, Voter
 
 __all__ = ["EngineVote"]
 
+_logger = logging.getLogger(__name__)
 _TOLD = "_distckpt_told"  # on an exception that the other ranks have been told of
 
 
@@ -229,7 +232,7 @@ class EngineVote:
         self._leave()
         if self.exit_code:
             code, self.exit_code = self.exit_code, 0
-            engine.logger.info("Ending the program with exit code %d", code)
+            _logger.log(level_on(current().rank, {0}), "The run was preempted: the program ends, exit code %d", code)
             sys.exit(code)
 
     def on_exception(self, engine: Engine, error: BaseException) -> BaseException:

@@ -13,8 +13,10 @@ from typing import Any
 from ignite.engine import Engine, Events
 from torch.utils.data import RandomSampler
 
+from distckpt.backends.detect import current
 from distckpt.handlers.firing import after_event
 from distckpt.handlers.rng_state import RngState
+from distckpt.log_level import level_on
 
 __all__ = ["FastForward"]
 
@@ -102,10 +104,11 @@ class FastForward:
         sampler = getattr(data, "sampler", None)
         if not isinstance(sampler, RandomSampler) or any(one.pass_began_at is not None for one in self._generators):
             return
-        _logger.warning(
+        warnings.warn(
             "resume: the order of the begun epoch is not known: a DataLoader(shuffle=True) draws it from torch's "
             "generator as the epoch begins. Some samples will come twice and others not at all in this epoch. Save an "
-            "RngState(trainer) with the other objects, or use a DistributedSampler"
+            "RngState(trainer) with the other objects, or use a DistributedSampler",
+            stacklevel=2,
         )
 
     def _begin_batches(self, engine: Engine) -> None:
@@ -131,7 +134,12 @@ class FastForward:
                 )
                 break
             num_skipped += 1
-        _logger.info("resume: dropped %d batches of epoch %d that were trained before", num_skipped, engine.state.epoch)
+        _logger.log(
+            level_on(current().rank, {0}),
+            "resume: dropped %d batches of epoch %d that were trained before",
+            num_skipped,
+            engine.state.epoch,
+        )
 
     def _begin_iteration(self, engine: Engine) -> None:
         # Reached without data only; the iteration has been counted.

@@ -150,7 +150,8 @@ class Flights(Poller):
         flight.wait()
         flight.give_up()
         self._end(flight, error)
-        _logger.warning(
+        _logger.log(
+            logging.WARNING if flight.writes else logging.DEBUG,
             "Checkpoint: %s was being saved as the run failed; rank %d ended its part in %.1f s. Where it was written "
             "whole it stands on the disk, and resume() will find it",
             flight.filename,

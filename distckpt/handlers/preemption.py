@@ -31,6 +31,7 @@ from distckpt.handlers.voting import (
     stop,
     stop_reason,
 )
+from distckpt.log_level import level_on
 
 __all__ = ["Preemption"]
 
@@ -202,8 +203,9 @@ class Preemption(Voter):
     def _act(self, engine: Engine, said: Mapping[int, Any]) -> None:
         """Collective. Save, and stop; in an evaluator: stop it."""
         told = ", ".join(f"rank {rank}: {one['signal']}" for rank, one in said.items())
+        level = level_on(current().rank, {0, *said})
         if engine is not self._trainer:
-            self.logger.warning("Preemption: told to stop (%s); the evaluation ends", told)
+            self.logger.log(level, "Preemption: told to stop (%s); the evaluation ends", told)
             engine.terminate(skip_completed=True)
             return
         if self._has_answered:
@@ -212,7 +214,7 @@ class Preemption(Voter):
             return  # the epoch's own handlers come first; the vote on them answers
         self._has_answered = True
         step = engine.state.iteration
-        self.logger.warning("Preemption: told to stop (%s); the run ends at iteration %d", told, step)
+        self.logger.log(level, "Preemption: told to stop (%s); the run ends at iteration %d", told, step)
         stop(engine, "preempted")
         self.preempted = stop_reason(engine) == "preempted"
         if self.exit_code and self.preempted:
@@ -228,14 +230,14 @@ class Preemption(Voter):
         step = engine.state.iteration
         if not self._has_trained or is_poisoned(engine):
             why = "was voted NaN" if is_poisoned(engine) else "is where this run began"
-            self.logger.warning("Preemption: iteration %d %s: nothing is saved", step, why)
+            self._warn("Preemption: iteration %d %s: nothing is saved", step, why)
             return
         due = [one for one in self._savers if self._is_due(engine, one)]
         if not due:
             return
         usual_s = sum(one.last_save_s for one in due if isinstance(one, Checkpoint))
         event = engine.last_event_name
-        with Deadline(self.logger, step, end_s, usual_s):
+        with Deadline(self.logger, step, end_s, usual_s, reports=current().rank == 0):
             for one in due:
                 if isinstance(one, Checkpoint):
                     where, args, kwargs = _how_attached(engine, one) or (event, (), {})
@@ -250,6 +252,10 @@ class Preemption(Voter):
             if isinstance(one, Checkpoint) and not one.has_saved_at(engine):
                 self._say_unsaved(engine, one, "found nothing to save")
 
+    def _warn(self, message: str, *args: object) -> None:
+        """All ranks. Log what is so on all of them."""
+        self.logger.log(level_on(current().rank, {0}), message, *args)
+
     def _is_due(self, engine: Engine, saver: _Saver) -> bool:
         if not isinstance(saver, Checkpoint):
             return True
@@ -262,7 +268,7 @@ class Preemption(Voter):
         return True
 
     def _say_unsaved(self, engine: Engine, saver: Checkpoint, why: str) -> None:
-        self.logger.warning(
+        self._warn(
             "Preemption: a Checkpoint %s at iteration %d; give one without a score_function. Its last one is %s",
             why,
             engine.state.iteration,

@@ -28,6 +28,7 @@ from distckpt.handlers.fast_forward import FastForward
 from distckpt.handlers.own_files import OwnFiles, files_in
 from distckpt.handlers.rng_state import RngState
 from distckpt.load import LoadReport
+from distckpt.log_level import level_on
 from distckpt.state.restore import Prepared, check_complete, prepare
 
 __all__ = ["resume"]
@@ -128,7 +129,8 @@ def resume(
     directory, names = Path(listing["directory"]), listing["names"]
     if not names:
         told = f"; {listing['num_others']} files there are named otherwise" if listing["num_others"] else ""
-        _logger.info("resume: nothing to resume from in %s: starting afresh%s", directory, told)
+        level = level_on(backend.rank, {coordinator})
+        _logger.log(level, "resume: nothing to resume from in %s: starting afresh%s", directory, told)
         return None
     chosen = choose.first_whole(
         backend,
@@ -160,11 +162,12 @@ def resume(
     for what in beside.warnings:
         warnings.warn(f"resume: {what}", stacklevel=2)
     for what in _left_out(chosen, passed_over[0]):
-        _logger.warning("resume: %s", what)
+        _logger.log(level_on(backend.rank, {coordinator}), "resume: %s", what)
     if engine is not None and beside.is_engine_known:
         engine.should_terminate = False  # of the run before; ignite would begin the epoch's count anew
         FastForward(engine, [one for _, one in leaves(to_load) if isinstance(one, RngState)], skip_batches=skip_batches)
-    _tell(chosen, to_load, engine, beside, time.monotonic() - begin_s)
+    level = level_on(backend.rank, {coordinator})
+    _tell(chosen, to_load, engine, beside, time.monotonic() - begin_s, level=level)
     return chosen.path
 
 
@@ -228,7 +231,13 @@ def _coordinator_of(named: Sequence[int]) -> int:
 
 
 def _tell(
-    chosen: choose.Chosen, to_load: Mapping[str, Any], engine: Engine | None, beside: Beside, took_s: float
+    chosen: choose.Chosen,
+    to_load: Mapping[str, Any],
+    engine: Engine | None,
+    beside: Beside,
+    took_s: float,
+    *,
+    level: int,
 ) -> None:
     names = [".".join(map(str, path)) for path, _ in leaves(to_load)]
     if engine is not None and any(one is engine for one, _ in beside.pairs):
@@ -238,11 +247,18 @@ def _tell(
     if engine is not None and beside.is_engine_known:
         where = f" of iteration {engine.state.iteration}, epoch {engine.state.epoch}"
     history = f"; {beside.history}" if beside.history else ""
-    _logger.info(
-        "resume: going on from %s%s: loaded %s in %.2f s%s", chosen.path, where, ", ".join(names), took_s, history
+    _logger.log(
+        level,
+        "resume: going on from %s%s: loaded %s in %.2f s%s",
+        chosen.path,
+        where,
+        ", ".join(names),
+        took_s,
+        history,
     )
     if engine is not None and beside.is_engine_known and engine._is_done(engine.state):  # noqa: SLF001 - not public
-        _logger.warning(
+        _logger.log(
+            level,
             "resume: the run that %s is of had come to its end. ignite's run() begins anew, at iteration 0, unless "
             "max_epochs or max_iters is more than it was",
             chosen.path,

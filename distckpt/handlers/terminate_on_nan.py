@@ -14,6 +14,7 @@ from distckpt.consensus.agree import Seat
 from distckpt.consensus.step_vote import Answer, Fact, Pending
 from distckpt.handlers.arguments import check_timeout
 from distckpt.handlers.voting import Voter, check_pace, poison, stop
+from distckpt.log_level import level_on
 from distckpt.state.finite import all_finite, broken_flag, first_offender
 from distckpt.state.on_its_way import OnItsWay
 
@@ -117,6 +118,8 @@ class TerminateOnNan(Voter):
         if rank in said:
             self.logger.warning("%s: Output '%s' contains NaN or Inf. Stop training (%s)", name, output, where)
         else:
-            self.logger.warning("%s: Output of another rank contains NaN or Inf. Stop training (%s)", name, where)
+            self.logger.log(
+                level_on(rank, {0}), "%s: Output of another rank contains NaN or Inf. Stop training (%s)", name, where
+            )
         poison(engine)
         stop(engine, "nan")

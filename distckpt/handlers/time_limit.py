@@ -15,6 +15,7 @@ from distckpt.consensus.agree import Seat
 from distckpt.consensus.step_vote import Answer, Fact
 from distckpt.handlers.arguments import check_timeout
 from distckpt.handlers.voting import Voter, check_pace, stop
+from distckpt.log_level import level_on
 
 __all__ = ["TimeLimit"]
 
@@ -92,7 +93,8 @@ class TimeLimit(Voter):
 
     def _act(self, engine: Engine, said: Mapping[int, Any]) -> None:
         first = max(said, key=lambda rank: said[rank])
-        self.logger.info(
+        self.logger.log(
+            level_on(current().rank, {0, *said}),
             "Reached the time limit: %s sec. Stop training (iteration %d; %.1f s have passed on rank %d)",
             self.limit_sec,
             engine.state.iteration,

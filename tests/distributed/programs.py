@@ -154,18 +154,19 @@ def warned() -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
-def logged(name: str) -> Iterator[list[str]]:
-    """Collect the messages of a logger."""
+def logged(name: str, level: int = logging.DEBUG) -> Iterator[list[str]]:
+    """Collect the messages of a logger, and of those below it, from a level on."""
     messages: list[str] = []
     this_thread = threading.get_ident()
 
     class Collector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            if RUNTIME != "xla" or record.thread == this_thread:  # where ranks are threads, this rank's
+            is_this_ranks = RUNTIME != "xla" or record.thread == this_thread  # there ranks are threads
+            if is_this_ranks and record.levelno >= level:
                 messages.append(record.getMessage())
 
     logger, collector = logging.getLogger(name), Collector()
-    level = logger.level
+    before = logger.level
     logger.addHandler(collector)
     logger.setLevel(logging.DEBUG)
     try:
@@ -175,7 +176,7 @@ def logged(name: str) -> Iterator[list[str]]:
         # stays until the test's surroundings are put right.
         if RUNTIME != "xla":
             logger.removeHandler(collector)
-            logger.setLevel(level)
+            logger.setLevel(before)
 
 
 def raised(call: Callable[[], object]) -> BaseException | None:

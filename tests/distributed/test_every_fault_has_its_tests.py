@@ -55,7 +55,7 @@ WITH_SEVERAL_RANKS: dict[str, list[str]] = {
     ],
     "an old file deleted by hand": [
         "distributed/test_removal.py::test_ignites_saving_rank_raises_alone_and_the_others_hang",
-        "distributed/test_removal.py::test_a_file_removed_by_hand_is_a_warning_on_every_rank",
+        "distributed/test_removal.py::test_a_file_removed_by_hand_is_a_warning_and_no_more",
     ],
     "SAVED_CHECKPOINT and a slow write": [
         "distributed/test_saved_event.py::test_ignites_ranks_tell_of_a_file_that_does_not_exist_yet",

@@ -20,6 +20,7 @@ from tests.distributed.programs import (
     gathered,
     handlers,
     idle_engine,
+    logged,
     model_of,
     on_ranks,
     warned,
@@ -126,13 +127,15 @@ def test_a_warning_made_an_error_is_one_on_every_rank(tmp_path: Path) -> None:
 def test_nan_on_one_rank_saves_nothing_on_any(tmp_path: Path, rule: ScoreRule) -> None:
     mine = iter([math.nan, 0.7] if job.rank() == 1 else [0.9, 0.7])
     handler = Checkpoint({"model": model_of(1.0)}, tmp_path, score_function=lambda _: next(mine), score_rule=rule)
-    with warned() as messages:
+    with warned() as messages, logged("distckpt") as said:
         fire(handler)
         assert gathered(handler.last_checkpoint) == [None, None]
         fire(handler)
-    assert len(messages) == 2
-    assert "the ranks have different scores, [0.9, nan]" in messages[0]
-    assert messages[1] == "Checkpoint: the score is NaN; nothing was saved. This is said once."
+    (message,) = messages
+    assert "the ranks have different scores, [0.9, nan]" in message
+    assert [one for one in said if "not saved" in one] == [
+        "Checkpoint: iteration 1 is not saved: the score is NaN. There is no earlier checkpoint."
+    ]
     assert gathered(handler.last_checkpoint) == [tmp_path / "model_0.7000.pt"] * 2, "a NaN blocks no later checkpoint"
 
 

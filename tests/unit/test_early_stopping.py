@@ -244,5 +244,5 @@ def test_the_log_says_how_far_and_that_it_stops(caplog: pytest.LogCaptureFixture
     assert [record.getMessage() for record in caplog.records] == [
         "EarlyStopping: 1 / 2",
         "EarlyStopping: 2 / 2",
-        "EarlyStopping: Stop training",
+        "EarlyStopping: Stop training (iteration 0: 2 times no improvement; best score 1, last score 0)",
     ]

@@ -47,9 +47,8 @@ def test_types_are_shipped() -> None:
     assert (Path(distckpt.__file__).parent / "py.typed").exists()
 
 
-def test_the_packages_logger_says_nothing_by_itself() -> None:
-    kinds = [type(handler) for handler in logging.getLogger("distckpt").handlers]
-    assert kinds == [logging.NullHandler]
+def test_the_packages_logger_has_no_handlers() -> None:
+    assert logging.getLogger("distckpt").handlers == []  # not even one that does nothing: Python's last resort counts
 
 
 @pytest.mark.parametrize(
@@ -67,31 +66,6 @@ def test_handlers_log_below_the_package_and_add_no_handlers(make: type[Terminate
     assert handler.logger.handlers == []
     assert handler.logger.propagate
     assert list(logging.getLogger().handlers) == before
-
-
-QUIET = """
-import logging
-from ignite.engine import Engine, Events
-import distckpt
-engine = Engine(lambda engine, batch: float("nan"))
-engine.add_event_handler(Events.ITERATION_COMPLETED, distckpt.TerminateOnNan())
-engine.logger.disabled = True
-engine.run([0])
-assert engine.should_terminate
-assert not logging.getLogger().handlers
-"""
-
-
-def test_a_program_that_configures_no_logging_hears_nothing() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", QUIET],
-        cwd=Path(distckpt.__file__).parents[1],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_importing_configures_nothing_and_pulls_in_no_other_runtime() -> None:
