@@ -9,14 +9,15 @@ The protocol of one save, in the foreground:
 2. (all ranks) from all intents, by pure functions: :class:`SaveDecision`, identical on every rank. The names and
    numbers to decide by are the coordinator's; so is the history.
 3. (all ranks) consolidate what is sharded; then capture: call ``state_dict()``, which may be collective itself, and
-   compute what is pending where the runtime computes late (XLA), once and on all ranks.
+   compute what is pending where the runtime computes late (XLA), once and on all ranks. For a save handler that may
+   keep several names in one place, do 6 here.
 4. (all ranks) write: the save handler is called. A DiskSaver writes on the coordinator alone, and returns when the
    file is durable under its name. This is the commit.
 5. (all ranks) the handler takes over the new history.
 6. (all ranks) remove what was evicted.
 
-IMPORTANT: 6 never comes before 4 has succeeded on all ranks. An error in 1, 3 or 4, on any rank, is raised on every
-rank, and what was committed before is untouched.
+IMPORTANT: with a :class:`~distckpt.DiskSaver` or a subclass 6 never comes before 4 has succeeded on all ranks. An error
+in 1, 3 or 4, on any rank, is raised on every rank, and what was committed before is untouched, but for what 6 removed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -83,6 +84,7 @@ def commit(
     *,
     consolidate: Callable[[], None],
     capture: Callable[[], Any],
+    remove_first: Callable[[], Sequence[str]],
     write: Callable[[Any], None],
     all_write: bool,
     timeout_s: float | None,
@@ -96,6 +98,7 @@ def commit(
         consolidate: gathers what is sharded over the ranks; collective, and apart so that no user code can keep a
             rank from it.
         capture: returns the checkpoint on this rank.
+        remove_first: removes what has to go before the write, and returns which files these were; collective.
         write: hands the checkpoint to the save handler on this rank.
         all_write: whether every rank may take long over it. Else the ranks that write nothing are patient, and
             the coordinator waits for them no longer than `timeout_s`.
@@ -116,13 +119,15 @@ def commit(
         captured.append(backend.materialise(capture(), to_host=to_host))
 
     agree.run(backend, place(f"capturing {filename}"), capture_here, timeout_s=timeout_s)
+    removed = remove_first()
     here = place(f"saving {filename}")
 
     def write_here() -> None:
         try:
             write(captured[0])
         except SaveError as error:
-            raise with_context(error, backend.rank, here.step, filename, agreed.history) from error
+            history = [entry for entry in agreed.history if entry[1] not in removed]
+            raise with_context(error, backend.rank, here.step, filename, history) from error
 
     patience_s = default_timeout_s() if timeout_s is None else timeout_s
     if all_write or backend.rank != agreed.coordinator:

@@ -6,6 +6,7 @@ file touched. Layer L3.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 from distckpt import naming, retention
@@ -14,7 +15,29 @@ from distckpt.errors import RanksDriftedApart
 from distckpt.retention import Entry
 from distckpt.scalars import is_nan
 
-__all__ = ["Agreed", "NameRules", "SaveDecision", "SaveIntent", "decide_from", "filename_of", "nan_is_why"]
+__all__ = [
+    "Agreed",
+    "NameRules",
+    "RemovalOrder",
+    "SaveDecision",
+    "SaveIntent",
+    "decide_from",
+    "filename_of",
+    "nan_is_why",
+]
+
+
+class RemovalOrder(IntEnum):
+    """When evicted files are removed. Where ranks differ, the highest counts."""
+
+    NEVER = 0
+    """The save handler removes none."""
+    AFTER = 1
+    """After the new one is durable: the save handler has one file for each name."""
+    AFTER_KEEPING = 2
+    """As before; but two names may be one file, so what was written is kept meanwhile."""
+    BEFORE = 3
+    """Before the new one is written: two names may be one place, and nobody else can look into it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +79,7 @@ class SaveIntent:
         directory: where this rank would save; None where that is no local directory.
         is_spread: whether some object's state is spread over the ranks.
         knows_writers: whether this rank knows who writes, where ranks may write together.
+        removal: see :class:`RemovalOrder`.
     """
 
     rules: NameRules
@@ -67,6 +91,7 @@ class SaveIntent:
     directory: str | None = None
     is_spread: bool = False
     knows_writers: bool = True
+    removal: int = RemovalOrder.AFTER
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +127,7 @@ class Agreed:
         decision: None when nothing is to be saved.
         is_spread: whether some object's state is spread over the ranks, as some rank says.
         know_writers: whether all ranks know who writes.
+        removal: see :class:`RemovalOrder`.
     """
 
     coordinator: int
@@ -113,6 +139,7 @@ class Agreed:
     decision: SaveDecision | None
     is_spread: bool = False
     know_writers: bool = True
+    removal: int = RemovalOrder.AFTER
 
 
 def decide_from(intents: Sequence[SaveIntent]) -> Agreed:
@@ -149,6 +176,7 @@ def decide_from(intents: Sequence[SaveIntent]) -> Agreed:
         decision=decision,
         is_spread=any(intent.is_spread for intent in intents),
         know_writers=all(intent.knows_writers for intent in intents),
+        removal=max(intent.removal for intent in intents),
     )
 
 

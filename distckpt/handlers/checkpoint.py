@@ -35,7 +35,7 @@ from distckpt.handlers.looking import (
 )
 from distckpt.handlers.older import accept_older_order, deprecated
 from distckpt.handlers.places import counts_iterations
-from distckpt.handlers.save_handler import BaseSaveHandler
+from distckpt.handlers.save_handler import BaseSaveHandler, refuse_overrides
 from distckpt.handlers.voting import Voter, is_poisoned, settle
 from distckpt.log_level import level_on
 from distckpt.naming import check_name
@@ -59,6 +59,13 @@ _OLDER_ORDER = (
     "greater_or_equal",
     "save_on_rank",
 )
+_INSTEAD = {
+    "_setup_checkpoint": "Put objects into `to_save` whose `state_dict` returns what is to be saved.",
+    "_check_objects": "Give the objects in `to_save` a `state_dict`, or wrap them in a class that has one.",
+    "_get_filename_pattern": "Pass `filename_pattern`.",
+    "_check_lt_n_saved": "Pass `n_saved`, or a `score_function`.",
+    "_compare_fn": "Pass `greater_or_equal`, or a `score_function`.",
+}
 
 
 class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
@@ -120,6 +127,10 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
     lag = None
     every = None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        refuse_overrides(cls, _INSTEAD)
+
     @accept_older_order(_OLDER_ORDER, lambda given: isinstance(given.get("filename_pattern"), bool))
     def __init__(
         self,
@@ -175,6 +186,7 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
         # The saving rank's, which may be another than this rank's; of the handler it was heard for.
         self._directory: tuple[Any, str | None] = (None, None)
         self._is_agreed = False
+        self._unseen: Any = None
         self._intent: SaveIntent | None = None
         self.last_save_s = 0.0
         self._saved_at = self._ended_at = Moment()
@@ -309,6 +321,7 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
             directory=str(self.save_handler.dirname) if isinstance(self.save_handler, ON_DISK) else None,
             is_spread=is_spread(self.to_save),
             knows_writers=not isinstance(self.save_handler, DiskSaver) or self.save_handler.knows_writers(current()),
+            removal=int(self._removal()),
         )
 
     def _rules(self) -> NameRules:
@@ -324,7 +337,7 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
         )
 
     def _coordinator(self) -> int:
-        return self.save_handler.save_on_rank if isinstance(self.save_handler, DiskSaver) else self.save_on_rank
+        return self.save_handler.save_on_rank if isinstance(self.save_handler, ON_DISK) else self.save_on_rank
 
 
 def _remembered(work: Callable[[], SaveIntent]) -> Callable[[], SaveIntent]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ignite.base.mixins import Serializable
-from ignite.handlers.checkpoint import DiskSaver as _IgniteDiskSaver
+from ignite.handlers.checkpoint import DiskSaver as IgniteDiskSaver
 
 from distckpt import load
 from distckpt.consensus.decision import NameRules, filename_of
@@ -20,9 +20,9 @@ from distckpt.load import LoadReport
 from distckpt.naming import format_score
 from distckpt.scalars import plain_score
 
-__all__ = ["ON_DISK", "CheckpointHistory"]
+__all__ = ["ON_DISK", "CheckpointHistory", "IgniteDiskSaver"]
 
-ON_DISK = (DiskSaver, _IgniteDiskSaver)
+ON_DISK = (DiskSaver, IgniteDiskSaver)
 
 
 class CheckpointHistory(Serializable):

@@ -5,12 +5,14 @@ is called for lies in :mod:`distckpt.handlers.checkpoint`, the order of a save's
 :mod:`distckpt.flight`. Layer L5.
 """
 
+import contextlib
 import dataclasses
 import logging
 import warnings
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ignite.engine import Engine
@@ -18,13 +20,14 @@ from ignite.engine import Engine
 from distckpt import save
 from distckpt.backends.base import Backend
 from distckpt.backends.detect import current
+from distckpt.consensus import agree
 from distckpt.consensus.agree import Place, Seat
-from distckpt.consensus.decision import Agreed, SaveDecision, SaveIntent, nan_is_why
+from distckpt.consensus.decision import Agreed, RemovalOrder, SaveDecision, SaveIntent, nan_is_why
 from distckpt.errors import CommitNotDurable
 from distckpt.flight import Flight, take_off
 from distckpt.handlers.about import about
-from distckpt.handlers.checkpoint_history import CheckpointHistory
-from distckpt.handlers.disk_saver import DiskSaver
+from distckpt.handlers.checkpoint_history import ON_DISK, CheckpointHistory, IgniteDiskSaver
+from distckpt.handlers.disk_saver import DiskSaver, is_own
 from distckpt.handlers.early import Moment, half_a_step_lower
 from distckpt.handlers.events import CheckpointEvents, register
 from distckpt.handlers.flights import Flights
@@ -34,6 +37,7 @@ from distckpt.handlers.save_log import SaveLog
 from distckpt.log_level import level_on
 from distckpt.manifest import Manifest
 from distckpt.state.collect import capture, consolidate, replicas, stepped
+from distckpt.storage.written_files import WrittenFiles
 
 __all__ = ["CheckpointSaving"]
 
@@ -58,6 +62,7 @@ class CheckpointSaving(CheckpointHistory):
     _saved_at: Moment
     _is_early: bool
     _is_forced: bool
+    _unseen: Any
     _warned: set[str]
 
     @abstractmethod
@@ -127,6 +132,20 @@ class CheckpointSaving(CheckpointHistory):
     def _save_at_once(self, engine: Engine, backend: Backend, place: PlaceOf, agreed: Agreed, log: SaveLog) -> None:
         """Collective. Save, and return when it is durable."""
         handler, decision = self.save_handler, _made(agreed.decision)
+        written, problems, left = self._files_to_be_written(agreed, decision), list[str](), tuple[str, ...]()
+
+        def remove_first() -> list[str]:
+            nonlocal left
+            if agreed.removal != RemovalOrder.BEFORE:
+                return []
+            problems.extend(self._remove(backend, place("removing what is evicted"), decision.evicted))
+            left = self._strays
+            removed = [name for name in decision.evicted if name not in left]
+            # What the history is should the save fail.
+            self._saved = [item for item in self._saved if item.filename not in removed]
+            self._strays = tuple(name for name in left if name not in [item.filename for item in self._saved])
+            return removed
+
         try:
             save.commit(
                 backend,
@@ -134,6 +153,7 @@ class CheckpointSaving(CheckpointHistory):
                 agreed,
                 consolidate=lambda: consolidate(self.to_save, save_on_rank=agreed.coordinator),
                 capture=lambda: self._capture(backend, agreed.coordinator, decision),
+                remove_first=remove_first,
                 write=lambda checkpoint: _hand_over(handler, checkpoint, decision, about(backend, engine, agreed)),
                 all_write=not (isinstance(handler, DiskSaver) and handler.writes_on_one_rank),
                 timeout_s=self.timeout_s,
@@ -143,7 +163,10 @@ class CheckpointSaving(CheckpointHistory):
             raise
         self._saved_at = Moment(engine)
         self._take_over(agreed, took_s=log.committed())
-        problems = self._remove(backend, place("removing what was evicted"), decision.evicted)
+        if agreed.removal == RemovalOrder.BEFORE:
+            self._strays = left
+        else:
+            problems += self._remove_after(backend, place, agreed, written)
         log.write(backend.rank, agreed, n_saved=self.n_saved, score_name=self.score_name)
         self._tell(engine, agreed, problems)
 
@@ -153,7 +176,8 @@ class CheckpointSaving(CheckpointHistory):
         """Collective. Save in the background, or with several ranks that write."""
         sharing = saver.sharing(backend, place, is_known=agreed.know_writers, timeout_s=self.timeout_s)
         decision = _made(agreed.decision)
-        is_removed_early = saver.writes_on_one_rank and type(saver).remove is DiskSaver.remove
+        is_removed_early = saver.writes_on_one_rank and agreed.removal == RemovalOrder.AFTER
+        written = self._files_to_be_written(agreed, decision)
         flight = take_off(
             backend,
             place,
@@ -190,7 +214,7 @@ class CheckpointSaving(CheckpointHistory):
             problems = (
                 self._told(save.removals_of(decision.evicted, flight.problems))
                 if is_removed_early
-                else self._remove(backend, place("removing what was evicted"), decision.evicted)
+                else self._remove_after(backend, place, agreed, written)
             )
             saver.look_at(decision.filename)
             write_log()
@@ -259,13 +283,73 @@ class CheckpointSaving(CheckpointHistory):
             (checkpoint,) = checkpoint.values()
         return checkpoint
 
-    def _remove(self, backend: Backend, place: Place, evicted: tuple[str, ...]) -> list[str]:
-        """Collective. Remove what was evicted, keep what could not be removed for the next save; return what to say."""
+    def _removal(self) -> RemovalOrder:
+        """Return when this rank's save handler lets evicted files be removed."""
         handler = self.save_handler
         if not isinstance(handler, BaseSaveHandler):
+            return RemovalOrder.NEVER
+        if not isinstance(handler, ON_DISK) or self._unseen is handler:
+            return RemovalOrder.BEFORE
+        methods = ("__call__", "_save_func", "remove")
+        is_known = is_own(handler, *methods) or is_own(handler, *methods, of=IgniteDiskSaver)
+        return RemovalOrder.AFTER if is_known else RemovalOrder.AFTER_KEEPING
+
+    def _files_to_be_written(self, agreed: Agreed, decision: SaveDecision) -> WrittenFiles | None:
+        """Return what finds out, on this rank, which files the save writes; None where nobody has to know."""
+        handler = self.save_handler
+        if agreed.removal != RemovalOrder.AFTER_KEEPING or not decision.evicted or not isinstance(handler, ON_DISK):
+            return None
+        return WrittenFiles(
+            Path(handler.dirname), decision.filename, is_only_one=is_own(handler, "__call__", "_save_func")
+        )
+
+    def _remove_after(
+        self, backend: Backend, place: PlaceOf, agreed: Agreed, written: WrittenFiles | None
+    ) -> list[str]:
+        """Collective. Remove what was evicted, now that the new file is durable; return what to say.
+
+        A save handler that overrides :class:`DiskSaver`'s methods may take several names for one file. The files that
+        it wrote are kept meanwhile. Where they are not found in its directory, nothing is removed now; from then on
+        evicted files are removed before each save, as ignite does.
+        """
+        evicted = _made(agreed.decision).evicted
+        if agreed.removal == RemovalOrder.NEVER:
             self._strays = ()
             return []
-        return self._told(save.remove(backend, place, evicted, handler.remove, timeout_s=self.timeout_s))
+        if agreed.removal == RemovalOrder.AFTER or not evicted:
+            return self._remove(backend, place("removing what was evicted"), evicted)
+        try:
+            # On all ranks before any of them removes: a handler need not look at its rank.
+            found = agree.run(
+                backend,
+                place("keeping what was written"),
+                lambda: written is not None and written.keep(),
+                timeout_s=self.timeout_s,
+            )
+            if not any(found):
+                self._unseen = self.save_handler
+                return []
+            return self._remove(backend, place("removing what was evicted"), evicted, written)
+        finally:
+            if written is not None:
+                written.put_back()
+
+    def _remove(
+        self, backend: Backend, place: Place, evicted: tuple[str, ...], written: WrittenFiles | None = None
+    ) -> list[str]:
+        """Collective. Remove what was evicted, keep what could not be removed for the next save; return what to say."""
+        handler = self.save_handler
+
+        def remove_one(filename: str) -> None:
+            with contextlib.ExitStack() as stack:
+                if self._unseen is handler:  # the file of a save before may have been this one's too
+                    stack.enter_context(contextlib.suppress(FileNotFoundError))
+                if written is not None and isinstance(handler, DiskSaver):
+                    stack.enter_context(handler.keeping(written.identities))
+                if isinstance(handler, BaseSaveHandler):
+                    handler.remove(filename)
+
+        return self._told(save.remove(backend, place, evicted, remove_one, timeout_s=self.timeout_s))
 
     def _told(self, removals: list[save.Removal]) -> list[str]:
         """Keep what could not be removed for the next save; return what to say."""

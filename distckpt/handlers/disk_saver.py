@@ -3,12 +3,16 @@
 Owns :class:`DiskSaver`: who writes, and what a directory must look like. Layer L5.
 """
 
+import contextlib
 import errno
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
+
+import torch
+from ignite.handlers.checkpoint import DiskSaver as _IgniteDiskSaver
 
 from distckpt.backends.base import Backend
 from distckpt.backends.detect import current
@@ -16,7 +20,7 @@ from distckpt.consensus.agree import Place, post_failure
 from distckpt.flight import Sharing
 from distckpt.handlers.about import about
 from distckpt.handlers.arguments import check_choice, check_rank
-from distckpt.handlers.save_handler import BaseSaveHandler
+from distckpt.handlers.save_handler import BaseSaveHandler, refuse_overrides
 from distckpt.manifest import Manifest
 from distckpt.naming import check_name
 from distckpt.parts import Part
@@ -25,13 +29,18 @@ from distckpt.snapshot import WHOLE, Share, write_file
 from distckpt.state.staging import HostMemory, kept_memory
 from distckpt.storage.disk import Directory, make_directory
 from distckpt.storage.ptfile import check_save_options, is_ordinary, what_loading_refuses
+from distckpt.storage.written_files import identity_of
 from distckpt.threads import num_threads
 
-__all__ = ["DiskSaver", "ShareWrite", "WhenBusy"]
+__all__ = ["DiskSaver", "ShareWrite", "WhenBusy", "is_own"]
 
 ShareWrite = Literal["node", "world"] | None
 WhenBusy = Literal["wait", "skip"]
 _OF_XM_SAVE = ("master_only", "global_master")
+_INSTEAD = {
+    "_save_native": "Override `_save_func(checkpoint, path, func)` instead, which calls every save's `func`.",
+    "_save_xla": "Override `_save_func(checkpoint, path, func)` instead, which calls every save's `func`.",
+}
 
 
 class DiskSaver(BaseSaveHandler):
@@ -72,7 +81,8 @@ class DiskSaver(BaseSaveHandler):
             every replica writes, each into a `dirname` of its own. ``global_master=False``, said expressly: the first
             replica of each machine writes, for disks that the machines do not share.
 
-    A call of its own saves in the foreground, alone.
+    A call of its own saves in the foreground, alone. So does a Checkpoint with a subclass that overrides ``__call__``
+    or ``_save_func``, whatever `background` and `share_write` say.
 
     Attributes:
         dirname: the directory, as a path.
@@ -135,6 +145,8 @@ class DiskSaver(BaseSaveHandler):
         self._sharers = Sharers()
         self._atomic = bool(atomic)
         self._has_looked = False
+        self._manifest: Manifest | None = None
+        self._kept = frozenset[tuple[int, int]]()
         backend = current()
         # What fails here on some ranks only reaches the others at the handler's first event, through a note.
         self._ticket = backend.take_ticket(type(self).__name__)
@@ -144,6 +156,10 @@ class DiskSaver(BaseSaveHandler):
             if self._ticket is not None:
                 post_failure(backend, self._ticket, error)
             raise
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        refuse_overrides(cls, _INSTEAD)
 
     @property
     def writes_on_one_rank(self) -> bool:
@@ -163,20 +179,37 @@ class DiskSaver(BaseSaveHandler):
         return self._ticket
 
     def _look(self, backend: Backend, *, create_dir: bool, require_empty: bool) -> None:
-        if create_dir and self._writes_on(backend):
-            make_directory(self.dirname)
-        if not self.dirname.exists():
-            if not create_dir:
-                msg = f"Directory path '{self.dirname}' is not found"
-                raise ValueError(msg)
-            return  # the saving rank makes it; here it may be another node's disk
-        if not self.dirname.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self.dirname))
+        if self._writes_on(backend):
+            self._check_and_setup(self.dirname, create_dir, require_empty)
+        elif self.dirname.exists() or not create_dir:
+            # Else the saving rank makes it; here it may be another node's disk.
+            DiskSaver._check_and_setup(self.dirname, create_dir=False, require_empty=require_empty)
+
+    @staticmethod
+    def _check_and_setup(dirname: Path, create_dir: bool, require_empty: bool) -> None:
+        """Make the directory and check it. Called by the constructor on the saving rank, as ignite's is.
+
+        Args:
+            dirname: the directory.
+            create_dir: see the class.
+            require_empty: see the class.
+
+        Raises:
+            ValueError: the directory is missing or not empty.
+            OSError: it cannot be made, or is a file.
+        """
+        if create_dir:
+            make_directory(dirname)
+        if not dirname.exists():
+            msg = f"Directory path '{dirname}' is not found"
+            raise ValueError(msg)
+        if not dirname.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(dirname))
         if require_empty:
-            matched = sorted(path.name for path in self.dirname.iterdir() if path.name.endswith(".pt"))
+            matched = sorted(path.name for path in dirname.iterdir() if path.name.endswith(".pt"))
             if matched:
                 msg = (
-                    f"Files {matched} with extension '.pt' are already present in the directory {self.dirname}. "
+                    f"Files {matched} with extension '.pt' are already present in the directory {dirname}. "
                     "If you want to use this directory anyway, pass `require_empty=False`."
                 )
                 raise ValueError(msg)
@@ -200,22 +233,59 @@ class DiskSaver(BaseSaveHandler):
 
     def save_with(self, checkpoint: Mapping[str, Any], filename: str, manifest: Manifest) -> None:
         """Save `checkpoint` with what its manifest is to say, but for the tensors; else as a call does."""
-        live = current()
-        options = self._options()
-        check_save_options(options)
+        check_save_options(self._options())
         check_name(filename)
-        if self._writes_on(live):
+        if self._writes_on(current()):
+            self._manifest = manifest
+            try:
+                self._save_func(checkpoint, self.dirname / filename, torch.save)
+            finally:
+                self._manifest = None
+            self.look_at(filename)
+
+    def _save_func(
+        self, checkpoint: Mapping[str, Any], path: str | os.PathLike[str], func: Callable[..., Any], rank: int = 0
+    ) -> None:
+        """Write `checkpoint` to `path`, whole and durable. Called on the saving rank by every save in the foreground.
+
+        Subclasses override it, as they do ignite's: to upload the file, or to write it by another function.
+
+        Args:
+            checkpoint: what ``torch.save`` takes.
+            path: where, usually in the directory.
+            func: ``torch.save`` for this library's own writer. Another function is called with the checkpoint, a file
+                object, or the path where `atomic` is off, and this handler's keyword arguments.
+            rank: without effect; older releases of ignite have it.
+
+        Raises:
+            ValueError: the name would leave the directory, or meets a symlink.
+            SaveError: the file could not be written; what was there before is untouched.
+            CommitNotDurable: it is there, but may not survive a power cut.
+        """
+        del rank
+        path = Path(path)
+        is_inside = path.is_relative_to(self.dirname)
+        directory = Directory(self.dirname if is_inside else path.parent)
+        name = str(path.relative_to(directory.path))
+        if func is torch.save:
+            live = current()
             write_file(
-                Directory(self.dirname),
-                filename,
+                directory,
+                name,
                 checkpoint,
                 memory=self._staging_memory(),
-                about=manifest,
-                options=options,
+                about=self._manifest or about(live),
+                options=self._options(),
                 atomic=self._atomic,
                 num_threads=num_threads(live.world_size),
             )
-            self.look_at(filename)
+        elif self._atomic:
+            with directory.create(name) as new:
+                with os.fdopen(os.dup(new.fd), "w+b") as file:
+                    func(checkpoint, file, **self.kwargs)
+                new.commit(os.fstat(new.fd).st_size)
+        else:
+            func(checkpoint, path, **self.kwargs)
 
     def _options(self) -> dict[str, Any]:
         is_xla = current().name == "xla"
@@ -231,7 +301,8 @@ class DiskSaver(BaseSaveHandler):
         Keyword arguments of ``torch.save`` that choose another pickler or format ask for torch's own writer, which
         knows no such steps: those saves are in the foreground.
         """
-        return (self.background or self.share_write is not None or self.check_replicas) and is_ordinary(self.kwargs)
+        is_asked_for = self.background or self.share_write is not None or self.check_replicas
+        return is_asked_for and is_ordinary(self.kwargs) and is_own(self, "__call__", "_save_func")
 
     def knows_writers(self, backend: Backend) -> bool:
         """Tell whether this rank knows who writes. Rank-local."""
@@ -310,6 +381,19 @@ class DiskSaver(BaseSaveHandler):
         """Return what removes a file on the rank that calls it, on any thread: there nobody need ask who it is."""
         return Directory(self.dirname).remove
 
+    @contextlib.contextmanager
+    def keeping(self, files: frozenset[tuple[int, int]]) -> Iterator[None]:
+        """Let :meth:`remove` pass over files that a save has just written, under whatever name it is given them.
+
+        Args:
+            files: device and inode of each.
+        """
+        self._kept = files
+        try:
+            yield
+        finally:
+            self._kept = frozenset()
+
     def remove(self, filename: str) -> None:
         """Remove `filename` on the saving rank. Rank-local; issues no collectives.
 
@@ -318,5 +402,15 @@ class DiskSaver(BaseSaveHandler):
             ValueError: the name would leave the directory, or meets a symlink.
         """
         check_name(filename)
-        if self._writes_on(current()):
+        if self._writes_on(current()) and identity_of(self.dirname / filename) not in self._kept:
             Directory(self.dirname).remove(filename)
+
+
+def is_own(handler: object, *methods: str, of: type = DiskSaver) -> bool:
+    """Return True if `handler` runs a class's own `methods`, overridden neither by a subclass nor on the instance."""
+    found = (getattr(type(handler) if name == "__call__" else handler, name, None) for name in methods)
+    return all(getattr(one, "__func__", one) is getattr(of, name) for name, one in zip(methods, found, strict=True))
+
+
+# Where ignite's own code asks for its DiskSaver, to find the directory, this one is meant too.
+_IgniteDiskSaver.register(DiskSaver)

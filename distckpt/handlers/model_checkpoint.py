@@ -12,6 +12,7 @@ from ignite.engine import Engine
 from distckpt.consensus.decision import SaveIntent
 from distckpt.handlers.arguments import check_include_self
 from distckpt.handlers.checkpoint import Checkpoint
+from distckpt.handlers.checkpoint_history import ON_DISK
 from distckpt.handlers.disk_saver import DiskSaver, ShareWrite, WhenBusy
 from distckpt.handlers.older import accept_older_order, deprecated
 from distckpt.state.collect import check_objects
@@ -173,7 +174,7 @@ class ModelCheckpoint(Checkpoint):
         """The path of the kept checkpoint of highest priority; None when there is none."""
         if not self._saved:
             return None
-        if not isinstance(self.save_handler, DiskSaver):
+        if not isinstance(self.save_handler, ON_DISK):
             msg = f"Internal error, save_handler should be DiskSaver, but has {type(self.save_handler)}."
             raise RuntimeError(msg)  # noqa: TRY004 - ignite's type
         return self._path_of(self._saved[-1].filename)

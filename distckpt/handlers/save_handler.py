@@ -4,24 +4,29 @@ Owns the contract of a save handler, and how one is called. Layer L5.
 """
 
 import inspect
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ignite.handlers.checkpoint import BaseSaveHandler as _IgniteSaveHandler
 
-__all__ = ["BaseSaveHandler", "hand_over"]
+__all__ = ["BaseSaveHandler", "hand_over", "refuse_overrides"]
 
 _NUM_ARGUMENTS = 3
 
 
-class BaseSaveHandler(ABC):
+class BaseSaveHandler(_IgniteSaveHandler):
     """Base class for save handlers.
 
     A save handler is called on every rank, in the same order; a handler that writes on one rank looks at the rank
     itself. What it raises on one rank is raised on all.
 
-    Handlers derived from ignite's class of the same name count as such too.
+    A handler may keep several names in one place, a fixed key for one. Nobody but the handler knows which, so
+    :class:`~distckpt.Checkpoint` calls ``remove`` for an evicted checkpoint before it saves the new one, as ignite
+    does. A :class:`~distckpt.DiskSaver` and its subclasses save first, and remove afterwards.
+
+    Each library's handlers count as save handlers of the other: those derived from ignite's class of the same name
+    are instances of this class, and this class derives from ignite's.
 
     Example:
         >>> class InMemory(BaseSaveHandler):
@@ -53,8 +58,26 @@ class BaseSaveHandler(ABC):
             filename: the checkpoint's name.
         """
 
+    @classmethod
+    def __subclasshook__(cls, candidate: type) -> Any:
+        # register() would refuse this as a circle: this class derives from ignite's.
+        return True if cls is BaseSaveHandler and _IgniteSaveHandler in candidate.__mro__ else NotImplemented
 
-BaseSaveHandler.register(_IgniteSaveHandler)  # type: ignore[type-abstract]  # mypy 4717: an ABC may be registered
+
+def refuse_overrides(cls: type, instead: Mapping[str, str]) -> None:
+    """Refuse a subclass that overrides a method of ignite's which this library never calls.
+
+    Args:
+        cls: the subclass, from its base's ``__init_subclass__``.
+        instead: by the method's name, what to do instead.
+
+    Raises:
+        TypeError: the class, or a class that it derives from, has such a method.
+    """
+    for name, advice in instead.items():
+        if hasattr(cls, name):
+            msg = f"{cls.__qualname__} overrides `{name}`, which ignite calls and distckpt does not. {advice}"
+            raise TypeError(msg)
 
 
 def hand_over(

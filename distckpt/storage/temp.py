@@ -16,7 +16,15 @@ import zlib
 
 from distckpt.naming import TEMP_PREFIX, TEMP_SUFFIX
 
-__all__ = ["FILE_MODE", "JOINED_FILE_FLAGS", "NEW_FILE_FLAGS", "close_quietly", "open_temp", "remove_if_dead"]
+__all__ = [
+    "FILE_MODE",
+    "JOINED_FILE_FLAGS",
+    "NEW_FILE_FLAGS",
+    "close_quietly",
+    "new_temp_name",
+    "open_temp",
+    "remove_if_dead",
+]
 
 NEW_FILE_FLAGS = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 JOINED_FILE_FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -40,6 +48,11 @@ def _host_tag() -> str:
     return f"{zlib.crc32(socket.gethostname().encode()):08x}"
 
 
+def new_temp_name() -> str:
+    """Return a name for a temporary file of this process."""
+    return f"{TEMP_PREFIX}{_host_tag()}-{os.getpid()}-{secrets.token_hex(8)}{TEMP_SUFFIX}"
+
+
 def open_temp(parent: int) -> tuple[int, str]:
     """Make a temporary file in the directory `parent`, locked for as long as this process lives and holds it open.
 
@@ -50,7 +63,7 @@ def open_temp(parent: int) -> tuple[int, str]:
         OSError: it cannot be made; nothing is left behind.
     """
     while True:
-        temp = f"{TEMP_PREFIX}{_host_tag()}-{os.getpid()}-{secrets.token_hex(8)}{TEMP_SUFFIX}"
+        temp = new_temp_name()
         fd = os.open(temp, NEW_FILE_FLAGS, FILE_MODE, dir_fd=parent)
         try:
             # A file system without locks: nobody else can take one either, so nobody clears this file.

@@ -1,4 +1,6 @@
-"""Older checkpoints are removed once, by the saving rank, after the commit; one that is gone is a warning in the log.
+"""Older checkpoints are removed once, by the saving rank; one that is gone is a warning in the log.
+
+After the commit, but before the save where a save handler may keep several names in one place.
 
 The fault of ignite's `Checkpoint`: the saving rank raises alone when a file was removed by hand.
 """
@@ -7,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ignite.engine import Engine, Events
 
 from distckpt import BaseSaveHandler, Checkpoint, DiskSaver
@@ -159,8 +162,86 @@ class Recorder(BaseSaveHandler):
 
 
 @run_distributed(world_size=2)
-def test_a_custom_handler_saves_before_it_removes_on_every_rank() -> None:
+def test_a_custom_handler_removes_before_it_saves_on_every_rank() -> None:
     recorder = Recorder()
     fire(Checkpoint({"model": model_of(1.0)}, recorder), times=3)
-    expected = ["save model_1.pt 1", "save model_2.pt 2", "remove model_1.pt", "save model_3.pt 3", "remove model_2.pt"]
+    expected = ["save model_1.pt 1", "remove model_1.pt", "save model_2.pt 2", "remove model_2.pt", "save model_3.pt 3"]
     assert gathered(recorder.calls) == [expected] * 2
+
+
+class _FixedName(DiskSaver):
+    """Maps all names to one file, as MONAI's CheckpointSaver does."""
+
+    def __call__(self, checkpoint: Any, filename: str, metadata: Any = None) -> None:
+        del filename
+        super().__call__(checkpoint, "best.pt", metadata)
+
+    def remove(self, filename: str) -> None:
+        del filename
+        super().remove("best.pt")
+
+
+class _FixedNameOnAllRanks(_FixedName):
+    """Removes by code of its own, whichever rank it is on, and in its own time."""
+
+    def remove(self, filename: str) -> None:
+        del filename
+        (self.dirname / "best.pt").unlink(missing_ok=True)
+
+
+class _ClearsAll(DiskSaver):
+    """Overrides `remove` alone."""
+
+    def remove(self, filename: str) -> None:
+        del filename
+        for path in self.dirname.glob("*.pt"):
+            path.unlink(missing_ok=True)
+
+
+class _NoDiskSaver(BaseSaveHandler):
+    """Writes one file on one rank."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, checkpoint: Any, filename: str, metadata: Any = None) -> None:
+        del filename, metadata
+        if job.rank() == 0:
+            torch.save(checkpoint, self.folder / "best.pt")
+
+    def remove(self, filename: str) -> None:
+        del filename
+        if job.rank() == 0:
+            (self.folder / "best.pt").unlink()
+
+
+def _save_thrice(saver: Any, folder: Path) -> list[str]:
+    handler = Checkpoint({"model": model_of(1.0)}, saver)
+    engine = Engine(training_step)
+    engine.add_event_handler(Events.EPOCH_COMPLETED, handler)
+    engine.run([0], max_epochs=3)
+    job.barrier()
+    return [path.name for path in folder.iterdir()]
+
+
+@pytest.mark.parametrize("kind", [_FixedName, _FixedNameOnAllRanks, _ClearsAll])
+@pytest.mark.parametrize("background", [False, True])
+@run_distributed(world_size=2)
+def test_the_removal_of_an_evicted_checkpoint_never_takes_what_was_just_written(
+    tmp_path: Path,
+    kind: type[DiskSaver],
+    background: bool,  # noqa: FBT001
+) -> None:
+    expected = ["model_3.pt"] if kind is _ClearsAll else ["best.pt"]
+    assert _save_thrice(kind(tmp_path, require_empty=False, background=background), tmp_path) == expected
+
+
+@run_distributed(world_size=2)
+def test_a_save_handler_that_is_no_disk_saver_removes_before_it_saves(tmp_path: Path) -> None:
+    assert _save_thrice(_NoDiskSaver(tmp_path), tmp_path) == ["best.pt"]
+
+
+@run_distributed(world_size=2)
+def test_ranks_with_different_kinds_of_save_handlers_go_the_same_way(tmp_path: Path) -> None:
+    saver = _FixedName(tmp_path) if job.rank() == 0 else lambda _checkpoint, _filename: None
+    assert _save_thrice(saver, tmp_path) == ["best.pt"]

@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -145,10 +145,22 @@ def test_the_event_name_is_put_back_when_a_listener_fails() -> None:
     assert trainer.last_event_name is Events.EPOCH_COMPLETED
 
 
-def test_the_old_checkpoint_is_removed_only_after_the_new_one_is_there() -> None:
-    saver = InMemory()
-    run_epochs(Checkpoint({"model": nn.Identity()}, saver, n_saved=1), 3)
-    assert saver.calls == [
+def test_the_old_checkpoint_is_removed_only_after_the_new_one_is_there(tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    class Noted(DiskSaver):
+        def __call__(
+            self, checkpoint: Mapping[str, Any], filename: str, metadata: Mapping[str, Any] | None = None
+        ) -> None:
+            super().__call__(checkpoint, filename, metadata)
+            calls.append(f"save {filename}")
+
+        def remove(self, filename: str) -> None:
+            super().remove(filename)
+            calls.append(f"remove {filename}")
+
+    run_epochs(Checkpoint({"model": nn.Identity()}, Noted(tmp_path), n_saved=1), 3)
+    assert calls == [
         "save model_1.pt",
         "save model_2.pt",
         "remove model_1.pt",
