@@ -32,6 +32,7 @@ from distckpt.errors import (
     RanksDriftedApart,
     ReplicasDiffer,
     SaveError,
+    ShardedStateError,
     UnsafeCheckpoint,
 )
 from distckpt.handlers import (
@@ -76,6 +77,7 @@ __all__ = [
     "ReplicasDiffer",
     "RngState",
     "SaveError",
+    "ShardedStateError",
     "TerminateOnNan",
     "TimeLimit",
     "Timer",

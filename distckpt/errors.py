@@ -14,6 +14,8 @@ The tree::
     ├── SaveError(OSError)              a checkpoint could not be written; what was there before stands
     │   └── CommitNotDurable            it was renamed into place, but may not survive a power cut
     ├── ReplicasDiffer                  what has to be equal on all ranks is not (``check_replicas``)
+    ├── ShardedStateError(NotImplementedError)
+    │                                   a state or object is sharded over ranks; nothing was written or loaded
     └── LoadError
         ├── DamagedCheckpoint(RuntimeError, pickle.UnpicklingError, EOFError)
         │                               the file is no checkpoint, or is truncated or damaged
@@ -51,6 +53,7 @@ __all__ = [
     "RemoteTraceback",
     "ReplicasDiffer",
     "SaveError",
+    "ShardedStateError",
     "UnsafeCheckpoint",
 ]
 
@@ -128,6 +131,10 @@ class CommitNotDurable(SaveError):  # noqa: N818 - the name is the sentence; it 
 
 class ReplicasDiffer(DistckptError):  # noqa: N818 - the name is the sentence; it is public API
     """What has to be equal on all ranks is not: parameters of a DistributedDataParallel, or their optimizer's state."""
+
+
+class ShardedStateError(DistckptError, NotImplementedError):
+    """A state or an object is sharded: each rank holds a part of it. Nothing was written, and nothing was loaded."""
 
 
 class LoadError(DistckptError):
@@ -261,6 +268,7 @@ _OURS: tuple[type[Exception], ...] = (
     CollectiveTimeout,
     CollectiveError,
     RanksDriftedApart,
+    ShardedStateError,
 )
 _BUILTIN: tuple[type[Exception], ...] = (
     TimeoutError,

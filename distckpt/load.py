@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from distckpt.backends.detect import current
-from distckpt.state.collect import check_objects
+from distckpt.state.collect import check_objects, refuse_sharded
 from distckpt.state.report import LoadReport
 from distckpt.state.restore import Prepared, prepare, restore
 from distckpt.storage.opened import OpenCheckpoint
@@ -40,6 +40,7 @@ def load_objects(
 
     Raises:
         TypeError: `checkpoint` is neither, or an object has no ``load_state_dict``.
+        ShardedStateError: an object holds sharded tensors, or the checkpoint does.
         OSError: the file cannot be read.
         DamagedCheckpoint: the file is no checkpoint, is truncated or damaged.
         UnsafeCheckpoint: the file holds objects that only execution could restore.
@@ -98,8 +99,10 @@ def check_to_load(to_load: object) -> None:
 
     Raises:
         TypeError: it is no mapping, or an object has no ``load_state_dict``.
+        ShardedStateError: an object holds sharded tensors.
     """
     if not isinstance(to_load, Mapping):
         msg = f"Argument to_load should be a dictionary, but given {type(to_load)}"
         raise TypeError(msg)
     check_objects(dict(to_load), "load_state_dict")
+    refuse_sharded(to_load)

@@ -12,13 +12,27 @@ import torch
 from torch import nn
 
 from distckpt.scalars import is_numpy_scalar
+from distckpt.sharded import needs_a_look, refusal, shard_of, whole
 from distckpt.state.fence import is_stepped_in_python
 from distckpt.state.unwrap import unwrap, unwrap_once
+from distckpt.state.whole_objects import refuse_sharded_object
 
-__all__ = ["capture", "check_objects", "consolidate", "is_spread", "map_tree", "plain_scalars", "replicas", "stepped"]
+__all__ = [
+    "capture",
+    "check_objects",
+    "consolidate",
+    "is_spread",
+    "map_named",
+    "map_tree",
+    "plain_state",
+    "refuse_sharded",
+    "replicas",
+    "stepped",
+]
 
 
-_PLAIN = frozenset({torch.Tensor, nn.Parameter, str, int, float, bool, type(None)})
+_PLAIN = frozenset({torch.Tensor, str, int, float, bool, type(None)})
+_LEVELS = 64
 
 
 def map_tree(func: Callable[[Any], Any], tree: Any) -> Any:
@@ -26,13 +40,24 @@ def map_tree(func: Callable[[Any], Any], tree: Any) -> Any:
 
     A mapping or sequence that has a ``state_dict`` of its own (``nn.ModuleDict``, ``nn.ModuleList``) is a leaf.
     """
+    return map_named(lambda _, leaf: func(leaf), tree)
+
+
+def map_named(func: Callable[[str, Any], Any], tree: Any, name: str = "") -> Any:
+    """Apply `func` to the leaves of a tree as :func:`map_tree` does, with the name of each.
+
+    Args:
+        func: takes a leaf's name, e.g. ``nets[0]`` or ``pair.model``, and the leaf.
+        tree: nested mappings and sequences.
+        name: of the tree itself.
+    """
     if hasattr(tree, "state_dict") or hasattr(tree, "load_state_dict"):
-        return func(tree)
+        return func(name, tree)
     if isinstance(tree, Mapping):
-        return {key: map_tree(func, item) for key, item in tree.items()}
+        return {key: map_named(func, item, f"{name}.{key}" if name else str(key)) for key, item in tree.items()}
     if isinstance(tree, Sequence) and not isinstance(tree, str | bytes):
-        return [map_tree(func, item) for item in tree]
-    return func(tree)
+        return [map_named(func, item, f"{name}[{index}]") for index, item in enumerate(tree)]
+    return func(name, tree)
 
 
 def check_objects(tree: Any, method: str) -> None:
@@ -63,18 +88,35 @@ def capture(to_save: Mapping[str, Any], *, rank: int, save_on_rank: int) -> dict
 
     Returns:
         The same tree with states in place of objects. Tensors are the live ones, not copies; NumPy scalars have
-        become Python's, since ``torch.load(weights_only=True)`` refuses them.
+        become Python's, since ``torch.load(weights_only=True)`` refuses them, and fully replicated DTensors the plain
+        tensors that they stand for.
+
+    Raises:
+        ShardedStateError: an object or its state is sharded.
     """
 
-    def state_of(obj: Any) -> Any:
+    def state_of(name: str, obj: Any) -> Any:
         obj = unwrap(obj)
         if _is_sharded_optimizer(obj) and rank != save_on_rank:
             return {}
+        refuse_sharded_object(name, obj, save_on_rank=save_on_rank)
         state = obj.state_dict()
-        return plain_scalars(state) if _holds_more_than_plain(state) else state
+        return plain_state(state, f"to_save[{name!r}]") if _holds_more_than_plain(state) else state
 
-    captured: dict[str, Any] = map_tree(state_of, dict(to_save))
+    captured: dict[str, Any] = map_named(state_of, dict(to_save))
     return captured
+
+
+def refuse_sharded(to_load: Mapping[str, Any]) -> None:
+    """Refuse objects that hold sharded tensors, before anything is loaded. Rank-local; issues no collectives.
+
+    Args:
+        to_load: mappings and lists of objects, nested at will.
+
+    Raises:
+        ShardedStateError: there is one.
+    """
+    map_named(lambda name, obj: refuse_sharded_object(name, unwrap(obj)), dict(to_load))
 
 
 def consolidate(to_save: Mapping[str, Any], *, save_on_rank: int) -> None:
@@ -189,39 +231,111 @@ def _data_parallel(obj: Any, world_size: int) -> Any:
     return obj if torch.distributed.get_world_size(obj.process_group) == world_size else None
 
 
-def plain_scalars(state: Any) -> Any:
-    """Replace NumPy scalars by Python's. Containers that hold none are handed back as they are."""
-    if is_numpy_scalar(state):
-        return state.item()
-    kind = type(state)
-    if kind in (dict, OrderedDict):
-        replaced = {plain_scalars(key): plain_scalars(item) for key, item in state.items()}
-        pairs = zip(replaced.items(), state.items(), strict=False)
-        if len(replaced) == len(state) and all(new[0] is old[0] and new[1] is old[1] for new, old in pairs):
+def plain_state(state: Any, where: str = "the state") -> Any:
+    """Replace NumPy scalars by Python's, and fully replicated DTensors by plain tensors.
+
+    Args:
+        state: of one object.
+        where: what it is of, for messages.
+
+    Returns:
+        The state. Containers in which nothing is replaced are handed back as they are.
+
+    Raises:
+        ShardedStateError: it holds a tensor of which this rank has a part.
+    """
+    return _Plain(where).of(state, ())
+
+
+class _Plain:
+    """One walk over a state. A tensor that stands in it twice is replaced by one tensor."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._wholes: dict[int, torch.Tensor] = {}
+        self._around: set[int] = set()  # the containers on the way: one may contain itself
+
+    def of(self, state: Any, path: tuple[Any, ...]) -> Any:
+        kind = type(state)
+        if kind in _PLAIN:
             return state
-        fresh = kind(replaced)
-        if kind is OrderedDict:
-            vars(fresh).update(vars(state))  # a module's `_metadata`
+        if needs_a_look(kind):
+            return self._tensor(state, path)
+        if is_numpy_scalar(state):
+            return state.item()
+        if not isinstance(state, dict | list | tuple | set | frozenset) or id(state) in self._around:
+            return state
+        self._around.add(id(state))
+        try:
+            return self._container(state, path)
+        finally:
+            self._around.discard(id(state))
+
+    def _container(self, state: Any, path: tuple[Any, ...]) -> Any:
+        if type(state) in (dict, OrderedDict):
+            return self._mapping(state, path)
+        if isinstance(state, list | tuple):
+            return self._sequence(state, path)
+        for key, item in state.items() if isinstance(state, dict) else enumerate(state):
+            self.of(item, (*path, key))  # looked into; the pickler replaces what is there
+        return state
+
+    def _sequence(self, state: Any, path: tuple[Any, ...]) -> Any:
+        items = [self.of(item, (*path, number)) for number, item in enumerate(state)]
+        kind = type(state)
+        if all(new is old for new, old in zip(items, state, strict=True)):
+            return state
+        if kind in (list, tuple):
+            return kind(items)
+        return kind._make(items) if hasattr(kind, "_make") else state  # a named tuple; else the pickler replaces it
+
+    def _tensor(self, tensor: torch.Tensor, path: tuple[Any, ...]) -> torch.Tensor:
+        problem = shard_of(tensor)
+        if problem is not None:
+            at = f", key {'.'.join(map(str, path))!r}," if path else ""
+            raise refusal(f"{self._where}{at}", problem)
+        if id(tensor) not in self._wholes:
+            self._wholes[id(tensor)] = whole(tensor)
+        return self._wholes[id(tensor)]
+
+    def _mapping(self, state: Any, path: tuple[Any, ...]) -> Any:
+        replaced = {self.of(key, path): self.of(item, (*path, key)) for key, item in state.items()}
+        attributes = vars(state) if type(state) is OrderedDict else {}  # a module's `_metadata`
+        others = self.of(attributes, path) if attributes else attributes
+        pairs = zip(replaced.items(), state.items(), strict=False)
+        is_same = len(replaced) == len(state) and all(new[0] is old[0] and new[1] is old[1] for new, old in pairs)
+        if is_same and others is attributes:
+            return state
+        fresh = type(state)(replaced)
+        if attributes:
+            vars(fresh).update(others)
         return fresh
-    if kind in (list, tuple):
-        items = [plain_scalars(item) for item in state]
-        return state if all(new is old for new, old in zip(items, state, strict=True)) else kind(items)
-    return state
 
 
-def _holds_more_than_plain(state: Any) -> bool:
-    """Tell whether a state may hold NumPy scalars: a quick look, for all the states that do not."""
+def _holds_more_than_plain(state: Any, level: int = 0) -> bool:
+    """Return True if a state may hold what is to be replaced or refused: a quick look, for all the states that do not.
+
+    A module's ``_metadata`` is as long as the module; what stands in it is left to the pickler.
+    """
     kind = type(state)
     if kind in _PLAIN:
         return False
+    level += 1
+    if level > _LEVELS:  # it may contain itself
+        return True
     if kind is dict or kind is OrderedDict:
         for key, item in state.items():
-            if (type(key) not in _PLAIN) or (type(item) not in _PLAIN and _holds_more_than_plain(item)):
+            if (type(key) not in _PLAIN) or (type(item) not in _PLAIN and _holds_more_than_plain(item, level)):
                 return True
-        return False
+        return kind is OrderedDict and _has_odd_attributes(state, level)
     if kind is list or kind is tuple:
-        return any(type(item) not in _PLAIN and _holds_more_than_plain(item) for item in state)
+        return any(type(item) not in _PLAIN and _holds_more_than_plain(item, level) for item in state)
     return True
+
+
+def _has_odd_attributes(state: Any, level: int) -> bool:
+    """Return True if an OrderedDict has attributes to look into, beside a module's ``_metadata`` of versions."""
+    return any(name != "_metadata" and _holds_more_than_plain(item, level) for name, item in vars(state).items())
 
 
 def _is_sharded_optimizer(obj: Any) -> bool:

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from distckpt.errors import ShardedStateError
+from distckpt.sharded import find_paths, needs_a_look, refusal, shard_of, whole
 from distckpt.storage.emitting import TYPES, NotPlain, TensorAt, emit, is_plain
 
 __all__ = ["Pickled", "TensorAt", "pickle_exactly", "pickle_state"]
@@ -62,6 +64,7 @@ def pickle_state(state: Any, *, protocol: int = 2) -> Pickled:
         protocol: pickle's; torch's readers without code know 2 alone.
 
     Raises:
+        ShardedStateError: it holds a tensor of which this rank has a part.
         RuntimeError: two storages view the same memory as different types.
         Exception: whatever pickling an object of the user's raises.
 
@@ -81,7 +84,8 @@ def pickle_exactly(state: Any, *, protocol: int = 2) -> Pickled:
     """Pickle `state` to the very bytes of ``torch.save``; else as :func:`pickle_state` does."""
     buffer = io.BytesIO()
     pickler = _Pickler(buffer, protocol)
-    pickler.dump(state)
+    with naming_what_is_sharded(state):
+        pickler.dump(state)
     forms = []
     for name, tensor in _tensors(state, "", 0):
         if tensor.layout is torch.strided and tensor.device.type != "meta":
@@ -89,6 +93,25 @@ def pickle_exactly(state: Any, *, protocol: int = 2) -> Pickled:
             if number is not None:
                 forms.append((name, tensor.dtype, tensor.shape, int(number), int(tensor.storage_offset())))
     return Pickled(buffer.getvalue(), tuple(pickler.storages), forms)
+
+
+@contextlib.contextmanager
+def naming_what_is_sharded(state: Any) -> Iterator[None]:
+    """Give the error of a sharded tensor that is met in the body the key that it stands at in `state`."""
+    try:
+        yield
+    except ShardedStateError as error:
+        sharded: list[str] = []
+
+        def is_sharded(one: Any) -> bool:
+            problem = shard_of(one) if isinstance(one, torch.Tensor) else None
+            sharded.extend([problem] if problem is not None else [])
+            return problem is not None
+
+        paths = find_paths(state, is_sharded, most=1)
+        if not paths:
+            raise
+        raise refusal(f"Key {paths[0]!r} of the state", sharded[0]) from error
 
 
 class _Storage:
@@ -127,6 +150,11 @@ class _Pickler(pickle.Pickler):
         if kind is OrderedDict and not obj and not vars(obj):  # each tensor has one, of hooks
             return OrderedDict, ()
         if kind is not torch.Tensor:
+            if needs_a_look(kind):
+                plain: Any = whole(obj)
+                if plain is not obj:
+                    found = self.reducer_override(plain)
+                    return plain.__reduce_ex__(_EMITTED_PROTOCOL) if found is NotImplemented else found
             return NotImplemented
         dtype = obj.dtype
         storage_type = TYPES.get(dtype)

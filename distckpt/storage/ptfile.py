@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+from distckpt.sharded import needs_a_look, whole
 from distckpt.storage.opened import OpenCheckpoint
+from distckpt.storage.pickling import naming_what_is_sharded
 from distckpt.storage.sink import Sink
 
 __all__ = ["check_save_options", "is_ordinary", "read_pt", "verify", "what_loading_refuses", "write_pt"]
@@ -54,14 +56,43 @@ def write_pt(state: Any, sink: Sink, options: Mapping[str, Any]) -> None:
         options: keyword arguments for ``torch.save``.
 
     Raises:
+        ShardedStateError: the state holds a tensor of which this rank has a part.
         OSError: the operating system refused a write; the file is to be thrown away.
     """
+    chosen = {**options, "pickle_module": _WholeTensors(options.get("pickle_module", pickle))}
     try:
-        torch.save(state, sink, **options)  # type: ignore[arg-type]  # it needs write() and flush() alone
+        with naming_what_is_sharded(state):
+            torch.save(state, sink, **chosen)  # type: ignore[arg-type]  # it needs write() and flush() alone
     except Exception as error:
         if sink.error is not None and error is not sink.error:
             raise sink.error from error
         raise
+
+
+class _WholeTensors:
+    """A pickle module whose pickler writes whole tensors alone, as distckpt's own does.
+
+    Args:
+        module: what it is in place of; another one's classes and functions are its own.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        base: Any = module.Pickler
+
+        class Pickler(base):  # type: ignore[misc]  # torch subclasses it in turn
+            def reducer_override(self, obj: Any) -> Any:
+                if needs_a_look(type(obj)):
+                    plain: Any = whole(obj)
+                    if plain is not obj:
+                        return plain.__reduce_ex__(2)
+                inherited = getattr(super(), "reducer_override", None)
+                return NotImplemented if inherited is None else inherited(obj)
+
+        self.Pickler = Pickler
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 def verify(path: Path) -> None:

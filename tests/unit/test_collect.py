@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from distckpt.state.collect import capture, check_objects, map_tree, plain_scalars
+from distckpt.state.collect import capture, check_objects, map_tree, plain_state
 from distckpt.storage.ptfile import read_pt
 
 Pair = namedtuple("Pair", "a b")  # noqa: PYI024 - an untyped one is what states hold
@@ -40,7 +40,7 @@ class Stateful:
     ids=repr,
 )
 def test_numpy_scalars_become_pythons(state: Any, plain: Any) -> None:
-    result = plain_scalars(state)
+    result = plain_state(state)
     assert repr(result) == repr(plain)  # types too: NumPy's show theirs
     assert type(result) is type(plain)
 
@@ -61,14 +61,28 @@ def test_numpy_scalars_become_pythons(state: Any, plain: Any) -> None:
     ids=lambda state: type(state).__name__,
 )
 def test_state_without_numpy_scalars_is_handed_back_as_it_is(state: Any) -> None:
-    assert plain_scalars(state) is state
+    assert plain_state(state) is state
+
+
+def test_state_that_contains_itself_is_handed_back() -> None:
+    state: dict[str, Any] = {"a": [np.float64(1)]}
+    state["self"] = state
+    found = capture({"s": Stateful(state)}, rank=0, save_on_rank=0)["s"]
+    assert type(found["a"][0]) is float
+    assert found["self"] is state
+
+
+def test_numpy_scalar_in_a_named_tuple_becomes_pythons() -> None:
+    found = plain_state(Pair(np.int64(1), 2))
+    assert found == Pair(1, 2)
+    assert type(found.a) is int
 
 
 def test_only_the_way_to_a_numpy_scalar_is_new() -> None:
     clean, tensor = {"x": [1, 2]}, torch.ones(2)
     state: dict[str, Any] = {"clean": clean, "tensor": tensor, "dirty": [np.float64(1)]}
     before = copy.copy(state)
-    result = plain_scalars(state)
+    result = plain_state(state)
     assert result is not state
     assert result["clean"] is clean
     assert result["tensor"] is tensor
@@ -79,7 +93,7 @@ def test_only_the_way_to_a_numpy_scalar_is_new() -> None:
 def test_modules_metadata_is_kept_when_something_is_replaced() -> None:
     state: Any = nn.BatchNorm1d(2).state_dict()
     state["extra"] = np.float64(1)  # as a get_extra_state may hold
-    result: Any = plain_scalars(state)
+    result: Any = plain_state(state)
     assert type(result) is OrderedDict
     assert vars(result)["_metadata"] == state._metadata
     assert result["weight"] is state["weight"]

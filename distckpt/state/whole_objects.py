@@ -1,0 +1,103 @@
+"""Live objects whose state would be a part of a whole, though its tensors may look plain.
+
+Knows FSDP1's modules and what an optimizer keeps for sharded parameters. What is sharded by its own type, in a state,
+is found by :mod:`distckpt.sharded`.
+"""
+
+import itertools
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from distckpt.sharded import are_plain, is_flat_shard, refusal, shard_of
+
+__all__ = ["refuse_sharded_object"]
+
+_MANAGED = "_is_fsdp_managed_module"
+_FULL = "FULL_STATE_DICT"
+
+
+def refuse_sharded_object(name: str, obj: Any, *, save_on_rank: int | None = None) -> None:
+    """Refuse an object of whose state each rank holds a part. Rank-local; issues no collectives.
+
+    Args:
+        name: the object's, for messages.
+        obj: without wrappers.
+        save_on_rank: the rank that is to save its state; None where a state is to be loaded into it.
+
+    Raises:
+        ShardedStateError: it is such an object.
+    """
+    where = f"to_{'load' if save_on_rank is None else 'save'}[{name!r}]"
+    if isinstance(obj, torch.optim.Optimizer):
+        _refuse_optimizer(where, obj, is_loaded=save_on_rank is None)
+    elif isinstance(obj, nn.Module):
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            _refuse_fsdp1(where, obj, save_on_rank)
+        if save_on_rank is None and _loads_as_torch_does(obj):
+            _refuse_module(where, obj)
+
+
+def _refuse_optimizer(where: str, optimizer: torch.optim.Optimizer, *, is_loaded: bool) -> None:
+    for index, group in enumerate(optimizer.param_groups):
+        if are_plain(group["params"]):
+            continue
+        for number, parameter in enumerate(group["params"]):
+            if (problem := shard_of(parameter)) is not None:
+                raise refusal(f"{where}, an optimizer: its parameter {number} of group {index}", problem)
+    if is_loaded:  # else it is found in the state
+        for kept in optimizer.state.values():
+            for key, one in kept.items() if isinstance(kept, dict) else ():
+                if isinstance(one, torch.Tensor) and (problem := shard_of(one)) is not None:
+                    raise refusal(f"{where}, an optimizer: its {key!r} of a parameter", problem)
+
+
+def _refuse_module(where: str, module: nn.Module) -> None:
+    for key, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+        if not is_flat_shard(tensor) and (problem := shard_of(tensor)) is not None:  # FSDP1's gather and scatter
+            raise refusal(f"{where}, key {key!r},", problem)
+
+
+def _loads_as_torch_does(module: nn.Module) -> bool:
+    """Return False for a module with a ``load_state_dict`` of its own, which may take a whole state apart."""
+    return type(module).load_state_dict is nn.Module.load_state_dict and "load_state_dict" not in vars(module)
+
+
+def _refuse_fsdp1(where: str, module: nn.Module, save_on_rank: int | None) -> None:
+    """Refuse what FSDP1 shards, but for a module of its own that gathers its state.
+
+    Its parameters are plain ones that view a shard, and their states plain tensors: no type tells of it.
+    """
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
+    if fsdp is None or torch.distributed.get_world_size() == 1:
+        return
+    todo = [module]
+    while todo:  # modules() takes twice the time, and training stands still
+        one = todo.pop()
+        attributes = vars(one)
+        if isinstance(one, fsdp):
+            problem = _problem_of(one, save_on_rank)
+            if problem is not None:
+                raise refusal(where, problem)
+            todo.extend(_others_inside(one, fsdp))
+        else:
+            if _MANAGED in attributes and any(map(is_flat_shard, one.parameters(recurse=False))):
+                raise refusal(where, "a module inside of a FullyShardedDataParallel: its parameters are a shard")
+            todo.extend(inner for inner in attributes["_modules"].values() if inner is not None)
+
+
+def _others_inside(module: nn.Module, fsdp: type[nn.Module]) -> list[nn.Module]:
+    """Return the FSDP1 modules inside of one: each has settings of its own."""
+    return [one for one in module.modules() if one is not module and isinstance(one, fsdp)]
+
+
+def _problem_of(module: Any, save_on_rank: int | None) -> str | None:
+    kind = getattr(getattr(module, "_state_dict_type", None), "name", _FULL)
+    if kind != _FULL:
+        return f"a FullyShardedDataParallel whose state_dict_type is {kind}"
+    is_on_first = getattr(getattr(module, "_state_dict_config", None), "rank0_only", False)
+    if is_on_first and save_on_rank not in (None, 0):
+        return f"a FullyShardedDataParallel with rank0_only=True: rank {save_on_rank}, which saves, gets no state"
+    return None
