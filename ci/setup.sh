@@ -9,6 +9,7 @@
 #   horovod    torch 2.13 and Horovod 0.28, which is built from its source archive: some minutes, once
 #   xla        torch 2.9 and torch_xla 2.9, with the CUDA packages that this torch asks for: about 7 GB
 #   bench      torch 2.13 and torchsnapshot, for ci/bench_save.py
+#   readme     made by the install lines of the README and nothing else, at the versions of base
 #   all        base, horovod and xla; with --print-python one path in each line, in this order
 #
 # An environment is kept outside the tree, under a name made of its pins and the Python version:
@@ -26,9 +27,9 @@ for argument in "$@"; do
     case "$argument" in
         --print-python) PRINT_PYTHON=1 ;;
         -h | --help) usage && exit 0 ;;
-        base | horovod | xla | bench) NAMES=("$argument") ;;
+        base | horovod | xla | bench | readme) NAMES=("$argument") ;;
         all) NAMES=(base horovod xla) ;;
-        *) die "unknown environment or option '$argument'; there are: base, horovod, xla, bench, all" ;;
+        *) die "unknown environment or option '$argument'; there are: base, horovod, xla, bench, readme, all" ;;
     esac
 done
 
@@ -75,11 +76,18 @@ pip_install() {
         -qq --no-input --progress-bar off --no-deps "$@" # -qq: errors only
 }
 
+# What an environment is made of, beside the Python: its name is made of it.
+made_of() {
+    cat "$PINS"
+    [ "$1" != readme ] || { install_lines && sed -n '/^\[build-system\]/,/^\[dependency-groups\]/p' "$ROOT/pyproject.toml"; }
+}
+
 # What proves that an environment works.
 proof_of() {
     case "$1" in
         base) printf '%s\n' 'import torch' ;;
         bench) printf '%s\n' 'import ignite, isal, torchsnapshot' ;;
+        readme) printf '%s\n' 'import distckpt' ;;
         horovod) printf '%s\n' 'import horovod.torch as hvd; hvd.init(); assert hvd.size() == 1; hvd.shutdown()' ;;
         xla) printf '%s\n' 'import torch, torch_xla; assert torch.ones(2, device=torch_xla.device()).sum().item() == 2' ;;
     esac
@@ -102,11 +110,24 @@ install_horovod() {
     pip_install "$wheels"/horovod-*.whl
 }
 
-make_environment() {
-    local log="$CACHE/proof-$NAME.log"
-    say "environment '$NAME': making $ENVIRONMENT"
-    rm -rf "$ENVIRONMENT"
-    "$PYTHON" -m venv "$ENVIRONMENT"
+# The block of the README that installs.
+install_lines() {
+    awk '/^```/ { if (inside && block ~ /pip install/) printf "%s", block; inside = /^```sh$/; block = ""; next }
+        inside { block = block $0 "\n" }' "$ROOT/README.md"
+}
+
+# Run it as it stands; the pins only say which versions it gets, so that nothing fetches another torch.
+install_as_the_readme_says() {
+    (
+        cd "$ROOT"
+        unset PYTHONPATH
+        export PATH="$ENVIRONMENT/bin:$PATH" PIP_CONSTRAINT="$PINS" PIP_BUILD_CONSTRAINT="$PINS"
+        export PIP_QUIET=2 PIP_NO_INPUT=1 PIP_PROGRESS_BAR=off PIP_DISABLE_PIP_VERSION_CHECK=1
+        bash -euc "$(install_lines)" >&2
+    )
+}
+
+install_pins() {
     # Torch on its own and first; --no-deps throughout, since the pins are complete: nothing can pull in
     # another torch, or gigabytes of CUDA packages that were not asked for.
     say "environment '$NAME': installing torch"
@@ -114,7 +135,16 @@ make_environment() {
     say "environment '$NAME': installing $(grep -cE '^[A-Za-z0-9]' "$PINS") packages"
     pip_install --requirement "$PINS"
     [ "$NAME" != horovod ] || install_horovod
-    in_environment -c "$(proof_of "$NAME")" >"$log" 2>&1 || {
+}
+
+make_environment() {
+    local log="$CACHE/proof-$NAME.log"
+    say "environment '$NAME': making $ENVIRONMENT"
+    rm -rf "$ENVIRONMENT"
+    "$PYTHON" -m venv "$ENVIRONMENT"
+    if [ "$NAME" = readme ]; then install_as_the_readme_says; else install_pins; fi
+    # -I: what is installed counts, not what lies in the present directory.
+    in_environment -I -c "$(proof_of "$NAME")" >"$log" 2>&1 || {
         tail -n 30 "$log" >&2
         die "environment '$NAME' does not work: '$(proof_of "$NAME")' failed as shown above. If pip chose a CUDA build" \
             "of torch for '$NAME' where there was to be none, give it an index with CPU builds (PIP_INDEX_URL)"
@@ -134,10 +164,11 @@ flock --nonblock 9 || {
     flock --timeout 1800 9 || die "another set-up holds $CACHE/setup.lock for 30 minutes"
 }
 # shellcheck disable=SC2086  # a list of words
-install_system_tools $TEST_TOOLS 9>&-
+[ "${NAMES[*]}" = readme ] || install_system_tools $TEST_TOOLS 9>&-
 for NAME in "${NAMES[@]}"; do
     PINS="$ROOT/ci/requirements/$NAME.txt"
-    ENVIRONMENT="$CACHE/env-$NAME-$({ cat "$PINS" && echo "$VERSION"; } | sha256sum | cut -c1-12)"
+    [ "$NAME" != readme ] || PINS="$ROOT/ci/requirements/base.txt"
+    ENVIRONMENT="$CACHE/env-$NAME-$({ made_of "$NAME" && echo "$VERSION"; } | sha256sum | cut -c1-12)"
     MARKER="$ENVIRONMENT/.complete"
     [ -e "$MARKER" ] || make_environment 9>&-
     say "environment '$NAME' is ready ($VERSION): $ENVIRONMENT"

@@ -78,7 +78,9 @@ summarize() {
 
 printf '=== set-up\n'
 declare -A PYTHONS
-for name in base "${RUNTIMES[@]}"; do
+ENVIRONMENTS=(base "${RUNTIMES[@]}")
+[[ " ${RUNTIMES[*]} " != *" base "* ]] || ENVIRONMENTS+=(readme) # its tests run the README's examples there
+for name in "${ENVIRONMENTS[@]}"; do
     [ -n "${PYTHONS[$name]:-}" ] && continue
     PYTHONS[$name]="$(ci/setup.sh --print-python "$name")" || die "the set-up of '$name' failed, nothing was checked"
 done
