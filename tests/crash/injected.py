@@ -7,7 +7,6 @@ with it. The judge is a pure function, so that broken savers go through it exact
 import contextlib
 import errno
 import shutil
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from tests.crash.savers import Subject
 from tests.crash.shim import Called, Fault, How
 from tests.crash.subject import Counted, idle_engine, name_of, steps_in, whole_steps
 from tests.crash.trained import Trained
+from tests.distributed.programs import logged
 
 __all__ = ["Expected", "HandlerMaker", "Seats", "Seen", "Trouble", "expected_of", "judge", "observe"]
 
@@ -66,7 +66,7 @@ class Seen:
         outcome: of the second save: `saved`, or the error's type.
         message: the error's, if there was one.
         kinds: the error's type and its bases.
-        told: warnings of the second save.
+        told: what is logged of removals in the second save.
         last: the handler's last checkpoint after it.
         third: `saved`, or the error of the third save.
         whole: the steps that load after the second save.
@@ -126,8 +126,7 @@ def observe(directory: Path, seats: Seats, trouble: Trouble, make: HandlerMaker)
         (directory / DEAD).write_bytes(b"half a checkpoint")
     error: Exception | None = None
     in_trouble = trouble.start(directory) if fails_here else contextlib.nullcontext()
-    with warnings.catch_warnings(record=True) as told, in_trouble:
-        warnings.simplefilter("always")
+    with logged("distckpt") as told, in_trouble:
         try:
             save(_SECOND)
         except Exception as caught:  # noqa: BLE001 - whatever it is, it is what this rank saw
@@ -136,7 +135,7 @@ def observe(directory: Path, seats: Seats, trouble: Trouble, make: HandlerMaker)
         "outcome": "saved" if error is None else type(error).__name__,
         "message": str(error or ""),
         "kinds": tuple(base.__name__ for base in type(error).__mro__),
-        "told": tuple(str(one.message) for one in told),
+        "told": tuple(one for one in told if "while removing older checkpoints" in one),
         "last": Path(handler.last_checkpoint or "").name,
     }
     del error  # it holds frames, and these may hold descriptors
@@ -171,12 +170,10 @@ def _faults(path: Path) -> tuple[str, ...]:
 
 
 def _third_save(save: Callable[[int], None]) -> str:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the second one's removal may turn out to have been done
-        try:
-            save(_THIRD)
-        except Exception as error:  # noqa: BLE001 - judged by its absence
-            return f"{type(error).__name__}: {error}"
+    try:
+        save(_THIRD)
+    except Exception as error:  # noqa: BLE001 - judged by its absence
+        return f"{type(error).__name__}: {error}"
     return "saved"
 
 

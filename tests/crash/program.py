@@ -9,7 +9,6 @@ import importlib
 import os
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -125,9 +124,7 @@ def _a_rank(
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
         trained = Trained()
         handler = SAVERS[saver](trained, directory)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a broken saver's files are passed over
-            distckpt.resume(trained.to_save, handler if saver in MODES else directory)
+        distckpt.resume(trained.to_save, handler if saver in MODES else directory)
         trained.check()
         if saver not in MODES:
             _take_over(handler, directory)

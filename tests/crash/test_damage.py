@@ -9,7 +9,6 @@ import contextlib
 import itertools
 import random
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,9 +93,7 @@ def _damage_on_ranks(root: str, mode: str, num: int, seed: int) -> list[str]:
         except distckpt.DamagedCheckpoint:
             told = "damaged"
         is_touched = not torch.equal(before, model.numbers())
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it is passed over
-            resumed = distckpt.resume(to_save, directory)
+        resumed = distckpt.resume(to_save, directory)
         name = resumed and resumed.name
         is_older = torch.equal(older, model.numbers())
         expected = ("loaded", True, NEW, False) if damaged is content else ("damaged", False, OLD, True)
