@@ -20,7 +20,7 @@ from distckpt.consensus.scores import agreed_score, check_rule
 from distckpt.handlers.arguments import check_timeout
 from distckpt.handlers.older import deprecated
 from distckpt.handlers.places import take_place
-from distckpt.handlers.voting import stop
+from distckpt.handlers.voting import stop, stop_reason
 from distckpt.log_level import level_on
 from distckpt.scalars import is_nan, plain_score
 
@@ -172,8 +172,9 @@ class EarlyStopping(Serializable, ResettableHandler):
         self.counter += 1
         self.logger.debug("EarlyStopping: %i / %i", self.counter, self.patience)
         if self.counter >= self.patience:
+            is_new = stop_reason(self.trainer) != "early_stop"  # an evaluation may follow before the run has ended
             self.logger.log(
-                level_on(current().rank, {0}),
+                level_on(current().rank, {0}) if is_new else logging.DEBUG,
                 "EarlyStopping: Stop training (iteration %d: %d times no improvement; best score %s, last score %s)",
                 self.trainer.state.iteration,
                 self.counter,

@@ -13,7 +13,7 @@ from distckpt.backends.detect import current
 from distckpt.consensus.agree import Seat
 from distckpt.consensus.step_vote import Answer, Fact, Pending
 from distckpt.handlers.arguments import check_timeout
-from distckpt.handlers.voting import Voter, check_pace, poison, stop
+from distckpt.handlers.voting import Voter, check_pace, poison, stop, stop_reason
 from distckpt.log_level import level_on
 from distckpt.state.finite import all_finite, broken_flag, first_offender
 from distckpt.state.on_its_way import OnItsWay
@@ -115,11 +115,11 @@ class TerminateOnNan(Voter):
     def _stop(self, engine: Engine, output: Any, said: Mapping[int, Any], rank: int) -> None:
         name = type(self).__name__
         where = "; ".join(f"rank {one}, {told}" for one, told in said.items())
+        # With a lag the iteration after a NaN may have one too: the run is stopped already.
+        level = logging.DEBUG if stop_reason(engine) == "nan" else level_on(rank, {0, *said})
         if rank in said:
-            self.logger.warning("%s: Output '%s' contains NaN or Inf. Stop training (%s)", name, output, where)
+            self.logger.log(level, "%s: Output '%s' contains NaN or Inf. Stop training (%s)", name, output, where)
         else:
-            self.logger.log(
-                level_on(rank, {0}), "%s: Output of another rank contains NaN or Inf. Stop training (%s)", name, where
-            )
+            self.logger.log(level, "%s: Output of another rank contains NaN or Inf. Stop training (%s)", name, where)
         poison(engine)
         stop(engine, "nan")

@@ -14,7 +14,7 @@ from distckpt.backends.detect import current
 from distckpt.consensus.agree import Seat
 from distckpt.consensus.step_vote import Answer, Fact
 from distckpt.handlers.arguments import check_timeout
-from distckpt.handlers.voting import Voter, check_pace, stop
+from distckpt.handlers.voting import Voter, check_pace, stop, stop_reason
 from distckpt.log_level import level_on
 
 __all__ = ["TimeLimit"]
@@ -93,8 +93,10 @@ class TimeLimit(Voter):
 
     def _act(self, engine: Engine, said: Mapping[int, Any]) -> None:
         first = max(said, key=lambda rank: said[rank])
+        # With a lag the vote that was under way has found the same.
+        is_new = stop_reason(engine) != "time_limit"
         self.logger.log(
-            level_on(current().rank, {0, *said}),
+            level_on(current().rank, {0, *said}) if is_new else logging.DEBUG,
             "Reached the time limit: %s sec. Stop training (iteration %d; %.1f s have passed on rank %d)",
             self.limit_sec,
             engine.state.iteration,

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,31 @@ def test_a_nan_is_logged_by_the_coordinator_and_by_the_rank_that_has_it(culprit:
     told = heard(lambda: trainer.run([0, 1]))
     assert [len(one) for one in told] == counts
     assert all(f"Stop training (rank {culprit}, iteration 2: output is nan" in one for rank in told for one in rank)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@run_distributed(world_size=2)
+def test_a_stop_is_logged_once_though_its_reason_lasts(lag: int) -> None:
+    for handler in (TerminateOnNan(lag=lag), TimeLimit(3600, lag=lag)):
+        trainer = Engine(lambda _engine, _batch: float("nan"))
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, handler)
+        if isinstance(handler, TimeLimit):
+            handler.start_time -= 4000.0
+        told = heard(partial(trainer.run, [0] * 4))
+        assert [len(one) for one in told] == [1, 1]
+
+
+@run_distributed(world_size=2)
+def test_an_early_stop_is_logged_once_though_more_evaluations_follow() -> None:
+    trainer, evaluator = idle_engine(), idle_engine()
+    stopper = EarlyStopping(1, lambda _: 0.5, trainer)
+    evaluator.add_event_handler(Events.COMPLETED, stopper)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED | Events.COMPLETED, lambda _: evaluator.run([0]))
+    told = heard(lambda: trainer.run([0] * 4))
+    assert [len(one) for one in told] == [1, 0]
+    assert stopper.counter > 1
+    again = heard(lambda: trainer.run([0] * 8, max_epochs=1))
+    assert [len(one) for one in again] == [1, 0], "another run is stopped anew"
 
 
 @run_distributed(world_size=WORLD_SIZE)
