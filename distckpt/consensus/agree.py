@@ -22,13 +22,13 @@ In a world of one no collective is made, and errors pass through as they were ra
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from distckpt.backends import wire
 from distckpt.backends.base import Backend
-from distckpt.errors import RankFailure, RanksDriftedApart, phase_error
+from distckpt.errors import CollectiveError, PhaseError, RankFailure, RanksDriftedApart, phase_error
 
-__all__ = ["Place", "Seat", "post_failure", "run"]
+__all__ = ["Place", "Seat", "post_failure", "raise_own", "run"]
 
 T = TypeVar("T")
 
@@ -97,6 +97,7 @@ def run(backend: Backend, place: Place, work: Callable[[], T], *, timeout_s: flo
         PhaseError: `work` failed on some rank; alike on every rank.
         RanksDriftedApart: the ranks are not at the same place; on every rank.
         CollectiveError: some rank did not come, or died.
+        BaseException: what `work` raised here, where the others could not be told of it; it has a note of why.
 
     Example:
         >>> from distckpt.backends.serial import SerialBackend
@@ -106,9 +107,24 @@ def run(backend: Backend, place: Place, work: Callable[[], T], *, timeout_s: flo
     if backend.world_size == 1:
         return [work()]
     answer = _attempt(backend, work)
-    what = str(place)
-    num_bytes = _meet(backend, place, answer, timeout_s=timeout_s)
-    return _settle(backend, place, answer, backend.gather_host(answer.data, num_bytes, what=what, timeout_s=timeout_s))
+    try:
+        num_bytes = _meet(backend, place, answer, timeout_s=timeout_s)
+        parts = backend.gather_host(answer.data, num_bytes, what=str(place), timeout_s=timeout_s)
+    except CollectiveError as lost:
+        if answer.error is not None:
+            raise_own(answer.error, lost)
+        raise
+    return _settle(backend, place, answer, parts)
+
+
+def raise_own(own: BaseException, lost: CollectiveError) -> NoReturn:
+    """Raise this rank's own error, with a note of why the other ranks were not told of it."""
+    own.add_note(f"The other ranks were not told of it: {lost}")
+    context = own.__context__ or lost
+    try:
+        raise own
+    finally:
+        own.__context__ = context  # which `raise` replaces where another error is being handled
 
 
 def _meet(backend: Backend, place: Place, answer: _Answer, *, timeout_s: float | None) -> int:
@@ -125,6 +141,9 @@ def _settle(backend: Backend, place: Place, answer: _Answer, parts: list[bytes])
     failures = [RankFailure(**said["failure"]) for said in answers if "failure" in said]
     if answer.error is not None and backend.passes(answer.error):
         raise answer.error  # the others get it as a PhaseError
+    alike = {(one.kinds, one.message) for one in failures}
+    if isinstance(answer.error, PhaseError) and len(failures) == backend.world_size and len(alike) == 1:
+        raise answer.error  # of a phase inside this one: every rank has it as it was raised there
     if failures:
         raise phase_error(f"{place}, of {backend.world_size} ranks", failures) from answer.error
     return [said["value"] for said in answers]

@@ -24,11 +24,12 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from distckpt.backends import wire
 from distckpt.backends.base import Backend, default_timeout_s
-from distckpt.errors import CollectiveTimeout, RankFailure, RanksDriftedApart, phase_error
+from distckpt.consensus.agree import raise_own
+from distckpt.errors import CollectiveError, CollectiveTimeout, RankFailure, RanksDriftedApart, phase_error
 
 __all__ = ["Answer", "Ballot", "Detail", "Fact", "Later", "Motion", "Pending", "Result", "Scope"]
 
@@ -193,7 +194,10 @@ class Ballot:
         # New ones: the count keeps these, and may be under way while the next event's facts are put.
         self._motions, self._answers, self._error, self._failure = [], {}, None, None
         if not count.waits():
-            count.start()
+            try:
+                count.start()
+            except CollectiveError as lost:
+                count.raise_own(lost)
         return count.finish
 
     def _place(self, scope: Scope) -> str:
@@ -259,8 +263,20 @@ class _Count:
             timeout_s=self._timeout_s,
         )
 
+    def raise_own(self, lost: CollectiveError) -> NoReturn:
+        """Raise what a probe raised here, where the other ranks cannot be told of it; without such an error `lost`."""
+        if self._error is None or self._error is lost:
+            raise lost
+        raise_own(self._error, lost)
+
     def finish(self) -> Result:
         """Wait for step 2, and walk steps 3 and 4."""
+        try:
+            return self._finish()
+        except CollectiveError as lost:
+            self.raise_own(lost)
+
+    def _finish(self) -> Result:
         if self._wait is None:
             self._settle_answers()
             self.start()

@@ -6,6 +6,7 @@ from distckpt.handlers.early_stopping import EarlyStopping
 from distckpt.handlers.events import CheckpointEvents
 from distckpt.handlers.global_step import global_step_from_engine
 from distckpt.handlers.idist_bridge import install as install_bridge
+from distckpt.handlers.metric_states import install as install_metric_states
 from distckpt.handlers.model_checkpoint import ModelCheckpoint
 from distckpt.handlers.preemption import Preemption
 from distckpt.handlers.resume import resume
@@ -17,6 +18,7 @@ from distckpt.handlers.timer import Timer
 from distckpt.handlers.voting import stop_reason
 
 install_bridge()
+install_metric_states()
 
 __all__ = [
     "BaseSaveHandler",

@@ -132,6 +132,7 @@ class CheckpointSaving(CheckpointHistory):
     def _save_at_once(self, engine: Engine, backend: Backend, place: PlaceOf, agreed: Agreed, log: SaveLog) -> None:
         """Collective. Save, and return when it is durable."""
         handler, decision = self.save_handler, _made(agreed.decision)
+        gathered: dict[int, Any] = {}
         written, problems, left = self._files_to_be_written(agreed, decision), list[str](), tuple[str, ...]()
 
         def remove_first() -> list[str]:
@@ -151,8 +152,8 @@ class CheckpointSaving(CheckpointHistory):
                 backend,
                 place,
                 agreed,
-                consolidate=lambda: consolidate(self.to_save, save_on_rank=agreed.coordinator),
-                capture=lambda: self._capture(backend, agreed.coordinator, decision),
+                consolidate=lambda: gathered.update(consolidate(self.to_save, save_on_rank=agreed.coordinator)),
+                capture=lambda: self._capture(backend, agreed.coordinator, decision, gathered),
                 remove_first=remove_first,
                 write=lambda checkpoint: _hand_over(handler, checkpoint, decision, about(backend, engine, agreed)),
                 all_write=not (isinstance(handler, DiskSaver) and handler.writes_on_one_rank),
@@ -176,16 +177,17 @@ class CheckpointSaving(CheckpointHistory):
         """Collective. Save in the background, or with several ranks that write."""
         sharing = saver.sharing(backend, place, is_known=agreed.know_writers, timeout_s=self.timeout_s)
         decision = _made(agreed.decision)
+        gathered: dict[int, Any] = {}
         is_removed_early = saver.writes_on_one_rank and agreed.removal == RemovalOrder.AFTER
         written = self._files_to_be_written(agreed, decision)
         flight = take_off(
             backend,
             place,
             agreed,
-            consolidate=(lambda: consolidate(self.to_save, save_on_rank=agreed.coordinator))
+            consolidate=(lambda: gathered.update(consolidate(self.to_save, save_on_rank=agreed.coordinator)))
             if agreed.is_spread
             else None,
-            capture=lambda: self._capture(backend, agreed.coordinator, decision),
+            capture=lambda: self._capture(backend, agreed.coordinator, decision, gathered),
             replicas=lambda: replicas(self.to_save, world_size=backend.world_size),
             stepped=lambda: stepped(self.to_save),
             make_part=lambda: saver.part(backend, decision.filename, about(backend, engine, agreed), sharing),
@@ -275,8 +277,10 @@ class CheckpointSaving(CheckpointHistory):
         self._strays = decision.evicted
         self.last_save_s = took_s
 
-    def _capture(self, backend: Backend, coordinator: int, decision: SaveDecision) -> dict[str, Any]:
-        checkpoint = capture(self.to_save, rank=backend.rank, save_on_rank=coordinator)
+    def _capture(
+        self, backend: Backend, coordinator: int, decision: SaveDecision, gathered: Mapping[int, Any]
+    ) -> dict[str, Any]:
+        checkpoint = capture(self.to_save, rank=backend.rank, save_on_rank=coordinator, gathered=gathered)
         if self.include_self:
             checkpoint["checkpointer"] = OrderedDict(_saved=list(decision.kept))
         elif len(checkpoint) == 1:

@@ -75,7 +75,9 @@ def check_objects(tree: Any, method: str) -> None:
     map_tree(check, tree)
 
 
-def capture(to_save: Mapping[str, Any], *, rank: int, save_on_rank: int) -> dict[str, Any]:
+def capture(
+    to_save: Mapping[str, Any], *, rank: int, save_on_rank: int, gathered: Mapping[int, Any] | None = None
+) -> dict[str, Any]:
     """Call ``state_dict()`` on every object. All ranks.
 
     Whatever is collective about it has been done by :func:`consolidate`. Ranks that do not save hold ``{}`` for a
@@ -85,6 +87,7 @@ def capture(to_save: Mapping[str, Any], *, rank: int, save_on_rank: int) -> dict
         to_save: mappings and lists of objects, nested at will.
         rank: this rank.
         save_on_rank: the rank that saves.
+        gathered: what :func:`consolidate` returned; None where it was not called.
 
     Returns:
         The same tree with states in place of objects. Tensors are the live ones, not copies; NumPy scalars have
@@ -94,13 +97,17 @@ def capture(to_save: Mapping[str, Any], *, rank: int, save_on_rank: int) -> dict
     Raises:
         ShardedStateError: an object or its state is sharded.
     """
+    known = {} if gathered is None else gathered
 
     def state_of(name: str, obj: Any) -> Any:
-        obj = unwrap(obj)
-        if _is_sharded_optimizer(obj) and rank != save_on_rank:
-            return {}
-        refuse_sharded_object(name, obj, save_on_rank=save_on_rank)
-        state = obj.state_dict()
+        if id(obj) in known:
+            state = known[id(obj)]
+        else:
+            obj = unwrap(obj)
+            if _is_sharded_optimizer(obj) and rank != save_on_rank:
+                return {}
+            refuse_sharded_object(name, obj, save_on_rank=save_on_rank)
+            state = obj.state_dict()
         return plain_state(state, f"to_save[{name!r}]") if _holds_more_than_plain(state) else state
 
     captured: dict[str, Any] = map_named(state_of, dict(to_save))
@@ -119,24 +126,31 @@ def refuse_sharded(to_load: Mapping[str, Any]) -> None:
     map_named(lambda name, obj: refuse_sharded_object(name, unwrap(obj)), dict(to_load))
 
 
-def consolidate(to_save: Mapping[str, Any], *, save_on_rank: int) -> None:
+def consolidate(to_save: Mapping[str, Any], *, save_on_rank: int) -> dict[int, Any]:
     """Collective where an object's state is spread over the ranks. Gather it on the rank that saves.
 
     Apart from :func:`capture`, whose calls of users' code may fail on one rank while the others would wait here.
 
     Two kinds of objects are such: a ZeroRedundancyOptimizer, and one whose class has a method
     ``distckpt_consolidate(to)``, as :class:`~distckpt.RngState` has. It is called on every rank, in the same order,
-    and may be collective; the ``state_dict()`` that follows returns what was gathered on rank `to`. An object of
-    anybody's that merely has a ``consolidate_state_dict`` is left alone: nobody knows what that one waits for.
+    and may be collective. It returns the state to save, or None where the ``state_dict()`` that follows does. An object
+    of anybody's that merely has a ``consolidate_state_dict`` is left alone: nobody knows what that one waits for.
+
+    Returns:
+        The states that were returned, by the identities of their objects, for :func:`capture`.
     """
+    gathered: dict[int, Any] = {}
 
     def gather(obj: Any) -> None:
         if _is_sharded_optimizer(obj):
             obj.consolidate_state_dict(to=save_on_rank)
         elif hasattr(type(obj), "distckpt_consolidate"):  # of the class: a mock has every attribute
-            obj.distckpt_consolidate(save_on_rank)
+            state = obj.distckpt_consolidate(save_on_rank)
+            if state is not None:
+                gathered[id(obj)] = state
 
     map_tree(gather, dict(to_save))
+    return gathered
 
 
 def is_spread(to_save: Mapping[str, Any]) -> bool:
