@@ -34,6 +34,7 @@ from distckpt.errors import (
     SaveError,
     ShardedStateError,
     UnsafeCheckpoint,
+    UnsupportedCheckpoint,
 )
 from distckpt.handlers import (
     BaseSaveHandler,
@@ -82,6 +83,7 @@ __all__ = [
     "TimeLimit",
     "Timer",
     "UnsafeCheckpoint",
+    "UnsupportedCheckpoint",
     "all_gather",
     "all_reduce",
     "available_backends",

@@ -21,6 +21,8 @@ The tree::
         │                               the file is no checkpoint, or is truncated or damaged
         ├── UnsafeCheckpoint(pickle.UnpicklingError)
         │                               it holds objects that loading would have to execute; nothing was
+        ├── UnsupportedCheckpoint(RuntimeError, pickle.UnpicklingError)
+        │                               the file is sound, and of a kind that is not read here: newer, encrypted, ...
         ├── DoesNotFit                  keys or shapes are missing, unexpected or mismatched
         │   └── (DoesNotFit, <kind>)    of the types that each object's own error is of
         └── PartlyLoaded(OSError)       storage failed when live tensors were being read into
@@ -55,6 +57,7 @@ __all__ = [
     "SaveError",
     "ShardedStateError",
     "UnsafeCheckpoint",
+    "UnsupportedCheckpoint",
 ]
 
 
@@ -147,6 +150,10 @@ class DamagedCheckpoint(LoadError, RuntimeError, pickle.UnpicklingError, EOFErro
 
 class UnsafeCheckpoint(LoadError, pickle.UnpicklingError):  # noqa: N818 - public name
     """The checkpoint holds objects that can only be loaded by executing code. Nothing was executed."""
+
+
+class UnsupportedCheckpoint(LoadError, RuntimeError, pickle.UnpicklingError):  # noqa: N818 - public name
+    """The file is not damaged, but this distckpt cannot read it: of a newer schema, encrypted, another format."""
 
 
 class DoesNotFit(LoadError):  # noqa: N818 - the name is the sentence; it is public API

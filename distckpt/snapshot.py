@@ -292,22 +292,13 @@ class Snapshot:
 
     def _entries(self, crcs: Sequence[int]) -> tuple[TensorEntry, ...]:
         by_storage = {
-            number: (slot, crc) for number, slot, crc in zip(self._plan.order, self._plan.slots, crcs, strict=True)
+            number: (slot.name, slot.offset, crc)
+            for number, slot, crc in zip(self._plan.order, self._plan.slots, crcs, strict=True)
         }
         entries = []
-        for tensor in self._pickled.tensors():
-            slot, crc = by_storage[tensor.storage]
-            entries.append(
-                TensorEntry(
-                    name=tensor.name,
-                    dtype=tensor.dtype,
-                    shape=tensor.shape,
-                    record=slot.name,
-                    offset=slot.offset + tensor.begin_bytes,
-                    num_bytes=tensor.num_bytes,
-                    crc32=crc,
-                )
-            )
+        for name, dtype, shape, number, begin_bytes, num_bytes in self._pickled.tensors():
+            record, offset, crc = by_storage[number]
+            entries.append(TensorEntry(name, dtype, shape, record, offset + begin_bytes, num_bytes, crc))
         return tuple(entries)
 
 

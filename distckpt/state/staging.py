@@ -316,11 +316,16 @@ class Staging:
 
 def in_strides(copies: Iterable[Copy]) -> tuple[Copy, ...]:
     """Cut copies into pieces such that several threads may share them, and others take what is copied."""
-    return tuple(
-        Copy(one.storage, one.begin + done, one.at + done, min(_STRIDE_BYTES, one.num_bytes - done))
-        for one in copies
-        for done in range(0, max(one.num_bytes, 1), _STRIDE_BYTES)
-    )
+    found: list[Copy] = []
+    for one in copies:
+        if one.num_bytes <= _STRIDE_BYTES:
+            found.append(one)
+            continue
+        found += [
+            Copy(one.storage, one.begin + done, one.at + done, min(_STRIDE_BYTES, one.num_bytes - done))
+            for done in range(0, one.num_bytes, _STRIDE_BYTES)
+        ]
+    return tuple(found)
 
 
 def _address_of(memory: memoryview) -> int:

@@ -5,26 +5,38 @@ Layer L2, below :mod:`distckpt.storage.ptfile`.
 
 The layout, all of it determined by names, lengths and checksums:
 
-* records are stored, not deflated, one after the other without gaps; a record that is to stand on a border of 4096
-  bytes has the rest of the block before it as padding in its local header;
+* records are stored, not deflated, one after the other without gaps; a record that is to stand on a border has the
+  bytes before that border as padding in its local header. Storages of 64 KiB and more stand on borders of 4096 bytes,
+  smaller ones on borders of 64, as torch's do (:func:`alignment_of`; in schema 1 all stand on borders of 4096);
 * sizes and CRC-32 stand in the local headers, no data descriptors; dates are zip's first, 1980-01-01;
 * from 4 GiB on, sizes and offsets move to zip64's extra fields, and zip64's end record precedes the usual one.
 
 Since nothing is left open, a reader builds the same bytes again and compares: whatever was changed, is found.
+Archives that other tools wrote are read as well, whatever their layout: with comments, deflated records, data
+descriptors, bytes after the end.
+
+IMPORTANT: every constant here is part of the format. A change needs a new number in :data:`distckpt.manifest.SCHEMA`,
+and the old rules stay for older files (``tests/golden``).
 
 Sources: PKWARE's APPNOTE.TXT 6.3.10, sections 4.3.7 to 4.3.16 and 4.5.3.
 """
 
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
+
+from distckpt.manifest import SCHEMA
 
 __all__ = [
     "BLOCK_BYTES",
     "FOLDER",
+    "LARGE_BYTES",
     "MAGIC",
+    "Directory",
     "Listed",
     "Slot",
+    "UnsupportedArchive",
+    "alignment_of",
     "border_from",
     "directory",
     "local_header",
@@ -35,6 +47,12 @@ __all__ = [
 
 BLOCK_BYTES = 4096
 """What O_DIRECT, pages and several writers of one file want."""
+LARGE_BYTES = 1 << 16
+"""From this length on a storage stands on a border of a block: that costs it 6 percent at most."""
+_SMALL_BORDER_BYTES = 64
+"""What vector instructions want, and torch's own files have."""
+_EVERY_ON_A_BLOCK = 1
+"""The schema whose storages all stand on borders of blocks."""
 FOLDER = "archive"
 """torch's readers want all records in one folder, of any name."""
 
@@ -46,19 +64,23 @@ _LOCATOR_64 = struct.Struct("<IIQI")
 _EXTRA = struct.Struct("<HH")
 _LOCAL_MAGIC, _CENTRAL_MAGIC, _END_MAGIC = 0x04034B50, 0x02014B50, 0x06054B50
 _END_64_MAGIC, _LOCATOR_64_MAGIC = 0x06064B50, 0x07064B50
+_END_SIGN = _END_MAGIC.to_bytes(4, "little")
 MAGIC = _LOCAL_MAGIC.to_bytes(4, "little")
 """What an archive begins with."""
 _FULL_16, _FULL_32 = 0xFFFF, 0xFFFFFFFF
 _ZIP64 = 1
 _PADDING = 0x4246  # "FB", under which torch pads too
 _DATE = 0x21
-_UTF8 = 0x800
-_LATER = 8
+_ENCRYPTED, _LATER, _UTF8 = 0x1, 0x8, 0x800
+_STORED, _DEFLATED = 0, 8
 _VERSION, _VERSION_64 = 20, 45
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
+class UnsupportedArchive(Exception):  # noqa: N818 - a reason, always caught
+    """The archive is sound, and written in a way that is not read here; the text says which."""
+
+
+class Slot(NamedTuple):
     """Where one record stands.
 
     Attributes:
@@ -79,22 +101,42 @@ class Slot:
         return self.offset + self.num_bytes
 
 
-def border_from(at: int) -> int:
-    """Return the first border of 4096 bytes at or after an offset."""
-    return -(-at // BLOCK_BYTES) * BLOCK_BYTES
+def border_from(at: int, border: int = BLOCK_BYTES) -> int:
+    """Return the first border at or after an offset."""
+    return -(-at // border) * border
 
 
-def place(name: str, num_bytes: int, at: int, *, on_border: bool) -> Slot:
-    """Return the slot of a record that comes at an offset.
+def alignment_of(num_bytes: int, schema: int = SCHEMA) -> int:
+    """Return the number of bytes on whose borders a storage's data begin.
+
+    Args:
+        num_bytes: the storage's length.
+        schema: of the file's manifest.
 
     Example:
-        >>> place("data/0", 8, 100, on_border=True)
-        Slot(name='data/0', header=100, offset=4096, num_bytes=8)
+        >>> alignment_of(64), alignment_of(1 << 20), alignment_of(64, schema=1)
+        (64, 4096, 4096)
     """
-    bare = at + _LOCAL.size + len(_full_name(name)) + len(_sizes_64(num_bytes))
-    if not on_border or bare % BLOCK_BYTES == 0:
-        return Slot(name, at, bare, num_bytes)
-    return Slot(name, at, border_from(bare + _EXTRA.size), num_bytes)
+    return BLOCK_BYTES if num_bytes >= LARGE_BYTES or schema == _EVERY_ON_A_BLOCK else _SMALL_BORDER_BYTES
+
+
+def place(name: str, num_bytes: int, at: int, *, border: int = 1) -> Slot:
+    """Return the slot of a record that comes at an offset.
+
+    Args:
+        name: the record's.
+        num_bytes: length of its data.
+        at: where its local header begins.
+        border: what the offset of its data is a multiple of.
+
+    Example:
+        >>> place("data/0", 8, 100, border=64)
+        Slot(name='data/0', header=100, offset=192, num_bytes=8)
+    """
+    bare = at + _LOCAL.size + len(_full_name(name)) + (len(_sizes_64(num_bytes)) if num_bytes >= _FULL_32 else 0)
+    if bare % border:
+        bare = border_from(bare + _EXTRA.size, border)
+    return Slot(name, at, bare, num_bytes)
 
 
 def local_header(slot: Slot, crc: int) -> bytes:
@@ -130,39 +172,58 @@ def directory(records: Sequence[tuple[Slot, int]], at: int) -> bytes:
     return entries + end + _END.pack(_END_MAGIC, 0, 0, few, few, small, near, 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Listed:
+class Listed(NamedTuple):
     """What a directory says of one record.
 
     Attributes:
         name: its full name.
         crc: its CRC-32.
         num_bytes: its length.
+        packed_bytes: its length in the file, which is another one where it is deflated.
         header: offset in bytes of its local header.
         flags: zip's.
+        method: zip's, of compression.
     """
 
     name: str
     crc: int
     num_bytes: int
+    packed_bytes: int
     header: int
     flags: int
+    method: int
+
+    @property
+    def is_deflated(self) -> bool:
+        """Whether its data have to be inflated."""
+        return self.method == _DEFLATED
 
 
-def read_directory(read: Callable[[int, int], bytes], num_bytes: int) -> tuple[list[Listed], int]:
+class Directory(NamedTuple):
+    """An archive's directory.
+
+    Attributes:
+        records: in its order.
+        at: its offset in bytes.
+        has_comment: whether the archive ends with a comment.
+    """
+
+    records: list[Listed]
+    at: int
+    has_comment: bool
+
+
+def read_directory(read: Callable[[int, int], bytes], num_bytes: int) -> Directory:
     """Read the directory of an archive, and take nothing for granted.
 
     Args:
         read: takes an offset and a length, returns the bytes there; fewer at the end of the file.
         num_bytes: the archive's length.
 
-    Returns:
-        The records in the directory's order, and the directory's offset.
-
     Raises:
         ValueError: there is none at the end of the file, or it contradicts itself.
     """
-    num, size, at, end_at = _read_end(read, num_bytes)
+    num, size, at, end_at, has_comment = _read_end(read, num_bytes)
     if at + size > end_at:
         msg = "its directory does not end where it should"
         raise ValueError(msg)
@@ -173,7 +234,7 @@ def read_directory(read: Callable[[int, int], bytes], num_bytes: int) -> tuple[l
     if len(records) != num or begin != size:
         msg = f"its directory lists {len(records)} of {num} records"
         raise ValueError(msg)
-    return records, at
+    return Directory(records, at, has_comment)
 
 
 def read_local_header(read: Callable[[int, int], bytes], listed: Listed) -> Slot:
@@ -181,25 +242,36 @@ def read_local_header(read: Callable[[int, int], bytes], listed: Listed) -> Slot
 
     Raises:
         ValueError: it does not.
+        UnsupportedArchive: it does, and the record is encrypted, or compressed in a rare way.
     """
     fields = _unpack(_LOCAL, read(listed.header, _LOCAL.size), 0)
-    _, _, flags, method, _, _, crc, _, size, num_name, num_extra = fields
+    magic, _, flags, method, _, _, crc, packed, size, num_name, num_extra = fields
     name = read(listed.header + _LOCAL.size, num_name)
     is_later = flags & _LATER  # sizes and checksum follow the data
-    says_other = not is_later and (crc != listed.crc or size not in (listed.num_bytes, _FULL_32))
-    if fields[0] != _LOCAL_MAGIC or method or name != listed.name.encode() or says_other:
-        msg = f"record {listed.name} is not where its directory says"
+    says_other = not is_later and (
+        crc != listed.crc or size not in (listed.num_bytes, _FULL_32) or packed not in (listed.packed_bytes, _FULL_32)
+    )
+    says_other |= method != listed.method or bool((flags ^ listed.flags) & _ENCRYPTED)
+    if magic != _LOCAL_MAGIC or name != listed.name.encode("utf-8", "surrogateescape") or says_other:
+        msg = f"record {listed.name!a} is not where its directory says"
         raise ValueError(msg)
-    return Slot(listed.name, listed.header, listed.header + _LOCAL.size + num_name + num_extra, listed.num_bytes)
+    if flags & _ENCRYPTED or method not in (_STORED, _DEFLATED):
+        how = "encrypted" if flags & _ENCRYPTED else f"compressed by zip's method {method}"
+        msg = f"its record {listed.name!a} is {how}"
+        raise UnsupportedArchive(msg)
+    begin = listed.header + _LOCAL.size + num_name + num_extra
+    return Slot(listed.name, listed.header, begin, listed.packed_bytes)
 
 
-def _read_end(read: Callable[[int, int], bytes], num_bytes: int) -> tuple[int, int, int, int]:
-    """Return how many records there are, the directory's length and offset, and where what follows it begins."""
-    end_at = num_bytes - _END.size
-    magic, disk, start, here, num, size, at, num_comment = _unpack(_END, read(max(end_at, 0), _END.size), 0)
-    if magic != _END_MAGIC or disk or start or here != num or num_comment:
-        msg = "it does not end as a zip archive does"
-        raise ValueError(msg)
+def _read_end(read: Callable[[int, int], bytes], num_bytes: int) -> tuple[int, int, int, int, bool]:
+    """Return the number of records, the directory's length and offset, where its end begins, and if there is a comment.
+
+    The last end record counts that is one; bytes may follow it, as torch and other readers let them.
+    """
+    begin = max(num_bytes - _END.size - _FULL_16, 0)
+    tail = read(begin, num_bytes - begin)
+    at_sign, num, size, at, num_comment = _find_end(tail)
+    end_at = begin + at_sign
     locator_at = end_at - _LOCATOR_64.size
     locator = read(locator_at, _LOCATOR_64.size) if locator_at >= 0 else b""
     if len(locator) == _LOCATOR_64.size and locator[:4] == _LOCATOR_64_MAGIC.to_bytes(4, "little"):
@@ -208,7 +280,20 @@ def _read_end(read: Callable[[int, int], bytes], num_bytes: int) -> tuple[int, i
         if magic != _END_64_MAGIC:
             msg = "it has no zip64 end where its locator says"
             raise ValueError(msg)
-    return num, size, at, end_at
+    return num, size, at, end_at, num_comment > 0
+
+
+def _find_end(tail: bytes) -> tuple[int, int, int, int, int]:
+    """Return where in a file's tail its end record is, and what that says; see :func:`_read_end`."""
+    at_sign = tail.rfind(_END_SIGN)
+    while at_sign >= 0:
+        if at_sign + _END.size <= len(tail):
+            _, disk, start, here, num, size, at, num_comment = _END.unpack_from(tail, at_sign)
+            if not disk and not start and here == num and at_sign + _END.size + num_comment <= len(tail):
+                return at_sign, num, size, at, num_comment
+        at_sign = tail.rfind(_END_SIGN, 0, at_sign)
+    msg = "it does not end as a zip archive does"
+    raise ValueError(msg)
 
 
 def _read_entry(data: bytes, begin: int) -> tuple[Listed, int]:
@@ -216,18 +301,19 @@ def _read_entry(data: bytes, begin: int) -> tuple[Listed, int]:
     magic, _, _, flags, method, _, _, crc, packed, size, num_name, num_extra, num_comment, _, _, _, header = fields
     name_at = begin + _CENTRAL.size
     extra_at, end = name_at + num_name, name_at + num_name + num_extra + num_comment
-    if magic != _CENTRAL_MAGIC or end > len(data) or packed != size:
+    if magic != _CENTRAL_MAGIC or end > len(data):
         msg = "an entry of its directory is no such entry"
         raise ValueError(msg)
-    if method or flags & 1:
-        msg = "a record of it is compressed or encrypted"
-        raise ValueError(msg)
-    if _FULL_32 in (size, header):
+    name = data[name_at:extra_at].decode("utf-8", "surrogateescape")
+    if _FULL_32 in (size, packed, header):
         large = iter(_extra_64(data[extra_at : extra_at + num_extra]))
         size = next(large, size) if size == _FULL_32 else size
-        packed = next(large, packed) if packed == _FULL_32 else size
+        packed = next(large, packed) if packed == _FULL_32 else packed
         header = next(large, header) if header == _FULL_32 else header
-    return Listed(data[name_at:extra_at].decode(), crc, size, header, flags), end
+    if method == _STORED and packed != size and not flags & _ENCRYPTED:
+        msg = f"record {name!a} is stored as it is, and its directory tells of two lengths"
+        raise ValueError(msg)
+    return Listed(name, crc, size, packed, header, flags, method), end
 
 
 def _extra_64(extra: bytes) -> tuple[int, ...]:

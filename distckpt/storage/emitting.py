@@ -11,15 +11,14 @@ Source: ``pickletools`` of Python 3.11, of protocol 2; ``torch._weights_only_unp
 knows no other opcodes than are used here.
 """
 
-import functools
 import struct
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
 import torch
 
-__all__ = ["TYPES", "Emitted", "NotPlain", "TensorAt", "emit", "is_plain"]
+__all__ = ["TYPES", "Emitted", "Form", "NotPlain", "TensorAt", "emit", "is_plain"]
 
 TYPES: Final[Mapping[torch.dtype, Any]] = {
     torch.float64: torch.DoubleStorage,
@@ -52,6 +51,20 @@ class NotPlain(Exception):  # noqa: N818 - it is no error, but an answer
     """The state holds something that this way does not know, or one object twice."""
 
 
+class Form(NamedTuple):
+    """What tensors of one form have in common.
+
+    Attributes:
+        dtype: theirs.
+        shape: their sizes.
+        offset: where in its storage each one's first element lies, in elements.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+
 class TensorAt(NamedTuple):
     """One tensor of a state, as the manifest names it.
 
@@ -78,12 +91,12 @@ class Emitted(NamedTuple):
     Attributes:
         data: the pickle.
         storages: by number; shared ones once. The live ones, not copies.
-        tensors: name, dtype, shape, number of the storage, and offset in elements of each tensor.
+        tensors: of each tensor the name, the form, and the number of its storage.
     """
 
     data: bytes
     storages: list[torch.UntypedStorage]
-    tensors: list[tuple[str, torch.dtype, tuple[int, ...], int, int]]
+    tensors: Iterator[tuple[str, Form, int]]
 
 
 def emit(state: Any) -> Emitted:
@@ -98,12 +111,13 @@ def emit(state: Any) -> Emitted:
 
     Example:
         >>> emitted = emit({"a": torch.ones(2), "b": 1})
-        >>> len(emitted.storages), emitted.tensors[0][0]
-        (1, 'a')
+        >>> len(emitted.storages), [name for name, _, _ in emitted.tensors]
+        (1, ['a'])
     """
     walk = _Walk()
     walk.put(state, "", 0)
-    return Emitted(b"".join((_PROTOCOL, *walk.out, _STOP)), walk.storages, walk.tensors)
+    tensors = zip(walk.names, walk.forms, walk.numbers, strict=True)
+    return Emitted(b"".join((_PROTOCOL, *walk.out, _STOP)), walk.storages, tensors)
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
@@ -129,12 +143,15 @@ class _Walk:
     def __init__(self) -> None:
         self.out: list[bytes] = []
         self.storages: list[torch.UntypedStorage] = []
-        self.tensors: list[tuple[str, torch.dtype, tuple[int, ...], int, int]] = []
+        # Of each tensor. No tuples: so many new objects would have the garbage collector look through all there are.
+        self.names: list[str] = []
+        self.forms: list[Form] = []
+        self.numbers: list[int] = []
         self._memo: dict[Any, bytes] = {}  # what is written once -> how it is referred to
         self._seen: set[int] = set()  # containers and tensors
         self._numbers: dict[int, int] = {}  # torch's identity of a storage -> its number
         self._dtypes: dict[int, torch.dtype] = {}  # where its data lie -> their dtype
-        self._forms: dict[Any, tuple[bytes, bytes]] = {}
+        self._forms: dict[Any, tuple[bytes, bytes, Form]] = {}
         self._keys: dict[str, bytes] = {}  # mappings have the same ones again and again
 
     def put(self, value: Any, path: str, level: int) -> None:
@@ -229,10 +246,12 @@ class _Walk:
         found = self._forms.get(form)
         if found is None:
             # Twice: what is new in it is written in full now, and is referred to by all that come after it.
-            found = self._form_of(*form, storage)
-            self._forms[form] = self._form_of(*form, storage)
+            found = (*self._form_of(*form, storage), Form(dtype, tuple(shape), offset))
+            self._forms[form] = (*self._form_of(*form, storage), found[2])
         self.out += (found[0], _key_of(number), found[1])
-        self.tensors.append((path, dtype, shape, number, offset))
+        self.names.append(path)
+        self.forms.append(found[2])
+        self.numbers.append(number)
 
     def _form_of(
         self,
@@ -294,10 +313,10 @@ def _text(value: str) -> bytes:
     return b"X" + _LENGTH.pack(len(data)) + data
 
 
-@functools.lru_cache(maxsize=1 << 14)
 def _key_of(number: int) -> bytes:
-    """Return a storage's name in the pickle: of the first few thousand, from the second save on, without making it."""
-    return _text(str(number))
+    """Return a storage's name in the pickle."""
+    digits = b"%d" % number
+    return b"X%c\0\0\0" % len(digits) + digits
 
 
 def _integer(value: int) -> bytes:

@@ -13,7 +13,6 @@ Source: ``torch.serialization._load`` of torch 2.9 to 2.13, with what it asks of
 """
 
 import io
-import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import torch
 
 from distckpt.quiet import quiet
 from distckpt.storage.archive import FOLDER, Slot
-from distckpt.storage.verify import Archive
+from distckpt.storage.verify import Archive, record_bytes
 
 __all__ = ["Hollow", "NotPlain", "read_hollow"]
 
@@ -83,7 +82,7 @@ def read_hollow(archive: Archive, fd: int) -> Hollow:
     """
     try:
         records = _records(archive, fd)
-        return _unpickled(_content(fd, records[_PICKLE]), records)
+        return _unpickled(record_bytes(fd, records[_PICKLE]), records)
     except (NotPlain, OSError, MemoryError):
         raise
     except Exception as error:
@@ -94,35 +93,25 @@ def _records(archive: Archive, fd: int) -> dict[str, Slot]:
     """Return the records by their names in the folder that all of them are in.
 
     Raises:
-        NotPlain: they are in several, or the file is another machine's, or a program.
+        NotPlain: they are in several, or the file is another machine's, or a program, or deflated.
     """
+    if archive.inflated:
+        raise NotPlain
     folders = {FOLDER} if archive.is_own else {slot.name.partition("/")[0] for slot in archive.slots}
     names = [slot.name if archive.is_own else slot.name.partition("/")[2] for slot in archive.slots]
     if len(folders) != 1 or len(set(names)) != len(names) or "constants.pkl" in names:
         raise NotPlain
     records = dict(zip(names, archive.slots, strict=True))
-    order = _content(fd, records[_BYTEORDER]) if _BYTEORDER in records else sys.byteorder.encode()
-    if _content(fd, records[_VERSION]) not in _VERSIONS or order != sys.byteorder.encode():
+    order = record_bytes(fd, records[_BYTEORDER]) if _BYTEORDER in records else sys.byteorder.encode()
+    if record_bytes(fd, records[_VERSION]) not in _VERSIONS or order != sys.byteorder.encode():
         raise NotPlain
     return records
-
-
-def _content(fd: int, slot: Slot) -> bytes:
-    content = b""
-    while len(content) < slot.num_bytes:
-        part = os.pread(fd, slot.num_bytes - len(content), slot.offset + len(content))
-        if not part:
-            raise NotPlain
-        content += part
-    return content
 
 
 def _unpickled(data: bytes, records: Mapping[str, Slot]) -> Hollow:
     unpickling: Any = torch._weights_only_unpickler  # noqa: SLF001 - torch.load's own, without its reading of storages
     with quiet():
-        if not all(map(_is_known, unpickling.get_globals_in_pkl(io.BytesIO(data)))):
-            raise NotPlain
-        unpickler = unpickling.Unpickler(io.BytesIO(data), encoding="utf-8")
+        unpickler = unpickling.Unpickler(_Pickle(data), encoding="utf-8")
         made: dict[str, Any] = {}
         unpickler.persistent_load = _storages_from(records, made)
         state = unpickler.load()
@@ -133,6 +122,28 @@ def _unpickled(data: bytes, records: Mapping[str, Slot]) -> Hollow:
             raise NotPlain
         slots[storage._cdata], storages[storage._cdata] = slot, storage  # noqa: SLF001 - torch's identity of it
     return Hollow(state, slots, storages)
+
+
+class _Pickle(io.BytesIO):
+    """A pickle that ends where something is called by name that is not known.
+
+    The unpickler reads lines for such names alone: a module, then what is in it.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self._module: str | None = None
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        line = super().readline(size)
+        text = line[:-1].decode()
+        if self._module is None:
+            self._module = text
+        elif _is_known(f"{self._module}.{text}"):
+            self._module = None
+        else:
+            raise NotPlain(f"{self._module}.{text}")
+        return line
 
 
 def _is_known(name: str) -> bool:

@@ -6,7 +6,7 @@ memory, nor how they reach the disk. Layer L2, below :mod:`distckpt.storage.ptfi
 The order of the file::
 
     version, byteorder      a few bytes
-    data/...                storages that are equal on all ranks, each on a border of 4096 bytes
+    data/...                storages that are equal on all ranks, large ones on borders of 4096 bytes
     data/...                storages of the saving rank's own, likewise
     data.pkl                the tail, of the saving rank's, made when all checksums are known
     distckpt.json           ... so is this
@@ -17,8 +17,10 @@ saving rank's. The header of a record tells the checksum of the whole record: wh
 share, its header is left out, and the saving rank puts it there when all checksums are known.
 """
 
+import bisect
 import functools
 import itertools
+import operator
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -26,12 +28,24 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from distckpt.checksum import combined, crc32
-from distckpt.storage.archive import BLOCK_BYTES, Slot, border_from, directory, local_header, place
+from distckpt.storage.archive import (
+    BLOCK_BYTES,
+    LARGE_BYTES,
+    Slot,
+    alignment_of,
+    border_from,
+    directory,
+    local_header,
+    place,
+)
 
-__all__ = ["CHUNK_BYTES", "ImagePlan", "Part", "Piece", "crcs_of", "plan_image", "tail_of"]
+__all__ = ["CHUNK_BYTES", "ImagePlan", "Part", "Piece", "crcs_of", "head_bytes", "plan_image", "tail_of"]
 
 CHUNK_BYTES, MOST_BYTES = 8 << 20, 256 << 20
 """What is written at once, at least and at most. Powers of two of blocks."""
+
+_GROUP_BYTES = 1 << 20
+"""Records that are checked in one go, without looking whether more is ready."""
 
 _Known = Callable[[int, int], Sequence[tuple[int, int]] | None]
 _HEAD = (("version", b"3\n"), ("byteorder", sys.byteorder.encode()))
@@ -87,17 +101,23 @@ class ImagePlan:
 
     def _cut_near(self, at: int) -> int:
         """Return the last border up to `at` that leaves no header apart from the first byte of its record."""
-        for slot in reversed(self.slots):
-            if slot.header < at <= slot.offset:
-                at = slot.header // BLOCK_BYTES * BLOCK_BYTES
+        while number := bisect.bisect_left(self.slots, at, key=_header_of):
+            slot = self.slots[number - 1]
+            if at > slot.offset:
+                break
+            at = slot.header // BLOCK_BYTES * BLOCK_BYTES
         return at
 
     def pieces(self, begin: int, end: int) -> Iterator[Piece]:
         """Yield what is to be copied for a share, in the image's order."""
-        for number, slot in zip(self.order, self.slots, strict=True):
-            first, last = max(slot.offset, begin), min(slot.end, end)
-            if first < last:
-                yield Piece(number, first - slot.offset, first, last - first)
+        for number, (_, _, offset, num_bytes) in zip(self.order, self.slots, strict=True):
+            last = offset + num_bytes
+            if begin <= offset and last <= end:
+                if num_bytes:
+                    yield Piece(number, 0, offset, num_bytes)
+            elif max(offset, begin) < min(last, end):
+                first = max(offset, begin)
+                yield Piece(number, first - offset, first, min(last, end) - first)
 
     def cut_headers(self, cuts: Collection[int], crcs: Sequence[int]) -> list[tuple[int, bytes]]:
         """Return the headers that no share's writer could put: of the records that a cut goes through.
@@ -109,11 +129,30 @@ class ImagePlan:
         Returns:
             Offsets in the file, and what goes there.
         """
+        before = {bisect.bisect_left(self.slots, cut, key=_header_of) - 1 for cut in cuts}
         return [
-            (slot.header, local_header(slot, crc))
-            for slot, crc in zip(self.slots, crcs, strict=True)
-            if any(slot.header < cut < slot.end for cut in cuts)
+            (self.slots[number].header, local_header(self.slots[number], crcs[number]))
+            for number in sorted(before)
+            if number >= 0 and any(self.slots[number].header < cut < self.slots[number].end for cut in cuts)
         ]
+
+
+_header_of = operator.attrgetter("header")
+
+
+@functools.cache
+def head_bytes() -> bytes:
+    """Return what every file begins with: the records before the storages, headers and all."""
+    slots, _ = _head_slots()
+    return b"".join(local_header(slot, crc32(data)) + data for slot, (_, data) in zip(slots, _HEAD, strict=True))
+
+
+def _head_slots() -> tuple[tuple[Slot, ...], int]:
+    slots, at = [], 0
+    for name, data in _HEAD:
+        slots.append(place(name, len(data), at))
+        at = slots[-1].end
+    return tuple(slots), at
 
 
 def plan_image(sizes: Sequence[int], replicated: Collection[int] = ()) -> ImagePlan:
@@ -126,30 +165,26 @@ def plan_image(sizes: Sequence[int], replicated: Collection[int] = ()) -> ImageP
         replicated: the numbers of those that are equal on all ranks.
 
     Example:
-        >>> plan = plan_image([8, 5000, 0])
+        >>> plan = plan_image([8, 1 << 20, 0])
         >>> [slot.offset for slot in plan.slots], plan.end
-        ([4096, 8192, 16384], 16384)
+        ([192, 4096, 1052736], 1052736)
     """
     return _plan_image(tuple(sizes), frozenset(replicated))
 
 
 @functools.lru_cache(maxsize=8)
 def _plan_image(sizes: tuple[int, ...], replicated: frozenset[int]) -> ImagePlan:
-    head, at = [], 0
-    for name, data in _HEAD:
-        slot = place(name, len(data), at, on_border=False)
-        head.append(slot)
-        at = slot.end
-    shared = [number for number in range(len(sizes)) if number in replicated]
-    own = [number for number in range(len(sizes)) if number not in replicated]
+    head, at = _head_slots()
+    shared = sorted(replicated)
+    own = [number for number in range(len(sizes)) if number not in replicated] if shared else range(len(sizes))
     slots, shared_end = [], 0
     for number in (*shared, *own):
-        slot = place(f"data/{number}", sizes[number], at, on_border=True)
+        slot = place(f"data/{number}", sizes[number], at, border=alignment_of(sizes[number]))
         slots.append(slot)
         at = slot.end
         if len(slots) == len(shared):
             shared_end = at // BLOCK_BYTES * BLOCK_BYTES
-    return ImagePlan(tuple(head), tuple(slots), (*shared, *own), shared_end, at)
+    return ImagePlan(head, tuple(slots), (*shared, *own), shared_end, at)
 
 
 class Part:
@@ -192,10 +227,12 @@ class Part:
         """
         try:
             self._put_head()
-            for number, slot in enumerate(self.plan.slots):
-                if self.begin < slot.end and slot.header < self.end:
-                    self._check(number, slot, wait_for, known)
-                    self._tell(min(slot.end, self.end))
+            for first, last in self._groups():
+                end = min(self.plan.slots[last - 1].end, self.end)
+                wait_for(end)
+                for number in range(first, last):
+                    self._check(number, self.plan.slots[number], known)
+                self._tell(end)
             wait_for(self.end)
             self._tell(self.end)
         except BaseException as error:  # noqa: BLE001 - raised where the chunks are taken
@@ -236,20 +273,39 @@ class Part:
                 raise self._error
             return self._ready
 
-    def _put_head(self) -> None:
-        for slot, (_, data) in zip(self.plan.head, _HEAD, strict=True):
-            self._put(slot.header, local_header(slot, crc32(data)) + data)
+    def _groups(self) -> Iterator[tuple[int, int]]:
+        """Yield the numbers of the share's records, from the first to before the last: small ones together."""
+        slots = self.plan.slots
+        first = max(bisect.bisect_right(slots, self.begin, key=_header_of) - 1, 0)
+        last = bisect.bisect_left(slots, self.end, key=_header_of)
+        while first < last:
+            number, until = first + 1, slots[first].header + _GROUP_BYTES
+            while number < last and slots[number].end <= until:
+                number += 1
+            yield first, number
+            first = number
 
-    def _check(self, number: int, slot: Slot, wait_for: Callable[[int], None], known: _Known | None) -> None:
-        first, last = max(slot.offset, self.begin), min(slot.end, self.end)
+    def _put_head(self) -> None:
+        self._put(0, head_bytes())
+
+    def _check(self, number: int, slot: Slot, known: _Known | None) -> None:
+        """Check what is in this share of a record's bytes, which are in memory."""
+        begin, end = self.begin, self.end
+        _, header, offset, num_bytes = slot
+        if begin <= header and offset + num_bytes <= end and num_bytes < LARGE_BYTES:
+            crc = crc32(self._memory[offset - begin : offset + num_bytes - begin]) if num_bytes else 0
+            self._memory[header - begin : offset - begin] = local_header(slot, crc)
+            if num_bytes:
+                self.checked.append((number, crc, num_bytes))
+            return
+        first, last = max(offset, begin), min(slot.end, end)
         crc, num_bytes = 0, max(last - first, 0)
         if num_bytes:
-            wait_for(last)
             parts = None if known is None else known(first, last)
-            crc = crc32(self._memory[first - self.begin : last - self.begin]) if parts is None else combined(parts)
+            crc = crc32(self._memory[first - begin : last - begin]) if parts is None else combined(parts)
             self.checked.append((number, crc, num_bytes))
-        if self.begin <= slot.header and slot.end <= self.end:
-            self._put(slot.header, local_header(slot, crc))
+        if begin <= header and slot.end <= end:
+            self._put(header, local_header(slot, crc))
 
     def _put(self, at: int, data: bytes) -> None:
         """Put bytes of the image where they go, as far as they are in this share."""
@@ -285,7 +341,7 @@ def tail_of(plan: ImagePlan, crcs: Sequence[int], pickled: bytes, manifest: byte
     records += zip(plan.slots, crcs, strict=True)
     at, tail = plan.end, b""
     for name, data in ((PICKLE, pickled), (MANIFEST, manifest)):
-        slot, crc = place(name, len(data), at, on_border=False), crc32(data)
+        slot, crc = place(name, len(data), at), crc32(data)
         tail += local_header(slot, crc) + data
         records.append((slot, crc))
         at = slot.end

@@ -10,6 +10,7 @@ read would end the process.
 
 import ctypes
 import itertools
+import operator
 import os
 import threading
 import zlib
@@ -21,14 +22,17 @@ from typing import Any, NamedTuple, Self
 
 import torch
 
-from distckpt.errors import DamagedCheckpoint
+from distckpt.errors import DamagedCheckpoint, UnsupportedCheckpoint
+from distckpt.manifest import SCHEMA, Head
 from distckpt.storage.ahead import ReadAhead, in_turns
 from distckpt.storage.hollow import Hollow, NotPlain, read_hollow
 from distckpt.storage.torch_reader import load_by_torch
 from distckpt.storage.verify import (
     Archive,
     Checked,
+    NewerSchema,
     NotAnArchive,
+    UnsupportedArchive,
     begins_as_archive,
     check_range,
     find_faults,
@@ -39,6 +43,10 @@ from distckpt.storage.verify import (
 __all__ = ["OpenCheckpoint"]
 
 _STRIDE_BYTES = 4 << 20
+_SMALL_BYTES = 64 << 10
+"""What is less than that is read together with what stands near it: a call costs as much as a copy of this."""
+_FEW = 32
+"""So many small parts, or less, are not worth a memory of their own on the way."""
 _TAIL_BYTES = 64 * 1024
 """What a fingerprint is of, and the zip's directory: there are the checksums of all records."""
 _MOST_FAULTS = 3
@@ -71,6 +79,7 @@ class OpenCheckpoint:
     Raises:
         OSError: it cannot be opened or read.
         DamagedCheckpoint: it is empty.
+        UnsupportedCheckpoint: it is of a newer schema, or an archive that is encrypted or compressed in a rare way.
     """
 
     def __init__(self, path: Path, *, num_threads: int = 1) -> None:
@@ -98,6 +107,11 @@ class OpenCheckpoint:
                 self._archive = read_archive(fd)
             except NotAnArchive as error:
                 self._fault = str(error)
+            except NewerSchema as error:
+                raise UnsupportedCheckpoint(_newer(self.path, error.head)) from error
+            except UnsupportedArchive as error:
+                msg = f"{self.path} cannot be read: {error}. Write it anew, with its records stored or deflated."
+                raise UnsupportedCheckpoint(msg) from error
 
     def __enter__(self) -> Self:
         """Return it."""
@@ -243,7 +257,16 @@ class OpenCheckpoint:
             OSError: the operating system refused; some of the memory has been written to.
             DamagedCheckpoint: the file has become shorter; the same.
         """
-        todo = [piece for part in parts for piece in _in_strides(Part(*part))]
+        todo, small = list[Part](), list[tuple[int, int, int]]()
+        for part in parts:
+            if part[1] < _SMALL_BYTES:
+                small.append(part)
+            else:
+                todo += _in_strides(Part(*part))
+        if len(small) > _FEW:
+            self._read_small(small)
+        else:
+            todo += [Part(*part) for part in small]
         num_threads = min(self._num_threads, sum(one.num_bytes for one in todo) // _STRIDE_BYTES)
         counter, stop = itertools.count(), threading.Event()
 
@@ -265,6 +288,23 @@ class OpenCheckpoint:
         for other in others:
             other.result()
 
+    def _read_small(self, parts: list[tuple[int, int, int]]) -> None:
+        """Read small parts: those that stand near each other in one go, and from there to where they belong."""
+        parts.sort(key=_place_of)
+        number = 0
+        while number < len(parts):
+            first = number
+            begin = until = parts[number][2]
+            for _, num_bytes, at in itertools.islice(parts, number, None):
+                if at > until + _SMALL_BYTES or at + num_bytes > begin + _STRIDE_BYTES:
+                    break
+                until, number = max(until, at + num_bytes), number + 1
+            buffer = (ctypes.c_char * (until - begin))()
+            source = ctypes.addressof(buffer)
+            self._read_one(Part(source, until - begin, begin))
+            for address, num_bytes, at in parts[first:number]:
+                ctypes.memmove(address, source + at - begin, num_bytes)
+
     def _read_one(self, part: Part) -> None:
         memory, done = memoryview((ctypes.c_char * part.num_bytes).from_address(part.address)), 0
         while done < part.num_bytes:
@@ -273,6 +313,17 @@ class OpenCheckpoint:
                 msg = f"{self.path} is truncated: it became shorter while it was read"
                 raise DamagedCheckpoint(msg)
             done += num_bytes
+
+
+_place_of = operator.itemgetter(2)
+
+
+def _newer(path: Path, head: Head) -> str:
+    return (
+        f"{path} was written by distckpt {head.writer}: its manifest has schema {head.schema}, and this distckpt "
+        f"knows schemas up to {SCHEMA}. Upgrade distckpt (pip install --upgrade distckpt) to that version or a newer "
+        "one. Nothing was loaded."
+    )
 
 
 def _in_strides(part: Part) -> Iterator[Part]:

@@ -12,7 +12,7 @@ import io
 import math
 import pickle
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 
 from distckpt.errors import ShardedStateError
 from distckpt.sharded import find_paths, needs_a_look, refusal, shard_of, whole
-from distckpt.storage.emitting import TYPES, NotPlain, TensorAt, emit, is_plain
+from distckpt.storage.emitting import TYPES, Form, NotPlain, TensorAt, emit, is_plain
 
 __all__ = ["Pickled", "TensorAt", "pickle_exactly", "pickle_state"]
 
@@ -39,19 +39,23 @@ class Pickled:
     Attributes:
         data: the pickle.
         storages: what it refers to, by number; shared ones once. They are the live ones, not copies.
-        forms: of the tensors that stand in nested mappings and sequences: name, dtype, shape, number of the storage,
-            offset in elements.
+        forms: of the tensors that stand in nested mappings and sequences: name, form, number of the storage.
     """
 
     data: bytes
     storages: tuple[torch.UntypedStorage, ...]
-    forms: Sequence[tuple[str, torch.dtype, tuple[int, ...], int, int]]
+    forms: Sequence[tuple[str, Form, int]]
 
     def tensors(self) -> Iterator[TensorAt]:
         """Yield what the manifest says of the named tensors. Any thread."""
-        for name, dtype, shape, number, offset in self.forms:
-            size, text = dtype.itemsize, str(dtype).removeprefix("torch.")
-            yield TensorAt(name, text, tuple(shape), number, offset * size, math.prod(shape) * size)
+        known: dict[Form, tuple[str, tuple[int, ...], int, int]] = {}
+        for name, form, number in self.forms:
+            told = known.get(form)
+            if told is None:
+                size, text = form.dtype.itemsize, str(form.dtype).removeprefix("torch.")
+                told = known[form] = (text, form.shape, form.offset * size, math.prod(form.shape) * size)
+            text, shape, begin_bytes, num_bytes = told
+            yield TensorAt(name, text, shape, number, begin_bytes, num_bytes)
 
 
 def pickle_state(state: Any, *, protocol: int = 2) -> Pickled:
@@ -76,7 +80,7 @@ def pickle_state(state: Any, *, protocol: int = 2) -> Pickled:
     if protocol == _EMITTED_PROTOCOL:
         with contextlib.suppress(NotPlain):
             data, storages, forms = emit(state)
-            return Pickled(data, tuple(storages), forms)
+            return Pickled(data, tuple(storages), tuple(forms))
     return pickle_exactly(state, protocol=protocol)
 
 
@@ -86,13 +90,7 @@ def pickle_exactly(state: Any, *, protocol: int = 2) -> Pickled:
     pickler = _Pickler(buffer, protocol)
     with naming_what_is_sharded(state):
         pickler.dump(state)
-    forms = []
-    for name, tensor in _tensors(state, "", 0):
-        if tensor.layout is torch.strided and tensor.device.type != "meta":
-            number = pickler.numbers.get(tensor.untyped_storage()._cdata)  # noqa: SLF001 - as in the pickler
-            if number is not None:
-                forms.append((name, tensor.dtype, tensor.shape, int(number), int(tensor.storage_offset())))
-    return Pickled(buffer.getvalue(), tuple(pickler.storages), forms)
+    return Pickled(buffer.getvalue(), tuple(pickler.storages), tuple(_named(state, pickler.numbers)))
 
 
 @contextlib.contextmanager
@@ -188,12 +186,49 @@ class _Pickler(pickle.Pickler):
         return ("storage", kind, key, location, numel)
 
 
-def _tensors(tree: Any, path: str, level: int) -> Iterator[tuple[str, torch.Tensor]]:
-    if isinstance(tree, torch.Tensor):
-        yield path, tree
-        return
-    if level == _LEVELS or not isinstance(tree, dict | list | tuple):
-        return
-    for key, item in tree.items() if isinstance(tree, dict) else enumerate(tree):
-        if isinstance(item, torch.Tensor | dict | list | tuple):
-            yield from _tensors(item, f"{path}.{key}" if path else str(key), level + 1)
+def _named(state: Any, numbers: Mapping[int, str]) -> Iterator[tuple[str, Form, int]]:
+    """Yield what the manifest says of the tensors that can be named.
+
+    The state is saved whatever it holds. So what raises when it is asked for its keys, its shape or its storage has no
+    name; the objects are the user's, and may raise anything.
+    """
+    todo: list[tuple[str, Any, int]] = [("", state, 0)]
+    seen: set[int] = set()  # a container is named where it is first met; it may hold itself
+    while todo:
+        path, item, level = todo.pop()
+        try:
+            if isinstance(item, torch.Tensor):
+                form, storage = _form_of(item)
+                if storage in numbers:
+                    yield path, form, int(numbers[storage])
+            elif id(item) not in seen and level < _LEVELS:
+                seen.add(id(item))
+                pairs = list(item.items() if isinstance(item, dict) else enumerate(item))
+                lead = f"{path}." if path else ""
+                todo += [
+                    (f"{lead}{_text_of(key)}", value, level + 1)
+                    for key, value in reversed(pairs)
+                    if isinstance(value, torch.Tensor | dict | list | tuple)
+                ]
+        except Exception:  # noqa: BLE001, S112 - see above
+            continue
+
+
+def _form_of(tensor: torch.Tensor) -> tuple[Form, int]:
+    """Return a tensor's form, and torch's identity of its storage.
+
+    Raises:
+        Exception: it has none.
+    """
+    with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - what the pickler sees, no subclass's own answers
+        if tensor.layout is not torch.strided or tensor.device.type == "meta":
+            raise NotPlain
+        form = Form(tensor.dtype, tuple(map(int, tensor.shape)), int(tensor.storage_offset()))
+        return form, tensor.untyped_storage()._cdata  # noqa: SLF001 - as in the pickler
+
+
+def _text_of(key: Any) -> str:
+    try:
+        return str(key)
+    except Exception:  # noqa: BLE001 - a key's own method
+        return f"<{type(key).__name__}>"

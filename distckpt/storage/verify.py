@@ -3,22 +3,32 @@
 Owns the comparison of a file with its own checksums. Must not know what the records mean. Layer L2, below
 :mod:`distckpt.storage.ptfile`.
 
-Of a file of distckpt's nothing is left unchecked: records have their CRC-32, and headers, padding and directory are
-built again from what the directory says and compared byte by byte. Of one that somebody else wrote the records are
-checked, where its writer has computed checksums at all (``torch.serialization.set_crc32_options``).
+Of a file as distckpt wrote it nothing is left unchecked: records have their CRC-32, and headers, padding and directory
+are built again, by the rules of the file's schema, and compared byte by byte. Of one that another tool wrote, or wrote
+anew, the records are checked, where its writer has computed checksums at all
+(``torch.serialization.set_crc32_options``): it is damaged only where that is proven.
+
+The schema is read first, from ``distckpt.json``: nothing is taken for granted of a file that is of a newer one.
 """
 
+import bisect
 import itertools
+import operator
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from distckpt.checksum import combined, crc32
+from distckpt.manifest import SCHEMA, Head, read_head
 from distckpt.storage.archive import (
     FOLDER,
     MAGIC,
+    Directory,
     Listed,
     Slot,
+    UnsupportedArchive,
+    alignment_of,
     border_from,
     directory,
     local_header,
@@ -26,17 +36,20 @@ from distckpt.storage.archive import (
     read_directory,
     read_local_header,
 )
-from distckpt.storage.image import MANIFEST
+from distckpt.storage.image import MANIFEST, head_bytes
 
 __all__ = [
     "Archive",
     "Checked",
+    "NewerSchema",
     "NotAnArchive",
+    "UnsupportedArchive",
     "begins_as_archive",
     "check_range",
     "check_whole",
     "find_faults",
     "read_archive",
+    "record_bytes",
     "shares_of",
 ]
 
@@ -51,6 +64,18 @@ class NotAnArchive(Exception):  # noqa: N818 - a reason, always caught
     """The file is no zip archive, or its directory is damaged; the text says how."""
 
 
+class NewerSchema(Exception):  # noqa: N818 - a reason, always caught
+    """The file's manifest is of a schema that is newer than this code.
+
+    Args:
+        head: what the manifest says.
+    """
+
+    def __init__(self, head: Head) -> None:
+        super().__init__(head)
+        self.head = head
+
+
 @dataclass(frozen=True, slots=True)
 class Archive:
     """What a file's directory says.
@@ -60,7 +85,8 @@ class Archive:
         crcs: their CRC-32.
         directory_at: where the directory begins.
         num_bytes: the file's length.
-        is_own: whether distckpt wrote it.
+        is_own: whether its layout is distckpt's, so that every byte is known.
+        inflated: of the records that are deflated, by their number, what they inflate to, in bytes.
     """
 
     slots: tuple[Slot, ...]
@@ -68,6 +94,7 @@ class Archive:
     directory_at: int
     num_bytes: int
     is_own: bool
+    inflated: dict[int, int]
 
 
 def begins_as_archive(fd: int) -> bool:
@@ -87,6 +114,8 @@ def read_archive(fd: int) -> Archive:
 
     Raises:
         NotAnArchive: it is none, or is damaged.
+        NewerSchema: it has a manifest that only a newer distckpt can read.
+        UnsupportedArchive: it is sound, and records are encrypted, or compressed in a rare way.
         OSError: it cannot be read.
     """
     num_bytes = os.fstat(fd).st_size
@@ -95,32 +124,122 @@ def read_archive(fd: int) -> Archive:
         return os.pread(fd, length, at)
 
     try:
-        records, directory_at = read_directory(read, num_bytes)
-        is_own = any(record.name == f"{FOLDER}/{MANIFEST}" for record in records)
-        records.sort(key=lambda record: record.header)
-        slots = tuple(_own_slot(record) if is_own else read_local_header(read, record) for record in records)
-        _see_that_they_fit(slots, directory_at)
+        found = read_directory(read, num_bytes)
+        records = sorted(found.records, key=_header_of)
+        schema = _schema_of(fd, read, records)
+        slots = _own_slots(records, schema) if _is_own(read, found, records) else None
+        is_own = slots is not None
+        if slots is None:
+            slots = tuple(read_local_header(read, record) for record in records)
+        _see_that_they_fit(slots, found.at)
     except (ValueError, OverflowError) as error:
         raise NotAnArchive(str(error)) from error
-    return Archive(slots, tuple(record.crc for record in records), directory_at, num_bytes, is_own)
+    return Archive(
+        slots=slots,
+        crcs=tuple(record.crc for record in records),
+        directory_at=found.at,
+        num_bytes=num_bytes,
+        is_own=is_own,
+        inflated={} if is_own else {at: one.num_bytes for at, one in enumerate(records) if one.is_deflated},
+    )
 
 
-def _own_slot(record: Listed) -> Slot:
-    """Return where a record of distckpt's stands; that its header is there, is found out when it is read."""
-    folder, _, name = record.name.partition("/")
-    if folder != FOLDER:
-        msg = f"record {record.name} is in another folder than the others"
+_header_of = operator.attrgetter("header")
+
+
+def _schema_of(fd: int, read: Callable[[int, int], bytes], records: Sequence[Listed]) -> int:
+    """Return by which schema's rules a file is read; the newest where it does not say, and its check will.
+
+    Raises:
+        NewerSchema: by none that is known, and the manifest is as it was written.
+    """
+    for record in reversed(records):
+        if record.name.partition("/")[2] != MANIFEST:
+            continue
+        try:
+            content = record_bytes(
+                fd, read_local_header(read, record), record.num_bytes if record.is_deflated else None
+            )
+            head = read_head(content)
+        except (ValueError, UnsupportedArchive):
+            return SCHEMA
+        if head.schema > SCHEMA:
+            if crc32(content) == record.crc:
+                raise NewerSchema(head)
+            return SCHEMA
+        return head.schema
+    return SCHEMA
+
+
+def record_bytes(fd: int, slot: Slot, inflated: int | None = None) -> bytes:
+    """Read all of a record.
+
+    Args:
+        fd: open for reading.
+        slot: where it stands.
+        inflated: what it inflates to, in bytes; None where it is stored as it is.
+
+    Raises:
+        ValueError: the file ends before it does, or it does not inflate to that.
+        OSError: it cannot be read.
+    """
+    content = b""
+    while len(content) < slot.num_bytes:
+        part = os.pread(fd, slot.num_bytes - len(content), slot.offset + len(content))
+        if not part:
+            msg = f"record {slot.name!a} is cut short"
+            raise ValueError(msg)
+        content += part
+    if inflated is None:
+        return content
+    try:
+        inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+        data = inflater.decompress(content, inflated + 1)  # no more: what lies about its length is no bomb
+    except zlib.error as error:
+        msg = f"record {slot.name!a} does not inflate: {error}"
+        raise ValueError(msg) from error
+    if len(data) != inflated:
+        msg = f"record {slot.name!a} does not inflate to {inflated} bytes"
         raise ValueError(msg)
-    return place(name, record.num_bytes, record.header, on_border=name.startswith("data/"))
+    return data
+
+
+def _is_own(read: Callable[[int, int], bytes], found: Directory, records: Sequence[Listed]) -> bool:
+    """Tell whether distckpt laid a file out as it is, but for damage.
+
+    Either end of it is enough, since damage may be anywhere. Other tools that write the archive anew change both; those
+    that add to it leave another record, or a comment, at its end.
+    """
+    if not records or records[-1].name != f"{FOLDER}/{MANIFEST}" or found.has_comment:
+        return False
+    head = head_bytes()
+    if read(0, len(head)) == head:
+        return True
+    listed = [(Slot(one.name.partition("/")[2], one.header, 0, one.num_bytes), one.crc) for one in records]
+    ending = directory(listed, found.at)
+    return read(found.at, len(ending)) == ending
+
+
+def _own_slots(records: Sequence[Listed], schema: int) -> tuple[Slot, ...]:
+    """Return where the records of distckpt's stand; that their headers are there, is found out when they are read."""
+    slots = []
+    for record in records:
+        folder, _, name = record.name.partition("/")
+        if folder != FOLDER:
+            msg = f"record {record.name!a} is in another folder than the others"
+            raise ValueError(msg)
+        border = alignment_of(record.num_bytes, schema) if name.startswith("data/") else 1
+        slots.append(place(name, record.num_bytes, record.header, border=border))
+    return tuple(slots)
 
 
 def _see_that_they_fit(slots: Sequence[Slot], directory_at: int) -> None:
     at = 0
-    for slot in slots:
-        if slot.header < at:
-            msg = f"record {slot.name} begins before the one in front of it ends"
+    for name, header, offset, num_bytes in slots:
+        if header < at:
+            msg = f"record {name!a} begins before the one in front of it ends"
             raise ValueError(msg)
-        at = slot.end
+        at = offset + num_bytes
     if at > directory_at:
         msg = "its last record reaches into its directory"
         raise ValueError(msg)
@@ -154,18 +273,21 @@ def check_range(
         OSError: it cannot be read.
     """
     found: list[Checked] = []
+    if not archive.is_own:
+        found += _check_deflated(fd, archive, begin, end)
     crc, num_bytes = 0, 0
     regions = _regions(archive, begin, end)
     number, at, until, expected = next(regions, (-1, end, end, None))
     for offset, chunk in _chunks(fd, begin, end, read):
-        done = 0
-        while done < len(chunk):
-            last = min(until - offset, len(chunk))
+        done, length = 0, len(chunk)
+        while done < length:
+            last = until - offset
+            last = min(last, length)
             piece = chunk[done:last]
             if number >= 0:
-                crc, num_bytes = crc32(piece, crc), num_bytes + len(piece)
+                crc, num_bytes = crc32(piece, crc), num_bytes + last - done
             elif expected is not None and expected[offset + done - at : offset + last - at] != piece:
-                found.append((-1, offset + done, len(piece)))
+                found.append((-1, offset + done, last - done))
             done = last
             if offset + done == until:
                 if number >= 0:
@@ -175,30 +297,51 @@ def check_range(
     return found
 
 
+def _check_deflated(fd: int, archive: Archive, begin: int, end: int) -> Iterator[Checked]:
+    """Check the deflated records that begin in a range, all of each: a part of one cannot be inflated."""
+    for number, inflated in archive.inflated.items():
+        slot = archive.slots[number]
+        if begin <= slot.offset < end:
+            try:
+                data = record_bytes(fd, slot, inflated)
+            except ValueError:
+                yield number, 0, -1
+            else:
+                yield number, crc32(data), len(data)
+
+
 def _regions(archive: Archive, begin: int, end: int) -> Iterator[tuple[int, int, int, bytes | None]]:
     """Yield what lies in a range: (record's number or -1, begin, end, the bytes that have to be there)."""
-    for number, at, until, expected in _all_regions(archive):
-        first, last = max(at, begin), min(until, end)
-        if first < last:
-            yield number, first, last, None if expected is None else expected[first - at : last - at]
+    slots = archive.slots
+    first = max(bisect.bisect_right(slots, begin, key=_header_of) - 1, 0)
+    for number, at, until, expected in _all_regions(archive, first):
+        if at >= end:
+            return
+        if begin <= at < until <= end:
+            yield number, at, until, expected
+        elif max(at, begin) < min(until, end):
+            here, there = max(at, begin), min(until, end)
+            yield number, here, there, None if expected is None else expected[here - at : there - at]
 
 
-def _all_regions(archive: Archive) -> Iterator[tuple[int, int, int, bytes | None]]:
-    at = 0
-    for number, (slot, crc) in enumerate(zip(archive.slots, archive.crcs, strict=True)):
-        if archive.is_own:
-            gap = bytes(slot.header - at)
-            yield -1, at, slot.offset, gap + local_header(slot, crc)
-        elif at < slot.offset:
-            yield -1, at, slot.offset, None
-        yield number, slot.offset, slot.end, None
-        at = slot.end
+def _all_regions(archive: Archive, first: int) -> Iterator[tuple[int, int, int, bytes | None]]:
+    """Yield what lies in a file, from before its first record on or one of the later ones."""
+    slots, crcs, is_own = archive.slots, archive.crcs, archive.is_own
+    at = slots[first - 1].end if first else 0
+    for number in range(first, len(slots)):
+        slot = slots[number]
+        _, header, offset, num_bytes = slot
+        if is_own:
+            expected = local_header(slot, crcs[number])
+            yield -1, at, offset, expected if header == at else bytes(header - at) + expected
+        elif at < offset:
+            yield -1, at, offset, None
+        at = offset + num_bytes
+        yield -1 if number in archive.inflated else number, offset, at, None
     ending = None
-    if archive.is_own:
-        records = list(zip(archive.slots, archive.crcs, strict=True))
+    if is_own:
+        records = list(zip(slots, crcs, strict=True))
         ending = bytes(archive.directory_at - at) + directory(records, archive.directory_at)
-        length = archive.num_bytes - at
-        ending = ending[:length] + bytes(max(length - len(ending), 0))
     yield -1, at, archive.num_bytes, ending
 
 
@@ -237,9 +380,14 @@ def find_faults(archive: Archive, checked: Iterable[Sequence[Checked]]) -> list[
         return []
     for number, (slot, crc) in enumerate(zip(archive.slots, archive.crcs, strict=True)):
         found = parts.get(number, [])
+        length = archive.inflated.get(number, slot.num_bytes)
+        if len(found) == 1 and found[0] == (crc, length):
+            continue
         num_bytes = sum(size for _, size in found)
-        if num_bytes != slot.num_bytes:
-            faults.append(f"record {slot.name} has {num_bytes} of its {slot.num_bytes} bytes")
+        if num_bytes < 0:
+            faults.append(f"record {slot.name} does not inflate to its {length} bytes")
+        elif num_bytes != length:
+            faults.append(f"record {slot.name} has {num_bytes} of its {length} bytes")
         elif combined(found) != crc:
             faults.append(f"record {slot.name} has checksum {combined(found):08x} and should have {crc:08x}")
     return faults
@@ -253,11 +401,11 @@ def check_whole(fd: int) -> list[str]:
     """
     try:
         archive = read_archive(fd)
-    except NotAnArchive as error:
+    except (NotAnArchive, UnsupportedArchive) as error:
         return [str(error)]
     return find_faults(archive, [check_range(fd, archive, 0, archive.num_bytes)])
 
 
 def _has_checksums(archive: Archive, parts: dict[int, list[tuple[int, int]]]) -> bool:
     """Tell whether another's writer has computed checksums: whether that of at least one record is right."""
-    return any(combined(found) == archive.crcs[number] for number, found in parts.items())
+    return any(found[0][1] >= 0 and combined(found) == archive.crcs[number] for number, found in parts.items())

@@ -3,6 +3,8 @@
 import os
 import random
 import shutil
+import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,10 @@ def flip(path: Path) -> None:
     """Flip one bit of the model's bias: it would load as another number."""
     content = bytearray(path.read_bytes())
     bias = torch.load(path, weights_only=True)["model"]["bias"]
-    at = content.index(bias.numpy().tobytes(), 4096 if b"distckpt.json" in content else 0)
+    with zipfile.ZipFile(path) as archive:
+        records = [one for one in archive.infolist() if archive.read(one) == bias.numpy().tobytes()]
+    header = records[-1].header_offset
+    at = header + 30 + sum(struct.unpack_from("<HH", content, header + 26))
     content[at + 2] ^= 0x10
     path.write_bytes(content)
 

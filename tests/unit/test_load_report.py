@@ -155,7 +155,7 @@ def test_reload_objects_reports_too(tmp_path: Path) -> None:
         unexpected=("m.weight", "m.bias")
     )
     content = bytearray((tmp_path / "m_1.pt").read_bytes())
-    content[4096] ^= 1
+    content[192] ^= 1
     (tmp_path / "m_1.pt").write_bytes(content)
     with pytest.raises(LoadError, match="checksum"):
         handler.reload_objects({"m": linear(0)}, global_step=1)

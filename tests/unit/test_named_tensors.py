@@ -1,0 +1,96 @@
+"""Naming a state's tensors for the manifest never fails its save: it is saved as torch saves it."""
+
+import io
+import json
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from distckpt import DiskSaver
+from distckpt.storage.ptfile import verify
+
+
+class NoAnswers(torch.Tensor):
+    """A tensor that answers nothing about itself, but how it is pickled."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.untyped_storage, torch.Tensor.storage_offset):
+            raise NotImplementedError("no answer")
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+
+
+class OddKey:
+    """A key that cannot be written as text."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+    __repr__ = __str__
+
+
+class OddDict(dict[str, Any]):
+    """A mapping that shows its items to pickle alone."""
+
+    def items(self) -> Any:
+        raise RuntimeError("no items")
+
+    def __reduce__(self) -> Any:
+        return (dict, (list(dict.items(self)),))
+
+
+def of_itself() -> dict[str, Any]:
+    state: dict[str, Any] = {"x": torch.ones(2)}
+    state["again"] = [state] * 12
+    return state
+
+
+def much_shared() -> Any:
+    state: Any = [torch.ones(2)]
+    for _ in range(15):
+        state = [state] * 12
+    return state
+
+
+STATES: dict[str, Callable[[], Any]] = {
+    "nested": lambda: {"x": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "y": torch.ones(2)},
+    "lazy": lambda: {**nn.LazyLinear(3).state_dict(), "y": torch.ones(2)},
+    "subclass": lambda: {"x": torch.ones(2).as_subclass(NoAnswers), "y": torch.ones(2)},
+    "surrogate": lambda: {b"caf\xe9".decode("utf-8", "surrogateescape"): torch.ones(1), "y": torch.ones(2)},
+    "surrogate, deeper": lambda: {"y": torch.ones(2), "a": OrderedDict({"\udfff": [torch.ones(1)]}), 1 + 2j: 1},
+    "odd key": lambda: {OddKey(): torch.ones(1), "y": torch.ones(2)},
+    "odd mapping": lambda: {"x": OddDict(a=torch.ones(1)), "y": torch.ones(2)},
+    "of itself": lambda: {"x": of_itself(), "y": torch.ones(2)},
+    "much shared": lambda: {"x": much_shared(), "y": torch.ones(2)},
+    "meta": lambda: {"x": torch.ones(2, device="meta"), "y": torch.ones(2)},
+    "sparse": lambda: {"x": torch.eye(3).to_sparse_csr(), "y": torch.ones(2)},
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of prototypes, and of what cannot be loaded without executing
+@pytest.mark.parametrize("kind", STATES)
+def test_what_torch_saves_is_saved_whatever_its_tensors_are_called(tmp_path: Path, kind: str) -> None:
+    state = STATES[kind]()
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    DiskSaver(tmp_path)(state, "a.pt")
+    verify(tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as own, zipfile.ZipFile(buffer) as torchs:
+        said = json.loads(own.read("archive/distckpt.json"))
+        data = {name.partition("/")[2]: torchs.read(name) for name in torchs.namelist() if "/data/" in name}
+        assert {f"data/{name}": own.read(f"archive/data/{name}") for name in map(str, range(len(data)))} == data
+    assert "y" in [one[0] for one in said["tensors"]], "what can be named, is"
+
+
+def test_a_key_with_a_surrogate_is_in_the_manifest_as_it_is(tmp_path: Path) -> None:
+    key = b"caf\xe9.jpg".decode("utf-8", "surrogateescape")
+    DiskSaver(tmp_path)({key: torch.ones(1)}, "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as archive:
+        assert [one[0] for one in json.loads(archive.read("archive/distckpt.json"))["tensors"]] == [key]
+    assert list(torch.load(tmp_path / "a.pt", weights_only=True)) == [key]
