@@ -6,9 +6,10 @@ The protocol:
 
 1. (all ranks) during an event each handler puts a fact on the ballot: whether it is so on this rank. Nothing is
    waited for; an error of the handler's is kept.
-2. (all ranks) when the last handler has run, reduce one header (:meth:`~distckpt.backends.base.Backend.meet`): event
-   and iteration, each with its negative, whether some handler failed, and a number for each kind of fact. Ranks that
-   are at different iterations, or whose handlers differ, get :class:`~distckpt.errors.RanksDriftedApart`.
+2. (all ranks) when the last handler has run, or a save needs the result, reduce one header
+   (:meth:`~distckpt.backends.base.Backend.meet`): event and iteration, each with its negative, whether some handler
+   failed, and a number for each kind of fact. Ranks that are at different iterations, or whose handlers differ, get
+   :class:`~distckpt.errors.RanksDriftedApart`.
 3. (all ranks) only when something is so somewhere, or failed: gather which ranks say so, and what they tell of it. Of
    a quiet fact nobody tells more than that it is so somewhere.
 4. (all ranks) every rank holds the same result.

@@ -9,10 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ignite.engine import Engine, Events
+from ignite.engine import Engine, Events, State
 
 from distckpt import retention
-from distckpt.backends.base import Backend
 from distckpt.backends.detect import current
 from distckpt.consensus.agree import Seat
 from distckpt.consensus.decision import NameRules, SaveIntent
@@ -25,18 +24,12 @@ from distckpt.handlers.checkpoint_saving import CheckpointSaving
 from distckpt.handlers.disk_saver import DiskSaver
 from distckpt.handlers.early import Moment
 from distckpt.handlers.events import CheckpointEvents
-from distckpt.handlers.firing import after_event, engines_firing, return_to_event
+from distckpt.handlers.firing import return_to_event
 from distckpt.handlers.flights import Flights
-from distckpt.handlers.looking import (
-    engine_that_looks_for_nan,
-    nan_is_looked_for,
-    nan_is_looked_for_later,
-    others_vote,
-)
 from distckpt.handlers.older import accept_older_order, deprecated
 from distckpt.handlers.places import counts_iterations
 from distckpt.handlers.save_handler import BaseSaveHandler, refuse_overrides
-from distckpt.handlers.voting import Voter, is_poisoned, settle
+from distckpt.handlers.voting import Voter, hold, is_poisoned
 from distckpt.log_level import level_on
 from distckpt.naming import check_name
 from distckpt.scalars import is_numpy_scalar, plain_score
@@ -123,7 +116,7 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
 
     SAVED_CHECKPOINT = CheckpointEvents.SAVED_CHECKPOINT
     fact = Fact.SAVE_WANTED
-    is_exact = True
+    answers_early = False  # what it saves is the state of its own call
     lag = None
     every = None
 
@@ -188,6 +181,8 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
         self._is_agreed = False
         self._unseen: Any = None
         self._intent: SaveIntent | None = None
+        self._asked_on: Engine | None = None
+        self._is_wanted = False
         self.last_save_s = 0.0
         self._saved_at = self._ended_at = Moment()
         self._is_early = self._is_forced = False
@@ -198,40 +193,46 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
     # -- saving ------------------------------------------------------------------------------------
 
     def __call__(self, engine: Engine, *_args: Any, **_kwargs: Any) -> None:
-        """Collective. Save if this event deserves it; see :mod:`distckpt.save` for the protocol.
+        """Collective. Save if this event deserves it, unless the step is voted NaN.
+
+        1. (all ranks) hold the vote: of the engine, and of those in whose events it runs. A score of an event of each
+           iteration is put on the same ballot, so that nothing more is reduced where no rank wants to save.
+        2. (all ranks) save the state of this call; see :mod:`distckpt.save` for the protocol.
 
         Raises:
             PhaseError: something failed on some rank; alike on every rank, and of the type that was raised there.
             SaveError: in a world of one, the checkpoint could not be written.
             CommitNotDurable: it is there, but may not survive a power cut.
         """
-        backend = current()
         return_to_event(engine)
-        if not self._waits_for_the_vote(engine, backend):
-            self._save_after_those_around(engine)
-        elif backend.world_size > 1:
-            self._vote(engine, backend, watch=self._ticket())
-        else:
-            after_event(engine, self._save_after_those_around, is_last=True)
-
-    def _waits_for_the_vote(self, engine: Engine, backend: Backend) -> bool:
-        """Tell whether the event's vote has to be known first. The same on every rank.
-
-        A step that is voted NaN is not saved; and on an event of each iteration nothing more than the vote is reduced
-        where nobody wants to save. Elsewhere a save comes when it is this handler's turn, as its neighbours expect.
-        """
-        if backend.world_size == 1:
-            return nan_is_looked_for_later(self, engine)
-        return others_vote(self, engine) if counts_iterations(engine) else nan_is_looked_for(engine)
+        # Without a function of the user's it saves whenever it is called. Elsewhere its calls are too few to ask first.
+        decides = self.score_function is not None or self.global_step_transform is not None
+        asks = decides and current().world_size > 1 and counts_iterations(engine)
+        self._asked_on, self._intent, self._is_wanted = (engine if asks else None), None, not asks
+        try:
+            hold(engine, self, asks=asks)
+        finally:
+            self._asked_on = None
+        intent = self._intent
+        if is_poisoned(engine):
+            _logger.log(
+                level_on(current().rank, {self._coordinator()}),
+                "Checkpoint: iteration %d was voted NaN and is not saved. %s",
+                engine.state.iteration,
+                self._stands(),
+            )
+        elif self._is_wanted and not self._ended_at.is_now(engine):
+            self._save(engine, lambda: self._intend(engine) if intent is None else intent)
 
     def _probe(self, engine: Engine) -> Answer:
+        if engine is not self._asked_on:
+            return None  # by its name alone: ranks of which only some save come from different places
         intent = self._intent = self._intend(engine)
         return _nothing_to_tell if self._may_want(intent) else None
 
     def _act(self, engine: Engine, said: Mapping[int, Any]) -> None:
-        del said
-        intent, self._intent = self._intent, None
-        self._save_after_those_around(engine, intent)
+        del engine, said
+        self._is_wanted = True
 
     def _may_want(self, intent: SaveIntent) -> bool:
         """Tell whether this rank's facts call for a save. Where no rank's do, the agreed score's would not either."""
@@ -243,38 +244,11 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
     def _ticket(self) -> str | None:
         return self.save_handler.ticket if isinstance(self.save_handler, DiskSaver) else None
 
-    def _save_after_those_around(self, engine: Engine, intent: SaveIntent | None = None) -> None:
-        """Collective. Save, but where an engine around this one looks for NaN not before the event there is over.
-
-        The score is the present one then: until that is over the engine may run again.
-        """
-        around = engines_firing()
-        looking = engine_that_looks_for_nan(engine)
-        if looking is None:
-            self._save_unless_broken(engine, around, lambda: self._intend(engine) if intent is None else intent)
-        else:
-            intend = _remembered(lambda: self._intend(engine)) if intent is None else (lambda: intent)
-            after_event(looking, lambda _: self._save_unless_broken(engine, around, intend), is_last=True)
-
-    def _save_unless_broken(self, engine: Engine, around: Sequence[Engine], intend: Callable[[], SaveIntent]) -> None:
-        """Collective. Save, unless the step was voted NaN."""
-        settle(engine, around)
-        if is_poisoned(engine, around):
-            _logger.log(
-                level_on(current().rank, {self._coordinator()}),
-                "Checkpoint: iteration %d was voted NaN and is not saved. %s",
-                engine.state.iteration,
-                self._stands(),
-            )
-            return
-        if not self._ended_at.is_now(engine):
-            self._save(engine, intend)
-
     def has_saved_at(self, engine: Engine) -> bool:
         """Tell whether the engine's present iteration has been saved. The same on every rank."""
         return self._saved_at.is_now(engine)
 
-    def save_early(self, engine: Engine, event: Any, *args: Any, **kwargs: Any) -> None:
+    def save_early(self, engine: Engine, event: Any, calls: Sequence[Callable[[Engine], Any]] = ()) -> None:
         """Collective. Save what is there as the run is ended, as `event` would, which may not have come yet.
 
         The file is named as on `event`. In the middle of an epoch, where `event` counts epochs, half a step is taken
@@ -284,17 +258,17 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
         Args:
             engine: whose run is ended.
             event: what the handler is attached to.
-            args: what else it is called with there.
-            kwargs: what else it is called with there.
+            calls: how it is called there, with what else it was attached with; empty for a call with the engine alone.
         """
         if self.has_saved_at(engine):
             self._ended_at = self._saved_at
             return
         present, is_within = engine.last_event_name, counts_iterations(engine)
-        engine.last_event_name = event
-        self._is_early, self._is_forced = is_within and not counts_iterations(engine), True
+        self._is_early, self._is_forced = is_within and State.event_to_attr.get(event) != "iteration", True
         try:
-            self(engine, *args, **kwargs)
+            for call in calls or (self,):
+                engine.last_event_name = event  # a listener to the save before may have fired others
+                call(engine)
         finally:
             engine.last_event_name, self._is_early, self._is_forced = present, False, False
         if self.has_saved_at(engine):
@@ -338,21 +312,6 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
 
     def _coordinator(self) -> int:
         return self.save_handler.save_on_rank if isinstance(self.save_handler, ON_DISK) else self.save_on_rank
-
-
-def _remembered(work: Callable[[], SaveIntent]) -> Callable[[], SaveIntent]:
-    """Do `work` now, and return what gives its result or raises its error, in the phase where all ranks hear of it."""
-    try:
-        intent = work()
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is raised there
-        caught = error
-    else:
-        return lambda: intent
-
-    def fail() -> SaveIntent:
-        raise caught
-
-    return fail
 
 
 def _nothing_to_tell() -> None:

@@ -68,7 +68,6 @@ class EngineVote:
         self._ballot = Ballot()
         self._pending: Callable[[], Result] | None = None
         self._num_votes = 0
-        self._is_exact = False
         self.is_scheduled = False
         self._default_timeout_s = default_timeout_s()  # once: it reads the environment
         self._scope: Scope | None = None
@@ -91,16 +90,18 @@ class EngineVote:
         found = self._motions.get(id(voter))
         return None if found is None or backend is not self._backend else found[0]
 
-    def welcome(self, voter: "Voter", engine: Engine, backend: Backend, watch: str | None) -> Motion:
+    def welcome(self, voter: "Voter", engine: Engine, backend: Backend) -> Motion:
         """All ranks. Let a handler take part, after all ranks have it."""
         if backend is not self._backend:  # another job than before
             self._start_anew(backend)
             ticket = backend.take_ticket("vote") if backend.world_size > 1 else None
             self._name = ticket or "vote"
-        self._watch = liveness.ensure(backend, voter.timeout_s)
+        if voter.answers_early:  # a Checkpoint by itself starts no heartbeats
+            self._watch = liveness.ensure(backend, voter.timeout_s)
         if self._watch is not None:
             self._watch.enter(engine.state.iteration)
-        who, _ = voter._seat.take(backend, watch=watch, timeout_s=voter.timeout_s)  # noqa: SLF001 - it is a voter's
+        watch = voter._ticket()  # noqa: SLF001 - it is a voter's
+        who, _ = voter._seat.take(backend, watch=watch, timeout_s=voter.timeout_s)  # noqa: SLF001 - as above
         self._agree_on_pace(voter, who)
         motion = Motion(who, voter.fact)
         self._motions[id(voter)] = motion, voter
@@ -112,8 +113,6 @@ class EngineVote:
         if self._watch is not None:
             self._watch.enter(engine.state.iteration)
         self._ballot.put(self._rank, motion, voter._probe, engine)  # noqa: SLF001 - it is a voter's
-        if voter.is_exact:
-            self._is_exact = True
         if not self.is_scheduled:
             self.is_scheduled = True
             # Said now: a handler of the user's may fire events of its own before this one is over.
@@ -151,19 +150,22 @@ class EngineVote:
         if voter.timeout_s is not None:
             self._timeout_s = voter.timeout_s if self._timeout_s is None else min(self._timeout_s, voter.timeout_s)
 
-    # -- at its end --------------------------------------------------------------------------------
+    # -- at its end, or where a save needs to know --------------------------------------------------
+
+    @property
+    def has_ballot(self) -> bool:
+        """Whether a handler has voted, and the count is still to come."""
+        return bool(self._ballot)
 
     def _end_of_event(self, engine: Engine) -> None:
         """Collective. Hold the vote, or leave it to run, and act on what is known."""
         self.is_scheduled = False
         if not self._ballot:
-            return  # somebody who needed to know has had it counted
-        is_exact = self._is_exact or not self._counts_iterations
-        if engine.state.iteration % self._every and not is_exact:
+            return  # a save has had it counted
+        if engine.state.iteration % self._every and self._counts_iterations:
             return  # what is on the ballot stays there
-        self._is_exact = False
         before = self._finish_pending()
-        if self._lag and not is_exact and not (before is not None and (before.said or before.over)):
+        if self._lag and self._counts_iterations and not (before is not None and (before.said or before.over)):
             self._pending = self._start()
         else:
             self._act(engine, before, self._start()())
@@ -173,6 +175,7 @@ class EngineVote:
 
         Only where all ranks are bound to ask, as in a save.
         """
+        self.is_scheduled = False
         before = self._finish_pending()
         self._act(engine, before, self._start()() if self._ballot else None)
 
@@ -204,7 +207,7 @@ class EngineVote:
     # -- around a run ------------------------------------------------------------------------------
 
     def after_iteration(self, engine: Engine) -> None:
-        """All ranks. Let the pollers vote."""
+        """All ranks. Let the pollers vote, with the iteration's other voters."""
         for poller in tuple(self.pollers):
             poller.poll(engine)
 
@@ -267,7 +270,7 @@ class EngineVote:
         return error
 
     def _forget_open_votes(self) -> None:
-        self._pending, self.is_scheduled, self._is_exact = None, False, False
+        self._pending, self.is_scheduled = None, False
         self._ballot = Ballot()
 
     def _leave(self) -> None:

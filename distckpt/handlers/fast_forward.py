@@ -76,7 +76,7 @@ class FastForward:
         self._is_mid_epoch = bool(self._iteration % length if length else self._iteration)
         if not self._is_mid_epoch:
             self._put_back()
-        after_event(engine, self._before_iterator, is_last=True)
+        after_event(engine, self._before_iterator)
 
     def _before_iterator(self, engine: Engine) -> None:
         data = engine.state.dataloader

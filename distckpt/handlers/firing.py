@@ -1,23 +1,43 @@
 """When an event is over: what runs after the last handler of an engine's event, and around an engine's run.
 
-Owns the hooks into ignite's Engine that a vote per event needs, and which engines are firing now. ignite has no
-event for "all handlers of this event have run", and none for an exception that leaves a run. Layer L5.
+Owns the hooks into ignite's Engine that a vote per event needs: which engines are firing now, and which handlers that
+vote have their turn still to come. ignite has no event for "all handlers of this event have run", and none for an
+exception that leaves a run. Layer L5.
 
-Changed of ignite's (pytorch-ignite 0.5.5): ``Engine._fire_event``, ``Engine._handle_exception`` and ``Engine.run`` are
-wrapped, once, as this module is imported. An engine that no handler of distckpt's is attached to behaves as before.
+Changed of ignite's (pytorch-ignite 0.5.5): ``Engine._fire_event``, ``Engine._handle_exception``, ``Engine.run``,
+``Engine.add_event_handler`` and ``Engine.remove_event_handler`` are wrapped, once, as this module is imported. An
+engine that no handler of distckpt's is attached to behaves as before.
 """
 
 import functools
 import threading
-from collections.abc import Callable
-from typing import Any, Protocol
+import weakref
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, ClassVar, Protocol
 
 from ignite.engine import Engine, Events
+from ignite.engine.events import EventsList
 
-__all__ = ["Hooks", "after_event", "engines_firing", "hooks_of", "return_to_event", "set_hooks"]
+__all__ = [
+    "Hooks",
+    "Noted",
+    "Turn",
+    "after_event",
+    "engines_firing",
+    "hooks_of",
+    "return_to_event",
+    "set_hooks",
+    "take_turns",
+    "turns_on",
+    "turns_to_come",
+]
 
 _ATTRIBUTE = "_distckpt_hooks"
+_TURNS = "_distckpt_turns"
+_MAX_WRAPPERS = 16  # around one handler: a wrapper may claim to wrap itself
 Action = Callable[[Engine], None]
+_Entry = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+"""What an engine's list holds: a function, and what it is called with; its first argument may refer to the engine."""
 
 
 class Hooks(Protocol):
@@ -27,7 +47,7 @@ class Hooks(Protocol):
         """Called before the handlers of STARTED and of COMPLETED."""
 
     def after_iteration(self, engine: Engine) -> None:
-        """Called after the handlers of ITERATION_COMPLETED, and before what :func:`after_event` is given."""
+        """Called once an iteration: after the handlers of ITERATION_COMPLETED, or by :func:`take_turns`."""
 
     def after_run(self, engine: Engine) -> None:
         """Called when a run has ended without an exception."""
@@ -36,23 +56,104 @@ class Hooks(Protocol):
         """Called when an exception is about to leave the run; returns the one that is to leave it."""
 
 
+class Noted:
+    """Base of the handlers whose turns an engine notes as they are attached.
+
+    Noted then, because a profiler may replace the entries of the engine's list by functions of its own.
+    """
+
+    answers_early: ClassVar[bool]
+    """Whether its turn may come before that of the handlers attached before it."""
+
+
+class Turn:
+    """The turn of a noted handler on one event.
+
+    If the handler answers early, this object replaces it in the engine's list, and calls it once a firing at most. To
+    programs that look into the list it has the handler's class and attributes.
+
+    Attributes:
+        noted: the handler.
+        event: the event.
+        given: what was attached: the handler, or a function around it.
+    """
+
+    def __init__(self, noted: Noted, event: Any, given: Any, entry: _Entry) -> None:
+        self.noted = noted
+        self.event = event
+        self.given = given
+        self._function, self._args, self._kwargs = entry
+        if hasattr(self._function, "_parent"):  # ignite's wrapper of a handler with a filter
+            self._parent = self._function._parent  # noqa: SLF001 - by it ignite finds the handler
+
+    def __eq__(self, other: object) -> bool:
+        """Return True for what was attached: ignite compares so where a handler is looked for or removed."""
+        return other is self or self.given == other
+
+    __hash__ = object.__hash__
+
+    @property  # type: ignore[misc]  # object has a setter too
+    def __class__(self) -> type:
+        """The handler's, for ``isinstance`` and for the names in a profile."""
+        return type(self.noted)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the handler has; nothing of what Python asks an object for itself, as for a copy."""
+        if name == "noted" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.noted, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Call the handler, unless its turn in the firing under way has come before."""
+        if _FRAMES.stack:
+            had = _FRAMES.stack[-1].had
+            if id(self) in had:
+                return
+            had.add(id(self))
+        self._function(*args, **kwargs)
+
+    def take(self, frame: "_Frame") -> None:
+        """Call the handler as the firing `frame` would."""
+        frame.had.add(id(self))
+        self._call(self._function, frame.engine, frame.args, frame.kwargs)
+
+    def call_given(self, engine: Engine) -> None:
+        """Call what was attached as the engine would, whatever the event's filter says."""
+        self._call(self.given, engine, (), {})
+
+    def _call(
+        self, function: Callable[..., Any], engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        first: tuple[Any, ...] = ()
+        others = self._args
+        if others and isinstance(others[0], weakref.ref):
+            first, others = (engine,), others[1:]
+        function(*first, *args, *others, **{**self._kwargs, **kwargs})
+
+
 class _Frame:
     """A firing under way.
 
     Attributes:
-        engine: whose.
-        event: which one.
+        engine: the engine that fires.
+        event: the event that it fires.
+        args: what its handlers are called with beside their own arguments.
+        kwargs: the same by keyword.
         actions: what is to run after it; None for nothing.
-        last: and what after that.
+        had: the ids of the turns that have come.
+        is_iteration: whether :meth:`Hooks.after_iteration` is still to be called.
     """
 
-    __slots__ = ("actions", "engine", "event", "last")
+    __slots__ = ("actions", "args", "engine", "event", "had", "is_iteration", "kwargs")
 
-    def __init__(self, engine: Engine, event: Any) -> None:
+    def __init__(self, engine: Engine, event: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.engine = engine
         self.event = event
+        self.args = args
+        self.kwargs = kwargs
         self.actions: list[Action] | None = None
-        self.last: list[Action] = _NOTHING
+        self.had: set[int] = set()
+        self.is_iteration = event is Events.ITERATION_COMPLETED
 
 
 class _Frames(threading.local):
@@ -62,7 +163,6 @@ class _Frames(threading.local):
         self.stack: list[_Frame] = []
 
 
-_NOTHING: list[Action] = []
 _FRAMES = _Frames()  # of the thread: replicas may be threads of one process
 
 
@@ -76,23 +176,18 @@ def set_hooks(engine: Engine, hooks: Hooks) -> None:
     vars(engine)[_ATTRIBUTE] = hooks
 
 
-def after_event(engine: Engine, action: Action, *, is_last: bool = False) -> None:
+def after_event(engine: Engine, action: Action) -> None:
     """Run `action` when the last handler of the engine's event under way has run; at once if it fires none.
 
     If a handler raises, the action does not run.
-
-    Args:
-        engine: whose event.
-        action: what to run, with the engine.
-        is_last: after all the other actions.
     """
-    for frame in reversed(_FRAMES.stack):
-        if frame.engine is engine:
-            if frame.actions is None:
-                frame.actions, frame.last = [], []
-            (frame.last if is_last else frame.actions).append(action)
-            return
-    action(engine)
+    frame = _frame_of(engine)
+    if frame is None:
+        action(engine)
+    elif frame.actions is None:
+        frame.actions = [action]
+    else:
+        frame.actions.append(action)
 
 
 def return_to_event(engine: Engine) -> None:
@@ -100,10 +195,9 @@ def return_to_event(engine: Engine) -> None:
 
     ignite's engine goes on telling that other one.
     """
-    for frame in reversed(_FRAMES.stack):
-        if frame.engine is engine:
-            engine.last_event_name = frame.event
-            return
+    frame = _frame_of(engine)
+    if frame is not None:
+        engine.last_event_name = frame.event
 
 
 def engines_firing() -> list[Engine]:
@@ -111,8 +205,59 @@ def engines_firing() -> list[Engine]:
     return [frame.engine for frame in _FRAMES.stack]
 
 
+def turns_on(engine: Engine, event: Any) -> list[Turn]:
+    """Return the turns of the noted handlers on the engine's event, in their order."""
+    turns: list[Turn] = vars(engine).get(_TURNS, {}).get(event, [])
+    return turns
+
+
+def turns_to_come(engine: Engine) -> Iterator[Noted]:
+    """Yield the handlers that answer early and have not been called yet in the events that the engine fires now."""
+    for frame in _FRAMES.stack:
+        if frame.engine is engine:
+            yield from (turn.noted for turn in _to_come(frame))
+
+
+def take_turns(engine: Engine, only: Collection[Noted] | None) -> None:
+    """Call handlers that :func:`turns_to_come` yields, and :meth:`Hooks.after_iteration`, now and not at their place.
+
+    Args:
+        engine: the engine that fires.
+        only: which ones; None for all.
+    """
+    present = engine.last_event_name
+    for frame in [frame for frame in _FRAMES.stack if frame.engine is engine]:
+        _FRAMES.stack.append(frame)  # so that it is the innermost event of the engine, as in a turn at its place
+        engine.last_event_name = frame.event
+        try:
+            for turn in _to_come(frame):
+                if only is None or turn.noted in only:
+                    turn.take(frame)
+            _end_iteration(frame)
+        finally:
+            _FRAMES.stack.pop()
+            engine.last_event_name = present
+
+
+def _to_come(frame: _Frame) -> list[Turn]:
+    turns = turns_on(frame.engine, frame.event)
+    return [turn for turn in turns if turn.noted.answers_early and id(turn) not in frame.had]
+
+
+def _frame_of(engine: Engine) -> _Frame | None:
+    """Return the innermost firing of the engine."""
+    return next((frame for frame in reversed(_FRAMES.stack) if frame.engine is engine), None)
+
+
+def _end_iteration(frame: _Frame) -> None:
+    is_iteration, frame.is_iteration = frame.is_iteration, False
+    hooks = vars(frame.engine).get(_ATTRIBUTE) if is_iteration else None
+    if hooks is not None:
+        hooks.after_iteration(frame.engine)
+
+
 def _wrap_fire_event(fire: Callable[..., None]) -> Callable[..., None]:
-    started, completed, iterated, frames = Events.STARTED, Events.COMPLETED, Events.ITERATION_COMPLETED, _FRAMES
+    started, completed, frames = Events.STARTED, Events.COMPLETED, _FRAMES
 
     @functools.wraps(fire)
     def fire_event(self: Engine, event_name: Any, *event_args: Any, **event_kwargs: Any) -> None:
@@ -121,22 +266,60 @@ def _wrap_fire_event(fire: Callable[..., None]) -> Callable[..., None]:
             if hooks is not None:
                 hooks.before_event(self, event_name)
         stack = frames.stack
-        frame = _Frame(self, event_name)
+        frame = _Frame(self, event_name, event_args, event_kwargs)
         stack.append(frame)
         try:
             fire(self, event_name, *event_args, **event_kwargs)
-            if event_name is iterated:
-                hooks = self.__dict__.get(_ATTRIBUTE)
-                if hooks is not None:
-                    hooks.after_iteration(self)
+            _end_iteration(frame)
         finally:
             stack.pop()
         if frame.actions is not None:
             self.last_event_name = event_name
-            for action in (*frame.actions, *frame.last):
+            for action in frame.actions:
                 action(self)
 
     return fire_event
+
+
+def _wrap_add_event_handler(add: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(add)
+    def add_and_note(self: Engine, event_name: Any, handler: Any, *args: Any, **kwargs: Any) -> Any:
+        handle = add(self, event_name, handler, *args, **kwargs)
+        noted = _noted_in(handler)
+        if noted is not None and not isinstance(event_name, EventsList):  # of a list each one comes here too
+            handlers = self._event_handlers[event_name]
+            event = next(one for one in self._allowed_events if one == event_name)  # without a filter
+            turn = Turn(noted, event, handler, handlers[-1])
+            if noted.answers_early:
+                handlers[-1] = (turn, *handlers[-1][1:])
+            vars(self).setdefault(_TURNS, {}).setdefault(event, []).append(turn)
+        return handle
+
+    return add_and_note
+
+
+def _noted_in(handler: Any) -> Noted | None:
+    """Return the handler that is called where `handler` is: itself, or what it is a plain wrapper of."""
+    for _ in range(_MAX_WRAPPERS):
+        if isinstance(handler, Noted):
+            return handler
+        if isinstance(handler, functools.partial):
+            handler = handler.func
+        elif getattr(handler, "__name__", None) == "__call__":
+            handler = getattr(handler, "__self__", None)
+        else:
+            handler = getattr(handler, "__wrapped__", None)
+    return None
+
+
+def _wrap_remove_event_handler(remove: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(remove)
+    def remove_and_forget(self: Engine, handler: Any, event_name: Any) -> None:
+        remove(self, handler, event_name)
+        turns = turns_on(self, event_name)
+        turns[:] = [turn for turn in turns if turn.given != handler]
+
+    return remove_and_forget
 
 
 def _wrap_handle_exception(handle: Callable[..., None]) -> Callable[..., None]:
@@ -171,6 +354,8 @@ def _hook_in() -> None:
         ("_fire_event", _wrap_fire_event),
         ("_handle_exception", _wrap_handle_exception),
         ("run", _wrap_run),
+        ("add_event_handler", _wrap_add_event_handler),
+        ("remove_event_handler", _wrap_remove_event_handler),
     ):
         function = getattr(Engine, name)
         if not getattr(function, _ATTRIBUTE, False):

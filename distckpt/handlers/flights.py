@@ -18,7 +18,7 @@ from distckpt.consensus.step_vote import Answer, Fact
 from distckpt.errors import PhaseError
 from distckpt.flight import Flight
 from distckpt.handlers.firing import engines_firing
-from distckpt.handlers.voting import Poller, settle, start_polling, stop_polling
+from distckpt.handlers.voting import Poller, hold, start_polling, stop_polling
 
 __all__ = ["Flights"]
 
@@ -39,7 +39,6 @@ class Flights(Poller):
     """
 
     fact = Fact.PARTS_PENDING
-    is_exact = False
     lag = None
     every = None
 
@@ -99,7 +98,7 @@ class Flights(Poller):
             PhaseError: it failed on some rank; on every rank. In a world of one what was raised.
         """
         if self._flight is not None and self._engine is not None:
-            settle(self._engine)
+            hold(self._engine)
         while self._flight is not None:
             self._advance()
 

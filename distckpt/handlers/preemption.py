@@ -7,7 +7,6 @@ import logging
 import math
 import signal
 import time
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,15 +18,15 @@ from distckpt.consensus.step_vote import Answer, Fact, Pending
 from distckpt.handlers.arguments import check_timeout
 from distckpt.handlers.checkpoint import Checkpoint
 from distckpt.handlers.deadline import Deadline
-from distckpt.handlers.firing import after_event
+from distckpt.handlers.firing import Turn, after_event, turns_on
 from distckpt.handlers.places import counts_iterations
 from distckpt.handlers.signals import Catcher, check_signals
 from distckpt.handlers.voting import (
     Voter,
     check_pace,
     exit_after_run,
+    hold,
     is_poisoned,
-    settle,
     stop,
     stop_reason,
 )
@@ -178,7 +177,7 @@ class Preemption(Voter):
         backend = current()
         if backend.world_size == 1 and not self.lag:
             if self.requested or not counts_iterations(engine):
-                after_event(engine, self._answer_alone, is_last=True)
+                after_event(engine, self._answer_alone)
             return
         self._vote(engine, backend)
 
@@ -190,7 +189,7 @@ class Preemption(Voter):
 
     def _answer_alone(self, engine: Engine) -> None:
         if self.requested:
-            settle(engine)  # what broke in this iteration comes first, as in a vote
+            hold(engine)  # what broke in this iteration comes first, as in a vote
             self._act(engine, {0: self._describe()})
 
     def _describe(self) -> dict[str, Any]:
@@ -222,11 +221,11 @@ class Preemption(Voter):
         left = [one["left_s"] for one in said.values() if one["left_s"] is not None]
         end_s = time.monotonic() + min(left) if left else None
         # An evaluator's save in the middle of the event may have had the vote counted.
-        after_event(engine, lambda _: self._save(engine, end_s), is_last=True)
+        after_event(engine, lambda _: self._save(engine, end_s))
 
     def _save(self, engine: Engine, end_s: float | None) -> None:
         """Collective."""
-        settle(engine)
+        hold(engine)
         step = engine.state.iteration
         if not self._has_trained or is_poisoned(engine):
             why = "was voted NaN" if is_poisoned(engine) else "is where this run began"
@@ -240,8 +239,8 @@ class Preemption(Voter):
         with Deadline(self.logger, step, end_s, usual_s, reports=current().rank == 0):
             for one in due:
                 if isinstance(one, Checkpoint):
-                    where, args, kwargs = _how_attached(engine, one) or (event, (), {})
-                    one.save_early(engine, where, *args, **kwargs)
+                    turns = _turns_of(engine, one)
+                    one.save_early(engine, turns[0].event if turns else event, [turn.call_given for turn in turns])
                 else:
                     one(engine)
                 engine.last_event_name = event  # a user's callable may have fired events of its own
@@ -262,7 +261,7 @@ class Preemption(Voter):
         if saver.has_saved_at(engine):
             saver.save_early(engine, engine.last_event_name)  # which keeps it from saving the iteration once more
             return False
-        if saver.score_function is not None and _how_attached(engine, saver) is None:
+        if saver.score_function is not None and not _turns_of(engine, saver):
             self._say_unsaved(engine, saver, "has the score of another engine, and is not asked to save")
             return False
         return True
@@ -297,22 +296,12 @@ def _check_numbers(grace_s: object, exit_code: object) -> None:
         raise ValueError(msg)
 
 
-def _how_attached(engine: Engine, handler: Checkpoint) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
-    """Return on which event a handler listens to the engine, and what else it is called with; None if it does not.
-
-    Of several events the present one counts, else the first that the engine knows.
-    """
-    found = None
-    for event in engine._allowed_events:  # noqa: SLF001 - no public list of them, nor of the handlers
-        for one, args, kwargs in engine._event_handlers.get(event, ()):  # noqa: SLF001 - as above
-            parent = getattr(one, "_parent", None)  # of the wrapper that ignite puts around one with an event filter
-            inner = parent() if isinstance(parent, weakref.ref) else one
-            if inner is not handler:
-                continue
-            found = found or (event, args[1:], kwargs)  # after a reference to the engine
-            if event == engine.last_event_name:
-                return event, args[1:], kwargs
-    return found
+def _turns_of(engine: Engine, handler: Checkpoint) -> list[Turn]:
+    """Return a handler's turns on one event of the engine: the present one, else the first on which it listens."""
+    present = engine.last_event_name
+    events = sorted(engine._allowed_events, key=lambda event: event != present)  # noqa: SLF001 - no public list of them
+    found = ([turn for turn in turns_on(engine, event) if turn.noted is handler] for event in events)
+    return next(filter(None, found), [])
 
 
 def _ends_an_epoch(engine: Engine) -> bool:

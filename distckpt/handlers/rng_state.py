@@ -198,10 +198,10 @@ class RngState:
     def _at_epoch(self, engine: Engine) -> None:
         # After this event ignite makes an iterator if it has none; there is no public way to ask (0.5.5).
         if engine._dataloader_iter is None:  # noqa: SLF001
-            after_event(engine, self._note_unless_known, is_last=True)
+            after_event(engine, self._note_unless_known)
 
     def _at_end_of_pass(self, engine: Engine, *_args: Any, **_kwargs: Any) -> None:
-        after_event(engine, self._note_now, is_last=True)
+        after_event(engine, self._note_now)
 
     def _note_unless_known(self, engine: Engine) -> None:
         if not self._is_pass_known:

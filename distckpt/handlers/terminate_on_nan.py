@@ -29,7 +29,7 @@ class TerminateOnNan(Voter):
     """Handler that stops the run, on every rank at the same iteration, when any rank's output is NaN or infinite.
 
     Attach it on all ranks. It shares one reduction an event with all handlers that vote. The step is not saved: a
-    :class:`~distckpt.Checkpoint` on the same event waits for the result.
+    :class:`~distckpt.Checkpoint` on the same event has the vote held before it saves, in every order of the two.
 
     Args:
         output_transform: takes the process function's output, returns what is looked at: a number, a tensor, a NumPy

@@ -1,20 +1,30 @@
-"""The vote of an engine: facts of its handlers during an event, one count at its end, and what follows from it.
+"""The vote of an engine: facts of its handlers during an event, one count of them, and what follows from it.
 
 Owns what a handler needs for it, the engine's stop reason, and which iteration a NaN was found in. When a vote is held
 lies in :mod:`distckpt.handlers.engine_vote`, how it is counted in :mod:`distckpt.consensus.step_vote`. Layer L5.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from ignite.engine import Engine
 
 from distckpt.backends.base import Backend
+from distckpt.backends.detect import current
 from distckpt.consensus.agree import Seat
 from distckpt.consensus.step_vote import Answer, Fact
 from distckpt.handlers.engine_vote import EngineVote
-from distckpt.handlers.firing import engines_firing, hooks_of, return_to_event, set_hooks
+from distckpt.handlers.firing import (
+    Noted,
+    engines_firing,
+    hooks_of,
+    return_to_event,
+    set_hooks,
+    take_turns,
+    turns_to_come,
+)
+from distckpt.handlers.places import counts_iterations
 
 __all__ = [
     "Poller",
@@ -22,10 +32,10 @@ __all__ = [
     "Voter",
     "check_pace",
     "exit_after_run",
+    "hold",
     "is_poisoned",
     "num_runs",
     "poison",
-    "settle",
     "start_polling",
     "stop",
     "stop_polling",
@@ -35,7 +45,7 @@ __all__ = [
 StopReason = Literal["nan", "early_stop", "time_limit", "preempted"]
 
 
-class Voter(ABC):
+class Voter(Noted, ABC):
     """Mixin of handlers that vote.
 
     Attributes:
@@ -46,8 +56,7 @@ class Voter(ABC):
 
     fact: ClassVar[Fact]
     """What its answer is to."""
-    is_exact: ClassVar[bool] = False
-    """Whether its vote must not lag."""
+    answers_early: ClassVar[bool] = True
     lag: int | None
     every: int | None
     timeout_s: float | None
@@ -66,19 +75,22 @@ class Voter(ABC):
             said: what each rank that said yes tells of it.
         """
 
-    def _vote(self, engine: Engine, backend: Backend, *, watch: str | None = None) -> None:
-        """All ranks. Put a fact on the engine's ballot; it is counted when the event's last handler has run.
+    def _ticket(self) -> str | None:
+        """Return the `watch` of :meth:`~distckpt.consensus.agree.Seat.take`."""
+        return None
+
+    def _vote(self, engine: Engine, backend: Backend) -> None:
+        """All ranks. Put a fact on the engine's ballot. It is counted after the last handler, or by :func:`hold`.
 
         Args:
             engine: whose event it is.
             backend: the job's.
-            watch: see :meth:`~distckpt.consensus.agree.Seat.take`.
         """
         return_to_event(engine)
         vote = _vote_of(engine)
         motion = vote.motion_of(self, backend)
         if motion is None:
-            motion = vote.welcome(self, engine, backend, watch)
+            motion = vote.welcome(self, engine, backend)
         vote.put(motion, self, engine)
 
 
@@ -171,32 +183,42 @@ def poison(engine: Engine) -> None:
     _vote_of(engine).poisoned_at = engine.state.iteration
 
 
-def is_poisoned(engine: Engine, around: Sequence[Engine] = ()) -> bool:
-    """Tell whether the step that is to be saved on this event was voted NaN: the engine's, or that of one around it.
-
-    Args:
-        engine: whose event it is.
-        around: which engines were around it, if it is over.
-    """
-    for one in (engine, *around, *engines_firing()):
+def is_poisoned(engine: Engine) -> bool:
+    """Return True if the engine's present iteration was voted NaN, or that of an engine around its event."""
+    for one in (engine, *engines_firing()):
         vote = hooks_of(one)
         if vote is not None and vote.poisoned_at is not None and vote.poisoned_at == one.state.iteration:
             return True
     return False
 
 
-def settle(engine: Engine, around: Sequence[Engine] = ()) -> None:
-    """Collective where a vote is open. Hold what is open of the votes of the engine and of the engines around it.
+def hold(engine: Engine, saver: Voter | None = None, *, asks: bool = False) -> None:
+    """Collective where a vote is open or looks for NaN. Count the votes of the engine and of those around its event.
+
+    1. (all ranks) where something is on an engine's ballot, or a handler that looks for NaN is still to be called in
+       its event, or `saver` asks: put `saver` on it, and call the handlers that are still to be called. They are
+       skipped at their own place. In an event of each iteration of the engine's own all that vote are called, so that
+       one reduction counts them. Elsewhere much may happen until the event is over: there only those that look for NaN.
+    2. (all ranks) count: what lags, and what is on the ballot. Act on both.
+
+    Only where all ranks are bound to come, as in a save.
 
     Args:
-        engine: whose event it is.
-        around: see :func:`is_poisoned`.
+        engine: the engine on whose event something is saved.
+        saver: the handler that saves.
+        asks: whether it has something to ask on the engine's ballot.
     """
-    seen: list[Engine] = []
-    for one in (*around, *engines_firing(), engine):
-        vote = hooks_of(one)
-        if vote is not None and one not in seen:
-            seen.append(one)
+    backend = current()
+    for one in dict.fromkeys((*engines_firing(), engine)):
+        vote, is_own = hooks_of(one), one is engine
+        to_come = [voter for voter in turns_to_come(one) if isinstance(voter, Voter) and voter.fact is Fact.NAN]
+        if to_come or (asks and is_own) or (vote is not None and vote.has_ballot):
+            if saver is not None and backend.world_size > 1:
+                saver._vote(one, backend)  # noqa: SLF001 - it is a voter's
+            take_turns(one, None if is_own and counts_iterations(one) else to_come)
+            vote = hooks_of(one)
+        if vote is not None:
+            return_to_event(one)
             vote.settle(one)
 
 
