@@ -36,7 +36,7 @@ _logger = logging.getLogger(__name__)
 _LEVELS = 4
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Chosen:
     """The checkpoint to go on from.
 
@@ -44,7 +44,9 @@ class Chosen:
         path: where it lies.
         name: the path in the directory that was searched.
         file: the same, held open: what was verified is what is read. To be closed by who takes it.
-        state: what it holds, on the CPU; its tensors may be unread.
+        state: what it holds, on the CPU; its tensors may be unread. None once the objects have been paired with it:
+            what is still referred to is read.
+        iteration: how far the run was; -1 where that is unknown.
         refused: the names of the newer ones that are not whole.
     """
 
@@ -52,6 +54,7 @@ class Chosen:
     name: str
     file: OpenCheckpoint
     state: Any
+    iteration: int
     refused: tuple[str, ...]
 
 
@@ -165,6 +168,7 @@ def first_whole(
                     name=name,
                     file=candidate.file,
                     state=candidate.state,
+                    iteration=iteration_of(candidate.state),
                     refused=tuple(names[: len(reasons)]),
                 )
         reasons.append(problem)

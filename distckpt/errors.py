@@ -25,7 +25,8 @@ The tree::
         │                               the file is sound, and of a kind that is not read here: newer, encrypted, ...
         ├── DoesNotFit                  keys or shapes are missing, unexpected or mismatched
         │   └── (DoesNotFit, <kind>)    of the types that each object's own error is of
-        └── PartlyLoaded(OSError)       storage failed when live tensors were being read into
+        └── PartlyLoaded                some objects hold neither the old state nor the new
+            └── (PartlyLoaded, <kind>)  of the type of what went wrong, e.g. OSError where storage failed
 
 A mistake of the caller (a wrong type, a name that leaves the directory) is a plain ``TypeError`` or
 ``ValueError``. A failure inside a phase that all ranks walk together reaches all of them as one
@@ -184,8 +185,12 @@ class DoesNotFit(LoadError):  # noqa: N818 - the name is the sentence; it is pub
         return (does_not_fit, (str(self), kinds, self.missing, self.unexpected, self.mismatched))
 
 
-class PartlyLoaded(LoadError, OSError):  # noqa: N818 - the name is the sentence; it is public API
-    """Storage failed while live tensors were being read into: some objects hold neither the old nor the new state."""
+class PartlyLoaded(LoadError):  # noqa: N818 - the name is the sentence; it is public API
+    """A load failed, and some objects hold neither the old nor the new state; the message names them."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Rebuild through :func:`_rebuild_partly_loaded`: the mixed-in types have no importable name."""
+        return (_rebuild_partly_loaded, (str(self), tuple(base.__name__ for base in type(self).__mro__)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -380,3 +385,23 @@ def does_not_fit(
 def _rebuild_save_error(message: str, number: int | None, text: str | None, kinds: tuple[str, ...]) -> SaveError:
     cause = OSError(number, text) if number is not None else OSError(text)
     return save_error(message, cause, renamed="CommitNotDurable" in kinds)
+
+
+def partly_loaded(message: str, cause: BaseException) -> PartlyLoaded:
+    """Make the error of a load that left some objects changed; it is of the cause's type too, if that is a common one.
+
+    Args:
+        message: what happened, and which objects have to be loaded again.
+        cause: what went wrong.
+
+    Example:
+        >>> isinstance(partly_loaded("gone", KeyError("weight")), KeyError)
+        True
+    """
+    return _rebuild_partly_loaded(message, tuple(base.__name__ for base in type(cause).__mro__))
+
+
+def _rebuild_partly_loaded(message: str, kinds: Sequence[str]) -> PartlyLoaded:
+    alike = (OSError, KeyError, RuntimeError, TypeError, ValueError)  # others cannot be mixed with each of them
+    error: PartlyLoaded = _mixed((PartlyLoaded, *_named(alike, kinds)))(message)
+    return error

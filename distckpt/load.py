@@ -5,7 +5,7 @@ Owns the way from a path or a mapping to live objects. Must not know about engin
 1. the file is opened once: what is verified is what is read.
 2. while it comes from storage its pickle is read, and tried on the objects; then all of it is compared with its
    checksums. Nothing live is touched.
-3. what cannot go straight into live tensors is read into memory of its own.
+3. what does not go straight into live tensors, and is still referred to, is read into memory of its own.
 4. the objects are loaded, and the rest is read into the live tensors' memory.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 from distckpt.backends.detect import current
 from distckpt.state.collect import check_objects, refuse_sharded
 from distckpt.state.report import LoadReport
-from distckpt.state.restore import Prepared, prepare, restore
+from distckpt.state.restore import Prepared, prepare
 from distckpt.storage.opened import OpenCheckpoint
 from distckpt.threads import num_threads
 
@@ -46,14 +46,15 @@ def load_objects(
         UnsafeCheckpoint: the file holds objects that only execution could restore.
         DoesNotFit: the checkpoint lacks an object, or an optimizer's groups differ (a ValueError too); a module's keys
             or shapes differ (a RuntimeError too). It lists them all.
-        PartlyLoaded: storage failed in the midst of reading into live tensors.
+        PartlyLoaded: storage failed in the midst of reading into live tensors, or an object refused its state and
+            another one could not be put back.
     """
     if not isinstance(checkpoint, Mapping | str | Path):
         msg = f"Argument checkpoint should be a string or a dictionary, but given {type(checkpoint)}"
         raise TypeError(msg)
     check_to_load(to_load)
     if isinstance(checkpoint, Mapping):
-        return restore(to_load, checkpoint, kwargs)
+        return prepare(to_load, checkpoint, kwargs).load()
     with OpenCheckpoint(Path(checkpoint), num_threads=num_threads(current().world_size)) as file:
         prepared = _prepared_and_verified(file, to_load, kwargs) if verify else None
         if prepared is None:

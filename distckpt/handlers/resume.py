@@ -146,12 +146,12 @@ def resume(
     def fit_here() -> None:
         beside = find_beside(source[0].handler, chosen, names, to_load, engine)
         unread = chosen.file if chosen.file.look() else None
-        found.append((beside, prepare(to_load, chosen.state, kwargs, unread)))
+        found.append((beside, prepare(to_load, chosen.state, kwargs, unread, beside.pairs)))
+        chosen.state = None  # what nobody refers to any more is not read
         found[0][1].fill()
 
     def load_here() -> None:
-        beside, prepared = found[0]
-        passed_over.append(prepared.load(beside.pairs))
+        passed_over.append(found[0][1].load())
 
     passed_over: list[LoadReport] = []
     with chosen.file:
@@ -242,8 +242,7 @@ def _tell(
     names = [".".join(map(str, path)) for path, _ in leaves(to_load)]
     if engine is not None and any(one is engine for one, _ in beside.pairs):
         names.append("the engine")
-    iteration = choose.iteration_of(chosen.state)
-    where = "" if iteration < 0 else f" of iteration {iteration}"
+    where = "" if chosen.iteration < 0 else f" of iteration {chosen.iteration}"
     if engine is not None and beside.is_engine_known:
         where = f" of iteration {engine.state.iteration}, epoch {engine.state.epoch}"
     history = f"; {beside.history}" if beside.history else ""

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from distckpt.errors import DoesNotFit, does_not_fit
 from distckpt.state.report import all_in_one
-from distckpt.state.unwrap import unwrap
+from distckpt.state.undo import own_state
+from distckpt.state.unwrap import under_own_names, unwrap
 
 __all__ = ["Misfits", "Pair", "check_complete", "pair_up"]
 
@@ -22,7 +24,7 @@ Misfits = list[tuple[str, DoesNotFit]]
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One live object, unwrapped, and the state it is to get."""
+    """One live object, unwrapped, and the state it is to get, under the names that the object has for it."""
 
     name: str
     obj: Any
@@ -64,15 +66,23 @@ def check_complete(to_load: Mapping[str, Any], state: Any) -> None:
 
 def _is_bare(obj: Any, state: Mapping[str, Any], key: str) -> bool:
     """Tell a single object's bare state that happens to hold `key` from a mapping with its state at `key`."""
+    inner = state[key]
     if isinstance(obj, torch.optim.Optimizer):
-        inner = state[key]
         return "param_groups" in state and not (isinstance(inner, Mapping) and "param_groups" in inner)
-    return hasattr(obj, "load_state_dict") and not isinstance(state[key], Mapping)
+    if isinstance(inner, Mapping) or not hasattr(obj, "load_state_dict"):
+        return False
+    if isinstance(obj, nn.Module):
+        return True
+    try:
+        return isinstance(own_state(obj), Mapping)  # else what stands at the key is such a state
+    except Exception:  # noqa: BLE001 - a user's; ignite takes what stands at the key
+        return False
 
 
 def _walk(name: str, obj: Any, state: Any, found: list[Pair], misfits: Misfits) -> None:
     if hasattr(obj, "load_state_dict"):
-        found.append(Pair(name, unwrap(obj), state))
+        inner = unwrap(obj)
+        found.append(Pair(name, inner, under_own_names(inner, state) if isinstance(inner, nn.Module) else state))
         return
     if isinstance(obj, Mapping) and isinstance(state, Mapping):
         for key, item in obj.items():

@@ -4,12 +4,12 @@ Owns the report of a load, and how several objects' misfits become one error. Mu
 L2.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distckpt.errors import DoesNotFit, does_not_fit
 
-__all__ = ["LoadReport", "all_in_one", "joined", "under"]
+__all__ = ["LoadReport", "all_in_one", "joined"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,10 +34,11 @@ class LoadReport:
         """Tell whether there is anything to report."""
         return bool(self.missing or self.unexpected or self.mismatched)
 
-
-def under(name: str, keys: Iterable[str]) -> tuple[str, ...]:
-    """Put an object's name before its keys."""
-    return tuple(f"{name}.{key}" if name else key for key in keys)
+    def under(self, name: str) -> "LoadReport":
+        """Return the same report, with an object's name before its keys."""
+        kinds = (self.missing, self.unexpected, self.mismatched)
+        missing, unexpected, mismatched = (tuple(f"{name}.{key}" if name else key for key in keys) for keys in kinds)
+        return LoadReport(missing=missing, unexpected=unexpected, mismatched=mismatched)
 
 
 def joined(reports: Sequence[LoadReport | DoesNotFit]) -> LoadReport:

@@ -1,141 +1,122 @@
-"""What an object held before it was loaded, to be put back.
+"""What an object's own ``state_dict()`` said before it was loaded, to be put back by its own ``load_state_dict``.
 
-Owns the notes that are taken of objects which cannot be asked beforehand whether a state fits. Must not know what is
-loaded, or in which order. Layer L2, below :mod:`distckpt.state.restore`.
+Owns the copy of a state, and the way back. Taking a copy never fails: what has none cannot be put back, and is loaded
+when little is left that can fail. Must not know what is loaded, or in which order. Layer L2, below
+:mod:`distckpt.state.restore`.
 """
 
+import array
 import copy
 import functools
 from collections import deque
-from collections.abc import Callable
-from types import FunctionType, MethodType, ModuleType
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["undo_module", "undo_object", "undo_optimizer"]
+from distckpt.state.skeleton import has_memory
+
+__all__ = ["Undo", "own_state", "undo_of"]
 
 Undo = Callable[[], None]
 
-_CONTAINERS = (list, dict, set, deque)
-_OPAQUE = (nn.Module, torch.Tensor, torch.optim.Optimizer, type, FunctionType, MethodType, ModuleType)
-_NO_SLOTS = ("__dict__", "__weakref__")
-_LEVELS = 6
-"""How far down is looked: an object, its list of children, a child, its dict, and a little more."""
-_TOO_MANY = 10_000
-"""A container of more items is somebody's data, not state to be loaded."""
+_RANK_LOCAL = ("_state_dict_per_rank", "_load_state_dict_per_rank")
+"""An ignite metric's own: its ``state_dict()`` gathers them, which only all ranks together can do."""
+_KINDS = (torch.Tensor, nn.Parameter, nn.Buffer)
+_COMPARED = (bool, int, float, complex, str, bytes, set)
+_CONTAINERS = (dict, list, deque, set, bytearray, array.array)
 
 
-def undo_module(module: nn.Module) -> Undo:
-    """Note a module's tensors and attributes; costs a copy of its tensors."""
-    notes: list[Undo] = []
-    seen: set[int] = set()
-    for part in module.modules():
-        seen.add(id(part))
-        notes.append(functools.partial(_put_back_attributes, part, _attributes(part)))
-        for value in vars(part).values():
-            _note(value, notes, seen, _LEVELS - 2)
-        if isinstance(part, torch.jit.ScriptModule):  # keeps its tensors elsewhere
-            for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
-                notes.append(functools.partial(setattr, part, name, tensor))
-                _note(tensor, notes, seen, _LEVELS - 2)
-    return _all_of(notes)
+def undo_of(obj: Any, options: Mapping[str, Any]) -> Undo | None:
+    """Copy what an object's ``state_dict()`` says; costs a copy of its tensors.
+
+    Args:
+        obj: the object; one whose class has ``distckpt_undo()`` has a way of its own.
+        options: keyword arguments for its ``load_state_dict``.
+
+    Returns:
+        What puts it back, and raises if it cannot; None if there is no copy.
+    """
+    try:
+        if hasattr(type(obj), "distckpt_undo"):  # what it loads lies outside of it, as with RngState
+            undo: Undo = obj.distckpt_undo()
+            return undo
+        states = [(_copy(own_state(obj), {}), {key: options[key] for key in options if key != "assign"})]
+        if options.get("assign"):  # before what they held, the tensors themselves: an optimizer may have them
+            states.insert(0, (obj.state_dict(keep_vars=True), dict(options)))
+        return functools.partial(_put_back, obj, states)
+    except Exception:  # noqa: BLE001 - it is a user's; the load itself may well succeed
+        return None
 
 
-def undo_optimizer(optimizer: torch.optim.Optimizer) -> Undo:
-    """Note an optimizer's state and groups. ``Optimizer.load_state_dict`` makes new ones: keeping the old is enough."""
-    return functools.partial(_put_back_attributes, optimizer, _attributes(optimizer))
+def own_state(obj: Any) -> Any:
+    """Return an object's state as this rank has it. Rank-local where that can be known."""
+    return getattr(obj, _RANK_LOCAL[0])() if _is_gathered(obj) else obj.state_dict()
 
 
-def undo_object(obj: Any) -> Undo:
-    """Note what any other object holds: its attributes and containers, and those of its parts, a few levels down."""
-    notes: list[Undo] = []
-    _note(obj, notes, set(), _LEVELS)
-    return _all_of(notes)
+def _is_gathered(obj: Any) -> bool:
+    return all(hasattr(type(obj), name) for name in _RANK_LOCAL)
 
 
-def _all_of(notes: list[Undo]) -> Undo:
-    def undo() -> None:
-        for note in notes:
-            note()
+def _put_back(obj: Any, states: Sequence[tuple[Any, Mapping[str, Any]]]) -> None:
+    load, refused = getattr(obj, _RANK_LOCAL[1] if _is_gathered(obj) else "load_state_dict"), None
+    for state, options in states:
+        try:
+            load(state, **options)
+        except Exception as error:  # noqa: BLE001 - it may have refused what it had not changed
+            refused = error
+    if not _is_same(own_state(obj), states[-1][0]):
+        msg = "its load_state_dict() does not restore what its state_dict() said"
+        raise refused or ValueError(msg)
 
-    return undo
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Compare tensors, containers and numbers; of other objects nothing is known."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())  # noqa: PLR0124 - NaN
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_is_same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple | deque):
+        return len(one) == len(other) and all(map(_is_same, one, other))
+    return one is other or type(one) not in _COMPARED or bool(one == other or (one != one and other != other))  # noqa: PLR0124 - NaN
 
 
-def _note(value: Any, notes: list[Undo], seen: set[int], levels: int) -> None:
-    """Note `value` and what it refers to. What is put back keeps its identity: whoever else refers to it sees it."""
-    if id(value) in seen or levels < 0:
-        return
-    seen.add(id(value))
-    own = levels >= _LEVELS - 1  # the object, or an attribute of it
+def _copy(value: Any, done: dict[int, Any]) -> Any:
+    """Copy tensors, arrays and containers; keep all other objects as they are."""
+    if id(value) not in done:
+        done[id(value)] = value, _new(value, done)  # the value too, so that no other gets its identity
+    return done[id(value)][1]
+
+
+def _new(value: Any, done: dict[int, Any]) -> Any:
     if isinstance(value, torch.Tensor):
-        if nn.parameter.is_lazy(value):
-            notes.append(functools.partial(_put_back_lazy, value, type(value)))
-        else:
-            notes.append(functools.partial(_put_back_tensor, value, value.detach().clone()))
-    elif isinstance(value, nn.Module):
-        notes.extend([undo_module(value)] if own else [])  # further down it is somebody else's
-    elif isinstance(value, _CONTAINERS) and len(value) <= _TOO_MANY:
-        notes.append(functools.partial(_refill, value, copy.copy(value)))
-    elif _is_looked_into(value, levels):
-        notes.append(functools.partial(_put_back_attributes, value, _attributes(value)))
-    for item in _inside(value, levels):
-        _note(item, notes, seen, levels - 1)
+        return _copy_of_tensor(value)
+    if isinstance(value, tuple):
+        items = [_copy(item, done) for item in value]
+        return value._make(items) if hasattr(value, "_make") else type(value)(items)
+    if not isinstance(value, _CONTAINERS) and not hasattr(type(value), "__array_interface__"):
+        return value
+    twin: Any = copy.copy(value)  # with its attributes, such as a module's ``_metadata``
+    its: Any = value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list | deque) else ())
+    for key, item in its:
+        twin[key] = _copy(item, done)
+    return twin
 
 
-def _is_looked_into(value: Any, levels: int) -> bool:
-    if levels == _LEVELS:
-        return True
-    if not hasattr(value, "__dict__") or isinstance(value, _OPAQUE):
-        return False
-    # A scheduler's function objects hold state; an engine's handlers are not the engine's own.
-    return not callable(value) or levels >= _LEVELS - 2
+def _copy_of_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor, but not all of a storage that it is a small part of, nor one element many times.
 
-
-def _inside(value: Any, levels: int) -> list[Any]:
-    if isinstance(value, dict) and len(value) <= _TOO_MANY:
-        return list(value.values())
-    if isinstance(value, (*_CONTAINERS, tuple)) and len(value) <= _TOO_MANY:
-        return list(value)
-    return list(_attributes(value).values()) if _is_looked_into(value, levels) else []
-
-
-def _attributes(obj: Any) -> dict[str, Any]:
-    """Return an object's attributes, those in slots too."""
-    named = [getattr(kind, "__slots__", ()) for kind in type(obj).__mro__]
-    slots = [name for names in named for name in ((names,) if isinstance(names, str) else names)]
-    held = {name: getattr(obj, name) for name in slots if name not in _NO_SLOTS and hasattr(obj, name)}
-    return {**held, **getattr(obj, "__dict__", {})}
-
-
-def _put_back_attributes(obj: Any, held: dict[str, Any]) -> None:
-    for name in [name for name in getattr(obj, "__dict__", {}) if name not in held]:
-        del vars(obj)[name]
-    in_dict = getattr(obj, "__dict__", {})
-    for name, value in held.items():
-        if hasattr(type(obj), name) and name not in in_dict:  # a slot
-            object.__setattr__(obj, name, value)
-        elif in_dict.get(name, _NO_SLOTS) is not value:
-            in_dict[name] = value
-
-
-def _put_back_tensor(tensor: torch.Tensor, before: torch.Tensor) -> None:
-    if tensor.shape == before.shape and tensor.device == before.device:
-        tensor.data.copy_(before)
-    else:
-        tensor.data = before
-
-
-def _put_back_lazy(tensor: torch.Tensor, kind: type) -> None:
-    if type(tensor) is not kind:  # it was given a shape
-        tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        tensor.__class__ = kind
-
-
-def _refill(container: Any, content: Any) -> None:
-    container.clear()
-    if isinstance(container, list | deque):
-        container.extend(content)
-    else:
-        container.update(content)
+    Raises:
+        ValueError: there is nothing to copy.
+    """
+    is_strided = type(tensor) in _KINDS and tensor.layout is torch.strided and not tensor.is_nested
+    if nn.parameter.is_lazy(tensor) or (is_strided and not has_memory(tensor)):
+        msg = "it has no shape yet, or no memory any more"
+        raise ValueError(msg)
+    if not is_strided or tensor.is_quantized:
+        return copy.deepcopy(tensor) if type(tensor) not in _KINDS or is_strided else tensor.detach().clone()
+    repeated = [size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    part = tensor.detach()[tuple(slice(0, 1) if one else slice(None) for one in repeated)]
+    twin = part.clone().expand(tensor.shape)
+    return nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin

@@ -21,10 +21,12 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from distckpt.errors import DamagedCheckpoint, UnsupportedCheckpoint
 from distckpt.manifest import SCHEMA, Head
 from distckpt.storage.ahead import ReadAhead, in_turns
+from distckpt.storage.archive import Slot
 from distckpt.storage.hollow import Hollow, NotPlain, read_hollow
 from distckpt.storage.torch_reader import load_by_torch
 from distckpt.storage.verify import (
@@ -65,6 +67,35 @@ class Part(NamedTuple):
     at: int
 
 
+class _Unread:
+    """The storages of what a file holds that were not read yet. They live as long as somebody refers to them.
+
+    Attributes:
+        is_known: whether the file could be read in this way.
+        trees: what was read of it and not handed out yet.
+        storages: where the bytes of each stand, and a weak reference, by torch's identity of the storage, which is
+            none other's as long as the weak reference lives.
+    """
+
+    def __init__(self) -> None:
+        self.is_known = False
+        self.trees: list[Any] = []
+        self.storages: dict[int, tuple[Slot, StorageWeakRef]] = {}
+
+    def add(self, hollow: Hollow) -> None:
+        """Take over what was read."""
+        self.is_known = True
+        self.trees.append(hollow.state)
+        for identity, storage in hollow.storages.items():
+            self.storages[identity] = hollow.slots[identity], StorageWeakRef(storage)  # type: ignore[no-untyped-call]  # torch ships it without types
+
+    def left(self) -> list[tuple[Slot, torch.UntypedStorage]]:
+        """Return those that somebody still refers to, in the order of the file."""
+        again: Any = torch.UntypedStorage._new_with_weak_ptr  # noqa: SLF001 - what its own sharing between processes uses
+        held = [(slot, again(reference.cdata)) for slot, reference in self.storages.values()]
+        return sorted(((slot, one) for slot, one in held if one is not None), key=lambda pair: pair[0].offset)
+
+
 class OpenCheckpoint:
     """A checkpoint's file, open for reading; a context.
 
@@ -88,8 +119,7 @@ class OpenCheckpoint:
         self._file = path.open("rb")  # a missing or forbidden file is the operating system's own error
         self._archive: Archive | None = None
         self._fault: str | None = None
-        self._hollow: Hollow | None = None
-        self._filled: set[int] = set()
+        self._unread = _Unread()
         try:
             self.num_bytes = os.fstat(self._file.fileno()).st_size
             self._open()
@@ -204,47 +234,44 @@ class OpenCheckpoint:
         Raises:
             OSError: it cannot be read.
         """
-        if self._hollow is None and self._archive is not None:
+        if not self._unread.is_known and self._archive is not None:
             try:
-                self._hollow = read_hollow(self._archive, self._file.fileno())
+                self._unread.add(read_hollow(self._archive, self._file.fileno()))
             except NotPlain:
                 return False
-        return self._hollow is not None
+        return self._unread.is_known
 
     def state(self) -> Any:
         """Return what was saved. Its tensors, on the CPU, hold nothing yet where :meth:`look` could tell of them.
+
+        The caller alone has it afterwards: what nobody refers to any more is not read by :meth:`fill`.
 
         Raises:
             OSError: it cannot be read.
             UnsafeCheckpoint: it holds objects that only execution could restore.
             DamagedCheckpoint: it is no checkpoint, is truncated or damaged.
         """
-        if self.look() and self._hollow is not None:
-            return self._hollow.state
-        return load_by_torch(self._file, self.path)
+        if not self.look() or self._archive is None:
+            return load_by_torch(self._file, self.path)
+        if not self._unread.trees:  # it was handed out before
+            self._unread.add(read_hollow(self._archive, self._file.fileno()))
+        return self._unread.trees.pop()
 
     def place_of(self, tensor: torch.Tensor) -> int | None:
         """Return where in the file a tensor's storage begins; None if it holds what it should."""
-        identity = tensor.untyped_storage()._cdata  # noqa: SLF001 - torch's identity of a storage
-        if self._hollow is None or identity in self._filled or identity not in self._hollow.slots:
-            return None
-        return self._hollow.slots[identity].offset
+        slot, _ = self._unread.storages.get(tensor.untyped_storage()._cdata, (None, None))  # noqa: SLF001 - torch's identity of a storage
+        return None if slot is None else slot.offset
 
-    def fill(self, storages: Iterable[torch.UntypedStorage] | None) -> None:
-        """Read what is to stand in some of the state's storages into them; None for all.
+    def fill(self) -> None:
+        """Read what is to stand in the storages of all tensors that were handed out, and are still referred to.
 
         Raises:
             OSError: it cannot be read.
             DamagedCheckpoint: it has become shorter.
         """
-        if self._hollow is None:
-            return
-        slots = self._hollow.slots
-        wanted = slots.keys() if storages is None else {storage._cdata for storage in storages} & slots.keys()  # noqa: SLF001
-        todo = wanted - self._filled
-        places = {one: self._hollow.storages[one].data_ptr() for one in todo}
-        self.read((places[one], slots[one].num_bytes, slots[one].offset) for one in slots if one in todo)
-        self._filled |= todo
+        left = self._unread.left()
+        self.read((storage.data_ptr(), slot.num_bytes, slot.offset) for slot, storage in left)
+        self._unread.storages.clear()
 
     def read(self, parts: Iterable[tuple[int, int, int]]) -> None:
         """Read bytes into memory, on several threads.

@@ -122,7 +122,7 @@ def read_pt(path: Path, *, verified: bool = True) -> Any:
         if verified:
             file.verify()
         state = file.state()
-        file.fill(None)
+        file.fill()
         return state
 
 

@@ -83,7 +83,7 @@ def test_what_is_plain_is_read_later_and_is_what_torch_reads(tmp_path: Path, kin
     with OpenCheckpoint(path) as file:
         assert file.look()
         state = file.state()
-        file.fill(None)
+        file.fill()
     assert described(state) == described(torch.load(path, weights_only=True))
 
 
@@ -117,7 +117,7 @@ def test_shared_storages_stay_shared(tmp_path: Path) -> None:
     with OpenCheckpoint(tmp_path / "a.pt") as file:
         state = file.state()
         assert state["all"] is state["again"]
-        file.fill([state["part"].untyped_storage()])
+        file.fill()
         assert file.place_of(state["all"]) is None, "it is the same storage"
     assert torch.equal(state["all"], base)
     assert torch.equal(state["part"], base[2:4])
@@ -170,5 +170,5 @@ def test_what_was_opened_is_read_whatever_comes_in_its_place(tmp_path: Path) -> 
         (tmp_path / "b.pt").rename(tmp_path / "a.pt")
         file.verify()
         state = file.state()
-        file.fill(None)
+        file.fill()
     assert torch.equal(state["t"], torch.ones(2))

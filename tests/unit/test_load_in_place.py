@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from distckpt import Checkpoint, DamagedCheckpoint, DiskSaver, LoadReport, PartlyLoaded
+from distckpt import Checkpoint, DamagedCheckpoint, DiskSaver, PartlyLoaded
 from distckpt.state.inplace import Claim, read_into, without_overlap
 from distckpt.storage.opened import OpenCheckpoint
 from tests.unit.test_skeleton import KINDS, bits, other_state
@@ -201,12 +201,12 @@ def test_optimizers_load_with_and_without_a_state_of_their_own(
     source = stepped(make, linear(1))
     source.param_groups[0]["lr"] = 0.7
     fresh, twin = (stepped(make, linear(0)) if has_state else make(linear(0).parameters()) for _ in range(2))
-    before = [one.data_ptr() for one in tensors_of(fresh)]
+    before = [one.data_ptr() for one in tensors_of(fresh) if one.dim()]
     twin.load_state_dict(copy.deepcopy(source.state_dict()))
     load({"o": fresh}, written(tmp_path, {"o": source.state_dict()}))
     assert equal(fresh.state_dict(), twin.state_dict())
     if has_state:
-        assert [one.data_ptr() for one in tensors_of(fresh)] == before
+        assert [one.data_ptr() for one in tensors_of(fresh) if one.dim()] == before
     assert all(went_straight(one, read) for one in tensors_of(fresh))
     assert len(read) == len(tensors_of(source)), "each once"
     for parameter in fresh.param_groups[0]["params"]:
@@ -343,16 +343,13 @@ def test_a_read_that_fails_in_the_last_step_is_tried_again_once(
 
 def test_a_file_that_shrinks_in_the_last_step_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path, states(1))
-    real = nn.Module.load_state_dict
 
-    def cut(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def cut(*args: Any) -> None:
         os.truncate(path, 200)
-        return real(self, *args, **kwargs)
+        read_into(*args)
 
-    monkeypatch.setattr(nn.Linear, "load_state_dict", cut, raising=False)
+    monkeypatch.setattr("distckpt.state.restore.read_into", cut)
     live = objects(0)
-    monkeypatch.setattr("distckpt.state.skeleton._METHODS", ())  # it is still plain
-    monkeypatch.setattr("distckpt.state.restore.try_on_skeleton", lambda *_: LoadReport())
     with pytest.raises(PartlyLoaded, match="it became shorter while it was read"):
         load(live, path)
 
