@@ -34,8 +34,6 @@ DELIBERATE = {
         "It wants a broken file under the final name where atomic=False and the state cannot be pickled; here that is "
         "found out before any file is touched, and what was there stands."
     ),
-    "test_checkpoint.py::test_disksaver_distrib[False]": _INTERNALS.format("DiskSaver._save_func"),
-    "test_checkpoint.py::test_disksaver_distrib[True]": _INTERNALS.format("DiskSaver._save_func"),
     "test_checkpoint.py::test_distrib_gloo_cpu_or_gpu": (
         "It asks for save_on_rank=1 in a world of one, where ignite saves nothing in silence; by the contract's fault "
         "table saving is one decision of all ranks, so a coordinator that does not exist is refused. With two ranks "
@@ -58,9 +56,6 @@ ONLY_ON_RANK_0 = {
         ),
         "",
     ): 'Contract, fault table: "a handler built on rank 0 only": the first event says which ranks have it.'
-}
-DELIBERATE_OF_TWO = {
-    test: reason for test, reason in DELIBERATE.items() if test.startswith("test_checkpoint.py::test_disksaver_distrib")
 }
 
 
@@ -100,7 +95,7 @@ def test_ignites_distributed_tests_pass_with_two_ranks(tmp_path: Path) -> None:
     # ignite's own way: every worker of xdist is a rank, and each runs all tests.
     each = ("--dist=each", "--tx", "2*popen", "-m", "distributed", "-k", SELECTION)
     environment = {"WORLD_SIZE": "2", "DISTCKPT_TIMEOUT_S": "20"}
-    _check(run_pytest(root, FILES[:2], each, environment), DELIBERATE_OF_TWO, num_tests=4)
+    _check(run_pytest(root, FILES[:2], each, environment), {}, num_tests=4)
 
 
 @pytest.mark.parametrize(
