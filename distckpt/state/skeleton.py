@@ -74,10 +74,9 @@ def _is_plain_module(module: nn.Module) -> bool:
 
 
 def _is_torchs_class(kind: type, names: tuple[str, ...]) -> bool:
-    found = (next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None) for name in names)
-    return all(
-        one in (None, getattr(object, name, None)) or _is_torchs(one) for name, one in zip(names, found, strict=True)
-    )
+    """Return True if methods of these names are torch's, those that ``super()`` reaches too."""
+    found = ((name, vars(base)[name]) for base in kind.__mro__ for name in names if name in vars(base))
+    return all(one is getattr(object, name, None) or _is_torchs(one) for name, one in found)
 
 
 def _is_torchs(function: Any) -> bool:

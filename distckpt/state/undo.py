@@ -72,14 +72,16 @@ def _put_back(obj: Any, states: Sequence[tuple[Any, Mapping[str, Any]]]) -> None
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    """Compare tensors, containers and numbers; of other objects nothing is known."""
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())  # noqa: PLR0124 - NaN
+    """Compare dense tensors, containers and numbers; of other objects nothing is known."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and one is not other:
+        if one.shape != other.shape or one.layout is not torch.strided or one.is_nested:
+            return one.shape == other.shape
+        return bool(((one == other) | ((one != one) & (other != other))).all())  # noqa: PLR0124 - NaN
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return one.keys() == other.keys() and all(_is_same(one[key], other[key]) for key in one)
     if isinstance(one, list | tuple | deque):
         return len(one) == len(other) and all(map(_is_same, one, other))
-    return one is other or type(one) not in _COMPARED or bool(one == other or (one != one and other != other))  # noqa: PLR0124 - NaN
+    return one is other or type(one) not in _COMPARED or bool(one == other or (one != one and other != other))  # noqa: PLR0124
 
 
 def _copy(value: Any, done: dict[int, Any]) -> Any:

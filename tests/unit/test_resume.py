@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from ignite.engine import Engine, Events
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from distckpt import Checkpoint, DiskSaver, LoadError, ModelCheckpoint, RngState, global_step_from_engine, resume
@@ -603,3 +604,32 @@ def test_an_engine_that_was_stopped_goes_on_in_the_same_process() -> None:
     program.run()
     resume_from(program, saved)
     assert iterations(program.run()) == iterations(alone)
+
+
+def test_tensors_of_the_engine_beside_to_load_are_read(tmp_path: Path) -> None:
+    def build() -> tuple[nn.Module, Engine]:
+        model, trainer = nn.Linear(2, 2), Engine(lambda _engine, _batch: None)
+        trainer.state_dict_user_keys.extend(["alpha", "deep"])
+        trainer.state.alpha, trainer.state.deep = torch.zeros(4), {"a": [torch.zeros(3)]}  # type: ignore[attr-defined]  # the user's
+        return model, trainer
+
+    model, trainer = build()
+    trainer.state.alpha, trainer.state.deep = torch.arange(4.0), {"a": [torch.arange(3.0)]}  # type: ignore[attr-defined]
+    saver = Checkpoint({"model": model, "trainer": trainer}, DiskSaver(tmp_path, require_empty=False))
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, saver)
+    trainer.run([0], max_epochs=2)
+    fresh, engine = build()
+    resume({"model": fresh}, tmp_path, engine=engine)
+    assert torch.equal(engine.state.alpha, torch.arange(4.0))  # type: ignore[attr-defined]
+    assert torch.equal(engine.state.deep["a"][0], torch.arange(3.0))  # type: ignore[attr-defined]
+    assert torch.equal(fresh.state_dict()["weight"], model.state_dict()["weight"])
+    assert engine.state.iteration == 2
+
+
+@pytest.mark.parametrize("is_live_compiled", [True, False])
+def test_a_compiled_models_checkpoint_resumes(tmp_path: Path, *, is_live_compiled: bool) -> None:
+    model: Any = torch.compile(nn.Linear(2, 2))
+    torch.save({"model": model.state_dict(), "trainer": engine_state(3)}, tmp_path / "a.pt")
+    fresh: Any = torch.compile(nn.Linear(2, 2)) if is_live_compiled else nn.Linear(2, 2)
+    assert resume({"model": fresh}, tmp_path) == tmp_path / "a.pt"
+    assert torch.equal(fresh.weight, model.weight)
