@@ -26,6 +26,7 @@ from distckpt.manifest import Manifest
 from distckpt.snapshot import WHOLE, Checked, Meet, Share, Snapshot
 from distckpt.state.staging import HostMemory
 from distckpt.storage.disk import Directory, NewFile
+from distckpt.storage.loadable import Refused
 from distckpt.storage.verify import check_whole
 from distckpt.unfinished import Unfinished
 
@@ -53,6 +54,8 @@ class Part:
             optimizer's step changes them.
         num_threads: how many threads copy.
         is_checked: whether :meth:`fingerprints` will be asked for.
+        on_refused: called by :meth:`prepare`, where this rank commits the file, with what loading will refuse, if there
+            is anything.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Part:
         late_devices: Collection[str] = ("cuda",),
         num_threads: int = 1,
         is_checked: bool = False,
+        on_refused: Callable[[Sequence[Refused]], None] | None = None,
     ) -> None:
         self.name = name
         self.is_saving = is_saving
@@ -83,6 +87,7 @@ class Part:
         self._late_devices = late_devices
         self._num_threads = num_threads
         self._is_checked = is_checked
+        self._on_refused = on_refused
         self._late: Collection[int] = ()
         self._snapshot: Snapshot | None = None
         self._new: NewFile | None = None
@@ -128,6 +133,8 @@ class Part:
         )
         if self._share is None:
             return answer
+        if self.is_saving and snapshot.refused and self._on_refused is not None:
+            self._on_refused(snapshot.refused)
         if self.in_background and not snapshot.devices.isdisjoint(self._late_devices):
             self._late = {identity for identity, kind in stepped().items() if kind in self._late_devices}
         answer["form"] = snapshot.form() if self.is_shared else None

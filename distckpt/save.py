@@ -30,7 +30,17 @@ from distckpt.consensus.decision import Agreed, NameRules, SaveIntent, decide_fr
 from distckpt.errors import CommitNotDurable, SaveError, save_error
 from distckpt.retention import Entry
 
-__all__ = ["WRITE_TIMEOUT_S", "Removal", "commit", "decide", "removals_of", "remove", "remove_here", "with_context"]
+__all__ = [
+    "WRITE_TIMEOUT_S",
+    "Removal",
+    "Spared",
+    "commit",
+    "decide",
+    "removals_of",
+    "remove",
+    "remove_here",
+    "with_context",
+]
 
 WRITE_TIMEOUT_S = 1800.0
 """Ranks that write nothing wait for the one that does; a disk may take its time over a large checkpoint."""
@@ -49,6 +59,10 @@ class Removal:
     filename: str
     problem: str | None
     gone: bool
+
+
+class Spared(Exception):  # noqa: N818 - it is no error, but an answer
+    """Raised in place of removing a file that is still needed; a later save tries again."""
 
 
 def decide(
@@ -195,6 +209,8 @@ def remove_here(filenames: Sequence[str], remove_one: Callable[[str], None]) -> 
             remove_one(filename)
         except FileNotFoundError:
             problems[filename] = [True, f"{filename} was already gone"]
+        except Spared as error:
+            problems[filename] = [False, str(error)]
         except ValueError as error:  # a name from a loaded history that would leave the directory
             problems[filename] = [True, f"{filename} is left alone: {error}"]
         except Exception as error:  # noqa: BLE001 - a custom handler's; the new checkpoint is committed

@@ -24,8 +24,9 @@ from distckpt.storage.archive import BLOCK_BYTES
 from distckpt.storage.direct import write_at
 from distckpt.storage.disk import Directory, NewFile, WriteReceipt
 from distckpt.storage.image import ImagePlan, Part, crcs_of, plan_image, tail_of
+from distckpt.storage.loadable import Refused, paths_of_refused
 from distckpt.storage.pickling import pickle_state
-from distckpt.storage.ptfile import is_ordinary, write_pt
+from distckpt.storage.ptfile import is_ordinary, what_loading_refuses, write_pt
 from distckpt.storage.verify import check_whole
 
 __all__ = ["WHOLE", "Checked", "Meet", "Share", "Snapshot", "write_file"]
@@ -103,6 +104,11 @@ class Snapshot:
         self._staging: Staging | None = None
         self._late: Staging | None = None
         self._fence: Fence | None = None
+
+    @property
+    def refused(self) -> Sequence[Refused]:
+        """A few of the state's objects that loading will refuse; empty where it will refuse none."""
+        return self._pickled.refused
 
     @property
     def num_bytes(self) -> int:
@@ -312,6 +318,7 @@ def write_file(
     options: Mapping[str, Any],
     atomic: bool,
     num_threads: int = 1,
+    on_refused: Callable[[Sequence[Refused]], None] | None = None,
 ) -> WriteReceipt:
     """Write a state as a file, whole and durable, and return when it is. Rank-local; issues no collectives.
 
@@ -324,6 +331,8 @@ def write_file(
         options: keyword arguments of ``torch.save``.
         atomic: see :meth:`~distckpt.storage.disk.Directory.create`.
         num_threads: how many threads copy.
+        on_refused: called with what loading will refuse, if there is anything: before the file is there, but where
+            torch's own writer writes it.
 
     Raises:
         ValueError: the name would leave the directory, or a symlink is in the way.
@@ -331,8 +340,14 @@ def write_file(
         CommitNotDurable: the file is there, but may not survive a power cut.
     """
     if not is_ordinary(options):  # another pickler's, or the older format: torch's own writer knows them
-        return directory.write(name, lambda sink: write_pt(state, sink, options), atomic=atomic)
+        receipt = directory.write(name, lambda sink: write_pt(state, sink, options), atomic=atomic)
+        names = what_loading_refuses(directory.path / name)
+        if names and on_refused is not None:
+            on_refused(paths_of_refused(state, names))
+        return receipt
     snapshot = Snapshot(state, protocol=options.get("pickle_protocol", 2), num_threads=num_threads)
+    if snapshot.refused and on_refused is not None:
+        on_refused(snapshot.refused)
     with directory.create(name, atomic=atomic) as new:
         with memory.reserved():
             snapshot.take(memory)

@@ -7,6 +7,7 @@ is called for lies in :mod:`distckpt.handlers.checkpoint`, the order of a save's
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import warnings
 from abc import abstractmethod
@@ -155,7 +156,9 @@ class CheckpointSaving(CheckpointHistory):
                 consolidate=lambda: gathered.update(consolidate(self.to_save, save_on_rank=agreed.coordinator)),
                 capture=lambda: self._capture(backend, agreed.coordinator, decision, gathered),
                 remove_first=remove_first,
-                write=lambda checkpoint: _hand_over(handler, checkpoint, decision, about(backend, engine, agreed)),
+                write=lambda checkpoint: _hand_over(
+                    handler, checkpoint, decision, about(backend, engine, agreed), self._only_key()
+                ),
                 all_write=not (isinstance(handler, DiskSaver) and handler.writes_on_one_rank),
                 timeout_s=self.timeout_s,
             )
@@ -190,9 +193,11 @@ class CheckpointSaving(CheckpointHistory):
             capture=lambda: self._capture(backend, agreed.coordinator, decision, gathered),
             replicas=lambda: replicas(self.to_save, world_size=backend.world_size),
             stepped=lambda: stepped(self.to_save),
-            make_part=lambda: saver.part(backend, decision.filename, about(backend, engine, agreed), sharing),
+            make_part=lambda: saver.part(
+                backend, decision.filename, about(backend, engine, agreed), sharing, self._only_key()
+            ),
             sharing=sharing,
-            remove_one=saver.remover() if is_removed_early else None,
+            remove_one=functools.partial(_remove_unless_spared, saver, decision) if is_removed_early else None,
             timeout_s=self.timeout_s,
         )
         self._saved_at = Moment(engine)
@@ -218,7 +223,6 @@ class CheckpointSaving(CheckpointHistory):
                 if is_removed_early
                 else self._remove_after(backend, place, agreed, written)
             )
-            saver.look_at(decision.filename)
             write_log()
             self._tell(engine, agreed, problems)
 
@@ -287,6 +291,10 @@ class CheckpointSaving(CheckpointHistory):
             (checkpoint,) = checkpoint.values()
         return checkpoint
 
+    def _only_key(self) -> str:
+        """Return the key of the object that the file holds the bare state of; empty where it holds a mapping."""
+        return "" if self.include_self or len(self.to_save) != 1 else str(next(iter(self.to_save)))
+
     def _removal(self) -> RemovalOrder:
         """Return when this rank's save handler lets evicted files be removed."""
         handler = self.save_handler
@@ -316,12 +324,13 @@ class CheckpointSaving(CheckpointHistory):
         it wrote are kept meanwhile. Where they are not found in its directory, nothing is removed now; from then on
         evicted files are removed before each save, as ignite does.
         """
-        evicted = _made(agreed.decision).evicted
+        decision = _made(agreed.decision)
+        evicted = decision.evicted
         if agreed.removal == RemovalOrder.NEVER:
             self._strays = ()
             return []
         if agreed.removal == RemovalOrder.AFTER or not evicted:
-            return self._remove(backend, place("removing what was evicted"), evicted)
+            return self._remove(backend, place("removing what was evicted"), evicted, decision)
         try:
             # On all ranks before any of them removes: a handler need not look at its rank.
             found = agree.run(
@@ -333,18 +342,25 @@ class CheckpointSaving(CheckpointHistory):
             if not any(found):
                 self._unseen = self.save_handler
                 return []
-            return self._remove(backend, place("removing what was evicted"), evicted, written)
+            return self._remove(backend, place("removing what was evicted"), evicted, decision, written)
         finally:
             if written is not None:
                 written.put_back()
 
     def _remove(
-        self, backend: Backend, place: Place, evicted: tuple[str, ...], written: WrittenFiles | None = None
+        self,
+        backend: Backend,
+        place: Place,
+        evicted: tuple[str, ...],
+        decision: SaveDecision | None = None,
+        written: WrittenFiles | None = None,
     ) -> list[str]:
         """Collective. Remove what was evicted, keep what could not be removed for the next save; return what to say."""
         handler = self.save_handler
 
         def remove_one(filename: str) -> None:
+            if isinstance(handler, DiskSaver) and decision is not None:
+                _spare(handler, filename, decision)
             with contextlib.ExitStack() as stack:
                 if self._unseen is handler:  # the file of a save before may have been this one's too
                     stack.enter_context(contextlib.suppress(FileNotFoundError))
@@ -415,12 +431,25 @@ def _disk_saver_of(handler: Any) -> DiskSaver | None:
     return handler if isinstance(handler, DiskSaver) and type(handler).__call__ is DiskSaver.__call__ else None
 
 
-def _hand_over(handler: Callable[..., Any], checkpoint: Any, decision: SaveDecision, manifest: Manifest) -> None:
+def _hand_over(
+    handler: Callable[..., Any], checkpoint: Any, decision: SaveDecision, manifest: Manifest, key: str
+) -> None:
     saver = _disk_saver_of(handler)
     if saver is not None:
-        saver.save_with(checkpoint, decision.filename, manifest)
+        saver.save_with(checkpoint, decision.filename, manifest, key)
     else:
         hand_over(handler, checkpoint, decision.filename, dict(decision.metadata))
+
+
+def _spare(saver: DiskSaver, filename: str, decision: SaveDecision) -> None:
+    """Raise :class:`~distckpt.save.Spared` for the newest file that loads, where what was just written does not."""
+    kept = [name for _, name in decision.kept if name != decision.filename]
+    saver.spare(filename, written=decision.filename, kept=kept)
+
+
+def _remove_unless_spared(saver: DiskSaver, decision: SaveDecision, filename: str) -> None:
+    _spare(saver, filename, decision)
+    saver.remover()(filename)
 
 
 def _made(decision: SaveDecision | None) -> SaveDecision:

@@ -5,9 +5,10 @@ Owns :class:`DiskSaver`: who writes, and what a directory must look like. Layer 
 
 import contextlib
 import errno
+import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -24,11 +25,13 @@ from distckpt.handlers.save_handler import BaseSaveHandler, refuse_overrides
 from distckpt.manifest import Manifest
 from distckpt.naming import check_name
 from distckpt.parts import Part
+from distckpt.save import Spared
 from distckpt.sharers import Sharers
 from distckpt.snapshot import WHOLE, Share, write_file
 from distckpt.state.staging import HostMemory, kept_memory
 from distckpt.storage.disk import Directory, make_directory
-from distckpt.storage.ptfile import check_save_options, is_ordinary, what_loading_refuses
+from distckpt.storage.loadable import Refused, paths_of_refused
+from distckpt.storage.ptfile import check_save_options, is_loadable, is_ordinary, what_loading_refuses
 from distckpt.storage.written_files import identity_of
 from distckpt.threads import num_threads
 
@@ -144,7 +147,8 @@ class DiskSaver(BaseSaveHandler):
         self._memory = HostMemory() if own_memory else None
         self._sharers = Sharers()
         self._atomic = bool(atomic)
-        self._has_looked = False
+        self._key = ""
+        self._unloadable: set[str] = set()  # what this saver wrote and loading refuses
         self._manifest: Manifest | None = None
         self._kept = frozenset[tuple[int, int]]()
         backend = current()
@@ -231,17 +235,24 @@ class DiskSaver(BaseSaveHandler):
         del metadata
         self.save_with(checkpoint, filename, about(current()))
 
-    def save_with(self, checkpoint: Mapping[str, Any], filename: str, manifest: Manifest) -> None:
-        """Save `checkpoint` with what its manifest is to say, but for the tensors; else as a call does."""
+    def save_with(self, checkpoint: Mapping[str, Any], filename: str, manifest: Manifest, key: str = "") -> None:
+        """Save `checkpoint` with what its manifest is to say, but for the tensors; else as a call does.
+
+        Args:
+            checkpoint: what ``torch.save`` takes.
+            filename: relative to the directory.
+            manifest: but for the tensors.
+            key: the object's that `checkpoint` is the bare state of, for messages; empty for a mapping of several.
+        """
         check_save_options(self._options())
         check_name(filename)
         if self._writes_on(current()):
-            self._manifest = manifest
+            self._manifest, self._key = manifest, key
+            self._unloadable.discard(filename)
             try:
                 self._save_func(checkpoint, self.dirname / filename, torch.save)
             finally:
-                self._manifest = None
-            self.look_at(filename)
+                self._manifest, self._key = None, ""
 
     def _save_func(
         self, checkpoint: Mapping[str, Any], path: str | os.PathLike[str], func: Callable[..., Any], rank: int = 0
@@ -278,14 +289,19 @@ class DiskSaver(BaseSaveHandler):
                 options=self._options(),
                 atomic=self._atomic,
                 num_threads=num_threads(live.world_size),
+                on_refused=functools.partial(self._on_refused, name, self._key),
             )
-        elif self._atomic:
+            return
+        if self._atomic:
             with directory.create(name) as new:
                 with os.fdopen(os.dup(new.fd), "w+b") as file:
                     func(checkpoint, file, **self.kwargs)
                 new.commit(os.fstat(new.fd).st_size)
         else:
             func(checkpoint, path, **self.kwargs)
+        names = what_loading_refuses(path)
+        if names:
+            self._on_refused(name, self._key, paths_of_refused(checkpoint, names))
 
     def _options(self) -> dict[str, Any]:
         is_xla = current().name == "xla"
@@ -331,8 +347,8 @@ class DiskSaver(BaseSaveHandler):
     def _shares(self) -> bool:
         return self.share_write is not None and self.writes_on_one_rank
 
-    def part(self, backend: Backend, filename: str, manifest: Manifest, sharing: Sharing) -> Part:
-        """Rank-local. Return this rank's part of a save.
+    def part(self, backend: Backend, filename: str, manifest: Manifest, sharing: Sharing, key: str = "") -> Part:
+        """Rank-local. Return this rank's part of a save; `key` as in :meth:`save_with`.
 
         Raises:
             TypeError: a keyword argument of the constructor is none of ``torch.save``'s.
@@ -341,6 +357,7 @@ class DiskSaver(BaseSaveHandler):
         options = self._options()
         check_save_options(options)
         check_name(filename)
+        self._unloadable.discard(filename)
         share = None
         if len(sharing.writers) > 1:
             if backend.rank in sharing.writers:
@@ -360,22 +377,36 @@ class DiskSaver(BaseSaveHandler):
             num_threads=num_threads(backend.world_size),
             late_devices=self._late_devices if self.overlap_copy else (),
             is_checked=sharing.is_checked,
+            on_refused=functools.partial(self._on_refused, filename, key),
         )
 
-    def look_at(self, filename: str) -> None:
-        """Rank-local. Warn, after the first save, of what is in it that no load will give back."""
-        if not self._has_looked and self._writes_on(current()):
-            self._has_looked = True
-            self._warn_of_what_cannot_be_loaded(self.dirname / filename)
+    def _on_refused(self, filename: str, key: str, refused: Sequence[Refused]) -> None:
+        """Warn of what loading will refuse, and note that it is in the file."""
+        self._unloadable.add(filename)
+        told = ", ".join(f"{'.'.join(filter(None, (key, path)))!r} ({what})" for path, what in refused)
+        warnings.warn(
+            f"{self.dirname / filename}: load_objects will refuse it, since it never executes code: {told}. Save plain "
+            "tensors, numbers, text and containers of them, or allow the class by "
+            "torch.serialization.add_safe_globals wherever it is loaded.",
+            stacklevel=2,
+        )
 
-    def _warn_of_what_cannot_be_loaded(self, path: Path) -> None:
-        refused = what_loading_refuses(path)
-        if refused:
-            warnings.warn(
-                f"{path} holds objects that cannot be loaded without executing code, which load_objects never does: "
-                f"{', '.join(refused)}. Save plain tensors, numbers, text and containers of them. This is said once.",
-                stacklevel=2,
-            )
+    def spare(self, filename: str, *, written: str, kept: Sequence[str]) -> None:
+        """Refuse to remove the newest file that loads, where the one just written does not. Rank-local. Any thread.
+
+        Args:
+            filename: what is to be removed.
+            written: what was just written.
+            kept: what else is kept.
+
+        Raises:
+            Spared: it is that file.
+        """
+        is_last = written in self._unloadable and not any(is_loadable(self.dirname / name) for name in kept)
+        if is_last and is_loadable(self.dirname / filename):
+            msg = f"{filename} is kept: load_objects would refuse every other"
+            raise Spared(msg)
+        self._unloadable.discard(filename)
 
     def remover(self) -> Callable[[str], None]:
         """Return what removes a file on the rank that calls it, on any thread: there nobody need ask who it is."""

@@ -21,6 +21,7 @@ import torch
 from distckpt.errors import ShardedStateError
 from distckpt.sharded import find_paths, needs_a_look, refusal, shard_of, whole
 from distckpt.storage.emitting import TYPES, Form, NotPlain, TensorAt, emit, is_plain
+from distckpt.storage.loadable import CALLED, Refused, find_refused
 
 __all__ = ["Pickled", "TensorAt", "pickle_exactly", "pickle_state"]
 
@@ -40,11 +41,13 @@ class Pickled:
         data: the pickle.
         storages: what it refers to, by number; shared ones once. They are the live ones, not copies.
         forms: of the tensors that stand in nested mappings and sequences: name, form, number of the storage.
+        refused: a few of the objects that loading will refuse; empty where it will refuse none.
     """
 
     data: bytes
     storages: tuple[torch.UntypedStorage, ...]
     forms: Sequence[tuple[str, Form, int]]
+    refused: Sequence[Refused] = ()
 
     def tensors(self) -> Iterator[TensorAt]:
         """Yield what the manifest says of the named tensors. Any thread."""
@@ -90,7 +93,9 @@ def pickle_exactly(state: Any, *, protocol: int = 2) -> Pickled:
     pickler = _Pickler(buffer, protocol)
     with naming_what_is_sharded(state):
         pickler.dump(state)
-    return Pickled(buffer.getvalue(), tuple(pickler.storages), tuple(_named(state, pickler.numbers)))
+    data = buffer.getvalue()
+    refused = find_refused(state, data, pickler.met.values(), protocol=protocol)
+    return Pickled(data, tuple(pickler.storages), tuple(_named(state, pickler.numbers)), refused)
 
 
 @contextlib.contextmanager
@@ -126,6 +131,7 @@ class _Pickler(pickle.Pickler):
         super().__init__(buffer, protocol)
         self.storages: list[torch.UntypedStorage] = []
         self.numbers: dict[int, str] = {}  # torch's identity of a storage -> its number
+        self.met: dict[int, Any] = {}  # types of objects, classes and functions: what loading has to know
         self._dtypes: dict[int, torch.dtype] = {}  # where its data lie -> their dtype
 
     def persistent_id(self, obj: Any) -> Any:
@@ -153,6 +159,8 @@ class _Pickler(pickle.Pickler):
                 if plain is not obj:
                     found = self.reducer_override(plain)
                     return plain.__reduce_ex__(_EMITTED_PROTOCOL) if found is NotImplemented else found
+            called = obj if isinstance(obj, CALLED) else kind
+            self.met[id(called)] = called
             return NotImplemented
         dtype = obj.dtype
         storage_type = TYPES.get(dtype)

@@ -6,18 +6,21 @@ Owns the file's content. Must not know where the file lies or how it becomes dur
 import functools
 import inspect
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from distckpt.errors import LoadError, UnsafeCheckpoint
 from distckpt.sharded import needs_a_look, whole
+from distckpt.storage.loadable import names_refused
 from distckpt.storage.opened import OpenCheckpoint
 from distckpt.storage.pickling import naming_what_is_sharded
 from distckpt.storage.sink import Sink
 
-__all__ = ["check_save_options", "is_ordinary", "read_pt", "verify", "what_loading_refuses", "write_pt"]
+__all__ = ["check_save_options", "is_loadable", "is_ordinary", "read_pt", "verify", "what_loading_refuses", "write_pt"]
 
 
 @functools.cache
@@ -133,7 +136,28 @@ def what_loading_refuses(path: Path) -> list[str]:
         path: of a file that was written whole; of the pickle inside, only the names are looked at.
     """
     try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception as error:  # noqa: BLE001 - it reads the usual format alone, and stops at a newer pickle protocol
-        told = str(error)
-        return [told.splitlines()[0]] if "Unsupported operand" in told else []
+        return names_refused(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except pickle.UnpicklingError as error:  # a newer pickle protocol
+        return str(error).splitlines()[:1]
+    except Exception:  # noqa: BLE001 - it reads the usual format alone
+        try:
+            read_pt(path, verified=False)
+        except UnsafeCheckpoint as error:
+            return re.findall(r"GLOBAL (\S+)", str(error)) or [str(error)]
+        except (OSError, LoadError):  # another fault, which is told where it is loaded
+            return []
+        return []
+
+
+def is_loadable(path: Path) -> bool:
+    """Return True if a file is a checkpoint that can be loaded without executing code.
+
+    The data of a file whose state is plain are not read.
+    """
+    try:
+        with OpenCheckpoint(path) as file:
+            if not file.look():
+                read_pt(path, verified=False)
+    except (OSError, LoadError):
+        return False
+    return True
