@@ -13,7 +13,6 @@ from distckpt import naming, retention
 from distckpt.consensus.scores import ScoreRule, agreed_score
 from distckpt.errors import RanksDriftedApart
 from distckpt.retention import Entry
-from distckpt.scalars import is_nan
 
 __all__ = [
     "Agreed",
@@ -23,7 +22,6 @@ __all__ = [
     "SaveIntent",
     "decide_from",
     "filename_of",
-    "nan_is_why",
 ]
 
 
@@ -252,8 +250,3 @@ def _refuse_strangers(intents: Sequence[SaveIntent]) -> None:
             f"{told}. Handlers have to be built and attached on all ranks, in the same order."
         )
         raise RanksDriftedApart(msg)
-
-
-def nan_is_why(agreed: Agreed) -> bool:
-    """Tell whether nothing was saved because the score is NaN."""
-    return agreed.decision is None and is_nan(agreed.score)

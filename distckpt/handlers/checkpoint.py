@@ -4,7 +4,6 @@ Owns :class:`Checkpoint`: what a user asks for, on an engine's event. How the ra
 durable, and in which order, lies below. Layer L5.
 """
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,14 +29,12 @@ from distckpt.handlers.older import accept_older_order, deprecated
 from distckpt.handlers.places import counts_iterations
 from distckpt.handlers.save_handler import BaseSaveHandler, refuse_overrides
 from distckpt.handlers.voting import Voter, hold, is_poisoned
-from distckpt.log_level import level_on
 from distckpt.naming import check_name
 from distckpt.scalars import is_numpy_scalar, plain_score
 from distckpt.state.collect import is_spread
 
 __all__ = ["Checkpoint"]
 
-_logger = logging.getLogger(__name__)
 _OLDER_ORDER = (
     "to_save",
     "save_handler",
@@ -215,14 +212,11 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
             self._asked_on = None
         intent = self._intent
         if is_poisoned(engine):
-            _logger.log(
-                level_on(current().rank, {self._coordinator()}),
-                "Checkpoint: iteration %d was voted NaN and is not saved. %s",
-                engine.state.iteration,
-                self._stands(),
-            )
+            self._log_unsaved(engine, "it was voted NaN")
         elif self._is_wanted and not self._ended_at.is_now(engine):
             self._save(engine, lambda: self._intend(engine) if intent is None else intent)
+        elif intent is not None and not self._is_wanted:
+            self._log_refused(engine, intent.score, intent.history)
 
     def _probe(self, engine: Engine) -> Answer:
         if engine is not self._asked_on:

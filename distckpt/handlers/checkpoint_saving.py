@@ -12,7 +12,7 @@ import logging
 import warnings
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from distckpt.backends.base import Backend
 from distckpt.backends.detect import current
 from distckpt.consensus import agree
 from distckpt.consensus.agree import Place, Seat
-from distckpt.consensus.decision import Agreed, RemovalOrder, SaveDecision, SaveIntent, nan_is_why
+from distckpt.consensus.decision import Agreed, RemovalOrder, SaveDecision, SaveIntent
 from distckpt.errors import CommitNotDurable
 from distckpt.flight import Flight, take_off
 from distckpt.handlers.about import about
@@ -37,6 +37,8 @@ from distckpt.handlers.save_handler import BaseSaveHandler, hand_over
 from distckpt.handlers.save_log import SaveLog
 from distckpt.log_level import level_on
 from distckpt.manifest import Manifest
+from distckpt.retention import Entry
+from distckpt.scalars import is_nan
 from distckpt.state.collect import capture, consolidate, replicas, stepped
 from distckpt.storage.written_files import WrittenFiles
 
@@ -121,7 +123,7 @@ class CheckpointSaving(CheckpointHistory):
         self._warn_of_scores(agreed)
         decision = agreed.decision
         if decision is None:
-            self._log_refused(engine, agreed)
+            self._log_refused(engine, agreed.score, agreed.history)
             return
         if self._is_early and self.global_step_transform is not None and agreed.score is None:
             agreed = dataclasses.replace(agreed, decision=half_a_step_lower(decision))
@@ -389,28 +391,25 @@ class CheckpointSaving(CheckpointHistory):
             level = level_on(current().rank, {agreed.coordinator})
             _logger.log(level, "Checkpoint: while removing older checkpoints: %s", " ".join(problems))
 
-    def _log_refused(self, engine: Engine, agreed: Agreed) -> None:
+    def _log_refused(self, engine: Engine, score: float | None, history: Sequence[Entry]) -> None:
         """All ranks. Log why nothing is saved.
 
         A score that is no better is usual, and so is another event of the step that was just saved.
         """
-        if nan_is_why(agreed):
+        if is_nan(score):
             self._log_unsaved(engine, "the score is NaN")
-        elif agreed.score is None and not self._saved_at.is_now(engine):
-            step, name = agreed.history[0]
+        elif score is None and not self._saved_at.is_now(engine):
+            step, name = history[0]
             self._log_unsaved(engine, f"its step is not above that of {name}, {step}, the lowest of those kept")
         else:
             self._log_unsaved(engine, "it is no better than what is kept", level=logging.DEBUG)
 
     def _log_unsaved(self, engine: Engine, why: str, *, level: int = logging.WARNING) -> None:
         """All ranks. Log that a save is left out."""
-        _logger.log(
-            level_on(current().rank, {self._coordinator()}, level),
-            "Checkpoint: iteration %d is not saved: %s. %s",
-            engine.state.iteration,
-            why,
-            self._stands(),
-        )
+        here = level_on(current().rank, {self._coordinator()}, level)
+        if _logger.isEnabledFor(here):  # it may be so in every iteration
+            stands = self._stands()
+            _logger.log(here, "Checkpoint: iteration %d is not saved: %s. %s", engine.state.iteration, why, stands)
 
     def _warn_of_scores(self, agreed: Agreed) -> None:
         if agreed.scores is not None:

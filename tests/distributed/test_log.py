@@ -147,5 +147,30 @@ def test_a_step_voted_nan_is_not_saved_and_the_saving_rank_logs_it(tmp_path: Pat
         Events.ITERATION_COMPLETED, Checkpoint({"model": model_of(1.0)}, DiskSaver(tmp_path, save_on_rank=1))
     )
     told = heard(lambda: trainer.run([0, 1]))
-    unsaved = f"Checkpoint: iteration 2 was voted NaN and is not saved. The last one is {tmp_path / 'model_1.pt'}."
+    unsaved = f"Checkpoint: iteration 2 is not saved: it was voted NaN. The last one is {tmp_path / 'model_1.pt'}."
     assert [[one for one in rank if one.startswith("Checkpoint")] for rank in told] == [[], [unsaved]]
+
+
+@run_distributed(world_size=2)
+def test_a_score_that_is_nan_is_logged_on_events_of_each_iteration_too(tmp_path: Path) -> None:
+    trainer = idle_engine()
+    scores = iter([0.5, float("nan"), 0.4, float("nan")])
+    handler = Checkpoint({"model": model_of(1.0)}, tmp_path, score_function=lambda _: next(scores))
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, handler)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, TerminateOnNan())
+    told = heard(lambda: trainer.run([0] * 4))
+    unsaved = f"is not saved: the score is NaN. The last one is {tmp_path / 'model_0.5000.pt'}."
+    assert told == [[f"Checkpoint: iteration {step} {unsaved}" for step in (2, 4)], []]
+
+
+@pytest.mark.parametrize("each", ["iteration", "epoch"])
+@run_distributed(world_size=2)
+def test_a_step_that_is_older_than_what_is_kept_is_logged(tmp_path: Path, each: str) -> None:
+    trainer, steps = idle_engine(), iter([7, 3])
+    handler = Checkpoint({"model": model_of(1.0)}, tmp_path, global_step_transform=lambda *_: next(steps))
+    event = Events.ITERATION_COMPLETED(every=2) if each == "iteration" else Events.EPOCH_COMPLETED
+    trainer.add_event_handler(event, handler)
+    told = heard(lambda: trainer.run([0] * 2, max_epochs=2))
+    refused = "its step is not above that of model_7.pt, 7, the lowest of those kept"
+    last = f"The last one is {tmp_path / 'model_7.pt'}."
+    assert told == [[f"Checkpoint: iteration 4 is not saved: {refused}. {last}"], []]
