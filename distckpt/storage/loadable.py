@@ -51,18 +51,22 @@ class Refused(NamedTuple):
     what: str
 
 
-def find_refused(state: Any, data: bytes, met: Iterable[Any], *, protocol: int) -> tuple[Refused, ...]:
+def find_refused(
+    state: Any, data: bytes, *, kinds: Iterable[type], called: Iterable[Any], protocol: int
+) -> tuple[Refused, ...]:
     """Return what loading refuses of a state that was just pickled: a few of them. Any thread.
 
     Args:
         state: what was pickled.
         data: its pickle.
-        met: the types of the objects in it, and the classes and functions that it names.
+        kinds: the types of the objects in it that pickle has no opcodes for.
+        called: the classes and functions that it names.
         protocol: the pickle's.
     """
     if protocol > _NEWEST_PROTOCOL:
         return (Refused("", f"pickle_protocol={protocol}, above {_NEWEST_PROTOCOL}"),)
-    if all(map(_is_harmless, met)) and _LONG not in data:
+    odd = [*called, *(kind for kind in kinds if kind not in _HARMLESS)]
+    if not names_refused(map(_name_of, odd)) and _LONG not in data:
         return ()
     names = _refused_in(data)
     return paths_of_refused(state, names) if names else ()
@@ -75,7 +79,8 @@ def paths_of_refused(state: Any, names: Collection[str]) -> tuple[Refused, ...]:
 
     def is_refused(one: Any) -> bool:
         kind = type(one)
-        if (kind is int and one.bit_length() < _LONG_BITS) or (kind in _HARMLESS and kind is not int):
+        is_odd = (kind is int and one.bit_length() >= _LONG_BITS) or (kind is bytes and not one)
+        if kind in _HARMLESS and not is_odd:
             return False
         refused = _refused_alone(one)
         if not refused.intersection(names):
@@ -120,12 +125,6 @@ class _Alone(pickle.Pickler):
     def persistent_id(self, obj: Any) -> Any:
         is_storage = isinstance(obj, torch.storage.TypedStorage) or torch.is_storage(obj)
         return "storage" if is_storage else None
-
-
-def _is_harmless(one: Any) -> bool:
-    if isinstance(one, type) and one in _HARMLESS:
-        return True
-    return isinstance(one, CALLED) and not names_refused([_name_of(one)])
 
 
 def _name_of(one: Any) -> str:

@@ -94,7 +94,8 @@ def pickle_exactly(state: Any, *, protocol: int = 2) -> Pickled:
     with naming_what_is_sharded(state):
         pickler.dump(state)
     data = buffer.getvalue()
-    refused = find_refused(state, data, pickler.met.values(), protocol=protocol)
+    kinds, called = pickler.kinds.values(), pickler.called.values()
+    refused = find_refused(state, data, kinds=kinds, called=called, protocol=protocol)
     return Pickled(data, tuple(pickler.storages), tuple(_named(state, pickler.numbers)), refused)
 
 
@@ -131,7 +132,8 @@ class _Pickler(pickle.Pickler):
         super().__init__(buffer, protocol)
         self.storages: list[torch.UntypedStorage] = []
         self.numbers: dict[int, str] = {}  # torch's identity of a storage -> its number
-        self.met: dict[int, Any] = {}  # types of objects, classes and functions: what loading has to know
+        self.kinds: dict[int, type] = {}  # the types of objects that pickle has no opcodes for
+        self.called: dict[int, Any] = {}  # classes and functions that are named
         self._dtypes: dict[int, torch.dtype] = {}  # where its data lie -> their dtype
 
     def persistent_id(self, obj: Any) -> Any:
@@ -159,8 +161,10 @@ class _Pickler(pickle.Pickler):
                 if plain is not obj:
                     found = self.reducer_override(plain)
                     return plain.__reduce_ex__(_EMITTED_PROTOCOL) if found is NotImplemented else found
-            called = obj if isinstance(obj, CALLED) else kind
-            self.met[id(called)] = called
+            if isinstance(obj, CALLED):
+                self.called[id(obj)] = obj
+            else:
+                self.kinds[id(kind)] = kind
             return NotImplemented
         dtype = obj.dtype
         storage_type = TYPES.get(dtype)

@@ -43,6 +43,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "path": (Path("/a"), "pathlib.PosixPath"),
     "enum": (Mode.FAST, "Mode"),
     "class": (nn.Linear, "torch.nn.modules.linear.Linear"),
+    "builtin class": (dict, "builtins.dict"),
+    "no bytes": (b"", "builtins.bytes"),
     "function": (re.compile, "re.compile"),
     "mapping of another class": (defaultdict(list), "collections.defaultdict"),
     "mapping of the user's": (Mapped(a=1), "Mapped"),
@@ -236,7 +238,7 @@ def test_many_plain_objects_beside_one_that_is_refused_are_looked_at_once(tmp_pa
 
 def test_pickle_alone_decides_where_the_types_are_not_known() -> None:
     data = pickle.dumps({"a": 1}, protocol=2)
-    assert find_refused({"a": 1}, data, [dt.timedelta], protocol=2) == ()
+    assert find_refused({"a": 1}, data, kinds=[dt.timedelta], called=[], protocol=2) == ()
 
 
 def test_file_of_another_kind_is_told_apart(tmp_path: Path) -> None:
