@@ -15,7 +15,18 @@ from torch import nn
 
 from distckpt.errors import ShardedStateError
 
-__all__ = ["INSTEAD", "are_plain", "find_paths", "is_flat_shard", "needs_a_look", "refusal", "shard_of", "whole"]
+__all__ = [
+    "INSTEAD",
+    "are_plain",
+    "as_live",
+    "find_paths",
+    "is_dtensor",
+    "is_flat_shard",
+    "needs_a_look",
+    "refusal",
+    "shard_of",
+    "whole",
+]
 
 INSTEAD: Final = (
     "Sharded state cannot be saved or loaded yet. Use an object whose state_dict() and load_state_dict() handle the "
@@ -56,6 +67,25 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     if local.requires_grad == tensor.requires_grad:
         return local
     return local.detach().requires_grad_(tensor.requires_grad)
+
+
+def is_dtensor(tensor: torch.Tensor) -> bool:
+    """Return True for a DTensor."""
+    return needs_a_look(type(tensor)) and _kind_of(type(tensor)) == "dtensor"
+
+
+def as_live(live: torch.Tensor, given: Any) -> Any:
+    """Return a whole tensor in the form of a live one: a DTensor where that is one. Rank-local; issues no collectives.
+
+    Args:
+        live: a tensor of which this rank holds all.
+        given: what is to be loaded into it. All that is no tensor of its shape is returned as it is.
+    """
+    if not is_dtensor(live) or not isinstance(given, torch.Tensor) or is_dtensor(given) or given.shape != live.shape:
+        return given
+    it: Any = live
+    local = given.detach().to(it._local_tensor.device)  # noqa: SLF001 - to_local() makes another one
+    return type(it).from_local(local, it.device_mesh, it.placements, run_check=False)
 
 
 def shard_of(tensor: torch.Tensor) -> str | None:

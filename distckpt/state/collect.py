@@ -28,6 +28,7 @@ __all__ = [
     "refuse_sharded",
     "replicas",
     "stepped",
+    "whole_state",
 ]
 
 
@@ -261,11 +262,21 @@ def plain_state(state: Any, where: str = "the state") -> Any:
     return _Plain(where).of(state, ())
 
 
+def whole_state(state: Any, where: str) -> Any:
+    """Replace fully replicated DTensors by plain tensors, as :func:`plain_state` does; NumPy scalars stay.
+
+    Raises:
+        ShardedStateError: the state holds a tensor of which this rank has a part.
+    """
+    return _Plain(where, are_scalars_replaced=False).of(state, ()) if _holds_more_than_plain(state) else state
+
+
 class _Plain:
     """One walk over a state. A tensor that stands in it twice is replaced by one tensor."""
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, *, are_scalars_replaced: bool = True) -> None:
         self._where = where
+        self._are_scalars_replaced = are_scalars_replaced
         self._wholes: dict[int, torch.Tensor] = {}
         self._around: set[int] = set()  # the containers on the way: one may contain itself
 
@@ -276,7 +287,7 @@ class _Plain:
         if needs_a_look(kind):
             return self._tensor(state, path)
         if is_numpy_scalar(state):
-            return state.item()
+            return state.item() if self._are_scalars_replaced else state
         if not isinstance(state, dict | list | tuple | set | frozenset) or id(state) in self._around:
             return state
         self._around.add(id(state))

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from distckpt.errors import DoesNotFit, LoadError, PartlyLoaded, does_not_fit, partly_loaded
+from distckpt.state.collect import whole_state
 from distckpt.state.fence import hold_all
 from distckpt.state.inplace import (
     Claim,
@@ -38,6 +39,7 @@ from distckpt.state.pairing import Misfits, Pair, check_complete, pair_up
 from distckpt.state.report import LoadReport, all_in_one, joined
 from distckpt.state.skeleton import Unsure, is_plain_optimizer, try_on_skeleton
 from distckpt.state.undo import Undo, undo_of
+from distckpt.state.whole_objects import in_live_form
 
 __all__ = ["Prepared", "check_complete", "prepare"]
 
@@ -96,6 +98,7 @@ def prepare(
         others: more objects, each with its state; no modules or optimizers.
 
     Raises:
+        ShardedStateError: a state holds a tensor of which this rank has a part.
         DoesNotFit: an object has no state, a list another length, an optimizer other groups (a ValueError too), or a
             module other keys or shapes, or tensors that cannot be written to (a RuntimeError too). It tells of all of
             them.
@@ -104,6 +107,7 @@ def prepare(
     options = dict(module_options)
     pairs, misfits = pair_up(to_load, state)
     pairs = [*(Pair(type(obj).__name__, obj, its_state) for obj, its_state in others), *pairs]
+    pairs = [Pair(one.name, one.obj, whole_state(one.state, f"the checkpoint's {one.name!r}")) for one in pairs]
     turns = [_examine(pair, options, misfits) for pair in pairs]
     if misfits:
         raise all_in_one(misfits)
@@ -160,10 +164,11 @@ class Prepared:
         return joined(reports)
 
     def _load_one(self, turn: _Turn) -> LoadReport:
+        state = turn.state if turn.when == _PLAIN else in_live_form(turn.obj, turn.state)
         if not isinstance(turn.obj, nn.Module):
-            turn.obj.load_state_dict(turn.state)
+            turn.obj.load_state_dict(state)
             return LoadReport()
-        told = turn.obj.load_state_dict(turn.state, **self._options)
+        told = turn.obj.load_state_dict(state, **self._options)
         if turn.when == _PLAIN:
             return turn.report
         missing, unexpected = getattr(told, "missing_keys", ()), getattr(told, "unexpected_keys", ())

@@ -1,19 +1,21 @@
-"""Live objects whose state would be a part of a whole, though its tensors may look plain.
+"""Live objects whose state would be a part of a whole, though its tensors may look plain; and those of DTensors.
 
 Knows FSDP1's modules and what an optimizer keeps for sharded parameters. What is sharded by its own type, in a state,
 is found by :mod:`distckpt.sharded`.
 """
 
+import copy
 import itertools
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from distckpt.sharded import are_plain, is_flat_shard, refusal, shard_of
+from distckpt.sharded import are_plain, as_live, is_dtensor, is_flat_shard, refusal, shard_of
 
-__all__ = ["refuse_sharded_object"]
+__all__ = ["in_live_form", "refuse_sharded_object"]
 
 _MANAGED = "_is_fsdp_managed_module"
 _FULL = "FULL_STATE_DICT"
@@ -38,6 +40,50 @@ def refuse_sharded_object(name: str, obj: Any, *, save_on_rank: int | None = Non
             _refuse_fsdp1(where, obj, save_on_rank)
         if save_on_rank is None and _loads_as_torch_does(obj):
             _refuse_module(where, obj)
+
+
+def in_live_form(obj: Any, state: Any) -> Any:
+    """Return a state whose plain tensors are DTensors where those of the object are. Rank-local; touches no object.
+
+    torch's own ``load_state_dict`` takes no plain tensor for a DTensor. An object with a ``load_state_dict`` of its own
+    gets the state as it is.
+
+    Args:
+        obj: without wrappers; nothing in it is sharded.
+        state: what is to be loaded into it.
+    """
+    if not isinstance(state, Mapping):
+        return state
+    if isinstance(obj, nn.Module) and _loads_as_torch_does(obj):
+        tensors = itertools.chain(obj.named_parameters(remove_duplicate=False), obj.named_buffers())
+        spread = {key: live for key, live in tensors if key in state and is_dtensor(live)}
+        return _with(state, {key: as_live(live, state[key]) for key, live in spread.items()})
+    if isinstance(obj, torch.optim.Optimizer):
+        kept = state.get("state")
+        return _with(state, {"state": _with(kept, _kept_of(obj, state))}) if isinstance(kept, Mapping) else state
+    return state
+
+
+def _kept_of(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[Any, Any]:
+    """Return what a state keeps for those of an optimizer's parameters that are DTensors, in their form."""
+    found: dict[Any, Any] = {}
+    for ours, theirs in zip(optimizer.param_groups, state.get("param_groups", ()), strict=False):
+        if are_plain(ours["params"]):
+            continue
+        for number, live in zip(theirs["params"], ours["params"], strict=False):
+            kept = state["state"].get(number)
+            if isinstance(kept, Mapping):  # a step is a number, whatever the parameter's shape
+                found[number] = _with(kept, {key: as_live(live, kept[key]) for key in kept if key != "step"})
+    return found
+
+
+def _with(state: Any, items: Mapping[Any, Any]) -> Any:
+    """Return a copy with other items; its attributes, as a module's ``_metadata``, stay."""
+    if all(state[key] is item for key, item in items.items()):
+        return state
+    twin = copy.copy(state)
+    twin.update(items)
+    return twin
 
 
 def _refuse_optimizer(where: str, optimizer: torch.optim.Optimizer, *, is_loaded: bool) -> None:

@@ -19,7 +19,7 @@ from torch.distributed._shard.sharding_spec import ChunkShardingSpec
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 
 from distckpt import Checkpoint, DiskSaver, ShardedStateError, resume
 from tests.distributed.programs import fire, gathered, kinds, raised
@@ -297,6 +297,25 @@ def test_fsdp1_is_refused_where_its_state_is_a_shard_and_saved_where_it_is_full(
         assert torch.equal(plain.get_parameter("0.weight"), net.module.weight.view(4, 3))
 
 
+@pytest.mark.parametrize("use_orig_params", [False, True])
+@run_distributed(world_size=2)
+def test_fsdp1_loads_the_full_state_that_it_has_saved(tmp_path: Path, *, use_orig_params: bool) -> None:
+    net: Any = fsdp1(use_orig_params=use_orig_params)
+    fire(Checkpoint({"net": net}, tmp_path))
+    job.barrier()
+    for load in (Checkpoint.load_objects, resume):
+        again: Any = fsdp1(use_orig_params=use_orig_params)
+        with torch.no_grad():
+            for parameter in again.parameters():
+                parameter.fill_(7.0)
+        source: Any = tmp_path if load is resume else tmp_path / "net_1.pt"
+        load({"net": again}, source)
+        assert all(torch.equal(one, other) for one, other in zip(again.parameters(), net.parameters(), strict=True))
+    for kind in (StateDictType.SHARDED_STATE_DICT, StateDictType.LOCAL_STATE_DICT):
+        with FullyShardedDataParallel.state_dict_type(net, kind), pytest.raises(ShardedStateError, match=kind.name):
+            Checkpoint.load_objects({"net": net}, tmp_path / "net_1.pt")
+
+
 @run_distributed(world_size=2)
 def test_fsdp1_that_gathers_on_rank_0_alone_is_refused_where_another_rank_saves(tmp_path: Path) -> None:
     net = fsdp1(use_orig_params=True)
@@ -336,3 +355,93 @@ def test_nothing_is_loaded_into_objects_that_are_sharded(tmp_path: Path) -> None
             Checkpoint.load_objects({"optimizer": optimizer}, path)
     assert objects["other"].weight.item() == other
     assert torch.equal(objects["net"].weight.to_local(), before)
+
+
+def replicated_net(value: float) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return a module of replicated DTensors, with a buffer, and an optimizer that has stepped once."""
+    net = distribute_module(nn.BatchNorm1d(4), mesh())
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.fill_(value)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+    step(net, optimizer)
+    return net, optimizer
+
+
+def step(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Train on one batch."""
+    optimizer.zero_grad()
+    total: Any = net.get_parameter("weight") ** 2
+    total.sum().backward()
+    net.get_parameter("bias").grad = torch.ones_like(net.get_parameter("bias"))
+    optimizer.step()
+
+
+def held(net: nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
+    """Return all values, as numbers, and the types of the tensors."""
+    tensors: list[Any] = [*net.state_dict().values()]
+    tensors += [one for kept in optimizer.state.values() for one in kept.values()]
+    return [(type(one), (one.to_local() if isinstance(one, DTensor) else one).tolist()) for one in tensors]
+
+
+@pytest.mark.parametrize("options", [{}, {"background": True}])
+@run_distributed(world_size=2)
+def test_module_of_replicated_dtensors_and_its_optimizer_go_on_from_a_plain_file(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    net, optimizer = replicated_net(2.0)
+    handler = Checkpoint({"net": net, "optimizer": optimizer}, DiskSaver(tmp_path, **options))
+    fire(handler)
+    handler.wait_until_finished()
+    job.barrier()
+    file = torch.load(tmp_path / "checkpoint_1.pt", weights_only=True)
+    kept = [one for state in file["optimizer"]["state"].values() for one in state.values()]
+    assert {type(one) for one in (*file["net"].values(), *kept)} == {torch.Tensor}
+    step(net, optimizer)
+    again, its_optimizer = replicated_net(5.0)
+    assert resume({"net": again, "optimizer": its_optimizer}, tmp_path) == tmp_path / "checkpoint_1.pt"
+    step(again, its_optimizer)
+    assert held(again, its_optimizer) == held(net, optimizer)
+    fresh = distribute_module(nn.BatchNorm1d(4), mesh())
+    its_optimizer = torch.optim.AdamW(fresh.parameters())
+    Checkpoint.load_objects({"net": fresh, "optimizer": its_optimizer}, tmp_path / "checkpoint_1.pt")
+    step(fresh, its_optimizer)
+    assert held(fresh, its_optimizer) == held(net, optimizer)
+
+
+@run_distributed(world_size=2)
+def test_where_another_object_refuses_replicated_dtensors_are_put_back(tmp_path: Path) -> None:
+    class Refusing(Stateful):
+        def load_state_dict(self, state: Any) -> None:
+            del state
+            raise ZeroDivisionError
+
+    net, optimizer = replicated_net(2.0)
+    fire(Checkpoint({"net": net, "optimizer": optimizer, "z": Stateful({})}, tmp_path))
+    job.barrier()
+    again, its_optimizer = replicated_net(5.0)
+    before = held(again, its_optimizer)
+    for bad in (Refusing({}), nn.Linear(1, 1)):
+        assert raised(
+            partial(
+                Checkpoint.load_objects,
+                {"net": again, "optimizer": its_optimizer, "z": bad},
+                tmp_path / "checkpoint_1.pt",
+            )
+        )
+        assert held(again, its_optimizer) == before
+
+
+@run_distributed(world_size=2)
+def test_checkpoint_in_memory_or_of_torchs_own_is_refused_where_it_is_sharded(tmp_path: Path) -> None:
+    obj, other = Stateful(1), Stateful(2)
+    for state in ({"w": sharded()}, [summand()]):
+        with pytest.raises(ShardedStateError, match=r"the checkpoint's 'net', key '(w|0)', is a DTensor"):
+            Checkpoint.load_objects({"other": other, "net": obj}, {"other": 3, "net": state})
+    path = tmp_path / f"{job.rank()}.pt"
+    torch.save({"other": 3, "net": {"w": sharded()}}, path)
+    with pytest.raises(ShardedStateError, match="the checkpoint's 'net', key 'w', is a DTensor"):
+        Checkpoint.load_objects({"other": other, "net": obj}, path)
+    assert (obj.state, other.state) == (1, 2)
+    Checkpoint.load_objects({"other": other, "net": obj}, {"other": 3, "net": {"w": replicated()}})
+    assert type(obj.state["w"]) is torch.Tensor
