@@ -173,7 +173,7 @@ class CheckpointSaving(CheckpointHistory):
             self._strays = left
         else:
             problems += self._remove_after(backend, place, agreed, written)
-        log.write(backend.rank, agreed, n_saved=self.n_saved, score_name=self.score_name)
+        self._log_saved(backend, agreed, log)
         self._tell(engine, agreed, problems)
 
     def _save_in_parts(
@@ -205,10 +205,6 @@ class CheckpointSaving(CheckpointHistory):
         self._saved_at = Moment(engine)
         history = self._saved
 
-        def write_log() -> None:
-            log.committed(flight.committed_at_s)
-            log.write(backend.rank, agreed, n_saved=self.n_saved, score_name=self.score_name)
-
         def landed(flight: Flight, error: BaseException | None) -> None:
             if error is not None:
                 self._saved_at = Moment()
@@ -216,7 +212,8 @@ class CheckpointSaving(CheckpointHistory):
                 if self._saved is history:
                     self._take_over_what_is_there(agreed, flight, error, is_removed=is_removed_early)
                 if flight.has_committed:
-                    write_log()
+                    log.committed(flight.committed_at_s)
+                    self._log_saved(backend, agreed, log)
                 return
             if self._saved is history:  # else it was loaded or reset meanwhile: the file stays, and is not ours
                 self._take_over(agreed, took_s=flight.took_s)
@@ -225,7 +222,8 @@ class CheckpointSaving(CheckpointHistory):
                 if is_removed_early
                 else self._remove_after(backend, place, agreed, written)
             )
-            write_log()
+            log.committed(flight.committed_at_s)
+            self._log_saved(backend, agreed, log)
             self._tell(engine, agreed, problems)
 
         if saver.background:
@@ -390,6 +388,9 @@ class CheckpointSaving(CheckpointHistory):
         if problems:
             level = level_on(current().rank, {agreed.coordinator})
             _logger.log(level, "Checkpoint: while removing older checkpoints: %s", " ".join(problems))
+
+    def _log_saved(self, backend: Backend, agreed: Agreed, log: SaveLog) -> None:
+        log.write(backend.rank, agreed, n_saved=self.n_saved, score_name=self.score_name, left=self._strays)
 
     def _log_refused(self, engine: Engine, score: float | None, history: Sequence[Entry]) -> None:
         """All ranks. Log why nothing is saved.

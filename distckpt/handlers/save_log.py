@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from distckpt.consensus.decision import Agreed, SaveDecision
@@ -34,7 +35,9 @@ class SaveLog:
         self._durable_s = (time.monotonic() if at_s is None else at_s) - self._begin_s
         return self._durable_s
 
-    def write(self, rank: int, agreed: Agreed, *, n_saved: int | None, score_name: str | None) -> None:
+    def write(
+        self, rank: int, agreed: Agreed, *, n_saved: int | None, score_name: str | None, left: Collection[str]
+    ) -> None:
         """Log it.
 
         Args:
@@ -42,6 +45,7 @@ class SaveLog:
             agreed: what was saved; it holds a decision.
             n_saved: how many are kept; None for all.
             score_name: the score's name; None for ``score``.
+            left: evicted files that are still there; another message says why.
         """
         decision, level = agreed.decision, level_on(rank, {agreed.coordinator}, logging.INFO)
         if decision is None or not _logger.isEnabledFor(level):
@@ -51,7 +55,8 @@ class SaveLog:
         path = decision.filename if agreed.directory is None else str(Path(agreed.directory, decision.filename))
         size = "" if agreed.directory is None else _size_of(path)
         line = f"saved {path}: {size}stall {stall_s:.3f} s, durable after {durable_s:.3f} s"
-        replaced = _replaced(agreed, decision, n_saved=n_saved, score_name=score_name)
+        removed = [name for name in decision.evicted if name not in left]
+        replaced = _replaced(agreed, decision, removed, n_saved=n_saved, score_name=score_name)
         _logger.log(level, "Checkpoint: %s", "; ".join([line, *replaced]))
 
 
@@ -62,14 +67,16 @@ def _size_of(path: str) -> str:
         return ""
 
 
-def _replaced(agreed: Agreed, decision: SaveDecision, *, n_saved: int | None, score_name: str | None) -> list[str]:
+def _replaced(
+    agreed: Agreed, decision: SaveDecision, removed: Sequence[str], *, n_saved: int | None, score_name: str | None
+) -> list[str]:
     """Say of each older checkpoint that goes why it does."""
     what = "step" if agreed.score is None else score_name or "score"
     before = {name: priority for priority, name in agreed.history}
     reasons = []
     if decision.filename in before:
         reasons.append(f"replaced the file of that name ({what} {before[decision.filename]})")
-    for name in decision.evicted:
+    for name in removed:
         if name in before:
             reasons.append(f"evicted {name} ({what} {before[name]}): n_saved={n_saved}")
         else:

@@ -184,6 +184,26 @@ def test_the_line_says_that_a_file_of_the_same_name_was_replaced(
     assert [one["replaced"] for one in saves(caplog)] == [None, "; replaced the file of that name (step 1)"]
 
 
+def test_the_line_names_no_file_that_could_not_be_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="distckpt")
+    handler = Checkpoint({"model": linear(0)}, tmp_path)
+    engine = run_epochs(handler, 1)
+    (tmp_path / "model_1.pt").unlink()
+    (tmp_path / "model_1.pt").mkdir()
+    engine.state.iteration = 2
+    handler(engine)
+    (tmp_path / "model_1.pt").rmdir()
+    (tmp_path / "model_1.pt").touch()
+    engine.state.iteration = 3
+    handler(engine)
+    assert [one["replaced"] for one in saves(caplog)] == [
+        None,
+        None,
+        "; evicted model_2.pt (step 2): n_saved=1; removed model_1.pt, which an earlier save had to leave",
+    ]
+    assert caplog.text.count("model_1.pt could not be removed") == 1
+
+
 def test_the_line_of_a_custom_saver_names_the_file_and_no_size(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="distckpt")
     run_epochs(Checkpoint({"model": linear(0)}, InMemory()), 1)
