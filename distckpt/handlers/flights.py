@@ -5,7 +5,6 @@ Layer L5.
 """
 
 import logging
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -142,21 +141,28 @@ class Flights(Poller):
                     # Without a watch nobody tells a rank that waits for one which went another way.
                     self._advance(default_timeout_s() if self.timeout_s is None else self.timeout_s)
                 return
-        except Exception:
-            _logger.exception("Checkpoint: %s was being saved as the run failed, and failed too", flight.filename)
+        except Exception as failure:  # noqa: BLE001 - the run's own error is the one that is raised
+            _log_left(flight, f"{type(failure).__name__}: {failure}")
             return
-        begin_s = time.monotonic()
         flight.wait()
         flight.give_up()
         self._end(flight, error)
-        _logger.log(
-            logging.WARNING if flight.writes else logging.DEBUG,
-            "Checkpoint: %s was being saved as the run failed; rank %d ended its part in %.1f s. Where it was written "
-            "whole it stands on the disk, and resume() will find it",
-            flight.filename,
-            flight.backend.rank,
-            time.monotonic() - begin_s,
-        )
+        _log_left(flight, f"rank {flight.backend.rank} has ended its part, and another rank was to commit the file")
+
+
+def _log_left(flight: Flight, why_not: str) -> None:
+    """Log what became of a save that was under way as the run failed. Rank-local: each rank that writes knows its own.
+
+    Args:
+        flight: it is over on this rank.
+        why_not: why this rank has not committed it, if it has not.
+    """
+    level = logging.WARNING if flight.writes else logging.DEBUG
+    if flight.has_committed:
+        _logger.log(level, "Checkpoint: %s was being saved as the run failed, and is on the disk", flight.filename)
+    else:
+        message = "Checkpoint: %s was being saved as the run failed, and may not be on the disk: %s"
+        _logger.log(level, message, flight.filename, why_not)
 
 
 def _nothing_to_tell() -> None:

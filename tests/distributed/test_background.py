@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from distckpt import Checkpoint, CheckpointEvents, DiskSaver, PhaseError, Preemp
 from distckpt.storage.direct import DirectFile
 from distckpt.storage.ptfile import verify
 from tests.distributed.failures import Stateful
-from tests.distributed.programs import all_equal, gathered, model_of, training_step
+from tests.distributed.programs import all_equal, gathered, logged, model_of, raised, training_step
 from tests.support import fresh_ranks, job, run_distributed
 from tests.support.selection import of_torch
 
@@ -171,6 +172,24 @@ def test_an_exception_on_all_ranks_waits_and_takes_over(tmp_path: Path) -> None:
         with pytest.raises(ArithmeticError):
             trainer.run([0] * 4)
     assert gathered(Path(str(handler.last_checkpoint)).name) == ["obj_1.pt"] * 2
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+@run_distributed(world_size=2)
+def test_a_save_under_way_as_one_rank_fails_is_logged_by_the_rank_that_commits_it(tmp_path: Path, culprit: int) -> None:
+    def step(engine: Engine, _batch: Any) -> None:
+        if engine.state.iteration == 2 and job.rank() == culprit:
+            threading.Timer(0.3, lambda store: store.set("written", "1"), [job.store()]).start()
+            raise ArithmeticError("alone")
+
+    trainer, handler = Engine(step), Checkpoint({"obj": Stateful()}, saver(tmp_path))
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=1), handler)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, TerminateOnNan())
+    with slow_disk(0, "written"), logged("distckpt", logging.WARNING) as messages:
+        assert raised(lambda: trainer.run([0] * 4)) is not None
+    told = gathered([one for one in messages if one.startswith("Checkpoint")])
+    assert told == [["Checkpoint: obj_1.pt was being saved as the run failed, and is on the disk"], []]
+    assert [path.name for path in tmp_path.iterdir()] == ["obj_1.pt"]
 
 
 def fail_alone(folder: Path, which: int) -> str:
