@@ -16,6 +16,7 @@ __all__ = [
     "default_pattern",
     "format_score",
     "is_temp",
+    "printable",
     "render",
 ]
 
@@ -95,6 +96,16 @@ def render(pattern: str, fields: Mapping[str, Any]) -> str:
 def is_temp(name: str) -> bool:
     """Tell whether `name` is one of distckpt's own temporary files."""
     return name.startswith(TEMP_PREFIX) and name.endswith(TEMP_SUFFIX)
+
+
+def printable(text: str) -> str:
+    r"""Escape what no encoding can write, such as half of a surrogate pair, so that a log or an error can be written.
+
+    Example:
+        >>> printable("caf\udce9.pt")
+        'caf\\udce9.pt'
+    """
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def check_name(name: str, *, what: str = "filename") -> tuple[str, ...]:

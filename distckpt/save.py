@@ -28,6 +28,7 @@ from distckpt.backends.base import Backend, default_timeout_s
 from distckpt.consensus import agree
 from distckpt.consensus.decision import Agreed, NameRules, SaveIntent, decide_from
 from distckpt.errors import CommitNotDurable, SaveError, save_error
+from distckpt.naming import printable
 from distckpt.retention import Entry
 
 __all__ = [
@@ -208,13 +209,16 @@ def remove_here(filenames: Sequence[str], remove_one: Callable[[str], None]) -> 
         try:
             remove_one(filename)
         except FileNotFoundError:
-            problems[filename] = [True, f"{filename} was already gone"]
+            gone, problem = True, f"{filename} was already gone"
         except Spared as error:
-            problems[filename] = [False, str(error)]
+            gone, problem = False, str(error)
         except ValueError as error:  # a name from a loaded history that would leave the directory
-            problems[filename] = [True, f"{filename} is left alone: {error}"]
+            gone, problem = True, f"{filename} is left alone: {error}"
         except Exception as error:  # noqa: BLE001 - a custom handler's; the new checkpoint is committed
-            problems[filename] = [False, f"{filename} could not be removed: {type(error).__name__}: {error}"]
+            gone, problem = False, f"{filename} could not be removed: {type(error).__name__}: {error}"
+        else:
+            continue
+        problems[filename] = [gone, printable(problem)]
     return problems
 
 

@@ -217,6 +217,16 @@ def test_a_file_deleted_by_hand_is_warned_of_and_nothing_more(tmp_path: Path, ca
     assert os.listdir(tmp_path) == ["model_2.pt"]
 
 
+def test_a_name_that_cannot_be_encoded_does_not_keep_the_log_from_being_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    handler = Checkpoint({"m": nn.Linear(1, 1)}, tmp_path, n_saved=1)
+    handler.load_state_dict({"_saved": [(0, "caf\udce9.pt")]})
+    run_epochs(handler, 1)
+    (record,) = [one for one in caplog.records if "already gone" in one.getMessage()]
+    assert "caf\\udce9.pt" in record.getMessage().encode("utf-8").decode("utf-8")
+
+
 def test_a_file_that_cannot_be_removed_is_tried_again_with_the_next_save(caplog: pytest.LogCaptureFixture) -> None:
     class Sticky(InMemory):
         stuck = True
