@@ -81,7 +81,9 @@ def as_live(live: torch.Tensor, given: Any) -> Any:
         live: a tensor of which this rank holds all.
         given: what is to be loaded into it. All that is no tensor of its shape is returned as it is.
     """
-    if not is_dtensor(live) or not isinstance(given, torch.Tensor) or is_dtensor(given) or given.shape != live.shape:
+    if not is_dtensor(live) or shard_of(live) is not None:
+        return given
+    if not isinstance(given, torch.Tensor) or is_dtensor(given) or given.shape != live.shape:
         return given
     it: Any = live
     local = given.detach().to(it._local_tensor.device)  # noqa: SLF001 - to_local() makes another one

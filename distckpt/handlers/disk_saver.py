@@ -28,6 +28,7 @@ from distckpt.parts import Part
 from distckpt.save import Spared
 from distckpt.sharers import Sharers
 from distckpt.snapshot import WHOLE, Share, write_file
+from distckpt.state.collect import whole_state
 from distckpt.state.staging import HostMemory, kept_memory
 from distckpt.storage.disk import Directory, make_directory
 from distckpt.storage.loadable import Refused, paths_of_refused
@@ -228,12 +229,13 @@ class DiskSaver(BaseSaveHandler):
 
         Raises:
             TypeError: a keyword argument of the constructor is none of ``torch.save``'s; on every rank.
+            ShardedStateError: the checkpoint holds a tensor of which this rank has a part; on every such rank.
             ValueError: the name would leave the directory, or meets a symlink.
             SaveError: the file could not be written; what was there before is untouched.
             CommitNotDurable: it is there, but may not survive a power cut.
         """
         del metadata
-        self.save_with(checkpoint, filename, about(current()))
+        self.save_with(whole_state(checkpoint, "the checkpoint"), filename, about(current()))
 
     def save_with(self, checkpoint: Mapping[str, Any], filename: str, manifest: Manifest, key: str = "") -> None:
         """Save `checkpoint` with what its manifest is to say, but for the tensors; else as a call does.

@@ -5,9 +5,8 @@ is found by :mod:`distckpt.sharded`.
 """
 
 import copy
-import itertools
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -55,8 +54,7 @@ def in_live_form(obj: Any, state: Any) -> Any:
     if not isinstance(state, Mapping):
         return state
     if isinstance(obj, nn.Module) and _loads_as_torch_does(obj):
-        tensors = itertools.chain(obj.named_parameters(remove_duplicate=False), obj.named_buffers())
-        spread = {key: live for key, live in tensors if key in state and is_dtensor(live)}
+        spread = {key: live for key, live in _live_tensors(obj) if key in state and is_dtensor(live)}
         return _with(state, {key: as_live(live, state[key]) for key, live in spread.items()})
     if isinstance(obj, torch.optim.Optimizer):
         kept = state.get("state")
@@ -102,9 +100,34 @@ def _refuse_optimizer(where: str, optimizer: torch.optim.Optimizer, *, is_loaded
 
 
 def _refuse_module(where: str, module: nn.Module) -> None:
-    for key, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+    for key, tensor in _live_tensors(module):
         if not is_flat_shard(tensor) and (problem := shard_of(tensor)) is not None:  # FSDP1's gather and scatter
             raise refusal(f"{where}, key {key!r},", problem)
+    todo = [module]
+    while todo:
+        one = todo.pop()
+        if _is_fsdp2(one):  # it has let go of what it had gathered
+            continue
+        parameters = list(one.parameters(recurse=False))
+        if _MANAGED in vars(one) and parameters and are_plain(parameters):
+            problem = "a module inside of one that fully_shard manages, which has gathered its parameters for a while"
+            raise refusal(where, problem)
+        todo.extend(one.children())
+
+
+def _live_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what a module's state is loaded into. FSDP2's modules let go of what they have gathered."""
+    if any(map(_is_fsdp2, module.modules())):
+        state = module.state_dict()
+        yield from ((key, one) for key, one in state.items() if isinstance(one, torch.Tensor))
+        return
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers()
+
+
+def _is_fsdp2(module: nn.Module) -> bool:
+    fsdp2 = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    return fsdp2 is not None and isinstance(module, fsdp2)
 
 
 def _loads_as_torch_does(module: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, Self
 import pytest
 import torch
 from torch import nn
+from torch.distributed._functional_collectives import all_reduce
 from torch.distributed._shard import sharded_tensor
 from torch.distributed._shard.sharding_spec import ChunkShardingSpec
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -186,17 +187,15 @@ def test_custom_save_handler_never_sees_a_sharded_state() -> None:
 
 
 @run_distributed(world_size=2)
-def test_disk_saver_called_directly_refuses_a_sharded_state(tmp_path: Path) -> None:
+def test_disk_saver_called_directly_refuses_a_sharded_state_on_every_rank(tmp_path: Path) -> None:
+    saver = DiskSaver(tmp_path)
+    with pytest.raises(ShardedStateError, match=r"the checkpoint, key 'net\.w', is a DTensor"):
+        saver({"net": {"w": sharded()}}, "a.pt")
+    state = {"record": Record(sharded())}
     if job.rank() == 0:
-        with pytest.raises(ShardedStateError, match=r"Key 'net\.w' of the state is a DTensor"):
-            DiskSaver(tmp_path)({"net": {"w": distribute_tensor_here()}}, "a.pt")
-        assert not list(tmp_path.iterdir())
-
-
-def distribute_tensor_here() -> DTensor:
-    """Return a shard without a collective, as rank 0 alone may."""
-    one_mesh = DeviceMesh("cpu", [0, 1], _init_backend=False, _rank=0)
-    return DTensor.from_local(torch.ones(2), one_mesh, [Shard(0)], run_check=False)
+        with pytest.raises(ShardedStateError, match=r"Key 'record\.tensor' of the state is a DTensor"):
+            saver(state, "a.pt")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("saver", [*SAVERS, "custom", "direct"])
@@ -210,6 +209,7 @@ def test_replicated_dtensor_is_saved_as_the_plain_tensor_it_stands_for(tmp_path:
         "parameter": nn.Parameter(replicated()),
         "whole shard": distribute_tensor(torch.arange(3.0), DeviceMesh("cpu", [job.rank()]), [Shard(0)]),
         "tied": DTensor.from_local(one.to_local()[:2], mesh(), [Replicate()]),
+        "under way": all_reduce(torch.arange(2.0), "sum", [0, 1]),
         "pair": Pair(replicated(), 2) if saver == "custom" else (replicated(), 2),
     }
     seen: list[Any] = []
@@ -231,6 +231,7 @@ def test_replicated_dtensor_is_saved_as_the_plain_tensor_it_stands_for(tmp_path:
     assert [one.tolist() for one in tensors] == [
         [0, 1, 2, 3], [0, 1, 2, 3], [[1, 1], [1, 1]], [0, 1, 2], [0, 1], [0, 1, 2, 3], [0, 1, 2, 3],
     ]  # fmt: skip
+    assert (type(found["under way"]), found["under way"].tolist()) == (torch.Tensor, [0, 2])
     assert type(found["parameter"]) is nn.Parameter
     assert found["parameter"].requires_grad
     assert found["list"][0] is found["list"][1]
@@ -347,12 +348,22 @@ def test_nothing_is_loaded_into_objects_that_are_sharded(tmp_path: Path) -> None
         assert isinstance(error, ShardedStateError)
         assert "to_load['net'], key" in str(error)
         assert "ShardedStateError" in kinds(raised(partial(resume, to_load, tmp_path)))
+    with torch.no_grad():
+        objects["net"](torch.ones(1, 4))  # its parameters are gathered now
+    assert [type(one) for one in objects["net"].parameters()] == [nn.Parameter]
+    error = raised(partial(Checkpoint.load_objects, objects, path))
+    assert "to_load['net'], key 'weight', is a DTensor" in str(error)
     for optimizer in (
         torch.optim.SGD(objects["net"].parameters()),
         torch.optim.SGD(fsdp1(use_orig_params=True).parameters()),
     ):
         with pytest.raises(ShardedStateError, match=r"to_load\['optimizer'\]"):
             Checkpoint.load_objects({"optimizer": optimizer}, path)
+    around: Any = fully_shard(nn.Sequential(nn.Linear(1, 1)), mesh=mesh())
+    with torch.no_grad():
+        around(torch.ones(1, 1))
+    with pytest.raises(ShardedStateError, match="has gathered its parameters"):
+        Checkpoint.load_objects({"other": around[0]}, path)
     assert objects["other"].weight.item() == other
     assert torch.equal(objects["net"].weight.to_local(), before)
 
@@ -445,3 +456,23 @@ def test_checkpoint_in_memory_or_of_torchs_own_is_refused_where_it_is_sharded(tm
     assert (obj.state, other.state) == (1, 2)
     Checkpoint.load_objects({"other": other, "net": obj}, {"other": 3, "net": {"w": replicated()}})
     assert type(obj.state["w"]) is torch.Tensor
+
+
+@run_distributed(world_size=2)
+def test_shards_over_one_rank_each_are_whole_and_load_again(tmp_path: Path) -> None:
+    own = DeviceMesh("cpu", [job.rank()])
+    net: Any = fully_shard(nn.Linear(3, 2), mesh=own)
+    again: Any = fully_shard(nn.Linear(3, 2), mesh=own)
+    with torch.no_grad():
+        net(torch.ones(1, 3))
+        again(torch.ones(1, 3))
+    folder = tmp_path / str(job.rank())
+    saver = DiskSaver(folder)
+    saver({"net": net.state_dict()}, "a.pt")
+    if job.rank() == 0:
+        found = torch.load(folder / "a.pt", weights_only=True)["net"]
+        assert type(found["weight"]) is torch.Tensor
+        Checkpoint.load_objects({"net": again}, folder / "a.pt")
+        ours, theirs = net.state_dict(), again.state_dict()
+        assert all(torch.equal(ours[key].to_local(), theirs[key].to_local()) for key in ours)
+        assert torch.equal(found["weight"], again.weight.to_local())
