@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from distckpt.state.skeleton import is_plain, tensors_of
+from distckpt.state.plain import is_plain, tensors_of
 
 __all__ = [
     "Claim",
@@ -151,21 +151,18 @@ def without_overlap(claims: Sequence[Claim]) -> list[Claim]:
     Args:
         claims: of all objects, those without a place in the file too.
     """
-    spans = sorted(
-        ((str(claim.live.device), *_span(claim), number) for number, claim in enumerate(claims) if claim.live.numel())
-    )
-    good: list[int] = []
-    while spans:
-        device, _, end, _ = spans[0]
-        num = 1
-        while num < len(spans) and spans[num][0] == device and spans[num][1] < end:
-            end = max(end, spans[num][2])
-            num += 1
-        cluster, spans = spans[:num], spans[num:]
-        kinds = {(begin, end, claims[number].at, claims[number].form.dtype) for _, begin, end, number in cluster}
-        if len(kinds) == 1 and claims[cluster[0][3]].at is not None:
-            good.extend(number for *_, number in cluster)
-    return [claims[number] for number in sorted(good)]
+    spans = sorted((str(one.live.device), *_span(one), number) for number, one in enumerate(claims) if one.live.numel())
+    clusters: list[list[Claim]] = []
+    until = ("", 0)
+    for device, begin, end, number in spans:
+        if (device, begin) >= until:
+            clusters.append([])
+            until = (device, end)
+        clusters[-1].append(claims[number])
+        until = max(until, (device, end))
+    kinds = [{(*_span(one), one.at, one.form.dtype) for one in cluster} for cluster in clusters]
+    alike = [one for one, its in zip(clusters, kinds, strict=True) if len(its) == 1 and one[0].at is not None]
+    return [claim for cluster in alike for claim in cluster]
 
 
 def _span(claim: Claim) -> tuple[int, int]:

@@ -36,8 +36,9 @@ from distckpt.state.inplace import (
     without_overlap,
 )
 from distckpt.state.pairing import Misfits, Pair, check_complete, pair_up
+from distckpt.state.plain import is_plain_optimizer
 from distckpt.state.report import LoadReport, all_in_one, joined
-from distckpt.state.skeleton import Unsure, is_plain_optimizer, try_on_skeleton
+from distckpt.state.skeleton import Unsure, try_on_skeleton
 from distckpt.state.undo import Undo, undo_of
 from distckpt.state.whole_objects import in_live_form
 
@@ -178,13 +179,12 @@ class Prepared:
         claims = [claim for turn in self._turns for claim in turn.claims]
         if not claims or self._unread is None:
             return
-        with torch.no_grad():
+        for is_last in (False, True):  # the same bytes were read a moment ago
             try:
-                read_into(claims, self._unread)
-            except (OSError, LoadError):  # the same bytes were read a moment ago
-                try:
+                with torch.no_grad():
                     read_into(claims, self._unread)
-                except (OSError, LoadError) as error:
+            except (OSError, LoadError) as error:
+                if is_last:
                     names = ", ".join(turn.name for turn in self._turns if turn.claims or turn.when == _PLAIN)
                     msg = (
                         f"reading failed after everything had been verified: {error}. Of {names} some tensors hold the "
@@ -192,6 +192,8 @@ class Prepared:
                         "is as it was."
                     )
                     raise partly_loaded(msg, error) from error
+            else:
+                return
 
 
 def _tell_lost(error: BaseException, lost: Sequence[tuple[str, str]]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distckpt.state.skeleton import has_memory
+from distckpt.state.plain import has_memory
 
 __all__ = ["Undo", "own_state", "undo_of"]
 

@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn.modules import module as torchs
 
 from distckpt import Checkpoint, DiskSaver
-from distckpt.state.skeleton import Unsure, is_plain_optimizer, try_on_skeleton
+from distckpt.state.plain import is_plain_optimizer
+from distckpt.state.skeleton import Unsure, try_on_skeleton
 from distckpt.storage.opened import OpenCheckpoint
 from tests.unit.toys import equal, linear
 
