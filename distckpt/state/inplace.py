@@ -209,13 +209,13 @@ def _bounce(claim: Claim, unread: Unread) -> None:
     if at is None:
         return
     if not (live.is_contiguous() and form.is_contiguous()):
-        host = torch.empty_strided(form.size(), form.stride(), dtype=form.dtype)
+        host = torch.empty_strided(form.size(), form.stride(), dtype=form.dtype, device="cpu")
         unread.read([(host.data_ptr(), host.nbytes, at)])
         live.copy_(host)
         return
     live = live.view(-1)
     step = max(_BOUNCE_BYTES // form.element_size(), 1)
-    host = torch.empty(min(step, form.numel()), dtype=form.dtype)
+    host = torch.empty(min(step, form.numel()), dtype=form.dtype, device="cpu")
     for begin in range(0, form.numel(), step):
         piece = host[: form.numel() - begin]
         unread.read([(piece.data_ptr(), piece.nbytes, at + begin * form.element_size())])

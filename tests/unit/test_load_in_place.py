@@ -438,3 +438,17 @@ def test_each_byte_is_read_from_storage_once(tmp_path: Path, *, verify: bool) ->
     if read == 0:
         pytest.skip("the file system has no storage below it that is counted")
     assert 0.99 * path.stat().st_size < read < 1.01 * path.stat().st_size + 65536
+
+
+@pytest.mark.parametrize("kind", ["bf16 from f32", "live transposed", "contiguous", "saved strided"])
+def test_the_default_device_of_a_program_makes_no_difference(tmp_path: Path, kind: str) -> None:
+    make, given, _ = FORMS[kind]
+    module, state = Held(make()), given()
+    path = written(tmp_path, {"m": {"it": state}, "o": stepped(torch.optim.AdamW, linear(1)).state_dict()})
+    optimizer = stepped(torch.optim.AdamW, linear(0))
+    expected = Held(make())
+    expected.load_state_dict({"it": state})
+    with torch.device("meta"):
+        load({"m": module, "o": optimizer}, path)
+    assert torch.equal(module.get_buffer("it"), expected.get_buffer("it"))
+    assert equal(optimizer.state_dict(), torch.load(path, weights_only=True)["o"])
