@@ -13,7 +13,7 @@ import weakref
 from distckpt.backends.base import Backend, default_timeout_s
 from distckpt.consensus.watch import Watch
 
-__all__ = ["Watch", "ensure", "watch_of"]
+__all__ = ["Watch", "ensure", "listen", "watch_of"]
 
 
 def ensure(backend: Backend, timeout_s: float | None) -> Watch | None:
@@ -29,20 +29,34 @@ def ensure(backend: Backend, timeout_s: float | None) -> Watch | None:
     if backend.world_size == 1:
         return None
     limit_s = default_timeout_s() if timeout_s is None else timeout_s
-    watch = watch_of(backend)
-    if watch is not None:
-        watch.tighten(limit_s)
-        return watch
-    board = backend.board(timeout_s=limit_s)
-    if board is None:
+    watch = listen(backend, limit_s)
+    if watch is None:
         return None
-    watch = Watch(board, backend.rank, backend.world_size, limit_s=limit_s, launcher=_launcher())
-    backend.watcher = watch
+    watch.tighten(limit_s)
+    if not watch.is_passive:
+        return watch
     # Before what was made earlier ends; and by the other one in a process that multiprocessing forked, which runs no
     # functions of atexit's (Python 3.11).
     atexit.register(_close_if_alive, weakref.ref(watch))
     multiprocessing.util.Finalize(None, _close_if_alive, args=(weakref.ref(watch),), exitpriority=0)
     watch.start(backend)
+    return watch
+
+
+def listen(backend: Backend, timeout_s: float | None) -> Watch | None:
+    """Return the watch of this job; one that is made now does not beat, and only hears of faults where a rank waits.
+
+    Rank-local; the training thread. The arguments and the result are those of :func:`ensure`.
+    """
+    watch = watch_of(backend)
+    if watch is not None or backend.world_size == 1:
+        return watch
+    limit_s = default_timeout_s() if timeout_s is None else timeout_s
+    board = backend.board(timeout_s=limit_s)
+    if board is None:
+        return None
+    watch = Watch(board, backend.rank, backend.world_size, limit_s=limit_s, launcher=_launcher(), is_passive=True)
+    backend.watcher = watch
     return watch
 
 

@@ -76,16 +76,29 @@ class Watch:
         world_size: number of ranks.
         limit_s: after how many seconds without a beat a rank is given up.
         launcher: process id of the launcher, whose end ends this rank; None for nobody's.
+        is_passive: have no thread and write nothing until :meth:`start`; only read, when asked for news, whether
+            another rank has written down a fault.
 
     Attributes:
         step: this rank's iteration; the training thread keeps it up to date.
         in_run: whether an engine runs: only then the others count on this rank's beats, and only then a training
             thread that waits is ended with a lost job.
+        is_passive: see above.
     """
 
-    def __init__(self, board: Board, rank: int, world_size: int, *, limit_s: float, launcher: int | None) -> None:
+    def __init__(
+        self,
+        board: Board,
+        rank: int,
+        world_size: int,
+        *,
+        limit_s: float,
+        launcher: int | None,
+        is_passive: bool = False,
+    ) -> None:
         self.step = 0
-        self.in_run = True
+        self.in_run = not is_passive
+        self.is_passive = is_passive
         self._pid = os.getpid()
         self._board = board
         self._rank = rank
@@ -109,7 +122,8 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="distckpt-watch", daemon=True)
 
     def start(self, backend: Backend) -> None:
-        """Begin. The calling thread is the one that trains."""
+        """Begin to beat, and to look at the others. The calling thread is the one that trains."""
+        self.is_passive, self.in_run = False, True
         self._break_off = weakref.WeakMethod(backend.break_off)
         place = f"{self._board.host() or 'nowhere'}|{place_of_this_process()}"
         try:
@@ -177,18 +191,21 @@ class Watch:
         """
         self.step = step
         if not self.in_run:
+            self.forget_caught()
             self.in_run = True
-            fault = self._fault
-            if fault is not None and fault.failure is not None and self._is_told:
-                # Every rank that was told has ended its run. One that runs again has caught the exception, and means
-                # it. It looks for faults of its own era from now on: a rank that raises late, in the last one, spoils
-                # nothing.
-                self._era += 1
-                self._fault, self._is_told = None, False
             self._wake.set()
         if self._fault is not None:
             self._is_told = True
             raise self._fault.error(self._rank)
+
+    def forget_caught(self) -> None:
+        """Forget an exception that ended the last run: a rank that runs again has caught it. The training thread."""
+        fault = self._fault
+        if not self.in_run and fault is not None and fault.failure is not None and self._is_told:
+            # Every rank that was told has ended its run. One that runs again looks for faults of its own era from now
+            # on: a rank that raises late, in the last one, spoils nothing.
+            self._era += 1
+            self._fault, self._is_told = None, False
 
     def leave(self) -> None:
         """Tell that no engine runs any more. The training thread, at the end of a run."""
@@ -206,6 +223,8 @@ class Watch:
         Asked by a rank that waits for others: one that has left for good is a fault then.
         """
         self._asked_s = time.monotonic()
+        if self.is_passive:
+            return self._read_fault()
         if self._fault is None and not self._store.hosts and self._store.silent_s < _STAY_S:
             # While the ranks meet for the first time: afterwards the store may be lost at any moment.
             with contextlib.suppress(OSError):
@@ -226,9 +245,21 @@ class Watch:
         self._is_told = True
         return self._fault.error(self._rank)
 
+    def _read_fault(self) -> DistckptError | None:
+        """Return the error of the fault that another rank has written down, if there is one."""
+        if self._fault is None:
+            with contextlib.suppress(OSError):
+                found = self._board.look([Fault.key(self._era)], limit_s=1.0)[0]
+                if found:
+                    self._take(Fault.decode(found))
+        if self._fault is None:
+            return None
+        self._is_told = True
+        return self._fault.error(self._rank)
+
     def tell(self, ranks: Sequence[int]) -> str:
-        """Return what is known of `ranks`: whether each one beats, and where it was last."""
-        return self._peers.tell(ranks, self._doubt_s)
+        """Return what is known of `ranks`: whether each one beats, and where it was last. Empty if passive."""
+        return "" if self.is_passive else self._peers.tell(ranks, self._doubt_s)
 
     def report(self, error: BaseException, traceback_text: str) -> None:
         """Tell the job that this rank raises `error` and will not come again. The training thread."""
@@ -255,6 +286,11 @@ class Watch:
         if self._fault is not None and self._is_told and self._rank in self._fault.ranks:
             return None
         self._asked_s = time.monotonic() + self._limit_s
+        if not self._store.hosts:
+            with contextlib.suppress(OSError):
+                self._learn_hosts(max(self._interval_s, 1.0))
+        if not self._store.hosts:  # not all ranks have a watch: known is only what another one has written down
+            return self.news(_STAY_S)
         until, until_beat = time.monotonic() + self._limit_s, self._beat + _NUM_LOOKS
         before = {rank: self._peers[rank].beat for rank in self._peers.ranks}
         late = list(before)

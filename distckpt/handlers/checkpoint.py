@@ -23,12 +23,12 @@ from distckpt.handlers.checkpoint_saving import CheckpointSaving
 from distckpt.handlers.disk_saver import DiskSaver
 from distckpt.handlers.early import Moment
 from distckpt.handlers.events import CheckpointEvents
-from distckpt.handlers.firing import return_to_event
+from distckpt.handlers.firing import engine_handling_exception, return_to_event
 from distckpt.handlers.flights import Flights
 from distckpt.handlers.older import accept_older_order, deprecated
 from distckpt.handlers.places import counts_iterations
 from distckpt.handlers.save_handler import BaseSaveHandler, refuse_overrides
-from distckpt.handlers.voting import Voter, hold, is_poisoned
+from distckpt.handlers.voting import Voter, announce_errors, hold, is_poisoned
 from distckpt.naming import check_name
 from distckpt.scalars import is_numpy_scalar, plain_score
 from distckpt.state.collect import is_spread
@@ -196,12 +196,23 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
            iteration is put on the same ballot, so that nothing more is reduced where no rank wants to save.
         2. (all ranks) save the state of this call; see :mod:`distckpt.save` for the protocol.
 
+        While an engine handles an exception (``EXCEPTION_RAISED``) this is rank-local: the saving rank saves alone,
+        since the other ranks may never come.
+
         Raises:
             PhaseError: something failed on some rank; alike on every rank, and of the type that was raised there.
             SaveError: in a world of one, the checkpoint could not be written.
             CommitNotDurable: it is there, but may not survive a power cut.
         """
         return_to_event(engine)
+        handling = engine_handling_exception()
+        if handling is not None and current().world_size > 1:
+            handlers = handling._event_handlers.get(Events.EXCEPTION_RAISED, ())  # noqa: SLF001 - no public list of them
+            # ignite takes an exception for caught where some handler of EXCEPTION_RAISED does not raise. To save is not
+            # to catch: on one rank of several the run cannot go on.
+            announce_errors(handling, is_uncaught=all(isinstance(handler, Checkpoint) for handler, *_ in handlers))
+            self._save_alone(engine, lambda: self._intend(engine))
+            return
         # Without a function of the user's it saves whenever it is called. Elsewhere its calls are too few to ask first.
         decides = self.score_function is not None or self.global_step_transform is not None
         asks = decides and current().world_size > 1 and counts_iterations(engine)

@@ -9,19 +9,20 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import sys
 import warnings
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ignite.engine import Engine
 
 from distckpt import save
 from distckpt.backends.base import Backend
 from distckpt.backends.detect import current
-from distckpt.consensus import agree
+from distckpt.consensus import agree, liveness
 from distckpt.consensus.agree import Place, Seat
 from distckpt.consensus.decision import Agreed, RemovalOrder, SaveDecision, SaveIntent
 from distckpt.errors import CommitNotDurable
@@ -31,15 +32,18 @@ from distckpt.handlers.checkpoint_history import ON_DISK, CheckpointHistory, Ign
 from distckpt.handlers.disk_saver import DiskSaver, is_own
 from distckpt.handlers.early import Moment, half_a_step_lower
 from distckpt.handlers.events import CheckpointEvents, register
+from distckpt.handlers.firing import engine_handling_exception
 from distckpt.handlers.flights import Flights
 from distckpt.handlers.places import take_place
+from distckpt.handlers.rank_alone import RankAlone
 from distckpt.handlers.save_handler import BaseSaveHandler, hand_over
 from distckpt.handlers.save_log import SaveLog
+from distckpt.handlers.voting import is_poisoned
 from distckpt.log_level import level_on
 from distckpt.manifest import Manifest
 from distckpt.retention import Entry
 from distckpt.scalars import is_nan
-from distckpt.state.collect import capture, consolidate, replicas, stepped
+from distckpt.state.collect import capture, consolidate, refuse_spread, replicas, stepped
 from distckpt.storage.written_files import WrittenFiles
 
 __all__ = ["CheckpointSaving"]
@@ -90,7 +94,10 @@ class CheckpointSaving(CheckpointHistory):
             PhaseError: the save failed on some rank; on every rank, and of the type that was raised there.
             SaveError: in a world of one, the checkpoint could not be written.
         """
-        self._flights.land()
+        if engine_handling_exception() is not None and current().world_size > 1:
+            self._flights.leave(_error_under_way())
+        else:
+            self._flights.land()
 
     def _stands(self) -> str:
         last = self.last_checkpoint
@@ -109,6 +116,9 @@ class CheckpointSaving(CheckpointHistory):
                 return
             self._flights.land()
         backend = current()
+        watch = liveness.listen(backend, self.timeout_s)
+        if watch is not None:
+            watch.forget_caught()
         place = take_place(self._seat, backend, engine, watch=self._ticket(), timeout_s=self.timeout_s)
         agreed = save.decide(
             backend,
@@ -131,6 +141,49 @@ class CheckpointSaving(CheckpointHistory):
             self._save_in_parts(engine, backend, place, agreed, saver, log)
         else:
             self._save_at_once(engine, backend, place, agreed, log)
+
+    def _save_alone(self, engine: Engine, intend: Callable[[], SaveIntent]) -> None:
+        """Rank-local. Save for an exception that is being handled, on the saving rank; the other ranks may never come.
+
+        Raises:
+            BaseException: the one that is being handled, where it could not be saved; a note says why.
+        """
+        live, error = current(), _error_under_way()
+        self._flights.leave(error)
+        handler = self.save_handler
+        if isinstance(handler, DiskSaver) and handler.writes_on_one_rank and live.rank != self._coordinator():
+            return
+        if self._saved_at.is_now(engine):  # ignite handles an exception twice: where it is raised, and around the run
+            return
+        if is_poisoned(engine):
+            self._log_unsaved(engine, "it was voted NaN")
+            return
+        try:
+            self._decide_and_save_alone(engine, RankAlone(live), intend)
+        except Exception as failure:
+            if error is failure:
+                raise
+            text = f"rank {live.rank}, iteration {engine.state.iteration}: no checkpoint was saved for this error"
+            why = f"{type(failure).__name__}: {failure}. {self._stands()}"
+            _logger.warning("Checkpoint: %s: %s", text, why)
+            error.add_note(f"{text}: {why}")
+            _raise_again(error)
+
+    def _decide_and_save_alone(self, engine: Engine, alone: RankAlone, intend: Callable[[], SaveIntent]) -> None:
+        log, name = SaveLog(), getattr(engine.last_event_name, "name", engine.last_event_name)
+
+        def place(doing: str) -> Place:
+            return Place(who="Checkpoint", doing=f"on {name}, {doing}", step=engine.state.iteration)
+
+        intent = dataclasses.replace(intend(), save_on_rank=0)  # of a world of one
+        agreed = save.decide(alone, place("deciding what to save"), lambda: intent, timeout_s=self.timeout_s)
+        agreed = dataclasses.replace(agreed, coordinator=alone.rank)
+        if agreed.decision is None:
+            self._log_refused(engine, agreed.score, agreed.history)
+            return
+        refuse_spread(self.to_save, rank=alone.rank)
+        self._directory = (self.save_handler, agreed.directory)
+        self._save_at_once(engine, alone, place, agreed, log)
 
     def _save_at_once(self, engine: Engine, backend: Backend, place: PlaceOf, agreed: Agreed, log: SaveLog) -> None:
         """Collective. Save, and return when it is durable."""
@@ -155,11 +208,13 @@ class CheckpointSaving(CheckpointHistory):
                 backend,
                 place,
                 agreed,
-                consolidate=lambda: gathered.update(consolidate(self.to_save, save_on_rank=agreed.coordinator)),
+                consolidate=lambda: gathered.update(
+                    {} if isinstance(backend, RankAlone) else consolidate(self.to_save, save_on_rank=agreed.coordinator)
+                ),
                 capture=lambda: self._capture(backend, agreed.coordinator, decision, gathered),
                 remove_first=remove_first,
                 write=lambda checkpoint: _hand_over(
-                    handler, checkpoint, decision, about(backend, engine, agreed), self._only_key()
+                    handler, checkpoint, decision, about(current(), engine, agreed), self._only_key()
                 ),
                 all_write=not (isinstance(handler, DiskSaver) and handler.writes_on_one_rank),
                 timeout_s=self.timeout_s,
@@ -424,6 +479,20 @@ class CheckpointSaving(CheckpointHistory):
         if what not in self._warned:
             self._warned.add(what)
             warnings.warn(f"Checkpoint: {text} This is said once.", stacklevel=4)
+
+
+def _error_under_way() -> BaseException:
+    """Return the exception that is being handled; a new one where an event was fired without one."""
+    return sys.exc_info()[1] or RuntimeError("EXCEPTION_RAISED was fired without an exception")
+
+
+def _raise_again(error: BaseException) -> NoReturn:
+    """Raise an exception that is being handled, with the context that it has."""
+    context = error.__context__
+    try:
+        raise error
+    finally:
+        error.__context__ = context
 
 
 def _disk_saver_of(handler: Any) -> DiskSaver | None:

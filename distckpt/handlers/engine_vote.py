@@ -4,6 +4,7 @@ Owns the ballot of an engine, and what follows from a count. What handlers see o
 :mod:`distckpt.handlers.voting`. Layer L5.
 """
 
+import contextlib
 import logging
 import sys
 import traceback
@@ -41,6 +42,8 @@ class EngineVote:
         poisoned_at: the iteration that was voted NaN.
         is_scheduled: whether somebody has voted on the event under way, and the count is still to come.
         pollers: those who vote after each iteration without being attached.
+        announces_errors: whether the other ranks are told of an exception that leaves a run, though no handler votes.
+        has_uncaught_error: whether the exception under way leaves the run though its handlers do not raise.
     """
 
     def __init__(self) -> None:
@@ -49,6 +52,7 @@ class EngineVote:
         self.num_runs = 0
         self.poisoned_at: int | None = None
         self.pollers: list[Poller] = []
+        self.announces_errors = self.has_uncaught_error = False
         self._backend: Backend | None = None
         self._watch: liveness.Watch | None = None
         self._name = ""
@@ -238,8 +242,15 @@ class EngineVote:
             _logger.log(level_on(current().rank, {0}), "The run was preempted: the program ends, exit code %d", code)
             sys.exit(code)
 
+    def is_uncaught(self, engine: Engine) -> bool:
+        """Return True if an exception leaves the run though no handler of EXCEPTION_RAISED has raised."""
+        del engine
+        is_so, self.has_uncaught_error = self.has_uncaught_error, False
+        return is_so
+
     def on_exception(self, engine: Engine, error: BaseException) -> BaseException:
         """Tell the other ranks, or find out whether it is another's death that is felt here; end what is in flight."""
+        self.has_uncaught_error = False
         leaving = self._tell_others(engine, error)
         for poller in tuple(self.pollers):
             poller.leave(leaving)
@@ -247,8 +258,9 @@ class EngineVote:
 
     def _tell_others(self, engine: Engine, error: BaseException) -> BaseException:
         self._forget_open_votes()
-        watch = self._watch
-        if watch is None or self._backend is not current():
+        backend = current()
+        watch = self._watch_of(backend)
+        if watch is None:
             return error
         if vars(error).get(_TOLD) and not watch.in_run:
             return error  # ignite says it twice: where the exception is raised, and around the run
@@ -259,15 +271,24 @@ class EngineVote:
         try:
             if isinstance(error, PhaseError | RanksDriftedApart):
                 return error  # raised on every rank alike
-            is_runtimes = isinstance(error, self._backend.untouched) or is_of_a_broken_collective(error)
+            is_runtimes = isinstance(error, backend.untouched) or is_of_a_broken_collective(error)
             if not isinstance(error, CollectiveError) and is_runtimes:
                 news = watch.suspect()
                 if news is not None:
                     return news
             watch.report(error, "".join(traceback.format_exception(error)))
         finally:
-            self._leave()
+            if not engines_firing():
+                watch.leave()
         return error
+
+    def _watch_of(self, backend: Backend) -> liveness.Watch | None:
+        """Return the job's watch. Where no handler votes it begins with an error that is to be announced."""
+        watch = self._watch if self._backend is backend else None
+        if watch is None and self.announces_errors:
+            with contextlib.suppress(CollectiveError):  # the store is lost: no rank can be told
+                watch = liveness.ensure(backend, self._timeout_s)
+        return watch
 
     def _forget_open_votes(self) -> None:
         self._pending, self.is_scheduled = None, False

@@ -23,6 +23,7 @@ __all__ = [
     "Noted",
     "Turn",
     "after_event",
+    "engine_handling_exception",
     "engines_firing",
     "hooks_of",
     "return_to_event",
@@ -51,6 +52,9 @@ class Hooks(Protocol):
 
     def after_run(self, engine: Engine) -> None:
         """Called when a run has ended without an exception."""
+
+    def is_uncaught(self, engine: Engine) -> bool:
+        """Return True if an exception leaves the run though no handler of EXCEPTION_RAISED has raised."""
 
     def on_exception(self, engine: Engine, error: BaseException) -> BaseException:
         """Called when an exception is about to leave the run; returns the one that is to leave it."""
@@ -200,6 +204,14 @@ def return_to_event(engine: Engine) -> None:
         engine.last_event_name = frame.event
 
 
+def engine_handling_exception() -> Engine | None:
+    """Return the engine that fires EXCEPTION_RAISED on this thread, the innermost of several; None if none does."""
+    for frame in reversed(_FRAMES.stack):
+        if frame.event is Events.EXCEPTION_RAISED:
+            return frame.engine
+    return None
+
+
 def engines_firing() -> list[Engine]:
     """Return the engines that are firing an event on this thread, outermost first."""
     return [frame.engine for frame in _FRAMES.stack]
@@ -327,6 +339,9 @@ def _wrap_handle_exception(handle: Callable[..., None]) -> Callable[..., None]:
     def handle_exception(self: Engine, error: BaseException) -> None:
         try:
             handle(self, error)
+            hooks = self.__dict__.get(_ATTRIBUTE)
+            if hooks is not None and hooks.is_uncaught(self):
+                raise error  # noqa: TRY301 - it leaves as one that a handler raises
         except BaseException as raised:
             hooks = self.__dict__.get(_ATTRIBUTE)
             leaving = raised if hooks is None else hooks.on_exception(self, raised)

@@ -6,7 +6,7 @@ Owns :class:`RngState`: which rank's state is whose. The generators lie in :mod:
 import copy
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from ignite.engine import Engine, Events
@@ -48,6 +48,8 @@ class RngState:
         True
     """
 
+    distckpt_saves_alone: ClassVar[bool] = True
+
     def __init__(
         self,
         trainer: Engine | None = None,
@@ -66,7 +68,6 @@ class RngState:
         check_timeout(timeout_s)
         self.timeout_s = timeout_s
         self._named = named
-        self._gathered: dict[str, Any] | None = None
         self._mine: Mapping[str, Any] | None = None  # what was loaded for this rank
         self._pass: dict[str, Any] | None = None  # when the present pass over the data began
         self._is_pass_known = False
@@ -79,8 +80,8 @@ class RngState:
 
     # -- saving and loading ------------------------------------------------------------------------
 
-    def distckpt_consolidate(self, to: int) -> None:
-        """Collective. Gather all ranks' states for the next :meth:`state_dict`; a Checkpoint calls it.
+    def distckpt_consolidate(self, to: int) -> dict[str, Any]:
+        """Collective. Return all ranks' states, as :meth:`state_dict` returns this one's; a Checkpoint calls it.
 
         Args:
             to: the rank that saves. All ranks get them.
@@ -92,17 +93,14 @@ class RngState:
         backend = current()
         place = agree.Place(who="RngState", doing="gathering the random number generators' states", step=0)
         states = agree.run(backend, place, self._capture, timeout_s=self.timeout_s)
-        self._gathered = {"world_size": backend.world_size, "ranks": dict(enumerate(states))}
+        return {"world_size": backend.world_size, "ranks": dict(enumerate(states))}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all ranks' states once after they were gathered, else this rank's alone. Rank-local.
+        """Return this rank's state. Rank-local; a Checkpoint saves what :meth:`distckpt_consolidate` returns instead.
 
         Returns:
             ``world_size``, and ``ranks``: a mapping of ranks to their states.
         """
-        if self._gathered is not None:
-            gathered, self._gathered = self._gathered, None  # soon out of date
-            return gathered
         backend = current()
         return {"world_size": backend.world_size, "ranks": {backend.rank: self._capture()}}
 

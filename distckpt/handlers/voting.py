@@ -30,6 +30,7 @@ __all__ = [
     "Poller",
     "StopReason",
     "Voter",
+    "announce_errors",
     "check_pace",
     "exit_after_run",
     "hold",
@@ -171,6 +172,18 @@ def num_runs(engine: Engine) -> int:
     """Return a number that tells one run of the engine from the next, once a handler has voted or stopped it."""
     vote = hooks_of(engine)
     return 0 if vote is None else int(vote.num_runs)
+
+
+def announce_errors(engine: Engine, *, is_uncaught: bool) -> None:
+    """Rank-local. Let the other ranks hear of the exception under way, should it leave the engine's run.
+
+    Args:
+        engine: which handles an exception.
+        is_uncaught: whether it leaves the run though its handlers do not raise.
+    """
+    for one in (engine, *engines_firing()):
+        _vote_of(one).announces_errors = True
+    _vote_of(engine).has_uncaught_error = is_uncaught
 
 
 def exit_after_run(engine: Engine, code: int) -> None:

@@ -26,6 +26,7 @@ __all__ = [
     "map_tree",
     "plain_state",
     "refuse_sharded",
+    "refuse_spread",
     "replicas",
     "stepped",
     "whole_state",
@@ -162,6 +163,40 @@ def is_spread(to_save: Mapping[str, Any]) -> bool:
         dict(to_save),
     )
     return any(found)
+
+
+def refuse_spread(to_save: Mapping[str, Any], *, rank: int) -> None:
+    """Refuse objects whose state one rank cannot capture alone. Rank-local; issues no collectives.
+
+    These are what :func:`consolidate` gathers, unless the class says by ``distckpt_saves_alone = True`` that its
+    ``state_dict()`` is worth saving without that; and modules in FullyShardedDataParallel.
+
+    Args:
+        to_save: mappings and lists of objects, nested at will.
+        rank: this rank, for the error.
+
+    Raises:
+        ValueError: there is one; the message names it.
+    """
+
+    def look(name: str, obj: Any) -> None:
+        kind = type(obj)
+        is_gathered = hasattr(kind, "distckpt_consolidate") and not getattr(kind, "distckpt_saves_alone", False)
+        if is_gathered or _is_sharded_optimizer(obj) or _has_fsdp(unwrap(obj)):
+            msg = (
+                f"rank {rank}: the state of to_save[{name!r}] ({kind.__name__}) is spread over the ranks, and a save "
+                "for an exception is one rank's alone. Save without it on EXCEPTION_RAISED"
+            )
+            raise ValueError(msg)
+
+    map_named(look, dict(to_save))
+
+
+def _has_fsdp(obj: Any) -> bool:
+    fsdp = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
+    if fsdp is None or not isinstance(obj, nn.Module):
+        return False
+    return any(isinstance(module, fsdp.FullyShardedDataParallel) for module in obj.modules())
 
 
 def replicas(to_save: Mapping[str, Any], *, world_size: int) -> frozenset[int]:

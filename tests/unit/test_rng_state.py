@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from distckpt import Checkpoint, RngState
 from distckpt.state import rng
-from distckpt.state.collect import consolidate
+from distckpt.state.collect import capture, consolidate
 from tests.unit.toys import Refuses, equal, idle_engine, run_epochs
 
 
@@ -165,13 +165,13 @@ def test_wrong_arguments_are_type_errors(arguments: dict[str, Any], told: str) -
         RngState(**arguments)
 
 
-def test_what_was_gathered_is_handed_out_once() -> None:
+def test_what_was_gathered_for_a_save_is_saved_and_never_handed_out_later() -> None:
     source = RngState()
-    consolidate({"rng": source}, save_on_rank=0)
-    gathered = RngState().state_dict()
+    gathered = consolidate({"rng": source}, save_on_rank=0)
+    before = RngState().state_dict()
     draw()
-    assert equal(source.state_dict(), gathered)
-    assert not equal(source.state_dict(), gathered)
+    assert equal(capture({"rng": source}, rank=0, save_on_rank=0, gathered=gathered)["rng"], before)
+    assert not equal(source.state_dict(), before)
 
 
 class Foreign:
