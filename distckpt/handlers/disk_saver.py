@@ -385,7 +385,8 @@ class DiskSaver(BaseSaveHandler):
     def _on_refused(self, filename: str, key: str, refused: Sequence[Refused]) -> None:
         """Warn of what loading will refuse, and note that it is in the file."""
         self._unloadable.add(filename)
-        told = ", ".join(f"{'.'.join(filter(None, (key, path)))!r} ({what})" for path, what in refused)
+        where = [".".join(filter(None, (key, path))) for path, _ in refused]
+        told = ", ".join(f"{at!r} ({one.what})" if at else one.what for at, one in zip(where, refused, strict=True))
         warnings.warn(
             f"{self.dirname / filename}: load_objects will refuse it, since it never executes code: {told}. Save plain "
             "tensors, numbers, text and containers of them, or allow the class by "

@@ -83,6 +83,9 @@ def paths_of_refused(state: Any, names: Collection[str]) -> tuple[Refused, ...]:
         if kind in _HARMLESS and not is_odd:
             return False
         refused = _refused_alone(one)
+        if refused is None:  # another pickler can pickle it, by names of its own
+            whats.append(_name_of(kind))
+            return True
         if not refused.intersection(names):
             return False
         own = _name_of(one if isinstance(one, CALLED) else type(one))
@@ -109,13 +112,13 @@ def _refused_in(data: bytes) -> list[str]:
         return [str(error).splitlines()[0] if str(error) else type(error).__name__]
 
 
-def _refused_alone(one: Any) -> set[str]:
-    """Return the refused names in the pickle of one object; none where it cannot be pickled by itself."""
+def _refused_alone(one: Any) -> set[str] | None:
+    """Return the refused names in the pickle of one object; None where it cannot be pickled."""
     buffer = io.BytesIO()
     try:
         _Alone(buffer, 2).dump(one)
-    except Exception:  # noqa: BLE001 - it was pickled as a part of the state
-        return set()
+    except Exception:  # noqa: BLE001 - a user's own method
+        return None
     return set(_refused_in(buffer.getvalue()))
 
 

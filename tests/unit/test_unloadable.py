@@ -5,6 +5,7 @@ import decimal
 import enum
 import pickle
 import re
+import types
 import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
@@ -249,6 +250,17 @@ def test_file_of_another_kind_is_told_apart(tmp_path: Path) -> None:
     assert is_loadable(tmp_path / "b.pt")
     torch.save({"a": Mode.FAST}, tmp_path / "c.pt", _use_new_zipfile_serialization=False)
     assert "Mode" in what_loading_refuses(tmp_path / "c.pt")[0]
+
+
+def test_what_another_pickle_module_alone_can_pickle_is_named(tmp_path: Path) -> None:
+    class Pickler(pickle.Pickler):
+        def reducer_override(self, obj: Any) -> Any:
+            return (eval, ("1",)) if getattr(obj, "__name__", "") == "<lambda>" else NotImplemented
+
+    module = types.SimpleNamespace(__name__="another", Pickler=Pickler, dump=pickle.dump)
+    told, _ = saved(DiskSaver(tmp_path, pickle_module=module), {"a": 1}, {"a": [0, lambda: None]}, beside=linear(0))
+    assert "'book.a.1' (builtins.function)" in told[0]
+    assert names(tmp_path) == ["checkpoint_0.pt", "checkpoint_1.pt"]
 
 
 def _save(state: Any, file: Any) -> None:
