@@ -42,8 +42,8 @@ ShareWrite = Literal["node", "world"] | None
 WhenBusy = Literal["wait", "skip"]
 _OF_XM_SAVE = ("master_only", "global_master")
 _INSTEAD = {
-    "_save_native": "Override `_save_func(checkpoint, path, func)` instead, which calls every save's `func`.",
-    "_save_xla": "Override `_save_func(checkpoint, path, func)` instead, which calls every save's `func`.",
+    "_save_native": "Override `_save_func(checkpoint, path, func)` instead: every save calls it.",
+    "_save_xla": "Override `_save_func(checkpoint, path, func)` instead: every save calls it.",
 }
 
 

@@ -115,7 +115,7 @@ def test_handlers_are_attached_in_the_same_order() -> None:
             with_pbars=False,
         )
         attached = training.trainer._event_handlers[Events.ITERATION_COMPLETED]
-        return [getattr(handler, "__name__", type(handler).__name__) for handler, *_ in attached]
+        return [getattr(handler, "__name__", handler.__class__.__name__) for handler, *_ in attached]
 
     theirs = order(ignites)
     assert [name for name in order(common) if name in theirs] == theirs
