@@ -215,10 +215,12 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
             return
         # Without a function of the user's it saves whenever it is called. Elsewhere its calls are too few to ask first.
         decides = self.score_function is not None or self.global_step_transform is not None
-        asks = decides and current().world_size > 1 and counts_iterations(engine)
+        backend = current()
+        has_others = backend.world_size > 1
+        asks = decides and has_others and counts_iterations(engine)
         self._asked_on, self._intent, self._is_wanted = (engine if asks else None), None, not asks
         try:
-            hold(engine, self, asks=asks)
+            hold(engine, self, backend if has_others else None, asks=asks)
         finally:
             self._asked_on = None
         intent = self._intent

@@ -12,7 +12,7 @@ engine that no handler of distckpt's is attached to behaves as before.
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from typing import Any, ClassVar, Protocol
 
 from ignite.engine import Engine, Events
@@ -36,6 +36,7 @@ __all__ = [
 _ATTRIBUTE = "_distckpt_hooks"
 _TURNS = "_distckpt_turns"
 _MAX_WRAPPERS = 16  # around one handler: a wrapper may claim to wrap itself
+_ITERATED = Events.ITERATION_COMPLETED  # members of an enum are slow to look up
 Action = Callable[[Engine], None]
 _Entry = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 """What an engine's list holds: a function, and what it is called with; its first argument may refer to the engine."""
@@ -68,6 +69,8 @@ class Noted:
 
     answers_early: ClassVar[bool]
     """Whether its turn may come before that of the handlers attached before it."""
+    looks_for_nan: ClassVar[bool]
+    """Whether a save has to know its answer."""
 
 
 class Turn:
@@ -109,8 +112,9 @@ class Turn:
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """Call the handler, unless its turn in the firing under way has come before."""
-        if _FRAMES.stack:
-            had = _FRAMES.stack[-1].had
+        stack = _FRAMES.stack
+        if stack:
+            had = stack[-1].had
             if id(self) in had:
                 return
             had.add(id(self))
@@ -132,7 +136,7 @@ class Turn:
         others = self._args
         if others and isinstance(others[0], weakref.ref):
             first, others = (engine,), others[1:]
-        function(*first, *args, *others, **{**self._kwargs, **kwargs})
+        function(*first, *args, *others, **(self._kwargs | kwargs))
 
 
 class _Frame:
@@ -145,10 +149,11 @@ class _Frame:
         kwargs: the same by keyword.
         actions: what is to run after it; None for nothing.
         had: the ids of the turns that have come.
+        turns: those of the event; None as long as they were not needed.
         is_iteration: whether :meth:`Hooks.after_iteration` is still to be called.
     """
 
-    __slots__ = ("actions", "args", "engine", "event", "had", "is_iteration", "kwargs")
+    __slots__ = ("actions", "args", "engine", "event", "had", "is_iteration", "kwargs", "turns")
 
     def __init__(self, engine: Engine, event: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.engine = engine
@@ -157,7 +162,8 @@ class _Frame:
         self.kwargs = kwargs
         self.actions: list[Action] | None = None
         self.had: set[int] = set()
-        self.is_iteration = event is Events.ITERATION_COMPLETED
+        self.turns: list[Turn] | None = None
+        self.is_iteration = event is _ITERATED
 
 
 class _Frames(threading.local):
@@ -223,11 +229,9 @@ def turns_on(engine: Engine, event: Any) -> list[Turn]:
     return turns
 
 
-def turns_to_come(engine: Engine) -> Iterator[Noted]:
-    """Yield the handlers that answer early and have not been called yet in the events that the engine fires now."""
-    for frame in _FRAMES.stack:
-        if frame.engine is engine:
-            yield from (turn.noted for turn in _to_come(frame))
+def turns_to_come(engine: Engine) -> list[Noted]:
+    """Return the handlers that answer early and have not been called yet in the events that the engine fires now."""
+    return [turn.noted for frame in _FRAMES.stack if frame.engine is engine for turn in _to_come(frame)]
 
 
 def take_turns(engine: Engine, only: Collection[Noted] | None) -> None:
@@ -237,12 +241,14 @@ def take_turns(engine: Engine, only: Collection[Noted] | None) -> None:
         engine: the engine that fires.
         only: which ones; None for all.
     """
-    present = engine.last_event_name
     for frame in [frame for frame in _FRAMES.stack if frame.engine is engine]:
+        turns = _to_come(frame) if only is None or only else []
+        if not turns and not frame.is_iteration:
+            continue
+        present, engine.last_event_name = engine.last_event_name, frame.event
         _FRAMES.stack.append(frame)  # so that it is the innermost event of the engine, as in a turn at its place
-        engine.last_event_name = frame.event
         try:
-            for turn in _to_come(frame):
+            for turn in turns:
                 if only is None or turn.noted in only:
                     turn.take(frame)
             _end_iteration(frame)
@@ -252,20 +258,25 @@ def take_turns(engine: Engine, only: Collection[Noted] | None) -> None:
 
 
 def _to_come(frame: _Frame) -> list[Turn]:
-    turns = turns_on(frame.engine, frame.event)
-    return [turn for turn in turns if turn.noted.answers_early and id(turn) not in frame.had]
+    if frame.turns is None:
+        frame.turns = turns_on(frame.engine, frame.event)
+    return [turn for turn in frame.turns if id(turn) not in frame.had and turn.noted.answers_early]
 
 
 def _frame_of(engine: Engine) -> _Frame | None:
     """Return the innermost firing of the engine."""
-    return next((frame for frame in reversed(_FRAMES.stack) if frame.engine is engine), None)
+    for frame in reversed(_FRAMES.stack):
+        if frame.engine is engine:
+            return frame
+    return None
 
 
 def _end_iteration(frame: _Frame) -> None:
-    is_iteration, frame.is_iteration = frame.is_iteration, False
-    hooks = vars(frame.engine).get(_ATTRIBUTE) if is_iteration else None
-    if hooks is not None:
-        hooks.after_iteration(frame.engine)
+    if frame.is_iteration:
+        frame.is_iteration = False
+        hooks = hooks_of(frame.engine)
+        if hooks is not None:
+            hooks.after_iteration(frame.engine)
 
 
 def _wrap_fire_event(fire: Callable[..., None]) -> Callable[..., None]:
@@ -282,7 +293,8 @@ def _wrap_fire_event(fire: Callable[..., None]) -> Callable[..., None]:
         stack.append(frame)
         try:
             fire(self, event_name, *event_args, **event_kwargs)
-            _end_iteration(frame)
+            if frame.is_iteration:
+                _end_iteration(frame)
         finally:
             stack.pop()
         if frame.actions is not None:

@@ -5,18 +5,21 @@ Owns the translation from ignite's engine to :class:`~distckpt.consensus.agree.P
 
 from collections.abc import Callable
 
-from ignite.engine import Engine, State
+from ignite.engine import Engine, Events, State
 
 from distckpt.backends.base import Backend
 from distckpt.consensus.agree import Place, Seat
 
 __all__ = ["counts_iterations", "take_place"]
 
+_ITERATED = Events.ITERATION_COMPLETED
+
 
 def counts_iterations(engine: Engine) -> bool:
     """Tell whether the event that the engine fires now is one of each iteration's."""
     event = engine.last_event_name
-    return event is not None and State.event_to_attr.get(event) == "iteration"
+    # The usual one first: events are hashed in Python, and this runs in every iteration.
+    return event is _ITERATED or (event is not None and State.event_to_attr.get(event) == "iteration")
 
 
 def take_place(

@@ -52,6 +52,7 @@ class TerminateOnNan(Voter):
     """
 
     fact = Fact.NAN
+    looks_for_nan = True
 
     def __init__(
         self,

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal
 from ignite.engine import Engine
 
 from distckpt.backends.base import Backend
-from distckpt.backends.detect import current
 from distckpt.consensus.agree import Seat
 from distckpt.consensus.step_vote import Answer, Fact
 from distckpt.handlers.engine_vote import EngineVote
@@ -58,6 +57,7 @@ class Voter(Noted, ABC):
     fact: ClassVar[Fact]
     """What its answer is to."""
     answers_early: ClassVar[bool] = True
+    looks_for_nan: ClassVar[bool] = False
     lag: int | None
     every: int | None
     timeout_s: float | None
@@ -205,7 +205,7 @@ def is_poisoned(engine: Engine) -> bool:
     return False
 
 
-def hold(engine: Engine, saver: Voter | None = None, *, asks: bool = False) -> None:
+def hold(engine: Engine, saver: Voter | None = None, backend: Backend | None = None, *, asks: bool = False) -> None:
     """Collective where a vote is open or looks for NaN. Count the votes of the engine and of those around its event.
 
     1. (all ranks) where something is on an engine's ballot, or a handler that looks for NaN is still to be called in
@@ -218,18 +218,18 @@ def hold(engine: Engine, saver: Voter | None = None, *, asks: bool = False) -> N
 
     Args:
         engine: the engine on whose event something is saved.
-        saver: the handler that saves.
+        saver: the handler that saves, in a job of several ranks.
+        backend: the job's; for `saver`.
         asks: whether it has something to ask on the engine's ballot.
     """
-    backend = current()
     for one in dict.fromkeys((*engines_firing(), engine)):
         vote, is_own = hooks_of(one), one is engine
-        to_come = [voter for voter in turns_to_come(one) if isinstance(voter, Voter) and voter.fact is Fact.NAN]
+        to_come = [voter for voter in turns_to_come(one) if voter.looks_for_nan]
         if to_come or (asks and is_own) or (vote is not None and vote.has_ballot):
-            if saver is not None and backend.world_size > 1:
+            if saver is not None and backend is not None:
                 saver._vote(one, backend)  # noqa: SLF001 - it is a voter's
             take_turns(one, None if is_own and counts_iterations(one) else to_come)
-            vote = hooks_of(one)
+            vote = vote or hooks_of(one)
         if vote is not None:
             return_to_event(one)
             vote.settle(one)
