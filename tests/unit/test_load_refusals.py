@@ -56,7 +56,6 @@ PAIRS: dict[str, tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor]]] 
     "expanded inside": (lambda: torch.zeros(2, 1, 2).expand(2, 3, 2), lambda: torch.ones(2, 3, 2)),
     "inference tensor": (in_inference_mode, lambda: torch.ones(4)),
     "float4 into float32": (lambda: torch.zeros(4), lambda: FLOAT4),
-    "float32 into float4": (FLOAT4.clone, lambda: torch.ones(4)),
     "bits into integers": (
         lambda: torch.zeros(4, dtype=torch.int64),
         lambda: torch.zeros(4, dtype=torch.uint8).view(torch.bits8),
