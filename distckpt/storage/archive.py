@@ -39,6 +39,7 @@ __all__ = [
     "alignment_of",
     "border_from",
     "directory",
+    "is_listed_as_ours",
     "local_header",
     "place",
     "read_directory",
@@ -74,6 +75,7 @@ _DATE = 0x21
 _ENCRYPTED, _LATER, _UTF8 = 0x1, 0x8, 0x800
 _STORED, _DEFLATED = 0, 8
 _VERSION, _VERSION_64 = 20, 45
+_SAMPLE = 32
 
 
 class UnsupportedArchive(Exception):  # noqa: N818 - a reason, always caught
@@ -235,6 +237,22 @@ def read_directory(read: Callable[[int, int], bytes], num_bytes: int) -> Directo
         msg = f"its directory lists {len(records)} of {num} records"
         raise ValueError(msg)
     return Directory(records, at, has_comment)
+
+
+def is_listed_as_ours(read: Callable[[int, int], bytes], found: Directory) -> bool:
+    """Return True if most of a directory's first entries are, byte by byte, what :func:`directory` makes of them.
+
+    Most: some may be damaged. Tools that write archives anew have other versions, systems and attributes in all.
+    """
+    records = found.records[:_SAMPLE]
+    expected = [
+        _central_entry(Slot(one.name.partition("/")[2], one.header, 0, one.num_bytes), one.crc) for one in records
+    ]
+    data, begin, num_equal = read(found.at, sum(map(len, expected))), 0, 0
+    for entry in expected:
+        num_equal += data[begin : begin + len(entry)] == entry
+        begin += len(entry)
+    return 2 * num_equal > len(records)
 
 
 def read_local_header(read: Callable[[int, int], bytes], listed: Listed) -> Slot:

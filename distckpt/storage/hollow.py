@@ -12,9 +12,10 @@ The unpickler is torch's own for ``weights_only``: it executes nothing. What it 
 Source: ``torch.serialization._load`` of torch 2.9 to 2.13, with what it asks of a file.
 """
 
+import contextlib
 import io
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 
 from distckpt.quiet import quiet
 from distckpt.storage.archive import FOLDER, Slot
+from distckpt.storage.numpy_arrays import NAMES, is_available, numpy_allowed
 from distckpt.storage.verify import Archive, record_bytes
 
 __all__ = ["Hollow", "NotPlain", "read_hollow"]
@@ -110,11 +112,15 @@ def _records(archive: Archive, fd: int) -> dict[str, Slot]:
 
 def _unpickled(data: bytes, records: Mapping[str, Slot]) -> Hollow:
     unpickling: Any = torch._weights_only_unpickler  # noqa: SLF001 - torch.load's own, without its reading of storages
-    with quiet():
-        unpickler = unpickling.Unpickler(_Pickle(data), encoding="utf-8")
-        made: dict[str, Any] = {}
+    made: dict[str, Any] = {}
+    has_arrays = b"numpy" in data and is_available()
+    with quiet(), contextlib.ExitStack() as stack:
+        restored = stack.enter_context(numpy_allowed()) if has_arrays else None
+        unpickler = unpickling.Unpickler(_Pickle(data, NAMES if has_arrays else frozenset()), encoding="utf-8")
         unpickler.persistent_load = _storages_from(records, made)
         state = unpickler.load()
+        if restored is not None:
+            state = restored(state)
     slots, storages = {}, {}
     for key, typed in made.items():
         storage, slot = typed._untyped_storage, records[f"data/{key}"]  # noqa: SLF001 - its own accessor warns
@@ -130,8 +136,9 @@ class _Pickle(io.BytesIO):
     The unpickler reads lines for such names alone: a module, then what is in it.
     """
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, also_known: Collection[str]) -> None:
         super().__init__(data)
+        self._also_known = also_known
         self._module: str | None = None
 
     def readline(self, size: int | None = -1, /) -> bytes:
@@ -139,10 +146,11 @@ class _Pickle(io.BytesIO):
         text = line[:-1].decode()
         if self._module is None:
             self._module = text
-        elif _is_known(f"{self._module}.{text}"):
-            self._module = None
-        else:
-            raise NotPlain(f"{self._module}.{text}")
+            return line
+        name = f"{self._module}.{text}"
+        if not _is_known(name) and name not in self._also_known:
+            raise NotPlain(name)
+        self._module = None
         return line
 
 

@@ -39,7 +39,7 @@ from distckpt.storage.archive import (
     place,
 )
 
-__all__ = ["CHUNK_BYTES", "ImagePlan", "Part", "Piece", "crcs_of", "head_bytes", "plan_image", "tail_of"]
+__all__ = ["CHUNK_BYTES", "ImagePlan", "Part", "Piece", "crcs_of", "plan_image", "tail_of"]
 
 CHUNK_BYTES, MOST_BYTES = 8 << 20, 256 << 20
 """What is written at once, at least and at most. Powers of two of blocks."""
@@ -141,7 +141,7 @@ _header_of = operator.attrgetter("header")
 
 
 @functools.cache
-def head_bytes() -> bytes:
+def _head_bytes() -> bytes:
     """Return what every file begins with: the records before the storages, headers and all."""
     slots, _ = _head_slots()
     return b"".join(local_header(slot, crc32(data)) + data for slot, (_, data) in zip(slots, _HEAD, strict=True))
@@ -286,7 +286,7 @@ class Part:
             first = number
 
     def _put_head(self) -> None:
-        self._put(0, head_bytes())
+        self._put(0, _head_bytes())
 
     def _check(self, number: int, slot: Slot, known: _Known | None) -> None:
         """Check what is in this share of a record's bytes, which are in memory."""

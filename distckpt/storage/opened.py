@@ -27,6 +27,7 @@ from distckpt.errors import DamagedCheckpoint, UnsupportedCheckpoint
 from distckpt.manifest import SCHEMA, Head
 from distckpt.storage.ahead import ReadAhead, in_turns
 from distckpt.storage.archive import Slot
+from distckpt.storage.foreign import format_of
 from distckpt.storage.hollow import Hollow, NotPlain, read_hollow
 from distckpt.storage.torch_reader import load_by_torch
 from distckpt.storage.verify import (
@@ -249,13 +250,21 @@ class OpenCheckpoint:
         Raises:
             OSError: it cannot be read.
             UnsafeCheckpoint: it holds objects that only execution could restore.
+            UnsupportedCheckpoint: it is sound, and of another format.
             DamagedCheckpoint: it is no checkpoint, is truncated or damaged.
         """
-        if not self.look() or self._archive is None:
+        if self.look() and self._archive is not None:
+            if not self._unread.trees:  # it was handed out before
+                self._unread.add(read_hollow(self._archive, self._file.fileno()))
+            return self._unread.trees.pop()
+        try:
             return load_by_torch(self._file, self.path)
-        if not self._unread.trees:  # it was handed out before
-            self._unread.add(read_hollow(self._archive, self._file.fileno()))
-        return self._unread.trees.pop()
+        except DamagedCheckpoint as error:
+            what = None if self._fault is not None else format_of(self._file.fileno(), self._archive)
+            if what is None:
+                raise
+            msg = f"{self.path} cannot be read: it is {what}."
+            raise UnsupportedCheckpoint(msg) from error
 
     def place_of(self, tensor: torch.Tensor) -> int | None:
         """Return where in the file a tensor's storage begins; None if it holds what it should."""

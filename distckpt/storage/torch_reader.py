@@ -13,8 +13,11 @@ import torch
 
 from distckpt.errors import DamagedCheckpoint, UnsafeCheckpoint
 from distckpt.quiet import quiet
+from distckpt.storage.numpy_arrays import NumpyRefused, is_available, numpy_allowed
 
 __all__ = ["load_by_torch"]
+
+_NUMPY = "numpy"
 
 
 def load_by_torch(file: IO[bytes], path: Path) -> Any:
@@ -30,17 +33,19 @@ def load_by_torch(file: IO[bytes], path: Path) -> Any:
         DamagedCheckpoint: it is no checkpoint, is truncated or damaged.
     """
     try:
-        file.seek(0)
-        with quiet():  # of a pickle protocol that its own loader may not know: it will say so
-            return torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            return _load(file)
+        except pickle.UnpicklingError as error:
+            if f"GLOBAL {_NUMPY}." not in str(error) or not is_available():
+                raise
+            with numpy_allowed() as restored:
+                return restored(_load(file))
+    except NumpyRefused as error:
+        raise _unsafe(path, f"{error}.") from error
     except pickle.UnpicklingError as error:
         reason = _reason(str(error))
         if "global" in reason.lower() or "class" in reason.lower():
-            msg = (
-                f"{path} holds objects that can only be loaded by executing code, which distckpt never does: {reason} "
-                "Nothing was executed. Save plain tensors, numbers, text and containers of them."
-            )
-            raise UnsafeCheckpoint(msg) from error
+            raise _unsafe(path, reason) from error
         msg = f"{path} is no checkpoint, or is damaged: {reason}"
         raise DamagedCheckpoint(msg) from error
     except OSError as error:
@@ -53,6 +58,19 @@ def load_by_torch(file: IO[bytes], path: Path) -> Any:
     except Exception as error:
         msg = f"{path} is no checkpoint, or is truncated or damaged: {type(error).__name__}: {_reason(str(error))}"
         raise DamagedCheckpoint(msg) from error
+
+
+def _unsafe(path: Path, reason: str) -> UnsafeCheckpoint:
+    return UnsafeCheckpoint(
+        f"{path} holds objects that can only be loaded by executing code, which distckpt never does: {reason} "
+        "Nothing was executed. Save plain tensors, numbers, text, arrays of numbers, and containers of them."
+    )
+
+
+def _load(file: IO[bytes]) -> Any:
+    file.seek(0)
+    with quiet():  # of a pickle protocol that its own loader may not know: it will say so
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _reason(text: str) -> str:

@@ -31,12 +31,13 @@ from distckpt.storage.archive import (
     alignment_of,
     border_from,
     directory,
+    is_listed_as_ours,
     local_header,
     place,
     read_directory,
     read_local_header,
 )
-from distckpt.storage.image import MANIFEST, head_bytes
+from distckpt.storage.image import MANIFEST
 
 __all__ = [
     "Archive",
@@ -205,19 +206,14 @@ def record_bytes(fd: int, slot: Slot, inflated: int | None = None) -> bytes:
 
 
 def _is_own(read: Callable[[int, int], bytes], found: Directory, records: Sequence[Listed]) -> bool:
-    """Tell whether distckpt laid a file out as it is, but for damage.
+    """Return True if distckpt laid a file out as it is, but for damage.
 
-    Either end of it is enough, since damage may be anywhere. Other tools that write the archive anew change both; those
-    that add to it leave another record, or a comment, at its end.
+    Tools that write the archive anew list its records in their own way. Those that add to it leave another record, or a
+    comment, at its end.
     """
     if not records or records[-1].name != f"{FOLDER}/{MANIFEST}" or found.has_comment:
         return False
-    head = head_bytes()
-    if read(0, len(head)) == head:
-        return True
-    listed = [(Slot(one.name.partition("/")[2], one.header, 0, one.num_bytes), one.crc) for one in records]
-    ending = directory(listed, found.at)
-    return read(found.at, len(ending)) == ending
+    return is_listed_as_ours(read, found)
 
 
 def _own_slots(records: Sequence[Listed], schema: int) -> tuple[Slot, ...]:

@@ -49,14 +49,6 @@ def zipped(files: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def scripted() -> bytes:
-    """Return what `torch.jit.save` writes, as far as loading looks at it."""
-    with zipfile.ZipFile(io.BytesIO(GOOD)) as archive:
-        files = {name: archive.read(name) for name in archive.namelist()}
-    top = next(iter(files)).split("/", 1)[0]
-    return zipped({**files, f"{top}/constants.pkl": b"\x80\x02).", f"{top}/code/a.py": b""})
-
-
 STATE: dict[str, Any] = {
     "model": {"weight": torch.arange(4.0).reshape(2, 2), "bias": torch.zeros(2)},
     "epoch": {"number": 3},
@@ -83,7 +75,6 @@ DAMAGED: dict[str, Callable[[], bytes]] = {
     "half, then noise": lambda: GOOD[: len(GOOD) // 2] + NOISE[: len(GOOD) // 2],
     "pickle of a number": lambda: pickle.dumps(3),
     "pickle, torn": lambda: pickle.dumps(list(range(1000)))[:-50],
-    "TorchScript": scripted,
     "legacy, torn": lambda: LEGACY[: len(LEGACY) // 2],
     "legacy, head alone": lambda: LEGACY[:40],
     "another zip's name": lambda: GOOD.replace(b"data.pkl", b"atad.pkl"),
@@ -204,13 +195,13 @@ def test_payload_would_have_been_executed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-@pytest.mark.parametrize("value", [Own(), np.float64(0.5), print], ids=["own class", "NumPy scalar", "function"])
+@pytest.mark.parametrize("value", [Own(), np.ma.ones(2), print], ids=["own class", "NumPy", "function"])
 def test_file_with_objects_is_refused_with_their_name(tmp_path: Path, kind: str, value: Any) -> None:
     path = tmp_path / "a.pt"
     path.write_bytes(HOSTILE[kind](value))
     error = failure(path, UnsafeCheckpoint)
     check_message(error, path)
-    told = {"Own": "Own", "float64": "numpy", "builtin_function_or_method": "print"}[type(value).__name__]
+    told = {"Own": "Own", "MaskedArray": "numpy", "builtin_function_or_method": "print"}[type(value).__name__]
     assert told in str(error)
 
 

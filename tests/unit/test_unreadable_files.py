@@ -105,7 +105,7 @@ def _unsafe(mark: Path) -> dict[str, bytes]:
     return {
         "zip": torch_file(payload),
         "legacy": torch_file(payload, _use_new_zipfile_serialization=False),
-        "numpy": torch_file({"model": linear(3).state_dict(), "book": np.float64(1)}),
+        "numpy": torch_file({"model": linear(3).state_dict(), "book": np.array([{}])}),
         "function": torch_file({"model": linear(3).state_dict(), "book": os.getcwd}),
         "own-class": torch_file({"model": linear(3).state_dict(), "book": Notebook()}),
         "whole-module": torch_file({"model": linear(3), "book": {}}),
