@@ -25,6 +25,7 @@ __all__ = [
     "needs_a_look",
     "refusal",
     "shard_of",
+    "text_of_key",
     "whole",
 ]
 
@@ -193,11 +194,23 @@ def find_paths(state: Any, is_it: Callable[[Any], bool], path: str = "", *, most
         if is_it(one):
             found.append(at)
             return
-        for key, item in _items(one):
-            walk(item, f"{at}.{key}" if at else str(key), level + 1)
+        try:
+            items = list(_items(one))
+        except Exception:  # noqa: BLE001 - an object's own method; it is not looked into
+            return
+        for key, item in items:
+            walk(item, f"{at}.{text_of_key(key)}" if at else text_of_key(key), level + 1)
 
     walk(state, path, 0)
     return found
+
+
+def text_of_key(key: Any) -> str:
+    """Return a key as text; where its own method raises, its class."""
+    try:
+        return str(key)
+    except Exception:  # noqa: BLE001 - the key's own
+        return f"<{type(key).__name__}>"
 
 
 def _items(one: Any) -> Iterator[tuple[Any, Any]]:

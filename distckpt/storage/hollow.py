@@ -23,7 +23,7 @@ import torch
 
 from distckpt.quiet import quiet
 from distckpt.storage.archive import FOLDER, Slot
-from distckpt.storage.numpy_arrays import NAMES, is_available, numpy_allowed
+from distckpt.storage.numpy_arrays import NAMES, is_left_to_us, numpy_allowed
 from distckpt.storage.verify import Archive, record_bytes
 
 __all__ = ["Hollow", "NotPlain", "read_hollow"]
@@ -113,7 +113,7 @@ def _records(archive: Archive, fd: int) -> dict[str, Slot]:
 def _unpickled(data: bytes, records: Mapping[str, Slot]) -> Hollow:
     unpickling: Any = torch._weights_only_unpickler  # noqa: SLF001 - torch.load's own, without its reading of storages
     made: dict[str, Any] = {}
-    has_arrays = b"numpy" in data and is_available()
+    has_arrays = (b"numpy" in data or b"bytes\n" in data) and is_left_to_us()
     with quiet(), contextlib.ExitStack() as stack:
         restored = stack.enter_context(numpy_allowed()) if has_arrays else None
         unpickler = unpickling.Unpickler(_Pickle(data, NAMES if has_arrays else frozenset()), encoding="utf-8")

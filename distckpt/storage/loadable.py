@@ -17,11 +17,10 @@ import torch
 from torch import nn
 
 from distckpt.sharded import find_paths
+from distckpt.storage.numpy_arrays import NAMES, holds_objects
 
-__all__ = ["CALLED", "NUMPY", "Refused", "find_refused", "names_refused", "paths_of_refused"]
+__all__ = ["CALLED", "Refused", "find_refused", "names_refused", "paths_of_refused"]
 
-NUMPY: Final[frozenset[str]] = frozenset()
-"""The names that pickles of NumPy arrays and scalars hold, where loading knows them."""
 _HARMLESS: Final = frozenset(
     {
         *(dict, OrderedDict, Counter, list, tuple, set),
@@ -66,7 +65,8 @@ def find_refused(
     if protocol > _NEWEST_PROTOCOL:
         return (Refused("", f"pickle_protocol={protocol}, above {_NEWEST_PROTOCOL}"),)
     odd = [*called, *(kind for kind in kinds if kind not in _HARMLESS)]
-    if not names_refused(map(_name_of, odd)) and _LONG not in data:
+    has_arrays = any(kind.__module__.partition(".")[0] == "numpy" for kind in odd if isinstance(kind, type))
+    if not names_refused(map(_name_of, odd)) and _LONG not in data and not (has_arrays and holds_objects(data)):
         return ()
     names = _refused_in(data)
     return paths_of_refused(state, names) if names else ()
@@ -100,14 +100,15 @@ def paths_of_refused(state: Any, names: Collection[str]) -> tuple[Refused, ...]:
 def names_refused(names: Iterable[str]) -> list[str]:
     """Return those of the names in a pickle that loading does not call."""
     unpickling: Any = torch._weights_only_unpickler  # noqa: SLF001 - as torch's get_unsafe_globals_in_checkpoint
-    allowed = {*unpickling._get_allowed_globals(), *unpickling._get_user_allowed_globals(), *NUMPY}  # noqa: SLF001
+    allowed = {*unpickling._get_allowed_globals(), *unpickling._get_user_allowed_globals(), *NAMES}  # noqa: SLF001
     return sorted(set(names) - allowed)
 
 
 def _refused_in(data: bytes) -> list[str]:
     unpickling: Any = torch._weights_only_unpickler  # noqa: SLF001 - as above
     try:
-        return names_refused(unpickling.get_globals_in_pkl(io.BytesIO(data)))
+        called = unpickling.get_globals_in_pkl(io.BytesIO(data))
+        return names_refused(called | {"numpy.object_"} if called & NAMES and holds_objects(data) else called)
     except (pickle.UnpicklingError, EOFError) as error:
         return [str(error).splitlines()[0] if str(error) else type(error).__name__]
 

@@ -9,7 +9,7 @@ functions of this module stand there. They check what they are given, and build 
 dtype without objects and as many bytes as it needs. An array's pickle is a call and then a state; so until all is read,
 placeholders stand where arrays go.
 
-NumPy is imported where a file has arrays, and only there.
+NumPy is imported where a file has arrays, and only there. Bytes of no length are pickled as a call, too.
 
 Source: ``array_reduce`` and ``arraydescr_reduce`` of NumPy 1.26 and 2.3 (``numpy/_core/src/multiarray``).
 """
@@ -27,7 +27,7 @@ import torch
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["NAMES", "NumpyRefused", "is_available", "numpy_allowed"]
+__all__ = ["NAMES", "NumpyRefused", "holds_objects", "is_left_to_us", "numpy_allowed"]
 
 _MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
 """Of NumPy 1 and 2."""
@@ -37,6 +37,8 @@ NAMES = frozenset(
 )
 """What may be called by name."""
 
+_OBJECTS = re.compile(rb"X\x02\x00\x00\x00O[48](?:q.|r.{4})?(?:\x89|K\x00)(?:\x88|K\x01)\x87", re.DOTALL)
+"""The arguments of the dtype of objects in a pickle of protocol 2 or 3."""
 _CODE = re.compile(r"(?:b1|[iufcSUVMm]\d{1,9})\Z")
 _UNIT = re.compile(r"[A-Za-z]{1,7}\Z")
 _STATE_FIELDS = 8
@@ -86,8 +88,7 @@ class _Array(_Placeholder):
     __slots__ = ()
 
     def __setstate__(self, state: Any) -> None:
-        import numpy as np  # noqa: PLC0415 - only where a file has arrays
-
+        np = _numpy()
         _require(type(state) is tuple and len(state) == _ARRAY_FIELDS, "an array's state")
         _, shape, dtype, is_fortran, data = state
         _require(type(shape) is tuple and all(type(one) is int and one >= 0 for one in shape), "an array's shape")
@@ -96,9 +97,9 @@ class _Array(_Placeholder):
         _require(type(data) is bytes and len(data) == num_bytes, "an array's bytes")
         order = "F" if is_fortran else "C"
         if not num_bytes:
-            self.build(np.empty(shape, found, order=order))  # type: ignore[call-overload]  # no type for the order
+            self.build(np.empty(shape, found, order=order))
             return
-        self.build(np.frombuffer(data, found).reshape(shape, order=order).copy(order))  # type: ignore[call-overload]
+        self.build(np.frombuffer(data, found).reshape(shape, order=order).copy(order))
 
 
 @contextlib.contextmanager
@@ -126,17 +127,29 @@ def numpy_allowed() -> Iterator[Callable[[Any], Any]]:
         yield lambda tree: _restored(tree, arrays)
 
 
-def is_available() -> bool:
-    """Tell whether arrays can be read: NumPy is there, and the program has not told torch of a way of its own."""
+def is_left_to_us() -> bool:
+    """Return True if the program has not told torch of a way of its own to read NumPy's arrays."""
     told = torch.serialization.get_safe_globals()
     names = [one[1] if isinstance(one, tuple) else getattr(one, "__module__", "") for one in told]
-    if any(isinstance(name, str) and name.split(".")[0] == "numpy" for name in names):
-        return False
+    return not any(isinstance(name, str) and name.split(".")[0] == "numpy" for name in names)
+
+
+def holds_objects(data: bytes) -> bool:
+    """Return True if a pickle that holds NumPy's arrays holds one of objects.
+
+    Args:
+        data: of protocol 2 or 3.
+    """
+    return _OBJECTS.search(data) is not None
+
+
+def _numpy() -> Any:
     try:
-        import numpy as np  # noqa: F401, PLC0415 - only where a file has arrays
-    except ImportError:
-        return False
-    return True
+        import numpy as np  # noqa: PLC0415 - only where a file has arrays
+    except ImportError as error:
+        msg = "NumPy arrays, and NumPy is not installed here"
+        raise NumpyRefused(msg) from error
+    return np
 
 
 def _restored(tree: Any, arrays: list[_Array]) -> Any:
@@ -195,8 +208,7 @@ class _Filling:
 
 
 def _dtype(code: Any, _align: Any = False, _copy: Any = False) -> _DType:  # noqa: FBT002 - as NumPy's pickles call it
-    import numpy as np  # noqa: PLC0415 - only where a file has arrays
-
+    np = _numpy()
     if code in ("O", "O4", "O8"):
         msg = "a NumPy array of Python objects"
         raise NumpyRefused(msg)
@@ -204,10 +216,9 @@ def _dtype(code: Any, _align: Any = False, _copy: Any = False) -> _DType:  # noq
     return _DType(np.dtype(code))
 
 
-def _dtype_of(base: "np.dtype[Any]", state: Any) -> "np.dtype[Any]":
+def _dtype_of(base: "np.dtype[Any]", state: Any) -> Any:
     """Return the dtype that a state makes of a plain one; it says nothing else that counts."""
-    import numpy as np  # noqa: PLC0415 - only where a file has arrays
-
+    np = _numpy()
     _require(type(state) is tuple and len(state) >= _STATE_FIELDS, "a dtype's state")
     _, order, part, names, fields, num_bytes, _, flags, *_ = state
     _require(order in ("<", ">", "|", "="), "a dtype's byte order")
@@ -243,8 +254,7 @@ def _no_bytes() -> bytes:
 
 
 def _scalar(dtype: Any, data: Any) -> Any:
-    import numpy as np  # noqa: PLC0415 - only where a file has arrays
-
+    np = _numpy()
     found = _without_objects(dtype)
     _require(type(data) is bytes and len(data) == found.itemsize, "a number's bytes")
     return np.frombuffer(data, found).copy()[0] if data else np.zeros((), found)[()]

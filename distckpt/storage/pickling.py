@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from distckpt.errors import ShardedStateError
-from distckpt.sharded import find_paths, needs_a_look, refusal, shard_of, whole
+from distckpt.sharded import find_paths, needs_a_look, refusal, shard_of, text_of_key, whole
 from distckpt.storage.emitting import TYPES, Form, NotPlain, TensorAt, emit, is_plain
 from distckpt.storage.loadable import CALLED, Refused, find_refused
 
@@ -218,7 +218,7 @@ def _named(state: Any, numbers: Mapping[int, str]) -> Iterator[tuple[str, Form, 
                 pairs = list(item.items() if isinstance(item, dict) else enumerate(item))
                 lead = f"{path}." if path else ""
                 todo += [
-                    (f"{lead}{_text_of(key)}", value, level + 1)
+                    (f"{lead}{text_of_key(key)}", value, level + 1)
                     for key, value in reversed(pairs)
                     if isinstance(value, torch.Tensor | dict | list | tuple)
                 ]
@@ -237,10 +237,3 @@ def _form_of(tensor: torch.Tensor) -> tuple[Form, int]:
             raise NotPlain
         form = Form(tensor.dtype, tuple(map(int, tensor.shape)), int(tensor.storage_offset()))
         return form, tensor.untyped_storage()._cdata  # noqa: SLF001 - as in the pickler
-
-
-def _text_of(key: Any) -> str:
-    try:
-        return str(key)
-    except Exception:  # noqa: BLE001 - a key's own method
-        return f"<{type(key).__name__}>"

@@ -13,11 +13,12 @@ import torch
 
 from distckpt.errors import DamagedCheckpoint, UnsafeCheckpoint
 from distckpt.quiet import quiet
-from distckpt.storage.numpy_arrays import NumpyRefused, is_available, numpy_allowed
+from distckpt.storage.numpy_arrays import NumpyRefused, is_left_to_us, numpy_allowed
 
 __all__ = ["load_by_torch"]
 
-_NUMPY = "numpy"
+_OF_NUMPY = ("GLOBAL numpy.", "GLOBAL bytes ")
+"""What its error says of pickles that may be of NumPy's arrays."""
 
 
 def load_by_torch(file: IO[bytes], path: Path) -> Any:
@@ -36,7 +37,7 @@ def load_by_torch(file: IO[bytes], path: Path) -> Any:
         try:
             return _load(file)
         except pickle.UnpicklingError as error:
-            if f"GLOBAL {_NUMPY}." not in str(error) or not is_available():
+            if not any(name in str(error) for name in _OF_NUMPY) or not is_left_to_us():
                 raise
             with numpy_allowed() as restored:
                 return restored(_load(file))

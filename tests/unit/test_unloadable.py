@@ -45,7 +45,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "enum": (Mode.FAST, "Mode"),
     "class": (nn.Linear, "torch.nn.modules.linear.Linear"),
     "builtin class": (dict, "builtins.dict"),
-    "no bytes": (b"", "builtins.bytes"),
     "function": (re.compile, "re.compile"),
     "mapping of another class": (defaultdict(list), "collections.defaultdict"),
     "mapping of the user's": (Mapped(a=1), "Mapped"),
