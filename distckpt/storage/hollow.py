@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from distckpt.collector import collector_paused
 from distckpt.quiet import quiet
 from distckpt.storage.archive import FOLDER, Slot
 from distckpt.storage.numpy_arrays import NAMES, is_left_to_us, numpy_allowed
@@ -71,6 +72,7 @@ class Hollow:
     storages: Mapping[int, torch.UntypedStorage]
 
 
+@collector_paused()
 def read_hollow(archive: Archive, fd: int) -> Hollow:
     """Read the pickle of a file, and nothing of its tensors. Any thread.
 

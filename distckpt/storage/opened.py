@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from distckpt.collector import collector_paused
 from distckpt.errors import DamagedCheckpoint, UnsupportedCheckpoint
 from distckpt.manifest import SCHEMA, Head
 from distckpt.storage.ahead import ReadAhead, in_turns
@@ -83,6 +84,7 @@ class _Unread:
         self.trees: list[Any] = []
         self.storages: dict[int, tuple[Slot, StorageWeakRef]] = {}
 
+    @collector_paused()
     def add(self, hollow: Hollow) -> None:
         """Take over what was read."""
         self.is_known = True
@@ -271,6 +273,7 @@ class OpenCheckpoint:
         slot, _ = self._unread.storages.get(tensor.untyped_storage()._cdata, (None, None))  # noqa: SLF001 - torch's identity of a storage
         return None if slot is None else slot.offset
 
+    @collector_paused()
     def fill(self) -> None:
         """Read what is to stand in the storages of all tensors that were handed out, and are still referred to.
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from distckpt.checksum import combined, crc32
+from distckpt.collector import collector_paused
 from distckpt.manifest import SCHEMA, Head, read_head
 from distckpt.storage.archive import (
     FOLDER,
@@ -107,6 +108,7 @@ def begins_as_archive(fd: int) -> bool:
     return os.pread(fd, len(MAGIC), 0) == MAGIC
 
 
+@collector_paused()
 def read_archive(fd: int) -> Archive:
     """Read a file's directory.
 
@@ -248,6 +250,7 @@ def shares_of(archive: Archive, num_ranks: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise([*cuts, archive.num_bytes]))
 
 
+@collector_paused()
 def check_range(
     fd: int, archive: Archive, begin: int, end: int, read: Callable[[memoryview, int], int] | None = None
 ) -> list[Checked]:
