@@ -33,7 +33,8 @@ class TerminateOnNan(Voter):
 
     Args:
         output_transform: takes the process function's output, returns what is looked at: a number, a tensor, a NumPy
-            array, None, or a collection of them, nested at will.
+            array, None, or a collection of them, nested at will. Where a save on the event comes first, it is called
+            before the handlers between the two: it should look at the output alone.
         lag: 0 to stop in the iteration whose output is broken; 1 to stop one iteration later, the same one on every
             rank, and let the reduction run beside that iteration: nothing waits for an accelerator then.
         every: hold the vote on each so-many-th iteration only; the outputs between are looked at all the same.
