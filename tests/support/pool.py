@@ -56,9 +56,11 @@ _POOLS: dict[int | None, RankPool] = {}
 def pool_for(world_size: int) -> RankPool:
     """Return this process's pool from which ranks of a world of this size come; it ends with the process at the latest.
 
-    Where ranks are replicas of one process, which has as many as it was started with, each world size has a pool.
+    Where ranks are replicas of one process, which has as many as it was started with, each world size has a pool. A
+    process that was in a Horovod job of one rank is not used in a larger one: Horovod 0.28 returns from its `init`
+    before the other ranks have come then, and leaves them waiting.
     """
-    key = world_size if RUNTIME == "xla" else None
+    key = world_size if RUNTIME == "xla" or (RUNTIME == "horovod" and world_size == 1) else None
     if key not in _POOLS:
         _POOLS[key] = RankPool()
         atexit.register(_POOLS[key].discard)
