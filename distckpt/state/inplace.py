@@ -29,6 +29,8 @@ __all__ = [
 
 _LONELY = {0: object()}
 """What nobody else refers to."""
+_LONELY_MEMORY = torch.empty(1)
+"""A tensor whose memory nobody else refers to."""
 _BOUNCE_BYTES = 16 << 20
 """What is read at once on the way to a tensor that cannot take the bytes as they are."""
 
@@ -77,8 +79,9 @@ def claims_of_module(module: nn.Module, state: Mapping[str, Any], unread: Unread
 def claims_of_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], unread: Unread) -> list[Claim]:
     """Return what a plain optimizer's state is to be loaded into, where it has tensors of its own already.
 
-    A tensor that somebody else refers to is left alone, as in what ``state_dict()`` has returned before: torch's
-    optimizers take the tensors that they load, and write nothing into those that they had.
+    A tensor that somebody else refers to is left alone, as in what ``state_dict()`` has returned before, and so is one
+    whose memory has another user: torch's optimizers take the tensors that they load, and write nothing into those
+    that they had.
     """
     claims = []
     as_loaded: Any = torch.optim.Optimizer._process_value_according_to_param_policy  # noqa: SLF001 - no public way
@@ -92,6 +95,8 @@ def claims_of_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, An
                 if not _is_only_here(held, key) or not all(map(_has_dimensions, (held[key], given[key]))):
                     continue
                 live = held[key]
+                if not _has_memory_of_its_own(live):
+                    continue
                 if as_loaded(parameter, live, number, group, key) is live:  # else it would take a copy of it
                     claims.append(_claim(("state", number, key), live, given[key], unread, may_bounce=False))
     return claims
@@ -104,6 +109,16 @@ def _has_dimensions(value: Any) -> bool:
 
 def _is_only_here(mapping: Mapping[Any, Any], key: Any) -> bool:
     return key in mapping and sys.getrefcount(mapping[key]) <= sys.getrefcount(_LONELY[0])
+
+
+def _has_memory_of_its_own(tensor: torch.Tensor) -> bool:
+    """Return True if no other tensor, array or process uses a tensor's memory."""
+    if not _takes_bytes(tensor):
+        return True  # its bytes do not go straight into it
+    storage, lonely = tensor.untyped_storage(), _LONELY_MEMORY.untyped_storage()
+    count: Any = torch._C._storage_Use_Count  # noqa: SLF001 - no public way
+    is_torchs = storage.resizable() and not storage.is_shared()  # else it is NumPy's, say, or a mapped file's
+    return is_torchs and count(storage._cdata) <= count(lonely._cdata)  # noqa: SLF001 - torch's identity of a storage
 
 
 def _claim(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -242,6 +243,51 @@ def test_tensors_that_others_hold_are_left_to_them(tmp_path: Path) -> None:
     del kept
     load({"o": optimizer}, path)
     assert equal(twin.state_dict(), values)
+
+
+OTHERS: dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, Any]]] = {
+    "a view": lambda one: (one, one.view(-1)[:2]),
+    "detached": lambda one: (one, one.detach()),
+    "NumPy's view": lambda one: (one, one.numpy()),
+    "a flat buffer": lambda one: ((flat := one.flatten().clone()).view(one.shape), flat),
+    "NumPy's memory": lambda one: (torch.from_numpy(array := one.numpy().copy()), array),
+    "shared with processes": lambda one: (one.clone().share_memory_(), None),  # type: ignore[no-untyped-call]  # torch ships it without types
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_memory_that_others_hold_is_left_to_them(tmp_path: Path, kind: str) -> None:
+    optimizer = stepped(torch.optim.AdamW, linear(0))
+    path = written(tmp_path, {"o": (source := stepped(torch.optim.AdamW, linear(1))).state_dict()})
+    others, addresses = [], []
+    for held in optimizer.state.values():
+        held["exp_avg"], other = OTHERS[kind](held["exp_avg"])
+        others.append(other)
+        addresses.append(held["exp_avg"].data_ptr())
+    before = copy.deepcopy(others)
+    load({"o": optimizer}, path)
+    assert all(np.array_equal(one, other) for one, other in zip(others, before, strict=True) if other is not None)
+    assert equal(optimizer.state_dict(), source.state_dict())
+    assert not {held["exp_avg"].data_ptr() for held in optimizer.state.values()} & set(addresses)
+
+
+def test_a_copy_of_a_parameter_that_an_optimizer_keeps_is_its_own_after_a_load(tmp_path: Path) -> None:
+    made: list[dict[str, Any]] = []
+    for seed in (1, 0, 0):
+        module = linear(seed)
+        optimizer = stepped(torch.optim.AdamW, module)
+        for parameter in module.parameters():
+            optimizer.state[parameter]["slow"] = parameter.detach()
+        made.append({"m": module, "o": optimizer})
+    source, fresh, twin = made
+    state = {name: one.state_dict() for name, one in source.items()}
+    for name, one in twin.items():
+        one.load_state_dict(copy.deepcopy(state)[name])
+    load(fresh, written(tmp_path, state))
+    for objects in (fresh, twin):
+        with torch.no_grad():
+            objects["m"].weight.fill_(7)
+    assert equal(snapshot(fresh), snapshot(twin))
 
 
 @pytest.mark.parametrize("when", ["pre", "post"])
