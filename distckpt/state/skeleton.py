@@ -132,6 +132,8 @@ def _refusal(live: torch.Tensor, given: torch.Tensor) -> str | None:
     """Return why ``live.copy_(given)`` would fail, their shapes being the same; None if it would not."""
     if live.is_inference() and not torch.is_inference_mode_enabled():
         return "which is an inference tensor: load it inside torch.inference_mode(), or make it outside."
+    if given.device.type == "meta" and live.device.type != "meta":
+        return "of which the checkpoint has no data: it is on the meta device there."
     if not has_memory(live) or not has_memory(given):
         return "whose memory was given back, here or in the checkpoint: its storage is smaller than the tensor."
     if live.device.type in ("cpu", "cuda") and torch._debug_has_internal_overlap(live) == 1:  # noqa: SLF001 - no public way

@@ -55,6 +55,7 @@ PAIRS: dict[str, tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor]]] 
     "expanded": (lambda: torch.zeros(1).expand(4), lambda: torch.ones(4)),
     "expanded inside": (lambda: torch.zeros(2, 1, 2).expand(2, 3, 2), lambda: torch.ones(2, 3, 2)),
     "inference tensor": (in_inference_mode, lambda: torch.ones(4)),
+    "no data": (lambda: torch.zeros(4), lambda: torch.ones(4, device="meta")),
     "float4 into float32": (lambda: torch.zeros(4), lambda: FLOAT4),
     "bits into integers": (
         lambda: torch.zeros(4, dtype=torch.int64),
