@@ -9,13 +9,26 @@ import numbers
 import sys
 from typing import Any
 
-__all__ = ["is_nan", "is_numpy_scalar", "plain_score"]
+__all__ = ["has_plain_twin", "is_nan", "is_numpy_scalar", "plain_score"]
+
+
+_PLAIN_KINDS = frozenset("biufcSU")
+_PLAIN_TYPES = frozenset({bool, int, float, complex, bytes, str})
 
 
 def is_numpy_scalar(value: Any) -> bool:
     """Tell whether `value` is a NumPy scalar, without importing NumPy: torch does not require it."""
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(value, numpy.generic)
+
+
+def has_plain_twin(scalar: Any) -> bool:
+    """Tell whether a NumPy scalar's ``item()`` is Python's own of its value: a date's, say, is less, or another type.
+
+    Args:
+        scalar: NumPy's.
+    """
+    return scalar.dtype.kind in _PLAIN_KINDS and type(scalar.item()) in _PLAIN_TYPES
 
 
 def plain_score(score: Any) -> int | float:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distckpt.scalars import is_numpy_scalar
+from distckpt.scalars import has_plain_twin, is_numpy_scalar
 from distckpt.sharded import needs_a_look, refusal, shard_of, whole
 from distckpt.state.fence import is_stepped_in_python
 from distckpt.state.unwrap import unwrap, unwrap_once
@@ -34,7 +34,6 @@ __all__ = [
 
 
 _PLAIN = frozenset({torch.Tensor, str, int, float, bool, type(None)})
-_LEVELS = 64
 
 
 def map_tree(func: Callable[[Any], Any], tree: Any) -> Any:
@@ -313,7 +312,7 @@ class _Plain:
         self._where = where
         self._are_scalars_replaced = are_scalars_replaced
         self._wholes: dict[int, torch.Tensor] = {}
-        self._around: set[int] = set()  # the containers on the way: one may contain itself
+        self._done: dict[int, tuple[Any, Any]] = {}  # what a container is replaced by; it too, to keep its identity
 
     def of(self, state: Any, path: tuple[Any, ...]) -> Any:
         kind = type(state)
@@ -322,28 +321,29 @@ class _Plain:
         if needs_a_look(kind):
             return self._tensor(state, path)
         if is_numpy_scalar(state):
-            return state.item() if self._are_scalars_replaced else state
-        if not isinstance(state, dict | list | tuple | set | frozenset) or id(state) in self._around:
+            return state.item() if self._are_scalars_replaced and has_plain_twin(state) else state
+        if not isinstance(state, dict | list | tuple | set | frozenset):
             return state
-        self._around.add(id(state))
-        try:
-            return self._container(state, path)
-        finally:
-            self._around.discard(id(state))
+        if id(state) not in self._done:
+            self._done[id(state)] = state, state  # for one that contains itself
+            self._done[id(state)] = state, self._container(state, path)
+        return self._done[id(state)][1]
 
     def _container(self, state: Any, path: tuple[Any, ...]) -> Any:
         if type(state) in (dict, OrderedDict):
             return self._mapping(state, path)
         if isinstance(state, list | tuple):
             return self._sequence(state, path)
-        for key, item in state.items() if isinstance(state, dict) else enumerate(state):
+        base = next(kind for kind in (dict, set, frozenset) if isinstance(state, kind))  # a subclass's own may raise
+        for key, item in dict.items(state) if base is dict else enumerate(base.__iter__(state)):
             self.of(item, (*path, key))  # looked into; the pickler replaces what is there
         return state
 
     def _sequence(self, state: Any, path: tuple[Any, ...]) -> Any:
-        items = [self.of(item, (*path, number)) for number, item in enumerate(state)]
         kind = type(state)
-        if all(new is old for new, old in zip(items, state, strict=True)):
+        olds = list((list if isinstance(state, list) else tuple).__iter__(state))  # a subclass's own may raise
+        items = [self.of(item, (*path, number)) for number, item in enumerate(olds)]
+        if all(new is old for new, old in zip(items, olds, strict=True)):
             return state
         if kind in (list, tuple):
             return kind(items)
@@ -372,30 +372,30 @@ class _Plain:
         return fresh
 
 
-def _holds_more_than_plain(state: Any, level: int = 0) -> bool:
+def _holds_more_than_plain(state: Any) -> bool:
     """Return True if a state may hold what is to be replaced or refused: a quick look, for all the states that do not.
 
     A module's ``_metadata`` is as long as the module; what stands in it is left to the pickler.
     """
-    kind = type(state)
-    if kind in _PLAIN:
-        return False
-    level += 1
-    if level > _LEVELS:  # it may contain itself
-        return True
-    if kind is dict or kind is OrderedDict:
-        for key, item in state.items():
-            if (type(key) not in _PLAIN) or (type(item) not in _PLAIN and _holds_more_than_plain(item, level)):
+    todo = [state]
+    seen: set[int] = set()  # a container may stand in many places, or contain itself
+    while todo:
+        one = todo.pop()
+        kind = type(one)
+        if kind in _PLAIN or id(one) in seen:
+            continue
+        seen.add(id(one))
+        if kind is dict or kind is OrderedDict:
+            if not _PLAIN.issuperset(map(type, one)):
                 return True
-        return kind is OrderedDict and _has_odd_attributes(state, level)
-    if kind is list or kind is tuple:
-        return any(type(item) not in _PLAIN and _holds_more_than_plain(item, level) for item in state)
-    return True
-
-
-def _has_odd_attributes(state: Any, level: int) -> bool:
-    """Return True if an OrderedDict has attributes to look into, beside a module's ``_metadata`` of versions."""
-    return any(name != "_metadata" and _holds_more_than_plain(item, level) for name, item in vars(state).items())
+            todo += [item for item in one.values() if type(item) not in _PLAIN]
+            if kind is OrderedDict:
+                todo += [item for name, item in vars(one).items() if name != "_metadata"]
+        elif kind is list or kind is tuple:
+            todo += [item for item in one if type(item) not in _PLAIN]
+        else:
+            return True
+    return False
 
 
 def _is_sharded_optimizer(obj: Any) -> bool:

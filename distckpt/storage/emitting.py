@@ -187,6 +187,8 @@ class _Walk:
     def _put_tuple(self, value: tuple[Any, ...], path: str, level: int) -> None:
         if level > _LEVELS:
             raise NotPlain
+        if tuple in map(type, value):  # else many, as an optimizer's betas, may be one
+            self._see(value, level)
         if not value:
             self.out.append(_EMPTY_TUPLE)
         elif len(value) in _SHORT_TUPLES:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from distckpt import DiskSaver
 from distckpt.state.collect import capture, check_objects, map_tree, plain_state
 from distckpt.storage.ptfile import read_pt
 
@@ -46,6 +47,32 @@ def test_numpy_scalars_become_pythons(state: Any, plain: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    "scalar",
+    [
+        np.datetime64("2026-01-01"),
+        np.datetime64("2026-01-01T00:00:00.123456789", "ns"),
+        np.datetime64("2026-01-01T00:00", "m"),
+        np.datetime64("NaT"),
+        np.timedelta64(5, "ns"),
+        np.timedelta64(5, "D"),
+        np.zeros(1, [("a", "i4"), ("b", "f8")])[0],
+        np.longdouble(1) / 3,
+    ],
+    ids=repr,
+)
+def test_numpy_scalar_that_python_has_no_twin_of_stays_and_loads(scalar: Any, tmp_path: Any) -> None:
+    state = capture({"s": Stateful({"it": scalar, "n": np.int64(1)})}, rank=0, save_on_rank=0)
+    DiskSaver(tmp_path)(state, "a.pt")
+    found = read_pt(tmp_path / "a.pt")["s"]
+    assert (type(found["it"]), found["it"].dtype, found["it"].tobytes()) == (
+        type(scalar),
+        scalar.dtype,
+        scalar.tobytes(),
+    )
+    assert type(found["n"]) is int
+
+
+@pytest.mark.parametrize(
     "state",
     [
         {"a": [1, (2, {"b": None})]},
@@ -70,6 +97,80 @@ def test_state_that_contains_itself_is_handed_back() -> None:
     found = capture({"s": Stateful(state)}, rank=0, save_on_rank=0)["s"]
     assert type(found["a"][0]) is float
     assert found["self"] is state
+
+
+def _shared(kind: type, innermost: Any) -> Any:
+    """Nest containers such that there are 12 ** 15 ways to the innermost one, and 15 containers."""
+    state = innermost
+    for _ in range(15):
+        state = dict.fromkeys(range(12), state) if kind is dict else kind([state] * 12)
+    return state
+
+
+@pytest.mark.parametrize("kind", [list, tuple, dict])
+@pytest.mark.parametrize("innermost", [[np.float64(1)], [1.0], (1.0, "a"), {1}], ids=repr)
+def test_containers_that_stand_in_many_places_are_looked_at_once(kind: type, innermost: Any, tmp_path: Any) -> None:
+    state = capture({"s": Stateful({"tree": _shared(kind, innermost)})}, rank=0, save_on_rank=0)
+    DiskSaver(tmp_path)(state, "a.pt")
+    found = read_pt(tmp_path / "a.pt")["s"]["tree"]
+    for _ in range(15):
+        found, other = found[0], found[11]
+        assert found is other, "one container was saved as two"
+    assert found == innermost
+
+
+def test_numpy_scalar_in_a_shared_list_leaves_it_shared() -> None:
+    shared = [np.float64(1)]
+    found = plain_state({"a": shared, "b": {"c": (shared,)}})
+    assert type(found["a"][0]) is float
+    assert found["b"]["c"][0] is found["a"]
+
+
+@pytest.mark.parametrize("innermost", [1, np.float64(1)], ids=["plain", "NumPy"])
+def test_containers_that_hold_each_other_are_looked_at_once(innermost: Any) -> None:
+    ring: list[Any] = [[innermost] for _ in range(40)]
+    for one in ring:
+        one.extend(ring)
+    found = capture({"s": Stateful(ring)}, rank=0, save_on_rank=0)["s"]
+    assert [type(one[0]) for one in found] == [type(plain_state(innermost))] * 40
+
+
+class _Shy(dict[str, Any]):
+    def items(self) -> Any:
+        raise KeyError("asked for its items")
+
+    def __iter__(self) -> Any:
+        raise KeyError("asked for its keys")
+
+    def __reduce__(self) -> Any:
+        return dict, ({"told": 1},)
+
+
+class _ShyList(list[Any]):
+    def __iter__(self) -> Any:
+        raise KeyError("asked for its items")
+
+    def __reduce__(self) -> Any:
+        return list, ((1,),)
+
+
+class _ShySet(set[Any]):
+    def __iter__(self) -> Any:
+        raise KeyError("asked for its items")
+
+    def __reduce__(self) -> Any:
+        return set, ([1],)
+
+
+@pytest.mark.filterwarnings("ignore:.*load_objects will refuse it:UserWarning")
+@pytest.mark.parametrize("odd", [_Shy(a=1), _ShyList([1]), _ShySet([1])], ids=lambda odd: type(odd).__name__)
+def test_container_that_raises_when_it_is_asked_is_left_to_the_pickler(odd: Any, tmp_path: Any) -> None:
+    state = capture({"s": Stateful({"odd": odd, "n": np.int64(1)})}, rank=0, save_on_rank=0)
+    DiskSaver(tmp_path)(state, "a.pt")
+    torch.save(state, tmp_path / "b.pt")
+    mine, torchs = (torch.load(tmp_path / name, weights_only=False)["s"] for name in ("a.pt", "b.pt"))
+    assert mine == torchs
+    assert mine["n"] == 1
 
 
 def test_numpy_scalar_in_a_named_tuple_becomes_pythons() -> None:
