@@ -49,6 +49,8 @@ __all__ = ["OpenCheckpoint"]
 _STRIDE_BYTES = 4 << 20
 _SMALL_BYTES = 64 << 10
 """What is less than that is read together with what stands near it: a call costs as much as a copy of this."""
+_TOGETHER_BYTES = 1 << 20
+"""Small parts are read so many bytes at once: these stay in a core's own cache until they are copied on."""
 _FEW = 32
 """So many small parts, or less, are not worth a memory of their own on the way."""
 _TAIL_BYTES = 64 * 1024
@@ -330,16 +332,15 @@ class OpenCheckpoint:
     def _read_small(self, parts: list[tuple[int, int, int]]) -> None:
         """Read small parts: those that stand near each other in one go, and from there to where they belong."""
         parts.sort(key=_place_of)
-        number = 0
+        buffer = (ctypes.c_char * _TOGETHER_BYTES)()
+        source, number = ctypes.addressof(buffer), 0
         while number < len(parts):
             first = number
             begin = until = parts[number][2]
             for _, num_bytes, at in itertools.islice(parts, number, None):
-                if at > until + _SMALL_BYTES or at + num_bytes > begin + _STRIDE_BYTES:
+                if at > until + _SMALL_BYTES or at + num_bytes > begin + _TOGETHER_BYTES:
                     break
                 until, number = max(until, at + num_bytes), number + 1
-            buffer = (ctypes.c_char * (until - begin))()
-            source = ctypes.addressof(buffer)
             self._read_one(Part(source, until - begin, begin))
             for address, num_bytes, at in parts[first:number]:
                 ctypes.memmove(address, source + at - begin, num_bytes)
