@@ -9,8 +9,7 @@ else. Must not know where the bytes come from. Layer L2, below :mod:`distckpt.st
 import copy
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -48,21 +47,22 @@ class Unread(Protocol):
         """Read bytes into memory: each part is an address, a number of bytes, and where they stand."""
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(NamedTuple):
     """A live tensor that a state's tensor is to be loaded into.
 
     Attributes:
         path: the keys that lead to the state's tensor.
         live: the live one.
-        form: the state's shape, strides and dtype, as a tensor on the meta device.
+        stride: the state's strides; its shape is the live one's, where it has a place.
+        dtype: the state's.
         at: where its bytes stand; None if they are not to go straight into the live one.
         is_as_it_is: whether the live tensor can take the bytes as they are.
     """
 
     path: tuple[Any, ...]
     live: torch.Tensor
-    form: torch.Tensor
+    stride: tuple[int, ...]
+    dtype: torch.dtype
     at: int | None
     is_as_it_is: bool = True
 
@@ -124,24 +124,30 @@ def _has_memory_of_its_own(tensor: torch.Tensor) -> bool:
 def _claim(
     path: tuple[Any, ...], live: torch.Tensor, given: torch.Tensor, unread: Unread, *, may_bounce: bool
 ) -> Claim:
-    form = torch.empty_strided(given.size(), given.stride(), dtype=given.dtype, device="meta")
-    if not (_takes_bytes(live) and _takes_bytes(given) and live.shape == given.shape and given.device.type == "cpu"):
-        return Claim(path, live, form, None)
+    stride: tuple[int, ...] = ()
+    dtype = given.dtype
+    if not (_takes_bytes(live) and _takes_bytes(given) and live.shape == given.shape and given.is_cpu):
+        return Claim(path, live, stride, dtype, None)
     at = unread.place_of(given)
     if at is None or not given.numel() or not _is_dense(given):
-        return Claim(path, live, form, None)
-    at += int(given.storage_offset()) * given.element_size()
-    has_same_form = live.dtype == given.dtype and _is_dense(live) and _strides(live) == _strides(given)
-    if live.device.type == "cpu" and has_same_form:
-        return Claim(path, live, form, at)
-    if not may_bounce and not (has_same_form and live.device.type == "cuda"):
-        return Claim(path, live, form, None)
-    can_copy = live.dtype == given.dtype or not (live.is_complex() or given.is_complex())
-    return Claim(path, live, form, at if _is_dense(live) and can_copy else None, is_as_it_is=False)
+        return Claim(path, live, stride, dtype, None)
+    at += int(given.storage_offset()) * dtype.itemsize
+    stride = given.stride()
+    has_same_form = live.dtype == dtype and _is_dense(live) and _have_same_order(live, given)
+    if live.is_cpu and has_same_form:
+        return Claim(path, live, stride, dtype, at)
+    if not may_bounce and not (has_same_form and live.is_cuda):
+        return Claim(path, live, stride, dtype, None)
+    can_copy = live.dtype == dtype or not (live.is_complex() or given.is_complex())
+    return Claim(path, live, stride, dtype, at if _is_dense(live) and can_copy else None, is_as_it_is=False)
 
 
 def _takes_bytes(tensor: torch.Tensor) -> bool:
-    return is_plain(tensor) and tensor.device.type in ("cpu", "cuda") and not (tensor.is_conj() or tensor.is_neg())
+    return is_plain(tensor) and (tensor.is_cpu or tensor.is_cuda) and not (tensor.is_conj() or tensor.is_neg())
+
+
+def _have_same_order(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.stride() == other.stride() or _strides(one) == _strides(other)
 
 
 def _strides(tensor: torch.Tensor) -> list[int]:
@@ -151,6 +157,8 @@ def _strides(tensor: torch.Tensor) -> list[int]:
 
 def _is_dense(tensor: torch.Tensor) -> bool:
     """Tell whether a tensor's elements fill a block of memory, each in a place of its own."""
+    if tensor.is_contiguous():
+        return True
     expected = 1
     dimensions = zip(tensor.stride(), tensor.shape, strict=True)
     for stride, size in sorted((stride, size) for stride, size in dimensions if size != 1):
@@ -166,29 +174,34 @@ def without_overlap(claims: Sequence[Claim]) -> list[Claim]:
     Args:
         claims: of all objects, those without a place in the file too.
     """
-    spans = sorted((str(one.live.device), *_span(one), number) for number, one in enumerate(claims) if one.live.numel())
+    spans = sorted((*_span(one), number) for number, one in enumerate(claims) if one.live.numel())
     clusters: list[list[Claim]] = []
+    kinds: list[set[tuple[int, int, int | None, torch.dtype]]] = []
     until = ("", 0)
     for device, begin, end, number in spans:
         if (device, begin) >= until:
             clusters.append([])
+            kinds.append(set())
             until = (device, end)
-        clusters[-1].append(claims[number])
+        one = claims[number]
+        clusters[-1].append(one)
+        kinds[-1].add((begin, end, one.at, one.dtype))
         until = max(until, (device, end))
-    kinds = [{(*_span(one), one.at, one.form.dtype) for one in cluster} for cluster in clusters]
     alike = [one for one, its in zip(clusters, kinds, strict=True) if len(its) == 1 and one[0].at is not None]
     return [claim for cluster in alike for claim in cluster]
 
 
-def _span(claim: Claim) -> tuple[int, int]:
-    """Return the addresses that a live tensor lies between."""
+def _span(claim: Claim) -> tuple[str, int, int]:
+    """Return the device of a live tensor, and the addresses that it lies between."""
     live = claim.live
-    if live.device.type not in ("cpu", "cuda") or live.layout is not torch.strided:
-        return 0, 0
+    device = "cpu" if live.is_cpu else str(live.device)
+    if not (live.is_cpu or live.is_cuda) or live.layout is not torch.strided:
+        return device, 0, 0
     if _is_dense(live):
-        return live.data_ptr(), live.data_ptr() + live.nbytes
+        begin = live.data_ptr()
+        return device, begin, begin + live.nbytes
     storage = live.untyped_storage()
-    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+    return device, storage.data_ptr(), storage.data_ptr() + storage.nbytes()
 
 
 def with_tensors(state: Any, tensors: Iterable[tuple[tuple[Any, ...], torch.Tensor]]) -> Any:
@@ -210,7 +223,7 @@ def read_into(claims: Sequence[Claim], unread: Unread) -> None:
     Raises:
         OSError: they cannot be read; some tensors have been written to.
     """
-    once = {(str(claim.live.device), claim.live.data_ptr()): claim for claim in claims}.values()
+    once = {_span(claim)[:2]: claim for claim in claims}.values()
     direct = [claim for claim in once if claim.is_as_it_is]
     unread.read((claim.live.data_ptr(), claim.live.nbytes, claim.at) for claim in direct if claim.at is not None)
     for claim in once:
@@ -220,18 +233,19 @@ def read_into(claims: Sequence[Claim], unread: Unread) -> None:
 
 def _bounce(claim: Claim, unread: Unread) -> None:
     """Read a tensor's bytes through memory of their own, a piece at a time where both lie in one order."""
-    live, form, at = claim.live.detach(), claim.form, claim.at
+    live, dtype, at = claim.live.detach(), claim.dtype, claim.at
     if at is None:
         return
+    form = torch.empty_strided(live.size(), claim.stride, dtype=dtype, device="meta")
     if not (live.is_contiguous() and form.is_contiguous()):
-        host = torch.empty_strided(form.size(), form.stride(), dtype=form.dtype, device="cpu")
+        host = torch.empty_strided(live.size(), claim.stride, dtype=dtype, device="cpu")
         unread.read([(host.data_ptr(), host.nbytes, at)])
         live.copy_(host)
         return
     live = live.view(-1)
-    step = max(_BOUNCE_BYTES // form.element_size(), 1)
-    host = torch.empty(min(step, form.numel()), dtype=form.dtype, device="cpu")
-    for begin in range(0, form.numel(), step):
-        piece = host[: form.numel() - begin]
-        unread.read([(piece.data_ptr(), piece.nbytes, at + begin * form.element_size())])
+    step = max(_BOUNCE_BYTES // dtype.itemsize, 1)
+    host = torch.empty(min(step, live.numel()), dtype=dtype, device="cpu")
+    for begin in range(0, live.numel(), step):
+        piece = host[: live.numel() - begin]
+        unread.read([(piece.data_ptr(), piece.nbytes, at + begin * dtype.itemsize)])
         live[begin : begin + step].copy_(piece)

@@ -404,7 +404,7 @@ def test_claims_on_one_memory_exclude_each_other() -> None:
     base = torch.zeros(10)
 
     def claim(live: torch.Tensor, at: int | None) -> Claim:
-        return Claim((), live, live, at)
+        return Claim((), live, live.stride(), live.dtype, at)
 
     first, same, part, apart = claim(base[:4], 8), claim(base[:4], 8), claim(base[2:5], 16), claim(base[6:], 32)
     assert without_overlap([first, same, apart]) == [first, same, apart]
