@@ -16,11 +16,14 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torchs
 
-__all__ = ["has_memory", "is_plain", "is_plain_module", "is_plain_optimizer", "tensors_of"]
+__all__ = ["has_memory", "is_plain", "is_plain_module", "is_plain_optimizer", "loads_by_name", "tensors_of"]
 
 _FILES = tuple(os.path.join(torch.__path__[0], name) for name in ("nn/", "optim/", "_compile.py", "_dynamo/eval_frame"))  # noqa: PTH118 - as Python keeps the names of files
 _ACCESS = ("__setattr__", "__delattr__", "__getattribute__", "__getattr__")
 _MODULE = ("load_state_dict", "_load_from_state_dict", "set_extra_state", "get_extra_state", *_ACCESS)
+_BY_NAME = ("_load_from_state_dict", "set_extra_state")
+_EXTRA_STATE = "_extra_state"
+"""The name that torch keeps for what ``get_extra_state`` returns."""
 _MODULE_HOOKS = ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 _OPTIMIZER = ("load_state_dict", "__setstate__", "_process_value_according_to_param_policy", *_ACCESS)
 _OPTIMIZER_HOOKS = ("_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks")
@@ -50,6 +53,21 @@ def is_plain_module(module: nn.Module) -> bool:
         and all(type(vars(part).get(name)) in (dict, OrderedDict) for name in ("_parameters", "_buffers", "_modules"))
         for _, part in _parts(module)
     )
+
+
+def loads_by_name(module: nn.Module) -> bool:
+    """Return True if a plain module takes every state that has its own keys and shapes.
+
+    False where a class of torch's has rules of its own, and where names would make torch take a key for another's.
+    """
+    kinds: set[type] = set()
+    for _, part in _parts(module):
+        kinds.add(type(part))
+        names = (*part._parameters, *part._buffers, *part._modules)  # noqa: SLF001 - as load_state_dict does
+        if _EXTRA_STATE in names or any("." in name for name in names):
+            return False
+    common: Any = nn.Module
+    return all(getattr(kind, name) is getattr(common, name) for kind in kinds for name in _BY_NAME)
 
 
 def _is_torchs_class(kind: type, names: tuple[str, ...]) -> bool:
@@ -100,8 +118,11 @@ def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def has_memory(tensor: torch.Tensor) -> bool:
     """Return False for a strided tensor whose storage has been given back or made smaller; reading it may crash."""
-    if tensor.device.type not in ("cpu", "cuda") or not tensor.numel():
+    num = tensor.numel()
+    if not (tensor.is_cpu or tensor.is_cuda) or not num:
         return True
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    last = num - 1
+    if not tensor.is_contiguous():
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     end = (int(tensor.storage_offset()) + last + 1) * tensor.element_size()
     return tensor.untyped_storage().nbytes() >= end

@@ -1,8 +1,8 @@
 """A module's shape without its data, to try a state on.
 
 Owns the dry run: whether a plain module's ``load_state_dict`` would accept a state. Keys and shapes are asked of a twin
-on the meta device, and what only a live tensor can refuse of the tensor itself. Nothing live is touched, and no memory
-is spent. Layer L2.
+on the meta device, unless they are simply equal; and what only a live tensor can refuse of the tensor itself. Nothing
+live is touched, and no memory is spent. Layer L2.
 """
 
 import re
@@ -15,7 +15,7 @@ from torch import nn
 
 from distckpt.errors import does_not_fit
 from distckpt.quiet import quiet
-from distckpt.state.plain import has_memory, is_plain, is_plain_module, tensors_of
+from distckpt.state.plain import has_memory, is_plain, is_plain_module, loads_by_name, tensors_of
 from distckpt.state.report import LoadReport
 
 __all__ = ["Unsure", "try_on_skeleton"]
@@ -60,20 +60,12 @@ def try_on_skeleton(module: nn.Module, state: Any, options: Mapping[str, Any]) -
         options.get("assign") and any(map(torch.is_inference, tensors.values()))
     ):
         raise Unsure
-    skeleton = _twin_of(module, {})
-    lists: list[tuple[list[str], list[str], list[str]]] = []
-
-    def note(*handed: Any) -> None:  # torch hands the lists that it goes on filling
-        lists.append(handed[-3:])
-
-    skeleton.register_load_state_dict_pre_hook(note)  # type: ignore[no-untyped-call]  # torch ships it without types
     refused: RuntimeError | None = None
-    with quiet():  # what the real load will say again
-        try:
-            skeleton.load_state_dict(_on_meta(state, given), **options)
-        except RuntimeError as error:
-            refused = error
-    missing, unexpected, errors = lists[0] if lists else ([], [], [])
+    missing: list[str] = []
+    unexpected: list[str] = []
+    errors: list[str] = []
+    if not (_is_alike(state, tensors, lives, options) and loads_by_name(module)):
+        refused, (missing, unexpected, errors) = _tried(module, _on_meta(state, given), options)
     if refused is None and not options.get("assign"):
         errors = [
             f'While copying the parameter named "{key}", {why}'
@@ -89,6 +81,42 @@ def try_on_skeleton(module: nn.Module, state: Any, options: Mapping[str, Any]) -
     if refused is not None:
         raise does_not_fit(str(refused), ["RuntimeError"], missing, unexpected, mismatched) from refused
     return LoadReport(missing=tuple(missing), unexpected=tuple(unexpected), mismatched=tuple(mismatched))
+
+
+def _is_alike(
+    state: Any, tensors: Mapping[str, torch.Tensor], lives: Mapping[str, torch.Tensor], options: Mapping[str, Any]
+) -> bool:
+    """Return True if a state has the keys and shapes of what it is loaded into, and nothing that changes the rules."""
+    if not (options.keys() <= {"strict", "assign"} and not options.get("assign")):
+        return False
+    if type(state) not in (dict, OrderedDict) or not state.keys() == tensors.keys() == lives.keys():
+        return False
+    metadata = getattr(state, "_metadata", {})
+    if type(metadata) not in (dict, OrderedDict) or not all(type(one) is dict for one in metadata.values()):
+        return False
+    if any("assign_to_params_buffers" in one for one in metadata.values()):  # left by a load with assign=True
+        return False
+    return all(one.shape == lives[key].shape for key, one in tensors.items())
+
+
+def _tried(
+    module: nn.Module, state: Any, options: Mapping[str, Any]
+) -> tuple[RuntimeError | None, tuple[list[str], list[str], list[str]]]:
+    """Load a state on the meta device into a twin; return the error, and keys missing and unexpected, and errors."""
+    skeleton = _twin_of(module, {})
+    lists: list[tuple[list[str], list[str], list[str]]] = []
+
+    def note(*handed: Any) -> None:  # torch hands the lists that it goes on filling
+        lists.append(handed[-3:])
+
+    skeleton.register_load_state_dict_pre_hook(note)  # type: ignore[no-untyped-call]  # torch ships it without types
+    refused: RuntimeError | None = None
+    with quiet():  # what the real load will say again
+        try:
+            skeleton.load_state_dict(state, **options)
+        except RuntimeError as error:
+            refused = error
+    return refused, lists[0] if lists else ([], [], [])
 
 
 def _twin_of(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
@@ -136,9 +164,9 @@ def _refusal(live: torch.Tensor, given: torch.Tensor) -> str | None:
         return "of which the checkpoint has no data: it is on the meta device there."
     if not has_memory(live) or not has_memory(given):
         return "whose memory was given back, here or in the checkpoint: its storage is smaller than the tensor."
-    if live.device.type in ("cpu", "cuda") and torch._debug_has_internal_overlap(live) == 1:  # noqa: SLF001 - no public way
+    if (live.is_cpu or live.is_cuda) and torch._debug_has_internal_overlap(live) == 1:  # noqa: SLF001 - no public way
         return "of which several elements lie in one place of memory, as after expand(): clone() it first."
-    if not {live.dtype, given.dtype} <= _COPIED:
+    if live.dtype not in _COPIED or given.dtype not in _COPIED:
         try:
             live.detach().clone().copy_(given)
         except RuntimeError as error:

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from distckpt.load import load_objects
+from distckpt.state import skeleton
 from distckpt.state.skeleton import try_on_skeleton
 
 
@@ -240,3 +242,78 @@ def test_skeleton_refuses_what_the_module_would_and_warns_of_nothing() -> None:
     with pytest.raises(RuntimeError, match="size mismatch for weight"):
         try_on_skeleton(nn.Linear(2, 2), {"weight": torch.ones(3, 3), "bias": torch.ones(2)}, {})
     try_on_skeleton(nn.Linear(2, 2), {}, {"strict": False})
+
+
+def dotted() -> tuple[nn.Module, Any]:
+    module = nn.Module()
+    module._parameters["a.b"] = nn.Parameter(torch.ones(2))
+    return module, module.state_dict()
+
+
+def named_as_extra_state() -> tuple[nn.Module, Any]:
+    module = nn.Module()
+    module.register_buffer("_extra_state", torch.ones(2))
+    return module, module.state_dict()
+
+
+def left_by_assign() -> tuple[nn.Module, Any]:
+    state: Any = OrderedDict(weight=torch.ones(2, 2, dtype=torch.int64), bias=torch.ones(2))
+    state._metadata = {"": {"version": 1, "assign_to_params_buffers": True}}
+    return nn.Linear(2, 2), state
+
+
+def without_metadata_of_a_part() -> tuple[nn.Module, Any]:
+    state: Any = nn.Linear(2, 2).state_dict()
+    state._metadata = {"": None}
+    return nn.Linear(2, 2), state
+
+
+def of_another_shape() -> tuple[nn.Module, Any]:
+    return nn.Linear(2, 2), nn.Linear(3, 2).state_dict()
+
+
+def with_rules_of_its_own() -> tuple[nn.Module, Any]:
+    state: Any = OrderedDict(running_mean=torch.ones(2), running_var=torch.ones(2))
+    state._metadata = {"": {"version": None}}
+    module = nn.InstanceNorm1d(2)
+    module.running_mean, module.running_var = torch.zeros(2), torch.ones(2)
+    return module, state
+
+
+def with_a_pair() -> tuple[nn.Module, Any]:
+    return nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).state_dict()
+
+
+ODD = [
+    dotted,
+    named_as_extra_state,
+    left_by_assign,
+    without_metadata_of_a_part,
+    of_another_shape,
+    with_rules_of_its_own,
+    with_a_pair,
+]
+
+
+@pytest.mark.parametrize("options", [{}, {"strict": False}, {"unknown": 1}], ids=str)
+@pytest.mark.parametrize("make", ODD)
+def test_a_comparison_finds_what_the_twin_would(
+    make: Callable[[], tuple[nn.Module, Any]], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, state = make()
+    told: list[Any] = []
+    for _ in range(2):
+        try:
+            told.append(try_on_skeleton(module, state, options))
+        except Exception as error:  # noqa: BLE001 - what it raises is what is compared
+            told.append((type(error).__name__, str(error)))
+        monkeypatch.setattr(skeleton, "loads_by_name", lambda _: False)
+    assert told[0] == told[1]
+
+
+def test_a_state_of_the_same_keys_and_shapes_needs_no_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(skeleton, "_twin_of", made.append)
+    module, state = with_a_pair()
+    try_on_skeleton(module, state, {})
+    assert made == []
