@@ -66,21 +66,32 @@ def _put_back(obj: Any, states: Sequence[tuple[Any, Mapping[str, Any]]]) -> None
             load(state, **options)
         except Exception as error:  # noqa: BLE001 - it may have refused what it had not changed
             refused = error
-    if not _is_same(own_state(obj), states[-1][0]):
+    if not _is_same(own_state(obj), states[-1][0], {}):
         msg = "its load_state_dict() does not restore what its state_dict() said"
         raise refused or ValueError(msg)
 
 
-def _is_same(one: Any, other: Any) -> bool:
-    """Compare dense tensors, containers and numbers; of other objects nothing is known."""
+def _is_same(one: Any, other: Any, done: dict[tuple[int, int], Any]) -> bool:
+    """Compare dense tensors, containers and numbers; of other objects nothing is known.
+
+    Args:
+        one: an object.
+        other: another one.
+        done: pairs of containers that are compared already, or now: they may stand in many places, or in themselves.
+    """
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and one is not other:
         if one.shape != other.shape or one.layout is not torch.strided or one.is_nested:
             return one.shape == other.shape
         return bool(((one == other) | ((one != one) & (other != other))).all())  # noqa: PLR0124 - NaN
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(_is_same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple | deque):
-        return len(one) == len(other) and all(map(_is_same, one, other))
+    if isinstance(one, Mapping | list | tuple | deque):
+        if (id(one), id(other)) in done:
+            return True
+        done[id(one), id(other)] = one, other  # so that no other gets their identities
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            return one.keys() == other.keys() and all(_is_same(one[key], other[key], done) for key in one)
+        if isinstance(one, list | tuple | deque):
+            pairs = zip(one, other, strict=False)
+            return len(one) == len(other) and all(_is_same(its, others, done) for its, others in pairs)
     return one is other or type(one) not in _COMPARED or bool(one == other or (one != one and other != other))  # noqa: PLR0124
 
 
@@ -100,6 +111,7 @@ def _new(value: Any, done: dict[int, Any]) -> Any:
     if not isinstance(value, _CONTAINERS) and not hasattr(type(value), "__array_interface__"):
         return value
     twin: Any = copy.copy(value)  # with its attributes, such as a module's ``_metadata``
+    done[id(value)] = value, twin  # it may hold itself
     its: Any = value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list | deque) else ())
     for key, item in its:
         twin[key] = _copy(item, done)

@@ -266,6 +266,35 @@ def test_what_others_refer_to_is_put_back_too() -> None:
     assert losses == [1.0]
 
 
+def _loop(page: int) -> Any:
+    state: dict[str, Any] = {"page": page, "pages": [torch.full((2,), float(page))]}
+    state["self"] = [state, (state,)]
+    return state
+
+
+def _shared(page: int) -> Any:
+    """Nest lists such that there are 12 ** 15 ways to the innermost one, and 15 lists."""
+    state: list[Any] = [page]
+    for _ in range(15):
+        state = [state] * 12
+    return {"page": page, "tree": state}
+
+
+@pytest.mark.parametrize("make", [_loop, _shared])
+def test_states_that_hold_one_container_in_many_places_are_put_back(make: Callable[[int], Any]) -> None:
+    class Half(Notebook):
+        def load_state_dict(self, state: Any) -> None:
+            self.state = state
+            if state["page"] == 2:
+                raise KeyError("absent")
+
+    book, half = Notebook(make(1)), Half(make(1))
+    with pytest.raises(KeyError, match="absent") as caught:
+        Checkpoint.load_objects({"book": book, "half": half}, {"book": make(3), "half": make(2)})
+    assert not isinstance(caught.value, PartlyLoaded)
+    assert (book.state["page"], half.state["page"]) == (1, 1)
+
+
 class Unready(Notebook):
     """Cannot tell its state, and so cannot be put back."""
 
