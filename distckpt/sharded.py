@@ -5,8 +5,10 @@ types is imported: a type that no module has defined yet has no instances.
 """
 
 import contextlib
+import copyreg
 import functools
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -217,9 +219,11 @@ def _items(one: Any) -> Iterator[tuple[Any, Any]]:
     if isinstance(one, Mapping):
         yield from one.items()
         yield from ((f"(key {key!r})", key) for key in one if not isinstance(key, str | int))
-    elif isinstance(one, list | tuple | set | frozenset):
+    elif isinstance(one, list | tuple | set | frozenset | deque):
         yield from enumerate(one)
     elif isinstance(one, torch.Tensor) and hasattr(type(one), "__tensor_flatten__"):
         yield from enumerate(_inner(one))
     if not isinstance(one, type):
         yield from getattr(one, "__dict__", {}).items()
+        slots: Any = copyreg._slotnames(type(one))  # type: ignore[attr-defined]  # noqa: SLF001 - as pickle finds them
+        yield from ((name, getattr(one, name)) for name in slots if hasattr(one, name))

@@ -1,7 +1,7 @@
 """From live objects to plain state: what is replaced, what stays the very same object."""
 
 import copy
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict, deque, namedtuple
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from distckpt import DiskSaver
+from distckpt.sharded import find_paths
 from distckpt.state.collect import capture, check_objects, map_tree, plain_state
 from distckpt.storage.ptfile import read_pt
 
@@ -246,3 +247,24 @@ def test_object_that_saves_but_does_not_load_is_named() -> None:
     check_objects({"a": Stateful(1)}, "state_dict")
     with pytest.raises(TypeError, match="Stateful'> should have `load_state_dict` method"):
         check_objects({"a": Stateful(1)}, "load_state_dict")
+
+
+class _Slotted:
+    __slots__ = ("it", "other")
+
+    def __init__(self, it: Any) -> None:
+        self.it = it
+
+
+@pytest.mark.parametrize(
+    ("wrap", "path"),
+    [
+        (lambda one: deque([0, one]), "a.1"),
+        (_Slotted, "a.it"),
+        (lambda one: {_Slotted({"b": deque([one])})}, "a.0.it.b.0"),
+    ],
+    ids=["deque", "slots", "both"],
+)
+def test_what_a_refusal_names_is_found_in_all_that_pickle_looks_into(wrap: Any, path: str) -> None:
+    one = torch.ones(1)
+    assert find_paths({"fine": [1], "a": wrap(one)}, lambda met: met is one) == [path]
