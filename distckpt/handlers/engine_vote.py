@@ -251,6 +251,8 @@ class EngineVote:
     def on_exception(self, engine: Engine, error: BaseException) -> BaseException:
         """Tell the other ranks, or find out whether it is another's death that is felt here; end what is in flight."""
         self.has_uncaught_error = False
+        if isinstance(error, GeneratorExit):
+            return error  # an interrupted run is thrown away, at any time: `run` has returned, nothing is in flight
         leaving = self._tell_others(engine, error)
         for poller in tuple(self.pollers):
             poller.leave(leaving)
