@@ -25,7 +25,7 @@ SAVERS: dict[str, dict[str, Any]] = {
 @run_distributed(world_size=2)
 def test_newest_file_that_loads_stays_and_all_ranks_resume_from_it(tmp_path: Path, options: str, saving: int) -> None:
     book, engine = Notebook({"best": 0}), idle_engine()
-    model = torch.nn.parallel.DistributedDataParallel(model_of(1.0))
+    model, _, _ = job.data_parallel(model_of(1.0), torch.optim.SGD)
     saver = DiskSaver(tmp_path, save_on_rank=saving, **SAVERS[options])
     handler = Checkpoint({"model": model, "book": book}, saver)
     with warned() as messages:
