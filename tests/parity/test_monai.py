@@ -88,7 +88,13 @@ class _Training:
 
 
 def _save(library: Library, folder: Path, *, one_object: bool = False, **arguments: Any) -> Any:
-    """Save in two runs; return the files, the histories and what the logger was told."""
+    """Save in two runs; return the error, the files, the histories and what the logger was told."""
+    error, histories, told = _run_twice(library, folder, one_object=one_object, **arguments)
+    return error, _contents(folder), histories, told
+
+
+def _run_twice(library: Library, folder: Path, *, one_object: bool = False, **arguments: Any) -> tuple[Any, Any, Any]:
+    """Save in two runs; return the error, the histories and what the logger was told."""
     training = _Training(arguments.pop("loss", float))
     objects = {"net": training.net} if one_object else training.objects()
     saver = _monai(library).CheckpointSaver(str(folder), objects, **arguments)
@@ -105,7 +111,7 @@ def _save(library: Library, folder: Path, *, one_object: bool = False, **argumen
         None if one is None else one.state_dict()
         for one in (saver._final_checkpoint, saver._key_metric_checkpoint, saver._interval_checkpoint)
     ]
-    return error, _contents(folder), histories, told
+    return error, histories, told
 
 
 def _product(**values: tuple[Any, ...]) -> list[dict[str, Any]]:
@@ -315,7 +321,7 @@ def test_two_ranks_leave_the_same_files(tmp_path: Path, key_metric_filename: str
         job.barrier()
         folder.mkdir(exist_ok=True)
         results.append(
-            _save(
+            _run_twice(  # the files are looked at later: the saving rank may be ahead or behind
                 library,
                 folder,
                 save_final=True,
@@ -329,6 +335,6 @@ def test_two_ranks_leave_the_same_files(tmp_path: Path, key_metric_filename: str
         )
         job.barrier()
     theirs, ours = results
-    assert same(theirs[2:], ours[2:])
+    assert same(theirs[1:], ours[1:])
     job.barrier()
     assert same(_contents(tmp_path / "ignite"), _contents(tmp_path / "distckpt"))
