@@ -6,7 +6,7 @@ durable, and in which order, lies below. Layer L5.
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ignite.engine import Engine, Events, State
 
@@ -33,7 +33,7 @@ from distckpt.naming import check_name
 from distckpt.scalars import is_numpy_scalar, plain_score
 from distckpt.state.collect import is_spread
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "UserFacts"]
 
 _OLDER_ORDER = (
     "to_save",
@@ -56,6 +56,18 @@ _INSTEAD = {
     "_check_lt_n_saved": "Pass `n_saved`, or a `score_function`.",
     "_compare_fn": "Pass `greater_or_equal`, or a `score_function`.",
 }
+
+
+class UserFacts(NamedTuple):
+    """What the user's functions return on this rank.
+
+    Attributes:
+        global_step: the step that the file is named by; None if it is named by a score alone.
+        score: the score; None without a ``score_function``.
+    """
+
+    global_step: Any
+    score: int | float | None
 
 
 class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
@@ -177,7 +189,7 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
         self._directory: tuple[Any, str | None] = (None, None)
         self._is_agreed = False
         self._unseen: Any = None
-        self._intent: SaveIntent | None = None
+        self._facts: UserFacts | None = None
         self._asked_on: Engine | None = None
         self._is_wanted = False
         self.last_save_s = 0.0
@@ -218,35 +230,35 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
         backend = current()
         has_others = backend.world_size > 1
         asks = decides and has_others and counts_iterations(engine)
-        self._asked_on, self._intent, self._is_wanted = (engine if asks else None), None, not asks
+        self._asked_on, self._facts, self._is_wanted = (engine if asks else None), None, not asks
         try:
             hold(engine, self, backend if has_others else None, asks=asks)
         finally:
             self._asked_on = None
-        intent = self._intent
+        facts = self._facts
         if is_poisoned(engine):
             self._log_unsaved(engine, "it was voted NaN")
         elif self._is_wanted and not self._ended_at.is_now(engine):
-            self._save(engine, lambda: self._intend(engine) if intent is None else intent)
-        elif intent is not None and not self._is_wanted:
-            self._log_refused(engine, intent.score, intent.history)
+            self._save(engine, lambda: self._intend(engine, facts))
+        elif facts is not None and not self._is_wanted:
+            self._log_refused(engine, facts.score, self._history())
 
     def _probe(self, engine: Engine) -> Answer:
         if engine is not self._asked_on:
             return None  # by its name alone: ranks of which only some save come from different places
-        intent = self._intent = self._intend(engine)
-        return _nothing_to_tell if self._may_want(intent) else None
+        facts = self._facts = self._find_facts(engine)
+        return _nothing_to_tell if self._may_want(facts) else None
 
     def _act(self, engine: Engine, said: Mapping[int, Any]) -> None:
         del engine, said
         self._is_wanted = True
 
-    def _may_want(self, intent: SaveIntent) -> bool:
+    def _may_want(self, facts: UserFacts) -> bool:
         """Tell whether this rank's facts call for a save. Where no rank's do, the agreed score's would not either."""
         if not self._is_agreed:
             return True
-        priority = intent.score if intent.score is not None else intent.global_step
-        return retention.wants(intent.history, priority, n_saved=self.n_saved, greater_or_equal=self.greater_or_equal)
+        priority = facts.score if facts.score is not None else facts.global_step
+        return retention.wants(self._saved, priority, n_saved=self.n_saved, greater_or_equal=self.greater_or_equal)
 
     def _ticket(self) -> str | None:
         return self.save_handler.ticket if isinstance(self.save_handler, DiskSaver) else None
@@ -281,7 +293,8 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
         if self.has_saved_at(engine):
             self._ended_at = self._saved_at
 
-    def _intend(self, engine: Engine) -> SaveIntent:
+    def _find_facts(self, engine: Engine) -> UserFacts:
+        """Rank-local. Call the user's functions."""
         global_step: Any = None
         if self.global_step_transform is not None:
             global_step = self.global_step_transform(engine, engine.last_event_name)
@@ -292,11 +305,16 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
             global_step = engine.state.get_event_attrib_value(Events.ITERATION_COMPLETED)
         else:
             _check_is_number(global_step)
+        return UserFacts(global_step.item() if is_numpy_scalar(global_step) else global_step, score)
+
+    def _intend(self, engine: Engine, facts: UserFacts | None = None) -> SaveIntent:
+        if facts is None:
+            facts = self._find_facts(engine)
         return SaveIntent(
             rules=self._rules(),
             save_on_rank=self._coordinator(),
-            global_step=global_step.item() if is_numpy_scalar(global_step) else global_step,
-            score=score,
+            global_step=facts.global_step,
+            score=facts.score,
             history=self._history(),
             strays=self._strays,
             directory=str(self.save_handler.dirname) if isinstance(self.save_handler, ON_DISK) else None,

@@ -9,9 +9,8 @@ from typing import Any
 
 from ignite.engine import Engine
 
-from distckpt.consensus.decision import SaveIntent
 from distckpt.handlers.arguments import check_include_self
-from distckpt.handlers.checkpoint import Checkpoint
+from distckpt.handlers.checkpoint import Checkpoint, UserFacts
 from distckpt.handlers.checkpoint_history import ON_DISK
 from distckpt.handlers.disk_saver import DiskSaver, ShareWrite, WhenBusy
 from distckpt.handlers.older import accept_older_order, deprecated
@@ -189,14 +188,14 @@ class ModelCheckpoint(Checkpoint):
         self.to_save = to_save
         super().__call__(engine)
 
-    def _intend(self, engine: Engine) -> SaveIntent:
+    def _find_facts(self, engine: Engine) -> UserFacts:
         # In the phase where every rank hears of every rank's error, not before it.
         if len(self.to_save) == 0:
             msg = "No objects to checkpoint found."
             raise RuntimeError(msg)
         check_objects(dict(self.to_save), "state_dict")
         check_include_self(self.to_save, include_self=self.include_self)
-        return super()._intend(engine)
+        return super()._find_facts(engine)
 
 
 def _check_older(archived: object, save_interval: int | None, save_as_state_dict: object) -> None:
