@@ -159,6 +159,12 @@ class Prepared:
             self._read_the_rest()
         except BaseException as error:
             lost = [(turn.name, why) for turn in reversed(begun) if (why := turn.put_back())]
+            back = [repr(turn.name) for turn in begun if turn.when == _OWN_WAY and turn.name not in dict(lost)]
+            if back:
+                error.add_note(
+                    f"Put back by their own load_state_dict(): {', '.join(back)}. What their state_dict() does not "
+                    "mention is as that left it."
+                )
             if lost and not isinstance(error, PartlyLoaded):
                 _tell_lost(error, lost)
             raise

@@ -325,6 +325,26 @@ def test_an_object_that_cannot_tell_its_state_is_loaded_when_nothing_else_can_re
     assert book.state == {"page": 2}
 
 
+def test_an_error_notes_which_objects_were_put_back_by_their_own_method() -> None:
+    class Keeps(Notebook):
+        """Its ``load_state_dict`` changes more than its ``state_dict`` mentions."""
+
+        scratch = 0
+
+        def load_state_dict(self, state: Any) -> None:
+            super().load_state_dict(state)
+            self.scratch = 9
+
+    keeps = Keeps({"n": 1})
+    with pytest.raises(RuntimeError, match="it refuses") as caught:
+        Checkpoint.load_objects({"keeps": keeps, "r": Refuses()}, {"keeps": {"n": 2}, "r": {}})
+    assert keeps.state == {"n": 1}
+    assert keeps.scratch == 9  # as the note says
+    (note,) = caught.value.__notes__
+    assert "'keeps'" in note
+    assert "does not mention" in note
+
+
 def test_what_cannot_be_put_back_is_named_and_all_else_is() -> None:
     class Half(Unready):
         def load_state_dict(self, state: Any) -> None:
