@@ -21,7 +21,7 @@ from tests.distributed.failures import Stateful
 from tests.distributed.idist import fresh_idist
 from tests.distributed.programs import gathered, raised
 from tests.support import fresh_ranks, job, run_distributed, tell_parent
-from tests.support.selection import of_processes, of_torch
+from tests.support.selection import of_torch
 
 pytestmark = of_torch
 
@@ -355,7 +355,6 @@ def train_beside_a_rank_that_raises(folder: Path, culprit: int, error: BaseExcep
     os._exit(1)
 
 
-@of_processes
 @pytest.mark.parametrize("how", ["a user's function", "attached itself"])
 @pytest.mark.parametrize("culprit", [0, 1])
 @pytest.mark.parametrize("error", [OwnError("boom"), KeyboardInterrupt("by hand")], ids=["an error", "an interrupt"])
