@@ -86,7 +86,7 @@ def measured(
     return ours, theirs
 
 
-def told(what: str, times: tuple[float, float], whose: str) -> None:
+def print_ratio(what: str, times: tuple[float, float], whose: str) -> None:
     """Print two times and their ratio."""
     ours, theirs = times
     mark = "" if ours <= theirs else "  ABOVE 1"
@@ -107,12 +107,12 @@ def small(folder: Path, num: int, rounds: int) -> bool:
     print(f"{num} tensors of 64 bytes")
     times = measured({"own": lambda: saver(state, "a.pt"), "torch": lambda: torch.save(state, torchs)}, rounds)
     is_good = sizes_told(own, torchs, MOST_OF_TORCHS)
-    told("saving", times, "torch.save")
+    print_ratio("saving", times, "torch.save")
     works = {
         "own": lambda: Checkpoint.load_objects({"m": Holder()}, own),
         "torch": lambda: torch.load(torchs, weights_only=True),
     }
-    told("loading", measured(works, rounds), "torch.load")
+    print_ratio("loading", measured(works, rounds), "torch.load")
     return is_good
 
 
@@ -147,7 +147,7 @@ def medium(folder: Path, num: int, num_bytes: int, rounds: int) -> bool:
         "own": lambda: Checkpoint.load_objects({"m": model}, own),
         "ignite": lambda: ignite.handlers.Checkpoint.load_objects({"m": model}, torchs),
     }
-    told("cold load", measured(works, rounds, forget_both), "ignite")
+    print_ratio("cold load", measured(works, rounds, forget_both), "ignite")
     return is_good
 
 

@@ -91,9 +91,9 @@ def capture(
         gathered: what :func:`consolidate` returned; None where it was not called.
 
     Returns:
-        The same tree with states in place of objects. Tensors are the live ones, not copies; NumPy scalars have
-        become Python's, since ``torch.load(weights_only=True)`` refuses them, and fully replicated DTensors the plain
-        tensors that they stand for.
+        The same tree with states in place of objects. Tensors are the live ones, not copies. NumPy scalars that Python
+        has an equal of become that, since ``torch.load(weights_only=True)`` refuses them. Fully replicated DTensors
+        become the plain tensors that they stand for.
 
     Raises:
         ShardedStateError: an object or its state is sharded.
