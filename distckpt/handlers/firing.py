@@ -5,8 +5,8 @@ vote have their turn still to come. ignite has no event for "all handlers of thi
 exception that leaves a run. Layer L5.
 
 Changed of ignite's (pytorch-ignite 0.5.5): ``Engine._fire_event``, ``Engine._handle_exception``, ``Engine.run``,
-``Engine.add_event_handler`` and ``Engine.remove_event_handler`` are wrapped, once, as this module is imported. An
-engine that no handler of distckpt's is attached to behaves as before.
+``Engine.set_data``, ``Engine.add_event_handler`` and ``Engine.remove_event_handler`` are wrapped, once, as this module
+is imported. An engine that no handler of distckpt's is attached to behaves as before.
 """
 
 import functools
@@ -17,6 +17,8 @@ from typing import Any, ClassVar, Protocol
 
 from ignite.engine import Engine, Events
 from ignite.engine.events import EventsList
+
+from distckpt.handlers.progress import count_event, progress_of
 
 __all__ = [
     "Hooks",
@@ -280,14 +282,19 @@ def _end_iteration(frame: _Frame) -> None:
 
 
 def _wrap_fire_event(fire: Callable[..., None]) -> Callable[..., None]:
-    started, completed, frames = Events.STARTED, Events.COMPLETED, _FRAMES
+    frames = _FRAMES
+    drawing, drawn, begun = Events.GET_BATCH_STARTED, Events.GET_BATCH_COMPLETED, Events.ITERATION_STARTED
 
     @functools.wraps(fire)
     def fire_event(self: Engine, event_name: Any, *event_args: Any, **event_kwargs: Any) -> None:
-        if event_name is started or event_name is completed:
-            hooks = self.__dict__.get(_ATTRIBUTE)
-            if hooks is not None:
-                hooks.before_event(self, event_name)
+        if event_name is _ITERATED:
+            progress_of(self).trained = self.state.iteration
+        elif not (event_name is drawing or event_name is drawn or event_name is begun):  # not of each iteration
+            count_event(self, event_name)
+            if event_name is Events.STARTED or event_name is Events.COMPLETED:
+                hooks = self.__dict__.get(_ATTRIBUTE)
+                if hooks is not None:
+                    hooks.before_event(self, event_name)
         stack = frames.stack
         frame = _Frame(self, event_name, event_args, event_kwargs)
         stack.append(frame)
@@ -376,11 +383,21 @@ def _wrap_run(run: Callable[..., Any]) -> Callable[..., Any]:
     return run_and_tell
 
 
+def _wrap_set_data(set_data: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(set_data)
+    def set_data_and_count(self: Engine, data: Any) -> None:
+        set_data(self, data)
+        progress_of(self).begin_pass()
+
+    return set_data_and_count
+
+
 def _hook_in() -> None:
     for name, wrap in (
         ("_fire_event", _wrap_fire_event),
         ("_handle_exception", _wrap_handle_exception),
         ("run", _wrap_run),
+        ("set_data", _wrap_set_data),
         ("add_event_handler", _wrap_add_event_handler),
         ("remove_event_handler", _wrap_remove_event_handler),
     ):
