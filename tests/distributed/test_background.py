@@ -23,7 +23,7 @@ from tests.support import fresh_ranks, job, run_distributed
 from tests.support.selection import of_torch
 
 WORLDS = pytest.mark.parametrize("world_size", [2, 3])
-LIMIT_S = 20.0
+LIMIT_S = 60.0
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
 TRAIN = [sys.executable, str(LAUNCH / "train_digits.py")]
 TORCHRUN = ["bash", str(LAUNCH / "torchrun.sh")]
-LIMIT_S = 90.0
+LIMIT_S = 240.0
 
 
 @dataclass(frozen=True, slots=True)

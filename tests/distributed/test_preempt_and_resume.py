@@ -25,7 +25,7 @@ from tests.unit.toys import equal
 MAX_EPOCHS = 3
 EPOCH_LENGTH = 8
 LAST = MAX_EPOCHS * EPOCH_LENGTH
-LIMIT_S = 120.0
+LIMIT_S = 240.0
 
 pytestmark = [
     pytest.mark.slow,

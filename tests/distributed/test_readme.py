@@ -21,7 +21,7 @@ README = (ROOT / "README.md").read_text()
 pytestmark = of_torch
 
 WORLD_SIZES = pytest.mark.parametrize("world_size", [1, 2])
-LIMIT_S = 150
+LIMIT_S = 240
 
 
 def examples() -> tuple[str, str, str]:

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).with_name("program.py")
 BACKENDS = ("serial", "gloo", "horovod", "xla")
-LIMIT_S = 120.0
+LIMIT_S = 240.0
 
 
 def pythons() -> dict[str, str]:

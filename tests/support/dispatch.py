@@ -33,7 +33,7 @@ class Call:
     kwargs: Mapping[str, object] = field(default_factory=dict)
     backend: str | None = "gloo"
     environment: Mapping[str, str] = field(default_factory=dict)
-    collective_timeout_s: float = 60.0
+    collective_timeout_s: float = 120.0
     fresh: bool = False
 
     @property

@@ -26,11 +26,11 @@ class FreshRanks:
         """Return the process id of a rank, to signal it."""
         return self._handles[rank].pid
 
-    def told(self, rank: int, *, timeout_s: float = 20.0) -> object:
+    def told(self, rank: int, *, timeout_s: float = 60.0) -> object:
         """Wait for the next thing that a rank says with `tell_parent`, and return it."""
         return self._dispatch.told(rank, time.monotonic() + timeout_s)
 
-    def finish(self, *, timeout_s: float = 30.0, may_fail: Sequence[int] = ()) -> list[RankEnd]:
+    def finish(self, *, timeout_s: float = 90.0, may_fail: Sequence[int] = ()) -> list[RankEnd]:
         """Wait for the end of every rank's function and process.
 
         Args:
@@ -72,7 +72,7 @@ def fresh_ranks(
     backend: str | None = "gloo",
     env: Mapping[str, str] | None = None,
     prefix: Callable[[int], Sequence[str]] | None = None,
-    collective_timeout_s: float = 60.0,
+    collective_timeout_s: float = 120.0,
 ) -> Iterator[FreshRanks]:
     """Start `function(*args)` on processes of its own, which are killed when the block ends.
 

@@ -19,7 +19,7 @@ T = TypeVar("T")
 def run_distributed(
     world_size: int = 2,
     backend: str | None = "gloo",
-    timeout_s: float = 30.0,
+    timeout_s: float = 90.0,
     *,
     env: Mapping[str, str] | None = None,
 ) -> Callable[[Callable[P, None]], Callable[P, None]]:
@@ -68,7 +68,7 @@ def run_ranks(
     world_size: int = 2,
     *args: object,
     backend: str | None = "gloo",
-    timeout_s: float = 30.0,
+    timeout_s: float = 90.0,
     fresh: bool = False,
     env: Mapping[str, str] | None = None,
     collective_timeout_s: float | None = None,
