@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 from json.encoder import encode_basestring as quoted
 from typing import Any, NamedTuple
 
-__all__ = ["SCHEMA", "Head", "Manifest", "TensorEntry", "from_json", "read_head", "to_json"]
+__all__ = ["SCHEMA", "Head", "Manifest", "TensorEntry", "from_json", "number_from", "read_head", "to_json"]
 
 SCHEMA = 2
 """The newest, and what is written."""
@@ -60,8 +60,10 @@ class Manifest:
         backend: the job's, e.g. ``gloo``.
         versions: of the libraries that wrote it, by name.
         wall_time_s: when its capture began, in seconds since 1970 (UTC).
+        record: what a later run needs of the handler and the run that saved it, as plain JSON (its keys are listed in
+            :mod:`distckpt.handlers.about`); None where a save handler was called by itself.
         tensors: in the order of the checkpoint.
-        schema: of this record.
+        schema: of this manifest.
     """
 
     epoch: int | None = None
@@ -73,6 +75,7 @@ class Manifest:
     backend: str = "serial"
     versions: Mapping[str, str]
     wall_time_s: float
+    record: Mapping[str, Any] | None = None
     tensors: tuple[TensorEntry, ...] = ()
     schema: int = SCHEMA
 
@@ -83,10 +86,12 @@ class Head(NamedTuple):
     Attributes:
         schema: its number.
         writer: the version of distckpt that wrote it.
+        record: see :class:`Manifest`.
     """
 
     schema: int
     writer: str
+    record: Mapping[str, Any] | None = None
 
 
 _TENSOR_FIELDS = TensorEntry._fields
@@ -101,7 +106,7 @@ def to_json(manifest: Manifest) -> bytes:
         >>> from_json(text).iteration
         7
     """
-    names = [field.name for field in fields(Manifest) if field.name not in ("tensors", "schema")]
+    names = [field.name for field in fields(Manifest) if field.name not in ("tensors", "schema", "record")]
     head = {"schema": manifest.schema} | {name: getattr(manifest, name) for name in names}
     head |= {
         "versions": dict(manifest.versions),
@@ -109,6 +114,8 @@ def to_json(manifest: Manifest) -> bytes:
         "priority": _plain(manifest.priority),
         "tensor_fields": _TENSOR_FIELDS,
     }
+    if manifest.record is not None:
+        head["record"] = _plain(manifest.record)
     # By hand, in a fifth of json's time: it is made beside training.
     lines = ",\n".join(
         f'[{quoted(name)},"{dtype}",[{",".join(map(str, shape))}],"{record}",{offset},{num_bytes},{crc}]'
@@ -120,7 +127,7 @@ def to_json(manifest: Manifest) -> bytes:
 
 
 def read_head(data: bytes) -> Head:
-    """Read of which schema a manifest is, and who wrote it: of any schema, past or future.
+    """Read a manifest's schema, who wrote it, and its record: of any schema, past or future.
 
     Raises:
         ValueError: it does not say.
@@ -137,9 +144,9 @@ def read_head(data: bytes) -> Head:
     else:
         msg = "it has no schema"
         raise ValueError(msg)
-    versions = found.get("versions")
+    versions, record = found.get("versions"), found.get("record")
     writer = versions.get("distckpt") if isinstance(versions, dict) else None
-    return Head(schema, writer if isinstance(writer, str) else "unknown")
+    return Head(schema, writer if isinstance(writer, str) else "unknown", record if isinstance(record, dict) else None)
 
 
 def from_json(data: bytes) -> Manifest:
@@ -158,16 +165,24 @@ def from_json(data: bytes) -> Manifest:
         tensors = tuple(_tensor_entry(entry, order) for entry in found.pop("tensors", ()))
         known = {field.name: found[field.name] for field in fields(Manifest) if field.name in found}
         for name in ("score", "priority"):
-            if isinstance(known.get(name), str):
-                known[name] = _NOT_FINITE[known[name]]
+            known[name] = number_from(known.get(name))
         return Manifest(**known, tensors=tensors)
     except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
         msg = f"this is no manifest of a checkpoint's: {error}"
         raise ValueError(msg) from error
 
 
-def _plain(number: float | None) -> int | float | str | None:
-    return str(number) if isinstance(number, float) and not math.isfinite(number) else number
+def number_from(value: Any) -> Any:
+    """Return what :func:`to_json` was given, of a number that it has written; JSON has none that are not finite."""
+    return _NOT_FINITE[value] if isinstance(value, str) else value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _tensor_entry(entry: Any, order: Sequence[str] | None) -> TensorEntry:

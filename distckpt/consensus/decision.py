@@ -5,7 +5,7 @@ file touched. Layer L3.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
@@ -78,6 +78,10 @@ class SaveIntent:
         is_spread: whether some object's state is spread over the ranks.
         knows_writers: whether this rank knows who writes, where ranks may write together.
         removal: see :class:`RemovalOrder`.
+        handler: what names the handler's files, the same in the next run; None where its manifests do not tell.
+        run: the run that the save belongs to, as a manifest has it.
+        number: how many checkpoints that run has saved before.
+        data: which data this rank's engine has trained, as plain JSON.
     """
 
     rules: NameRules
@@ -90,6 +94,10 @@ class SaveIntent:
     is_spread: bool = False
     knows_writers: bool = True
     removal: int = RemovalOrder.AFTER
+    handler: Mapping[str, Any] | None = None
+    run: Mapping[str, Any] | None = None
+    number: int = 0
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +134,10 @@ class Agreed:
         is_spread: whether some object's state is spread over the ranks, as some rank says.
         know_writers: whether all ranks know who writes.
         removal: see :class:`RemovalOrder`.
+        handler: the coordinator's handler, as in its intent.
+        run: the coordinator's run.
+        number: how many checkpoints that run has saved before.
+        data: each rank's, in rank order.
     """
 
     coordinator: int
@@ -138,6 +150,10 @@ class Agreed:
     is_spread: bool = False
     know_writers: bool = True
     removal: int = RemovalOrder.AFTER
+    handler: Mapping[str, Any] | None = None
+    run: Mapping[str, Any] | None = None
+    number: int = 0
+    data: tuple[Mapping[str, Any], ...] = ()
 
 
 def decide_from(intents: Sequence[SaveIntent]) -> Agreed:
@@ -175,6 +191,10 @@ def decide_from(intents: Sequence[SaveIntent]) -> Agreed:
         is_spread=any(intent.is_spread for intent in intents),
         know_writers=all(intent.knows_writers for intent in intents),
         removal=max(intent.removal for intent in intents),
+        handler=chief.handler,
+        run=chief.run,
+        number=chief.number,
+        data=tuple(intent.data for intent in intents),
     )
 
 

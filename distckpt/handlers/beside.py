@@ -4,7 +4,7 @@ Owns where in a checkpoint they are found, and what is said where they are not. 
 Layer L5.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,10 @@ from ignite.engine import Engine
 
 from distckpt import choose
 from distckpt.handlers.checkpoint import Checkpoint
+from distckpt.handlers.object_trees import leaves
 from distckpt.handlers.own_files import OwnFiles
 
-__all__ = ["Beside", "find_beside", "leaves", "path_to"]
+__all__ = ["Beside", "find_beside"]
 
 _HISTORY = "checkpointer"
 
@@ -96,20 +97,3 @@ def _history_of(
     if entries is None:
         return None, "the handler's history is unknown, and older files stay (include_self=True saves it)"
     return {"_saved": entries}, f"the handler's history is what the names of {len(entries)} files tell"
-
-
-def leaves(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Yield the objects of `to_load` and where they are."""
-    if hasattr(tree, "load_state_dict"):
-        yield path, tree
-    elif isinstance(tree, Mapping):
-        for key, item in tree.items():
-            yield from leaves(item, (*path, key))
-    elif isinstance(tree, Sequence) and not isinstance(tree, str | bytes):
-        for index, item in enumerate(tree):
-            yield from leaves(item, (*path, index))
-
-
-def path_to(obj: Any, to_load: Mapping[str, Any]) -> tuple[Any, ...] | None:
-    """Return where an object is in `to_load`; None if it is not."""
-    return next((path for path, one in leaves(to_load) if obj is not None and one is obj), None)

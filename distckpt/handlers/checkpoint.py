@@ -4,6 +4,7 @@ Owns :class:`Checkpoint`: what a user asks for, on an engine's event. How the ra
 durable, and in which order, lies below. Layer L5.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,15 +19,17 @@ from distckpt.consensus.scores import check_rule
 from distckpt.consensus.step_vote import Answer, Fact
 from distckpt.handlers import arguments
 from distckpt.handlers.checkpoint_helpers import CheckpointHelpers
-from distckpt.handlers.checkpoint_history import ON_DISK
+from distckpt.handlers.checkpoint_history import ON_DISK, KnownEngines
 from distckpt.handlers.checkpoint_saving import CheckpointSaving
 from distckpt.handlers.disk_saver import DiskSaver
 from distckpt.handlers.early import Moment
 from distckpt.handlers.events import CheckpointEvents
-from distckpt.handlers.firing import engine_handling_exception, return_to_event
+from distckpt.handlers.firing import engine_handling_exception, engines_firing, return_to_event
 from distckpt.handlers.flights import Flights
 from distckpt.handlers.older import accept_older_order, deprecated
 from distckpt.handlers.places import counts_iterations
+from distckpt.handlers.progress import position_of
+from distckpt.handlers.runs import num_saved, propose
 from distckpt.handlers.save_handler import BaseSaveHandler, refuse_overrides
 from distckpt.handlers.voting import Voter, announce_errors, hold, is_poisoned
 from distckpt.naming import check_name
@@ -35,6 +38,8 @@ from distckpt.state.collect import is_spread
 
 __all__ = ["Checkpoint", "UserFacts"]
 
+_SERIALS = itertools.count()
+"""Tells which of two handlers was made before the other."""
 _OLDER_ORDER = (
     "to_save",
     "save_handler",
@@ -188,6 +193,8 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
         # The saving rank's, which may be another than this rank's; of the handler it was heard for.
         self._directory: tuple[Any, str | None] = (None, None)
         self._is_agreed = False
+        self._known = KnownEngines()
+        self._serial = next(_SERIALS)
         self._unseen: Any = None
         self._facts: UserFacts | None = None
         self._asked_on: Engine | None = None
@@ -242,6 +249,13 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
             self._save(engine, lambda: self._intend(engine, facts))
         elif facts is not None and not self._is_wanted:
             self._log_refused(engine, facts.score, self._history())
+
+    def attached(self, engine: Engine, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Note where the handler is attached, and with what."""
+        self._known.add(engine)
+        for given in (*args, *kwargs.values()):
+            if isinstance(given, Mapping) and given:
+                self._known.names.add(name_of(given))
 
     def _probe(self, engine: Engine) -> Answer:
         if engine is not self._asked_on:
@@ -310,6 +324,9 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
     def _intend(self, engine: Engine, facts: UserFacts | None = None) -> SaveIntent:
         if facts is None:
             facts = self._find_facts(engine)
+        engines = (*engines_firing(), engine)
+        outermost = engines[0]
+        run = propose(outermost, None, 0.0)
         return SaveIntent(
             rules=self._rules(),
             save_on_rank=self._coordinator(),
@@ -321,12 +338,16 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
             is_spread=is_spread(self.to_save),
             knows_writers=not isinstance(self.save_handler, DiskSaver) or self.save_handler.knows_writers(current()),
             removal=int(self._removal()),
+            handler=self._identity(engines),
+            run=run.as_json(),
+            number=num_saved(outermost),
+            data=position_of(outermost),
         )
 
     def _rules(self) -> NameRules:
         return NameRules(
             prefix=self.filename_prefix,
-            name=str(next(iter(self.to_save))) if len(self.to_save) == 1 else "checkpoint",
+            name=name_of(self.to_save),
             ext=self.ext,
             pattern=self.filename_pattern,
             score_name=self.score_name,
@@ -337,6 +358,11 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
 
     def _coordinator(self) -> int:
         return self.save_handler.save_on_rank if isinstance(self.save_handler, ON_DISK) else self.save_on_rank
+
+
+def name_of(to_save: Mapping[str, Any]) -> str:
+    """Return the constant part of the names of files that hold these objects."""
+    return str(next(iter(to_save))) if len(to_save) == 1 else "checkpoint"
 
 
 def _nothing_to_tell() -> None:

@@ -4,25 +4,53 @@ Owns the history that is saved and loaded with a Checkpoint. Must not know how a
 """
 
 import dataclasses
+import os
+import weakref
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ignite.base.mixins import Serializable
+from ignite.engine import Engine
 from ignite.handlers.checkpoint import DiskSaver as IgniteDiskSaver
 
 from distckpt import load
 from distckpt.consensus.decision import NameRules, filename_of
 from distckpt.handlers.disk_saver import DiskSaver
+from distckpt.handlers.firing import noted_on
 from distckpt.load import LoadReport
 from distckpt.naming import format_score
 from distckpt.scalars import plain_score
 
-__all__ = ["ON_DISK", "CheckpointHistory", "IgniteDiskSaver"]
+__all__ = ["ON_DISK", "CheckpointHistory", "IgniteDiskSaver", "KnownEngines"]
 
 ON_DISK = (DiskSaver, IgniteDiskSaver)
+
+
+class KnownEngines:
+    """The engines that a handler is attached to. A copy of the handler is attached to none.
+
+    Attributes:
+        names: what the single object is called with which the handler was attached, of each time it was.
+    """
+
+    def __init__(self) -> None:
+        self._engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+        self.names: set[str] = set()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave the engines behind."""
+        return (KnownEngines, ())
+
+    def add(self, engine: Engine) -> None:
+        """Note an engine."""
+        self._engines.add(engine)
+
+    def with_others(self, engines: Iterable[Engine]) -> list[Engine]:
+        """Return the engines that are still there, and `engines`, each once."""
+        return list({id(one): one for one in (*self._engines, *engines)}.values())
 
 
 class CheckpointHistory(Serializable):
@@ -35,6 +63,8 @@ class CheckpointHistory(Serializable):
     _strays: tuple[str, ...]
     _directory: tuple[Any, str | None]
     _is_agreed: bool
+    _known: "KnownEngines"
+    _serial: int
 
     class Item(NamedTuple):
         """A kept checkpoint."""
@@ -45,6 +75,47 @@ class CheckpointHistory(Serializable):
     @abstractmethod
     def _rules(self) -> NameRules:
         """Return how files are named."""
+
+    def _naming(self) -> dict[str, Any]:
+        """Return what names the handler's files: what a user does not change from one run to the next."""
+        rules = self._rules()
+        return {
+            "prefix": rules.prefix,
+            "name": rules.name,
+            "ext": rules.ext,
+            "pattern": rules.pattern,
+            "score_name": rules.score_name,
+            "is_scored": self.score_function is not None,
+        }
+
+    def _peers(self, engines: Iterable[Engine] = ()) -> "list[CheckpointHistory]":
+        """Return the other handlers that save into the same directory, as far as the engines know them.
+
+        Args:
+            engines: where to look beside those that this handler is attached to.
+        """
+        where = self._place()
+        known = [one for engine in self._known.with_others(engines) for one in noted_on(engine)]
+        others = {id(one): one for one in known if isinstance(one, CheckpointHistory) and one is not self}
+        return [one for one in others.values() if where is not None and one._place() == where]  # noqa: SLF001 - its kind's
+
+    def _identity(self, engines: Iterable[Engine] = ()) -> dict[str, Any] | None:
+        """Return what tells the handler's files from those of others in the directory; None where files are no files.
+
+        It is the same in the next run: how its files are named, and, among handlers that name theirs alike in one
+        directory, how many of them were made before.
+
+        Args:
+            engines: where others may be attached, beside those that this handler is attached to.
+        """
+        if self._place() is None:
+            return None
+        naming = self._naming()
+        alike = [one for one in self._peers(engines) if one._naming() == naming]  # noqa: SLF001 - its kind's
+        return {**naming, "order": sum(one._serial < self._serial for one in alike)}  # noqa: SLF001 - the same
+
+    def _place(self) -> str | None:
+        return os.path.realpath(self.save_handler.dirname) if isinstance(self.save_handler, ON_DISK) else None
 
     @property
     def last_checkpoint(self) -> str | Path | None:

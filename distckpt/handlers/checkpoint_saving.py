@@ -32,10 +32,11 @@ from distckpt.handlers.checkpoint_history import ON_DISK, CheckpointHistory, Ign
 from distckpt.handlers.disk_saver import DiskSaver, is_own
 from distckpt.handlers.early import Moment, half_a_step_lower
 from distckpt.handlers.events import CheckpointEvents, register
-from distckpt.handlers.firing import engine_handling_exception
+from distckpt.handlers.firing import engine_handling_exception, engines_firing
 from distckpt.handlers.flights import Flights
 from distckpt.handlers.places import take_place
 from distckpt.handlers.rank_alone import RankAlone
+from distckpt.handlers.runs import Run, adopt
 from distckpt.handlers.save_handler import BaseSaveHandler, hand_over
 from distckpt.handlers.save_log import SaveLog
 from distckpt.handlers.voting import is_poisoned
@@ -127,6 +128,7 @@ class CheckpointSaving(CheckpointHistory):
             timeout_s=self.timeout_s,
         )
         self._is_agreed = True
+        self._adopt_run(engine, agreed)
         self._saved = [CheckpointHistory.Item(*entry) for entry in agreed.history]
         self._strays = agreed.strays
         self._directory = (self.save_handler, agreed.directory)
@@ -141,6 +143,12 @@ class CheckpointSaving(CheckpointHistory):
             self._save_in_parts(engine, backend, place, agreed, saver, log)
         else:
             self._save_at_once(engine, backend, place, agreed, log)
+
+    def _adopt_run(self, engine: Engine, agreed: Agreed) -> None:
+        """All ranks. Take over the run that the save belongs to, and count the save."""
+        if agreed.run is not None:
+            outermost = next(iter(engines_firing()), engine)
+            adopt(outermost, Run.from_json(agreed.run), agreed.number + (agreed.decision is not None))
 
     def _save_alone(self, engine: Engine, intend: Callable[[], SaveIntent]) -> None:
         """Rank-local. Save for an exception that is being handled, on the saving rank; the other ranks may never come.
@@ -178,6 +186,7 @@ class CheckpointSaving(CheckpointHistory):
         intent = dataclasses.replace(intend(), save_on_rank=0)  # of a world of one
         agreed = save.decide(alone, place("deciding what to save"), lambda: intent, timeout_s=self.timeout_s)
         agreed = dataclasses.replace(agreed, coordinator=alone.rank)
+        self._adopt_run(engine, agreed)
         if agreed.decision is None:
             self._log_refused(engine, agreed.score, agreed.history)
             return
@@ -214,7 +223,7 @@ class CheckpointSaving(CheckpointHistory):
                 capture=lambda: self._capture(backend, agreed.coordinator, decision, gathered),
                 remove_first=remove_first,
                 write=lambda checkpoint: _hand_over(
-                    handler, checkpoint, decision, about(current(), engine, agreed), self._only_key()
+                    handler, checkpoint, decision, about(current(), engine, agreed, self.to_save), self._only_key()
                 ),
                 all_write=not (isinstance(handler, DiskSaver) and handler.writes_on_one_rank),
                 timeout_s=self.timeout_s,
@@ -251,7 +260,7 @@ class CheckpointSaving(CheckpointHistory):
             replicas=lambda: replicas(self.to_save, world_size=backend.world_size),
             stepped=lambda: stepped(self.to_save),
             make_part=lambda: saver.part(
-                backend, decision.filename, about(backend, engine, agreed), sharing, self._only_key()
+                backend, decision.filename, about(backend, engine, agreed, self.to_save), sharing, self._only_key()
             ),
             sharing=sharing,
             remove_one=functools.partial(_remove_unless_spared, saver, decision) if is_removed_early else None,

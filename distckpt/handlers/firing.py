@@ -12,7 +12,7 @@ is imported. An engine that no handler of distckpt's is attached to behaves as b
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar, Protocol
 
 from ignite.engine import Engine, Events
@@ -28,8 +28,11 @@ __all__ = [
     "engine_handling_exception",
     "engines_firing",
     "hooks_of",
+    "noted_on",
     "return_to_event",
+    "run_of",
     "set_hooks",
+    "set_run",
     "take_turns",
     "turns_on",
     "turns_to_come",
@@ -37,6 +40,7 @@ __all__ = [
 
 _ATTRIBUTE = "_distckpt_hooks"
 _TURNS = "_distckpt_turns"
+_RUN = "_distckpt_run"
 _MAX_WRAPPERS = 16  # around one handler: a wrapper may claim to wrap itself
 _ITERATED = Events.ITERATION_COMPLETED  # members of an enum are slow to look up
 Action = Callable[[Engine], None]
@@ -63,6 +67,13 @@ class Hooks(Protocol):
         """Called when an exception is about to leave the run; returns the one that is to leave it."""
 
 
+class RunHooks(Protocol):
+    """The run of an engine; kept on the engine itself."""
+
+    def begin(self, engine: Engine) -> None:
+        """Called before the handlers of STARTED."""
+
+
 class Noted:
     """Base of the handlers whose turns an engine notes as they are attached.
 
@@ -73,6 +84,9 @@ class Noted:
     """Whether its turn may come before that of the handlers attached before it."""
     looks_for_nan: ClassVar[bool]
     """Whether a save has to know its answer."""
+
+    def attached(self, engine: Engine, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Called as an engine notes the handler, with what it will be called with beside the engine."""
 
 
 class Turn:
@@ -188,6 +202,16 @@ def set_hooks(engine: Engine, hooks: Hooks) -> None:
     vars(engine)[_ATTRIBUTE] = hooks
 
 
+def run_of(engine: Engine) -> Any:
+    """Return what :func:`set_run` put on the engine, or None."""
+    return vars(engine).get(_RUN)
+
+
+def set_run(engine: Engine, run: RunHooks) -> None:
+    """Let the engine say to `run` when a run begins."""
+    vars(engine)[_RUN] = run
+
+
 def after_event(engine: Engine, action: Action) -> None:
     """Run `action` when the last handler of the engine's event under way has run; at once if it fires none.
 
@@ -229,6 +253,12 @@ def turns_on(engine: Engine, event: Any) -> list[Turn]:
     """Return the turns of the noted handlers on the engine's event, in their order."""
     turns: list[Turn] = vars(engine).get(_TURNS, {}).get(event, [])
     return turns
+
+
+def noted_on(engine: Engine) -> list[Noted]:
+    """Return the noted handlers of the engine, each once, in the order in which its events got their first."""
+    turns = [turn for of_event in vars(engine).get(_TURNS, {}).values() for turn in of_event]
+    return list({id(turn.noted): turn.noted for turn in turns}.values())
 
 
 def turns_to_come(engine: Engine) -> list[Noted]:
@@ -281,6 +311,15 @@ def _end_iteration(frame: _Frame) -> None:
             hooks.after_iteration(frame.engine)
 
 
+def _at_border_of_run(engine: Engine, event: Any) -> None:
+    run = run_of(engine)
+    if run is not None and event is Events.STARTED:
+        run.begin(engine)
+    hooks = hooks_of(engine)
+    if hooks is not None:
+        hooks.before_event(engine, event)
+
+
 def _wrap_fire_event(fire: Callable[..., None]) -> Callable[..., None]:
     frames = _FRAMES
     drawing, drawn, begun = Events.GET_BATCH_STARTED, Events.GET_BATCH_COMPLETED, Events.ITERATION_STARTED
@@ -292,9 +331,7 @@ def _wrap_fire_event(fire: Callable[..., None]) -> Callable[..., None]:
         elif not (event_name is drawing or event_name is drawn or event_name is begun):  # not of each iteration
             count_event(self, event_name)
             if event_name is Events.STARTED or event_name is Events.COMPLETED:
-                hooks = self.__dict__.get(_ATTRIBUTE)
-                if hooks is not None:
-                    hooks.before_event(self, event_name)
+                _at_border_of_run(self, event_name)
         stack = frames.stack
         frame = _Frame(self, event_name, event_args, event_kwargs)
         stack.append(frame)
@@ -324,6 +361,7 @@ def _wrap_add_event_handler(add: Callable[..., Any]) -> Callable[..., Any]:
             if noted.answers_early:
                 handlers[-1] = (turn, *handlers[-1][1:])
             vars(self).setdefault(_TURNS, {}).setdefault(event, []).append(turn)
+            noted.attached(self, args, kwargs)
         return handle
 
     return add_and_note

@@ -21,10 +21,11 @@ from distckpt.backends.base import default_timeout_s
 from distckpt.backends.detect import current
 from distckpt.consensus import agree
 from distckpt.handlers.arguments import check_timeout
-from distckpt.handlers.beside import Beside, find_beside, leaves, path_to
+from distckpt.handlers.beside import Beside, find_beside
 from distckpt.handlers.checkpoint import Checkpoint
 from distckpt.handlers.disk_saver import DiskSaver
 from distckpt.handlers.fast_forward import FastForward
+from distckpt.handlers.object_trees import leaves, path_to
 from distckpt.handlers.own_files import OwnFiles, files_in
 from distckpt.handlers.rng_state import RngState
 from distckpt.load import LoadReport

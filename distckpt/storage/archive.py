@@ -43,6 +43,7 @@ __all__ = [
     "local_header",
     "place",
     "read_directory",
+    "read_last_entry",
     "read_local_header",
 ]
 
@@ -237,6 +238,24 @@ def read_directory(read: Callable[[int, int], bytes], num_bytes: int) -> Directo
         msg = f"its directory lists {len(records)} of {num} records"
         raise ValueError(msg)
     return Directory(records, at, has_comment)
+
+
+def read_last_entry(tail: bytes, suffix: str) -> Listed | None:
+    """Return the last entry of a directory, from the end of the archive alone; None if its name ends otherwise.
+
+    Args:
+        tail: the archive's last bytes.
+        suffix: what the record's name ends with.
+
+    Raises:
+        ValueError: there is such a name, and no entry around it.
+    """
+    name_at = tail.rfind(suffix.encode())
+    begin = tail.rfind(_CENTRAL_MAGIC.to_bytes(4, "little"), 0, max(name_at, 0))
+    if begin < 0:
+        return None
+    listed, _ = _read_entry(tail, begin)
+    return listed if listed.name.endswith(suffix) else None
 
 
 def is_listed_as_ours(read: Callable[[int, int], bytes], found: Directory) -> bool:

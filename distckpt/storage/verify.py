@@ -51,6 +51,7 @@ __all__ = [
     "check_whole",
     "find_faults",
     "read_archive",
+    "read_manifest",
     "record_bytes",
     "shares_of",
 ]
@@ -145,6 +146,29 @@ def read_archive(fd: int) -> Archive:
         is_own=is_own,
         inflated={} if is_own else {at: one.num_bytes for at, one in enumerate(records) if one.is_deflated},
     )
+
+
+def read_manifest(fd: int) -> bytes:
+    """Return the manifest, wherever in the archive it stands.
+
+    Args:
+        fd: open for reading.
+
+    Raises:
+        ValueError: there is none, or the archive's directory is damaged.
+        UnsupportedArchive: it is encrypted, or compressed in a rare way.
+        OSError: it cannot be read.
+    """
+
+    def read(at: int, length: int) -> bytes:
+        return os.pread(fd, length, at)
+
+    for record in reversed(read_directory(read, os.fstat(fd).st_size).records):
+        if record.name.partition("/")[2] == MANIFEST:
+            slot = read_local_header(read, record)
+            return record_bytes(fd, slot, record.num_bytes if record.is_deflated else None)
+    msg = "it has no manifest"
+    raise ValueError(msg)
 
 
 _header_of = operator.attrgetter("header")
