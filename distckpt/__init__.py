@@ -53,6 +53,7 @@ from distckpt.handlers import (
     stop_reason,
 )
 from distckpt.load import LoadReport
+from distckpt.samplers import ResumableSampler
 
 __all__ = [
     "BaseSaveHandler",
@@ -76,6 +77,7 @@ __all__ = [
     "RankLost",
     "RanksDriftedApart",
     "ReplicasDiffer",
+    "ResumableSampler",
     "RngState",
     "SaveError",
     "ShardedStateError",
