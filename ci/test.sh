@@ -117,7 +117,13 @@ if [ "$TESTS" -eq 1 ]; then
     for name in "${RUNTIMES[@]}"; do
         case "$name" in
             base) tests_of base "${SELECTION[@]}" "$@" ;;
-            *) DISTCKPT_TEST_RUNTIME="$name" tests_of "$name" tests/contracts tests/distributed "${SELECTION[@]}" "$@" ;;
+            horovod) DISTCKPT_TEST_RUNTIME="$name" tests_of "$name" tests/contracts tests/distributed "${SELECTION[@]}" "$@" ;;
+            # torch_xla 2.9 with two replicas in one process crashes by itself about once in some thousand tests, in its
+            # own operations (pytest prints which test was run again). Elsewhere such a crash would be ours.
+            xla)
+                DISTCKPT_TEST_RUNTIME="$name" tests_of "$name" tests/contracts tests/distributed -rR --reruns 1 \
+                    --only-rerun "killed by signal 11" "${SELECTION[@]}" "$@"
+                ;;
         esac
     done
     if [ "${#RUNTIMES[@]}" -eq 3 ]; then
