@@ -105,7 +105,7 @@ class ResumableSampler(DistributedSampler[int]):
         self._pass: _Place | None = None  # the one under way
         self._next_epoch = 0
         self._num_drawn = 0  # of the pass under way, by this rank
-        self._count: Callable[[], tuple[int, bool]] | None = None
+        self._count: Callable[[], int | None] | None = None
         super().__init__(
             dataset,  # type: ignore[arg-type]  # torch asks for a Dataset, and uses its length
             num_replicas=num_replicas,
@@ -173,8 +173,7 @@ class ResumableSampler(DistributedSampler[int]):
             return self._state(self._pending)
         if self._pass is None:
             return self._state(_Place(self._next_epoch, 0))
-        num, is_over = (self._num_drawn, False) if self._count is None else self._count()
-        return self.distckpt_position(num, is_over=is_over)
+        return self.distckpt_position(self._num_drawn if self._count is None else self._count())
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Let the next pass begin where a state says. Rank-local.
@@ -223,28 +222,27 @@ class ResumableSampler(DistributedSampler[int]):
         """Whether a state was loaded, and no pass has begun since."""
         return self._pending is not None
 
-    def distckpt_follow(self, count: Callable[[], tuple[int, bool]]) -> None:
+    def distckpt_follow(self, count: Callable[[], int | None]) -> None:
         """Let the state count what was trained.
 
         Args:
-            count: returns how many samples of the iterator under way this rank has trained, and whether all of its
-                batches are.
+            count: returns what :meth:`distckpt_position` is given.
         """
         self._count = count
 
-    def distckpt_position(self, num_trained: int, *, is_over: bool) -> dict[str, Any]:
+    def distckpt_position(self, num_trained: int | None) -> dict[str, Any]:
         """Return the state after this rank, as each other one, has trained so many samples of the iterator under way.
 
         Args:
-            num_trained: by this rank; what was trained before the iterator was made does not count.
-            is_over: whether the loader has no batch left in the pass, though some samples may be.
+            num_trained: by this rank; what was trained before the iterator was made does not count. None if the loader
+                has no batch left in the pass, though some samples may be.
         """
-        place = self._pass or self._pending or _Place(self._next_epoch, 0)
-        position = min(place.position + num_trained * self.num_replicas, self.length)
-        rest = _Place(place.epoch, position)
-        if num_trained and (is_over or not self._num_left(rest)):
-            rest = _Place(self._next_epoch, 0)
-        return self._state(rest)
+        place = self._pending or self._pass or _Place(self._next_epoch, 0)
+        if num_trained is None:
+            return self._state(place if place is self._pending else _Place(self._next_epoch, 0))
+        rest = _Place(place.epoch, min(place.position + num_trained * self.num_replicas, self.length))
+        is_over = num_trained > 0 and not self._num_left(rest)
+        return self._state(_Place(self._next_epoch, 0) if is_over else rest)
 
     @property
     def distckpt_num_left(self) -> int:

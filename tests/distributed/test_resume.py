@@ -430,13 +430,22 @@ def test_each_rank_gets_its_own_random_numbers_back(tmp_path: Path, world_size: 
 
 
 @only_on("gloo", why="each rank is a process, and jobs of three take part")
-@pytest.mark.parametrize(("before", "now"), [(2, 3), (3, 2), (2, 1)])
-def test_in_a_job_of_another_size_random_numbers_are_left_alone(tmp_path: Path, before: int, now: int) -> None:
-    run_ranks(save_numbers, before, tmp_path)
-    for told, numbers, untouched in run_ranks(load_numbers, now, tmp_path):
+@pytest.mark.parametrize(("before", "now"), [(1, 2), (2, 3), (3, 2), (2, 1)])
+def test_in_a_job_of_another_size_ranks_keep_their_random_numbers_and_new_ones_get_others(
+    tmp_path: Path, before: int, now: int
+) -> None:
+    saved = run_ranks(save_numbers, before, tmp_path)
+    loaded = run_ranks(load_numbers, now, tmp_path)
+    for rank, (told, numbers, untouched) in enumerate(loaded):
         assert len(told) == 1
-        assert f"saved by a job of {before} ranks, and this one has {now}: left as they are" in told[0]
-        assert numbers == untouched
+        assert f"they were saved by a job of {before} ranks, and this one has {now}" in told[0]
+        if rank < before:
+            assert numbers == saved[rank]
+        else:
+            assert f"ranks {list(range(before, now))} get states derived from all of these" in told[0]
+            assert numbers != untouched
+    assert len({tuple(numbers) for _, numbers, _ in loaded}) == now, "every rank's are others"
+    assert [numbers for _, numbers, _ in run_ranks(load_numbers, now, tmp_path)] == [one for _, one, _ in loaded]
 
 
 @run_distributed(world_size=2)

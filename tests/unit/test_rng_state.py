@@ -3,7 +3,7 @@
 import copy
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +90,67 @@ def test_numpy_is_not_imported_to_be_saved(monkeypatch: pytest.MonkeyPatch) -> N
     assert "numpy" not in rng.capture()
 
 
-def test_another_world_size_is_a_warning_and_nothing_is_set() -> None:
-    state = RngState().state_dict() | {"world_size": 2}
-    torch.manual_seed(5)
-    before = RngState().state_dict()
-    with pytest.warns(UserWarning, match="saved by a job of 2 ranks, and this one has 1: left as they are"):
-        RngState().load_state_dict(state)
-    assert equal(RngState().state_dict(), before)
+def job_of(num_ranks: int, states: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a state of a job of several ranks, from states of single ones."""
+    return {"world_size": num_ranks, "ranks": {rank: one["ranks"][0] for rank, one in enumerate(states)}}
+
+
+def test_in_a_smaller_job_a_rank_keeps_its_own_and_a_warning_says_so() -> None:
+    source = RngState()
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        states.append(source.state_dict())
+    RngState().load_state_dict(states[0])
+    drawn = draw()
+    with pytest.warns(UserWarning, match="saved by a job of 2 ranks, and this one has 1: of those of rank 0, 1, each"):
+        RngState().load_state_dict(job_of(2, states))
+    assert draw() == drawn
+
+
+class Rank:
+    """A world in which this process is another rank."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank, self.world_size = rank, world_size
+
+    def generators(self) -> dict[str, Any]:
+        """Return the runtime's own: none."""
+        return {}
+
+
+def test_a_rank_that_is_new_gets_numbers_of_its_own_each_time_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    own: dict[str, Any] = {"alike": torch.Generator(), "python": random.Random(1), "numpy": np.random.default_rng(1)}
+
+    def draw_all() -> list[Any]:
+        return [
+            *draw(),
+            torch.rand(1, generator=own["alike"]).item(),
+            own["python"].random(),
+            own["numpy"].random(),
+        ]
+
+    source = RngState(generators=own)
+    states, drawn = [], []
+    for seed in (1, 2):
+        own["alike"].manual_seed(0)
+        own["python"].seed(seed)
+        own["numpy"].bit_generator.state = np.random.PCG64(seed).state
+        np.random.seed(seed)  # noqa: NPY002 - the global generator is the point
+        torch.manual_seed(seed)
+        random.seed(seed)
+        states.append(source.state_dict())
+        drawn.append(draw_all())
+    for rank in (2, 3, 3):
+        monkeypatch.setattr("distckpt.handlers.rng_state.current", lambda rank=rank: Rank(rank, 4))
+        with pytest.warns(UserWarning, match=r"ranks \[2, 3\] get states derived from all of these"):
+            source.load_state_dict(job_of(2, states))
+        drawn.append(draw_all())
+    assert drawn[3] == drawn[4]
+    for numbers in zip(*drawn[:4], strict=True):
+        num_different = len({repr(one) for one in numbers})
+        assert num_different == (1 if numbers[0] == drawn[0][6] else 4)
 
 
 def test_a_state_without_this_ranks_part_is_a_warning() -> None:
@@ -241,3 +295,51 @@ def test_cuda_is_asked_only_where_it_is_in_use(monkeypatch: pytest.MonkeyPatch, 
 def test_a_state_of_a_cuda_device_is_left_alone_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert rng.put({**rng.capture(), "cuda": torch.zeros(16, dtype=torch.uint8)}) == ["there is no CUDA device here"]
+
+
+class Jumpy:
+    """A sampler of a program's own, with generators of its own."""
+
+    def __init__(self) -> None:
+        self.torch = torch.Generator().manual_seed(1)
+        self.nested = [{"python": random.Random(2)}]
+        self.numpy = np.random.default_rng(3)
+        self.older = np.random.RandomState(4)
+        self.secret = random.SystemRandom()
+
+    def __iter__(self) -> Iterator[int]:
+        """Draw from each."""
+        yield int(torch.randint(10, (), generator=self.torch))
+        yield self.nested[0]["python"].randrange(10)
+        yield int(self.numpy.integers(10))
+        yield int(self.older.standard_normal() * 3) % 10
+
+    def __len__(self) -> int:
+        """Return how many these are."""
+        return 4
+
+
+def test_generators_that_the_data_hold_are_saved_without_being_named() -> None:
+    trainer = idle_engine()
+    sampler = Jumpy()
+    loader: DataLoader[Any] = DataLoader(TensorDataset(torch.arange(10)), sampler=sampler, batch_size=4)
+    noted = RngState(trainer)
+    trainer.run(loader)
+    state = noted.state_dict()
+    orders = [list(sampler) for _ in range(3)]
+    draw()
+    noted.load_state_dict(state)
+    noted.put_back()
+    assert [list(sampler) for _ in range(3)] == orders
+    assert noted.missing_of(loader) == []
+    found = set(state["ranks"][0]["now"]["generators"])
+    way = "state.dataloader.sampler"
+    assert found == {f"{way}.torch", f"{way}.nested.0.python", f"{way}.numpy", f"{way}.older"}
+
+
+def test_a_checkpoint_with_generators_of_all_kinds_loads_without_executing_code(tmp_path: Path) -> None:
+    trainer = idle_engine()
+    loader: DataLoader[Any] = DataLoader(TensorDataset(torch.arange(10)), sampler=Jumpy(), batch_size=4)
+    trainer.state.dataloader = loader
+    torch.save(RngState(trainer).state_dict(), tmp_path / "rng.pt")
+    assert torch.load(tmp_path / "rng.pt", weights_only=True)["world_size"] == 1

@@ -141,9 +141,9 @@ def test_what_is_trained_counts_where_it_is_known() -> None:
     drawn = iter(sampler)
     for _ in range(30):
         next(drawn)
-    sampler.distckpt_follow(lambda: (8, False))
+    sampler.distckpt_follow(lambda: 8)
     assert sampler.state_dict()["position"] == 16
-    sampler.distckpt_follow(lambda: (48, True))
+    sampler.distckpt_follow(lambda: None)
     assert (sampler.state_dict()["epoch"], sampler.state_dict()["position"]) == (1, 0)
 
 
