@@ -26,6 +26,7 @@ from distckpt.handlers.voting import (
     check_pace,
     exit_after_run,
     hold,
+    is_off_pace,
     is_poisoned,
     stop,
     stop_reason,
@@ -65,7 +66,8 @@ class Preemption(Voter):
             handler has just ended the run, as for NaN.
         lag: 0 to stop in the iteration after which the vote is held, 1 one iteration later; see
             :class:`~distckpt.TerminateOnNan`.
-        every: hold the vote on each so-many-th iteration only. A world of one needs no vote, and acts at once.
+        every: hold the vote, and stop, on every N-th iteration only. Where gradients of N batches are accumulated, give
+            N: a stop between two of them would lose what is accumulated.
         timeout_s: seconds to wait for the other ranks; None for ``DISTCKPT_TIMEOUT_S``, or 300.
 
     Attributes:
@@ -209,6 +211,8 @@ class Preemption(Voter):
             return
         if self._has_answered:
             return  # a vote that was under way has found the same
+        if self._has_trained and is_off_pace(engine, self):
+            return  # the signal is still there at the next vote
         if _ends_an_epoch(engine):
             return  # the epoch's own handlers come first; the vote on them answers
         self._has_answered = True

@@ -14,7 +14,7 @@ from distckpt.backends.detect import current
 from distckpt.consensus.agree import Seat
 from distckpt.consensus.step_vote import Answer, Fact
 from distckpt.handlers.arguments import check_timeout
-from distckpt.handlers.voting import Voter, check_pace, stop, stop_reason
+from distckpt.handlers.voting import Voter, check_pace, is_off_pace, stop, stop_reason
 from distckpt.log_level import level_on
 
 __all__ = ["TimeLimit"]
@@ -29,7 +29,7 @@ class TimeLimit(Voter):
     Args:
         limit_sec: seconds, an int.
         lag: 0 to stop in the iteration in which the time is over, 1 one iteration later; see :class:`TerminateOnNan`.
-        every: hold the vote on each so-many-th iteration only.
+        every: hold the vote, and stop, on every N-th iteration only; as for :class:`~distckpt.Preemption`.
         timeout_s: seconds to wait for the other ranks; None for ``DISTCKPT_TIMEOUT_S``, or 300.
 
     Attributes:
@@ -92,6 +92,8 @@ class TimeLimit(Voter):
         return self._elapsed_s if self._is_over() else None
 
     def _act(self, engine: Engine, said: Mapping[int, Any]) -> None:
+        if is_off_pace(engine, self):
+            return  # the time is still over at the next vote
         first = max(said, key=lambda rank: said[rank])
         # With a lag the vote that was under way has found the same.
         is_new = stop_reason(engine) != "time_limit"

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 
 from distckpt.backends.base import Backend
 from distckpt.consensus.agree import Seat
@@ -18,9 +18,11 @@ from distckpt.handlers.firing import (
     Noted,
     engines_firing,
     hooks_of,
+    noted_on,
     return_to_event,
     set_hooks,
     take_turns,
+    turns_on,
     turns_to_come,
 )
 from distckpt.handlers.places import counts_iterations
@@ -33,6 +35,7 @@ __all__ = [
     "check_pace",
     "exit_after_run",
     "hold",
+    "is_off_pace",
     "is_poisoned",
     "num_runs",
     "poison",
@@ -166,6 +169,17 @@ def stop_reason(engine: Engine) -> StopReason | None:
     """
     vote = hooks_of(engine)
     return None if vote is None else vote.reason
+
+
+def is_off_pace(engine: Engine, voter: Voter) -> bool:
+    """Return True if a handler of iterations is between two on which the engine's handlers vote, by their ``every``.
+
+    A run is not stopped there: gradients of several batches may be accumulated, and are no part of a checkpoint.
+    """
+    if not any(turn.noted is voter for turn in turns_on(engine, Events.ITERATION_COMPLETED)):
+        return False  # it may not come to such an iteration for many epochs
+    every = max((one.every or 1 for one in noted_on(engine) if isinstance(one, Voter)), default=1)
+    return engine.state.iteration % every > 0
 
 
 def num_runs(engine: Engine) -> int:

@@ -18,7 +18,15 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
-from distckpt import Checkpoint, ModelCheckpoint, Preemption, TerminateOnNan, global_step_from_engine, stop_reason
+from distckpt import (
+    Checkpoint,
+    ModelCheckpoint,
+    Preemption,
+    TerminateOnNan,
+    TimeLimit,
+    global_step_from_engine,
+    stop_reason,
+)
 from distckpt.handlers import deadline, signals
 from distckpt.handlers import preemption as module
 from tests.unit.toys import InMemory, Notebook, idle_engine
@@ -375,11 +383,29 @@ def test_lag_at_the_end_of_an_epoch_does_not_save_twice(caplog: pytest.LogCaptur
     assert caplog.text.count("told to stop") == 1
 
 
-def test_in_a_world_of_one_every_changes_nothing() -> None:
+@pytest.mark.parametrize("other", [False, True])
+def test_in_a_world_of_one_a_run_stops_on_every_too(*, other: bool) -> None:
     trainer, saver = trainer_that({4: send}), Log()
-    Preemption(trainer, saver, every=3)
+    Preemption(trainer, saver, every=None if other else 3)
+    if other:  # it is one setting for all handlers of an engine
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, TimeLimit(3600, every=3))
     trainer.run([0] * 8)
-    assert (trainer.state.iteration, saver.steps) == (4, [4])
+    assert (trainer.state.iteration, saver.steps) == (6, [6])
+
+
+def test_the_end_of_an_epoch_between_two_accumulated_batches_is_no_place_to_stop() -> None:
+    trainer, saver = trainer_that({5: send}), Log()
+    Preemption(trainer, saver, every=2)
+    trainer.run([0] * 5, max_epochs=2)
+    assert (trainer.state.iteration, saver.steps) == (6, [6])
+
+
+def test_a_time_limit_stops_on_every_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, limit = Engine(lambda _engine, _batch: None), TimeLimit(3600, every=4)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, limit)
+    trainer.add_event_handler(Events.ITERATION_STARTED(once=5), lambda: monkeypatch.setattr(limit, "start_time", -1e9))
+    trainer.run([0] * 10)
+    assert trainer.state.iteration == 8
 
 
 def test_every_counts_where_there_is_a_vote() -> None:
