@@ -47,7 +47,7 @@ class Chosen:
         state: what it holds, on the CPU; its tensors may be unread. None once the objects have been paired with it:
             what is still referred to is read.
         iteration: how far the run was; -1 where that is unknown.
-        refused: the names of the newer ones that are not whole.
+        refused: the names of the newer ones that are not whole, each with the reason.
     """
 
     path: Path
@@ -55,7 +55,7 @@ class Chosen:
     file: OpenCheckpoint
     state: Any
     iteration: int
-    refused: tuple[str, ...]
+    refused: Mapping[str, str]
 
 
 def engine_states(state: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Mapping[str, Any]]]:
@@ -169,7 +169,7 @@ def first_whole(
                     file=candidate.file,
                     state=candidate.state,
                     iteration=iteration_of(candidate.state),
-                    refused=tuple(names[: len(reasons)]),
+                    refused=dict(zip(names, reasons, strict=False)),
                 )
         reasons.append(problem)
         _logger.log(level_on(backend.rank, {coordinator}), "resume: %s It is passed over.", problem)

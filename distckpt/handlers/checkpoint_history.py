@@ -66,6 +66,9 @@ class CheckpointHistory(Serializable):
     _known: "KnownEngines"
     _serial: int
 
+    keeps_history: bool = False
+    """Whether :meth:`reset` forgets nothing: before the first batch of a resumed run."""
+
     class Item(NamedTuple):
         """A kept checkpoint."""
 
@@ -138,7 +141,12 @@ class CheckpointHistory(Serializable):
         return path
 
     def reset(self) -> None:
-        """Forget the saved checkpoints, for an engine that runs several times independently. Files stay."""
+        """Forget the saved checkpoints, for an engine that runs several times independently. Files stay.
+
+        Called by a handler of STARTED in a resumed run it forgets nothing: that run goes on with its history.
+        """
+        if self.keeps_history:
+            return
         self._saved = []
         self._strays = ()
         self._is_agreed = False

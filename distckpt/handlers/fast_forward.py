@@ -1,21 +1,26 @@
-"""The first epoch of a resumed run: which batches it has had already, and what was drawn at random before.
+"""The first run of a resumed engine: where it goes on in the data, and what was drawn at random before.
 
-Owns what ignite leaves out when a run goes on in the middle of an epoch (pytorch-ignite 0.5.5): it counts on from
-where the run was, but begins the data anew, so that the epoch would see its first batches twice and its last ones
-never. Rank-local; issues no collectives. Layer L5.
+ignite (pytorch-ignite 0.5.5) counts on from the engine's iteration, and begins the data anew: a begun epoch would see
+its first batches twice and its last ones never. A run that had ended would begin once more at iteration 0. What is
+mended here happens in the engine's first run after the resume, and never again.
 """
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-from ignite.engine import Engine, Events
-from torch.utils.data import RandomSampler
+from ignite.engine import DeterministicEngine, Engine, Events, State
+from torch.utils.data import IterableDataset, RandomSampler
 
 from distckpt.backends.detect import current
-from distckpt.handlers.firing import after_event
+from distckpt.consensus import agree
+from distckpt.handlers.firing import after_event, set_start
+from distckpt.handlers.progress import Resumption, go_on, length_of, samplers_of
+from distckpt.handlers.restored import Restored
 from distckpt.handlers.rng_state import RngState
+from distckpt.handlers.start_point import StartPoint, fit_to_data
 from distckpt.log_level import level_on
 
 __all__ = ["FastForward"]
@@ -24,81 +29,251 @@ _logger = logging.getLogger(__name__)
 
 
 class FastForward:
-    """Handlers that act once, in the first epoch of the engine's next run, and are gone then.
+    """What a resumed engine's next run does once, and is gone then.
 
-    1. EPOCH_STARTED, before all others: at the border of two epochs the generators are set to what was loaded. What
+    1. Before ``run()`` does anything: return where nothing is left to do. Find the place in the data that are given; if
+       it cannot be told, raise on all ranks. Note what the restored objects are.
+    2. STARTED, after all other handlers: put back what these have changed.
+    3. EPOCH_STARTED, before all others: at the border of two epochs the generators are set to what was loaded. What
        other handlers of the event draw comes after that, as in a run that goes through.
-    2. EPOCH_STARTED, after all others, when ignite is about to make the iterator: in the middle of a pass over the
-       data the generators are set to what they were as the pass began, so that it has the same order.
-    3. GET_BATCH_STARTED: the batches that were trained already are drawn and dropped, then the generators are set to
-       what was loaded. Without data: ITERATION_STARTED, and there is nothing to drop.
+    4. EPOCH_STARTED, after all others, when ignite is about to make the iterator: in an epoch that had begun, put back
+       what these handlers have changed. In the middle of a pass over the data the generators are set to what they were
+       as the pass began, so that it has the same order.
+    5. GET_BATCH_STARTED: the batches that were trained already are drawn and dropped, then the generators are set to
+       what was loaded. If the next batch had been drawn, that is done after it is drawn.
+    6. ITERATION_STARTED: without data, the generators are set here. If the iteration had begun, put back what the
+       handlers have changed.
 
     Nothing of it happens if the run begins at another iteration.
 
     Args:
         engine: it has been restored.
-        generators: they have been loaded.
+        start: what the run has behind it.
+        loaded: all objects that have been restored.
+        restored: keeps them as they were restored.
         skip_batches: whether to drop the batches; without, the data know by themselves where to go on.
+        timeout_s: seconds to wait for the other ranks; None for the default.
     """
 
-    def __init__(self, engine: Engine, generators: Sequence[RngState], *, skip_batches: bool) -> None:
-        self._iteration = engine.state.iteration
-        self._generators = list(generators)
+    def __init__(
+        self,
+        engine: Engine,
+        start: StartPoint,
+        loaded: Iterable[Any],
+        restored: Restored,
+        *,
+        skip_batches: bool,
+        timeout_s: float | None,
+    ) -> None:
+        self._start = self._recorded = start
+        self._loaded = list(loaded)
+        self._generators = [one for one in self._loaded if isinstance(one, RngState)]
+        self._restored = restored
         self._skip_batches = skip_batches
-        self._is_mid_epoch = False
+        self._timeout_s = timeout_s
+        self._has_given_out = False
         self._num_seen = 0
         self._targets: list[Callable[[], None]] = []
         for one in _on(engine):  # of an earlier resume, and no run since
             one.detach(engine)
+        self._place(engine)
+        set_start(engine, self)
         for event, handler in self._handlers():
             engine.add_event_handler(event, handler)
             handlers = engine._event_handlers[event]  # noqa: SLF001 - there is no public way to be the first
             handlers.insert(0, handlers.pop())
 
     def detach(self, engine: Engine) -> None:
-        """Take the handlers off the engine."""
+        """Take the handlers off the engine, and let it begin its epochs by itself."""
+        set_start(engine, None)
         for event, handler in self._handlers():
             if engine.has_event_handler(handler, event):
                 engine.remove_event_handler(handler, event)
 
     def _handlers(self) -> list[tuple[Events, Callable[[Engine], None]]]:
         return [
+            (Events.STARTED, self._begin_run),
             (Events.EPOCH_STARTED, self._begin_epoch),
             (Events.GET_BATCH_STARTED, self._begin_batches),
+            (Events.GET_BATCH_COMPLETED, self._end_batch),
             (Events.ITERATION_STARTED, self._begin_iteration),
         ]
 
+    # -- before the run ----------------------------------------------------------------------------
+
+    def before_run(
+        self,
+        engine: Engine,
+        data: Any = None,
+        max_epochs: int | None = None,
+        max_iters: int | None = None,
+        epoch_length: int | None = None,
+    ) -> State | None:
+        """Collective. Find where the run goes on, once its arguments are known.
+
+        Args:
+            engine: its ``run()`` was called.
+            data: as the other arguments, what that was given.
+            max_epochs: see there.
+            max_iters: see there.
+            epoch_length: see there.
+
+        Returns:
+            The engine's state if nothing is left to do; None if the run is to begin.
+
+        Raises:
+            ValueError: the place in the data cannot be told; on every rank.
+        """
+        state = engine.state
+        is_begun_anew = state.max_epochs is None and state.max_iters is None and state.iteration > 0
+        if state.iteration != self._start.trained or is_begun_anew:
+            self._leave(engine)
+            return None
+        if engine._dataloader_iter is not None:  # noqa: SLF001 - set_data() was called; there is no public way to ask
+            data = state.dataloader
+        start = self._recorded
+        ends = (max_epochs or state.max_epochs, max_iters or state.max_iters)
+        backend = current()
+        fitted: list[StartPoint] = []
+
+        def look() -> bool:
+            if start.is_at_end(*ends):
+                return True
+            fitted.append(self._fit(start, engine, data, epoch_length))
+            return False
+
+        place = agree.Place(who="resume", doing="finding where the run goes on", step=0)
+        are_at_end = agree.run(backend, place, look, timeout_s=self._timeout_s)
+        if all(are_at_end):
+            self._leave(engine)
+            _logger.log(
+                level_on(backend.rank, {0}),
+                "resume: nothing is left to do: the run had come to its end, at iteration %d, epoch %d. A later run() "
+                "begins anew, as in ignite",
+                start.trained,
+                start.epoch,
+            )
+            return state
+        if any(are_at_end):
+            ranks = [rank for rank, is_so in enumerate(are_at_end) if is_so]
+            msg = (
+                f"resume: the run had come to its end on ranks {ranks}, and not on the others: they trained other data"
+            )
+            raise ValueError(msg)
+        self._start = fitted[0]
+        self._place(engine)
+        engine._init_iter = self._start.in_epoch  # noqa: SLF001 - ignite derives it from the iteration
+        if self._start.scale != start.scale:
+            _logger.log(
+                level_on(backend.rank, {0}),
+                "resume: an epoch has %s iterations now, and had %s: going on at iteration %d, epoch %d",
+                self._start.epoch_length,
+                start.epoch_length,
+                self._start.trained,
+                self._start.epoch,
+            )
+        self._restored.note(_parts_of(data))
+        return None
+
+    def _fit(self, start: StartPoint, engine: Engine, data: Any, epoch_length: int | None) -> StartPoint:
+        start = replace(start, batches=self._batches(start, data))
+        return fit_to_data(
+            start,
+            data,
+            epoch_length,
+            knows_pass=any(one.pass_began_at is not None for one in self._generators),
+            counts_epochs=engine.state.max_iters is None,
+        )
+
+    def _batches(self, start: StartPoint, data: Any) -> int:
+        """Return how many batches of the pass under way have been trained."""
+        if start.batches is not None:
+            return start.batches
+        began_at = next((one.pass_began_at for one in self._generators if one.pass_began_at is not None), None)
+        length = length_of(data)
+        if began_at is None:  # then passes are taken to be epochs, if the data do not tell their length
+            began_at, length = 0, length or start.epoch_length
+        num_since = start.trained - began_at
+        return num_since % length if length else num_since
+
+    def _place(self, engine: Engine) -> None:
+        """Let the engine stand where the run goes on."""
+        start, state = self._start, engine.state
+        state.iteration, state.epoch, state.epoch_length = start.trained, start.epoch, start.epoch_length
+        engine.should_terminate = False  # of the run before; ignite would begin the epoch's count anew
+        go_on(engine, Resumption(start.in_epoch, start.batches or 0, start.epoch_begun), start.scale)
+
+    def _leave(self, engine: Engine) -> None:
+        """Let the next run begin as it would without a resume."""
+        self.detach(engine)
+        engine._init_iter = None  # noqa: SLF001 - as above
+        go_on(engine, None)
+
+    # -- in the run --------------------------------------------------------------------------------
+
+    def _begin_run(self, engine: Engine) -> None:
+        set_start(engine, None)
+        after_event(engine, self._after_started)
+
+    def _after_started(self, engine: Engine) -> None:
+        self._restored.put_back("STARTED")
+        if self._start.seed is not None and isinstance(engine, DeterministicEngine):
+            engine.state.seed = self._start.seed
+
     def _begin_epoch(self, engine: Engine) -> None:
-        if engine.state.iteration != self._iteration:
+        if engine.state.iteration != self._start.trained:
             self.detach(engine)
+            engine._init_iter = None  # noqa: SLF001 - a handler of STARTED has set another iteration
             return
-        length = engine.state.epoch_length
-        self._is_mid_epoch = bool(self._iteration % length if length else self._iteration)
-        if not self._is_mid_epoch:
+        if self._start.epoch_begun:
+            self._restored.hold_histories()
+        else:
             self._put_back()
         after_event(engine, self._before_iterator)
 
     def _before_iterator(self, engine: Engine) -> None:
+        if self._start.epoch_begun:
+            self._restored.put_back("EPOCH_STARTED")
         data = engine.state.dataloader
         if data is None:
             return
-        self._num_seen = self._position_in(data, engine.state.epoch_length)
-        if self._is_mid_epoch:
+        start = self._start
+        self._num_seen, self._has_given_out = (start.batches or 0) if start.is_mid_pass else 0, False
+        if start.epoch_begun:
             self._put_back()
         self._targets = [one.now() for one in self._generators]
-        if self._num_seen:
-            self._warn_of_order(data)
+        if start.is_mid_pass:
+            if self._knows_its_place(engine, data):
+                self._skip_batches = False
+            elif self._num_seen:
+                self._warn_of_order(data)
             for one in self._generators:
-                one.begin_pass(self._iteration - self._num_seen)
+                one.begin_pass(start.trained - self._num_seen)
 
-    def _position_in(self, data: Any, epoch_length: int | None) -> int:
-        """Return how many batches of the pass under way have been trained."""
-        began_at = next((one.pass_began_at for one in self._generators if one.pass_began_at is not None), None)
-        length = _length_of(data)
-        if began_at is None:  # then passes are taken to be epochs, if the data do not tell their length
-            began_at, length = 0, length or epoch_length or 0
-        num_since = self._iteration - began_at
-        return num_since % length if length else num_since
+    def _knows_its_place(self, engine: Engine, data: Any) -> bool:
+        """Return True if the data, or what they draw their indices from, have been restored themselves."""
+        if isinstance(engine, DeterministicEngine):
+            return True
+        parts = [part for part in _parts_of(data) if any(part is one for one in self._loaded)]
+        if self._start.is_drawn and parts:
+            warnings.warn(
+                f"resume: the checkpoint was saved after batch {self._start.trained + 1} was drawn and before it was "
+                f"trained. {type(parts[0]).__name__} goes on after it: it is not trained. Save on ITERATION_COMPLETED",
+                stacklevel=2,
+            )
+        is_sampler = any(part is one for part in parts for one in samplers_of(data))
+        if is_sampler and getattr(data, "num_workers", None):
+            warnings.warn(
+                f"resume: the workers of the loader draw ahead of what is trained, and so does the state of "
+                f"{type(parts[0]).__name__}: batches may never be trained. Use a distckpt.ResumableSampler",
+                stacklevel=2,
+            )
+        return bool(parts) or self._is_held(data)
+
+    def _is_held(self, data: Any) -> bool:
+        """Return True if an object that was restored holds data that have a state of their own."""
+        has_state = hasattr(data, "state_dict") and hasattr(data, "load_state_dict")
+        return has_state and any(data is held for one in self._loaded for held in getattr(one, "__dict__", {}).values())
 
     def _warn_of_order(self, data: Any) -> None:
         sampler = getattr(data, "sampler", None)
@@ -112,13 +287,20 @@ class FastForward:
         )
 
     def _begin_batches(self, engine: Engine) -> None:
-        self.detach(engine)
-        if engine.state.iteration != self._iteration or not self._num_seen:
+        if self._has_given_out:
             return
-        if self._skip_batches:
+        self._has_given_out = True
+        if engine.state.iteration != self._start.trained:
+            self.detach(engine)
+            return
+        if self._num_seen and self._skip_batches:
             self._skip(engine)
-        for put_back in self._targets:
-            put_back()
+        if self._start.is_mid_pass and not self._start.is_drawn:
+            self._put_back_targets()
+
+    def _end_batch(self, engine: Engine) -> None:
+        if self._start.is_drawn and self._start.event == Events.GET_BATCH_COMPLETED.name:
+            after_event(engine, lambda _: self._put_back_targets())
 
     def _skip(self, engine: Engine) -> None:
         iterator: Iterator[Any] = engine._dataloader_iter  # type: ignore[assignment]  # noqa: SLF001 - it is private, and made by now
@@ -142,25 +324,44 @@ class FastForward:
         )
 
     def _begin_iteration(self, engine: Engine) -> None:
-        # Reached without data only; the iteration has been counted.
         self.detach(engine)
-        if engine.state.iteration == self._iteration + 1 and self._is_mid_epoch:
+        start = self._start
+        if engine.state.iteration != start.trained + 1:
+            return
+        if start.iteration_begun:
+            self._restored.hold_histories()
+            after_event(engine, self._after_iteration_started)
+        elif start.epoch_begun and engine.state.dataloader is None:
             self._put_back()
+
+    def _after_iteration_started(self, engine: Engine) -> None:
+        self._restored.put_back("ITERATION_STARTED")
+        if engine.state.dataloader is None:
+            self._put_back()
+        else:
+            self._put_back_targets()
 
     def _put_back(self) -> None:
         for one in self._generators:
             one.put_back()
+
+    def _put_back_targets(self) -> None:
+        for put_back in self._targets:
+            put_back()
+
+
+def _parts_of(data: Any) -> Sequence[Any]:
+    """Return what may know its place in the data: a loader, its samplers, its data set if that is drawn in sequence."""
+    parts = [data, *samplers_of(data)]
+    dataset = getattr(data, "dataset", None)
+    if isinstance(dataset, IterableDataset) and not getattr(
+        data, "num_workers", None
+    ):  # workers draw from copies of it
+        parts.append(dataset)
+    return parts
 
 
 def _on(engine: Engine) -> list[FastForward]:
     handlers = engine._event_handlers.get(Events.EPOCH_STARTED, ())  # noqa: SLF001 - no public list of them
     owners = [getattr(handler, "__self__", None) for handler, *_ in handlers]
     return [owner for owner in owners if isinstance(owner, FastForward)]
-
-
-def _length_of(data: Any) -> int:
-    """Return the number of batches in a pass over the data; 0 where that is unknown."""
-    try:
-        return len(data)
-    except TypeError:
-        return 0

@@ -5,8 +5,8 @@ vote have their turn still to come. ignite has no event for "all handlers of thi
 exception that leaves a run. Layer L5.
 
 Changed of ignite's (pytorch-ignite 0.5.5): ``Engine._fire_event``, ``Engine._handle_exception``, ``Engine.run``,
-``Engine.set_data``, ``Engine.add_event_handler`` and ``Engine.remove_event_handler`` are wrapped, once, as this module
-is imported. An engine that no handler of distckpt's is attached to behaves as before.
+``Engine.set_data``, ``Engine.load_state_dict``, ``Engine.add_event_handler`` and ``Engine.remove_event_handler`` are
+wrapped, once, as this module is imported. An engine that no handler of distckpt's is attached to behaves as before.
 """
 
 import functools
@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar, Protocol
 
-from ignite.engine import Engine, Events
+from ignite.engine import Engine, Events, State
 from ignite.engine.events import EventsList
 
 from distckpt.handlers.progress import count_event, progress_of
@@ -33,6 +33,7 @@ __all__ = [
     "run_of",
     "set_hooks",
     "set_run",
+    "set_start",
     "take_turns",
     "turns_on",
     "turns_to_come",
@@ -40,6 +41,7 @@ __all__ = [
 
 _ATTRIBUTE = "_distckpt_hooks"
 _TURNS = "_distckpt_turns"
+_START = "_distckpt_start"
 _RUN = "_distckpt_run"
 _MAX_WRAPPERS = 16  # around one handler: a wrapper may claim to wrap itself
 _ITERATED = Events.ITERATION_COMPLETED  # members of an enum are slow to look up
@@ -72,6 +74,13 @@ class RunHooks(Protocol):
 
     def begin(self, engine: Engine) -> None:
         """Called before the handlers of STARTED."""
+
+
+class Start(Protocol):
+    """What is asked before an engine's next run; kept on the engine itself."""
+
+    def before_run(self, engine: Engine, *args: Any, **kwargs: Any) -> State | None:
+        """Called with the arguments of ``run()``; returns a state to be returned at once, or None."""
 
 
 class Noted:
@@ -210,6 +219,11 @@ def run_of(engine: Engine) -> Any:
 def set_run(engine: Engine, run: RunHooks) -> None:
     """Let the engine say to `run` when a run begins."""
     vars(engine)[_RUN] = run
+
+
+def set_start(engine: Engine, start: Start | None) -> None:
+    """Let the engine's next ``run()`` ask `start` first; None takes that back."""
+    vars(engine)[_START] = start
 
 
 def after_event(engine: Engine, action: Action) -> None:
@@ -412,6 +426,11 @@ def _wrap_handle_exception(handle: Callable[..., None]) -> Callable[..., None]:
 def _wrap_run(run: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(run)
     def run_and_tell(self: Engine, *args: Any, **kwargs: Any) -> Any:
+        start = self.__dict__.get(_START)
+        if start is not None:
+            state = start.before_run(self, *args, **kwargs)
+            if state is not None:
+                return state
         state = run(self, *args, **kwargs)
         hooks = self.__dict__.get(_ATTRIBUTE)
         if hooks is not None:
@@ -419,6 +438,21 @@ def _wrap_run(run: Callable[..., Any]) -> Callable[..., Any]:
         return state
 
     return run_and_tell
+
+
+def _wrap_load_state_dict(load: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(load)
+    def load_state_dict(self: Engine, state_dict: Any) -> None:
+        # Of a first epoch over data without a length; ignite derives the epoch from the iteration and the length.
+        is_stream = isinstance(state_dict, Mapping) and "epoch" not in state_dict
+        iteration = state_dict.get("iteration") if is_stream and state_dict.get("epoch_length", 0) is None else None
+        if not iteration:
+            load(self, state_dict)
+            return
+        load(self, {**state_dict, "iteration": 0})
+        self.state.iteration = iteration
+
+    return load_state_dict
 
 
 def _wrap_set_data(set_data: Callable[..., None]) -> Callable[..., None]:
@@ -435,6 +469,7 @@ def _hook_in() -> None:
         ("_fire_event", _wrap_fire_event),
         ("_handle_exception", _wrap_handle_exception),
         ("run", _wrap_run),
+        ("load_state_dict", _wrap_load_state_dict),
         ("set_data", _wrap_set_data),
         ("add_event_handler", _wrap_add_event_handler),
         ("remove_event_handler", _wrap_remove_event_handler),

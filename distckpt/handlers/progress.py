@@ -10,13 +10,24 @@ than the data's length.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from ignite.engine import Engine, Events
+from ignite.engine import DeterministicEngine, Engine, Events
 
 from distckpt.backends.detect import current
 
-__all__ = ["Progress", "batch_size_of", "length_of", "position_of", "progress_of", "samplers_of"]
+__all__ = [
+    "Progress",
+    "Resumption",
+    "batch_size_of",
+    "count_event",
+    "go_on",
+    "length_of",
+    "num_samples_of",
+    "position_of",
+    "progress_of",
+    "samplers_of",
+]
 
 _ATTRIBUTE = "_distckpt_progress"
 
@@ -27,22 +38,26 @@ class Progress:
 
     Attributes:
         trained: iterations trained in the run; the next one has the following number.
+        epochs: epochs that are over.
         epoch_began_at: `trained` as the present epoch began.
-        pass_began_at: `trained` as the present pass over the data began. Negative where a resumed run has begun it with
-            larger batches.
+        has_epoch_begun: whether an epoch has begun and is not over.
+        pass_began_at: `trained` as the present pass over the data began; negative where a resumed run has fewer
+            iterations than the one that began the pass.
         iterator_began_at: `trained` as the present iterator was made.
-        is_epoch_over: whether no more of the present epoch is to come.
         needs_iterator: whether a new iterator is to be made before the next batch, unless one was trained since.
-        scale: how often the number of iterations in an epoch was changed by a resume.
+        scale: how often a resume has changed what an iteration counts for.
+        resumed: what the next run goes on with; None for a run that begins where ignite would.
     """
 
     trained: int = 0
+    epochs: int = 0
     epoch_began_at: int = 0
+    has_epoch_begun: bool = False
     pass_began_at: int = 0
     iterator_began_at: int = 0
-    is_epoch_over: bool = True
     needs_iterator: bool = True
     scale: int = 0
+    resumed: "Resumption | None" = None
 
     @property
     def is_pass_over(self) -> bool:
@@ -56,8 +71,22 @@ class Progress:
 
     def end_pass(self) -> None:
         """Count the batches that follow to a new pass."""
-        self.pass_began_at = self.iterator_began_at = self.trained
+        self.begin_pass()
         self.needs_iterator = True
+
+
+class Resumption(NamedTuple):
+    """What a resumed run has behind it.
+
+    Attributes:
+        in_epoch: iterations trained in the epoch that has begun.
+        batches: batches trained in the pass that has begun.
+        has_epoch_begun: whether an epoch has begun, of which nothing may be trained yet.
+    """
+
+    in_epoch: int
+    batches: int
+    has_epoch_begun: bool
 
 
 def progress_of(engine: Engine) -> Progress:
@@ -69,34 +98,72 @@ def progress_of(engine: Engine) -> Progress:
     return progress
 
 
+def go_on(engine: Engine, resumed: Resumption | None, scale: int = 0) -> None:
+    """Let the engine's next run, which begins at its ``state``, count on from what was trained before.
+
+    Args:
+        engine: it does not run.
+        resumed: see :class:`Resumption`; None takes back what was said before.
+        scale: see :class:`Progress`.
+    """
+    progress = progress_of(engine)
+    progress.resumed, progress.scale = resumed, scale
+    _begin_run(engine, progress)
+
+
 def count_event(engine: Engine, event: Any) -> None:
     """Count an event that is not one of each iteration's, before its handlers. Called by the hook around events."""
     progress = progress_of(engine)
     if event is Events.STARTED:
         _begin_run(engine, progress)
     elif event is Events.EPOCH_STARTED:
-        progress.epoch_began_at = progress.trained
-        progress.is_epoch_over = False
+        progress.epochs = engine.state.epoch - 1
+        progress.epoch_began_at = progress.trained - _behind(engine, progress)
+        progress.has_epoch_begun = True
         if engine._dataloader_iter is None:  # noqa: SLF001 - ignite makes it after this event; no public way to ask
-            progress.begin_pass()
+            _begin_first_pass(progress)
+        progress.resumed = None
     elif event is Events.DATALOADER_STOP_ITERATION:
         progress.end_pass()
     elif event is Events.TERMINATE_SINGLE_EPOCH:
-        # An iteration that was begun and not trained is passed over: the next one counts on from it.
-        progress.trained = engine.state.iteration
-        progress.is_epoch_over = True
+        _end_epoch(engine, progress)
         progress.end_pass()
     elif event is Events.EPOCH_COMPLETED:
-        progress.trained = engine.state.iteration
-        progress.is_epoch_over = True
+        _end_epoch(engine, progress)
         if engine.last_event_name is Events.GET_BATCH_STARTED:  # data without a length have come to their end
             progress.end_pass()
 
 
 def _begin_run(engine: Engine, progress: Progress) -> None:
-    progress.trained = progress.epoch_began_at = engine.state.iteration
-    progress.is_epoch_over = True
-    progress.end_pass()
+    progress.trained, progress.epochs = engine.state.iteration, engine.state.epoch
+    behind = _behind(engine, progress)
+    progress.epoch_began_at = progress.trained - behind
+    progress.has_epoch_begun = behind > 0 if progress.resumed is None else progress.resumed.has_epoch_begun
+    _begin_first_pass(progress)
+    progress.needs_iterator = engine._dataloader_iter is None  # noqa: SLF001 - as above
+
+
+def _begin_first_pass(progress: Progress) -> None:
+    progress.begin_pass()
+    if progress.resumed is not None:
+        progress.pass_began_at -= progress.resumed.batches
+
+
+def _end_epoch(engine: Engine, progress: Progress) -> None:
+    # An iteration that was begun and not trained is passed over: the next one counts on from it.
+    progress.trained, progress.epochs, progress.has_epoch_begun = engine.state.iteration, engine.state.epoch, False
+
+
+def _behind(engine: Engine, progress: Progress) -> int:
+    """Return how many iterations of the epoch that is about to begin are behind the run, as ignite takes it."""
+    if progress.resumed is not None:
+        return progress.resumed.in_epoch
+    if engine._dataloader_iter is not None:  # noqa: SLF001 - as above; set after the run's first epoch
+        return 0
+    if engine._init_iter is not None:  # noqa: SLF001 - set where a terminated run goes on
+        return engine._init_iter  # noqa: SLF001
+    length = engine.state.epoch_length
+    return progress.trained % length if length else progress.trained
 
 
 def position_of(engine: Engine) -> dict[str, Any]:
@@ -106,35 +173,48 @@ def position_of(engine: Engine) -> dict[str, Any]:
         trained: iterations trained in the run. The engine's own ``iteration`` may be one more.
         epoch: epochs that are over.
         in_epoch: iterations trained in the epoch that has begun; 0 between two epochs.
+        epoch_begun: whether an epoch has begun, of which nothing may be trained yet.
+        pass_begun: whether the iterator over the data was made, and has more to give.
+        iteration_begun: whether an iteration has begun and is not trained.
+        is_drawn: whether the batch that follows has been drawn.
         epoch_length: the engine's; None where it is not known yet.
         batches: batches trained in this pass over the data; 0 where the next batch begins a new pass.
         samples: samples trained in this pass; None where the loader has no batch size.
         length: of the loader in batches; None if it has none.
         batch_size: of the loader; None if it has none.
-        is_drawn: whether the batch that follows has been drawn.
+        num_samples: in a pass; None where the loader does not tell.
         event: the event on which this is asked; None outside of a run.
         scale: see :class:`Progress`.
+        seed: of a DeterministicEngine's run; else None.
         world_size: number of ranks of the job.
-        sampler: the position of a sampler that knows how to go on, see :func:`samplers_of`; None without one.
+        sampler: the position of a sampler that knows how to go on; None without one.
     """
     progress, state, data = progress_of(engine), engine.state, getattr(engine.state, "dataloader", None)
     in_epoch = progress.trained - progress.epoch_began_at
-    is_over = progress.is_epoch_over or in_epoch == state.epoch_length
-    batches, length, batch_size = progress.trained - progress.pass_began_at, length_of(data), batch_size_of(data)
+    has_begun = progress.has_epoch_begun and in_epoch != state.epoch_length
+    batches, length = progress.trained - progress.pass_began_at, length_of(data)
     event = engine.last_event_name
-    is_drawn = state.iteration > progress.trained or event is Events.GET_BATCH_COMPLETED
+    has_iteration_begun = state.iteration > progress.trained
+    is_drawn = has_iteration_begun or event is Events.GET_BATCH_COMPLETED
+    has_pass_begun = batches != length and (batches > 0 or is_drawn or event is Events.GET_BATCH_STARTED)
+    batches = 0 if batches == length else batches
     return {
         "trained": progress.trained,
-        "epoch": state.epoch if is_over else max(0, state.epoch - 1),
-        "in_epoch": 0 if is_over else in_epoch,
-        "epoch_length": state.epoch_length,
-        "batches": 0 if batches == length else batches,
-        "samples": 0 if batches == length else samples_in(data, batches),
-        "length": length,
-        "batch_size": batch_size,
+        "epoch": progress.epochs + (progress.has_epoch_begun and not has_begun),
+        "in_epoch": in_epoch if has_begun else 0,
+        "epoch_begun": has_begun,
+        "pass_begun": data is not None and has_pass_begun,
+        "iteration_begun": has_iteration_begun,
         "is_drawn": is_drawn,
+        "epoch_length": state.epoch_length,
+        "batches": batches,
+        "samples": samples_in(data, batches),
+        "length": length,
+        "batch_size": batch_size_of(data),
+        "num_samples": num_samples_of(data),
         "event": None if event is None else str(getattr(event, "name", event)),
         "scale": progress.scale,
+        "seed": getattr(state, "seed", None) if isinstance(engine, DeterministicEngine) else None,
         "world_size": current().world_size,
         "sampler": _sampler_position(data, progress),
     }
@@ -157,13 +237,17 @@ def batch_size_of(data: Any) -> int | None:
     return None
 
 
+def num_samples_of(data: Any) -> int | None:
+    """Return the number of samples that a loader's sampler gives in a pass; None where that is unknown."""
+    its = [one for one in samplers_of(data) if one is not getattr(data, "batch_sampler", None)]
+    return length_of(its[-1]) if its else None
+
+
 def samples_in(data: Any, batches: int) -> int | None:
     """Return the number of samples in the first batches of a pass; None where the loader has no batch size."""
-    size = batch_size_of(data)
+    size, total = batch_size_of(data), num_samples_of(data)
     if size is None:
         return None
-    its = [one for one in samplers_of(data) if one is not getattr(data, "batch_sampler", None)]
-    total = length_of(its[-1]) if its else None
     return batches * size if total is None else min(batches * size, total)
 
 

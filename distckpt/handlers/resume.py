@@ -8,8 +8,8 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from ignite.engine import Engine
 from ignite.handlers.checkpoint import DiskSaver as _IgniteDiskSaver
 
 from distckpt import choose, load
-from distckpt.backends.base import default_timeout_s
+from distckpt.backends.base import Backend, default_timeout_s
 from distckpt.backends.detect import current
 from distckpt.consensus import agree
+from distckpt.errors import LoadError
 from distckpt.handlers.arguments import check_timeout
 from distckpt.handlers.beside import Beside, find_beside
 from distckpt.handlers.checkpoint import Checkpoint
@@ -27,10 +28,15 @@ from distckpt.handlers.disk_saver import DiskSaver
 from distckpt.handlers.fast_forward import FastForward
 from distckpt.handlers.object_trees import leaves, path_to
 from distckpt.handlers.own_files import OwnFiles, files_in
-from distckpt.handlers.rng_state import RngState
+from distckpt.handlers.restored import Restored
+from distckpt.handlers.resumed import Facts, Resumed
+from distckpt.handlers.start_point import StartPoint, start_of_record, start_of_state
 from distckpt.load import LoadReport
 from distckpt.log_level import level_on
+from distckpt.manifest import Head
 from distckpt.state.restore import Prepared, check_complete, prepare
+from distckpt.storage.opened import OpenCheckpoint
+from distckpt.storage.record_heads import read_head_at
 
 __all__ = ["resume"]
 
@@ -49,7 +55,7 @@ def resume(
     timeout_s: float | None = None,
     verify: bool = True,
     **kwargs: Any,
-) -> Path | None:
+) -> Resumed | None:
     """Collective. Load the newest checkpoint that is whole, the same one on all ranks; with none, start afresh.
 
     Call it on all ranks when everything is built, before ``engine.run(data, ...)``, with the arguments that the
@@ -105,8 +111,8 @@ def resume(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     trainer, found = make(folder)
         ...     trainer.run([0, 1], max_epochs=3) and None
-        ...     again, found_then = make(folder)
-        >>> found, found_then, again.state.epoch
+        ...     again, resumed = make(folder)
+        >>> found, resumed, again.state.epoch
         (None, 'checkpoint_6.pt', 3)
     """
     begin_s = time.monotonic()
@@ -143,6 +149,8 @@ def resume(
         verify=verify,
     )
     found: list[tuple[Beside, Prepared]] = []
+    record = read_head_at(chosen.path) or Head(0, "unknown")
+    engine = engine or _engine_in(to_load, record.record)
 
     def fit_here() -> None:
         beside = find_beside(source[0].handler, chosen, names, to_load, engine)
@@ -156,6 +164,7 @@ def resume(
 
     passed_over: list[LoadReport] = []
     with chosen.file:
+        load_again = _loader_of(chosen, to_load, kwargs)
         for doing, work in (("fitting", fit_here), ("loading", load_here)):
             place = agree.Place(who="resume", doing=f"{doing} {chosen.name}", step=0)
             agree.run(backend, place, work, timeout_s=patience_s)
@@ -164,12 +173,97 @@ def resume(
         warnings.warn(f"resume: {what}", stacklevel=2)
     for what in _left_out(chosen, passed_over[0]):
         _logger.log(level_on(backend.rank, {coordinator}), "resume: %s", what)
+    start = None
     if engine is not None and beside.is_engine_known:
-        engine.should_terminate = False  # of the run before; ignite would begin the epoch's count anew
-        FastForward(engine, [one for _, one in leaves(to_load) if isinstance(one, RngState)], skip_batches=skip_batches)
+        start = _start_of(engine, to_load, record.record, backend)
+        objects = [one for _, one in leaves(to_load)] + [one for one, _ in beside.pairs]
+        restored = Restored(_named(to_load, beside), load_again, timeout_s)
+        FastForward(engine, start, objects, restored, skip_batches=skip_batches, timeout_s=timeout_s)
     level = level_on(backend.rank, {coordinator})
     _tell(chosen, to_load, engine, beside, time.monotonic() - begin_s, level=level)
-    return chosen.path
+    resumed = Resumed(chosen.path, _facts_of(chosen, engine, start, record.record))
+    if resumed.has_ended:
+        _logger.log(
+            level, "resume: that run had come to its end: engine.run() returns at once, unless it is to go further"
+        )
+    return resumed
+
+
+def _engine_in(to_load: Mapping[str, Any], record: Mapping[str, Any] | None) -> Engine | None:
+    """Return the engine among the objects: the only one, or the one that ran when the checkpoint was saved."""
+    engines = {path: one for path, one in leaves(to_load) if isinstance(one, Engine)}
+    if len({id(one) for one in engines.values()}) == 1:
+        return next(iter(engines.values()))
+    return engines.get(_key_in(record) or ())
+
+
+def _key_in(record: Mapping[str, Any] | None) -> tuple[Any, ...] | None:
+    """Return where in the checkpoint the engine's state is that ran when it was saved; None if it is not known."""
+    found = (record or {}).get("engine")
+    key = found.get("key") if isinstance(found, Mapping) else None
+    return tuple(key) if isinstance(key, list) else None
+
+
+def _start_of(
+    engine: Engine, to_load: Mapping[str, Any], record: Mapping[str, Any] | None, backend: Backend
+) -> StartPoint:
+    """Return what the engine's run has behind it: as recorded on this rank, else as the engine's state says."""
+    known, key = (record or {}).get("engine"), _key_in(record)
+    path = path_to(engine, to_load)
+    is_its = key == path if key is not None and path is not None else True
+    if is_its and isinstance(known, Mapping) and known.get("iteration") == engine.state.iteration:
+        data = (record or {}).get("data")
+        positions = data if isinstance(data, list) else [data]
+        start = start_of_record(positions[backend.rank] if len(positions) == backend.world_size else positions[0])
+        if start is not None:
+            return start
+    return start_of_state(engine)
+
+
+def _named(to_load: Mapping[str, Any], beside: Beside) -> dict[str, Any]:
+    """Return the objects that were loaded, by name."""
+    objects = {".".join(map(str, path)): one for path, one in leaves(to_load)}
+    return objects | {f"the {type(one).__name__}": one for one, _ in beside.pairs}
+
+
+def _loader_of(
+    chosen: choose.Chosen, to_load: Mapping[str, Any], options: Mapping[str, Any]
+) -> Callable[[Sequence[Any]], None]:
+    """Return what loads some objects again, from the file that was chosen."""
+    fingerprint = [*chosen.file.fingerprint(), *chosen.file.inode()]
+
+    def load_again(objects: Sequence[Any]) -> None:
+        with OpenCheckpoint(chosen.path) as file:
+            if [*file.fingerprint(), *file.inode()] != fingerprint:
+                msg = (
+                    f"{chosen.path} is another file now than the one resumed from. What handlers of STARTED or "
+                    f"EPOCH_STARTED have changed cannot be put back: let them leave it alone"
+                )
+                raise LoadError(msg)
+            state = file.state()
+            prepared = prepare(to_load, state, options, file if file.look() else None, only=objects)
+            del state  # what nobody refers to any more is not read
+            prepared.load()
+
+    return load_again
+
+
+def _facts_of(
+    chosen: choose.Chosen, engine: Engine | None, start: StartPoint | None, record: Mapping[str, Any] | None
+) -> Facts:
+    run = (record or {}).get("run")
+    passed_over = tuple(chosen.refused.items())
+    run_id = run.get("id") if isinstance(run, Mapping) else None
+    known = Facts(passed_over=passed_over, run_id=run_id if isinstance(run_id, str) else None)
+    if engine is None or start is None:
+        return replace(known, iteration=chosen.iteration if chosen.iteration >= 0 else None)
+    return replace(
+        known,
+        iteration=start.trained,
+        epoch=start.epoch,
+        has_ended=start.is_at_end(engine.state.max_epochs, engine.state.max_iters),
+        world_size=start.world_size,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,10 +350,3 @@ def _tell(
         took_s,
         history,
     )
-    if engine is not None and beside.is_engine_known and engine._is_done(engine.state):  # noqa: SLF001 - not public
-        _logger.log(
-            level,
-            "resume: the run that %s is of had come to its end. ignite's run() begins anew, at iteration 0, unless "
-            "max_epochs or max_iters is more than it was",
-            chosen.path,
-        )

@@ -16,7 +16,7 @@ is told in one error. Tensors of theirs that can take their bytes straight from 
 """
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,7 @@ from distckpt.state.plain import is_plain_optimizer
 from distckpt.state.report import LoadReport, all_in_one, joined
 from distckpt.state.skeleton import Unsure, try_on_skeleton
 from distckpt.state.undo import Undo, undo_of
+from distckpt.state.unwrap import unwrap
 from distckpt.state.whole_objects import in_live_form
 
 __all__ = ["Prepared", "check_complete", "prepare"]
@@ -86,6 +87,7 @@ def prepare(
     module_options: Mapping[str, Any],
     unread: Unread | None = None,
     others: Iterable[tuple[Any, Any]] = (),
+    only: Collection[Any] | None = None,
 ) -> "Prepared":
     """Find out whether `state` fits, and how it is to be loaded. Rank-local; issues no collectives, touches no object.
 
@@ -97,6 +99,7 @@ def prepare(
         unread: where the bytes are that the state's tensors do not hold yet; None if they hold all. The caller lets go
             of the state before the load: what is still referred to is read.
         others: more objects, each with its state; no modules or optimizers.
+        only: which objects of `to_load` are to be loaded; None for all.
 
     Raises:
         ShardedStateError: a state holds a tensor of which this rank has a part.
@@ -107,6 +110,9 @@ def prepare(
     """
     options = dict(module_options)
     pairs, misfits = pair_up(to_load, state)
+    if only is not None:
+        wanted = {id(unwrap(obj)) for obj in only}
+        pairs = [one for one in pairs if id(one.obj) in wanted]
     pairs = [*(Pair(type(obj).__name__, obj, its_state) for obj, its_state in others), *pairs]
     pairs = [Pair(one.name, one.obj, whole_state(one.state, f"the checkpoint's {one.name!r}")) for one in pairs]
     turns = [_examine(pair, options, misfits) for pair in pairs]

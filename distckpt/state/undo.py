@@ -17,7 +17,7 @@ from torch import nn
 
 from distckpt.state.plain import has_memory
 
-__all__ = ["Undo", "own_state", "undo_of"]
+__all__ = ["Undo", "copied", "is_same", "load_own_state", "own_state", "undo_of"]
 
 Undo = Callable[[], None]
 
@@ -53,6 +53,25 @@ def undo_of(obj: Any, options: Mapping[str, Any]) -> Undo | None:
 def own_state(obj: Any) -> Any:
     """Return an object's state as this rank has it. Rank-local where that can be known."""
     return getattr(obj, _RANK_LOCAL[0])() if _is_gathered(obj) else obj.state_dict()
+
+
+def load_own_state(obj: Any, state: Any) -> None:
+    """Load what :func:`own_state` returned. Rank-local where that can be known."""
+    getattr(obj, _RANK_LOCAL[1] if _is_gathered(obj) else "load_state_dict")(state)
+
+
+def copied(value: Any) -> Any:
+    """Copy tensors, arrays and containers; keep all other objects as they are.
+
+    Raises:
+        ValueError: a tensor has no memory.
+    """
+    return _copy(value, {})
+
+
+def is_same(one: Any, other: Any) -> bool:
+    """Compare dense tensors, containers and numbers; of other objects nothing is known, and they are taken as equal."""
+    return _is_same(one, other, {})
 
 
 def _is_gathered(obj: Any) -> bool:

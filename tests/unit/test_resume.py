@@ -410,7 +410,7 @@ def test_it_says_what_it_did(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
 def test_a_run_that_had_ended_is_told_apart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.save({"trainer": engine_state(8, max_epochs=2)}, tmp_path / "a.pt")
     resume({}, tmp_path, engine=idle_engine())
-    assert "had come to its end. ignite's run() begins anew" in caplog.text
+    assert "had come to its end: engine.run() returns at once" in caplog.text
 
 
 # -- how the begun epoch goes on -------------------------------------------------------------------
