@@ -7,7 +7,7 @@ mended here happens in the engine's first run after the resume, and never again.
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -49,8 +49,7 @@ class FastForward:
     Args:
         engine: it has been restored.
         start: what the run has behind it.
-        loaded: all objects that have been restored.
-        restored: keeps them as they were restored.
+        restored: the objects that have been restored.
         skip_batches: whether to drop the batches; without, the data know by themselves where to go on.
         timeout_s: seconds to wait for the other ranks; None for the default.
     """
@@ -59,14 +58,13 @@ class FastForward:
         self,
         engine: Engine,
         start: StartPoint,
-        loaded: Iterable[Any],
         restored: Restored,
         *,
         skip_batches: bool,
         timeout_s: float | None,
     ) -> None:
         self._start = self._recorded = start
-        self._loaded = list(loaded)
+        self._loaded = restored.objects
         self._generators = [one for one in self._loaded if isinstance(one, RngState)]
         self._restored = restored
         self._skip_batches = skip_batches

@@ -31,11 +31,15 @@ class Restored:
         objects: by name, as the checkpoint was loaded into them; the same names on all ranks.
         load_again: loads some of them again. Rank-local.
         timeout_s: seconds to wait for the other ranks; None for the default.
+
+    Attributes:
+        objects: all of them.
     """
 
     def __init__(
         self, objects: Mapping[str, Any], load_again: Callable[[Sequence[Any]], None], timeout_s: float | None
     ) -> None:
+        self.objects = list(objects.values())
         self._objects = {
             name: _UserKeys(one) if isinstance(one, Engine) else one
             for name, one in objects.items()

@@ -33,7 +33,6 @@ from distckpt.handlers.resumed import Facts, Resumed
 from distckpt.handlers.start_point import StartPoint, start_of_record, start_of_state
 from distckpt.load import LoadReport
 from distckpt.log_level import level_on
-from distckpt.manifest import Head
 from distckpt.state.restore import Prepared, check_complete, prepare
 from distckpt.storage.opened import OpenCheckpoint
 from distckpt.storage.record_heads import read_head_at
@@ -70,7 +69,9 @@ def resume(
        any rank has been touched.
     4. (all ranks) load it: on each rank all objects, or none. An error on one rank is raised on every rank.
     5. (all ranks) take over the handler's history, so that it goes on removing what it replaces.
-    6. (all ranks) let the engine's next run begin where the other one was: see `skip_batches`.
+    6. (all ranks) let the engine's next run go on at the first batch that was not trained: see `skip_batches`. What
+       its handlers of STARTED, and of EPOCH_STARTED in a begun epoch, change of the restored objects is put back. If
+       the run had come to its end, ``engine.run()`` up to the same end returns at once.
 
     Args:
         to_load: what was saved: objects with ``load_state_dict``, in mappings and lists nested at will. Put an
@@ -79,16 +80,19 @@ def resume(
             directory it is; or a :class:`~distckpt.Checkpoint`, of which only those files are candidates that it could
             have named so. The coordinator is the handler's ``save_on_rank``, else rank 0.
         engine: the trainer. If it is not among `to_load`, it gets the one state of an engine's that the checkpoint
-            holds beside them.
-        skip_batches: where the checkpoint was made in the middle of an epoch, draw and drop the batches of the data
-            that it had trained in it. False for data that know by themselves where to go on.
+            holds beside them. None for the engine among `to_load`; if there are several, the one that ran when the
+            checkpoint was saved.
+        skip_batches: where the checkpoint was made in the middle of a pass over the data, draw and drop the batches
+            that were trained in it. Data that are restored themselves, as a loader or sampler among `to_load`, and a
+            DeterministicEngine's know where to go on: there nothing is dropped. False for others that know it.
         timeout_s: seconds to wait for the other ranks; None for ``DISTCKPT_TIMEOUT_S``, or 300, and for no less than
             1800 while they read and load.
         verify: compare the files with their checksums.
         kwargs: for ``nn.Module.load_state_dict``, e.g. ``strict=False``; modules only.
 
     Returns:
-        The checkpoint's path; None if there is nothing to resume from. The same on every rank.
+        The checkpoint's path, and what is known of its run (see :class:`~distckpt.handlers.resumed.Resumed`); None if
+        there is nothing to resume from. The path is the same on every rank.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -99,6 +103,7 @@ def resume(
 
     Example:
         >>> import tempfile
+        >>> from distckpt import RngState
         >>> from torch import nn
         >>> from ignite.engine import Events
         >>> def make(folder):
@@ -132,11 +137,10 @@ def resume(
     place = agree.Place(who="resume", doing="looking for checkpoints", step=0)
     answers = agree.run(backend, place, look, timeout_s=timeout_s)
     coordinator = _coordinator_of([answer["coordinator"] for answer in answers])
-    listing = answers[coordinator]
+    listing, level = answers[coordinator], level_on(backend.rank, {coordinator})
     directory, names = Path(listing["directory"]), listing["names"]
     if not names:
         told = f"; {listing['num_others']} files there are named otherwise" if listing["num_others"] else ""
-        level = level_on(backend.rank, {coordinator})
         _logger.log(level, "resume: nothing to resume from in %s: starting afresh%s", directory, told)
         return None
     chosen = choose.first_whole(
@@ -149,10 +153,13 @@ def resume(
         verify=verify,
     )
     found: list[tuple[Beside, Prepared]] = []
-    record = read_head_at(chosen.path) or Head(0, "unknown")
-    engine = engine or _engine_in(to_load, record.record)
+    record: dict[str, Any] = {}
 
     def fit_here() -> None:
+        nonlocal engine
+        head = read_head_at(chosen.path)
+        record.update((head and head.record) or {})
+        engine = engine or _engine_in(to_load, record)
         beside = find_beside(source[0].handler, chosen, names, to_load, engine)
         unread = chosen.file if chosen.file.look() else None
         found.append((beside, prepare(to_load, chosen.state, kwargs, unread, beside.pairs)))
@@ -171,25 +178,18 @@ def resume(
     beside = found[0][0]
     for what in beside.warnings:
         warnings.warn(f"resume: {what}", stacklevel=2)
-    for what in _left_out(chosen, passed_over[0]):
-        _logger.log(level_on(backend.rank, {coordinator}), "resume: %s", what)
+    _log_left_out(chosen, passed_over[0], level)
     start = None
     if engine is not None and beside.is_engine_known:
-        start = _start_of(engine, to_load, record.record, backend)
-        objects = [one for _, one in leaves(to_load)] + [one for one, _ in beside.pairs]
+        start = _start_of(engine, to_load, record, backend)
         restored = Restored(_named(to_load, beside), load_again, timeout_s)
-        FastForward(engine, start, objects, restored, skip_batches=skip_batches, timeout_s=timeout_s)
-    level = level_on(backend.rank, {coordinator})
-    _tell(chosen, to_load, engine, beside, time.monotonic() - begin_s, level=level)
-    resumed = Resumed(chosen.path, _facts_of(chosen, engine, start, record.record))
-    if resumed.has_ended:
-        _logger.log(
-            level, "resume: that run had come to its end: engine.run() returns at once, unless it is to go further"
-        )
-    return resumed
+        FastForward(engine, start, restored, skip_batches=skip_batches, timeout_s=timeout_s)
+    facts = _facts_of(chosen, engine, start, record)
+    _tell(chosen, to_load, engine, beside, time.monotonic() - begin_s, level=level, has_ended=facts.has_ended)
+    return Resumed(chosen.path, facts)
 
 
-def _engine_in(to_load: Mapping[str, Any], record: Mapping[str, Any] | None) -> Engine | None:
+def _engine_in(to_load: Mapping[str, Any], record: Mapping[str, Any]) -> Engine | None:
     """Return the engine among the objects: the only one, or the one that ran when the checkpoint was saved."""
     engines = {path: one for path, one in leaves(to_load) if isinstance(one, Engine)}
     if len({id(one) for one in engines.values()}) == 1:
@@ -197,22 +197,20 @@ def _engine_in(to_load: Mapping[str, Any], record: Mapping[str, Any] | None) -> 
     return engines.get(_key_in(record) or ())
 
 
-def _key_in(record: Mapping[str, Any] | None) -> tuple[Any, ...] | None:
+def _key_in(record: Mapping[str, Any]) -> tuple[Any, ...] | None:
     """Return where in the checkpoint the engine's state is that ran when it was saved; None if it is not known."""
-    found = (record or {}).get("engine")
+    found = record.get("engine")
     key = found.get("key") if isinstance(found, Mapping) else None
     return tuple(key) if isinstance(key, list) else None
 
 
-def _start_of(
-    engine: Engine, to_load: Mapping[str, Any], record: Mapping[str, Any] | None, backend: Backend
-) -> StartPoint:
+def _start_of(engine: Engine, to_load: Mapping[str, Any], record: Mapping[str, Any], backend: Backend) -> StartPoint:
     """Return what the engine's run has behind it: as recorded on this rank, else as the engine's state says."""
-    known, key = (record or {}).get("engine"), _key_in(record)
+    known, key = record.get("engine"), _key_in(record)
     path = path_to(engine, to_load)
     is_its = key == path if key is not None and path is not None else True
     if is_its and isinstance(known, Mapping) and known.get("iteration") == engine.state.iteration:
-        data = (record or {}).get("data")
+        data = record.get("data")
         positions = data if isinstance(data, list) else [data]
         start = start_of_record(positions[backend.rank] if len(positions) == backend.world_size else positions[0])
         if start is not None:
@@ -249,9 +247,9 @@ def _loader_of(
 
 
 def _facts_of(
-    chosen: choose.Chosen, engine: Engine | None, start: StartPoint | None, record: Mapping[str, Any] | None
+    chosen: choose.Chosen, engine: Engine | None, start: StartPoint | None, record: Mapping[str, Any]
 ) -> Facts:
-    run = (record or {}).get("run")
+    run = record.get("run")
     passed_over = tuple(chosen.refused.items())
     run_id = run.get("id") if isinstance(run, Mapping) else None
     known = Facts(passed_over=passed_over, run_id=run_id if isinstance(run_id, str) else None)
@@ -296,10 +294,12 @@ class _Source:
         return answer
 
 
-def _left_out(chosen: choose.Chosen, report: LoadReport) -> list[str]:
+def _log_left_out(chosen: choose.Chosen, report: LoadReport, level: int) -> None:
     """Say which keys a load that is not strict has passed over."""
     kinds = {"lacks": report.missing, "has, and no object takes,": report.unexpected}
-    return [f"{chosen.path} {verb} {', '.join(keys)}" for verb, keys in kinds.items() if keys]
+    for verb, keys in kinds.items():
+        if keys:
+            _logger.log(level, "resume: %s %s %s", chosen.path, verb, ", ".join(keys))
 
 
 def _source_of(given: object) -> _Source:
@@ -333,6 +333,7 @@ def _tell(
     took_s: float,
     *,
     level: int,
+    has_ended: bool,
 ) -> None:
     names = [".".join(map(str, path)) for path, _ in leaves(to_load)]
     if engine is not None and any(one is engine for one, _ in beside.pairs):
@@ -350,3 +351,7 @@ def _tell(
         took_s,
         history,
     )
+    if has_ended:
+        _logger.log(
+            level, "resume: that run had come to its end: engine.run() returns at once, unless it is to go further"
+        )
