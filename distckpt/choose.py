@@ -5,9 +5,11 @@ Owns the order of candidates, and what is said when none will do. How one is loo
 
 The protocol, after the coordinator has listed the candidates:
 
-1. (coordinator) :func:`newest_first` orders them. The highest iteration *recorded inside* comes first; modification
-   times decide between equals only, since copies (``cp``, ``rsync``, a restored backup) change them. What cannot be
-   looked into comes before all others, so that a damaged newest one is never passed over without a word.
+1. (coordinator) :func:`newest_first` orders them. Those whose manifests have a record come in the order in which they
+   were saved; names, iterations and modification times have no part in it. After them come those without a record, the
+   highest iteration recorded inside first; modification times decide between equals only, since copies (``cp``,
+   ``rsync``, a restored backup) change them. What cannot be looked into comes before all others, so that a damaged
+   newest one is never passed over without a word.
 2. (all ranks) :func:`first_whole`: all ranks look at each one in turn, and hear what is wrong with it, and where; it is
    refused, or taken, on all of them alike.
 """
@@ -18,6 +20,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -95,12 +98,17 @@ def iteration_of(state: Any, path: tuple[Any, ...] | None = None) -> int:
     return max(found.values(), default=-1)
 
 
-def newest_first(paths: Sequence[Path], progress: Callable[[Any], int]) -> list[Path]:
+def newest_first(
+    paths: Sequence[Path],
+    progress: Callable[[Any], int],
+    recorded: Mapping[Path, tuple[float, str, int]] = MappingProxyType({}),
+) -> list[Path]:
     """Order checkpoints, newest first. Rank-local; issues no collectives.
 
     Args:
         paths: the candidates.
         progress: takes what a file holds (its tensors not read), returns the iteration.
+        recorded: of the files that have a record, by what they are ordered: the highest is the newest.
     """
     mtimes_ns: dict[Path, int] = {}
     for path in paths:
@@ -108,8 +116,14 @@ def newest_first(paths: Sequence[Path], progress: Callable[[Any], int]) -> list[
             mtimes_ns[path] = path.stat().st_mtime_ns
     if len(mtimes_ns) < 2:  # noqa: PLR2004 - nothing to order
         return list(mtimes_ns)
-    keys = {path: (_peek(path, progress), mtime_ns, path.name) for path, mtime_ns in mtimes_ns.items()}
-    return sorted(keys, key=lambda path: keys[path], reverse=True)
+    others = {path: (_peek(path, progress), at, path.name) for path, at in mtimes_ns.items() if path not in recorded}
+    unread = [path for path, key in others.items() if key[0] == math.inf]
+    known = sorted(recorded.keys() & mtimes_ns.keys(), key=lambda path: recorded[path], reverse=True)
+    return [
+        *sorted(unread, key=lambda path: others[path], reverse=True),
+        *known,
+        *sorted(others.keys() - set(unread), key=lambda path: others[path], reverse=True),
+    ]
 
 
 def _peek(path: Path, progress: Callable[[Any], int]) -> float:

@@ -4,7 +4,8 @@ Owns the dataclasses that travel before a save and the arithmetic between them. 
 file touched. Layer L3.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -20,8 +21,10 @@ __all__ = [
     "RemovalOrder",
     "SaveDecision",
     "SaveIntent",
+    "comparable",
     "decide_from",
     "filename_of",
+    "step_priority",
 ]
 
 
@@ -82,6 +85,10 @@ class SaveIntent:
         run: the run that the save belongs to, as a manifest has it.
         number: how many checkpoints that run has saved before.
         data: which data this rank's engine has trained, as plain JSON.
+        former: those of the history that were saved before this run began or went on.
+        is_begun: whether it is saved under the number of an epoch that is not over.
+        is_last: whether it has to be saved, for the run ends.
+        is_saved: whether this iteration has been saved already.
     """
 
     rules: NameRules
@@ -98,6 +105,10 @@ class SaveIntent:
     run: Mapping[str, Any] | None = None
     number: int = 0
     data: Mapping[str, Any] = field(default_factory=dict)
+    former: tuple[str, ...] = ()
+    is_begun: bool = False
+    is_last: bool = False
+    is_saved: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +149,7 @@ class Agreed:
         run: the coordinator's run.
         number: how many checkpoints that run has saved before.
         data: each rank's, in rank order.
+        former: those of the coordinator's history that were saved before this run began or went on.
     """
 
     coordinator: int
@@ -154,6 +166,7 @@ class Agreed:
     run: Mapping[str, Any] | None = None
     number: int = 0
     data: tuple[Mapping[str, Any], ...] = ()
+    former: tuple[str, ...] = ()
 
 
 def decide_from(intents: Sequence[SaveIntent]) -> Agreed:
@@ -176,10 +189,14 @@ def decide_from(intents: Sequence[SaveIntent]) -> Agreed:
     if score is not None:
         known = [chief.score if one is None else one for one in scores]
         score, differed = agreed_score([one for one in known if one is not None], rules.score_rule, coordinator)
-    priority = score if score is not None else chief.global_step
+    priority, history, has_to_be = score, chief.history, False
+    if priority is None:
+        priority = step_priority(chief.global_step, is_begun=chief.is_begun)
+        if not chief.is_saved:
+            history, has_to_be = comparable(history, chief.former, priority), chief.is_last
     decision = None
-    if retention.wants(chief.history, priority, n_saved=rules.n_saved, greater_or_equal=rules.greater_or_equal):
-        decision = _decision(chief, score, priority)
+    if has_to_be or retention.wants(history, priority, n_saved=rules.n_saved, greater_or_equal=rules.greater_or_equal):
+        decision = _decision(chief, history, score, priority)
     return Agreed(
         coordinator=coordinator,
         history=chief.history,
@@ -195,6 +212,7 @@ def decide_from(intents: Sequence[SaveIntent]) -> Agreed:
         run=chief.run,
         number=chief.number,
         data=tuple(intent.data for intent in intents),
+        former=chief.former,
     )
 
 
@@ -228,11 +246,39 @@ def filename_of(rules: NameRules, *, score: str | None, global_step: Any) -> str
     return naming.render(pattern, fields)
 
 
-def _decision(chief: SaveIntent, score: float | None, priority: float) -> SaveDecision:
+def step_priority(global_step: Any, *, is_begun: bool) -> int | float:
+    """Return the priority of what is saved under a step: half of one lower where that is an epoch that is not over."""
+    priority: int | float = global_step - 0.5 if is_begun else global_step
+    return priority
+
+
+def comparable(history: Sequence[Entry], former: Collection[str], priority: float) -> tuple[Entry, ...]:
+    """Return a history of steps as it compares with what is saved now.
+
+    Whatever was saved before this run is older. Where its steps say otherwise, they were counted in another way: then
+    all of it counts as older than everything.
+
+    Args:
+        history: lowest priority first.
+        former: what of it was saved before this run.
+        priority: of what is saved now.
+
+    Example:
+        >>> comparable([(20, "a.pt"), (30, "b.pt")], ["a.pt", "b.pt"], 3)
+        ((-inf, 'a.pt'), (-inf, 'b.pt'))
+    """
+    entries = tuple((value, name) for value, name in history)
+    if not any(value >= priority for value, name in entries if name in former):
+        return entries
+    older = tuple((-math.inf, name) for _, name in entries if name in former)
+    return older + tuple(entry for entry in entries if entry[1] not in former)
+
+
+def _decision(chief: SaveIntent, history: Sequence[Entry], score: float | None, priority: float) -> SaveDecision:
     rules = chief.rules
     told = None if score is None else naming.format_score(score)
     filename = filename_of(rules, score=told, global_step=chief.global_step)
-    retained = retention.admit(chief.history, (priority, filename), n_saved=rules.n_saved)
+    retained = retention.admit(history, (priority, filename), n_saved=rules.n_saved)
     strays = [name for name in chief.strays if name != filename and name not in retained.evicted]
     return SaveDecision(
         filename=filename,

@@ -46,6 +46,14 @@ def find_beside(
 ) -> Beside:
     """Rank-local. Find the states of the engine and of the handler. The same on every rank.
 
+    Args:
+        handler: whose history is looked for in the file and in the names of others; None where no handler is given, or
+            the file has a record.
+        chosen: the checkpoint.
+        names: the files that may belong to the history, by their names.
+        to_load: what is loaded.
+        engine: the trainer, if it is given.
+
     Raises:
         ValueError: several could be the engine's.
     """
@@ -93,7 +101,10 @@ def _history_of(
     length = engine_state.get("epoch_length")
     is_mid_epoch = bool(length and engine_state["iteration"] % length)
     others = [name for name in names if name not in chosen.refused]
-    entries = OwnFiles(handler).history_of(chosen.name, others, n_saved=handler.n_saved, is_mid_epoch=is_mid_epoch)
+    entries = None
+    if chosen.name in names:
+        own = OwnFiles(handler)
+        entries = own.named_history(chosen.name, others, n_saved=handler.n_saved, is_mid_epoch=is_mid_epoch)
     if entries is None:
         return None, "the handler's history is unknown, and older files stay (include_self=True saves it)"
     return {"_saved": entries}, f"the handler's history is what the names of {len(entries)} files tell"

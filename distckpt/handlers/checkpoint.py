@@ -14,7 +14,7 @@ from ignite.engine import Engine, Events, State
 from distckpt import retention
 from distckpt.backends.detect import current
 from distckpt.consensus.agree import Seat
-from distckpt.consensus.decision import NameRules, SaveIntent
+from distckpt.consensus.decision import NameRules, SaveIntent, comparable, step_priority
 from distckpt.consensus.scores import check_rule
 from distckpt.consensus.step_vote import Answer, Fact
 from distckpt.handlers import arguments
@@ -29,15 +29,16 @@ from distckpt.handlers.flights import Flights
 from distckpt.handlers.older import accept_older_order, deprecated
 from distckpt.handlers.places import counts_iterations
 from distckpt.handlers.progress import position_of
-from distckpt.handlers.runs import num_saved, propose
+from distckpt.handlers.runs import Origin, num_saved
 from distckpt.handlers.save_handler import BaseSaveHandler, refuse_overrides
 from distckpt.handlers.voting import Voter, announce_errors, hold, is_poisoned
 from distckpt.naming import check_name
 from distckpt.scalars import is_numpy_scalar, plain_score
 from distckpt.state.collect import is_spread
 
-__all__ = ["Checkpoint", "UserFacts"]
+__all__ = ["Checkpoint", "UserFacts", "name_of"]
 
+_LAST = (Events.COMPLETED, Events.TERMINATE)
 _SERIALS = itertools.count()
 """Tells which of two handlers was made before the other."""
 _OLDER_ORDER = (
@@ -194,6 +195,12 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
         self._directory: tuple[Any, str | None] = (None, None)
         self._is_agreed = False
         self._known = KnownEngines()
+        self._origin: Origin | None = None
+        self._former = frozenset[str]()
+        self._run_key: tuple[Any, ...] | None = None
+        self._is_untouched = True
+        self._is_given = False
+        self._saved_iteration: int | None = None
         self._serial = next(_SERIALS)
         self._unseen: Any = None
         self._facts: UserFacts | None = None
@@ -261,18 +268,31 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
         if engine is not self._asked_on:
             return None  # by its name alone: ranks of which only some save come from different places
         facts = self._facts = self._find_facts(engine)
-        return _nothing_to_tell if self._may_want(facts) else None
+        return _nothing_to_tell if self._may_want(engine, facts) else None
 
     def _act(self, engine: Engine, said: Mapping[int, Any]) -> None:
         del engine, said
         self._is_wanted = True
 
-    def _may_want(self, facts: UserFacts) -> bool:
+    def _may_want(self, engine: Engine, facts: UserFacts) -> bool:
         """Tell whether this rank's facts call for a save. Where no rank's do, the agreed score's would not either."""
-        if not self._is_agreed:
+        if not self._is_agreed or self._is_forced:
             return True
-        priority = facts.score if facts.score is not None else facts.global_step
-        return retention.wants(self._saved, priority, n_saved=self.n_saved, greater_or_equal=self.greater_or_equal)
+        priority = facts.score
+        history: Sequence[tuple[int | float, str]] = self._saved
+        if priority is None:
+            begun = self._is_of_begun_epoch(facts, next(iter(engines_firing()), engine))
+            priority = step_priority(facts.global_step, is_begun=begun)
+            history = comparable(history, self._former, priority)
+        return retention.wants(history, priority, n_saved=self.n_saved, greater_or_equal=self.greater_or_equal)
+
+    def _is_of_begun_epoch(self, facts: UserFacts, outermost: Engine) -> bool:
+        """Return True if a save under an epoch's number comes before that epoch's end, which is to replace it."""
+        if self.global_step_transform is None or facts.score is not None:
+            return False
+        step, epoch = facts.global_step, outermost.state.epoch
+        is_whole = type(step) in (int, float) and step == epoch
+        return self._is_early or (is_whole and position_of(outermost)["epoch"] < epoch)
 
     def _ticket(self) -> str | None:
         return self.save_handler.ticket if isinstance(self.save_handler, DiskSaver) else None
@@ -326,7 +346,7 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
             facts = self._find_facts(engine)
         engines = (*engines_firing(), engine)
         outermost = engines[0]
-        run = propose(outermost, None, 0.0)
+        run = self._enter_run(engines)
         return SaveIntent(
             rules=self._rules(),
             save_on_rank=self._coordinator(),
@@ -338,10 +358,14 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
             is_spread=is_spread(self.to_save),
             knows_writers=not isinstance(self.save_handler, DiskSaver) or self.save_handler.knows_writers(current()),
             removal=int(self._removal()),
-            handler=self._identity(engines),
+            handler=self._owner(engines).identity if isinstance(self.save_handler, ON_DISK) else None,
             run=run.as_json(),
             number=num_saved(outermost),
             data=position_of(outermost),
+            former=tuple(sorted(self._former)),
+            is_begun=self._is_of_begun_epoch(facts, outermost),
+            is_last=self._is_forced or (len(engines) > 1 and outermost.last_event_name in _LAST),
+            is_saved=self._saved_at.is_now(engine) or self._is_saved_before(outermost),
         )
 
     def _rules(self) -> NameRules:

@@ -20,13 +20,55 @@ from distckpt import load
 from distckpt.consensus.decision import NameRules, filename_of
 from distckpt.handlers.disk_saver import DiskSaver
 from distckpt.handlers.firing import noted_on
+from distckpt.handlers.records import Record
+from distckpt.handlers.runs import Origin
 from distckpt.load import LoadReport
-from distckpt.naming import format_score
+from distckpt.naming import format_score, printable
+from distckpt.retention import Entry
 from distckpt.scalars import plain_score
 
-__all__ = ["ON_DISK", "CheckpointHistory", "IgniteDiskSaver", "KnownEngines"]
+__all__ = ["ON_DISK", "CheckpointHistory", "IgniteDiskSaver", "KnownEngines", "Owner", "shown"]
 
 ON_DISK = (DiskSaver, IgniteDiskSaver)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Owner:
+    """What tells the files of a handler from those of others. Any thread.
+
+    Attributes:
+        identity: how its files are named, and its place among those that name theirs alike; as a record has it.
+        names: of the objects in its files; empty where it does not know what it saves.
+        held: the files that other handlers keep in the same directory.
+    """
+
+    identity: Mapping[str, Any]
+    names: frozenset[str]
+    held: frozenset[str]
+
+    def has(self, handler: Mapping[str, Any]) -> bool:
+        """Return True if a record names this handler."""
+        given, own = dict(handler), dict(self.identity)
+        own.pop("name", None)
+        name = given.pop("name", None)
+        return given == own and (not self.names or name in self.names)
+
+    def refuse(self, filename: str, record: Record | None) -> None:
+        """Raise an error where a file is another handler's.
+
+        Args:
+            filename: which file is to be removed.
+            record: what it says of itself; None for nothing.
+
+        Raises:
+            ValueError: it is another handler's.
+        """
+        if filename in self.held:
+            msg = "another handler of this program keeps it"
+            raise ValueError(msg)
+        if record is not None and not self.has(record.handler):
+            msg = f"its manifest says that another handler saved it ({shown(record.handler)})"
+            raise ValueError(msg)
 
 
 class KnownEngines:
@@ -53,18 +95,32 @@ class KnownEngines:
         return list({id(one): one for one in (*self._engines, *engines)}.values())
 
 
+def shown(handler: Mapping[str, Any]) -> str:
+    """Return what a message says of a handler's identity."""
+    told = [f"{key}={value!r}" for key, value in handler.items() if value not in (None, "", False, 0)]
+    return printable(", ".join(told))
+
+
 class CheckpointHistory(Serializable):
     """The part of :class:`~distckpt.Checkpoint` that remembers."""
 
     _state_dict_all_req_keys = ("_saved",)
     save_handler: Any
     score_function: Callable[..., Any] | None
+    global_step_transform: Callable[..., int] | None
+    ext: str
     _saved: "list[CheckpointHistory.Item]"
     _strays: tuple[str, ...]
     _directory: tuple[Any, str | None]
     _is_agreed: bool
     _known: "KnownEngines"
     _serial: int
+    _origin: Origin | None
+    _former: frozenset[str]
+    _run_key: tuple[Any, ...] | None
+    _is_untouched: bool
+    _is_given: bool
+    _saved_iteration: int | None
 
     keeps_history: bool = False
     """Whether :meth:`reset` forgets nothing: before the first batch of a resumed run."""
@@ -102,20 +158,31 @@ class CheckpointHistory(Serializable):
         others = {id(one): one for one in known if isinstance(one, CheckpointHistory) and one is not self}
         return [one for one in others.values() if where is not None and one._place() == where]  # noqa: SLF001 - its kind's
 
-    def _identity(self, engines: Iterable[Engine] = ()) -> dict[str, Any] | None:
-        """Return what tells the handler's files from those of others in the directory; None where files are no files.
+    def _names(self) -> frozenset[str]:
+        """Return the names of the objects in the handler's files; empty where it does not know what it saves."""
+        return frozenset({self._rules().name})
 
-        It is the same in the next run: how its files are named, and, among handlers that name theirs alike in one
-        directory, how many of them were made before.
+    def _order(self, peers: "Iterable[CheckpointHistory]") -> int:
+        """Return how many of the handlers that name their files as this one does were made before it."""
+        naming = {**self._naming(), "name": None}
+        alike = [one for one in peers if {**one._naming(), "name": None} == naming and one._names() & self._names()]  # noqa: SLF001 - its kind's
+        return sum(one._serial < self._serial for one in alike)  # noqa: SLF001 - its kind's
+
+    def _owner(self, engines: Iterable[Engine] = ()) -> "Owner":
+        """Return what tells the handler's files from those of others in its directory.
+
+        Its identity is the same in the next run: how its files are named, and, among handlers that name theirs alike
+        in one directory, how many of them were made before.
 
         Args:
             engines: where others may be attached, beside those that this handler is attached to.
         """
-        if self._place() is None:
-            return None
-        naming = self._naming()
-        alike = [one for one in self._peers(engines) if one._naming() == naming]  # noqa: SLF001 - its kind's
-        return {**naming, "order": sum(one._serial < self._serial for one in alike)}  # noqa: SLF001 - the same
+        peers = self._peers(engines)
+        return Owner(
+            identity={**self._naming(), "order": self._order(peers)},
+            names=self._names(),
+            held=frozenset(item.filename for one in peers for item in one._saved),  # noqa: SLF001 - its kind's
+        )
 
     def _place(self) -> str | None:
         return os.path.realpath(self.save_handler.dirname) if isinstance(self.save_handler, ON_DISK) else None
@@ -145,11 +212,28 @@ class CheckpointHistory(Serializable):
 
         Called by a handler of STARTED in a resumed run it forgets nothing: that run goes on with its history.
         """
-        if self.keeps_history:
-            return
-        self._saved = []
-        self._strays = ()
-        self._is_agreed = False
+        if not self.keeps_history:
+            self._take_history((), ())
+
+    def _take_history(
+        self, kept: Iterable[Entry], strays: Iterable[str], iteration: int | None = None, origin: Origin | None = None
+    ) -> None:
+        """Take over what was saved before, in place of what the handler knows.
+
+        Args:
+            kept: the history, lowest priority first.
+            strays: files that the next save is to remove.
+            iteration: the engine's, at the last save.
+            origin: what the next run goes on from.
+        """
+        self._saved = [CheckpointHistory.Item(*entry) for entry in kept]
+        self._strays = tuple(strays)
+        self._is_agreed = self._is_untouched = self._is_given = False
+        self._run_key, self._saved_iteration, self._origin = None, iteration, origin
+
+    def _go_on(self, origin: Origin) -> None:
+        """Take what was loaded for the history of the runs that the next one goes on from."""
+        self._origin, self._is_given = origin, False
 
     def state_dict(self) -> "OrderedDict[str, list[tuple[int | float, str]]]":
         """Return the history: ``_saved``, a list of (priority, file name), lowest priority first."""
@@ -168,10 +252,8 @@ class CheckpointHistory(Serializable):
         if isinstance(state_dict, Mapping) and "_saved" not in state_dict and "saved" in state_dict:
             state_dict = {"_saved": state_dict["saved"]}
         super().load_state_dict(state_dict)
-        items = [CheckpointHistory.Item(plain_score(priority), str(name)) for priority, name in state_dict["_saved"]]
-        self._saved = items
-        self._strays = ()
-        self._is_agreed = False
+        self._take_history(((plain_score(priority), str(name)) for priority, name in state_dict["_saved"]), ())
+        self._is_given = True
 
     def reload_objects(
         self,

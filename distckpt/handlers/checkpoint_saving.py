@@ -13,7 +13,7 @@ import sys
 import warnings
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,20 +28,23 @@ from distckpt.consensus.decision import Agreed, RemovalOrder, SaveDecision, Save
 from distckpt.errors import CommitNotDurable
 from distckpt.flight import Flight, take_off
 from distckpt.handlers.about import about
-from distckpt.handlers.checkpoint_history import ON_DISK, CheckpointHistory, IgniteDiskSaver
+from distckpt.handlers.checkpoint_history import ON_DISK, CheckpointHistory, IgniteDiskSaver, Owner
 from distckpt.handlers.disk_saver import DiskSaver, is_own
-from distckpt.handlers.early import Moment, half_a_step_lower
+from distckpt.handlers.early import Moment
 from distckpt.handlers.events import CheckpointEvents, register
 from distckpt.handlers.firing import engine_handling_exception, engines_firing
 from distckpt.handlers.flights import Flights
+from distckpt.handlers.own_files import History, OwnFiles
 from distckpt.handlers.places import take_place
 from distckpt.handlers.rank_alone import RankAlone
-from distckpt.handlers.runs import Run, adopt
+from distckpt.handlers.records import Record, read_record, survey
+from distckpt.handlers.runs import Run, adopt, present_run, propose, run_key, untrained_at
 from distckpt.handlers.save_handler import BaseSaveHandler, hand_over
 from distckpt.handlers.save_log import SaveLog
 from distckpt.handlers.voting import is_poisoned
 from distckpt.log_level import level_on
 from distckpt.manifest import Manifest
+from distckpt.naming import check_name
 from distckpt.retention import Entry
 from distckpt.scalars import is_nan
 from distckpt.state.collect import capture, consolidate, refuse_spread, replicas, stepped
@@ -62,13 +65,11 @@ class CheckpointSaving(CheckpointHistory):
     n_saved: int | None
     score_name: str | None
     score_rule: Any
-    global_step_transform: Callable[..., int] | None
     timeout_s: float | None
     last_save_s: float
     _seat: Seat
     _flights: Flights
     _saved_at: Moment
-    _is_early: bool
     _is_forced: bool
     _unseen: Any
     _warned: set[str]
@@ -137,8 +138,6 @@ class CheckpointSaving(CheckpointHistory):
         if decision is None:
             self._log_refused(engine, agreed.score, agreed.history)
             return
-        if self._is_early and self.global_step_transform is not None and agreed.score is None:
-            agreed = dataclasses.replace(agreed, decision=half_a_step_lower(decision))
         if saver is not None and saver.saves_in_parts:
             self._save_in_parts(engine, backend, place, agreed, saver, log)
         else:
@@ -146,9 +145,60 @@ class CheckpointSaving(CheckpointHistory):
 
     def _adopt_run(self, engine: Engine, agreed: Agreed) -> None:
         """All ranks. Take over the run that the save belongs to, and count the save."""
-        if agreed.run is not None:
-            outermost = next(iter(engines_firing()), engine)
-            adopt(outermost, Run.from_json(agreed.run), agreed.number + (agreed.decision is not None))
+        if agreed.run is None:
+            return
+        outermost = next(iter(engines_firing()), engine)
+        adopt(outermost, Run.from_json(agreed.run), agreed.number + (agreed.decision is not None))
+        self._run_key, self._origin, self._is_untouched, self._is_given = run_key(outermost), None, False, False
+        saved = set() if agreed.decision is None else {agreed.decision.filename}
+        self._former = frozenset(agreed.former) - saved
+        if agreed.decision is not None:
+            self._saved_iteration = outermost.state.iteration
+
+    def _enter_run(self, engines: Sequence[Engine]) -> Run:
+        """Rank-local. Return the run that a save belongs to, as far as this rank knows.
+
+        In the first save of a run that goes on from another, the coordinator looks for what the handler had saved.
+
+        Args:
+            engines: those that fire, outermost first.
+        """
+        outermost = engines[0]
+        run, is_new = present_run(outermost), self._run_key != run_key(outermost)
+        looks = engine_handling_exception() is not None or current().rank == self._coordinator()
+        files = self._survey(engines) if looks and is_new and (run is None or self._is_untouched) else {}
+        if run is None:
+            started_s = [record.run.started_s for record in files.values() if record is not None]
+            run = propose(outermost, self._origin, max(started_s, default=0.0))
+        if is_new and self._is_untouched and run.lineage:
+            history = self._recorded_history(files, run.lineage, engines)
+            if history is not None:
+                self._take_history(history.kept, history.strays, history.iteration, self._origin)
+        if is_new:
+            self._former = frozenset(() if self._is_given else [item.filename for item in self._saved])
+        return run
+
+    def _survey(self, engines: Iterable[Engine] = ()) -> dict[str, Record | None]:
+        """Rank-local. Return the files in the handler's directory, and their records."""
+        if not isinstance(self.save_handler, ON_DISK):
+            return {}
+        return survey(Path(self.save_handler.dirname), self.ext, is_nested=OwnFiles(self, engines).is_nested)
+
+    def _recorded_history(
+        self,
+        files: Mapping[str, Record | None],
+        run_ids: Collection[str],
+        engines: Iterable[Engine] = (),
+        passed_over: Collection[str] = (),
+    ) -> History | None:
+        """Rank-local. Return what the handler's newest file of some runs says that it had saved; None without one."""
+        own = OwnFiles(self, engines)
+        name = own.newest_of(files, run_ids, passed_over)
+        return None if name is None else own.recorded_history(name, files)
+
+    def _is_saved_before(self, outermost: Engine) -> bool:
+        """Return True if the run has trained nothing since the handler saved, in a run before this one."""
+        return self._saved_iteration is not None and self._saved_iteration == untrained_at(outermost)
 
     def _save_alone(self, engine: Engine, intend: Callable[[], SaveIntent]) -> None:
         """Rank-local. Save for an exception that is being handled, on the saving rank; the other ranks may never come.
@@ -263,7 +313,9 @@ class CheckpointSaving(CheckpointHistory):
                 backend, decision.filename, about(backend, engine, agreed, self.to_save), sharing, self._only_key()
             ),
             sharing=sharing,
-            remove_one=functools.partial(_remove_unless_spared, saver, decision) if is_removed_early else None,
+            remove_one=functools.partial(_remove_own, saver, decision, self._owner(engines_firing()))
+            if is_removed_early
+            else None,
             timeout_s=self.timeout_s,
         )
         self._saved_at = Moment(engine)
@@ -420,9 +472,12 @@ class CheckpointSaving(CheckpointHistory):
         written: WrittenFiles | None = None,
     ) -> list[str]:
         """Collective. Remove what was evicted, keep what could not be removed for the next save; return what to say."""
-        handler = self.save_handler
+        handler, owner = self.save_handler, self._owner(engines_firing())
 
         def remove_one(filename: str) -> None:
+            if isinstance(handler, ON_DISK):
+                check_name(filename)
+                owner.refuse(filename, read_record(Path(handler.dirname) / filename))
             if isinstance(handler, DiskSaver) and decision is not None:
                 _spare(handler, filename, decision)
             with contextlib.ExitStack() as stack:
@@ -525,7 +580,8 @@ def _spare(saver: DiskSaver, filename: str, decision: SaveDecision) -> None:
     saver.spare(filename, written=decision.filename, kept=kept)
 
 
-def _remove_unless_spared(saver: DiskSaver, decision: SaveDecision, filename: str) -> None:
+def _remove_own(saver: DiskSaver, decision: SaveDecision, owner: Owner, filename: str) -> None:
+    owner.refuse(filename, read_record(saver.dirname / filename))
     _spare(saver, filename, decision)
     saver.remover()(filename)
 

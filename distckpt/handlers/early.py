@@ -1,19 +1,13 @@
-"""A save before its time: what tells it from the one that it stands in for.
+"""When an iteration has been saved, so that a save before its time is not made twice."""
 
-Owns when an iteration has been saved, and the priority of a file that its epoch's end is to replace. Layer L5.
-"""
-
-import dataclasses
 import weakref
 from typing import Any
 
 from ignite.engine import Engine
 
-from distckpt import retention
-from distckpt.consensus.decision import SaveDecision
 from distckpt.handlers.voting import num_runs
 
-__all__ = ["Moment", "half_a_step_lower"]
+__all__ = ["Moment"]
 
 
 class Moment:
@@ -32,12 +26,3 @@ class Moment:
         if self._engine is None or self._engine() is not engine:
             return False
         return self._when == (num_runs(engine), engine.state.iteration)
-
-
-def half_a_step_lower(decision: SaveDecision) -> SaveDecision:
-    """Return `decision` with another priority. The same on every rank."""
-    priority = decision.priority - 0.5
-    kept = retention.admit(decision.kept, (priority, decision.filename), n_saved=None).kept
-    return dataclasses.replace(
-        decision, priority=priority, metadata={**decision.metadata, "priority": priority}, kept=kept
-    )

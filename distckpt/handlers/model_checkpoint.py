@@ -10,7 +10,7 @@ from typing import Any
 from ignite.engine import Engine
 
 from distckpt.handlers.arguments import check_include_self
-from distckpt.handlers.checkpoint import Checkpoint, UserFacts
+from distckpt.handlers.checkpoint import Checkpoint, UserFacts, name_of
 from distckpt.handlers.checkpoint_history import ON_DISK
 from distckpt.handlers.disk_saver import DiskSaver, ShareWrite, WhenBusy
 from distckpt.handlers.older import accept_older_order, deprecated
@@ -167,6 +167,10 @@ class ModelCheckpoint(Checkpoint):
             score_rule=score_rule,
             timeout_s=timeout_s,
         )
+
+    def _names(self) -> frozenset[str]:
+        called = {name_of(self.to_save)} if self.to_save else set()
+        return frozenset(self._known.names | called)
 
     @property
     def last_checkpoint(self) -> Path | None:

@@ -23,11 +23,13 @@ from distckpt.consensus import agree
 from distckpt.errors import LoadError
 from distckpt.handlers.arguments import check_timeout
 from distckpt.handlers.beside import Beside, find_beside
-from distckpt.handlers.checkpoint import Checkpoint
+from distckpt.handlers.checkpoint import Checkpoint, name_of
 from distckpt.handlers.disk_saver import DiskSaver
 from distckpt.handlers.fast_forward import FastForward
+from distckpt.handlers.histories import take_histories
 from distckpt.handlers.object_trees import leaves, path_to
-from distckpt.handlers.own_files import OwnFiles, files_in
+from distckpt.handlers.own_files import OwnFiles
+from distckpt.handlers.records import parse_record, survey
 from distckpt.handlers.restored import Restored
 from distckpt.handlers.resumed import Facts, Resumed
 from distckpt.handlers.start_point import StartPoint, start_of_record, start_of_state
@@ -35,7 +37,6 @@ from distckpt.load import LoadReport
 from distckpt.log_level import level_on
 from distckpt.state.restore import Prepared, check_complete, prepare
 from distckpt.storage.opened import OpenCheckpoint
-from distckpt.storage.record_heads import read_head_at
 
 __all__ = ["resume"]
 
@@ -60,15 +61,16 @@ def resume(
     Call it on all ranks when everything is built, before ``engine.run(data, ...)``, with the arguments that the
     interrupted run had.
 
-    1. (coordinator) list the candidates in its directory, and order them: the highest iteration recorded inside is the
-       newest.
+    1. (coordinator) list the candidates in its directory, and order them, the newest first: as they were saved, say
+       their manifests; after those the files without a record, by the iteration inside.
     2. (all ranks) verify one after the other, the newest first, the ranks of a machine each its share. One that is
        damaged on some rank, is not the same file on all ranks, or lacks an object is passed over on all ranks with a
        warning that says why.
     3. (all ranks) try it on the objects. If it does not fit on one rank, that is raised on every rank, and no object of
        any rank has been touched.
     4. (all ranks) load it: on each rank all objects, or none. An error on one rank is raised on every rank.
-    5. (all ranks) take over the handler's history, so that it goes on removing what it replaces.
+    5. (all ranks) take over what the handlers had kept, so that they go on removing what they replace: the handler that
+       is given, those in `to_load`, and those on the engine. Others find it in their first save.
     6. (all ranks) let the engine's next run go on at the first batch that was not trained: see `skip_batches`. What
        its handlers of STARTED, and of EPOCH_STARTED in a begun epoch, change of the restored objects is put back. If
        the run had come to its end, ``engine.run()`` up to the same end returns at once.
@@ -77,8 +79,9 @@ def resume(
         to_load: what was saved: objects with ``load_state_dict``, in mappings and lists nested at will. Put an
             :class:`~distckpt.RngState` among them for a run that ends bit for bit where one left alone does.
         dirname_or_handler: a directory, of which every ``*.pt`` is a candidate; a :class:`~distckpt.DiskSaver`, whose
-            directory it is; or a :class:`~distckpt.Checkpoint`, of which only those files are candidates that it could
-            have named so. The coordinator is the handler's ``save_on_rank``, else rank 0.
+            directory it is; or a :class:`~distckpt.Checkpoint`, of which only its own files are candidates: those whose
+            manifests say so, and those without a record that it could have named so. The coordinator is the handler's
+            ``save_on_rank``, else rank 0.
         engine: the trainer. If it is not among `to_load`, it gets the one state of an engine's that the checkpoint
             holds beside them. None for the engine among `to_load`; if there are several, the one that ran when the
             checkpoint was saved.
@@ -132,7 +135,7 @@ def resume(
             msg = f"Argument engine should be an instance of Engine or None, but given {type(engine)}"
             raise TypeError(msg)
         source.append(_source_of(dirname_or_handler))
-        return source[0].listed(backend.rank, path_to(engine, to_load))
+        return source[0].listed(backend.rank, path_to(engine, to_load), to_load)
 
     place = agree.Place(who="resume", doing="looking for checkpoints", step=0)
     answers = agree.run(backend, place, look, timeout_s=timeout_s)
@@ -140,8 +143,7 @@ def resume(
     listing, level = answers[coordinator], level_on(backend.rank, {coordinator})
     directory, names = Path(listing["directory"]), listing["names"]
     if not names:
-        told = f"; {listing['num_others']} files there are named otherwise" if listing["num_others"] else ""
-        _logger.log(level, "resume: nothing to resume from in %s: starting afresh%s", directory, told)
+        _tell_of_nothing(directory, listing["num_others"], level=level)
         return None
     chosen = choose.first_whole(
         backend,
@@ -157,10 +159,10 @@ def resume(
 
     def fit_here() -> None:
         nonlocal engine
-        head = read_head_at(chosen.path)
-        record.update((head and head.record) or {})
+        record.update(_record_of(chosen))
         engine = engine or _engine_in(to_load, record)
-        beside = find_beside(source[0].handler, chosen, names, to_load, engine)
+        by_name = source[0].handler if parse_record(record) is None else None
+        beside = find_beside(by_name, chosen, listing["provable"], to_load, engine)
         unread = chosen.file if chosen.file.look() else None
         found.append((beside, prepare(to_load, chosen.state, kwargs, unread, beside.pairs)))
         chosen.state = None  # what nobody refers to any more is not read
@@ -179,14 +181,36 @@ def resume(
     for what in beside.warnings:
         warnings.warn(f"resume: {what}", stacklevel=2)
     _log_left_out(chosen, passed_over[0], level)
+    history = take_histories(
+        backend,
+        (source[0].handler, to_load, engine),
+        parse_record(record),
+        chosen.path,
+        {directory / name for name in chosen.refused},
+        timeout_s=patience_s,
+    )
     start = None
     if engine is not None and beside.is_engine_known:
         start = _start_of(engine, to_load, record, backend)
         restored = Restored(_named(to_load, beside), load_again, timeout_s)
         FastForward(engine, start, restored, skip_batches=skip_batches, timeout_s=timeout_s)
     facts = _facts_of(chosen, engine, start, record)
-    _tell(chosen, to_load, engine, beside, time.monotonic() - begin_s, level=level, has_ended=facts.has_ended)
+    _tell(
+        chosen,
+        to_load,
+        engine,
+        beside,
+        history or beside.history,
+        time.monotonic() - begin_s,
+        level=level,
+        has_ended=facts.has_ended,
+    )
     return Resumed(chosen.path, facts)
+
+
+def _record_of(chosen: choose.Chosen) -> Mapping[str, Any]:
+    head = chosen.file.head()
+    return {} if head is None or head.record is None else head.record
 
 
 def _engine_in(to_load: Mapping[str, Any], record: Mapping[str, Any]) -> Engine | None:
@@ -272,25 +296,35 @@ class _Source:
     coordinator: int
     handler: Checkpoint | None
 
-    def listed(self, rank: int, engine_at: tuple[Any, ...] | None) -> dict[str, Any]:
+    def listed(self, rank: int, engine_at: tuple[Any, ...] | None, to_load: Mapping[str, Any]) -> dict[str, Any]:
         """Rank-local. List the candidates, newest first, where this is the coordinator.
+
+        Args:
+            rank: this one.
+            engine_at: where the engine is among the objects.
+            to_load: the objects.
 
         Raises:
             NotADirectoryError: there is something else in the directory's place.
             OSError: it cannot be read.
         """
         answer = {"coordinator": self.coordinator, "directory": str(self.directory), "names": [], "num_others": 0}
+        answer["provable"] = []
         if rank != self.coordinator:
             return answer
-        own = None if self.handler is None else OwnFiles(self.handler)
+        engines = [one for _, one in leaves(to_load) if isinstance(one, Engine)]
+        own = None if self.handler is None else OwnFiles(self.handler, engines, objects_name=name_of(to_load))
         ext = "pt" if self.handler is None else self.handler.ext
-        there = files_in(self.directory, ext, is_nested=own is not None and own.is_nested)
-        names = [name for name in there if own is None or own.is_own(name)]
+        files = survey(self.directory, ext, is_nested=own is not None and own.is_nested)
+        names = list(files) if own is None else own.candidates(files)
         ordered = choose.newest_first(
-            [self.directory / name for name in names], lambda state: choose.iteration_of(state, engine_at)
+            [self.directory / name for name in names],
+            lambda state: choose.iteration_of(state, engine_at),
+            {self.directory / name: record.order for name, record in files.items() if record is not None},
         )
         answer["names"] = [path.relative_to(self.directory).as_posix() for path in ordered]
-        answer["num_others"] = len(there) - len(names)
+        answer["provable"] = [] if own is None else [name for name in names if own.is_own(name, files)]
+        answer["num_others"] = len(files) - len(names)
         return answer
 
 
@@ -325,11 +359,17 @@ def _coordinator_of(named: Sequence[int]) -> int:
     return named[0]
 
 
+def _tell_of_nothing(directory: Path, num_others: int, *, level: int) -> None:
+    told = f"; {num_others} files there are not this handler's" if num_others else ""
+    _logger.log(level, "resume: nothing to resume from in %s: starting afresh%s", directory, told)
+
+
 def _tell(
     chosen: choose.Chosen,
     to_load: Mapping[str, Any],
     engine: Engine | None,
     beside: Beside,
+    history: str,
     took_s: float,
     *,
     level: int,
@@ -341,7 +381,7 @@ def _tell(
     where = "" if chosen.iteration < 0 else f" of iteration {chosen.iteration}"
     if engine is not None and beside.is_engine_known:
         where = f" of iteration {engine.state.iteration}, epoch {engine.state.epoch}"
-    history = f"; {beside.history}" if beside.history else ""
+    history = f"; {history}" if history else ""
     _logger.log(
         level,
         "resume: going on from %s%s: loaded %s in %.2f s%s",

@@ -17,7 +17,7 @@ from ignite.engine import Engine
 
 from distckpt.handlers.firing import run_of, set_run
 
-__all__ = ["Origin", "Run", "adopt", "go_on_from", "num_saved", "present_run", "propose", "run_key"]
+__all__ = ["Origin", "Run", "adopt", "go_on_from", "num_saved", "present_run", "propose", "run_key", "untrained_at"]
 
 _LATER_S = 1e-3
 """By how much a run is later than what it goes on from; a float holds this of seconds since 1970."""
@@ -79,6 +79,7 @@ class EngineRun:
         origin: what the next run goes on from; None for nothing.
         num_saved: how many checkpoints the run has saved.
         num_parts: how often ``engine.run()`` has begun or gone on.
+        began_at: the engine's iteration then; 0 before the first time.
     """
 
     def __init__(self) -> None:
@@ -86,6 +87,7 @@ class EngineRun:
         self.origin: Origin | None = None
         self.num_saved = 0
         self.num_parts = 0
+        self.began_at = 0
         self._is_resumed = False
 
     def resumed(self, origin: Origin) -> None:
@@ -95,6 +97,7 @@ class EngineRun:
     def begin(self, engine: Engine) -> None:
         """Called as the engine fires STARTED."""
         self.num_parts += 1
+        self.began_at = engine.state.iteration
         if not self._is_resumed and engine.state.iteration == 0:
             self.run = self.origin = None
         self._is_resumed = False
@@ -108,6 +111,12 @@ def go_on_from(engine: Engine, origin: Origin) -> None:
 def present_run(engine: Engine) -> Run | None:
     """Return the run under way; None before its first save."""
     return _of(engine).run
+
+
+def untrained_at(engine: Engine) -> int | None:
+    """Return the engine's iteration where its run has gone on and has not trained since; else None."""
+    began_at = _of(engine).began_at
+    return began_at if began_at and began_at == engine.state.iteration else None
 
 
 def run_key(engine: Engine) -> tuple[Any, ...]:

@@ -30,6 +30,7 @@ from distckpt.storage.ahead import ReadAhead, in_turns
 from distckpt.storage.archive import Slot
 from distckpt.storage.foreign import format_of
 from distckpt.storage.hollow import Hollow, NotPlain, read_hollow
+from distckpt.storage.record_heads import head_of
 from distckpt.storage.torch_reader import load_by_torch
 from distckpt.storage.verify import (
     Archive,
@@ -168,6 +169,14 @@ class OpenCheckpoint:
         if self._archive is not None:
             begin = min(begin, self._archive.directory_at)
         return [self.num_bytes, zlib.crc32(os.pread(self._file.fileno(), self.num_bytes - begin, begin))]
+
+    def head(self) -> Head | None:
+        """Return the head of the manifest; None where there is none that can be read.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        return head_of(self._file.fileno())
 
     def inode(self) -> list[int]:
         """Return what tells a file of this machine from all others."""

@@ -235,7 +235,7 @@ def test_a_handler_whose_files_are_not_there_starts_afresh_and_counts_the_others
     put(tmp_path / "best_checkpoint_9.pt", 9)
     live = objects()
     assert resume(live, saver(tmp_path, live)) is None
-    assert "starting afresh; 1 files there are named otherwise" in caplog.text
+    assert "starting afresh; 1 files there are not this handler's" in caplog.text
 
 
 def test_files_of_a_model_checkpoint_are_found_before_it_was_called(tmp_path: Path) -> None:

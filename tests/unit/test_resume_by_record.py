@@ -1,0 +1,318 @@
+"""Resuming from what was recorded: whose files are whose, what was kept, which is the newest, and what counts then."""
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+
+from distckpt import Checkpoint, DiskSaver, ModelCheckpoint, global_step_from_engine, resume
+from tests.unit.test_records import record_of
+from tests.unit.toys import Notebook, idle_engine
+
+LENGTH = 4
+
+
+def on_disk(folder: Path) -> list[str]:
+    """Return the names of the files."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.pt"))
+
+
+def program(
+    epochs: int,
+    make: Callable[[dict[str, Any], Engine], Checkpoint],
+    *,
+    event: Any = Events.EPOCH_COMPLETED,
+    model_only: bool = False,
+    also: Callable[[dict[str, Any], Engine], None] | None = None,
+) -> Checkpoint:
+    """Make everything anew, resume, and train: a process of its own, but for the process."""
+    trainer = idle_engine()
+    objects: dict[str, Any] = {"note": Notebook({"run": 0})}
+    if not model_only:
+        objects["trainer"] = trainer
+    handler = make(objects, trainer)
+    trainer.add_event_handler(event, handler)
+    if also is not None:
+        also(objects, trainer)
+    resume(objects, handler, engine=None if model_only else trainer)
+    trainer.run(range(LENGTH), max_epochs=epochs)
+    return handler
+
+
+def saver(folder: Path, **kwargs: Any) -> Callable[[dict[str, Any], Engine], Checkpoint]:
+    """Return what makes a Checkpoint."""
+    return lambda objects, _: Checkpoint(objects, DiskSaver(folder, require_empty=False), **kwargs)
+
+
+# -- a new run's saves count -----------------------------------------------------------------------
+
+
+def test_a_run_that_begins_anew_replaces_what_the_former_one_saved(tmp_path: Path) -> None:
+    program(3, saver(tmp_path), model_only=True)
+    handler = program(1, saver(tmp_path), model_only=True)
+    assert on_disk(tmp_path) == ["note_4.pt"]
+    assert handler.state_dict() == {"_saved": [(4, "note_4.pt")]}
+
+
+def test_a_run_that_begins_anew_saves_under_the_same_name(tmp_path: Path) -> None:
+    program(1, saver(tmp_path), model_only=True)
+    before = record_of(tmp_path / "note_4.pt")["run"]
+    program(1, saver(tmp_path), model_only=True)
+    after = record_of(tmp_path / "note_4.pt")["run"]
+    assert after["lineage"] == [before["id"]]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (lambda e, _: 100 * e.state.epoch, lambda e, _: e.state.epoch),
+        (None, lambda e, _: e.state.epoch),
+        (lambda e, _: e.state.iteration / 1e-3, None),
+    ],
+)
+def test_steps_that_are_counted_in_another_way_count_as_later(tmp_path: Path, before: Any, after: Any) -> None:
+    program(2, saver(tmp_path, n_saved=2, global_step_transform=before))
+    handler = program(6, saver(tmp_path, n_saved=2, global_step_transform=after))
+    names = [name for _, name in handler.state_dict()["_saved"]]
+    assert on_disk(tmp_path) == sorted(names)
+    assert [torch.load(tmp_path / name, weights_only=True)["trainer"]["iteration"] for name in names] == [20, 24]
+
+
+def test_in_one_process_a_second_run_saves_too_and_a_lower_step_of_the_same_run_does_not(tmp_path: Path) -> None:
+    trainer = idle_engine()
+    handler = Checkpoint({"trainer": trainer}, DiskSaver(tmp_path))
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, handler)
+    trainer.run(range(LENGTH), max_epochs=3)
+    trainer.state.max_epochs = None
+    trainer.run(range(LENGTH), max_epochs=1)
+    assert on_disk(tmp_path) == ["trainer_4.pt"]
+    trainer.state.iteration = 3
+    handler(trainer)
+    assert on_disk(tmp_path) == ["trainer_4.pt"]
+
+
+def test_a_resumed_run_that_trains_nothing_saves_nothing_again(tmp_path: Path) -> None:
+    events = Events.EPOCH_COMPLETED | Events.STARTED
+    program(2, saver(tmp_path), event=events)
+    before = record_of(tmp_path / "checkpoint_8.pt")
+    trainer = idle_engine()
+    objects = {"note": Notebook(), "trainer": trainer}
+    handler = saver(tmp_path)(objects, trainer)
+    trainer.add_event_handler(Events.STARTED, handler)
+    resume(objects, handler, engine=trainer)
+    trainer.add_event_handler(Events.STARTED, trainer.terminate)
+    trainer.run(range(LENGTH), max_epochs=3)
+    assert record_of(tmp_path / "checkpoint_8.pt") == before
+
+
+# -- whose file it is ------------------------------------------------------------------------------
+
+
+def best_of(scores: list[float]) -> Callable[[Engine], float]:
+    """Return a function of an engine's epoch."""
+    return lambda engine: scores[engine.state.epoch - 1]
+
+
+def test_the_best_beside_the_latest_keeps_its_history_without_being_saved(tmp_path: Path) -> None:
+    made: list[Checkpoint] = []
+
+    def best(where: str, objects: dict[str, Any], trainer: Engine) -> None:
+        evaluator = idle_engine()
+        folder = tmp_path / "best" if where == "apart" else tmp_path
+        score = best_of([0.1, 0.30001, 0.30002, 0.2, 0.300011, 0.1])
+        disk, step = DiskSaver(folder, require_empty=False), global_step_from_engine(trainer)
+        handler = Checkpoint(objects, disk, "best", lambda _: score(trainer), n_saved=2, global_step_transform=step)
+        made.append(handler)
+        if where == "evaluator":
+            trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: evaluator.run([0]))
+            evaluator.add_event_handler(Events.COMPLETED, handler)
+        else:
+            trainer.add_event_handler(Events.EPOCH_COMPLETED, handler)
+
+    for where in ("trainer", "evaluator", "apart"):
+        shutil.rmtree(tmp_path)
+        for epochs in (3, 4, 6):
+            program(epochs, saver(tmp_path), also=partial(best, where))
+        kept = [(0.300011, "best_checkpoint_5_0.3000.pt"), (0.30002, "best_checkpoint_3_0.3000.pt")]
+        assert made[-1].state_dict() == {"_saved": kept}
+        assert {name for _, name in kept} <= {Path(name).name for name in on_disk(tmp_path)}
+
+
+def test_a_model_checkpoint_finds_its_own_before_it_is_called_and_not_anothers(tmp_path: Path) -> None:
+    found = None
+    for epochs in (2, 3):
+        trainer = idle_engine()
+        objects = {"note": Notebook(), "trainer": trainer}
+        other = ModelCheckpoint(tmp_path, n_saved=None, require_empty=False)
+        latest = ModelCheckpoint(tmp_path, n_saved=1, require_empty=False)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED(every=3), other, {"note": objects["note"]})
+        found = resume(objects, latest, engine=trainer)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, latest, objects)
+        trainer.run(range(LENGTH), max_epochs=epochs)
+    assert found is not None
+    assert found.name == "checkpoint_8.pt"
+    assert on_disk(tmp_path) == ["checkpoint_12.pt", "note_12.pt", "note_3.pt", "note_6.pt", "note_9.pt"]
+
+
+def test_handlers_whose_names_are_alike_never_remove_each_others_files(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def more(objects: dict[str, Any], trainer: Engine) -> None:
+        handler = Checkpoint(objects, DiskSaver(tmp_path, require_empty=False), n_saved=None)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED(every=3), handler)
+
+    for epochs in (3, 6):
+        program(epochs, saver(tmp_path), also=more)
+    shared = {"checkpoint_12.pt"}  # written by both, and last by the one that removes it
+    assert {f"checkpoint_{step}.pt" for step in range(3, 25, 3)} - shared <= set(on_disk(tmp_path))
+    assert "already gone" not in caplog.text
+
+
+def test_a_history_that_names_anothers_file_does_not_remove_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    program(1, saver(tmp_path, filename_prefix="other"))
+    trainer = idle_engine()
+    handler = Checkpoint({"trainer": trainer}, DiskSaver(tmp_path, require_empty=False))
+    handler.load_state_dict({"_saved": [(1, "other_checkpoint_4.pt")]})
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, handler)
+    trainer.run(range(LENGTH), max_epochs=1)
+    assert on_disk(tmp_path) == ["other_checkpoint_4.pt", "trainer_4.pt"]
+    assert "its manifest says that another handler saved it (prefix='other'" in caplog.text
+
+
+def test_files_without_a_record_that_could_be_anothers_are_not_removed(tmp_path: Path) -> None:
+    for step in (1, 2):
+        state = {"note": {}, "trainer": {"iteration": step, "epoch_length": LENGTH, "max_epochs": 9}}
+        torch.save(state, tmp_path / f"checkpoint_{step}.pt")
+
+    def scored(objects: dict[str, Any], trainer: Engine) -> None:
+        handler = Checkpoint(objects, DiskSaver(tmp_path, require_empty=False), score_function=best_of([0.5, 0.4, 0.3]))
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, handler)
+
+    program(3, saver(tmp_path), also=scored)
+    assert {"checkpoint_1.pt", "checkpoint_2.pt"} <= set(on_disk(tmp_path))
+
+
+# -- what was kept ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("transform", "score"),
+    [
+        (lambda e, _: f"ep{e.state.epoch:02d}", lambda e: 1e-5 * e.state.epoch),
+        (lambda e, _: e.state.epoch * 1e-6, None),
+        (lambda e, _: 2**70 + e.state.epoch, None),
+        (lambda e, _: e.state.epoch, lambda e: e.state.epoch > 1),
+        (None, lambda e: float("inf") if e.state.epoch > 1 else float("-inf")),
+    ],
+)
+def test_what_names_cannot_tell_comes_back_exact(tmp_path: Path, transform: Any, score: Any) -> None:
+    make = saver(tmp_path, n_saved=2, global_step_transform=transform, score_function=score)
+    before = program(2, make).state_dict()
+    trainer = idle_engine()
+    objects = {"note": Notebook(), "trainer": trainer}
+    handler = make(objects, trainer)
+    assert resume(objects, handler, engine=trainer) is not None
+    assert handler.state_dict() == before
+    assert [type(priority) for priority, _ in handler.state_dict()["_saved"]] == [
+        type(one) for one, _ in before["_saved"]
+    ]
+
+
+def test_what_a_killed_save_had_still_to_remove_is_removed_by_the_next(tmp_path: Path) -> None:
+    program(1, saver(tmp_path))
+    shutil.copy(tmp_path / "checkpoint_4.pt", tmp_path / "kept")
+    program(2, saver(tmp_path))
+    (tmp_path / "kept").rename(tmp_path / "checkpoint_4.pt")  # as if it had died before the removal
+    program(3, saver(tmp_path))
+    assert on_disk(tmp_path) == ["checkpoint_12.pt"]
+
+
+def test_a_file_that_is_gone_is_no_part_of_the_history(tmp_path: Path) -> None:
+    program(3, saver(tmp_path, n_saved=3))
+    (tmp_path / "checkpoint_8.pt").unlink()
+    trainer = idle_engine()
+    objects = {"note": Notebook(), "trainer": trainer}
+    handler = saver(tmp_path, n_saved=3)(objects, trainer)
+    resume(objects, handler, engine=trainer)
+    assert handler.state_dict() == {"_saved": [(4, "checkpoint_4.pt"), (12, "checkpoint_12.pt")]}
+
+
+def test_another_n_saved_keeps_the_history(tmp_path: Path) -> None:
+    program(3, saver(tmp_path, n_saved=3))
+    program(4, saver(tmp_path, n_saved=2))
+    assert on_disk(tmp_path) == ["checkpoint_12.pt", "checkpoint_16.pt"]
+
+
+# -- which is the newest ---------------------------------------------------------------------------
+
+
+def test_neither_names_nor_times_of_files_nor_clocks_change_which_is_the_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, now_s = tmp_path / "a", time.time()
+    for run, epochs in enumerate((2, 3, 4)):
+        monkeypatch.setattr(time, "time", lambda run=run: now_s - 1e6 * run)
+        program(epochs, saver(folder, n_saved=None))
+    shutil.copytree(folder, tmp_path / "b")
+    for at, path in enumerate(sorted((tmp_path / "b").iterdir())):
+        os.utime(path, (at, at))
+    (tmp_path / "b" / "checkpoint_16.pt").rename(tmp_path / "b" / "a.pt")
+    found = resume({"note": Notebook(), "trainer": idle_engine()}, tmp_path / "b")
+    assert found is not None
+    assert found.name == "a.pt"
+
+
+def test_of_two_runs_the_later_one_is_resumed_from_and_the_other_is_left_alone(tmp_path: Path) -> None:
+    for epochs in (3, 2):
+        trainer = idle_engine()
+        objects = {"note": Notebook(), "trainer": trainer}
+        handler = saver(tmp_path, n_saved=None)(objects, trainer)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, handler)
+        trainer.run(range(LENGTH), max_epochs=epochs)
+    (tmp_path / "checkpoint_4.pt").unlink()
+    handler = program(3, saver(tmp_path, n_saved=1))
+    assert on_disk(tmp_path) == ["checkpoint_12.pt"]
+    assert record_of(tmp_path / "checkpoint_12.pt")["evicted"] == ["checkpoint_8.pt"]
+
+
+# -- ties ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transform", [lambda e, _: e.state.iteration // 100, lambda e, _: e.state.epoch])
+def test_the_end_of_a_run_is_saved_though_its_step_was_saved_before(tmp_path: Path, transform: Any) -> None:
+    trainer = idle_engine()
+    handler = Checkpoint({"trainer": trainer}, DiskSaver(tmp_path), global_step_transform=transform)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(every=3) | Events.COMPLETED, handler)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=11), lambda _: trainer.terminate())
+    trainer.run(range(LENGTH), max_epochs=5)
+    assert handler.last_checkpoint is not None
+    assert torch.load(handler.last_checkpoint, weights_only=True)["iteration"] == 11
+
+
+def test_the_end_of_an_epoch_replaces_what_was_saved_under_its_number(tmp_path: Path) -> None:
+    trainer = idle_engine()
+    step = global_step_from_engine(trainer, Events.EPOCH_COMPLETED)
+    handler = Checkpoint({"trainer": trainer}, DiskSaver(tmp_path), global_step_transform=step)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(every=3) | Events.EPOCH_COMPLETED, handler)
+    trainer.run(range(LENGTH), max_epochs=2)
+    assert handler.state_dict() == {"_saved": [(2, "trainer_2.pt")]}
+    assert torch.load(tmp_path / "trainer_2.pt", weights_only=True)["iteration"] == 8
+
+
+def test_where_nothing_was_recorded_it_says_how_many_files_are_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    program(1, saver(tmp_path, filename_prefix="other"))
+    program(1, saver(tmp_path))
+    assert "starting afresh; 1 files there are not this handler's" in caplog.text
