@@ -24,6 +24,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ci.build_native import build_in_place
 from ci.savebench.field import FIELD
 from ci.savebench.files import file_system_of
 from ci.savebench.first_touch import touch_free_memory
@@ -41,7 +42,7 @@ PACKAGES = ("torch", "pytorch-ignite", "torchsnapshot", "isal")
 
 
 def versions(folder: Path) -> dict[str, Any]:
-    """Return what the figures depend on."""
+    """Return what the figures depend on. The ranks, which start later, import what is compiled here."""
     found: dict[str, Any] = {
         "python": platform.python_version(),
         "kernel": platform.release(),
@@ -49,6 +50,7 @@ def versions(folder: Path) -> dict[str, Any]:
         "num_cpus": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "file_system": file_system_of(folder),
+        "native": build_in_place() or "compiled",
     }
     for package in PACKAGES:
         try:

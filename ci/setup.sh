@@ -14,6 +14,7 @@
 #
 # An environment is kept outside the tree, under a name made of its pins and the Python version:
 # ${DISTCKPT_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/distckpt}/env-NAME-<hash>; built wheels beside it, in wheels/.
+# What distckpt has in C is compiled into the tree, where git ignores it (ci/build_native.py).
 # Packages come from where pip is configured to look. DISTCKPT_PYTHON names another Python to make it with.
 set -euo pipefail
 exec </dev/null
@@ -171,6 +172,8 @@ for NAME in "${NAMES[@]}"; do
     ENVIRONMENT="$CACHE/env-$NAME-$({ made_of "$NAME" && echo "$VERSION"; } | sha256sum | cut -c1-12)"
     MARKER="$ENVIRONMENT/.complete"
     [ -e "$MARKER" ] || make_environment 9>&-
+    # For programs that import distckpt from this checkout; they run without it too, more slowly.
+    in_environment "$ROOT/ci/build_native.py" 9>&- || say "WARNING: distckpt runs without its code in C, see above"
     say "environment '$NAME' is ready ($VERSION): $ENVIRONMENT"
     [ "$PRINT_PYTHON" -eq 0 ] || printf '%s\n' "$ENVIRONMENT/bin/python"
 done

@@ -1,0 +1,6 @@
+from typing_extensions import Buffer
+
+KERNELS: tuple[str, ...]
+
+def check(data: Buffer, before: int = 0, kernel: str | None = None, /) -> int: ...
+def copy(to: int, source: int, num_bytes: int, before: int = 0, kernel: str | None = None, /) -> int: ...

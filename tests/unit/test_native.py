@@ -1,0 +1,270 @@
+"""The code in C, compiled anew from its source: every kernel that this processor can run, and what a build does."""
+
+import ctypes
+import importlib.machinery
+import importlib.util
+import mmap
+import os
+import platform
+import random
+import sys
+import sysconfig
+import threading
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from ci import build_native
+
+KIB, MIB = 1 << 10, 1 << 20
+BYTES = random.Random(1).randbytes(2 * MIB)
+BLOCKS = {"avx512": 256, "avx2": 128, "pmull": 64}
+FLAGS = {"avx512": {"avx512f", "avx512vl", "vpclmulqdq"}, "avx2": {"avx2", "vpclmulqdq"}, "pmull": {"pmull"}}
+
+
+def flags_of_the_processor() -> set[str]:
+    lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    return set(next(line for line in lines if line.lower().startswith(("flags", "features"))).split())
+
+
+KERNELS = [name for name, flags in FLAGS.items() if flags <= flags_of_the_processor()]
+
+
+def loaded(path: Path) -> ModuleType:
+    loader = importlib.machinery.ExtensionFileLoader("copy_crc", str(path))
+    spec = importlib.util.spec_from_file_location("copy_crc", path, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def copy_crc(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """Return the module, of which the compiler has no complaints."""
+    result = tmp_path_factory.mktemp("native") / "copy_crc.abi3.so"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CFLAGS", "-Werror")
+        assert build_native.compile_to(result) is None
+    assert [path.name for path in result.parent.iterdir()] == [result.name]
+    return loaded(result)
+
+
+class Room:
+    """Memory of a known content, which begins on a page's border."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.memory = mmap.mmap(-1, num_bytes)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        ctypes.memset(self.address, 0xA5, num_bytes)
+
+
+ORIGIN = ctypes.create_string_buffer(BYTES, len(BYTES))
+
+
+def copied(copy: Callable[[int, int, int, int], int], num_bytes: int, *, to: int, source: int, before: int) -> None:
+    """Copy and check; compare the CRC-32, the copy, and the memory around it."""
+    room = Room(to + num_bytes + 512)
+    crc = copy(room.address + to, ctypes.addressof(ORIGIN) + source, num_bytes, before)
+    assert crc == zlib.crc32(BYTES[source : source + num_bytes], before)
+    assert room.memory[:] == b"\xa5" * to + BYTES[source : source + num_bytes] + b"\xa5" * 512
+
+
+def with_kernel(copy_crc: ModuleType, kernel: str) -> Callable[[int, int, int, int], int]:
+    return lambda *arguments: int(copy_crc.copy(*arguments, kernel))
+
+
+def test_the_kernels_are_those_of_this_processor(copy_crc: ModuleType) -> None:
+    assert list(copy_crc.KERNELS) == KERNELS
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_length_is_copied_and_checked(copy_crc: ModuleType, kernel: str) -> None:
+    dice = random.Random(2)
+    for num_bytes in range(5 * BLOCKS[kernel] + 2):
+        to, source, before = dice.randrange(300), dice.randrange(4096), dice.randrange(1 << 32)
+        copied(with_kernel(copy_crc, kernel), num_bytes, to=to, source=source, before=before)
+        data = BYTES[source : source + num_bytes]
+        assert copy_crc.check(data, before, kernel) == zlib.crc32(data, before)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_alignment_is_copied_and_checked(copy_crc: ModuleType, kernel: str) -> None:
+    copy = with_kernel(copy_crc, kernel)
+    for at in range(130):
+        for num_bytes in (BLOCKS[kernel], 3 * BLOCKS[kernel] + 1, 5000 + at):
+            copied(copy, num_bytes, to=at, source=0, before=0)
+            copied(copy, num_bytes, to=0, source=at, before=1)
+            copied(copy, num_bytes, to=at, source=at, before=0xFFFFFFFF)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_large_ranges_are_copied_and_checked(copy_crc: ModuleType, kernel: str) -> None:
+    dice = random.Random(3)
+    for _ in range(40):
+        num_bytes, to, source = dice.randrange(MIB), dice.randrange(5000), dice.randrange(MIB)
+        copied(with_kernel(copy_crc, kernel), num_bytes, to=to, source=source, before=7)
+        view = memoryview(BYTES)[source : source + num_bytes]
+        assert copy_crc.check(view, 7, kernel) == zlib.crc32(view, 7)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_single_bit_counts(copy_crc: ModuleType, kernel: str) -> None:
+    data = bytearray(BYTES[: 3 * BLOCKS[kernel] + 5])
+    seen = {copy_crc.check(data, 0, kernel)}
+    for at in range(8 * len(data)):
+        data[at // 8] ^= 1 << at % 8
+        seen.add(copy_crc.check(data, 0, kernel))
+        data[at // 8] ^= 1 << at % 8
+    assert len(seen) == 8 * len(data) + 1  # CRC-32 tells all single bits apart at this length
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_crc_is_of_the_copy_even_if_a_thread_changes_the_source(copy_crc: ModuleType, kernel: str) -> None:
+    source, room, is_over = bytearray(MIB + 77), Room(MIB + 77), threading.Event()
+    address = ctypes.addressof(ctypes.c_char.from_buffer(source))
+
+    def change() -> None:
+        number = 0
+        while not is_over.is_set():
+            number = (number + 1) % 256
+            ctypes.memset(address, number, len(source))
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        num_mixed = 0
+        for _ in range(2000):
+            crc = copy_crc.copy(room.address + 5, address, len(source) - 5, 0, kernel)
+            assert crc == zlib.crc32(room.memory[5:])
+            num_mixed += len(set(room.memory[5::4096])) > 1
+            if num_mixed > 20:
+                break
+    finally:
+        is_over.set()
+        thread.join()
+    assert num_mixed, "no copy met a change"
+
+
+def _is_met(work: Callable[[], object]) -> bool:
+    """Return True if another thread ran while `work` did, though no thread is asked to yield."""
+    begun, met = threading.Event(), list[bool]()
+    is_done = False
+
+    def run() -> None:
+        begun.wait(timeout=30)
+        met.append(not is_done)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    begun.set()  # it can only go on once this thread releases the GIL
+    work()
+    is_done = True
+    thread.join()
+    return met[0]
+
+
+@pytest.mark.parametrize(("num_bytes", "is_released"), [(len(BYTES), True), (KIB, False)])
+def test_the_gil_is_released_for_large_work_only(copy_crc: ModuleType, num_bytes: int, *, is_released: bool) -> None:
+    room, view = Room(len(BYTES)), memoryview(BYTES)[:num_bytes]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    try:
+        for work in (
+            lambda: copy_crc.copy(room.address, ctypes.addressof(ORIGIN), num_bytes),
+            lambda: copy_crc.check(view),
+        ):
+            assert any(_is_met(work) for _ in range(200)) == is_released
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_a_kernel_that_is_not_there_is_an_error(copy_crc: ModuleType) -> None:
+    with pytest.raises(LookupError, match="no kernel avx1024"):
+        copy_crc.check(b"", 0, "avx1024")
+
+
+@pytest.mark.parametrize("arguments", [(), ("a", 1, 2), (1, 2), (1, 2, "many"), (1 << 70, 0, 0), (-1, "b", 0)])
+def test_arguments_that_are_none_are_errors(copy_crc: ModuleType, arguments: tuple[object, ...]) -> None:
+    with pytest.raises((TypeError, OverflowError)):
+        copy_crc.copy(*arguments)
+
+
+def test_what_has_no_bytes_in_a_row_is_an_error(copy_crc: ModuleType) -> None:
+    with pytest.raises(TypeError):
+        copy_crc.check("text")
+    with pytest.raises(BufferError):
+        copy_crc.check(memoryview(BYTES)[::2])
+
+
+def test_nothing_but_the_stable_abi_is_used() -> None:
+    assert "#define Py_LIMITED_API 0x030B0000" in build_native.SOURCE.read_text(encoding="ascii")
+    assert build_native.TAG == "cp311-abi3"
+
+
+# --- the build ---
+
+
+def headers_missing(_: str) -> str:
+    return "/nonexistent"
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value", "why"),
+    [
+        (sys, "platform", "darwin", "has no kernel"),
+        (platform, "machine", lambda: "riscv64", "has no kernel"),
+        (sys, "maxsize", 2**31 - 1, "has no kernel"),
+        (sysconfig, "get_config_var", lambda name: int(name == "Py_GIL_DISABLED"), "without GIL"),
+        (sysconfig, "get_path", headers_missing, "exit code"),
+    ],
+)
+def test_where_it_cannot_be_compiled_the_reason_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: ModuleType, name: str, value: object, why: str
+) -> None:
+    monkeypatch.setattr(module, name, value)
+    reason = build_native.compile_to(tmp_path / "copy_crc.abi3.so")
+    assert reason is not None
+    assert why in reason
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("compiler", ["false", "/nonexistent/cc", "sh -c 'exit 3'"])
+def test_without_a_compiler_what_was_there_stays(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler: str
+) -> None:
+    monkeypatch.setenv("CC", compiler)
+    result = tmp_path / "copy_crc.abi3.so"
+    result.write_bytes(b"older")
+    assert build_native.compile_to(result) is not None
+    assert result.read_bytes() == b"older"
+    assert list(tmp_path.iterdir()) == [result]
+
+
+def test_the_compiler_that_made_python_may_be_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(sysconfig, "get_config_var", lambda _: "/build/clang-17 -pthread")
+    assert build_native.find_compiler() == ["cc"]
+
+
+def test_a_checkout_is_compiled_again_only_after_a_change(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source, result, made = tmp_path / "copy_crc.c", tmp_path / "copy_crc.abi3.so", list[Path]()
+    source.touch()
+    monkeypatch.setattr(build_native, "SOURCE", source)
+    monkeypatch.setattr(build_native, "RESULT", result)
+
+    def make(path: Path) -> None:
+        made.append(path)
+        path.touch()
+
+    monkeypatch.setattr(build_native, "compile_to", make)
+    for _ in range(2):
+        assert build_native.build_in_place() is None
+    assert made == [result]
+    later = result.stat().st_mtime + 1
+    os.utime(source, (later, later))
+    build_native.build_in_place()
+    assert made == [result, result]
