@@ -43,6 +43,7 @@ class RngState:
         ValueError: `timeout_s` is not positive.
 
     Example:
+        >>> import torch
         >>> state = RngState().state_dict()
         >>> first = torch.rand(1)
         >>> RngState().load_state_dict(state)
