@@ -166,6 +166,8 @@ def test_killed_ranks_lose_no_acknowledged_checkpoint_and_all_go_on_from_the_sam
             f"{len(tally.findings)} lost, left behind or seen differently; {tally.told} of {tally.survivors} survivors "
             f"were told by distckpt; {tally.stale} older checkpoints stay"
         )
+        for finding in tally.findings:
+            tell(f"SIGKILL of ranks, {mode}: {finding}")
     tell(f"SIGKILL of ranks: all in {time.monotonic() - start:.0f} s")
     assert {mode: tally.findings for mode, tally in tallies.items()} == {mode: [] for mode in MODES}
     for tally in tallies.values():
