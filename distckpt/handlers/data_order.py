@@ -38,6 +38,8 @@ __all__ = [
     "make_workers",
     "sampler_that_draws",
     "warn_of_order",
+    "warn_of_ranks",
+    "warn_of_workers",
 ]
 
 _PREFIX = "state.dataloader"
@@ -144,7 +146,7 @@ def make_workers(data: Any, generators: Sequence[_Generators]) -> None:
     """Start a loader's persistent workers where they are not there yet, so that its next pass begins as a later one.
 
     The batches that they draw ahead are left by the reset. The generators stay as they are. What the data set draws at
-    random in its workers is that of a first pass, which a warning says.
+    random in its workers is another than in the run before, which a warning says.
     """
     if not isinstance(data, DataLoader) or not data.persistent_workers or begins_by_reset(data):
         return
@@ -152,11 +154,17 @@ def make_workers(data: Any, generators: Sequence[_Generators]) -> None:
     iter(data)
     for put in put_back:
         put()
-    warnings.warn(
-        "resume: the loader has persistent workers, and those of the run before had drawn in earlier epochs. The order "
-        "of the samples is theirs. If the data set draws at random in its workers, it draws other numbers from here on",
-        stacklevel=2,
-    )
+    warn_of_workers(data)
+
+
+def warn_of_workers(data: Any) -> None:
+    """Warn that the workers of a loader begin anew, where they had drawn before in the run left alone."""
+    if getattr(data, "num_workers", 0):
+        warnings.warn(
+            "resume: the loader's workers begin anew. The samples come in the order of the run before. If the data set "
+            "draws at random in the workers, it draws other numbers than in the run before",
+            stacklevel=2,
+        )
 
 
 def end_pass(data: Any, generators: Sequence[_Generators]) -> None:
@@ -211,3 +219,22 @@ def warn_of_order(data: Any, generators: Sequence[_Generators], *, is_mid_pass: 
                 f"samples is another than in the run before. Give the trainer to the RngState: RngState(trainer)",
                 stacklevel=2,
             )
+
+
+def warn_of_ranks(data: Any, before: int | None, now: int, *, is_mid_pass: bool) -> None:
+    """Warn where a pass goes on on another number of ranks, and the loader does not share the data among them."""
+    if before in (None, now) or not is_mid_pass or not isinstance(data, DataLoader):
+        return
+    one: Any = data.sampler
+    seen: set[int] = set()
+    while one is not None and id(one) not in seen:
+        if isinstance(one, DistributedSampler):
+            return
+        seen.add(id(one))
+        one = getattr(one, "sampler", None)
+    warnings.warn(
+        f"resume: the run had {before} ranks and has {now}, in the middle of a pass over its data, and each rank draws "
+        f"all of them: its loader has no sampler that shares them among the ranks. Ranks that were there before go on "
+        f"in their own order, new ones at the same batch of another order. Use a distckpt.ResumableSampler",
+        stacklevel=2,
+    )

@@ -12,16 +12,25 @@ from dataclasses import replace
 from typing import Any
 
 from ignite.engine import DeterministicEngine, Engine, Events, State
-from torch.utils.data import IterableDataset, RandomSampler
+from torch.utils.data import IterableDataset
 
 from distckpt.backends.detect import current
 from distckpt.consensus import agree
+from distckpt.handlers.data_order import (
+    end_pass,
+    make_workers,
+    sampler_that_draws,
+    warn_of_order,
+    warn_of_ranks,
+    warn_of_workers,
+)
 from distckpt.handlers.firing import after_event, set_start
 from distckpt.handlers.progress import Resumption, go_on, length_of, samplers_of
 from distckpt.handlers.restored import Restored
 from distckpt.handlers.rng_state import RngState
 from distckpt.handlers.start_point import StartPoint, fit_to_data
 from distckpt.log_level import level_on
+from distckpt.samplers import batches_left, find_resumable
 
 __all__ = ["FastForward"]
 
@@ -70,6 +79,7 @@ class FastForward:
         self._skip_batches = skip_batches
         self._timeout_s = timeout_s
         self._has_given_out = False
+        self._is_reset = False
         self._num_seen = 0
         self._targets: list[Callable[[], None]] = []
         for one in _on(engine):  # of an earlier resume, and no run since
@@ -181,7 +191,18 @@ class FastForward:
             epoch_length,
             knows_pass=any(one.pass_began_at is not None for one in self._generators),
             counts_epochs=engine.state.max_iters is None,
+            world_size=current().world_size,
+            left=self._go_on_in(data),
         )
+
+    def _go_on_in(self, data: Any) -> int | None:
+        """Let a sampler of ours go on where the run was; return how many batches are left of its pass, or None."""
+        sampler = find_resumable(data)
+        if sampler is None:
+            return None
+        if self._recorded.sampler is not None:
+            sampler.load_state_dict(self._recorded.sampler)
+        return batches_left(data) if sampler.distckpt_is_positioned else None
 
     def _batches(self, start: StartPoint, data: Any) -> int:
         """Return how many batches of the pass under way have been trained."""
@@ -239,17 +260,47 @@ class FastForward:
         self._num_seen, self._has_given_out = (start.batches or 0) if start.is_mid_pass else 0, False
         if start.epoch_begun:
             self._put_back()
+        is_placed = self._knows_its_place(engine, data)
+        if is_placed:
+            self._skip_batches = False
+        elif start.trained:
+            warn_of_order(data, self._generators, is_mid_pass=start.is_mid_pass and self._num_seen > 0)
+            warn_of_ranks(data, self._recorded.world_size, current().world_size, is_mid_pass=start.is_mid_pass)
+        if not start.is_mid_pass and self._is_end_unnoticed(data):
+            end_pass(data, self._generators)
         self._targets = [one.now() for one in self._generators]
+        self._is_reset = self._begins_by_reset(data)
+        if self._is_reset and sampler_that_draws(data) is not None:
+            make_workers(data, self._generators)
+            self._is_reset = False
         if start.is_mid_pass:
-            if self._knows_its_place(engine, data):
-                self._skip_batches = False
-            elif self._num_seen:
-                self._warn_of_order(data)
             for one in self._generators:
                 one.begin_pass(start.trained - self._num_seen)
 
+    def _is_end_unnoticed(self, data: Any) -> bool:
+        """Return True if all batches of the loaded pass were trained, and ignite had not asked for one more."""
+        began_at = next((one.pass_began_at for one in self._generators if one.pass_began_at is not None), None)
+        return (
+            began_at is not None
+            and self._recorded.trained > began_at
+            and (self._recorded.trained - began_at == length_of(data))
+        )
+
+    def _begins_by_reset(self, data: Any) -> bool:
+        """Return True if the pass was begun, or would have been, by workers that were there before."""
+        if not getattr(data, "persistent_workers", False) or not any(one.has_state for one in self._generators):
+            return False
+        if self._start.is_mid_pass:
+            return any(one.is_pass_begun_by_reset for one in self._generators)
+        return self._start.trained > 0
+
     def _knows_its_place(self, engine: Engine, data: Any) -> bool:
         """Return True if the data, or what they draw their indices from, have been restored themselves."""
+        sampler = find_resumable(data)
+        if sampler is not None and sampler.distckpt_is_positioned:
+            if self._start.is_mid_pass and self._num_seen:
+                warn_of_workers(data)
+            return True
         if isinstance(engine, DeterministicEngine):
             return True
         parts = [part for part in _parts_of(data) if any(part is one for one in self._loaded)]
@@ -273,17 +324,6 @@ class FastForward:
         has_state = hasattr(data, "state_dict") and hasattr(data, "load_state_dict")
         return has_state and any(data is held for one in self._loaded for held in getattr(one, "__dict__", {}).values())
 
-    def _warn_of_order(self, data: Any) -> None:
-        sampler = getattr(data, "sampler", None)
-        if not isinstance(sampler, RandomSampler) or any(one.pass_began_at is not None for one in self._generators):
-            return
-        warnings.warn(
-            "resume: the order of the begun epoch is not known: a DataLoader(shuffle=True) draws it from torch's "
-            "generator as the epoch begins. Some samples will come twice and others not at all in this epoch. Save an "
-            "RngState(trainer) with the other objects, or use a DistributedSampler",
-            stacklevel=2,
-        )
-
     def _begin_batches(self, engine: Engine) -> None:
         if self._has_given_out:
             return
@@ -293,7 +333,7 @@ class FastForward:
             return
         if self._num_seen and self._skip_batches:
             self._skip(engine)
-        if self._start.is_mid_pass and not self._start.is_drawn:
+        if (self._start.is_mid_pass and not self._start.is_drawn) or self._is_reset:
             self._put_back_targets()
 
     def _end_batch(self, engine: Engine) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from ignite.engine import DeterministicEngine, Engine, Events
 
 from distckpt.backends.detect import current
+from distckpt.samplers import find_resumable
 
 __all__ = [
     "Progress",
@@ -122,6 +123,7 @@ def count_event(engine: Engine, event: Any) -> None:
         progress.has_epoch_begun = True
         if engine._dataloader_iter is None:  # noqa: SLF001 - ignite makes it after this event; no public way to ask
             _begin_first_pass(progress)
+            _follow(engine.state.dataloader, progress)
         progress.resumed = None
     elif event is Events.DATALOADER_STOP_ITERATION:
         progress.end_pass()
@@ -263,14 +265,20 @@ def samplers_of(data: Any) -> Iterator[Any]:
         one = getattr(one, "sampler", None)
 
 
-def _sampler_position(data: Any, progress: Progress) -> Any:
-    """Ask the sampler that has ``distckpt_position``.
+def _sampler_position(data: Any, progress: Progress) -> dict[str, Any] | None:
+    sampler = find_resumable(data)
+    return None if sampler is None else sampler.distckpt_position(_samples_since(data, progress))
 
-    It is called with the number of samples that this rank has trained since the sampler's last ``__iter__``, or None
-    where the pass is over and the sampler's next ``__iter__`` begins a new one.
-    """
-    for one in samplers_of(data):
-        if hasattr(one, "distckpt_position"):
-            since = (progress.trained - progress.iterator_began_at) * (batch_size_of(data) or 1)
-            return one.distckpt_position(None if progress.is_pass_over else since)
-    return None
+
+def _samples_since(data: Any, progress: Progress) -> int | None:
+    """Return how many samples of the present iterator were trained; None where the next batch begins a new pass."""
+    if progress.is_pass_over or progress.trained - progress.pass_began_at == length_of(data):
+        return None
+    return (progress.trained - progress.iterator_began_at) * (batch_size_of(data) or 1)
+
+
+def _follow(data: Any, progress: Progress) -> None:
+    """Let a sampler of ours count what is trained, where it is itself among the objects of a checkpoint."""
+    sampler = find_resumable(data)
+    if sampler is not None:
+        sampler.distckpt_follow(lambda: _samples_since(data, progress))

@@ -105,6 +105,7 @@ def fit_to_data(
     *,
     knows_pass: bool,
     counts_epochs: bool,
+    world_size: int,
     left: int | None = None,
 ) -> StartPoint:
     """Return the same place in the data of the resumed run, whose batches may be others.
@@ -115,6 +116,7 @@ def fit_to_data(
         epoch_length: likewise; None if it was not.
         knows_pass: whether the generators are known as they were when the pass began.
         counts_epochs: whether the run's end is given in epochs; else in iterations, which keep their number.
+        world_size: the number of ranks.
         left: batches that the data give until the pass ends, where they go on by themselves; else None.
 
     Raises:
@@ -125,16 +127,20 @@ def fit_to_data(
     pairs = zip(before, (length, size, total), strict=True)
     if left is None and all(one is None or other is None or one == other for one, other in pairs):
         return start
-    is_pass_an_epoch = start.epoch_length == start.length
+    is_pass_an_epoch = start.epoch_length == start.length or (left is not None and start.length is None)
     new_length = epoch_length or (length if is_pass_an_epoch else start.epoch_length) or start.epoch_length
     batches = 0
     if left is not None and length is not None:
+        if not left and length:
+            raise ValueError(_refusal(start, length, size, "fewer samples are left than a batch has"))
         batches = max(0, length - left)
     elif start.is_mid_pass:
-        problem = _why_unknown(start, data, knows_pass=knows_pass)
+        problem = _why_unknown(start, data, world_size, knows_pass=knows_pass)
         if problem:
             raise ValueError(_refusal(start, length, size, problem))
         batches = (start.samples or 0) // (size or 1)
+        if _is_shared(data):
+            batches = (start.samples or 0) * (start.world_size or world_size) // ((size or 1) * world_size)
     in_epoch = start.in_epoch
     if is_pass_an_epoch and in_epoch:
         in_epoch = batches
@@ -156,7 +162,33 @@ def fit_to_data(
     )
 
 
-def _why_unknown(start: StartPoint, data: Any, *, knows_pass: bool) -> str:  # noqa: PLR0911 - one a reason
+def _is_shared(data: Any) -> bool:
+    """Return True if torch's DistributedSampler lets the ranks take turns in one order."""
+    return any(type(one) is DistributedSampler for one in samplers_of(data))
+
+
+def _why_unknown_on_ranks(start: StartPoint, data: Any, size: int, world_size: int) -> str:
+    """Return why the place is unknown where ranks take turns in one order; empty if it is known.
+
+    What all ranks have trained is the beginning of the order. On any number of ranks so many whole steps are left out.
+    """
+    inner: Any
+    (inner,) = [one for one in samplers_of(data) if type(one) is DistributedSampler]
+    before, num_samples = start.world_size or world_size, len(inner.dataset)
+    num_each = num_samples // before if inner.drop_last else -(-num_samples // before)
+    if start.num_samples != num_each:
+        return f"{before} ranks had {start.num_samples} samples each, and the data have {num_samples} now"
+    trained, length = (start.samples or 0) * before, length_of(data)
+    if trained % (size * world_size):
+        return f"the {trained} samples of {before} ranks are no whole number of steps of {world_size} x {size}"
+    if length is not None and trained // (size * world_size) >= length:
+        return "fewer samples are left than a step has"
+    return ""
+
+
+def _why_unknown(  # noqa: PLR0911 - one a reason
+    start: StartPoint, data: Any, world_size: int, *, knows_pass: bool
+) -> str:
     """Return why the place in the new batches is unknown; empty if it is known."""
     size, total, samplers = batch_size_of(data), num_samples_of(data), list(samplers_of(data))
     inner = samplers[-1] if samplers else None
@@ -166,6 +198,8 @@ def _why_unknown(start: StartPoint, data: Any, *, knows_pass: bool) -> str:  # n
         return f"{type(samplers[0]).__name__} makes batches of its own"
     if isinstance(getattr(data, "dataset", None), IterableDataset) and getattr(data, "num_workers", 0) > 1:
         return "several workers give batches in turns"
+    if _is_shared(data):
+        return _why_unknown_on_ranks(start, data, size, world_size)
     is_in_sequence = inner is None or isinstance(inner, SequentialSampler) or not isinstance(inner, Sampler)
     if total != start.num_samples and start.num_samples is not None and not is_in_sequence:
         return f"the data had {start.num_samples} samples and have {total}, in another order"

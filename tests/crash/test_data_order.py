@@ -1,0 +1,128 @@
+"""The table of samplers, workers, stops and numbers of ranks: which samples a resumed run trains, and in which order.
+
+On as many ranks as before each rank trains the batches of the run left alone, bit for bit. On another number each
+sample of each epoch is trained exactly once, or all ranks refuse, or all warn, before the first batch. How many cells
+ended in which way is printed.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.crash.data_order import BATCH_SIZE, LENGTH, MAX_EPOCHS, SAMPLERS, STOPS, WORKERS, Cell, Part, run_part
+from tests.support.selection import only_on
+
+WORLDS = [(1, 1), (2, 2), (2, 1), (1, 2), (3, 2), (2, 3)]
+QUICK = {"ResumableSampler", "DistributedSampler", "RandomSampler with a generator", "BatchSampler of a RandomSampler"}
+"""The samplers of the quick selection on several ranks."""
+SHARING = ("ResumableSampler", "DistributedSampler")
+"""Samplers of which each rank gets a share. Of the others each rank draws the whole data."""
+
+pytestmark = [pytest.mark.slow, only_on("gloo", why="about loaders of processes, on one to three ranks")]
+
+
+class Counts:
+    """How many cells ended in which way."""
+
+    def __init__(self) -> None:
+        self.ends: dict[tuple[int, int], Counter[str]] = {}
+
+    def __str__(self) -> str:
+        """Return it as text."""
+        lines = []
+        for (before, after), ends in sorted(self.ends.items()):
+            told = ", ".join(f"{number} {end}" for end, number in sorted(ends.items()))
+            lines.append(f"[order of data] {before} -> {after} ranks: {ends.total()} cells: {told}")
+        return "\n".join(lines)
+
+
+@pytest.fixture(scope="module")
+def counts(tell_in_the_end: Callable[[object], None]) -> Counts:
+    """Return where cells are counted; it is printed in the end, past pytest's capture."""
+    found = Counts()
+    tell_in_the_end(found)
+    return found
+
+
+def cells_of(sampler: str, worlds: tuple[int, int], *, is_whole: bool) -> list[Cell]:
+    """Return the cells of a test."""
+    if is_whole:
+        return [Cell(sampler, kind, stops) for kind in WORKERS for stops in STOPS]
+    if sampler in QUICK:
+        cells = [Cell(sampler, "no workers", stops) for stops in STOPS]
+        return [*cells, Cell(sampler, "persistent workers", "twice")] if worlds == (1, 1) else cells
+    return [Cell(sampler, "no workers", "in an epoch")] if worlds == (1, 1) else []
+
+
+@pytest.mark.parametrize("worlds", WORLDS, ids=lambda worlds: "{} to {}".format(*worlds))
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_resumed_run_trains_the_samples_of_the_run_left_alone(
+    tmp_path: Path, counts: Counts, sampler: str, worlds: tuple[int, int], *, is_whole: bool
+) -> None:
+    cells = cells_of(sampler, worlds, is_whole=is_whole)
+    before, after = worlds
+    alone = run_part(tmp_path, [(f"alone {number}", cell, None) for number, cell in enumerate(cells)], before)
+    parts: list[list[list[Part]]] = [[] for _ in cells]
+    for leg in range(1 + max(map(len, STOPS.values()))):
+        # A run that stops twice stops the first time on `before` ranks, and goes on on `after` ones both times.
+        going = [
+            (number, stops[leg] if leg < len(stops) else None)
+            for number, cell in enumerate(cells)
+            for stops in [STOPS[cell.stops]]
+            if leg <= len(stops) and not any(part.refused for ranks in parts[number] for part in ranks)
+        ]
+        ran = run_part(
+            tmp_path,
+            [(f"cell {number}", cells[number], stop) for number, stop in going],
+            after if leg else before,
+        )
+        for (number, _), ranks in zip(going, ran, strict=True):
+            parts[number].append(ranks)
+    for number, cell in enumerate(cells):
+        try:
+            end = end_of(cell, worlds, alone[number], parts[number])
+        except AssertionError as error:
+            error.add_note(f"{cell}, {worlds}\nalone: {alone[number]}\nparts: {parts[number]}")
+            raise
+        counts.ends.setdefault(worlds, Counter())[end] += 1
+
+
+def end_of(cell: Cell, worlds: tuple[int, int], alone: list[Part], parts: list[list[Part]]) -> str:
+    """Check a cell, and return in which way it ended."""
+    assert not any(part.refused or part.warned for part in alone + parts[0]), "nothing is resumed there"
+    before, after = worlds
+    resumed = [part for ranks in parts[1:] for part in ranks]
+    refused = [part.refused for part in resumed if part.refused]
+    if refused:
+        assert before != after
+        assert len(refused) == after, "all ranks refuse"
+        assert all("ResumableSampler" in why for why in refused)
+        assert not any(part.batches for part in parts[-1]), "nothing was trained"
+        assert cell.sampler != "ResumableSampler"
+        return "refused"
+    if before == after:
+        for rank, part in enumerate(alone):
+            assert [batch for ranks in parts for batch in ranks[rank].batches] == part.batches
+        warned = [what for part in resumed for what in part.warned]
+        assert all("workers begin anew" in what for what in warned)
+        return "as alone"
+    assert all(any(f"a job of {before} ranks" in what for what in part.warned) for part in parts[1]), "of the numbers"
+    if cell.sampler in SHARING:
+        for epoch in range(1, MAX_EPOCHS + 1):
+            seen = Counter(
+                one for ranks in parts for part in ranks for at, some in part.batches if at == epoch for one in some
+            )
+            assert set(seen) == set(range(LENGTH))
+            padding = seen.total() - LENGTH
+            assert padding < after, "what is left of an epoch may not divide by the ranks: its first samples come again"
+            assert not padding or epoch in {at for at, _ in STOPS[cell.stops]}
+        return "each sample once"
+    for rank in range(min(before, after)):
+        whole = [batch for ranks in parts for batch in ranks[rank].batches]
+        assert len(whole) == MAX_EPOCHS * LENGTH // BATCH_SIZE
+        assert whole == alone[rank].batches
+    if STOPS[cell.stops] != STOPS["at its end"]:
+        assert all(any("each rank draws" in what for what in part.warned) for part in parts[1])
+    return "warned"
