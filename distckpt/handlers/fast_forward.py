@@ -5,6 +5,7 @@ its first batches twice and its last ones never. A run that had ended would begi
 mended here happens in the engine's first run after the resume, and never again.
 """
 
+import itertools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,9 @@ from dataclasses import replace
 from typing import Any
 
 from ignite.engine import DeterministicEngine, Engine, Events, State
+from ignite.engine.deterministic import _set_rng_states  # what the engine itself calls
 from torch.utils.data import IterableDataset
+from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
 
 from distckpt.backends.detect import current
 from distckpt.consensus import agree
@@ -82,6 +85,7 @@ class FastForward:
         self._is_reset = False
         self._num_seen = 0
         self._targets: list[Callable[[], None]] = []
+        self._rng_states: Any = None
         for one in _on(engine):  # of an earlier resume, and no run since
             one.detach(engine)
         self._place(engine)
@@ -232,6 +236,7 @@ class FastForward:
 
     def _begin_run(self, engine: Engine) -> None:
         set_start(engine, None)
+        self._has_given_out = False
         after_event(engine, self._after_started)
 
     def _after_started(self, engine: Engine) -> None:
@@ -240,6 +245,9 @@ class FastForward:
             engine.state.seed = self._start.seed
 
     def _begin_epoch(self, engine: Engine) -> None:
+        if self._has_given_out:  # an epoch without a batch came before: the data had no more to give
+            self.detach(engine)
+            return
         if engine.state.iteration != self._start.trained:
             self.detach(engine)
             engine._init_iter = None  # noqa: SLF001 - a handler of STARTED has set another iteration
@@ -257,7 +265,7 @@ class FastForward:
         if data is None:
             return
         start = self._start
-        self._num_seen, self._has_given_out = (start.batches or 0) if start.is_mid_pass else 0, False
+        self._num_seen = (start.batches or 0) if start.is_mid_pass else 0
         if start.epoch_begun:
             self._put_back()
         is_placed = self._knows_its_place(engine, data)
@@ -273,9 +281,16 @@ class FastForward:
         if self._is_reset and sampler_that_draws(data) is not None:
             make_workers(data, self._generators)
             self._is_reset = False
+        self._take_rng_states(engine)
         if start.is_mid_pass:
             for one in self._generators:
                 one.begin_pass(start.trained - self._num_seen)
+
+    def _take_rng_states(self, engine: Engine) -> None:
+        """Keep a DeterministicEngine from setting its generators before a loader without workers draws its order."""
+        if self._start.is_mid_pass and isinstance(engine, DeterministicEngine):
+            self._rng_states = getattr(engine.state, "rng_states", None)
+            setattr(engine.state, "rng_states", None)  # noqa: B010 - no attribute that is declared
 
     def _is_end_unnoticed(self, data: Any) -> bool:
         """Return True if all batches of the loaded pass were trained, and ignite had not asked for one more."""
@@ -333,11 +348,15 @@ class FastForward:
             return
         if self._num_seen and self._skip_batches:
             self._skip(engine)
+        if self._rng_states is not None:
+            _draw_order(engine._dataloader_iter)  # noqa: SLF001 - as below
+            _set_rng_states(self._rng_states)
         if (self._start.is_mid_pass and not self._start.is_drawn) or self._is_reset:
             self._put_back_targets()
 
     def _end_batch(self, engine: Engine) -> None:
-        if self._start.is_drawn and self._start.event == Events.GET_BATCH_COMPLETED.name:
+        if self._start.is_drawn and not self._start.iteration_begun:
+            self._put_back_targets()  # before too: a handler may save
             after_event(engine, lambda _: self._put_back_targets())
 
     def _skip(self, engine: Engine) -> None:
@@ -366,18 +385,18 @@ class FastForward:
         start = self._start
         if engine.state.iteration != start.trained + 1:
             return
+        if engine.state.dataloader is None and start.epoch_begun:
+            self._targets = [one.put_back for one in self._generators]
+            self._put_back_targets()
         if start.iteration_begun:
+            self._put_back_targets()  # before too: a handler may save
             self._restored.hold_histories()
             after_event(engine, self._after_iteration_started)
-        elif start.epoch_begun and engine.state.dataloader is None:
-            self._put_back()
 
     def _after_iteration_started(self, engine: Engine) -> None:
+        del engine
         self._restored.put_back("ITERATION_STARTED")
-        if engine.state.dataloader is None:
-            self._put_back()
-        else:
-            self._put_back_targets()
+        self._put_back_targets()
 
     def _put_back(self) -> None:
         for one in self._generators:
@@ -386,6 +405,14 @@ class FastForward:
     def _put_back_targets(self) -> None:
         for put_back in self._targets:
             put_back()
+
+
+def _draw_order(iterator: Any) -> None:
+    """Let a loader's iterator draw its first indices, and with them the order of the pass."""
+    indices = getattr(iterator, "_sampler_iter", None)
+    if isinstance(iterator, _SingleProcessDataLoaderIter) and indices is not None:
+        first = list(itertools.islice(indices, 1))
+        iterator._sampler_iter = itertools.chain(first, indices)  # noqa: SLF001 - there is no public way
 
 
 def _parts_of(data: Any) -> Sequence[Any]:

@@ -342,7 +342,9 @@ def _wrap_fire_event(fire: Callable[..., None]) -> Callable[..., None]:
     def fire_event(self: Engine, event_name: Any, *event_args: Any, **event_kwargs: Any) -> None:
         if event_name is _ITERATED:
             progress_of(self).trained = self.state.iteration
-        elif not (event_name is drawing or event_name is drawn or event_name is begun):  # not of each iteration
+        elif event_name is drawn:
+            progress_of(self).needs_iterator = False
+        elif not (event_name is drawing or event_name is begun):  # not of each iteration
             count_event(self, event_name)
             if event_name is Events.STARTED or event_name is Events.COMPLETED:
                 _at_border_of_run(self, event_name)

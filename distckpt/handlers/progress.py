@@ -2,7 +2,7 @@
 
 ignite keeps one number, ``state.iteration``. It is raised before a batch is trained, and tells neither how many batches
 of a pass were trained, nor where an epoch began after ``terminate_epoch()``. These counters do. They are kept on the
-engine by the hook around its events in :mod:`distckpt.handlers.firing`, and cost one assignment an iteration.
+engine by the hook around its events in :mod:`distckpt.handlers.firing`, and cost two assignments an iteration.
 
 A pass begins where ignite makes a new iterator over the data. It need not be an epoch: ``epoch_length`` may be another
 than the data's length.
@@ -115,6 +115,8 @@ def go_on(engine: Engine, resumed: Resumption | None, scale: int = 0) -> None:
 def count_event(engine: Engine, event: Any) -> None:
     """Count an event that is not one of each iteration's, before its handlers. Called by the hook around events."""
     progress = progress_of(engine)
+    if engine.last_event_name is Events.TERMINATE_SINGLE_EPOCH:  # after which ignite has made an iterator
+        progress.needs_iterator = False
     if event is Events.STARTED:
         _begin_run(engine, progress)
     elif event is Events.EPOCH_STARTED:
@@ -123,6 +125,7 @@ def count_event(engine: Engine, event: Any) -> None:
         progress.has_epoch_begun = True
         if engine._dataloader_iter is None:  # noqa: SLF001 - ignite makes it after this event; no public way to ask
             _begin_first_pass(progress)
+            progress.needs_iterator = True
             _follow(engine.state.dataloader, progress)
         progress.resumed = None
     elif event is Events.DATALOADER_STOP_ITERATION:
@@ -193,15 +196,18 @@ def position_of(engine: Engine) -> dict[str, Any]:
     """
     progress, state, data = progress_of(engine), engine.state, getattr(engine.state, "dataloader", None)
     in_epoch = progress.trained - progress.epoch_began_at
-    has_begun = progress.has_epoch_begun and in_epoch != state.epoch_length
+    is_terminated = progress.has_epoch_begun and bool(engine.should_terminate_single_epoch)
+    has_begun = progress.has_epoch_begun and in_epoch != state.epoch_length and not is_terminated
     batches, length = progress.trained - progress.pass_began_at, length_of(data)
+    batches = length or 0 if is_terminated else batches  # ignite makes a new iterator then
     event = engine.last_event_name
-    has_iteration_begun = state.iteration > progress.trained
-    is_drawn = has_iteration_begun or event is Events.GET_BATCH_COMPLETED
-    has_pass_begun = batches != length and (batches > 0 or is_drawn or event is Events.GET_BATCH_STARTED)
+    has_iteration_begun = state.iteration > progress.trained and not is_terminated
+    is_drawn = has_iteration_begun or (event is Events.GET_BATCH_COMPLETED and not is_terminated)
+    has_iterator = not progress.needs_iterator or event is Events.GET_BATCH_STARTED
+    has_pass_begun = batches != length and not is_terminated and (batches > 0 or is_drawn or has_iterator)
     batches = 0 if batches == length else batches
     return {
-        "trained": progress.trained,
+        "trained": state.iteration if is_terminated else progress.trained,
         "epoch": progress.epochs + (progress.has_epoch_begun and not has_begun),
         "in_epoch": in_epoch if has_begun else 0,
         "epoch_begun": has_begun,

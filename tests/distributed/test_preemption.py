@@ -250,7 +250,7 @@ def test_an_epoch_that_is_saved_as_it_ends_is_not_saved_again_for_the_signal(tmp
     plans = [
         Plan(signals=[(0, TERM, 6)], pace={"lag": 1}, event="epoch"),
         Plan(signals=[(last, TERM, 5)], pace={"lag": 1}, event="epoch"),
-        Plan(signals=[(last, TERM, 5)], pace={"every": 4}, event="epoch"),
+        Plan(signals=[(last, TERM, 5)], pace={"every": 3}, event="epoch"),
         Plan(signals=[(0, TERM, 6)], event="iteration"),
     ]
     ends = ends_of(world_size, tmp_path, plans)
