@@ -20,7 +20,7 @@ from distckpt.handlers.own_files import OwnFiles
 from distckpt.handlers.records import Record
 from distckpt.handlers.runs import Origin, go_on_from
 
-__all__ = ["take_histories"]
+__all__ = ["handlers_beside", "take_histories"]
 
 
 def take_histories(
@@ -51,7 +51,7 @@ def take_histories(
     """
     source, to_load, engine = given
     engines = [one for one in (engine, *(one for _, one in leaves(to_load))) if isinstance(one, Engine)]
-    handlers = _handlers_beside(source, to_load, engines)
+    handlers = handlers_beside(source, to_load, engines)
     origin = Origin(run=None if record is None else record.run)
     for one in engines:
         go_on_from(one, origin)
@@ -82,7 +82,7 @@ def take_histories(
     return told
 
 
-def _handlers_beside(
+def handlers_beside(
     source: Checkpoint | None, to_load: Mapping[str, Any], engines: Iterable[Engine]
 ) -> list[Checkpoint]:
     """Return the handlers whose history is found: the source, those that are loaded, those on the engines."""

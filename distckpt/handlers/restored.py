@@ -29,6 +29,7 @@ class Restored:
 
     Args:
         objects: by name, as the checkpoint was loaded into them; the same names on all ranks.
+        handlers: whose history was restored.
         load_again: loads some of them again. Rank-local.
         timeout_s: seconds to wait for the other ranks; None for the default.
 
@@ -37,7 +38,11 @@ class Restored:
     """
 
     def __init__(
-        self, objects: Mapping[str, Any], load_again: Callable[[Sequence[Any]], None], timeout_s: float | None
+        self,
+        objects: Mapping[str, Any],
+        handlers: Sequence[Checkpoint],
+        load_again: Callable[[Sequence[Any]], None],
+        timeout_s: float | None,
     ) -> None:
         self.objects = list(objects.values())
         self._objects = {
@@ -45,7 +50,7 @@ class Restored:
             for name, one in objects.items()
             if not isinstance(one, Checkpoint | RngState)
         }
-        self._handlers = [one for one in objects.values() if isinstance(one, Checkpoint)]
+        self._handlers = handlers
         self._load_again = load_again
         self._timeout_s = timeout_s
         self._notes: dict[str, StateNote | None] = {}

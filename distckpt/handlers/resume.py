@@ -26,7 +26,7 @@ from distckpt.handlers.beside import Beside, find_beside
 from distckpt.handlers.checkpoint import Checkpoint, name_of
 from distckpt.handlers.disk_saver import DiskSaver
 from distckpt.handlers.fast_forward import FastForward
-from distckpt.handlers.histories import take_histories
+from distckpt.handlers.histories import handlers_beside, take_histories
 from distckpt.handlers.object_trees import leaves, path_to
 from distckpt.handlers.own_files import OwnFiles
 from distckpt.handlers.records import parse_record, survey
@@ -192,7 +192,9 @@ def resume(
     start = None
     if engine is not None and beside.is_engine_known:
         start = _start_of(engine, to_load, record, backend)
-        restored = Restored(_named(to_load, beside), load_again, timeout_s)
+        restored = Restored(
+            _named(to_load, beside), handlers_beside(source[0].handler, to_load, [engine]), load_again, timeout_s
+        )
         FastForward(engine, start, restored, skip_batches=skip_batches, timeout_s=timeout_s)
     facts = _facts_of(chosen, engine, start, record)
     _tell(

@@ -1,0 +1,188 @@
+"""What was restored stands when the first batch is trained, whatever handlers do before it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from ignite.metrics import Average
+from torch import nn
+
+from distckpt import Checkpoint, DiskSaver, EarlyStopping, resume
+
+pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
+LARGE = 200  # 160,000 bytes of weights: more than is copied
+
+
+class Counter:
+    """An object of the program's."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, Any] = {"steps": 0, "notes": []}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"counts": self.counts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.counts = dict(state["counts"])
+
+
+class Program:
+    """A program that is stopped in its third epoch, and resumed."""
+
+    def __init__(self, folder: Path, width: int = 2) -> None:
+        self.model = nn.Linear(width, width)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1.0)
+        self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.5)
+        self.average = Average()
+        self.counter = Counter()
+        self.firsts: list[Any] = []
+        self.trainer = Engine(self.step)
+        self.trainer.state_dict_user_keys.append("alpha")
+        self.trainer.state.alpha = 0.0  # type: ignore[attr-defined]  # as ignite's documentation does it
+        self.average.attach(self.trainer, "average")
+        evaluator = Engine(lambda _engine, _batch: None)
+        self.stopping = EarlyStopping(99, lambda _engine: -float(self.trainer.state.epoch), self.trainer)
+        self.evaluator = evaluator
+        self.objects = {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "average": self.average,
+            "counter": self.counter,
+            "stopping": self.stopping,
+            "trainer": self.trainer,
+        }
+        self.saver = Checkpoint(self.objects, DiskSaver(folder, require_empty=False), n_saved=2)
+        self.trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: self.stopping(evaluator))
+
+    def step(self, engine: Engine, batch: float) -> float:
+        if not self.firsts:
+            self.firsts = self.facts()
+        self.optimizer.zero_grad()
+        self.model(torch.ones(self.model.in_features)).sum().backward()
+        self.optimizer.step()
+        self.counter.counts["steps"] += 1
+        engine.state.alpha += 1.0  # type: ignore[attr-defined]  # as above
+        return float(batch)
+
+    def facts(self) -> list[Any]:
+        """Return what a batch finds."""
+        moments = [one["exp_avg"].sum().item() for one in self.optimizer.state.values()]
+        return [
+            self.model.weight.sum().item(),
+            moments,
+            self.optimizer.param_groups[0]["lr"],
+            self.scheduler.last_epoch,
+            self.average.num_examples,
+            dict(self.counter.counts),
+            (self.stopping.counter, self.stopping.best_score),
+            self.trainer.state.alpha,  # type: ignore[attr-defined]  # as above
+            [item.filename for item in self.saver._saved],
+        ]
+
+    def run(self, stop_at: int = 0) -> None:
+        self.trainer.add_event_handler(Events.ITERATION_COMPLETED(every=5), self.saver)
+        if stop_at:
+            self.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=stop_at), self.trainer.terminate)
+        self.trainer.run(range(10), max_epochs=3)
+
+
+def undo_all(program: Program) -> None:
+    """Undo what was restored, as handlers of STARTED in real programs do."""
+    for module in program.model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data.zero_()  # past the count of versions
+            nn.init.ones_(module.bias)
+    program.optimizer.state.clear()
+    program.optimizer.param_groups[0]["lr"] = 77.0
+    program.scheduler.step()
+    program.average.reset()
+    program.counter.counts = {"steps": -1, "notes": ["a new run"]}
+    program.stopping.reset()
+    program.saver.reset()
+    program.trainer.state.alpha = -1.0  # type: ignore[attr-defined]  # as ignite's documentation does it
+
+
+@pytest.mark.parametrize("width", [2, LARGE])
+@pytest.mark.parametrize(
+    "event",
+    [
+        Events.STARTED,
+        Events.EPOCH_STARTED,
+        Events.EPOCH_STARTED(every=1),
+        Events.EPOCH_STARTED(once=3),
+        Events.STARTED | Events.EPOCH_STARTED,
+    ],
+    ids=["started", "epoch", "every", "once", "both"],
+)
+@pytest.mark.parametrize("is_late", [False, True])
+def test_what_handlers_undo_before_the_first_batch_is_put_back(
+    tmp_path: Path, event: Any, width: int, *, is_late: bool
+) -> None:
+    before = Program(tmp_path, width)
+    before.run(stop_at=25)
+    after = Program(tmp_path, width)
+    if not is_late:
+        after.trainer.add_event_handler(event, undo_all, after)
+    resume(after.objects, after.saver)
+    restored = after.facts()
+    if is_late:
+        after.trainer.add_event_handler(event, undo_all, after)
+    parameters = list(after.model.parameters())
+    after.run()
+    assert after.firsts == restored
+    assert after.firsts[4:6] == [5, {"steps": 25, "notes": []}]
+    assert all(one is other for one, other in zip(parameters, after.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("stop_at", [20, 25])
+def test_between_two_epochs_their_handlers_do_what_they_do(tmp_path: Path, stop_at: int) -> None:
+    def make() -> Program:
+        program = Program(tmp_path)
+
+        @program.trainer.on(Events.EPOCH_STARTED)
+        def step_scheduler() -> None:
+            program.scheduler.step()
+
+        return program
+
+    make().run(stop_at=stop_at)
+    after = make()
+    resume(after.objects, after.saver)
+    after.run()
+    assert after.scheduler.last_epoch == 3
+    assert after.firsts[2] == 0.5**3
+
+
+def test_what_the_program_changes_after_the_resume_stands(tmp_path: Path) -> None:
+    Program(tmp_path).run(stop_at=25)
+    after = Program(tmp_path)
+    after.trainer.add_event_handler(Events.STARTED, lambda: after.optimizer.param_groups[0].update(lr=77.0))
+    resume(after.objects, after.saver)
+    after.optimizer.param_groups[0]["lr"] = 0.25
+    after.run()
+    assert after.firsts[2] == 0.25
+
+
+def test_a_later_run_of_the_engine_is_left_alone(tmp_path: Path) -> None:
+    Program(tmp_path).run(stop_at=25)
+    after = Program(tmp_path)
+    resume(after.objects, after.saver)
+    after.run()
+    after.trainer.add_event_handler(Events.STARTED, undo_all, after)
+    after.firsts = []
+    after.trainer.run(range(10), max_epochs=4)
+    assert after.firsts[5] == {"steps": -1, "notes": ["a new run"]}
+
+
+def test_a_file_that_is_no_longer_there_is_named_where_it_is_needed(tmp_path: Path) -> None:
+    Program(tmp_path, LARGE).run(stop_at=25)
+    after = Program(tmp_path, LARGE)
+    after.trainer.add_event_handler(Events.STARTED, undo_all, after)
+    found = resume(after.objects, after.saver)
+    assert found is not None
+    found.unlink()
+    with pytest.raises(FileNotFoundError, match=found.name):
+        after.run()
