@@ -182,7 +182,9 @@ class CheckpointSaving(CheckpointHistory):
         """Rank-local. Return the files in the handler's directory, and their records."""
         if not isinstance(self.save_handler, ON_DISK):
             return {}
-        return survey(Path(self.save_handler.dirname), self.ext, is_nested=OwnFiles(self, engines).is_nested)
+        with contextlib.suppress(NotADirectoryError):  # the write raises it, with rank, step and path
+            return survey(Path(self.save_handler.dirname), self.ext, is_nested=OwnFiles(self, engines).is_nested)
+        return {}
 
     def _recorded_history(
         self,
