@@ -26,6 +26,9 @@ DEADLY_SAVE = 4
 BALLAST_MB = 96
 # Where arithmetic is not deterministic (GPUs), a resumed run may end this far from the other one.
 NOISE = 0.01
+# On another number of ranks the batches are others.
+OTHER_RANKS = 0.05
+NUM_SAMPLES, BATCH_SIZE = 1437, 64
 ACT_LIMIT_S = 180.0
 # torchrun gives its ranks 30 s to end before it kills them.
 END_LIMIT_S = 45.0
@@ -38,6 +41,7 @@ RESUMED = "3  Resume"
 BROKEN = "4  Train, the loss of one rank becomes NaN"
 TOLD = "5  Train, one rank is told to stop (SIGTERM) in the middle of an epoch; resume"
 RESTARTED = "6  Train, one rank is killed, and torchrun starts all again (--max-restarts 1)"
+MOVED = "7  Train on two ranks, told to stop in the middle of an epoch; resume on three"
 
 # In the middle of an epoch: one has 22 iterations.
 NAN_AT, TOLD_AT, KILLED_AT = 50, 75, 120
@@ -123,6 +127,7 @@ def main() -> int:
         break_one_rank(demo)
         tell_one_rank_to_stop(demo)
         kill_one_rank_and_restart(demo)
+        go_on_with_another_number_of_ranks(demo)
         console.print(comparison(demo))
     console.print(happenings(demo))
 
@@ -251,6 +256,27 @@ def kill_one_rank_and_restart(demo: Demo) -> None:
             is_true=0 < cost <= epoch_length,
         )
         ended_as_act_1_did(demo, RESTARTED, run)
+
+
+def go_on_with_another_number_of_ranks(demo: Demo) -> None:
+    """Act 7: two ranks are told to stop in the middle of an epoch; three go on, and no sample comes twice."""
+    code = demo.train(MOVED, "moved", "--fault", f"sigterm@{TOLD_AT}:1")
+    before = demo.summary("moved")["samples"] if code == 0 else {}
+    code = code or demo.train(MOVED, "moved", "--resume", NPROC_PER_NODE=str(NUM_RANKS + 1))
+    if not demo.find(MOVED, f"resumed, and trained to the end{_unless_zero(code)}", is_true=code == 0):
+        return
+    run = demo.summary("moved")
+    epoch = str(run["first_epoch"])
+    first, rest = before.get(epoch, []), run["samples"].get(epoch, [])
+    num_left = NUM_SAMPLES - len({*first, *rest})
+    demo.find(
+        MOVED,
+        f"epoch {epoch}: {len(first)} samples on {NUM_RANKS} ranks, {len(rest)} others on {run['world_size']}, none "
+        f"twice; {num_left} at its end do not make a whole batch",
+        is_true=bool(first) and len({*first, *rest}) == len(first) + len(rest) and num_left < BATCH_SIZE,
+    )
+    distance = abs(demo.summary("alone")["val_acc"] - run["val_acc"])
+    demo.find(MOVED, f"accuracy {distance:.2%} apart from act 1's", is_true=distance <= OTHER_RANKS)
 
 
 def is_finite(checkpoint: Path) -> bool:

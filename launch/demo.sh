@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # See it survive: train on two ranks, kill one in the middle of a save, resume, compare with a run left alone. Then
-# break the loss of one rank, tell one rank to stop, and kill one that torchrun starts again.
+# break the loss of one rank, tell one rank to stop, kill one that torchrun starts again, and go on on three ranks.
 #
 #   bash launch/demo.sh
 #

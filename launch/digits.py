@@ -4,12 +4,14 @@ Owns what is learned and from which samples, each rank's share of them included.
 engines, handlers or launchers: ranks are two plain numbers here.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from distckpt import ResumableSampler
 
 NUM_CLASSES = 10
 NUM_VALIDATION = 360
@@ -24,10 +26,12 @@ class Samples:
     Attributes:
         images: float32 (N, 1, 8, 8), in [0, 1].
         labels: int64 (N,).
+        numbers: int64 (N,), which samples of the data set they are.
     """
 
     images: Tensor
     labels: Tensor
+    numbers: Tensor
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -35,7 +39,7 @@ class Samples:
 
     def take(self, index: Tensor | slice) -> "Samples":
         """Return the samples at `index`."""
-        return Samples(images=self.images[index], labels=self.labels[index])
+        return Samples(images=self.images[index], labels=self.labels[index], numbers=self.numbers[index])
 
 
 def load(device: torch.device) -> tuple[Samples, Samples]:
@@ -43,56 +47,41 @@ def load(device: torch.device) -> tuple[Samples, Samples]:
     digits = load_digits()
     images = torch.as_tensor(digits.images, dtype=torch.float32).unsqueeze(1).div(16.0)
     labels = torch.as_tensor(digits.target, dtype=torch.int64)
-    everything = Samples(images=images.to(device), labels=labels.to(device))
+    numbers = torch.arange(len(labels)).to(device)
+    everything = Samples(images=images.to(device), labels=labels.to(device), numbers=numbers)
     order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(SPLIT_SEED)).to(device)
     return everything.take(order[NUM_VALIDATION:]), everything.take(order[:NUM_VALIDATION])
 
 
-class TrainBatches:
+class TrainBatches(DataLoader[Samples]):
     """One rank's share of each batch, in an order that depends on seed and epoch alone.
 
-    The batch size is that of the whole job: with more ranks each takes fewer samples of the same batches,
-    so a run may go on with another number of ranks and still see the same data in the same order.
+    The batch size is that of the whole job: with more ranks each takes fewer samples. A run may go on with another
+    number of ranks, in the middle of an epoch too, and sees each sample of it once.
 
     Args:
         samples: all training samples.
-        batch_size: samples of one step over all ranks; an epoch's last, incomplete batch is dropped.
+        batch_size: samples of one step over all ranks; what does not divide by the ranks is left out, and so is an
+            epoch's last, incomplete batch.
         seed: with the epoch, it fixes the order.
         rank: whose share.
         world_size: among how many ranks.
 
     Raises:
-        ValueError: the ranks could not take equal shares, or there is not one whole batch.
+        ValueError: there is not one whole batch, or not one sample of it for each rank.
     """
 
     def __init__(self, samples: Samples, *, batch_size: int, seed: int, rank: int, world_size: int) -> None:
-        if batch_size < 1 or batch_size % world_size:
-            given = f"but given {batch_size}"
-            raise ValueError(f"batch_size should be a positive multiple of world_size ({world_size}), {given}")
-        if batch_size > len(samples):
-            raise ValueError(f"batch_size should be at most {len(samples)}, all samples, but given {batch_size}")
-        self._samples = samples
-        self._batch_size = batch_size
-        self._seed = seed
-        self._rank = rank
-        self._world_size = world_size
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next pass, before its first batch is drawn."""
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        """Return the number of steps in an epoch."""
-        return len(self._samples) // self._batch_size
-
-    def __iter__(self) -> Iterator[Samples]:
-        """Yield this rank's share of each batch of the chosen epoch."""
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
-        order = torch.randperm(len(self._samples), generator=generator)
-        for step in range(len(self)):
-            batch = order[step * self._batch_size : (step + 1) * self._batch_size]
-            yield self._samples.take(batch[self._rank :: self._world_size].to(self._samples.labels.device))
+        if not world_size <= batch_size <= len(samples):
+            given = f"a sample for each of {world_size} ranks, at most {len(samples)}, but given {batch_size}"
+            raise ValueError(f"batch_size should be at least {given}")
+        super().__init__(
+            range(len(samples)),  # type: ignore[arg-type]  # the numbers of the samples; a batch is taken at once
+            batch_size // world_size,
+            sampler=ResumableSampler(len(samples), num_replicas=world_size, rank=rank, seed=seed, drop_last=True),
+            collate_fn=lambda numbers: samples.take(torch.tensor(numbers, device=samples.labels.device)),
+            drop_last=True,
+        )
 
 
 class Net(nn.Module):

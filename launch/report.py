@@ -7,7 +7,7 @@ other ranks never wait for a terminal.
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ class Summary:
         first_epoch: the first epoch this process trained.
         epoch: the last complete epoch.
         iterations: the last iteration of each rank.
+        samples: the numbers of the samples that all ranks trained in this process's first and last epoch, by epoch.
         val_acc: accuracy on the validation samples after it; ``None`` before the first.
         best_val_acc: the best accuracy of any epoch, those before a resume included.
         parameters_sha256: digest of the final parameters: two runs are bit-equal where it is the same.
@@ -43,6 +44,7 @@ class Summary:
     first_epoch: int
     epoch: int
     iterations: Sequence[int]
+    samples: Mapping[str, Sequence[int]]
     val_acc: float | None
     best_val_acc: float | None
     parameters_sha256: str

@@ -67,7 +67,7 @@ def main(local_rank: int, config: Config) -> None:
     batches = TrainBatches(
         train_samples, batch_size=config.batch_size, seed=config.seed, rank=rank, world_size=world_size
     )
-    run = build(config, batches, val_samples.take(slice(rank, None, world_size)))
+    run = build(config, val_samples.take(slice(rank, None, world_size)))
     display.attach(run.trainer)
 
     checkpoint = resume(run.to_resume, run.latest, engine=run.trainer) if resumes(config) else None
@@ -83,7 +83,7 @@ def main(local_rank: int, config: Config) -> None:
         display.close()
         run.fault.close()
 
-    iterations = all_gather(run.trainer.state.iteration)
+    iterations, trained = all_gather(run.trainer.state.iteration), all_gather(run.trained_samples())
     if rank == 0:
         show(
             run,
@@ -92,6 +92,7 @@ def main(local_rank: int, config: Config) -> None:
             resumed_from=resumed_from,
             first_epoch=first_epoch,
             iterations=iterations,
+            trained=trained,
             backend=backend,
             seconds=timer.value(),
         )
@@ -107,6 +108,7 @@ def show(
     resumed_from: str | None,
     first_epoch: int,
     iterations: list[int],
+    trained: list[dict[str, list[int]]],
     backend: str,
     seconds: float,
 ) -> None:
@@ -118,6 +120,7 @@ def show(
         first_epoch=first_epoch,
         epoch=run.trainer.state.iteration // (run.trainer.state.epoch_length or 1),
         iterations=iterations,
+        samples={epoch: [number for one in trained for number in one[epoch]] for epoch in trained[0]},
         val_acc=run.trainer.state.metrics.get("val_acc"),
         best_val_acc=run.early_stopping.best_score,
         parameters_sha256=digest(run.net),
@@ -144,6 +147,12 @@ class Run:
     early_stopping: EarlyStopping
     to_resume: dict[str, Any]
     fault: DieInSave
+    seen: dict[int, list[Tensor]]
+
+    def trained_samples(self) -> dict[str, list[int]]:
+        """Return the numbers of the samples that this rank has trained in the first and last epoch of the process."""
+        ends = {str(epoch): self.seen[epoch] for epoch in sorted(self.seen)[:1] + sorted(self.seen)[-1:]}
+        return {epoch: torch.cat(numbers).tolist() for epoch, numbers in ends.items()}
 
     def has_stopped_early(self, config: Config) -> bool:
         """Tell whether early stopping has had enough, in this process or before a resume."""
@@ -165,14 +174,17 @@ class Run:
         }.get(reason or "", f"early: no better accuracy in {config.patience} epochs")
 
 
-def build(config: Config, batches: TrainBatches, val_samples: Samples) -> Run:
+def build(config: Config, val_samples: Samples) -> Run:
     """Make model, engines and handlers. Collective where there are several ranks."""
     net = launchers.initial(Net, config.seed)
     model = launchers.parallelize(net)
     optimizer = launchers.distribute(torch.optim.AdamW(model.parameters(), lr=config.lr), model)
     scheduler = ExponentialLR(optimizer, gamma=0.9)
 
+    seen: dict[int, list[Tensor]] = {}
+
     def train_step(engine: Engine, batch: Samples) -> float:
+        seen.setdefault(engine.state.epoch, []).append(batch.numbers)
         model.train()
         optimizer.zero_grad()
         loss = functional.cross_entropy(model(batch.images), batch.labels)
@@ -196,7 +208,6 @@ def build(config: Config, batches: TrainBatches, val_samples: Samples) -> Run:
     @trainer.on(Events.EPOCH_STARTED)
     def fix_randomness() -> None:
         epoch = trainer.state.epoch
-        batches.set_epoch(epoch)
         launchers.seed_step((config.seed * 1_000_003 + epoch) * 4099 + get_rank())  # dropout differs between ranks
 
     # From here on the order of the lines is the order of what happens at the end of an epoch.
@@ -255,6 +266,7 @@ def build(config: Config, batches: TrainBatches, val_samples: Samples) -> Run:
         early_stopping=early_stopping,
         to_resume=to_resume,
         fault=fault,
+        seen=seen,
     )
 
 
