@@ -13,7 +13,7 @@ import sys
 import warnings
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -171,7 +171,7 @@ class CheckpointSaving(CheckpointHistory):
             started_s = [record.run.started_s for record in files.values() if record is not None]
             run = propose(outermost, self._origin, max(started_s, default=0.0))
         if is_new and self._is_untouched and run.lineage:
-            history = self._recorded_history(files, run.lineage, engines)
+            history = self._recorded_history(files, run.root, engines)
             if history is not None:
                 self._take_history(history.kept, history.strays, history.iteration, self._origin)
         if is_new:
@@ -189,13 +189,12 @@ class CheckpointSaving(CheckpointHistory):
     def _recorded_history(
         self,
         files: Mapping[str, Record | None],
-        run_ids: Collection[str],
+        root: str,
         engines: Iterable[Engine] = (),
-        passed_over: Collection[str] = (),
     ) -> History | None:
-        """Rank-local. Return what the handler's newest file of some runs says that it had saved; None without one."""
+        """Rank-local. Return what the handler's newest file of the runs says that it had saved; None without one."""
         own = OwnFiles(self, engines)
-        name = own.newest_of(files, run_ids, passed_over)
+        name = own.newest_of(files, root)
         return None if name is None else own.recorded_history(name, files)
 
     def _is_saved_before(self, outermost: Engine) -> bool:

@@ -50,7 +50,8 @@ def take_histories(
         A phrase about the history of the handler that is resumed from; empty if there is none.
     """
     source, to_load, engine = given
-    engines = [one for one in (engine, *(one for _, one in leaves(to_load))) if isinstance(one, Engine)]
+    known = () if source is None else source._known.with_others(())  # noqa: SLF001 - a friend's
+    engines = [one for one in (engine, *(one for _, one in leaves(to_load)), *known) if isinstance(one, Engine)]
     handlers = handlers_beside(source, to_load, engines)
     origin = Origin(run=None if record is None else record.run)
     for one in engines:
@@ -102,6 +103,6 @@ def _found(
     if chosen is not None:
         name: str | None = chosen.relative_to(directory).as_posix()
     else:
-        name = own.newest_of(files, record.run.ids, [one for one in files if directory / one in passed_over])
+        name = own.newest_of(files, record.run.root, [one for one in files if directory / one in passed_over])
     history = None if name is None else own.recorded_history(name, files)
     return None if history is None else [history.kept, history.strays, history.iteration]

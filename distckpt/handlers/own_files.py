@@ -145,20 +145,21 @@ class OwnFiles:
 
     # -- what was kept -----------------------------------------------------------------------------
 
-    def newest_of(
-        self, files: Mapping[str, Record | None], run_ids: Collection[str], passed_over: Collection[str] = ()
-    ) -> str | None:
-        """Return the handler's newest file of some runs; None if there is none.
+    def newest_of(self, files: Mapping[str, Record | None], root: str, passed_over: Collection[str] = ()) -> str | None:
+        """Return the handler's newest file of the runs that went on from one another; None if there is none.
+
+        A run that died may have saved files of this handler, and none of the one that is resumed from. So the files of
+        all runs count that have the first one in common.
 
         Args:
             files: what is in the directory.
-            run_ids: of the runs.
+            root: the id of the first of the runs.
             passed_over: files that are damaged.
         """
         own = {
             name: record.order
             for name, record in files.items()
-            if record is not None and record.run.id in run_ids and name not in passed_over and self.is_recorded(record)
+            if record is not None and record.run.root == root and name not in passed_over and self.is_recorded(record)
         }
         return max(own, key=lambda name: own[name], default=None)
 

@@ -38,6 +38,11 @@ class Run:
     lineage: tuple[str, ...] = ()
 
     @property
+    def root(self) -> str:
+        """The first run of the lineage: the same for all that went on from one another, by whatever ways."""
+        return self.ids[0]
+
+    @property
     def ids(self) -> tuple[str, ...]:
         """The lineage and the run itself."""
         return (*self.lineage, self.id)

@@ -4,8 +4,8 @@ A quick selection is the default. The whole, which takes most of an hour, is `ci
 
     DISTCKPT_CRASH=whole pytest tests/crash -o faulthandler_timeout=0
 
-`DISTCKPT_CRASH_KILLS`, `..._RANK_KILLS`, `..._CUTS`, `..._STATES` and `..._EXITS` set single counts, of each way of
-saving.
+`DISTCKPT_CRASH_KILLS`, `..._RANK_KILLS`, `..._CUTS`, `..._STATES`, `..._EXITS` and `..._PROGRAMS` set single counts, of
+each way of saving.
 `DISTCKPT_CRASH_SEED` repeats a round whose seed was printed (the moments of the kills are repeated, what the
 machine makes of them is not).
 """
@@ -21,7 +21,14 @@ from tests.crash.lost_jobs import Jobs, Table
 
 _VARIABLE = "DISTCKPT_CRASH"
 _KINDS = ("quick", "whole")
-_COUNTS = {"KILLS": (25, 1000), "RANK_KILLS": (12, 1000), "CUTS": (8, 200), "STATES": (14, 500), "EXITS": (8, 200)}
+_COUNTS = {
+    "KILLS": (25, 1000),
+    "RANK_KILLS": (12, 1000),
+    "CUTS": (8, 200),
+    "STATES": (14, 500),
+    "EXITS": (8, 200),
+    "PROGRAMS": (32, 500),
+}
 """How many of each way of saving, in the quick selection and in the whole."""
 _LIMITS_S = (170.0, 3000.0)
 
@@ -84,6 +91,12 @@ def states() -> int:
 def exits() -> int:
     """Return how many jobs end well, of each kind."""
     return _count("EXITS")
+
+
+@pytest.fixture
+def programs() -> int:
+    """Return how many programs are killed and resumed."""
+    return _count("PROGRAMS")
 
 
 @pytest.fixture
