@@ -26,6 +26,7 @@ from distckpt.handlers.firing import (
     turns_to_come,
 )
 from distckpt.handlers.places import counts_iterations
+from distckpt.handlers.progress import progress_of
 
 __all__ = [
     "Poller",
@@ -174,12 +175,13 @@ def stop_reason(engine: Engine) -> StopReason | None:
 def is_off_pace(engine: Engine, voter: Voter) -> bool:
     """Return True if a handler of iterations is between two on which the engine's handlers vote, by their ``every``.
 
-    A run is not stopped there: gradients of several batches may be accumulated, and are no part of a checkpoint.
+    A run is not stopped there: gradients of several batches may be accumulated, and are no part of a checkpoint. The
+    trained iterations count: a save may have the vote held as an iteration begins, which is not trained yet.
     """
     if not any(turn.noted is voter for turn in turns_on(engine, Events.ITERATION_COMPLETED)):
         return False  # it may not come to such an iteration for many epochs
     every = max((one.every or 1 for one in noted_on(engine) if isinstance(one, Voter)), default=1)
-    return engine.state.iteration % every > 0
+    return progress_of(engine).trained % every > 0
 
 
 def num_runs(engine: Engine) -> int:

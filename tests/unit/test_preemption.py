@@ -400,6 +400,26 @@ def test_the_end_of_an_epoch_between_two_accumulated_batches_is_no_place_to_stop
     assert (trainer.state.iteration, saver.steps) == (6, [6])
 
 
+@pytest.mark.parametrize("name", ["preemption", "time limit"])
+def test_a_save_as_an_iteration_begins_does_not_stop_a_run_between_accumulated_batches(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    trained: list[int] = []
+    limit = TimeLimit(3600, lag=1, every=2)
+    action = send if name == "preemption" else lambda: monkeypatch.setattr(limit, "start_time", -1e9)
+    trainer = trainer_that({3: action})
+    if name == "preemption":
+        Preemption(trainer, Log(), every=2, lag=1)
+    else:
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, limit)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: trained.append(trainer.state.iteration))
+    early = Checkpoint({"trainer": trainer}, tmp_path, score_function=lambda engine: engine.state.iteration)
+    trainer.add_event_handler(Events.ITERATION_STARTED, early)
+    trainer.run([0] * 9)
+    assert len(trained) % 2 == 0
+    assert len(trained) < 9
+
+
 def test_a_time_limit_stops_on_every_too(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, limit = Engine(lambda _engine, _batch: None), TimeLimit(3600, every=4)
     trainer.add_event_handler(Events.ITERATION_COMPLETED, limit)
