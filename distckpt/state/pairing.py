@@ -67,6 +67,9 @@ def check_complete(to_load: Mapping[str, Any], state: Any) -> None:
 def _is_bare(obj: Any, state: Mapping[str, Any], key: str) -> bool:
     """Tell a single object's bare state that happens to hold `key` from a mapping with its state at `key`."""
     inner = state[key]
+    if isinstance(obj, Mapping):
+        is_inner = isinstance(inner, Mapping) and obj.keys() <= inner.keys()
+        return obj.keys() <= state.keys() and not is_inner
     if isinstance(obj, torch.optim.Optimizer):
         return "param_groups" in state and not (isinstance(inner, Mapping) and "param_groups" in inner)
     if isinstance(inner, Mapping) or not hasattr(obj, "load_state_dict"):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from ignite.engine import Engine
 from ignite.handlers import Checkpoint as Ignites
 from torch import nn
 
@@ -169,3 +170,20 @@ def test_the_source_is_not_changed() -> None:
 
 def test_nothing_to_load_is_no_error() -> None:
     load({}, {"model": {}})
+
+
+@pytest.mark.parametrize("how", ["saved", "whole"])
+def test_a_group_of_objects_may_have_a_member_of_its_own_name(tmp_path: Path, how: str) -> None:
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    objects = {"model": {"model": model, "ema": nn.Linear(2, 2)}}
+    if how == "saved":
+        handler = Checkpoint(objects, tmp_path)
+        handler(Engine(lambda _engine, _batch: None))
+        path = handler.last_checkpoint
+    else:
+        path = tmp_path / "whole.pt"
+        states = {key: one.state_dict() for key, one in objects["model"].items()}
+        torch.save({"model": states}, path)
+    assert path is not None
+    Checkpoint.load_objects({"model": {"model": other}}, str(path))
+    assert torch.equal(other.weight, model.weight)
