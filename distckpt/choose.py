@@ -130,6 +130,8 @@ def _peek(path: Path, progress: Callable[[Any], int]) -> float:
     """Return the iteration that a file tells of; infinity where it cannot be read."""
     try:
         with OpenCheckpoint(path) as file:
+            if file.has_damaged_head():
+                return math.inf
             if file.look():  # its tensors are not read
                 return progress(file.state())
         with quiet():  # reading it will say so again

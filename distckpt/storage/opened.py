@@ -178,6 +178,16 @@ class OpenCheckpoint:
         """
         return head_of(self._file.fileno())
 
+    def has_damaged_head(self) -> bool:
+        """Return True if the archive's directory, or its manifest, is not as distckpt wrote it. Reads nothing else.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        if self._archive is None:
+            return self._fault is not None
+        return self._archive.is_own and self.head() is None
+
     def inode(self) -> list[int]:
         """Return what tells a file of this machine from all others."""
         found = os.fstat(self._file.fileno())

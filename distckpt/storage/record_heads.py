@@ -7,18 +7,16 @@ import contextlib
 import os
 from pathlib import Path
 
+from distckpt.checksum import crc32
 from distckpt.manifest import Head, read_head
 from distckpt.storage.archive import UnsupportedArchive, read_last_entry, read_local_header
 from distckpt.storage.image import MANIFEST
-from distckpt.storage.verify import begins_as_archive, read_manifest
+from distckpt.storage.verify import begins_as_archive, read_manifest, record_bytes
 
 __all__ = ["head_of", "read_head_at"]
 
 _UNREADABLE = (ValueError, OverflowError, UnsupportedArchive)
 _TAIL_BYTES = 4096
-_HEAD_BYTES = 16384
-_MOST_BYTES = 64 << 20
-"""A head that is longer is none."""
 
 
 def read_head_at(path: Path) -> Head | None:
@@ -35,7 +33,10 @@ def read_head_at(path: Path) -> Head | None:
 
 
 def head_of(fd: int) -> Head | None:
-    """Return the head of an open file's manifest; None where the file has no manifest that can be read.
+    """Return the head of an open file's manifest; None where there is none, or one that is not as it was written.
+
+    A damaged head could name another handler, or an older run, and so keep the file from being looked at. So all of the
+    manifest is read, and compared with its checksum.
 
     Args:
         fd: open for reading.
@@ -47,26 +48,21 @@ def head_of(fd: int) -> Head | None:
         if not begins_as_archive(fd):
             return None
         with contextlib.suppress(*_UNREADABLE):
-            line = _first_line(fd)
-            if line is not None:
-                return read_head(line)
+            found = _last_record(fd)
+            if found is not None:
+                return read_head(found)
         return read_head(read_manifest(fd))  # another tool has written the archive anew
     except _UNREADABLE:
         return None
 
 
-def _first_line(fd: int) -> bytes | None:
-    """Return the first line of the manifest, where it is the last record and stored; else None."""
+def _last_record(fd: int) -> bytes | None:
+    """Return the manifest, where it is the last record, stored, and as its checksum says; else None."""
     num_bytes = os.fstat(fd).st_size
     begin = max(0, num_bytes - _TAIL_BYTES)
     listed = read_last_entry(os.pread(fd, _TAIL_BYTES, begin), f"/{MANIFEST}")
     if listed is None or listed.is_deflated:
         return None
     slot = read_local_header(lambda at, length: os.pread(fd, length, at), listed)
-    found, length = b"", min(slot.num_bytes, _HEAD_BYTES)
-    while b"\n" not in found and len(found) < slot.num_bytes and len(found) < _MOST_BYTES:
-        part = os.pread(fd, min(length, slot.num_bytes - len(found)), slot.offset + len(found))
-        if not part:
-            return None
-        found, length = found + part, length * 2
-    return found.partition(b"\n")[0]
+    content = record_bytes(fd, slot)
+    return content if crc32(content) == listed.crc else None

@@ -155,7 +155,7 @@ def read_manifest(fd: int) -> bytes:
         fd: open for reading.
 
     Raises:
-        ValueError: there is none, or the archive's directory is damaged.
+        ValueError: there is none, or it or the archive's directory is damaged.
         UnsupportedArchive: it is encrypted, or compressed in a rare way.
         OSError: it cannot be read.
     """
@@ -166,7 +166,11 @@ def read_manifest(fd: int) -> bytes:
     for record in reversed(read_directory(read, os.fstat(fd).st_size).records):
         if record.name.partition("/")[2] == MANIFEST:
             slot = read_local_header(read, record)
-            return record_bytes(fd, slot, record.num_bytes if record.is_deflated else None)
+            content = record_bytes(fd, slot, record.num_bytes if record.is_deflated else None)
+            if crc32(content) == record.crc:
+                return content
+            msg = "its manifest is not as it was written"
+            raise ValueError(msg)
     msg = "it has no manifest"
     raise ValueError(msg)
 

@@ -14,6 +14,7 @@ import torch
 from ignite.engine import Engine, Events
 
 from distckpt import Checkpoint, DiskSaver, ModelCheckpoint, global_step_from_engine, resume
+from distckpt.storage.record_heads import read_head_at
 from tests.unit.test_records import record_of
 from tests.unit.toys import Notebook, idle_engine
 
@@ -316,3 +317,42 @@ def test_where_nothing_was_recorded_it_says_how_many_files_are_others(
     program(1, saver(tmp_path, filename_prefix="other"))
     program(1, saver(tmp_path))
     assert "starting afresh; 1 files there are not this handler's" in caplog.text
+
+
+# -- a damaged newest file is never passed over without a word --------------------------------------
+
+
+def test_damage_anywhere_in_a_small_file_is_told_of_before_an_older_one_is_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    program(2, saver(tmp_path, n_saved=2))
+    path = tmp_path / f"checkpoint_{2 * LENGTH}.pt"
+    content = path.read_bytes()
+    begin = content.index(b"distckpt.json")
+    for at in (*range(0, begin, 97), *range(begin - 40, len(content), 41)):
+        damaged = bytearray(content)
+        damaged[at] ^= 1
+        path.write_bytes(damaged)
+        caplog.clear()
+        trainer = idle_engine()
+        objects = {"note": Notebook({"run": 0}), "trainer": trainer}
+        found = resume(objects, saver(tmp_path, n_saved=2)(objects, trainer), engine=trainer)
+        assert found is not None
+        assert found.name == f"checkpoint_{LENGTH}.pt", at
+        assert [name for name, _ in found.passed_over] == [path.name], at
+        assert "It is passed over." in caplog.text
+
+
+@pytest.mark.parametrize("field", ["prefix", "started_s", "number", "is_scored"])
+def test_a_damaged_record_neither_hides_a_file_nor_changes_its_place(tmp_path: Path, field: str) -> None:
+    program(3, saver(tmp_path, n_saved=None))
+    path = tmp_path / f"checkpoint_{3 * LENGTH}.pt"
+    content = bytearray(path.read_bytes())
+    at = content.index(f'"{field}": '.encode(), content.index(b'"record": {')) + len(field) + 4
+    content[at] = ord("0") if chr(content[at]).isdigit() else ord("1")
+    path.write_bytes(content)
+    assert read_head_at(path) is None
+    found = resume({"note": Notebook({"run": 0})}, tmp_path)
+    assert found is not None
+    assert found.name == f"checkpoint_{2 * LENGTH}.pt"
+    assert [name for name, _ in found.passed_over] == [path.name]
