@@ -201,6 +201,7 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
         self._is_untouched = True
         self._is_given = False
         self._saved_iteration: int | None = None
+        self._saved_in: dict[str, str] = {}
         self._serial = next(_SERIALS)
         self._unseen: Any = None
         self._facts: UserFacts | None = None

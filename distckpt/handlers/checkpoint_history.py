@@ -40,11 +40,13 @@ class Owner:
         identity: how its files are named, and its place among those that name theirs alike; as a record has it.
         names: of the objects in its files; empty where it does not know what it saves.
         held: the files that other handlers keep in the same directory.
+        saved_in: the ids of the runs in which this process saved the handler's files, by their names.
     """
 
     identity: Mapping[str, Any]
     names: frozenset[str]
     held: frozenset[str]
+    saved_in: Mapping[str, str]
 
     def has(self, handler: Mapping[str, Any]) -> bool:
         """Return True if a record names this handler."""
@@ -68,6 +70,9 @@ class Owner:
             raise ValueError(msg)
         if record is not None and not self.has(record.handler):
             msg = f"its manifest says that another handler saved it ({shown(record.handler)})"
+            raise ValueError(msg)
+        if record is not None and self.saved_in.get(filename, record.run.id) != record.run.id:
+            msg = f"its manifest says that another run has saved it since ({record.run.id})"
             raise ValueError(msg)
 
 
@@ -121,6 +126,7 @@ class CheckpointHistory(Serializable):
     _is_untouched: bool
     _is_given: bool
     _saved_iteration: int | None
+    _saved_in: dict[str, str]
 
     keeps_history: bool = False
     """Whether :meth:`reset` forgets nothing: before the first batch of a resumed run."""
@@ -182,6 +188,7 @@ class CheckpointHistory(Serializable):
             identity={**self._naming(), "order": self._order(peers)},
             names=self._names(),
             held=frozenset(item.filename for one in peers for item in one._saved),  # noqa: SLF001 - its kind's
+            saved_in=dict(self._saved_in),
         )
 
     def _place(self) -> str | None:
@@ -230,6 +237,7 @@ class CheckpointHistory(Serializable):
         self._strays = tuple(strays)
         self._is_agreed = self._is_untouched = self._is_given = False
         self._run_key, self._saved_iteration, self._origin = None, iteration, origin
+        self._saved_in = {}
 
     def _go_on(self, origin: Origin) -> None:
         """Take what was loaded for the history of the runs that the next one goes on from."""

@@ -154,6 +154,9 @@ class CheckpointSaving(CheckpointHistory):
         self._former = frozenset(agreed.former) - saved
         if agreed.decision is not None:
             self._saved_iteration = outermost.state.iteration
+            known = {name for _, name in agreed.history} | set(agreed.strays)
+            self._saved_in = {name: run_id for name, run_id in self._saved_in.items() if name in known}
+            self._saved_in[agreed.decision.filename] = str(agreed.run["id"])
 
     def _enter_run(self, engines: Sequence[Engine]) -> Run:
         """Rank-local. Return the run that a save belongs to, as far as this rank knows.

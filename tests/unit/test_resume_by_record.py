@@ -286,6 +286,25 @@ def test_of_two_runs_the_later_one_is_resumed_from_and_the_other_is_left_alone(t
     assert record_of(tmp_path / "checkpoint_12.pt")["evicted"] == ["checkpoint_8.pt"]
 
 
+def test_a_file_that_another_run_has_overwritten_is_not_removed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def start() -> tuple[Engine, Checkpoint]:
+        trainer = idle_engine()
+        handler = saver(tmp_path)({"note": Notebook(), "trainer": trainer}, trainer)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, handler)
+        return trainer, handler
+
+    first, handler = start()
+    second, _ = start()
+    first.run(range(LENGTH), max_epochs=1)
+    second.run(range(LENGTH), max_epochs=1)  # as a job that is started while the former one still runs
+    first.run(range(LENGTH), max_epochs=2)
+    assert on_disk(tmp_path) == ["checkpoint_4.pt", "checkpoint_8.pt"]
+    assert handler.state_dict() == {"_saved": [(8, "checkpoint_8.pt")]}
+    assert "another run has saved it since" in caplog.text
+
+
 # -- ties ------------------------------------------------------------------------------------------
 
 
