@@ -81,7 +81,7 @@ def survey(directory: Path, ext: str, *, is_nested: bool) -> dict[str, Record | 
     found: dict[str, Record | None] = {}
     for name in files_in(directory, ext, is_nested=is_nested):
         found[name] = None
-        with contextlib.suppress(OSError):  # whoever loads it will hear of it
+        with contextlib.suppress(OSError):  # loading it raises the same error
             found[name] = read_record(directory / name)
     return found
 

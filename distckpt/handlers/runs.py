@@ -19,6 +19,9 @@ from distckpt.handlers.firing import run_of, set_run
 
 __all__ = ["Origin", "Run", "adopt", "go_on_from", "num_saved", "present_run", "propose", "run_key", "untrained_at"]
 
+_NO_RUN = "the record names no run"
+_LATEST_S = 1e11
+"""No clock says more: a float holds no milliseconds of seconds far beyond, and nothing would be later."""
 _LATER_S = 1e-3
 """By how much a run is later than what it goes on from; a float holds this of seconds since 1970."""
 
@@ -58,11 +61,14 @@ class Run:
         Raises:
             ValueError: it is something else.
         """
-        name, started_s, lineage = found.get("id"), found.get("started_s"), found.get("lineage")
-        if not isinstance(name, str) or not isinstance(started_s, int | float) or not isinstance(lineage, list):
-            msg = "the record names no run"
-            raise ValueError(msg)  # noqa: TRY004 - it was read from a file
-        return cls(id=name, started_s=float(started_s), lineage=tuple(map(str, lineage)))
+        name, lineage = found.get("id"), found.get("lineage")
+        try:
+            started_s = float(found["started_s"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(_NO_RUN) from error
+        if not isinstance(name, str) or not isinstance(lineage, list) or not 0.0 <= started_s < _LATEST_S:
+            raise ValueError(_NO_RUN)
+        return cls(id=name, started_s=started_s, lineage=tuple(map(str, lineage)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

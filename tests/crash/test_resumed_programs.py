@@ -24,7 +24,7 @@ pytestmark = pytest.mark.crash
 NUM_BATCHES = 4
 CONTROL = ("control3", 0, 24)
 """The programs that are run with broken code: the same in each round, which finds each breakage."""
-LIMIT_S = 600.0
+LIMIT_S = 1200.0
 
 
 class Counts:

@@ -12,6 +12,7 @@ import torch
 from ignite.engine import Engine, Events
 
 from distckpt import Checkpoint, DiskSaver
+from distckpt.handlers.records import parse_record
 from distckpt.manifest import Manifest, from_json, read_head, to_json
 from distckpt.storage.record_heads import read_head_at
 from tests.unit.toys import idle_engine, linear
@@ -117,3 +118,29 @@ def test_a_file_without_a_record_has_none(tmp_path: Path) -> None:
     DiskSaver(tmp_path, require_empty=False)({}, "by_hand.pt")
     heads = {name: read_head_at(tmp_path / f"{name}.pt") for name in ("plain", "empty", "cut", "by_hand")}
     assert {name: head and head.record for name, head in heads.items()} == dict.fromkeys(heads)
+
+
+def test_a_record_that_cannot_be_understood_counts_as_none() -> None:
+    run = {"id": "a", "started_s": 1.0, "lineage": []}
+    good: dict[str, Any] = {
+        "handler": {},
+        "run": run,
+        "number": 0,
+        "kept": [[1, "a.pt"]],
+        "evicted": [],
+        "engine": {},
+        "data": {},
+    }
+    assert parse_record(good) is not None
+    assert parse_record(good | {"kept": [["inf", "a.pt"]]}) is not None
+    bad: list[dict[str, Any]] = [
+        {},
+        {"run": run},
+        good | {"handler": [1]},
+        good | {"kept": [["x", "a.pt"]]},
+        good | {"kept": [[None, "a.pt"]]},
+        good | {"number": "x"},
+        good | {"engine": None},
+        *(good | {"run": run | {"started_s": one}} for one in (math.nan, math.inf, 1e300, "x", None, -1.0)),
+    ]
+    assert [parse_record(one) for one in bad] == [None] * len(bad)
