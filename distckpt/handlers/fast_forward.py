@@ -156,6 +156,13 @@ class FastForward:
 
         place = agree.Place(who="resume", doing="finding where the run goes on", step=0)
         are_at_end = agree.run(backend, place, look, timeout_s=self._timeout_s)
+        if start.is_end_due:
+            _logger.log(
+                level_on(backend.rank, {0}),
+                "resume: the checkpoint was saved before EPOCH_COMPLETED of epoch %d: its handlers do not run for it. "
+                "Save on EPOCH_COMPLETED, after them, where that matters",
+                start.epoch,
+            )
         if all(are_at_end):
             self._leave(engine)
             _logger.log(

@@ -179,6 +179,7 @@ def position_of(engine: Engine) -> dict[str, Any]:
         epoch: epochs that are over.
         in_epoch: iterations trained in the epoch that has begun; 0 between two epochs.
         epoch_begun: whether an epoch has begun, of which nothing may be trained yet.
+        is_end_due: whether the last batch of an epoch is trained, and EPOCH_COMPLETED is still to come.
         pass_begun: whether the iterator over the data was made, and has more to give.
         iteration_begun: whether an iteration has begun and is not trained.
         is_drawn: whether the batch that follows has been drawn.
@@ -205,12 +206,13 @@ def position_of(engine: Engine) -> dict[str, Any]:
     is_drawn = has_iteration_begun or (event is Events.GET_BATCH_COMPLETED and not is_terminated)
     has_iterator = not progress.needs_iterator or event is Events.GET_BATCH_STARTED
     has_pass_begun = batches != length and not is_terminated and (batches > 0 or is_drawn or has_iterator)
-    batches = 0 if batches == length else batches
+    batches = 0 if data is None or batches == length else batches
     return {
         "trained": state.iteration if is_terminated else progress.trained,
         "epoch": progress.epochs + (progress.has_epoch_begun and not has_begun),
         "in_epoch": in_epoch if has_begun else 0,
         "epoch_begun": has_begun,
+        "is_end_due": progress.has_epoch_begun and not has_begun,
         "pass_begun": data is not None and has_pass_begun,
         "iteration_begun": has_iteration_begun,
         "is_drawn": is_drawn,

@@ -39,6 +39,7 @@ class StartPoint:
     pass_begun: bool = False
     iteration_begun: bool = False
     is_drawn: bool = False
+    is_end_due: bool = False
     event: str | None = None
     scale: int = 0
     seed: int | None = None
@@ -62,7 +63,7 @@ class StartPoint:
 
 _INTEGERS = ("trained", "epoch", "in_epoch", "batches", "scale")
 _OPTIONAL = ("epoch_length", "samples", "length", "batch_size", "num_samples", "seed", "world_size")
-_FLAGS = ("epoch_begun", "pass_begun", "iteration_begun", "is_drawn")
+_FLAGS = ("epoch_begun", "pass_begun", "iteration_begun", "is_drawn", "is_end_due")
 
 
 def start_of_record(position: Any) -> StartPoint | None:

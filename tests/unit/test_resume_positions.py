@@ -402,3 +402,18 @@ def test_a_run_that_had_ended_trains_no_more(tmp_path: Path, first: dict[str, in
     assert go(further)[1] == [list(range(16, 31))]
     assert go(first)[1:] == ([[]], [])  # a nearer end than it had come to
     assert go(further, further)[1] == [[], list(range(1, 31))]  # the second run is ignite's own
+
+
+@pytest.mark.parametrize(("event", "is_told"), [(Events.ITERATION_COMPLETED, True), (Events.EPOCH_COMPLETED, False)])
+def test_it_is_told_where_the_end_of_an_epoch_was_still_to_come(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, event: Any, *, is_told: bool
+) -> None:
+    def make() -> tuple[Engine, Any]:
+        trainer = Engine(lambda _engine, _batch: None)
+        saver = Checkpoint({"trainer": trainer}, DiskSaver(tmp_path, require_empty=False))
+        trainer.add_event_handler(event, saver)
+        return trainer, resume(saver.to_save, saver)
+
+    make()[0].run(range(4), max_epochs=1)
+    make()[0].run(range(4), max_epochs=2)
+    assert ("before EPOCH_COMPLETED of epoch 1: its handlers do not run" in caplog.text) is is_told
