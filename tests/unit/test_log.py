@@ -59,7 +59,7 @@ except SystemExit as error:
 preemption.close()
 resume(objects, checkpoint, engine=trainer)
 Path("preempted/checkpoint_5.pt").write_bytes(Path("preempted/checkpoint_3.pt").read_bytes()[:-200])
-resume(objects, "preempted")
+resume({"model": model}, "preempted")
 
 run(engine(), Checkpoint({"model": model}, "nan", score_function=lambda engine: float("nan")))
 late = Checkpoint({"model": model}, "late")
