@@ -32,7 +32,7 @@ __all__ = ["NAMES", "NumpyRefused", "holds_objects", "is_left_to_us", "numpy_all
 _MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
 """Of NumPy 1 and 2."""
 NAMES = frozenset(
-    {"numpy.dtype", "numpy.ndarray", "builtins.bytes", "__builtin__.bytes"}
+    {"numpy.dtype", "numpy.ndarray", "numpy.memmap", "builtins.bytes", "__builtin__.bytes"}
     | {f"{one}.{name}" for one in _MODULES for name in ("_reconstruct", "scalar")}
 )
 """What may be called by name."""
@@ -49,7 +49,7 @@ _UNSPELLABLE = "\n"
 """Begins names that stand in torch's list and that no pickle can name: it reads them by the line."""
 _LOCK = threading.Lock()
 _NDARRAY = object()
-"""Stands for the class, which is only passed on."""
+"""Stands for the class, which is only passed on. A memmap is pickled with its data, and loads as an array."""
 
 
 class NumpyRefused(Exception):  # noqa: N818 - a reason, always caught
@@ -119,7 +119,8 @@ def numpy_allowed() -> Iterator[Callable[[Any], Any]]:
         arrays.append(_Array())
         return arrays[-1]
 
-    allowed: list[Any] = [(_dtype, "numpy.dtype"), (_NDARRAY, "numpy.ndarray"), (_no_bytes, "builtins.bytes")]
+    allowed: list[Any] = [(_dtype, "numpy.dtype"), (_no_bytes, "builtins.bytes")]
+    allowed += [(_NDARRAY, "numpy.ndarray"), (_NDARRAY, "numpy.memmap")]
     for module in _MODULES:
         allowed += [(reconstruct, f"{module}._reconstruct"), (_scalar, f"{module}.scalar")]
     allowed += [(kind, _UNSPELLABLE + kind.__name__) for kind in (_Array, _DType)]  # their states may be set

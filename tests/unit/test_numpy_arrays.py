@@ -164,6 +164,23 @@ def test_bytes_of_no_length_load(tmp_path: Path) -> None:
     assert read_pt(saved(tmp_path / "a.pt", {"x": b"", "y": [b"", b"a"]})) == {"x": b"", "y": [b"", b"a"]}
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("kind", ["<f4", ">i2", RECORD], ids=str)
+def test_a_mapped_array_loads_as_a_plain_one(tmp_path: Path, kind: Any, order: Any) -> None:
+    content = bytes(range(48, 96)) * np.dtype(kind).itemsize
+    np.save(tmp_path / "a.npy", np.frombuffer(content, kind, count=6).reshape((2, 3), order=order))
+    mapped = np.load(tmp_path / "a.npy", mmap_mode="r")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run_epochs(Checkpoint({"book": Notebook({"x": mapped}), "model": linear(1)}, tmp_path), 1)
+    book = Notebook()
+    Checkpoint.load_objects({"book": book}, tmp_path / "checkpoint_1.pt")
+    found: Any = book.state["x"]
+    assert type(found) is np.ndarray
+    assert (found.dtype, found.shape, found.tobytes()) == (mapped.dtype, mapped.shape, mapped.tobytes())
+    assert found.flags.f_contiguous == mapped.flags.f_contiguous
+
+
 def test_a_save_warns_of_objects_and_of_no_other_array(tmp_path: Path) -> None:
     saver = DiskSaver(tmp_path, require_empty=False)
     with warnings.catch_warnings():
