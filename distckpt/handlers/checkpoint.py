@@ -209,6 +209,7 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
         self._is_wanted = False
         self.last_save_s = 0.0
         self._saved_at = self._ended_at = Moment()
+        self._unsaved = (Moment(), "")
         self._is_early = self._is_forced = False
         self._flights = Flights(timeout_s)
         self._seat = Seat("Checkpoint")

@@ -70,6 +70,7 @@ class CheckpointSaving(CheckpointHistory):
     _seat: Seat
     _flights: Flights
     _saved_at: Moment
+    _unsaved: tuple[Moment, str]
     _is_forced: bool
     _unseen: Any
     _warned: set[str]
@@ -529,7 +530,11 @@ class CheckpointSaving(CheckpointHistory):
             self._log_unsaved(engine, "it is no better than what is kept", level=logging.DEBUG)
 
     def _log_unsaved(self, engine: Engine, why: str, *, level: int = logging.WARNING) -> None:
-        """All ranks. Log that a save is left out."""
+        """All ranks. Log that a save is left out, once where several events of an iteration ask for it."""
+        at, before = self._unsaved
+        if why == before and at.is_now(engine):
+            return
+        self._unsaved = (Moment(engine), why)
         here = level_on(current().rank, {self._coordinator()}, level)
         if _logger.isEnabledFor(here):  # it may be so in every iteration
             stands = self._stands()

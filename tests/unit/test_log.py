@@ -262,3 +262,17 @@ def test_two_events_of_one_step_are_saved_once_without_a_word(tmp_path: Path, ca
 
 def test_other_ranks_than_the_reporting_ones_log_at_debug() -> None:
     assert [level_on(rank, {0, 2}, logging.INFO) for rank in range(3)] == [logging.INFO, logging.DEBUG, logging.INFO]
+
+
+@pytest.mark.parametrize("events", [2, 3])
+def test_a_save_left_out_is_told_of_once_where_several_events_of_an_iteration_ask_for_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, events: int
+) -> None:
+    trainer = Engine(lambda engine, _batch: NAN if engine.state.iteration == 3 else 0.0)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, distckpt.TerminateOnNan())
+    handler = Checkpoint({"model": linear(1)}, tmp_path)
+    for event in (Events.ITERATION_COMPLETED, Events.COMPLETED, Events.TERMINATE)[:events]:
+        trainer.add_event_handler(event, handler)
+    trainer.run([0] * 5)
+    told = [one.getMessage() for one in caplog.records if "is not saved" in one.getMessage()]
+    assert told == [f"Checkpoint: iteration 3 is not saved: it was voted NaN. The last one is {tmp_path}/model_2.pt."]
