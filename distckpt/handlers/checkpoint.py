@@ -293,7 +293,8 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
         if self.global_step_transform is None or facts.score is not None:
             return False
         step, epoch = facts.global_step, outermost.state.epoch
-        is_whole = type(step) in (int, float) and step == epoch
+        # Outside of a run the state may have been made by hand: what was trained is not known.
+        is_whole = bool(engines_firing()) and type(step) in (int, float) and step == epoch
         return self._is_early or (is_whole and position_of(outermost)["epoch"] < epoch)
 
     def _ticket(self) -> str | None:
