@@ -186,9 +186,15 @@ class CheckpointSaving(CheckpointHistory):
         """Rank-local. Return the files in the handler's directory, and their records."""
         if not isinstance(self.save_handler, ON_DISK):
             return {}
-        with contextlib.suppress(NotADirectoryError):  # the write raises it, with rank, step and path
-            return survey(Path(self.save_handler.dirname), self.ext, is_nested=OwnFiles(self, engines).is_nested)
-        return {}
+        directory = Path(self.save_handler.dirname)
+        try:
+            return survey(directory, self.ext, is_nested=OwnFiles(self, engines).is_nested)
+        except NotADirectoryError:  # the write raises it, with rank, step and path
+            return {}
+        except OSError as error:  # no reason to lose a save
+            message = "Checkpoint: the files in %s cannot be listed, and older ones stay: %s"
+            _logger.warning(message, directory, error)
+            return {}
 
     def _recorded_history(
         self,

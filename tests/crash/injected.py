@@ -218,8 +218,8 @@ def _expected_of_call(fault: Fault, index: int, calls: Sequence[Called]) -> Expe
         return "failed"
     if call.name == "rename":
         return "failed"
-    # The directory is opened twice: to write into it, and to remove from it.
-    return "failed" if call.name == "openat" and index == 0 else "saved"
+    # The directory is opened twice: to write into it, and to remove from it. Files in it are opened for their records.
+    return "failed" if call.name == "openat" and call.path == "" and call not in calls[:index] else "saved"
 
 
 def judge(directory: Path, seats: Seats, trouble: Trouble, seen: Sequence[Seen]) -> list[str]:
