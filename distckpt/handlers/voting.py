@@ -180,8 +180,19 @@ def is_off_pace(engine: Engine, voter: Voter) -> bool:
     """
     if not any(turn.noted is voter for turn in turns_on(engine, Events.ITERATION_COMPLETED)):
         return False  # it may not come to such an iteration for many epochs
+    if _is_last_iteration(engine):
+        return False  # the run ends here by itself: nothing is lost
     every = max((one.every or 1 for one in noted_on(engine) if isinstance(one, Voter)), default=1)
     return progress_of(engine).trained % every > 0
+
+
+def _is_last_iteration(engine: Engine) -> bool:
+    state = engine.state  # ignite's own question takes all of the last epoch for its end
+    if state.max_iters is not None:
+        return bool(state.iteration >= state.max_iters)
+    if state.max_epochs is None or state.epoch_length is None:
+        return False
+    return bool(state.iteration >= state.max_epochs * state.epoch_length)
 
 
 def num_runs(engine: Engine) -> int:

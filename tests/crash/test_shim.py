@@ -78,8 +78,8 @@ def test_the_shim_sees_every_call_that_strace_sees(tmp_path: Path, tell: Callabl
     # The C library's own, inside the listing of a directory: opendir looks at its descriptor and closedir closes it;
     # getdents64 is what readdir fails by; rewinddir and F_GETFL, F_SETFD work on the descriptor alone.
     num_listings = shims.pop("opendir")
-    assert num_listings == 2, "for what was saved before, as the first save of a run, and for what dead writers left"  # noqa: PLR2004
-    # One of the listings is by descriptor: it is rewound. One asks for holes, and may fail: then there are none. The file
+    assert num_listings == 2, "for what was saved before, as the first save of a run, and for what dead writers left"
+    # One listing is by descriptor: it is rewound. One call asks for holes, and may fail: then there are none. The file
     # that is read for its record is asked for its length and set back.
     assert straces.pop("lseek") == 1 + 1 + 2
     assert straces.pop("fcntl that cannot harm") == 2
