@@ -28,6 +28,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from distckpt.handlers.progress import samplers_of
 from distckpt.state.rng import is_generator
 
 __all__ = [
@@ -125,15 +126,10 @@ def sampler_that_draws(data: Any) -> Any:
     """
     if isinstance(getattr(data, "dataset", None), IterableDataset):
         return None
-    one, seen = getattr(data, "batch_sampler", None), set()
-    if one is None:
-        one = getattr(data, "sampler", None)
     drawing = None
-    while one is not None and id(one) not in seen:
-        seen.add(id(one))
+    for one in samplers_of(data):
         if type(one) is not BatchSampler and not isinstance(one, _UNSHUFFLED):
             drawing = one
-        one = getattr(one, "sampler", None)
     return drawing
 
 
@@ -225,13 +221,8 @@ def warn_of_ranks(data: Any, before: int | None, now: int, *, is_mid_pass: bool)
     """Warn where a pass goes on on another number of ranks, and the loader does not share the data among them."""
     if before in (None, now) or not is_mid_pass or not isinstance(data, DataLoader):
         return
-    one: Any = data.sampler
-    seen: set[int] = set()
-    while one is not None and id(one) not in seen:
-        if isinstance(one, DistributedSampler):
-            return
-        seen.add(id(one))
-        one = getattr(one, "sampler", None)
+    if any(isinstance(one, DistributedSampler) for one in samplers_of(data)):
+        return
     warnings.warn(
         f"resume: the run had {before} ranks and has {now}, in the middle of a pass over its data, and each rank draws "
         f"all of them: its loader has no sampler that shares them among the ranks. Ranks that were there before go on "

@@ -25,7 +25,7 @@ from torch.utils.data import (
 )
 
 from distckpt import Checkpoint, DiskSaver, ResumableSampler, RngState, resume
-from distckpt.handlers.data_order import generators_in, sampler_that_draws
+from distckpt.handlers.data_order import generators_in, sampler_that_draws, warn_of_ranks
 
 LENGTH = 20
 DATA = TensorDataset(torch.arange(LENGTH))
@@ -285,3 +285,12 @@ def test_generators_are_found_where_they_hang_and_data_are_not_searched() -> Non
     loader: Any = DataLoader(data, shuffle=True, generator=generator)
     assert generators_in(loader) == {"state.dataloader.generator": generator}
     assert generators_in(None) == {}
+
+
+def test_a_batch_sampler_over_a_distributed_sampler_shares_the_data_among_the_ranks() -> None:
+    inner: Any = DistributedSampler(DATA, num_replicas=2, rank=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_ranks(DataLoader(DATA, batch_sampler=BatchSampler(inner, 2, drop_last=False)), 1, 2, is_mid_pass=True)
+    with pytest.warns(UserWarning, match="no sampler that shares them"):
+        warn_of_ranks(DataLoader(DATA, batch_size=2), 1, 2, is_mid_pass=True)
