@@ -28,7 +28,7 @@ from distckpt.handlers.firing import engine_handling_exception, engines_firing, 
 from distckpt.handlers.flights import Flights
 from distckpt.handlers.older import accept_older_order, deprecated
 from distckpt.handlers.places import counts_iterations
-from distckpt.handlers.progress import position_of
+from distckpt.handlers.progress import epochs_over, position_of
 from distckpt.handlers.runs import Origin, num_saved
 from distckpt.handlers.save_handler import BaseSaveHandler, refuse_overrides
 from distckpt.handlers.voting import Voter, announce_errors, hold, is_poisoned
@@ -295,7 +295,7 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
         step, epoch = facts.global_step, outermost.state.epoch
         # Outside of a run the state may have been made by hand: what was trained is not known.
         is_whole = bool(engines_firing()) and type(step) in (int, float) and step == epoch
-        return self._is_early or (is_whole and position_of(outermost)["epoch"] < epoch)
+        return self._is_early or (is_whole and epochs_over(outermost) < epoch)
 
     def _ticket(self) -> str | None:
         return self.save_handler.ticket if isinstance(self.save_handler, DiskSaver) else None

@@ -22,6 +22,7 @@ __all__ = [
     "Resumption",
     "batch_size_of",
     "count_event",
+    "epochs_over",
     "go_on",
     "length_of",
     "num_samples_of",
@@ -171,6 +172,19 @@ def _behind(engine: Engine, progress: Progress) -> int:
     return progress.trained % length if length else progress.trained
 
 
+def epochs_over(engine: Engine) -> int:
+    """Return how many epochs are over. One whose last batch is trained is. Rank-local."""
+    progress = progress_of(engine)
+    return progress.epochs + (progress.has_epoch_begun and not _has_more_to_train(engine, progress))
+
+
+def _has_more_to_train(engine: Engine, progress: Progress) -> bool:
+    """Return True if an epoch has begun, and neither its last batch is trained nor it was terminated."""
+    in_epoch = progress.trained - progress.epoch_began_at
+    is_left = in_epoch != engine.state.epoch_length and not engine.should_terminate_single_epoch
+    return progress.has_epoch_begun and is_left
+
+
 def position_of(engine: Engine) -> dict[str, Any]:
     """Return which data the engine has trained, as plain JSON for a checkpoint's record. Rank-local.
 
@@ -198,7 +212,7 @@ def position_of(engine: Engine) -> dict[str, Any]:
     progress, state, data = progress_of(engine), engine.state, getattr(engine.state, "dataloader", None)
     in_epoch = progress.trained - progress.epoch_began_at
     is_terminated = progress.has_epoch_begun and bool(engine.should_terminate_single_epoch)
-    has_begun = progress.has_epoch_begun and in_epoch != state.epoch_length and not is_terminated
+    has_begun = _has_more_to_train(engine, progress)
     batches, length = progress.trained - progress.pass_began_at, length_of(data)
     batches = length or 0 if is_terminated else batches  # ignite makes a new iterator then
     event = engine.last_event_name
@@ -209,7 +223,7 @@ def position_of(engine: Engine) -> dict[str, Any]:
     batches = 0 if data is None or batches == length else batches
     return {
         "trained": state.iteration if is_terminated else progress.trained,
-        "epoch": progress.epochs + (progress.has_epoch_begun and not has_begun),
+        "epoch": epochs_over(engine),
         "in_epoch": in_epoch if has_begun else 0,
         "epoch_begun": has_begun,
         "is_end_due": progress.has_epoch_begun and not has_begun,
