@@ -200,7 +200,7 @@ class FastForward:
             start,
             data,
             epoch_length,
-            knows_pass=any(one.pass_began_at is not None for one in self._generators),
+            knows_pass=self._pass_began_at is not None,
             counts_epochs=engine.state.max_iters is None,
             world_size=current().world_size,
             left=self._go_on_in(data),
@@ -219,12 +219,16 @@ class FastForward:
         """Return how many batches of the pass under way have been trained."""
         if start.batches is not None:
             return start.batches
-        began_at = next((one.pass_began_at for one in self._generators if one.pass_began_at is not None), None)
-        length = length_of(data)
+        began_at, length = self._pass_began_at, length_of(data)
         if began_at is None:  # then passes are taken to be epochs, if the data do not tell their length
             began_at, length = 0, length or start.epoch_length
         num_since = start.trained - began_at
         return num_since % length if length else num_since
+
+    @property
+    def _pass_began_at(self) -> int | None:
+        """The iteration at which the loaded pass over the data began; None where no RngState noted it."""
+        return next((one.pass_began_at for one in self._generators if one.pass_began_at is not None), None)
 
     def _place(self, engine: Engine) -> None:
         """Let the engine stand where the run goes on."""
@@ -301,7 +305,7 @@ class FastForward:
 
     def _is_end_unnoticed(self, data: Any) -> bool:
         """Return True if all batches of the loaded pass were trained, and ignite had not asked for one more."""
-        began_at = next((one.pass_began_at for one in self._generators if one.pass_began_at is not None), None)
+        began_at = self._pass_began_at
         return (
             began_at is not None
             and self._recorded.trained > began_at
