@@ -89,10 +89,10 @@ class OwnFiles:
             for name in self._names or [_NAME]
         ]
         self._others = [
-            _regex_of(one._rules(), name, is_scored=one.score_function is not None, has_step=with_step)  # noqa: SLF001 - the same
+            regex
             for one in handler._peers(engines)  # noqa: SLF001 - the same
             for name in one._names() or [_NAME]  # noqa: SLF001 - the same
-            for with_step in ([True, False] if one.score_function is not None else [True])
+            for regex in _regexes_of(one._rules(), name, is_scored=one.score_function is not None)  # noqa: SLF001 - the same
         ]
         self.is_nested = any("/" in regex.pattern.replace("[^/]", "") for regex in self._regexes)
 
@@ -239,10 +239,15 @@ def _regexes_of_record(record: Record) -> list[re.Pattern[str]]:
             greater_or_equal=False,
             score_rule="mean",
         )
-        steps = [True, False] if is_scored else [True]
-        return [_regex_of(rules, rules.name, is_scored=is_scored, has_step=has_step) for has_step in steps]
+        return _regexes_of(rules, rules.name, is_scored=is_scored)
     except (KeyError, ValueError, AttributeError, TypeError, IndexError):  # another release's, or made by hand
         return []
+
+
+def _regexes_of(rules: NameRules, objects_name: str, *, is_scored: bool) -> list[re.Pattern[str]]:
+    """Return what matches the names of a handler's files, where it is not known whether these hold a step."""
+    steps = [True, False] if is_scored else [True]
+    return [_regex_of(rules, objects_name, is_scored=is_scored, has_step=has_step) for has_step in steps]
 
 
 def _regex_of(rules: NameRules, objects_name: str, *, is_scored: bool, has_step: bool) -> re.Pattern[str]:
