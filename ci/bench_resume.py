@@ -108,8 +108,8 @@ def main() -> int:
         dropped_s, _ = time_to_go_on(torchs, RandomSampler(range(small * BATCH_SIZE)), small)
     best_s = min(took_s for took_s, _ in timed)
     iterations = {iteration for _, iteration in timed}
-    told = ", ".join(f"{took_s:.3f}" for took_s, _ in timed)
-    print(f"ResumableSampler, {NUM_BATCHES:,} batches of {BATCH_SIZE}: {told} s to iteration {iterations}")
+    seconds = ", ".join(f"{took_s:.3f}" for took_s, _ in timed)
+    print(f"ResumableSampler, {NUM_BATCHES:,} batches of {BATCH_SIZE}: {seconds} s to iteration {iterations}")
     print(f"RandomSampler, {small:,} batches, of which {small // 2:,} are dropped: {dropped_s:.3f} s")
     print(f"at {NUM_BATCHES:,} batches that would be {dropped_s * FRACTION:.0f} s")
     is_right = best_s <= LIMIT_S and iterations == {NUM_BATCHES + NUM_BATCHES // 2 + 1}

@@ -189,13 +189,13 @@ def decide_from(intents: Sequence[SaveIntent]) -> Agreed:
     if score is not None:
         known = [chief.score if one is None else one for one in scores]
         score, differed = agreed_score([one for one in known if one is not None], rules.score_rule, coordinator)
-    priority, history, has_to_be = score, chief.history, False
+    priority, history, is_forced = score, chief.history, False
     if priority is None:
         priority = step_priority(chief.global_step, is_begun=chief.is_begun)
         if not chief.is_saved:
-            history, has_to_be = comparable(history, chief.former, priority), chief.is_last
+            history, is_forced = comparable(history, chief.former, priority), chief.is_last
     decision = None
-    if has_to_be or retention.wants(history, priority, n_saved=rules.n_saved, greater_or_equal=rules.greater_or_equal):
+    if is_forced or retention.wants(history, priority, n_saved=rules.n_saved, greater_or_equal=rules.greater_or_equal):
         decision = _decision(chief, history, score, priority)
     return Agreed(
         coordinator=coordinator,
