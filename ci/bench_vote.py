@@ -31,8 +31,8 @@ from ignite.engine import Engine, Events
 from torch import multiprocessing
 
 import distckpt
+from distckpt.backends.control_group import SHARED_MEMORY_VARIABLE, HostGroup
 from distckpt.backends.detect import current
-from distckpt.backends.host_group import SHARED_MEMORY_VARIABLE, HostGroup
 
 EXACT_BAR = 1.3
 OVERLAPPED_BAR = 1.02

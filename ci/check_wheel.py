@@ -17,12 +17,12 @@ NATIVE = "distckpt/_native/copy_crc.abi3.so"
 TAGS = {True: "-cp311-abi3-linux_", False: "-py3-none-any.whl"}
 _IMPORT = """
 import pathlib, sys
-import distckpt, distckpt.checksum
+import distckpt, distckpt._checksum
 where = pathlib.Path(distckpt.__file__)
 assert where.is_relative_to(sys.argv[1]), f"imported from {where}, not from the installed wheel"
 missing = [name for name in distckpt.__all__ if not hasattr(distckpt, name)]
 assert not missing, f"names in __all__ that are not there: {missing}"
-print(f"imports from the installed wheel; public names: {len(distckpt.__all__)}; kernel: {distckpt.checksum.kernel()}")
+print(f"imports from the installed wheel; public names: {len(distckpt.__all__)}; kernel: {distckpt._checksum.kernel()}")
 """
 
 

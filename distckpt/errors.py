@@ -1,6 +1,6 @@
 """The exceptions distckpt raises, and how one rank's error becomes everybody's.
 
-Owns the exception tree and nothing else; must not know about backends, files or handlers. Layer L1.
+Owns the exception tree and nothing else; must not know about backends, files or handlers.
 
 The tree::
 
@@ -8,29 +8,29 @@ The tree::
     ├── CollectiveError                 a collective could not be completed; the group is unusable now
     │   ├── CollectiveTimeout           ... because some ranks did not come in time (``missing`` names them)
     │   └── RankLost                    ... because a rank died, froze, left or cannot be reached
-    ├── RanksDriftedApart               ranks came to the same collective from different places
-    ├── PhaseError                      one or more ranks failed in a phase that all ranks walk together;
-    │   └── (PhaseError, <cause>)       raised alike on every rank, and caught as the cause's type too
+    ├── DesyncError               ranks came to the same collective from different places
+    ├── RemoteRankError                      one or more ranks failed in a phase that all ranks walk together;
+    │   └── (RemoteRankError, <cause>)       raised alike on every rank, and caught as the cause's type too
     ├── SaveError(OSError)              a checkpoint could not be written; what was there before stands
     │   └── CommitNotDurable            it was renamed into place, but may not survive a power cut
     ├── ReplicasDiffer                  what has to be equal on all ranks is not (``check_replicas``)
     ├── ShardedStateError(NotImplementedError)
     │                                   a state or object is sharded over ranks; nothing was written or loaded
     └── LoadError
-        ├── DamagedCheckpoint(RuntimeError, pickle.UnpicklingError, EOFError)
+        ├── CorruptCheckpointError(RuntimeError, pickle.UnpicklingError, EOFError)
         │                               the file is no checkpoint, or is truncated or damaged
         ├── UnsafeCheckpoint(pickle.UnpicklingError)
         │                               it holds objects that loading would have to execute; nothing was
         ├── UnsupportedCheckpoint(RuntimeError, pickle.UnpicklingError)
         │                               the file is sound, and of a kind that is not read here: newer, encrypted, ...
-        ├── DoesNotFit                  keys or shapes are missing, unexpected or mismatched
-        │   └── (DoesNotFit, <kind>)    of the types that each object's own error is of
-        └── PartlyLoaded                some objects hold neither the old state nor the new
-            └── (PartlyLoaded, <kind>)  of the type of what went wrong, e.g. OSError where storage failed
+        ├── StateMismatchError                  keys or shapes are missing, unexpected or mismatched
+        │   └── (StateMismatchError, <kind>)    of the types that each object's own error is of
+        └── PartialLoadError                some objects hold neither the old state nor the new
+            └── (PartialLoadError, <kind>)  of the type of what went wrong, e.g. OSError where storage failed
 
 A mistake of the caller (a wrong type, a name that leaves the directory) is a plain ``TypeError`` or
 ``ValueError``. A failure inside a phase that all ranks walk together reaches all of them as one
-:class:`PhaseError` which is *also* of the failing rank's type where that is a common one
+:class:`RemoteRankError` which is *also* of the failing rank's type where that is a common one
 (``except OSError`` goes on catching a full disk, on every rank).
 """
 
@@ -44,19 +44,19 @@ __all__ = [
     "CollectiveError",
     "CollectiveTimeout",
     "CommitNotDurable",
-    "DamagedCheckpoint",
+    "CorruptCheckpointError",
+    "DesyncError",
     "DistckptError",
-    "DoesNotFit",
     "LoadError",
-    "PartlyLoaded",
-    "PhaseError",
+    "PartialLoadError",
     "RankFailure",
     "RankLost",
-    "RanksDriftedApart",
+    "RemoteRankError",
     "RemoteTraceback",
     "ReplicasDiffer",
     "SaveError",
     "ShardedStateError",
+    "StateMismatchError",
     "UnsafeCheckpoint",
     "UnsupportedCheckpoint",
 ]
@@ -103,7 +103,7 @@ class RemoteTraceback(Exception):  # noqa: N818 - it is no error of this rank's,
         return f"\n{self.args[0]}" if self.args else ""
 
 
-class RanksDriftedApart(DistckptError):  # noqa: N818 - the name is the sentence; it is public API
+class DesyncError(DistckptError):
     """Ranks came to one collective from different handlers, events or steps."""
 
 
@@ -142,10 +142,10 @@ class ShardedStateError(DistckptError, NotImplementedError):
 
 
 class LoadError(DistckptError):
-    """A checkpoint could not be read or does not fit. No live object was changed, unless it is a PartlyLoaded."""
+    """A checkpoint could not be read or does not fit. No live object was changed, unless it is a PartialLoadError."""
 
 
-class DamagedCheckpoint(LoadError, RuntimeError, pickle.UnpicklingError, EOFError):  # noqa: N818 - public name
+class CorruptCheckpointError(LoadError, RuntimeError, pickle.UnpicklingError, EOFError):
     """The file is no checkpoint, or is truncated or damaged."""
 
 
@@ -157,7 +157,7 @@ class UnsupportedCheckpoint(LoadError, RuntimeError, pickle.UnpicklingError):  #
     """The file is not damaged, but this distckpt cannot read it: of a newer schema, encrypted, another format."""
 
 
-class DoesNotFit(LoadError):  # noqa: N818 - the name is the sentence; it is public API
+class StateMismatchError(LoadError):
     """A checkpoint and the objects it is for do not fit together. No live object was changed.
 
     Args:
@@ -185,7 +185,7 @@ class DoesNotFit(LoadError):  # noqa: N818 - the name is the sentence; it is pub
         return (does_not_fit, (str(self), kinds, self.missing, self.unexpected, self.mismatched))
 
 
-class PartlyLoaded(LoadError):  # noqa: N818 - the name is the sentence; it is public API
+class PartialLoadError(LoadError):
     """A load failed, and some objects hold neither the old nor the new state; the message names them."""
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -231,7 +231,7 @@ def _text_of(error: BaseException) -> str:
         return f"<its text could not be made: {type(again).__name__}>"
 
 
-class PhaseError(DistckptError):
+class RemoteRankError(DistckptError):
     """One or more ranks failed in a phase that all ranks walk together.
 
     Raised on every rank alike, with the same type, message and failures. On a rank that failed itself
@@ -271,15 +271,15 @@ class PhaseError(DistckptError):
 _OURS: tuple[type[Exception], ...] = (
     CommitNotDurable,
     SaveError,
-    DamagedCheckpoint,
+    CorruptCheckpointError,
     UnsafeCheckpoint,
-    DoesNotFit,
-    PartlyLoaded,
+    StateMismatchError,
+    PartialLoadError,
     LoadError,
     RankLost,
     CollectiveTimeout,
     CollectiveError,
-    RanksDriftedApart,
+    DesyncError,
     ShardedStateError,
 )
 _BUILTIN: tuple[type[Exception], ...] = (
@@ -318,7 +318,7 @@ def _named(known: Sequence[type[Exception]], kinds: Sequence[str]) -> tuple[type
     return tuple(base for base in known if base.__name__ in kinds)[:1]
 
 
-def phase_error(phase: str, failures: Sequence[RankFailure]) -> PhaseError:
+def phase_error(phase: str, failures: Sequence[RankFailure]) -> RemoteRankError:
     """Make the error that all ranks raise for `failures`.
 
     Args:
@@ -326,15 +326,15 @@ def phase_error(phase: str, failures: Sequence[RankFailure]) -> PhaseError:
         failures: at least one, sorted by rank.
 
     Returns:
-        A :class:`PhaseError` that is also of the type of the first failure, where that is a common one.
+        A :class:`RemoteRankError` that is also of the type of the first failure, where that is a common one.
 
     Example:
         >>> error = phase_error("save a.pt", [RankFailure.of(1, OSError(28, "No space left"), "")])
-        >>> isinstance(error, PhaseError), isinstance(error, OSError), error.errno
+        >>> isinstance(error, RemoteRankError), isinstance(error, OSError), error.errno
         (True, True, 28)
     """
     kinds = failures[0].kinds
-    error: PhaseError = _mixed((PhaseError, *_named(_OURS, kinds), *_named(_BUILTIN, kinds)))(phase, failures)
+    error: RemoteRankError = _mixed((RemoteRankError, *_named(_OURS, kinds), *_named(_BUILTIN, kinds)))(phase, failures)
     return error
 
 
@@ -362,11 +362,11 @@ def does_not_fit(
     missing: Sequence[str] = (),
     unexpected: Sequence[str] = (),
     mismatched: Sequence[str] = (),
-) -> DoesNotFit:
+) -> StateMismatchError:
     """Make the error of a checkpoint that does not fit.
 
     Args:
-        message: see :class:`DoesNotFit`, as all that follow.
+        message: see :class:`StateMismatchError`, as all that follow.
         kinds: names of the builtin types that it is to be of too.
         missing: keys.
         unexpected: keys.
@@ -378,7 +378,7 @@ def does_not_fit(
         (True, True, ('model.bias',))
     """
     mixed_in = tuple(base for base in (ValueError, RuntimeError) if base.__name__ in kinds)
-    error: DoesNotFit = _mixed((DoesNotFit, *mixed_in))(message, missing, unexpected, mismatched)
+    error: StateMismatchError = _mixed((StateMismatchError, *mixed_in))(message, missing, unexpected, mismatched)
     return error
 
 
@@ -387,7 +387,7 @@ def _rebuild_save_error(message: str, number: int | None, text: str | None, kind
     return save_error(message, cause, renamed="CommitNotDurable" in kinds)
 
 
-def partly_loaded(message: str, cause: BaseException) -> PartlyLoaded:
+def partly_loaded(message: str, cause: BaseException) -> PartialLoadError:
     """Make the error of a load that left some objects changed; it is of the cause's type too, if that is a common one.
 
     Args:
@@ -401,7 +401,7 @@ def partly_loaded(message: str, cause: BaseException) -> PartlyLoaded:
     return _rebuild_partly_loaded(message, tuple(base.__name__ for base in type(cause).__mro__))
 
 
-def _rebuild_partly_loaded(message: str, kinds: Sequence[str]) -> PartlyLoaded:
+def _rebuild_partly_loaded(message: str, kinds: Sequence[str]) -> PartialLoadError:
     alike = (OSError, KeyError, RuntimeError, TypeError, ValueError)  # others cannot be mixed with each of them
-    error: PartlyLoaded = _mixed((PartlyLoaded, *_named(alike, kinds)))(message)
+    error: PartialLoadError = _mixed((PartialLoadError, *_named(alike, kinds)))(message)
     return error

@@ -13,7 +13,7 @@ import distckpt
 from ci.savebench.arrivals import Arrivals
 from ci.savebench.contestant import Contestant, MissingError, Waiter
 from ci.savebench.job import Job
-from distckpt.state.staging import kept_memory
+from distckpt.saving.staging import kept_memory
 
 __all__ = ["Background", "BackgroundShared", "Foreground", "Shared"]
 

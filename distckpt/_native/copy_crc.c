@@ -1,4 +1,4 @@
-/* CRC-32 of bytes in memory, alone or of bytes that are copied meanwhile. See distckpt/checksum.py for why.
+/* CRC-32 of bytes in memory, alone or of bytes that are copied meanwhile. See distckpt/_checksum.py for why.
  *
  * Method: V. Gopal et al., "Fast CRC Computation for Generic Polynomials Using PCLMULQDQ Instruction", Intel, 2009.
  * A block of data is a polynomial over GF(2), and its CRC is the remainder modulo P. Folding replaces 16 bytes by 16

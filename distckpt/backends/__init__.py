@@ -1,1 +1,1 @@
-"""Who am I among the ranks, and the few collectives the rest of distckpt needs. Layer L2."""
+"""Which rank this process is, and the few collectives that the other packages need."""

@@ -1,7 +1,7 @@
 """What the rest of distckpt asks of the ranks: who am I, and a few small exact collectives.
 
 Owns the contract that every backend honours, and the collectives that follow from its two primitives. Must
-not know about checkpoints or handlers, nor which runtimes exist. Layer L2.
+not know about checkpoints or handlers, nor which runtimes exist.
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from distckpt.backends import wire
-from distckpt.errors import DistckptError, RanksDriftedApart
+from distckpt.errors import DesyncError, DistckptError
 
 __all__ = ["DEFAULT_TIMEOUT_S", "Backend", "Board", "ReduceOp", "TensorOp", "Watcher", "default_timeout_s"]
 
@@ -73,7 +73,7 @@ class Board(Protocol):
 
 
 class Watcher(Protocol):
-    """What is known of the other ranks beside the collectives; see :mod:`distckpt.consensus.liveness`."""
+    """What is known of the other ranks beside the collectives; see :mod:`distckpt.coordination.liveness`."""
 
     def news(self, wait_s: float = 0.0) -> DistckptError | None:
         """Return the error that ends this rank's waiting, if there is a reason within `wait_s`. The training thread."""
@@ -284,7 +284,7 @@ class Backend(ABC):
             The largest of each of `numbers`.
 
         Raises:
-            RanksDriftedApart: the ranks are not at the same place; on every rank, naming all places.
+            DesyncError: the ranks are not at the same place; on every rank, naming all places.
         """
         return self.start_meeting(where, numbers, turn=turn, told=told, timeout_s=timeout_s)()
 
@@ -320,7 +320,7 @@ class Backend(ABC):
             f"The ranks came to one collective from different places. {where_all}. Handlers have to be built and "
             "attached on all ranks, in the same order, and all ranks have to run the same iterations."
         )
-        raise RanksDriftedApart(msg)
+        raise DesyncError(msg)
 
     def all_reduce_ints(
         self, values: Sequence[int], op: ReduceOp = "SUM", *, what: str = "all_reduce", timeout_s: float | None = None

@@ -2,7 +2,7 @@
 
 Owns the one question "who am I among the ranks?". The answer never depends on what is importable: a GPU job
 on a machine that has another runtime installed stays a GPU job. Issues no collectives, and may be asked by
-a constructor. Layer L2.
+a constructor.
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """Entry points in the manner of ignite's ``idist``: all that a script needs to be distributed.
 
 Owns joining and leaving a job, and the collectives that user code calls. They answer from the live runtime, so they
-work inside and beside ignite's ``idist.Parallel``, and whoever made the process group. Layer L2.
+work inside and beside ignite's ``idist.Parallel``, and whoever made the process group.
 """
 
 import functools

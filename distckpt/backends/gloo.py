@@ -1,7 +1,7 @@
 """Host values over a Gloo group of our own.
 
 Owns the group: it is made straight on the job's store, not by ``torch.distributed.new_group``, which pairs by a count
-of all groups made so far, and blocks for the process group's own timeout when a rank stays away. Layer L2.
+of all groups made so far, and blocks for the process group's own timeout when a rank stays away.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from distckpt.backends.base import TensorOp
-from distckpt.backends.channel import Channel
+from distckpt.backends.transport import Channel
 
 __all__ = ["TENSOR_OPS", "GlooChannel"]
 

@@ -1,7 +1,7 @@
 """Ranks of a Horovod job. The only file that imports horovod, and only once it was initialised.
 
 Owns the backend over Horovod's global process set. Host values travel as operations of Horovod's under names of our
-own, so that they never pair with the job's. Layer L2.
+own, so that they never pair with the job's.
 
 In a job of ``horovodrun``'s the ranks have a board, in a store that rank 0 serves; the launcher's rendezvous server
 tells its address. In an elastic job there is none, and nobody watches: Horovod itself finds out who is gone there, and
@@ -25,10 +25,10 @@ from horovod.common.exceptions import HorovodInternalError, HostsUpdatedInterrup
 from horovod.common.process_sets import global_process_set
 
 from distckpt.backends.base import Board, TensorOp, default_timeout_s
-from distckpt.backends.channel import Channel
-from distckpt.backends.hosted import FOLD, HostedBackend
+from distckpt.backends.control_backend import FOLD, HostedBackend
+from distckpt.backends.key_value_store import StoreBoard
 from distckpt.backends.rendezvous import Meeting, clear_addresses, rendezvous_server
-from distckpt.backends.store_board import StoreBoard
+from distckpt.backends.transport import Channel
 from distckpt.errors import CollectiveTimeout
 
 __all__ = ["HorovodBackend", "current", "join", "launch", "leave"]

@@ -1,6 +1,6 @@
 """Runtimes beside torch.distributed: Horovod and torch_xla, by name.
 
-Owns how their backends' modules, which import them, are reached: only when a program asks for one. Layer L2.
+Owns how their backends' modules, which import them, are reached: only when a program asks for one.
 """
 
 import importlib

@@ -1,6 +1,6 @@
 """Starting the ranks of a job from a script.
 
-Owns :func:`spawn` and :class:`Parallel`, in the manner of ignite's ``idist``. Layer L2.
+Owns :func:`spawn` and :class:`Parallel`, in the manner of ignite's ``idist``.
 """
 
 import logging
@@ -13,9 +13,9 @@ from typing import Any, Self
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from distckpt._log_level import level_on
 from distckpt.backends.entry import check_backend, finalize, get_local_rank, get_rank, get_world_size, initialize
 from distckpt.backends.others import OTHERS, module_of
-from distckpt.log_level import level_on
 
 __all__ = ["Parallel", "spawn"]
 

@@ -1,7 +1,7 @@
 """How the ranks of a Horovod job come by a store of their own: through the launcher's rendezvous server.
 
 Owns what is written there, and what is read. Imports no Horovod: the server is asked over HTTP, whatever state Horovod
-is in. Layer L2, below :mod:`distckpt.backends.horovod`.
+is in.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from distckpt.backends.base import default_timeout_s
-from distckpt.backends.host_group import GIVEN_UP, given_up_text
+from distckpt.backends.control_group import GIVEN_UP, given_up_text
 
 __all__ = ["Meeting", "Server", "clear_addresses", "rendezvous_server"]
 

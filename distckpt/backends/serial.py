@@ -1,6 +1,6 @@
 """A world of one: every collective is the identity.
 
-Owns the backend of a job without a distributed runtime. Layer L2.
+Owns the backend of a job without a distributed runtime.
 """
 
 import torch

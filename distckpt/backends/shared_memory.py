@@ -3,7 +3,7 @@
 Owns the layout of that memory, how the ranks come to share it, and how one of them is waited for. Gloo wakes three
 threads for a reduction, which costs more than the reduction; here a rank writes its numbers and reads those of the
 others, and where they are there already nothing waits and no thread is woken. Must not know what the numbers mean. How
-long is waited, and what a failure means, is :mod:`distckpt.backends.host_group`'s. Layer L2.
+long is waited, and what a failure means, is :mod:`distckpt.backends.control_group`'s.
 
 The memory has no name (``memfd_create``): nothing is left behind, however a job ends. Whether all ranks can have it is
 found out, not assumed.

@@ -2,7 +2,7 @@
 
 Owns the backend over torch.distributed's default process group. Host values travel on a Gloo group of our
 own (:mod:`distckpt.backends.gloo`), whatever the job's backend, so that they never pair with the
-job's collectives and have time limits of their own. Tensors on a device go by the job's group. Layer L2.
+job's collectives and have time limits of their own. Tensors on a device go by the job's group.
 """
 
 import contextlib
@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from distckpt.backends.base import TensorOp, default_timeout_s
+from distckpt.backends.control_backend import FOLD, HostedBackend
+from distckpt.backends.control_group import board_is_gone
 from distckpt.backends.gloo import TENSOR_OPS, GlooChannel
-from distckpt.backends.host_group import board_is_gone
-from distckpt.backends.hosted import FOLD, HostedBackend
-from distckpt.backends.store_board import StoreBoard
+from distckpt.backends.key_value_store import StoreBoard
 
 __all__ = ["TorchDistBackend"]
 

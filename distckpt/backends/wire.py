@@ -2,7 +2,7 @@
 
 Owns the encoding of the values that backends broadcast and gather. It is JSON with marks for what JSON
 lacks, so that values come back *equal* (type, float64 bits, big integers, non-ASCII text) and decoding
-never executes code. Must not know who sends or receives. Layer L2.
+never executes code. Must not know who sends or receives.
 """
 
 import base64
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from distckpt.scalars import is_numpy_scalar
+from distckpt._values import is_numpy_scalar
 
 __all__ = ["bytes_of", "decode", "encode"]
 

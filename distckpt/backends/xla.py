@@ -1,6 +1,6 @@
 """Replicas of a torch_xla job. The only file that imports torch_xla, and only in a job that uses it.
 
-Owns the backend over torch_xla's replicas, which are processes of their own or threads of one process. Layer L2.
+Owns the backend over torch_xla's replicas, which are processes of their own or threads of one process.
 
 Host values are exact: every operation is one all-reduce of int32 (SUM over rows of which each replica fills its own, or
 MAX), which every device computes to the last bit, where a TPU's float64 is not. Two rules keep it safe:
@@ -31,10 +31,10 @@ import torch_xla.core.xla_model as xm
 import torch_xla.runtime as xr
 
 from distckpt.backends.base import Backend, Board, TensorOp, default_timeout_s
-from distckpt.backends.channel import Channel
-from distckpt.backends.hosted import FOLD, HostedBackend
+from distckpt.backends.control_backend import FOLD, HostedBackend
+from distckpt.backends.key_value_store import StoreBoard
 from distckpt.backends.serial import SerialBackend
-from distckpt.backends.store_board import StoreBoard
+from distckpt.backends.transport import Channel
 
 __all__ = ["XlaBackend", "current", "join", "launch", "leave"]
 

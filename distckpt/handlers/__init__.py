@@ -1,8 +1,9 @@
-"""The handlers: what users attach to ignite engines. The only place that imports ignite. Layer L5."""
+"""The handlers: what users attach to ignite engines. The only place that imports ignite."""
 
 from distckpt.handlers.checkpoint import Checkpoint
 from distckpt.handlers.disk_saver import DiskSaver
 from distckpt.handlers.early_stopping import EarlyStopping
+from distckpt.handlers.engine_votes import stop_reason
 from distckpt.handlers.events import CheckpointEvents
 from distckpt.handlers.global_step import global_step_from_engine
 from distckpt.handlers.idist_bridge import install as install_bridge
@@ -15,7 +16,6 @@ from distckpt.handlers.save_handler import BaseSaveHandler
 from distckpt.handlers.terminate_on_nan import TerminateOnNan
 from distckpt.handlers.time_limit import TimeLimit
 from distckpt.handlers.timer import Timer
-from distckpt.handlers.voting import stop_reason
 
 install_bridge()
 install_metric_states()

@@ -1,6 +1,6 @@
 """What the handlers' arguments have to be.
 
-Owns the errors of their constructors: they name the argument, what was given and what is expected. Layer L5.
+Owns the errors of their constructors: they name the argument, what was given and what is expected.
 """
 
 import math
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distckpt.handlers.save_handler import BaseSaveHandler
-from distckpt.state.collect import check_objects
+from distckpt.saving.capture import check_objects
 
 __all__ = ["check_callables", "check_include_self", "check_rank", "check_timeout", "check_values"]
 

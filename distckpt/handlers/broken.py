@@ -1,6 +1,6 @@
 """Whether an exception tells of a peer that is gone.
 
-Owns the words by which that is known. Layer L5.
+Owns the words by which that is known.
 """
 
 import torch.distributed as dist

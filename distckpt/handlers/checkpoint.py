@@ -1,7 +1,7 @@
 """Saving and loading objects during a run.
 
 Owns :class:`Checkpoint`: what a user asks for, on an engine's event. How the ranks agree, how a file becomes
-durable, and in which order, lies below. Layer L5.
+durable, and in which order, lies below.
 """
 
 import itertools
@@ -11,30 +11,30 @@ from typing import Any, NamedTuple
 
 from ignite.engine import Engine, Events, State
 
-from distckpt import retention
+from distckpt._values import is_numpy_scalar, plain_score
 from distckpt.backends.detect import current
-from distckpt.consensus.agree import Seat
-from distckpt.consensus.decision import NameRules, SaveIntent, comparable, step_priority
-from distckpt.consensus.scores import check_rule
-from distckpt.consensus.step_vote import Answer, Fact
+from distckpt.coordination.phases import Seat
+from distckpt.coordination.votes import Answer, Fact
 from distckpt.handlers import arguments
+from distckpt.handlers.background_saves import Flights
 from distckpt.handlers.checkpoint_helpers import CheckpointHelpers
 from distckpt.handlers.checkpoint_history import ON_DISK, KnownEngines
 from distckpt.handlers.checkpoint_saving import CheckpointSaving
+from distckpt.handlers.compat import accept_older_order, deprecated
 from distckpt.handlers.disk_saver import DiskSaver
-from distckpt.handlers.early import Moment
+from distckpt.handlers.early_save import Moment
+from distckpt.handlers.engine_votes import Voter, announce_errors, hold, is_poisoned
 from distckpt.handlers.events import CheckpointEvents
-from distckpt.handlers.firing import engine_handling_exception, engines_firing, return_to_event
-from distckpt.handlers.flights import Flights
-from distckpt.handlers.older import accept_older_order, deprecated
-from distckpt.handlers.places import counts_iterations
+from distckpt.handlers.ignite_hooks import engine_handling_exception, engines_firing, return_to_event
 from distckpt.handlers.progress import epochs_over, position_of
 from distckpt.handlers.runs import Origin, num_saved
 from distckpt.handlers.save_handler import BaseSaveHandler, refuse_overrides
-from distckpt.handlers.voting import Voter, announce_errors, hold, is_poisoned
-from distckpt.naming import check_name
-from distckpt.scalars import is_numpy_scalar, plain_score
-from distckpt.state.collect import is_spread
+from distckpt.handlers.sync_points import counts_iterations
+from distckpt.policy import retention
+from distckpt.policy.decision import NameRules, SaveIntent, comparable, step_priority
+from distckpt.policy.naming import check_name
+from distckpt.policy.scores import check_rule
+from distckpt.saving.capture import is_spread
 
 __all__ = ["Checkpoint", "UserFacts", "name_of"]
 
@@ -222,13 +222,13 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
 
         1. (all ranks) hold the vote: of the engine, and of those in whose events it runs. A score of an event of each
            iteration is put on the same ballot, so that nothing more is reduced where no rank wants to save.
-        2. (all ranks) save the state of this call; see :mod:`distckpt.save` for the protocol.
+        2. (all ranks) save the state of this call; see :mod:`distckpt.saving.protocol` for the protocol.
 
         While an engine handles an exception (``EXCEPTION_RAISED``) this is rank-local: the saving rank saves alone,
         since the other ranks may never come.
 
         Raises:
-            PhaseError: something failed on some rank; alike on every rank, and of the type that was raised there.
+            RemoteRankError: something failed on some rank; alike on every rank, and of the type that was raised there.
             SaveError: in a world of one, the checkpoint could not be written.
             CommitNotDurable: it is there, but may not survive a power cut.
         """

@@ -1,6 +1,6 @@
 """What users call on Checkpoint's class, without an instance.
 
-Owns ignite's helpers around a Checkpoint: patterns, score functions, loading. Layer L5.
+Owns ignite's helpers around a Checkpoint: patterns, score functions, loading.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,9 +9,9 @@ from typing import Any
 
 from ignite.engine import Engine
 
-from distckpt import load
-from distckpt.load import LoadReport
-from distckpt.naming import default_pattern
+from distckpt.loading import api
+from distckpt.loading.api import LoadReport
+from distckpt.policy.naming import default_pattern
 
 __all__ = ["CheckpointHelpers"]
 
@@ -87,7 +87,7 @@ class CheckpointHelpers:
             LoadError: the file is no checkpoint, is damaged, or would have to execute code.
             ValueError: the checkpoint lacks an object, or an optimizer's groups differ.
             RuntimeError: a module's keys or shapes differ.
-            DoesNotFit: either of the last two; it lists the keys of all objects.
+            StateMismatchError: either of the last two; it lists the keys of all objects.
 
         Example:
             >>> from torch import nn
@@ -97,4 +97,4 @@ class CheckpointHelpers:
             >>> bool((model.weight == twin.weight).all())
             True
         """
-        return load.load_objects(to_load, checkpoint, verify=verify, **kwargs)
+        return api.load_objects(to_load, checkpoint, verify=verify, **kwargs)

@@ -1,6 +1,6 @@
 """What a Checkpoint has saved: which files are kept, and how one of them is found again.
 
-Owns the history that is saved and loaded with a Checkpoint. Must not know how a file is written. Layer L5.
+Owns the history that is saved and loaded with a Checkpoint. Must not know how a file is written.
 """
 
 import dataclasses
@@ -16,16 +16,16 @@ from ignite.base.mixins import Serializable
 from ignite.engine import Engine
 from ignite.handlers.checkpoint import DiskSaver as IgniteDiskSaver
 
-from distckpt import load
-from distckpt.consensus.decision import NameRules, filename_of
+from distckpt._values import plain_score
 from distckpt.handlers.disk_saver import DiskSaver
-from distckpt.handlers.firing import noted_on
+from distckpt.handlers.ignite_hooks import noted_on
 from distckpt.handlers.records import Record
 from distckpt.handlers.runs import Origin
-from distckpt.load import LoadReport
-from distckpt.naming import format_score, printable
-from distckpt.retention import Entry
-from distckpt.scalars import plain_score
+from distckpt.loading import api
+from distckpt.loading.api import LoadReport
+from distckpt.policy.decision import NameRules, filename_of
+from distckpt.policy.naming import format_score, printable
+from distckpt.policy.retention import Entry
 
 __all__ = ["ON_DISK", "CheckpointHistory", "IgniteDiskSaver", "KnownEngines", "Owner", "shown"]
 
@@ -298,4 +298,4 @@ class CheckpointHistory(Serializable):
             rules, score=told if has_score else None, global_step=filename_components.get("global_step")
         )
         path = self.save_handler.dirname / filename
-        return load.load_objects(to_load, path, verify=verify, **(load_kwargs or {}))
+        return api.load_objects(to_load, path, verify=verify, **(load_kwargs or {}))

@@ -1,8 +1,8 @@
 """How a Checkpoint saves: decide, save in one of three ways, take over what became of it.
 
 Owns the part of :class:`~distckpt.Checkpoint` that walks a save with all ranks, from a decision to the history. When it
-is called for lies in :mod:`distckpt.handlers.checkpoint`, the order of a save's hops in :mod:`distckpt.save` and
-:mod:`distckpt.flight`. Layer L5.
+is called for lies in :mod:`distckpt.handlers.checkpoint`, the order of a save's hops in
+:mod:`distckpt.saving.protocol` and :mod:`distckpt.saving.pending_save`.
 """
 
 import contextlib
@@ -19,35 +19,35 @@ from typing import Any, NoReturn
 
 from ignite.engine import Engine
 
-from distckpt import save
+from distckpt._log_level import level_on
+from distckpt._values import is_nan
 from distckpt.backends.base import Backend
 from distckpt.backends.detect import current
-from distckpt.consensus import agree, liveness
-from distckpt.consensus.agree import Place, Seat
-from distckpt.consensus.decision import Agreed, RemovalOrder, SaveDecision, SaveIntent
+from distckpt.coordination import liveness, phases
+from distckpt.coordination.phases import Place, Seat
 from distckpt.errors import CommitNotDurable
-from distckpt.flight import Flight, take_off
-from distckpt.handlers.about import about
+from distckpt.handlers.background_saves import Flights
+from distckpt.handlers.build_manifest import about
 from distckpt.handlers.checkpoint_history import ON_DISK, CheckpointHistory, IgniteDiskSaver, Owner
 from distckpt.handlers.disk_saver import DiskSaver, is_own
-from distckpt.handlers.early import Moment
+from distckpt.handlers.early_save import Moment
+from distckpt.handlers.engine_votes import is_poisoned
 from distckpt.handlers.events import CheckpointEvents, register
-from distckpt.handlers.firing import engine_handling_exception, engines_firing
-from distckpt.handlers.flights import Flights
+from distckpt.handlers.ignite_hooks import engine_handling_exception, engines_firing
 from distckpt.handlers.own_files import History, OwnFiles
-from distckpt.handlers.places import take_place
 from distckpt.handlers.rank_alone import RankAlone
 from distckpt.handlers.records import Record, read_record, survey
 from distckpt.handlers.runs import Run, adopt, present_run, propose, run_key, untrained_at
 from distckpt.handlers.save_handler import BaseSaveHandler, hand_over
 from distckpt.handlers.save_log import SaveLog
-from distckpt.handlers.voting import is_poisoned
-from distckpt.log_level import level_on
-from distckpt.manifest import Manifest
-from distckpt.naming import check_name
-from distckpt.retention import Entry
-from distckpt.scalars import is_nan
-from distckpt.state.collect import capture, consolidate, refuse_spread, replicas, stepped
+from distckpt.handlers.sync_points import take_place
+from distckpt.policy.decision import Agreed, RemovalOrder, SaveDecision, SaveIntent
+from distckpt.policy.naming import check_name
+from distckpt.policy.retention import Entry
+from distckpt.ptformat.manifest import Manifest
+from distckpt.saving import protocol
+from distckpt.saving.capture import capture, consolidate, refuse_spread, replicas, stepped
+from distckpt.saving.pending_save import Flight, take_off
 from distckpt.storage.written_files import WrittenFiles
 
 __all__ = ["CheckpointSaving"]
@@ -94,7 +94,7 @@ class CheckpointSaving(CheckpointHistory):
         Call it on all ranks. Afterwards the save is in the history, and ``last_checkpoint`` tells of it.
 
         Raises:
-            PhaseError: the save failed on some rank; on every rank, and of the type that was raised there.
+            RemoteRankError: the save failed on some rank; on every rank, and of the type that was raised there.
             SaveError: in a world of one, the checkpoint could not be written.
         """
         if engine_handling_exception() is not None and current().world_size > 1:
@@ -123,7 +123,7 @@ class CheckpointSaving(CheckpointHistory):
         if watch is not None:
             watch.forget_caught()
         place = take_place(self._seat, backend, engine, watch=self._ticket(), timeout_s=self.timeout_s)
-        agreed = save.decide(
+        agreed = protocol.decide(
             backend,
             place("deciding what to save"),
             lambda: dataclasses.replace(intend(), history=self._history(), strays=self._strays),
@@ -245,7 +245,7 @@ class CheckpointSaving(CheckpointHistory):
             return Place(who="Checkpoint", doing=f"on {name}, {doing}", step=engine.state.iteration)
 
         intent = dataclasses.replace(intend(), save_on_rank=0)  # of a world of one
-        agreed = save.decide(alone, place("deciding what to save"), lambda: intent, timeout_s=self.timeout_s)
+        agreed = protocol.decide(alone, place("deciding what to save"), lambda: intent, timeout_s=self.timeout_s)
         agreed = dataclasses.replace(agreed, coordinator=alone.rank)
         self._adopt_run(engine, agreed)
         if agreed.decision is None:
@@ -274,7 +274,7 @@ class CheckpointSaving(CheckpointHistory):
             return removed
 
         try:
-            save.commit(
+            protocol.commit(
                 backend,
                 place,
                 agreed,
@@ -345,7 +345,7 @@ class CheckpointSaving(CheckpointHistory):
             if self._saved is history:  # else it was loaded or reset meanwhile: the file stays, and is not ours
                 self._take_over(agreed, took_s=flight.took_s)
             problems = (
-                self._told(save.removals_of(decision.evicted, flight.problems))
+                self._told(protocol.removals_of(decision.evicted, flight.problems))
                 if is_removed_early
                 else self._remove_after(backend, place, agreed, written)
             )
@@ -378,7 +378,7 @@ class CheckpointSaving(CheckpointHistory):
             return
         self._take_over(agreed, took_s=flight.took_s)
         if is_removed:
-            self._told(save.removals_of(_made(agreed.decision).evicted, [flight.own_problems]))
+            self._told(protocol.removals_of(_made(agreed.decision).evicted, [flight.own_problems]))
 
     def _warn_of_difference(self, flight: Flight) -> None:
         if flight.difference is not None:
@@ -460,7 +460,7 @@ class CheckpointSaving(CheckpointHistory):
             return self._remove(backend, place("removing what was evicted"), evicted, decision)
         try:
             # On all ranks before any of them removes: a handler need not look at its rank.
-            found = agree.run(
+            found = phases.run(
                 backend,
                 place("keeping what was written"),
                 lambda: written is not None and written.keep(),
@@ -499,9 +499,9 @@ class CheckpointSaving(CheckpointHistory):
                 if isinstance(handler, BaseSaveHandler):
                     handler.remove(filename)
 
-        return self._told(save.remove(backend, place, evicted, remove_one, timeout_s=self.timeout_s))
+        return self._told(protocol.remove(backend, place, evicted, remove_one, timeout_s=self.timeout_s))
 
-    def _told(self, removals: list[save.Removal]) -> list[str]:
+    def _told(self, removals: list[protocol.Removal]) -> list[str]:
         """Keep what could not be removed for the next save; return what to say."""
         self._strays = tuple(one.filename for one in removals if one.problem is not None and not one.gone)
         told = [one for one in removals if one.problem is not None]
@@ -590,7 +590,7 @@ def _hand_over(
 
 
 def _spare(saver: DiskSaver, filename: str, decision: SaveDecision) -> None:
-    """Raise :class:`~distckpt.save.Spared` for the newest file that loads, where what was just written does not."""
+    """Raise :class:`~distckpt.saving.protocol.Spared` for the newest file that loads, if the new file does not load."""
     kept = [name for _, name in decision.kept if name != decision.filename]
     saver.spare(filename, written=decision.filename, kept=kept)
 

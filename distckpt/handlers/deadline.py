@@ -1,6 +1,6 @@
 """The time that is left for a save before the process is killed.
 
-Owns what the log says of it. Layer L5.
+Owns what the log says of it.
 """
 
 import logging

@@ -1,6 +1,6 @@
 """Checkpoints as files in a local directory.
 
-Owns :class:`DiskSaver`: who writes, and what a directory must look like. Layer L5.
+Owns :class:`DiskSaver`: who writes, and what a directory must look like.
 """
 
 import contextlib
@@ -15,26 +15,26 @@ from typing import Any, ClassVar, Literal
 import torch
 from ignite.handlers.checkpoint import DiskSaver as _IgniteDiskSaver
 
+from distckpt._threads import num_threads
 from distckpt.backends.base import Backend
 from distckpt.backends.detect import current
-from distckpt.consensus.agree import Place, post_failure
-from distckpt.flight import Sharing
-from distckpt.handlers.about import about
+from distckpt.coordination.phases import Place, post_failure
 from distckpt.handlers.arguments import check_choice, check_rank
+from distckpt.handlers.build_manifest import about
 from distckpt.handlers.save_handler import BaseSaveHandler, refuse_overrides
-from distckpt.manifest import Manifest
-from distckpt.naming import check_name
-from distckpt.parts import Part
-from distckpt.save import Spared
-from distckpt.sharers import Sharers
-from distckpt.snapshot import WHOLE, Share, write_file
-from distckpt.state.collect import whole_state
-from distckpt.state.staging import HostMemory, kept_memory
-from distckpt.storage.disk import Directory, make_directory
-from distckpt.storage.loadable import Refused, paths_of_refused
-from distckpt.storage.ptfile import check_save_options, is_loadable, is_ordinary, what_loading_refuses
+from distckpt.policy.naming import check_name
+from distckpt.ptformat.loadable import Refused, paths_of_refused
+from distckpt.ptformat.manifest import Manifest
+from distckpt.ptformat.torch_format import check_save_options, is_loadable, is_ordinary, what_loading_refuses
+from distckpt.saving.capture import whole_state
+from distckpt.saving.pending_save import Sharing
+from distckpt.saving.protocol import Spared
+from distckpt.saving.rank_writer import Part
+from distckpt.saving.snapshot import WHOLE, Share, write_file
+from distckpt.saving.staging import HostMemory, kept_memory
+from distckpt.saving.writer_group import Sharers
+from distckpt.storage.local import Directory, make_directory
 from distckpt.storage.written_files import identity_of
-from distckpt.threads import num_threads
 
 __all__ = ["DiskSaver", "ShareWrite", "WhenBusy", "is_own"]
 

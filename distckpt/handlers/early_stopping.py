@@ -1,6 +1,6 @@
 """Stopping a run that no longer improves.
 
-Owns :class:`EarlyStopping`. Layer L5.
+Owns :class:`EarlyStopping`.
 """
 
 import logging
@@ -14,15 +14,15 @@ import torch
 from ignite.base.mixins import ResettableHandler, Serializable
 from ignite.engine import Engine, Events
 
+from distckpt._log_level import level_on
+from distckpt._values import is_nan, plain_score
 from distckpt.backends.detect import current
-from distckpt.consensus import agree
-from distckpt.consensus.scores import agreed_score, check_rule
+from distckpt.coordination import phases
 from distckpt.handlers.arguments import check_timeout
-from distckpt.handlers.older import deprecated
-from distckpt.handlers.places import take_place
-from distckpt.handlers.voting import stop, stop_reason
-from distckpt.log_level import level_on
-from distckpt.scalars import is_nan, plain_score
+from distckpt.handlers.compat import deprecated
+from distckpt.handlers.engine_votes import stop, stop_reason
+from distckpt.handlers.sync_points import take_place
+from distckpt.policy.scores import agreed_score, check_rule
 
 __all__ = ["EarlyStopping"]
 
@@ -121,7 +121,7 @@ class EarlyStopping(Serializable, ResettableHandler):
         self.counter = 0
         self.best_score: float | None = None
         self.logger = logging.getLogger(f"{__name__}.{type(self).__name__}")
-        self._seat = agree.Seat(type(self).__name__)
+        self._seat = phases.Seat(type(self).__name__)
         self._warned = False
 
     def __call__(self, engine: Engine | None) -> None:
@@ -131,11 +131,11 @@ class EarlyStopping(Serializable, ResettableHandler):
         2. (all ranks) from them, by the same arithmetic: the score that counts and the new state.
 
         Raises:
-            PhaseError: the score function failed on some rank; on every rank. In a world of one: its own error.
+            RemoteRankError: the score function failed on some rank; on every rank. In a world of one: its own error.
         """
         backend = current()
         place = take_place(self._seat, backend, engine, timeout_s=self.timeout_s)("comparing the score")
-        facts = agree.run(backend, place, lambda: (self._score_of(engine), self._settings()), timeout_s=self.timeout_s)
+        facts = phases.run(backend, place, lambda: (self._score_of(engine), self._settings()), timeout_s=self.timeout_s)
         scores = [score for score, _ in facts]
         # Rank 0's: a state, or an argument, that only rank 0 was given holds on all.
         for name, value in facts[0][1].items():

@@ -1,7 +1,7 @@
 """The votes of one engine on one rank: when they are held, and what an engine's run does around them.
 
 Owns the ballot of an engine, and what follows from a count. What handlers see of it lies in
-:mod:`distckpt.handlers.voting`. Layer L5.
+:mod:`distckpt.handlers.engine_votes`.
 """
 
 import contextlib
@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from ignite.engine import Engine, Events
 
+from distckpt._log_level import level_on
 from distckpt.backends.base import Backend, default_timeout_s
 from distckpt.backends.detect import current
-from distckpt.consensus import liveness
-from distckpt.consensus.step_vote import Ballot, Motion, Result, Scope
-from distckpt.errors import CollectiveError, PhaseError, RanksDriftedApart
+from distckpt.coordination import liveness
+from distckpt.coordination.votes import Ballot, Motion, Result, Scope
+from distckpt.errors import CollectiveError, DesyncError, RemoteRankError
 from distckpt.handlers.broken import is_of_a_broken_collective
-from distckpt.handlers.firing import after_event, engines_firing, hooks_of
-from distckpt.handlers.places import counts_iterations
-from distckpt.log_level import level_on
+from distckpt.handlers.ignite_hooks import after_event, engines_firing, hooks_of
+from distckpt.handlers.sync_points import counts_iterations
 
 if TYPE_CHECKING:
-    from distckpt.handlers.voting import Poller, StopReason, Voter
+    from distckpt.handlers.engine_votes import Poller, StopReason, Voter
 
 __all__ = ["EngineVote"]
 
@@ -271,7 +271,7 @@ class EngineVote:
         watch.step = engine.state.iteration
         vars(error)[_TOLD] = True
         try:
-            if isinstance(error, PhaseError | RanksDriftedApart):
+            if isinstance(error, RemoteRankError | DesyncError):
                 return error  # raised on every rank alike
             is_runtimes = isinstance(error, backend.untouched) or is_of_a_broken_collective(error)
             if not isinstance(error, CollectiveError) and is_runtimes:

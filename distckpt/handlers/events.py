@@ -1,6 +1,6 @@
 """The event that tells of a saved checkpoint.
 
-Owns :class:`CheckpointEvents` and that every engine knows it. Layer L5.
+Owns :class:`CheckpointEvents` and that every engine knows it.
 """
 
 import functools

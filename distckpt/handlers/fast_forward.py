@@ -17,8 +17,9 @@ from ignite.engine.deterministic import _set_rng_states  # what the engine itsel
 from torch.utils.data import IterableDataset
 from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
 
+from distckpt._log_level import level_on
 from distckpt.backends.detect import current
-from distckpt.consensus import agree
+from distckpt.coordination import phases
 from distckpt.handlers.data_order import (
     end_pass,
     make_workers,
@@ -27,12 +28,11 @@ from distckpt.handlers.data_order import (
     warn_of_ranks,
     warn_of_workers,
 )
-from distckpt.handlers.firing import after_event, set_start
+from distckpt.handlers.ignite_hooks import after_event, set_start
 from distckpt.handlers.progress import Resumption, go_on, length_of, samplers_of
 from distckpt.handlers.restored import Restored
 from distckpt.handlers.rng_state import RngState
 from distckpt.handlers.start_point import StartPoint, fit_to_data
-from distckpt.log_level import level_on
 from distckpt.samplers import batches_left, find_resumable
 
 __all__ = ["FastForward"]
@@ -154,8 +154,8 @@ class FastForward:
             fitted.append(self._fit(start, engine, data, epoch_length))
             return False
 
-        place = agree.Place(who="resume", doing="finding where the run goes on", step=0)
-        are_at_end = agree.run(backend, place, look, timeout_s=self._timeout_s)
+        place = phases.Place(who="resume", doing="finding where the run goes on", step=0)
+        are_at_end = phases.run(backend, place, look, timeout_s=self._timeout_s)
         if start.is_end_due:
             _logger.log(
                 level_on(backend.rank, {0}),

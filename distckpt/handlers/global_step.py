@@ -1,6 +1,6 @@
 """The global step of another engine.
 
-Owns :func:`global_step_from_engine`. Rank-local. Layer L5.
+Owns :func:`global_step_from_engine`. Rank-local.
 """
 
 from collections.abc import Callable

@@ -11,10 +11,10 @@ from typing import Any
 from ignite.engine import Engine
 
 from distckpt.backends.base import Backend
-from distckpt.consensus import agree
+from distckpt.coordination import phases
 from distckpt.handlers.checkpoint import Checkpoint
 from distckpt.handlers.checkpoint_history import ON_DISK
-from distckpt.handlers.firing import noted_on
+from distckpt.handlers.ignite_hooks import noted_on
 from distckpt.handlers.object_trees import leaves
 from distckpt.handlers.own_files import OwnFiles
 from distckpt.handlers.records import Record
@@ -69,8 +69,8 @@ def take_histories(
             for one in handlers
         ]
 
-    place = agree.Place(who="resume", doing="looking for what the handlers have saved", step=0)
-    answers = agree.run(backend, place, look, timeout_s=timeout_s)
+    place = phases.Place(who="resume", doing="looking for what the handlers have saved", step=0)
+    answers = phases.run(backend, place, look, timeout_s=timeout_s)
     told = ""
     for at, handler in enumerate(handlers):
         coordinator = handler._coordinator()  # noqa: SLF001 - a friend's

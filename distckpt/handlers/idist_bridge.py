@@ -3,7 +3,7 @@
 Owns a computation model of ignite's, and when it takes its place. ignite 0.5.5 asks torch_xla for functions that 2.9 no
 longer has (``xm.get_ordinal``, ``xm.xrt_world_size``): ``idist.get_rank()``, and with it every metric and
 ``one_rank_only``, raise AttributeError wherever such a torch_xla can be imported, also outside of XLA jobs. The model
-is registered where ignite registers its own, in place of that one, and only where that one cannot work. Layer L5.
+is registered where ignite registers its own, in place of that one, and only where that one cannot work.
 """
 
 from typing import Any

@@ -2,7 +2,7 @@
 
 ``Metric.state_dict`` of pytorch-ignite 0.5.5 gathers every rank's state. Among the calls of ``state_dict()`` of a save,
 of which any may fail on one rank, it would leave the other ranks waiting in that collective. So a metric says here, by
-the method that :func:`distckpt.state.collect.consolidate` looks for, that its state is spread over the ranks:
+the method that :func:`distckpt.saving.capture.consolidate` looks for, that its state is spread over the ranks:
 
 1. (all ranks) call ``state_dict()`` with a gather that gathers nothing, and agree that it failed nowhere.
 2. (all ranks) gather what it was to gather, as ignite does.
@@ -24,7 +24,7 @@ import ignite.distributed as idist
 from ignite.metrics import Metric
 
 from distckpt.backends.detect import current
-from distckpt.consensus import agree
+from distckpt.coordination import phases
 
 __all__ = ["install"]
 
@@ -65,7 +65,7 @@ def _consolidate(self: Metric, to: int) -> Any:
         to: the rank that saves.
 
     Raises:
-        PhaseError: the metric's ``state_dict`` failed on some rank; on every rank.
+        RemoteRankError: the metric's ``state_dict`` failed on some rank; on every rank.
     """
     del to
     if idist.get_world_size() == 1:
@@ -81,7 +81,7 @@ def _consolidate(self: Metric, to: int) -> Any:
         _call(self, keep)
         return len(states)
 
-    nums = agree.run(backend, agree.Place(who=name, doing="asking the metric for its state", step=0), look)
+    nums = phases.run(backend, phases.Place(who=name, doing="asking the metric for its state", step=0), look)
     if len(set(nums)) > 1:
         msg = f"{name}.state_dict() gathers another number of states on each rank: {nums}, by rank"
         raise RuntimeError(msg)
@@ -92,7 +92,7 @@ def _consolidate(self: Metric, to: int) -> Any:
         rest = iter(gathered)
         found.append(_call(self, lambda _: next(rest)))
 
-    agree.run(backend, agree.Place(who=name, doing="putting the metric's state together", step=0), take)
+    phases.run(backend, phases.Place(who=name, doing="putting the metric's state together", step=0), take)
     return found[0]
 
 

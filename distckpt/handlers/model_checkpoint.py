@@ -1,6 +1,6 @@
 """Saving objects that are named when the handler is attached.
 
-Owns :class:`ModelCheckpoint`. Layer L5.
+Owns :class:`ModelCheckpoint`.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,9 +12,9 @@ from ignite.engine import Engine
 from distckpt.handlers.arguments import check_include_self
 from distckpt.handlers.checkpoint import Checkpoint, UserFacts, name_of
 from distckpt.handlers.checkpoint_history import ON_DISK
+from distckpt.handlers.compat import accept_older_order, deprecated
 from distckpt.handlers.disk_saver import DiskSaver, ShareWrite, WhenBusy
-from distckpt.handlers.older import accept_older_order, deprecated
-from distckpt.state.collect import check_objects
+from distckpt.saving.capture import check_objects
 
 __all__ = ["ModelCheckpoint"]
 

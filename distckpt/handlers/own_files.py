@@ -11,10 +11,10 @@ from typing import Any
 
 from ignite.engine import Engine
 
-from distckpt.consensus.decision import NameRules, filename_of
 from distckpt.handlers.checkpoint_history import CheckpointHistory
 from distckpt.handlers.records import Record
-from distckpt.retention import Entry
+from distckpt.policy.decision import NameRules, filename_of
+from distckpt.policy.retention import Entry
 
 __all__ = ["History", "OwnFiles"]
 

@@ -1,6 +1,6 @@
 """Ending a run in good order when its process is told to stop.
 
-Owns :class:`Preemption`: what a signal means to a run. Layer L5.
+Owns :class:`Preemption`: what a signal means to a run.
 """
 
 import logging
@@ -12,16 +12,14 @@ from typing import Any
 
 from ignite.engine import Engine, Events
 
+from distckpt._log_level import level_on
 from distckpt.backends.detect import current
-from distckpt.consensus.agree import Seat
-from distckpt.consensus.step_vote import Answer, Fact, Pending
+from distckpt.coordination.phases import Seat
+from distckpt.coordination.votes import Answer, Fact, Pending
 from distckpt.handlers.arguments import check_timeout
 from distckpt.handlers.checkpoint import Checkpoint
 from distckpt.handlers.deadline import Deadline
-from distckpt.handlers.firing import Turn, after_event, turns_on
-from distckpt.handlers.places import counts_iterations
-from distckpt.handlers.signals import Catcher, check_signals
-from distckpt.handlers.voting import (
+from distckpt.handlers.engine_votes import (
     Voter,
     check_pace,
     exit_after_run,
@@ -31,7 +29,9 @@ from distckpt.handlers.voting import (
     stop,
     stop_reason,
 )
-from distckpt.log_level import level_on
+from distckpt.handlers.ignite_hooks import Turn, after_event, turns_on
+from distckpt.handlers.signals import Catcher, check_signals
+from distckpt.handlers.sync_points import counts_iterations
 
 __all__ = ["Preemption"]
 

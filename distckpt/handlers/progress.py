@@ -2,7 +2,7 @@
 
 ignite keeps one number, ``state.iteration``. It is raised before a batch is trained, and tells neither how many batches
 of a pass were trained, nor where an epoch began after ``terminate_epoch()``. These counters do. They are kept on the
-engine by the hook around its events in :mod:`distckpt.handlers.firing`, and cost two assignments an iteration.
+engine by the hook around its events in :mod:`distckpt.handlers.ignite_hooks`, and cost two assignments an iteration.
 
 A pass begins where ignite makes a new iterator over the data. It need not be an epoch: ``epoch_length`` may be another
 than the data's length.

@@ -1,7 +1,7 @@
 """Whose a checkpoint is, from which run, and what its handler kept: the record in its manifest, read back.
 
-Nothing here is taken for granted: a record that is not as :mod:`distckpt.handlers.about` writes it counts as none.
-Rank-local; issues no collectives.
+Nothing here is taken for granted: a record that is not as :mod:`distckpt.handlers.build_manifest` writes it counts as
+none. Rank-local; issues no collectives.
 """
 
 import contextlib
@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from distckpt.handlers.runs import Run
-from distckpt.manifest import number_from
-from distckpt.naming import is_temp
-from distckpt.retention import Entry
-from distckpt.storage.record_heads import read_head_at
+from distckpt.policy.naming import is_temp
+from distckpt.policy.retention import Entry
+from distckpt.ptformat.manifest import number_from
+from distckpt.ptformat.record_heads import read_head_at
 
 __all__ = ["Record", "files_in", "parse_record", "read_record", "survey"]
 
@@ -23,7 +23,7 @@ _NUMBERS = (int, float, bool)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """What a file says of itself; see :mod:`distckpt.handlers.about`.
+    """What a file says of itself; see :mod:`distckpt.handlers.build_manifest`.
 
     Attributes:
         handler: what names its handler's files.

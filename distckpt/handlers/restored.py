@@ -12,12 +12,12 @@ from typing import Any
 
 from ignite.engine import Engine
 
+from distckpt._log_level import level_on
 from distckpt.backends.detect import current
-from distckpt.consensus import agree
+from distckpt.coordination import phases
 from distckpt.handlers.checkpoint import Checkpoint
 from distckpt.handlers.rng_state import RngState
-from distckpt.log_level import level_on
-from distckpt.state.noted import StateNote
+from distckpt.loading.noted import StateNote
 
 __all__ = ["Restored"]
 
@@ -86,18 +86,18 @@ class Restored:
             where: the event whose handlers have run.
 
         Raises:
-            PhaseError: something failed on some rank; alike on every rank.
+            RemoteRankError: something failed on some rank; alike on every rank.
         """
         for one in self._handlers:
             one.keeps_history = False
         backend = current()
-        place = agree.Place(who="resume", doing=f"looking for what {where} has changed", step=0)
-        found = agree.run(backend, place, self._changed, timeout_s=self._timeout_s)
+        place = phases.Place(who="resume", doing=f"looking for what {where} has changed", step=0)
+        found = phases.run(backend, place, self._changed, timeout_s=self._timeout_s)
         names = [name for name in self._notes if any(name in one for one in found)]
         if not names:
             return
-        place = agree.Place(who="resume", doing=f"putting back what {where} has changed", step=0)
-        agree.run(backend, place, lambda: self._load(names), timeout_s=self._timeout_s)
+        place = phases.Place(who="resume", doing=f"putting back what {where} has changed", step=0)
+        phases.run(backend, place, lambda: self._load(names), timeout_s=self._timeout_s)
         _logger.log(level_on(backend.rank, {0}), "resume: handlers of %s changed %s: put back", where, ", ".join(names))
 
     def _changed(self) -> list[str]:

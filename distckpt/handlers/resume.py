@@ -1,7 +1,7 @@
 """Going on with a run that was interrupted.
 
 Owns :func:`resume`: what is resumed, from where, and what is said of it. How a checkpoint is chosen lies in
-:mod:`distckpt.choose`, how the first epoch goes on in :mod:`distckpt.handlers.fast_forward`. Layer L5.
+:mod:`distckpt.loading.select`, how the first epoch goes on in :mod:`distckpt.handlers.fast_forward`.
 """
 
 import logging
@@ -16,13 +16,12 @@ from typing import Any
 from ignite.engine import Engine
 from ignite.handlers.checkpoint import DiskSaver as _IgniteDiskSaver
 
-from distckpt import choose, load
+from distckpt._log_level import level_on
 from distckpt.backends.base import Backend, default_timeout_s
 from distckpt.backends.detect import current
-from distckpt.consensus import agree
+from distckpt.coordination import phases
 from distckpt.errors import LoadError
 from distckpt.handlers.arguments import check_timeout
-from distckpt.handlers.beside import Beside, find_beside
 from distckpt.handlers.checkpoint import Checkpoint, name_of
 from distckpt.handlers.disk_saver import DiskSaver
 from distckpt.handlers.fast_forward import FastForward
@@ -31,12 +30,13 @@ from distckpt.handlers.object_trees import leaves, path_to
 from distckpt.handlers.own_files import OwnFiles
 from distckpt.handlers.records import parse_record, survey
 from distckpt.handlers.restored import Restored
+from distckpt.handlers.resume_extras import Beside, find_beside
 from distckpt.handlers.resumed import Facts, Resumed
 from distckpt.handlers.start_point import StartPoint, start_of_record, start_of_state
-from distckpt.load import LoadReport
-from distckpt.log_level import level_on
-from distckpt.state.restore import Prepared, check_complete, prepare
-from distckpt.storage.opened import OpenCheckpoint
+from distckpt.loading import api, select
+from distckpt.loading.api import LoadReport
+from distckpt.loading.restore import Prepared, check_complete, prepare
+from distckpt.ptformat.reader import OpenCheckpoint
 
 __all__ = ["resume"]
 
@@ -102,7 +102,7 @@ def resume(
         ValueError: an argument has a wrong value, or an optimizer's groups differ from the checkpoint's.
         RuntimeError: a module's keys or shapes differ from the checkpoint's.
         LoadError: there are checkpoints, but none of them is whole and fits, or a rank does not see them.
-        PhaseError: something failed on some rank; alike on every rank, and of the type that was raised there.
+        RemoteRankError: something failed on some rank; alike on every rank, and of the type that was raised there.
 
     Example:
         >>> import tempfile
@@ -130,22 +130,22 @@ def resume(
 
     def look() -> dict[str, Any]:
         check_timeout(timeout_s)
-        load.check_to_load(to_load)
+        api.check_to_load(to_load)
         if engine is not None and not isinstance(engine, Engine):
             msg = f"Argument engine should be an instance of Engine or None, but given {type(engine)}"
             raise TypeError(msg)
         source.append(_source_of(dirname_or_handler))
         return source[0].listed(backend.rank, path_to(engine, to_load), to_load)
 
-    place = agree.Place(who="resume", doing="looking for checkpoints", step=0)
-    answers = agree.run(backend, place, look, timeout_s=timeout_s)
+    place = phases.Place(who="resume", doing="looking for checkpoints", step=0)
+    answers = phases.run(backend, place, look, timeout_s=timeout_s)
     coordinator = _coordinator_of([answer["coordinator"] for answer in answers])
     listing, level = answers[coordinator], level_on(backend.rank, {coordinator})
     directory, names = Path(listing["directory"]), listing["names"]
     if not names:
         _tell_of_nothing(directory, listing["num_others"], level=level)
         return None
-    chosen = choose.first_whole(
+    chosen = select.first_whole(
         backend,
         directory,
         names,
@@ -175,8 +175,8 @@ def resume(
     with chosen.file:
         load_again = _loader_of(chosen, to_load, kwargs)
         for doing, work in (("fitting", fit_here), ("loading", load_here)):
-            place = agree.Place(who="resume", doing=f"{doing} {chosen.name}", step=0)
-            agree.run(backend, place, work, timeout_s=patience_s)
+            place = phases.Place(who="resume", doing=f"{doing} {chosen.name}", step=0)
+            phases.run(backend, place, work, timeout_s=patience_s)
     beside = found[0][0]
     for what in beside.warnings:
         warnings.warn(f"resume: {what}", stacklevel=2)
@@ -210,7 +210,7 @@ def resume(
     return Resumed(chosen.path, facts)
 
 
-def _record_of(chosen: choose.Chosen) -> Mapping[str, Any]:
+def _record_of(chosen: select.Chosen) -> Mapping[str, Any]:
     head = chosen.file.head()
     return {} if head is None or head.record is None else head.record
 
@@ -251,7 +251,7 @@ def _named(to_load: Mapping[str, Any], beside: Beside) -> dict[str, Any]:
 
 
 def _loader_of(
-    chosen: choose.Chosen, to_load: Mapping[str, Any], options: Mapping[str, Any]
+    chosen: select.Chosen, to_load: Mapping[str, Any], options: Mapping[str, Any]
 ) -> Callable[[Sequence[Any]], None]:
     """Return what loads some objects again, from the file that was chosen."""
     fingerprint = [*chosen.file.fingerprint(), *chosen.file.inode()]
@@ -273,7 +273,7 @@ def _loader_of(
 
 
 def _facts_of(
-    chosen: choose.Chosen, engine: Engine | None, start: StartPoint | None, record: Mapping[str, Any]
+    chosen: select.Chosen, engine: Engine | None, start: StartPoint | None, record: Mapping[str, Any]
 ) -> Facts:
     run = record.get("run")
     passed_over = tuple(chosen.refused.items())
@@ -319,9 +319,9 @@ class _Source:
         ext = "pt" if self.handler is None else self.handler.ext
         files = survey(self.directory, ext, is_nested=own is not None and own.is_nested)
         names = list(files) if own is None else own.candidates(files)
-        ordered = choose.newest_first(
+        ordered = select.newest_first(
             [self.directory / name for name in names],
-            lambda state: choose.iteration_of(state, engine_at),
+            lambda state: select.iteration_of(state, engine_at),
             {self.directory / name: record.order for name, record in files.items() if record is not None},
         )
         answer["names"] = [path.relative_to(self.directory).as_posix() for path in ordered]
@@ -330,7 +330,7 @@ class _Source:
         return answer
 
 
-def _log_left_out(chosen: choose.Chosen, report: LoadReport, level: int) -> None:
+def _log_left_out(chosen: select.Chosen, report: LoadReport, level: int) -> None:
     """Say which keys a load that is not strict has passed over."""
     kinds = {"lacks": report.missing, "has, and no object takes,": report.unexpected}
     for verb, keys in kinds.items():
@@ -367,7 +367,7 @@ def _tell_of_nothing(directory: Path, num_others: int, *, level: int) -> None:
 
 
 def _tell(
-    chosen: choose.Chosen,
+    chosen: select.Chosen,
     to_load: Mapping[str, Any],
     engine: Engine | None,
     beside: Beside,

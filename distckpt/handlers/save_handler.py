@@ -1,6 +1,6 @@
 """What a Checkpoint hands its states to.
 
-Owns the contract of a save handler, and how one is called. Layer L5.
+Owns the contract of a save handler, and how one is called.
 """
 
 import inspect

@@ -6,8 +6,8 @@ import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from distckpt.consensus.decision import Agreed, SaveDecision
-from distckpt.log_level import level_on
+from distckpt._log_level import level_on
+from distckpt.policy.decision import Agreed, SaveDecision
 
 __all__ = ["SaveLog"]
 

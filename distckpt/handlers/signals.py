@@ -1,6 +1,6 @@
 """Signals of the operating system, received without getting in the way of those who handled them before.
 
-Owns who is installed, who is called on, and what was received. Must not know what a signal means to a run. Layer L5.
+Owns who is installed, who is called on, and what was received. Must not know what a signal means to a run.
 """
 
 import os

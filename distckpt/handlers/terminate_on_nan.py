@@ -1,6 +1,6 @@
 """Stopping a run whose numbers broke.
 
-Owns :class:`TerminateOnNan`. Layer L5.
+Owns :class:`TerminateOnNan`.
 """
 
 import logging
@@ -9,14 +9,14 @@ from typing import Any
 
 from ignite.engine import Engine
 
+from distckpt._log_level import level_on
 from distckpt.backends.detect import current
-from distckpt.consensus.agree import Seat
-from distckpt.consensus.step_vote import Answer, Fact, Pending
+from distckpt.coordination.phases import Seat
+from distckpt.coordination.votes import Answer, Fact, Pending
 from distckpt.handlers.arguments import check_timeout
-from distckpt.handlers.voting import Voter, check_pace, poison, stop, stop_reason
-from distckpt.log_level import level_on
-from distckpt.state.finite import all_finite, broken_flag, first_offender
-from distckpt.state.on_its_way import OnItsWay
+from distckpt.handlers.engine_votes import Voter, check_pace, poison, stop, stop_reason
+from distckpt.handlers.finite import all_finite, broken_flag, first_offender
+from distckpt.handlers.on_its_way import OnItsWay
 
 __all__ = ["TerminateOnNan"]
 
@@ -80,7 +80,7 @@ class TerminateOnNan(Voter):
         """Collective, when the event is over: one reduction with all handlers that vote.
 
         Raises:
-            PhaseError: the output cannot be looked at on some rank; on every rank. In a world of one: a TypeError.
+            RemoteRankError: the output cannot be looked at on some rank; on every rank. In a world of one: a TypeError.
         """
         backend = current()
         if backend.world_size == 1 and not self.lag:

@@ -1,6 +1,6 @@
 """Stopping a run in time.
 
-Owns :class:`TimeLimit`. Layer L5.
+Owns :class:`TimeLimit`.
 """
 
 import logging
@@ -10,12 +10,12 @@ from typing import Any
 
 from ignite.engine import Engine
 
+from distckpt._log_level import level_on
 from distckpt.backends.detect import current
-from distckpt.consensus.agree import Seat
-from distckpt.consensus.step_vote import Answer, Fact
+from distckpt.coordination.phases import Seat
+from distckpt.coordination.votes import Answer, Fact
 from distckpt.handlers.arguments import check_timeout
-from distckpt.handlers.voting import Voter, check_pace, is_off_pace, stop, stop_reason
-from distckpt.log_level import level_on
+from distckpt.handlers.engine_votes import Voter, check_pace, is_off_pace, stop, stop_reason
 
 __all__ = ["TimeLimit"]
 

@@ -1,6 +1,6 @@
 """Measuring time between events.
 
-Owns :class:`Timer`. Rank-local throughout. Layer L5.
+Owns :class:`Timer`. Rank-local throughout.
 """
 
 import time

@@ -1,1 +1,1 @@
-"""Bytes <-> durable media. Layer L2."""
+"""Where bytes live: files that appear whole and durable, or not at all."""

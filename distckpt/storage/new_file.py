@@ -1,7 +1,7 @@
 """A file that is being written, and becomes a checkpoint all at once.
 
 Owns the steps from its bytes to its name: fsync, rename, fsync of the directory. Which names are followed lies in
-:mod:`distckpt.storage.disk`, which makes it. Layer L2, below that.
+:mod:`distckpt.storage.local`, which makes it.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Self
 
 from distckpt.errors import SaveError, save_error
-from distckpt.storage.direct import DirectFile, allocate
+from distckpt.storage.direct_io import DirectFile, allocate
 from distckpt.storage.temp import close_quietly
 
 __all__ = ["NewFile", "WriteReceipt", "named", "sync_directory"]

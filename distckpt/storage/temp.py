@@ -1,8 +1,7 @@
 """Temporary files that can be told from a dead process's leftovers.
 
 Owns how a temporary file is named, opened and locked, and when one counts as left over. A lock dies with its process,
-so nothing depends on process ids, which are used anew and mean nothing in another container. Layer L2, below
-:mod:`distckpt.storage.disk`.
+so nothing depends on process ids, which are used anew and mean nothing in another container.
 """
 
 import contextlib
@@ -14,7 +13,7 @@ import stat
 import time
 import zlib
 
-from distckpt.naming import TEMP_PREFIX, TEMP_SUFFIX
+from distckpt.policy.naming import TEMP_PREFIX, TEMP_SUFFIX
 
 __all__ = [
     "FILE_MODE",

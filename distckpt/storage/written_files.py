@@ -11,7 +11,7 @@ import shutil
 import stat
 from pathlib import Path
 
-from distckpt.naming import is_temp
+from distckpt.policy.naming import is_temp
 from distckpt.storage.new_file import sync_directory
 from distckpt.storage.temp import close_quietly, new_temp_name
 

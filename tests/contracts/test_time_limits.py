@@ -10,7 +10,7 @@ from datetime import timedelta
 import pytest
 
 from distckpt import CollectiveError, CollectiveTimeout
-from distckpt.backends import host_group
+from distckpt.backends import control_group
 from distckpt.backends.base import Backend, default_timeout_s
 from distckpt.backends.detect import current
 from tests.contracts.implementations import SEVERAL_RANKS, clause
@@ -47,12 +47,12 @@ def wait_for_note(backend: Backend, key: str) -> None:
 @contextlib.contextmanager
 def host_group_with(**constants: float) -> Iterator[None]:
     """Set private constants of the host group: how long it is patient, and what grace the others get."""
-    before = {name: getattr(host_group, name) for name in constants}
-    vars(host_group).update(constants)
+    before = {name: getattr(control_group, name) for name in constants}
+    vars(control_group).update(constants)
     try:
         yield
     finally:
-        vars(host_group).update(before)
+        vars(control_group).update(before)
 
 
 def no_grace() -> contextlib.AbstractContextManager[None]:

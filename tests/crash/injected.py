@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from distckpt.naming import TEMP_PREFIX, TEMP_SUFFIX, is_temp
+from distckpt.policy.naming import TEMP_PREFIX, TEMP_SUFFIX, is_temp
+from distckpt.ptformat.verify import check_whole
 from distckpt.storage import temp
-from distckpt.storage.verify import check_whole
 from tests.crash.modes import MODES, is_background, is_shared
 from tests.crash.savers import Subject
 from tests.crash.shim import Called, Fault, How

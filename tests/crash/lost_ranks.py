@@ -35,9 +35,9 @@ import torch.distributed as dist
 from ignite.engine import Engine, Events
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from distckpt import Checkpoint, DiskSaver, PhaseError, TerminateOnNan, TimeLimit
-from distckpt.backends import store_board
-from distckpt.storage.direct import DirectFile
+from distckpt import Checkpoint, DiskSaver, RemoteRankError, TerminateOnNan, TimeLimit
+from distckpt.backends import key_value_store
+from distckpt.storage.direct_io import DirectFile
 from tests.crash.hosts import INTERFACE, address_of, enter
 
 __all__ = ["PROGRAMS", "Plan", "start_time_of"]
@@ -149,7 +149,7 @@ class Rank:
             kinds=[] if error is None else [kind.__name__ for kind in type(error).__mro__],
             text="" if error is None else str(error),
             missing=list(getattr(error, "missing", ())),
-            failed=[failure.rank for failure in error.failures] if isinstance(error, PhaseError) else [],
+            failed=[failure.rank for failure in error.failures] if isinstance(error, RemoteRankError) else [],
             cause="" if cause is None else f"{type(cause).__name__}: {cause}"[-1500:],
             is_own=error is not None and error is raised,
         )
@@ -334,14 +334,14 @@ def end_slowly(me: Rank) -> None:
     elif leaves_group:
         dist.destroy_process_group()
     if me.plan.step == "slow store":
-        look = store_board._look
+        look = key_value_store._look
 
         def slow_look(store: dist.Store, keys: list[str]) -> list[str | None]:
             with contextlib.suppress(dist.DistStoreError):
                 store.wait(["never"], timedelta(seconds=slow_s))
             return look(store, keys)
 
-        store_board._look = slow_look
+        key_value_store._look = slow_look
         atexit.register(time.sleep, late_s)  # what other libraries do, before our functions
     vars(sys.modules["__main__"])["slow"] = _SlowEnd()
 

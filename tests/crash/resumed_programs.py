@@ -40,8 +40,8 @@ from distckpt.handlers.checkpoint_history import Owner
 from distckpt.handlers.checkpoint_saving import CheckpointSaving
 from distckpt.handlers.own_files import OwnFiles
 from distckpt.handlers.records import Record
-from distckpt.retention import admit, wants
-from distckpt.storage.disk import Directory
+from distckpt.policy.retention import admit, wants
+from distckpt.storage.local import Directory
 from distckpt.storage.new_file import NewFile
 
 __all__ = ["BREAKAGES", "Program", "Result", "Spec", "program_of", "run_program"]

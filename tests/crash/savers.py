@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from distckpt import BaseSaveHandler, DiskSaver
-from distckpt.storage import disk, new_file
+from distckpt.storage import local, new_file
 from tests.crash.modes import MODES, disk_saver
 from tests.crash.subject import Counted
 from tests.crash.trained import Trained
@@ -76,13 +76,13 @@ def _in_place(counted: Subject, directory: Path) -> Any:
 
 def _never_clears(counted: Subject, directory: Path) -> Any:
     """Leave the temporary files of the dead."""
-    disk.Directory._clear_leftovers = lambda *_: None  # type: ignore[method-assign]
+    local.Directory._clear_leftovers = lambda *_: None  # type: ignore[method-assign]
     return _distckpt(counted, directory)
 
 
 def _clears_the_living(counted: Subject, directory: Path) -> Any:
     """Remove every temporary file, whoever writes it."""
-    vars(disk)["remove_if_dead"] = lambda parent, name: os.unlink(name, dir_fd=parent)
+    vars(local)["remove_if_dead"] = lambda parent, name: os.unlink(name, dir_fd=parent)
     return _distckpt(counted, directory)
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 import distckpt
-from distckpt.storage.ptfile import read_pt
+from distckpt.ptformat.torch_format import read_pt
 from tests.crash.damage import every_damage, some_damage
 from tests.crash.modes import MODES, disk_saver, is_background
 from tests.crash.subject import idle_engine
@@ -90,7 +90,7 @@ def _damage_on_ranks(root: str, mode: str, num: int, seed: int) -> list[str]:
         try:
             distckpt.Checkpoint.load_objects(to_save, directory / NEW)
             told = "loaded"
-        except distckpt.DamagedCheckpoint:
+        except distckpt.CorruptCheckpointError:
             told = "damaged"
         is_touched = not torch.equal(before, model.numbers())
         resumed = distckpt.resume(to_save, directory)
@@ -124,7 +124,7 @@ def _is_noticed(path: Path, content: bytes) -> bool:
     path.write_bytes(content)
     try:
         read_pt(path)
-    except distckpt.DamagedCheckpoint:
+    except distckpt.CorruptCheckpointError:
         return True
     return False
 

@@ -82,7 +82,7 @@ def check_kind(job: Job, end: End) -> None:
     fault, lost = job.plan.fault, job.plan.victim
     if fault == "exception":
         if not end.was_blocked:
-            assert {"PhaseError", "DistckptError", "KeyError"} <= set(end.kinds), job.story()
+            assert {"RemoteRankError", "DistckptError", "KeyError"} <= set(end.kinds), job.story()
             assert end.cause.startswith("RemoteTraceback"), job.story()
             assert f"iteration {job.plan.at}" in end.text, job.story()
         told = end.text + end.cause
@@ -181,7 +181,7 @@ def test_a_rank_that_is_lost_during_evaluation_is_named(jobs: Jobs, table: Table
     how = {"program": "evaluate", "step": step, "victim": 1, "at": 20, "launcher": "agent"}
     found = lose(jobs, table, [{**how, "fault": fault} for fault in ("SIGKILL", "SIGSTOP", "exception", "sys.exit")])
     for end in found[2]:
-        assert {"PhaseError", "KeyError"} <= set(end.kinds)
+        assert {"RemoteRankError", "KeyError"} <= set(end.kinds)
 
 
 @pytest.mark.parametrize(("launcher", "victim"), [("agent", 0), ("parent", 3)])
@@ -228,7 +228,7 @@ def test_a_users_exception_stays_what_it_is_whatever_its_words(jobs: Jobs, table
         for job, ends in zip(started, await_the_others(started, table), strict=True):
             named_in_time(job, ends)
             for end in ends:
-                assert end.was_blocked or {"PhaseError", "RuntimeError"} <= set(end.kinds), job.story()
+                assert end.was_blocked or {"RemoteRankError", "RuntimeError"} <= set(end.kinds), job.story()
             own = job.end(job.plan.victim)
             assert own is not None
             assert own.is_own, job.story()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from distckpt.naming import is_temp
+from distckpt.policy.naming import is_temp
 from tests.crash import strace
 from tests.crash.subject import Counted, idle_engine, name_of, steps_in, whole_step
 from tests.support import fresh_ranks

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from distckpt.storage.disk import Directory
-from distckpt.storage.sink import Sink
+from distckpt.storage.buffered_writer import Sink
+from distckpt.storage.local import Directory
 from tests.crash.forked import forked
 from tests.crash.modes import MODES, is_shared
 from tests.crash.program import saving, typical_save_s

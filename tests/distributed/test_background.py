@@ -14,9 +14,9 @@ import torch
 from ignite.engine import Engine, Events
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from distckpt import Checkpoint, CheckpointEvents, DiskSaver, PhaseError, Preemption, RngState, TerminateOnNan
-from distckpt.storage.direct import DirectFile
-from distckpt.storage.ptfile import verify
+from distckpt import Checkpoint, CheckpointEvents, DiskSaver, Preemption, RemoteRankError, RngState, TerminateOnNan
+from distckpt.ptformat.torch_format import verify
+from distckpt.storage.direct_io import DirectFile
 from tests.distributed.failures import Stateful
 from tests.distributed.programs import all_equal, gathered, logged, model_of, raised, training_step
 from tests.support import fresh_ranks, job, run_distributed
@@ -123,7 +123,7 @@ def test_an_error_on_the_saving_rank_is_everybodys_and_the_one_before_stands(tmp
         job.barrier()
 
     full = OSError(errno.ENOSPC, "No space left on device")
-    with slow_disk(0, "fail", full), pytest.raises(PhaseError) as caught:
+    with slow_disk(0, "fail", full), pytest.raises(RemoteRankError) as caught:
         trainer.run([0] * 3, max_epochs=4)
     assert isinstance(caught.value, OSError)
     assert caught.value.errno == errno.ENOSPC

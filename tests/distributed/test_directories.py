@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from ignite.engine import Engine, Events
 
-from distckpt import Checkpoint, DiskSaver, ModelCheckpoint, PhaseError
+from distckpt import Checkpoint, DiskSaver, ModelCheckpoint, RemoteRankError
 from tests.distributed.programs import (
     HUNG,
     IGNITE,
@@ -77,7 +77,7 @@ def test_what_only_the_saving_rank_sees_reaches_the_others_at_the_first_event(tm
     with pytest.raises(ValueError, match=NOT_EMPTY) as caught:
         fire(handler)
     assert time.monotonic() - begin < 10.0, "told, not timed out"
-    assert isinstance(caught.value, PhaseError)
+    assert isinstance(caught.value, RemoteRankError)
     assert f"on rank {saving}, while: constructing Checkpoint#0" in str(caught.value)
     assert not mine.exists()
 

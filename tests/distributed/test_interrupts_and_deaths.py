@@ -11,9 +11,9 @@ import pytest
 import torch.distributed as dist
 from ignite.engine import Engine, Events
 
-from distckpt import Checkpoint, CollectiveError, DiskSaver, PhaseError
+from distckpt import Checkpoint, CollectiveError, DiskSaver, RemoteRankError
 from distckpt.backends.detect import current
-from distckpt.storage.direct import DirectFile
+from distckpt.storage.direct_io import DirectFile
 from tests.distributed.failures import Stateful, failing_object
 from tests.distributed.programs import fire, gathered, idle_engine, model_of, raised
 from tests.support import fresh_ranks, job, run_distributed, tell_parent
@@ -39,7 +39,7 @@ def test_an_interrupt_on_one_rank_stays_one_there_and_is_an_error_on_the_others(
             assert caught.value is interrupt
         else:
             obj.failure = None
-            with pytest.raises(PhaseError, match=f"{type(interrupt).__name__} on rank {culprit}") as error:
+            with pytest.raises(RemoteRankError, match=f"{type(interrupt).__name__} on rank {culprit}") as error:
                 fire(handler, times=2)
             assert isinstance(error.value, Exception), "which the program may catch"
     job.barrier()
@@ -66,7 +66,7 @@ def test_an_interrupt_in_the_middle_of_a_write_leaves_nothing_temporary(tmp_path
         error = caught
     finally:
         DirectFile.write = write  # type: ignore[method-assign]
-    assert isinstance(error, KeyboardInterrupt if job.rank() == 0 else PhaseError)
+    assert isinstance(error, KeyboardInterrupt if job.rank() == 0 else RemoteRankError)
     job.barrier()
     assert [path.name for path in tmp_path.iterdir()] == ["obj_1.pt"]
 

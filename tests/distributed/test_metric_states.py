@@ -13,7 +13,7 @@ import torch
 from ignite.metrics import Accuracy, Average, Loss, Metric, MetricGroup, RunningAverage
 from torch import nn
 
-from distckpt import Checkpoint, DiskSaver, PhaseError, RngState
+from distckpt import Checkpoint, DiskSaver, RemoteRankError, RngState
 from tests.distributed.failures import Stateful, failing_object
 from tests.distributed.idist import fresh_idist
 from tests.distributed.programs import fire, gathered, raised
@@ -110,7 +110,7 @@ def test_an_error_of_another_object_on_one_rank_is_raised_on_all_at_once(
         handler = Checkpoint(tree_of(bad, accuracy(), place), DiskSaver(tmp_path, **SAVERS[saver]))
         error = raised(lambda: fire(handler))
         assert time.monotonic() - begin_s < SOON_S
-        assert isinstance(error, PhaseError)
+        assert isinstance(error, RemoteRankError)
         assert isinstance(error, ValueError)
         assert str(error).startswith(f"boom (ValueError on rank {culprit}, ")
         assert [failure.rank for failure in error.failures] == [culprit]
@@ -135,7 +135,7 @@ def test_a_metric_whose_own_state_fails_on_one_rank_is_an_error_on_all(
         to_save = {"before": accuracy(), "metric": metric, "behind": accuracy()}
         error = raised(lambda: fire(Checkpoint(to_save, DiskSaver(tmp_path, **SAVERS[saver]))))
         assert time.monotonic() - begin_s < SOON_S
-        assert isinstance(error, PhaseError)
+        assert isinstance(error, RemoteRankError)
         assert isinstance(error, KeyError)
         assert [failure.rank for failure in error.failures] == [culprit], "not of both: the phase within is named"
         assert gathered(str(error)) == [str(error)] * 2

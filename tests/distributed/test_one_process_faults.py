@@ -12,7 +12,7 @@ import torch
 from ignite.engine import Engine, Events
 
 from distckpt import Checkpoint, DiskSaver, EarlyStopping
-from distckpt.storage.direct import DirectFile
+from distckpt.storage.direct_io import DirectFile
 from tests.distributed.programs import IGNITE, OURS, fire, gathered, handlers, idle_engine, model_of, on_ranks, warned
 from tests.support import fresh_ranks, job, run_distributed, tell_parent
 from tests.support.selection import of_torch

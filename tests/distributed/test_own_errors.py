@@ -8,7 +8,7 @@ from ignite.engine import Engine, Events
 
 from distckpt import Checkpoint, CollectiveError, CollectiveTimeout, TerminateOnNan
 from distckpt.backends.detect import current
-from distckpt.consensus import agree
+from distckpt.coordination import phases
 from tests.distributed.failures import Stateful
 from tests.distributed.programs import fire, raised
 from tests.support import job, run_distributed
@@ -23,9 +23,9 @@ class OwnError(Exception):
     """A program's own."""
 
 
-def place(doing: str) -> agree.Place:
+def place(doing: str) -> phases.Place:
     """Return a place."""
-    return agree.Place(who="test", doing=doing, step=0)
+    return phases.Place(who="test", doing=doing, step=0)
 
 
 def failing(error: BaseException) -> Callable[[], None]:
@@ -48,30 +48,30 @@ def check_own(error: BaseException | None, own: BaseException) -> None:
 @pytest.mark.parametrize("own", [OwnError("boom"), KeyboardInterrupt()], ids=["an error", "an interrupt"])
 @run_distributed(world_size=2)
 def test_a_phase_that_the_others_do_not_come_to_ends_with_the_rank_s_own_error(own: BaseException) -> None:
-    agree.run(current(), place("meeting"), lambda: None)
+    phases.run(current(), place("meeting"), lambda: None)
     if job.rank() == 1:
         with pytest.raises(type(own)) as caught:
-            agree.run(current(), place("failing"), failing(own), timeout_s=LIMIT_S)
+            phases.run(current(), place("failing"), failing(own), timeout_s=LIMIT_S)
         check_own(caught.value, own)
     job.meet()
 
 
 @run_distributed(world_size=2)
 def test_a_phase_that_was_given_up_earlier_ends_with_the_rank_s_own_error() -> None:
-    agree.run(current(), place("meeting"), lambda: None)
+    phases.run(current(), place("meeting"), lambda: None)
     if job.rank() == 1:
-        error = raised(lambda: agree.run(current(), place("waiting"), lambda: None, timeout_s=LIMIT_S))
+        error = raised(lambda: phases.run(current(), place("waiting"), lambda: None, timeout_s=LIMIT_S))
         assert isinstance(error, CollectiveTimeout), "without an error of its own it is the time-out's"
         own = OwnError("boom")
         begin_s = time.monotonic()
-        check_own(raised(lambda: agree.run(current(), place("failing"), failing(own), timeout_s=LIMIT_S)), own)
+        check_own(raised(lambda: phases.run(current(), place("failing"), failing(own), timeout_s=LIMIT_S)), own)
         assert time.monotonic() - begin_s < LIMIT_S
     job.meet()
 
 
 @run_distributed(world_size=2)
 def test_what_an_own_error_was_raised_from_stays_its_context() -> None:
-    agree.run(current(), place("meeting"), lambda: None)
+    phases.run(current(), place("meeting"), lambda: None)
     if job.rank() == 1:
         first, own = KeyError("first"), OwnError("boom")
 
@@ -81,7 +81,7 @@ def test_what_an_own_error_was_raised_from_stays_its_context() -> None:
             except KeyError:
                 raise own  # noqa: B904 - the context is what is looked at
 
-        assert raised(lambda: agree.run(current(), place("failing"), work, timeout_s=LIMIT_S)) is own
+        assert raised(lambda: phases.run(current(), place("failing"), work, timeout_s=LIMIT_S)) is own
         assert own.__context__ is first
         assert own.__cause__ is None
     job.meet()
@@ -126,9 +126,9 @@ def test_a_phase_within_a_phase_is_raised_as_it_was() -> None:
     own = OwnError("boom")
 
     def inner() -> None:
-        agree.run(current(), place("inner"), failing(own) if job.rank() == 1 else lambda: None)
+        phases.run(current(), place("inner"), failing(own) if job.rank() == 1 else lambda: None)
 
-    error = raised(lambda: agree.run(current(), place("outer"), inner))
+    error = raised(lambda: phases.run(current(), place("outer"), inner))
     assert "outer" not in str(error)
     assert str(error).startswith("boom (OwnError on rank 1, while: test, inner")
     assert (error is not None and error.__cause__ is own) is (job.rank() == 1)

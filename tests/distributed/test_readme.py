@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distckpt.storage.ptfile import verify
+from distckpt.ptformat.torch_format import verify
 from tests.support.selection import of_torch
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,8 +12,17 @@ import pytest
 import torch
 from ignite.engine import Engine, Events
 
-from distckpt import Checkpoint, CollectiveTimeout, DiskSaver, DoesNotFit, LoadError, PhaseError, RngState, resume
-from distckpt.storage.opened import OpenCheckpoint
+from distckpt import (
+    Checkpoint,
+    CollectiveTimeout,
+    DiskSaver,
+    LoadError,
+    RemoteRankError,
+    RngState,
+    StateMismatchError,
+    resume,
+)
+from distckpt.ptformat.reader import OpenCheckpoint
 from tests.distributed.programs import all_equal, gathered, idle_engine, kinds, logged, model_of, raised, warned
 from tests.support import job, run_distributed, run_ranks
 from tests.support.selection import of_processes, only_on
@@ -290,10 +299,10 @@ def test_what_does_not_fit_on_one_rank_touches_no_object_of_any(tmp_path: Path) 
     job.barrier()
     model, book = (model_of(0.0) if job.rank() == 0 else torch.nn.Linear(7, 7)), idle_engine()
     before = model.bias.detach().clone()
-    with pytest.raises(PhaseError, match="size mismatch") as caught:
+    with pytest.raises(RemoteRankError, match="size mismatch") as caught:
         resume({"model": model, "trainer": book}, tmp_path)
     assert isinstance(caught.value, RuntimeError)
-    assert isinstance(caught.value, DoesNotFit)
+    assert isinstance(caught.value, StateMismatchError)
     assert torch.equal(model.bias, before)
     assert book.state.iteration == 0
 
@@ -324,7 +333,7 @@ def test_an_error_of_one_rank_is_raised_on_all(tmp_path: Path) -> None:
     job.barrier()
     model = model_of(0.0)
     with pytest.raises(
-        PhaseError, match=r"it refuses \(RuntimeError on rank 1, while: resume, loading checkpoint_4.pt"
+        RemoteRankError, match=r"it refuses \(RuntimeError on rank 1, while: resume, loading checkpoint_4.pt"
     ):
         resume({"model": model, "other": RefusesOn(1)}, tmp_path)
     assert model.bias.item() == (4.0 if job.rank() == 0 else 0.0), "all or none, on each rank"
@@ -334,7 +343,7 @@ def test_an_error_of_one_rank_is_raised_on_all(tmp_path: Path) -> None:
 def test_a_wrong_argument_on_one_rank_is_raised_on_all(tmp_path: Path) -> None:
     source: Any = tmp_path if job.rank() == 0 else 3
     error = raised(lambda: resume({"model": model_of(0.0)}, source))
-    assert {"PhaseError", "TypeError"} <= set(kinds(error))
+    assert {"RemoteRankError", "TypeError"} <= set(kinds(error))
     error = raised(lambda: resume({"model": model_of(0.0)}, DiskSaver(tmp_path, save_on_rank=job.rank())))
     assert kinds(error)[0] == "ValueError"
     assert "save_on_rank should be one rank of this job (0 to 1), but is, by rank: [0, 1]" in str(error)
@@ -455,7 +464,7 @@ def test_a_generator_that_fails_on_one_rank_is_told_on_all(tmp_path: Path) -> No
         source._capture = lambda: 1 / 0  # type: ignore[method-assign,assignment,return-value]
     trainer = Engine(lambda _engine, _batch: None)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, Checkpoint({"rng": source}, tmp_path))
-    with pytest.raises(PhaseError, match="division by zero") as caught:
+    with pytest.raises(RemoteRankError, match="division by zero") as caught:
         trainer.run([0])
     assert isinstance(caught.value, ArithmeticError)
     assert list(tmp_path.iterdir()) == []

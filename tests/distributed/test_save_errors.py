@@ -11,7 +11,7 @@ import pytest
 import torch
 from ignite.engine import Engine, Events
 
-from distckpt import Checkpoint, DiskSaver, PhaseError, SaveError
+from distckpt import Checkpoint, DiskSaver, RemoteRankError, SaveError
 from tests.distributed.failures import FAILURES, LARGE, Stateful
 from tests.distributed.programs import (
     HUNG,
@@ -65,7 +65,7 @@ def test_error_on_the_saving_rank_is_raised_on_all_and_the_older_checkpoint_stan
     ends = on_ranks(saving_twice, OURS, world_size, kind, tmp_path / "ckpt", 0)
     assert all_equal(ends)
     error, *rest = ends[0]
-    assert {"PhaseError", FAILURES[kind][1].__name__} <= set(error)
+    assert {"RemoteRankError", FAILURES[kind][1].__name__} <= set(error)
     assert rest == ["obj_1.pt", ["obj_1.pt"]]
 
 
@@ -74,7 +74,7 @@ def test_error_on_another_rank_is_raised_on_all_and_nothing_is_saved(tmp_path: P
     ends = on_ranks(saving_twice, OURS, world_size, "state that cannot be told", tmp_path / "ckpt", world_size - 1)
     assert all_equal(ends)
     error, *rest = ends[0]
-    assert {"PhaseError", "ArithmeticError"} <= set(error)
+    assert {"RemoteRankError", "ArithmeticError"} <= set(error)
     assert rest == ["obj_1.pt", ["obj_1.pt"]]
 
 
@@ -92,7 +92,7 @@ def failing_in_training(library: str, folder: Path, culprit: int) -> str:
         try:
             trainer.run([0, 0], max_epochs=4)
         except ArithmeticError as error:
-            return "PhaseError" if isinstance(error, PhaseError) else type(error).__name__
+            return "RemoteRankError" if isinstance(error, RemoteRankError) else type(error).__name__
         return "done"
 
     return unless_hung(run)
@@ -107,7 +107,7 @@ def test_ignites_other_ranks_hang_after_an_error_on_one(tmp_path: Path, culprit:
 
 @pytest.mark.parametrize("culprit", [0, 1])
 def test_no_rank_hangs_after_an_error_on_one(tmp_path: Path, culprit: int) -> None:
-    assert on_ranks(failing_in_training, OURS, 2, tmp_path, culprit) == ["PhaseError"] * 2
+    assert on_ranks(failing_in_training, OURS, 2, tmp_path, culprit) == ["RemoteRankError"] * 2
 
 
 @KINDS
@@ -120,7 +120,7 @@ def test_error_has_the_causes_type_and_says_rank_step_place_and_cause(tmp_path: 
     with make(folder, obj) if job.rank() == 0 else contextlib.nullcontext():
         error = raised(lambda: engine.run([0], max_epochs=2))
         job.barrier()
-    assert isinstance(error, PhaseError)
+    assert isinstance(error, RemoteRankError)
     assert isinstance(error, expected)
     message = str(error)
     assert told in message
@@ -166,7 +166,7 @@ def test_errors_of_several_ranks_are_told_together(tmp_path: Path) -> None:
     obj = Stateful()
     obj.failure = [ValueError("mine"), KeyError("another")][job.rank()]
     error = raised(lambda: fire(Checkpoint({"obj": obj}, tmp_path)))
-    assert isinstance(error, PhaseError)
+    assert isinstance(error, RemoteRankError)
     assert isinstance(error, ValueError), "the lowest rank's leads"
     assert [failure.rank for failure in error.failures] == [0, 1]
     assert "rank 1: KeyError: 'another'" in str(error)
@@ -179,7 +179,7 @@ def test_same_error_on_every_rank_is_told_once(tmp_path: Path) -> None:
     obj = Stateful()
     obj.failure = ValueError("no state anywhere")
     error = raised(lambda: fire(Checkpoint({"obj": obj}, tmp_path)))
-    assert isinstance(error, PhaseError)
+    assert isinstance(error, RemoteRankError)
     assert str(error).count("no state anywhere") == 1
     assert "ValueError on rank 0, 1" in str(error)
 

@@ -15,8 +15,8 @@ from ignite.metrics import Average
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from distckpt import Checkpoint, DiskSaver, ModelCheckpoint, PhaseError, RngState, TerminateOnNan
-from distckpt.storage.direct import DirectFile
+from distckpt import Checkpoint, DiskSaver, ModelCheckpoint, RemoteRankError, RngState, TerminateOnNan
+from distckpt.storage.direct_io import DirectFile
 from tests.distributed.failures import Stateful
 from tests.distributed.idist import fresh_idist
 from tests.distributed.programs import gathered, raised
@@ -97,7 +97,7 @@ def check_raised(error: BaseException | None, own: BaseException, culprit: int, 
     if job.rank() == culprit:
         assert error is own
     else:
-        assert isinstance(error, PhaseError)
+        assert isinstance(error, RemoteRankError)
         assert isinstance(error, ValueError) is isinstance(own, ValueError)
         assert str(error).startswith(f"{own} ({type(own).__name__} on rank {culprit}, ".lstrip())
         assert [failure.rank for failure in error.failures] == [culprit]
@@ -146,7 +146,7 @@ def test_an_interrupt_of_one_rank_is_one_there(tmp_path: Path, culprit: int) -> 
     checkpoint = Checkpoint({"model": nn.Linear(1, 1)}, tmp_path, timeout_s=LIMIT_S)
     trainer.add_event_handler(Events.EXCEPTION_RAISED, save_and_raise(checkpoint))
     begin_s = time.monotonic()
-    with pytest.raises(KeyboardInterrupt if job.rank() == culprit else PhaseError) as caught:
+    with pytest.raises(KeyboardInterrupt if job.rank() == culprit else RemoteRankError) as caught:
         trainer.run([0] * 9)
     check_raised(caught.value, own, culprit, begin_s)
     job.barrier()
@@ -271,7 +271,7 @@ def test_an_error_of_a_save_that_all_ranks_raise_is_handled_on_all(tmp_path: Pat
     begin_s = time.monotonic()
     error = raised(lambda: trainer.run([0] * 9))
     assert time.monotonic() - begin_s < SOON_S
-    assert isinstance(error, PhaseError)
+    assert isinstance(error, RemoteRankError)
     assert [failure.rank for failure in error.failures] == [1]
     job.barrier()
     assert list(stored(tmp_path / "rescue")) == [f"model_{AT}.pt"]
@@ -370,7 +370,7 @@ def test_without_heartbeats_a_broken_collective_is_explained_by_the_error_behind
         assert type(error).__name__ in (kinds[0], text.partition("(")[2].partition(" ")[0])
         assert text.startswith(str(error))
         if rank != culprit:
-            assert "PhaseError" in kinds
+            assert "RemoteRankError" in kinds
             assert ("ValueError" in kinds) is isinstance(error, ValueError)
         if rank == 0:
             assert files == [f"checkpoint_{AT}.pt"]

@@ -11,7 +11,7 @@ import torch
 
 import distckpt
 from distckpt import Checkpoint, EarlyStopping
-from distckpt.consensus.scores import ScoreRule
+from distckpt.policy.scores import ScoreRule
 from tests.distributed.programs import (
     IGNITE,
     OURS,

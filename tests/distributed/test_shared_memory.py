@@ -9,8 +9,8 @@ import torch
 
 from distckpt import CollectiveError
 from distckpt.backends.base import Backend
+from distckpt.backends.control_group import SHARED_MEMORY_VARIABLE
 from distckpt.backends.detect import current
-from distckpt.backends.host_group import SHARED_MEMORY_VARIABLE
 from distckpt.backends.shared_memory import ROOM_BYTES
 from distckpt.backends.torch_dist import TorchDistBackend
 from tests.distributed.programs import gathered, raised

@@ -17,15 +17,15 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import post_localSGD_hook as hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from distckpt import Checkpoint, DiskSaver, PhaseError, ReplicasDiffer, RngState
+from distckpt import Checkpoint, DiskSaver, RemoteRankError, ReplicasDiffer, RngState
 from distckpt.backends.detect import current
-from distckpt.consensus.agree import Place
-from distckpt.receipts import Receipts
-from distckpt.sharers import find_sharers
-from distckpt.snapshot import Snapshot
-from distckpt.state.collect import replicas
-from distckpt.storage.direct import DirectFile
-from distckpt.storage.ptfile import verify
+from distckpt.coordination.phases import Place
+from distckpt.ptformat.torch_format import verify
+from distckpt.saving.capture import replicas
+from distckpt.saving.snapshot import Snapshot
+from distckpt.saving.write_completions import Receipts
+from distckpt.saving.writer_group import find_sharers
+from distckpt.storage.direct_io import DirectFile
 from tests.distributed.programs import all_equal, gathered, raised, training_step, warned
 from tests.support import job, run_distributed
 from tests.support.selection import of_torch
@@ -199,7 +199,7 @@ def test_an_error_of_another_ranks_share_is_everybodys_and_the_one_before_stands
     error = OSError(errno.EDQUOT, "Disk quota exceeded") if job.rank() == 1 else None
     with noted_writes(error), pytest.raises(OSError, match=r"rank 1, step 4: .*checkpoint_2.pt is intact") as caught:
         one.trainer.run([0] * 2, max_epochs=2)
-    assert isinstance(caught.value, PhaseError)
+    assert isinstance(caught.value, RemoteRankError)
     assert caught.value.errno == errno.EDQUOT
     job.barrier()
     assert os.listdir(tmp_path) == ["checkpoint_2.pt"]
@@ -285,7 +285,7 @@ def test_without_a_board_the_votes_tell(tmp_path: Path, *, fails: bool) -> None:
     finally:
         del vars(backend)["board"]
     job.barrier()
-    assert isinstance(raised_here, PhaseError) == fails
+    assert isinstance(raised_here, RemoteRankError) == fails
     assert sorted(os.listdir(tmp_path)) == ([] if fails else ["checkpoint_0.pt"])
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from ignite.engine import Engine, Events
 
-from distckpt import Checkpoint, DiskSaver, RanksDriftedApart, TerminateOnNan, TimeLimit, stop_reason
+from distckpt import Checkpoint, DesyncError, DiskSaver, TerminateOnNan, TimeLimit, stop_reason
 from tests.distributed.programs import gathered, idle_engine, kinds, logged, raised
 from tests.distributed.voters import (
     LIMIT_S,
@@ -419,7 +419,7 @@ def drift(rank: int, missed: int, pace: dict[str, Any]) -> tuple[str, float]:
     engine.add_event_handler(event, nan)
     begin_s = time.monotonic()
     error = raised(lambda: engine.run([0] * 12))
-    assert isinstance(error, RanksDriftedApart), error
+    assert isinstance(error, DesyncError), error
     return str(error), time.monotonic() - begin_s
 
 
@@ -468,7 +468,7 @@ def test_an_error_of_one_rank_is_not_lost_when_it_drifted_too() -> None:
     engine, nan = idle_engine(), TerminateOnNan(fail, timeout_s=LIMIT_S)
     engine.add_event_handler([Events.EPOCH_COMPLETED, Events.EPOCH_STARTED][job.rank()], nan)
     error = raised(lambda: engine.run([0]))
-    assert isinstance(error, RanksDriftedApart)
+    assert isinstance(error, DesyncError)
     assert error.__cause__ is (mine if rank_is_last() else None)
 
 
@@ -783,5 +783,5 @@ def test_what_fails_on_one_rank_is_raised_on_all_as_one_error(
     assert results == [results[0]] * world_size
     at, names, message, again = results[0]
     assert (at, again) == (failed_at, 5)
-    assert {"PhaseError", error} <= set(names)
+    assert {"RemoteRankError", error} <= set(names)
     assert f"rank {world_size - 1}" in message

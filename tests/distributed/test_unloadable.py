@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from distckpt import Checkpoint, DiskSaver, PhaseError, resume
+from distckpt import Checkpoint, DiskSaver, RemoteRankError, resume
 from tests.distributed.programs import gathered, idle_engine, model_of, warned
 from tests.support import job, run_distributed
 from tests.unit.toys import Notebook
@@ -58,7 +58,7 @@ def test_warnings_that_are_errors_stop_the_save_on_all_ranks(tmp_path: Path, opt
     engine.state.iteration, book.state = 1, {"best": dt.timedelta(1)}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(PhaseError, match=r"'book\.best'"):
+        with pytest.raises(RemoteRankError, match=r"'book\.best'"):
             handler(engine)
     job.barrier()
     assert [path.name for path in tmp_path.iterdir()] == ["book_0.pt"]

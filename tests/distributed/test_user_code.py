@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from ignite.engine import Engine
 
-from distckpt import BaseSaveHandler, Checkpoint, DiskSaver, EarlyStopping, PhaseError, TerminateOnNan
+from distckpt import BaseSaveHandler, Checkpoint, DiskSaver, EarlyStopping, RemoteRankError, TerminateOnNan
 from tests.distributed.programs import fire, gathered, idle_engine, kinds, logged, model_of, raised
 from tests.support import job, run_distributed
 
@@ -32,10 +32,10 @@ ERRORS: list[tuple[Exception, type[Exception]]] = [
 ]
 
 
-def one_error(call: Callable[[], object], culprit: int) -> PhaseError:
+def one_error(call: Callable[[], object], culprit: int) -> RemoteRankError:
     """Return what `call` raises, after a look at that it is the same on every rank."""
     error = raised(call)
-    assert isinstance(error, PhaseError), error
+    assert isinstance(error, RemoteRankError), error
     told = (kinds(error), str(error), error.tracebacks(), [failure.rank for failure in error.failures])
     assert gathered(told) == [told] * job.world_size()
     assert told[3] == [culprit]

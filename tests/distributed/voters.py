@@ -11,8 +11,8 @@ import torch
 from ignite.engine import Engine, Events
 
 from distckpt import Checkpoint, Preemption, TerminateOnNan, TimeLimit
+from distckpt.backends.control_backend import HostedBackend
 from distckpt.backends.detect import current
-from distckpt.backends.hosted import HostedBackend
 from tests.support import job
 
 __all__ = [

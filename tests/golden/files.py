@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from distckpt.manifest import SCHEMA, Manifest
-from distckpt.snapshot import Share, Snapshot
-from distckpt.state.staging import HostMemory
-from distckpt.storage.disk import Directory
+from distckpt.ptformat.manifest import SCHEMA, Manifest
+from distckpt.saving.snapshot import Share, Snapshot
+from distckpt.saving.staging import HostMemory
+from distckpt.storage.local import Directory
 
 __all__ = ["FOLDER", "golden_state", "name_of", "write"]
 

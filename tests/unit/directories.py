@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
-from distckpt.storage.sink import Sink
+from distckpt.storage.buffered_writer import Sink
 
 
 def holding(content: bytes) -> Callable[[Sink], None]:

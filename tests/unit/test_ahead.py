@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from distckpt.storage import ahead as module
-from distckpt.storage.ahead import ReadAhead, in_turns
+from distckpt.ptformat import readahead as module
+from distckpt.ptformat.readahead import ReadAhead, in_turns
 
 SIZE = (20 << 20) + 5
 LIMIT_S = 30.0

@@ -16,18 +16,18 @@ from typing import Any
 
 import pytest
 
-from distckpt import checksum
+from distckpt import _checksum
 
 KIB, MIB = 1 << 10, 1 << 20
 BYTES = random.Random(1).randbytes(3 * MIB)
-BUILT: Any = vars(checksum)["_native"]
+BUILT: Any = vars(_checksum)["_native"]
 WAYS = {"as built": BUILT, "no extension": None, "no kernel": types.SimpleNamespace(KERNELS=())}
 
 
 @pytest.fixture(params=WAYS, autouse=True)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run each test with the native code that is here, without any, and with code that has nothing for this machine."""
-    monkeypatch.setattr(checksum, "_native", WAYS[request.param])
+    monkeypatch.setattr(_checksum, "_native", WAYS[request.param])
     return str(request.param)
 
 
@@ -43,7 +43,7 @@ class Room:
 def copied(num_bytes: int, *, to: int = 0, source: int = 0) -> None:
     """Copy and check, and compare all of the memory around the target."""
     room, origin = Room(num_bytes + to + 4096), ctypes.create_string_buffer(BYTES, len(BYTES))
-    crc = checksum.copy_and_check(room.address + to, ctypes.addressof(origin) + source, num_bytes)
+    crc = _checksum.copy_and_check(room.address + to, ctypes.addressof(origin) + source, num_bytes)
     assert crc == zlib.crc32(BYTES[source : source + num_bytes])
     assert room.memory[:to] == b"\xa5" * to
     assert room.memory[to : to + num_bytes] == BYTES[source : source + num_bytes]
@@ -77,7 +77,7 @@ def test_any_lengths_and_places() -> None:
 def test_what_is_checked_where_it_lies_stays_as_it_is(num_bytes: int, before: int) -> None:
     data = memoryview(bytearray(BYTES))
     for begin in (0, 1, 77):
-        assert checksum.crc32(data[begin : begin + num_bytes], before) == zlib.crc32(
+        assert _checksum.crc32(data[begin : begin + num_bytes], before) == zlib.crc32(
             BYTES[begin : begin + num_bytes], before
         )
     assert data == BYTES
@@ -95,12 +95,12 @@ BUFFERS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("kind", BUFFERS)
 def test_all_kinds_of_buffers_are_checked(kind: str) -> None:
-    assert checksum.crc32(BUFFERS[kind]()) == zlib.crc32(BYTES)
+    assert _checksum.crc32(BUFFERS[kind]()) == zlib.crc32(BYTES)
 
 
 def test_a_view_with_gaps_is_no_buffer() -> None:
     with pytest.raises(BufferError):
-        checksum.crc32(memoryview(bytearray(BYTES))[::2])
+        _checksum.crc32(memoryview(bytearray(BYTES))[::2])
 
 
 def test_every_single_bit_counts() -> None:
@@ -110,9 +110,9 @@ def test_every_single_bit_counts() -> None:
     for at in [*range(600), *(dice.randrange(len(data)) for _ in range(600)), len(data) - 1]:
         bit = 1 << dice.randrange(8)
         data[at] ^= bit
-        assert checksum.crc32(memoryview(data)) != right
+        assert _checksum.crc32(memoryview(data)) != right
         data[at] ^= bit
-    assert checksum.crc32(memoryview(data)) == right
+    assert _checksum.crc32(memoryview(data)) == right
 
 
 def test_parts_checked_one_by_one_make_up_the_whole() -> None:
@@ -120,16 +120,16 @@ def test_parts_checked_one_by_one_make_up_the_whole() -> None:
     origin, room = ctypes.create_string_buffer(BYTES, len(BYTES)), Room(MIB)
     while at < len(BYTES):
         num_bytes = min(dice.choice([0, 1, 128, 70_000, MIB]), len(BYTES) - at)
-        parts.append((checksum.copy_and_check(room.address, ctypes.addressof(origin) + at, num_bytes), num_bytes))
+        parts.append((_checksum.copy_and_check(room.address, ctypes.addressof(origin) + at, num_bytes), num_bytes))
         at += num_bytes
-    assert checksum.combined(parts) == zlib.crc32(BYTES)
+    assert _checksum.combined(parts) == zlib.crc32(BYTES)
 
 
 @pytest.mark.parametrize("distance", [0, 1, 4095, -1, -4095])
 def test_ranges_that_overlap_are_refused(distance: int) -> None:
     room = Room(3 * 4096)
     with pytest.raises(ValueError, match="the ranges overlap"):
-        checksum.copy_and_check(room.address + 4096 + distance, room.address + 4096, 4096)
+        _checksum.copy_and_check(room.address + 4096 + distance, room.address + 4096, 4096)
     assert room.memory[:] == b"\xa5" * (3 * 4096)
 
 
@@ -138,20 +138,20 @@ def test_ranges_may_touch(distance: int) -> None:
     room = Room(3 * 4096)
     room.memory[4096:8192] = BYTES[:4096]
     to = 4096 + distance
-    crc = checksum.copy_and_check(room.address + to, room.address + 4096, 4096)
+    crc = _checksum.copy_and_check(room.address + to, room.address + 4096, 4096)
     assert crc == zlib.crc32(BYTES[:4096])
     assert room.memory[to : to + 4096] == BYTES[:4096]
 
 
 def test_nothing_may_be_copied_onto_itself() -> None:
     room = Room(4096)
-    assert checksum.copy_and_check(room.address, room.address, 0) == 0
+    assert _checksum.copy_and_check(room.address, room.address, 0) == 0
 
 
 def test_less_than_nothing_is_refused() -> None:
     room = Room(2 * 4096)
     with pytest.raises(ValueError, match="must be 0 or more"):
-        checksum.copy_and_check(room.address, room.address + 4096, -1)
+        _checksum.copy_and_check(room.address, room.address + 4096, -1)
 
 
 def test_several_threads_copy_at_once() -> None:
@@ -161,7 +161,7 @@ def test_several_threads_copy_at_once() -> None:
     def work(number: int) -> None:
         barrier.wait(timeout=30)
         to = room.address + number * len(BYTES)
-        found.add(checksum.copy_and_check(to, ctypes.addressof(origin), len(BYTES)))
+        found.add(_checksum.copy_and_check(to, ctypes.addressof(origin), len(BYTES)))
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
     for one in threads:
@@ -174,8 +174,8 @@ def test_several_threads_copy_at_once() -> None:
 
 def test_copies_are_checked_in_passing_where_there_is_a_kernel(way: str) -> None:
     has_kernel = way == "as built" and BUILT is not None and bool(BUILT.KERNELS)
-    assert checksum.is_checked_in_passing() == has_kernel
-    assert (checksum.kernel() is not None) == has_kernel
+    assert _checksum.is_checked_in_passing() == has_kernel
+    assert (_checksum.kernel() is not None) == has_kernel
 
 
 @pytest.mark.parametrize("error", ["ImportError('wrong ELF class: ELFCLASS32')", "ModuleNotFoundError(name)"])

@@ -13,8 +13,8 @@ import pytest
 
 from distckpt.errors import SaveError
 from distckpt.storage import temp
-from distckpt.storage.disk import Directory, make_directory
-from distckpt.storage.sink import Sink
+from distckpt.storage.buffered_writer import Sink
+from distckpt.storage.local import Directory, make_directory
 from tests.unit.directories import holding, names_in, open_files_below
 
 DEAD = f".distckpt-{temp._host_tag()}-1-dead.tmp"

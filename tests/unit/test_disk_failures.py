@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from distckpt.errors import CommitNotDurable, SaveError
-from distckpt.storage.disk import Directory
-from distckpt.storage.sink import Sink
+from distckpt.storage.buffered_writer import Sink
+from distckpt.storage.local import Directory
 from tests.unit.directories import holding, names_in, open_files_below
 
 NOBODY = 65534

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from distckpt import DiskSaver
-from distckpt.storage.emitting import NotPlain, emit
-from distckpt.storage.pickling import pickle_exactly, pickle_state
+from distckpt.ptformat.fast_pickle import NotPlain, emit
+from distckpt.ptformat.pickler import pickle_exactly, pickle_state
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64]
 

@@ -14,15 +14,15 @@ from distckpt.errors import (
     CollectiveError,
     CollectiveTimeout,
     CommitNotDurable,
-    DamagedCheckpoint,
+    CorruptCheckpointError,
+    DesyncError,
     DistckptError,
-    DoesNotFit,
     LoadError,
-    PartlyLoaded,
-    PhaseError,
+    PartialLoadError,
     RankFailure,
-    RanksDriftedApart,
+    RemoteRankError,
     SaveError,
+    StateMismatchError,
     UnsafeCheckpoint,
     does_not_fit,
     partly_loaded,
@@ -42,7 +42,7 @@ def failed(error: BaseException, rank: int = 1) -> RankFailure:
     return RankFailure.of(rank, error, f"Traceback of rank {rank}\n")
 
 
-def of_phase(*raised: BaseException) -> PhaseError:
+def of_phase(*raised: BaseException) -> RemoteRankError:
     return phase_error("save a.pt, step 3", [failed(error, rank) for rank, error in enumerate(raised, start=1)])
 
 
@@ -50,18 +50,18 @@ PRODUCTS: dict[str, Exception] = {
     "DistckptError": DistckptError("gone"),
     "CollectiveError": CollectiveError("gone", [1, 2]),
     "CollectiveTimeout": CollectiveTimeout("late", [3]),
-    "RanksDriftedApart": RanksDriftedApart("apart"),
+    "DesyncError": DesyncError("apart"),
     "SaveError": SaveError("full", FULL),
     "SaveError without cause": SaveError("full"),
     "SaveError without errno": save_error("full", OSError("no number")),
     "CommitNotDurable": CommitNotDurable("unsynced", FULL),
     "LoadError": LoadError("unfit"),
-    "DamagedCheckpoint": DamagedCheckpoint("damaged"),
+    "CorruptCheckpointError": CorruptCheckpointError("damaged"),
     "UnsafeCheckpoint": UnsafeCheckpoint("unsafe"),
-    "DoesNotFit": DoesNotFit("unfit", ["m.a"], ["m.b"], ["m.c"]),
+    "StateMismatchError": StateMismatchError("unfit", ["m.a"], ["m.b"], ["m.c"]),
     "partly_loaded, of a kind": partly_loaded("half", KeyError("weight")),
     "does_not_fit, of two kinds": does_not_fit("unfit", ["ValueError", "RuntimeError"], ["m.a"]),
-    "PartlyLoaded": PartlyLoaded("partly"),
+    "PartialLoadError": PartialLoadError("partly"),
     "save_error": save_error("full", FULL),
     "save_error, mixed": save_error("absent", ABSENT),
     "save_error, renamed": save_error("unsynced", PermissionError(errno.EACCES, "denied"), renamed=True),
@@ -71,7 +71,7 @@ PRODUCTS: dict[str, Exception] = {
     "phase_error, of a full disk": of_phase(FULL),
     "phase_error, of a save": of_phase(save_error("absent", ABSENT)),
     "phase_error, not durable": of_phase(save_error("unsynced", FULL, renamed=True)),
-    "phase_error, damaged": of_phase(DamagedCheckpoint("damaged")),
+    "phase_error, damaged": of_phase(CorruptCheckpointError("damaged")),
     "phase_error, unsafe": of_phase(UnsafeCheckpoint("unsafe")),
     "phase_error, timeout": of_phase(CollectiveTimeout("late", [3])),
     "phase_error, of a phase": of_phase(of_phase(FULL)),
@@ -94,15 +94,15 @@ JOURNEYS: dict[str, Callable[[Any], Any]] = {
     [
         (CollectiveError, (DistckptError,)),
         (CollectiveTimeout, (CollectiveError,)),
-        (RanksDriftedApart, (DistckptError,)),
-        (PhaseError, (DistckptError,)),
+        (DesyncError, (DistckptError,)),
+        (RemoteRankError, (DistckptError,)),
         (SaveError, (DistckptError, OSError)),
         (CommitNotDurable, (SaveError,)),
         (LoadError, (DistckptError,)),
-        (DamagedCheckpoint, (LoadError, RuntimeError, pickle.UnpicklingError, EOFError)),
+        (CorruptCheckpointError, (LoadError, RuntimeError, pickle.UnpicklingError, EOFError)),
         (UnsafeCheckpoint, (LoadError, pickle.UnpicklingError)),
-        (DoesNotFit, (LoadError,)),
-        (PartlyLoaded, (LoadError,)),
+        (StateMismatchError, (LoadError,)),
+        (PartialLoadError, (LoadError,)),
         (DistckptError, (Exception,)),
     ],
 )
@@ -132,7 +132,7 @@ def test_error_can_be_shown_and_raised(name: str) -> None:
     assert caught.value is error
 
 
-@pytest.mark.parametrize("kind", [DistckptError, RanksDriftedApart, LoadError, DamagedCheckpoint, SaveError])
+@pytest.mark.parametrize("kind", [DistckptError, DesyncError, LoadError, CorruptCheckpointError, SaveError])
 def test_text_is_the_message_as_given(kind: Callable[[str], Exception]) -> None:
     assert str(kind("it's \N{PARTY POPPER}\nand more")) == "it's \N{PARTY POPPER}\nand more"
     assert not str(DistckptError())
@@ -181,24 +181,24 @@ def test_failed_save_is_of_its_causes_type_too(cause: OSError, also: type[OSErro
         (ZeroDivisionError("z"), (ArithmeticError,)),
         (UnicodeDecodeError("utf-8", b"", 0, 1, "u"), (ValueError,)),
         (TypeError("t"), (TypeError,)),
-        (StopIteration("s"), (PhaseError,)),
-        (KeyboardInterrupt(), (PhaseError,)),
+        (StopIteration("s"), (RemoteRankError,)),
+        (KeyboardInterrupt(), (RemoteRankError,)),
         (save_error("s", ABSENT), (SaveError, FileNotFoundError)),
         (save_error("s", FULL, renamed=True), (CommitNotDurable, SaveError, OSError)),
-        (DamagedCheckpoint("d"), (DamagedCheckpoint, pickle.UnpicklingError, EOFError, RuntimeError)),
+        (CorruptCheckpointError("d"), (CorruptCheckpointError, pickle.UnpicklingError, EOFError, RuntimeError)),
         (UnsafeCheckpoint("u"), (UnsafeCheckpoint, LoadError)),
-        (does_not_fit("d", ["RuntimeError"]), (DoesNotFit, LoadError, RuntimeError)),
-        (partly_loaded("p", FULL), (PartlyLoaded, LoadError, OSError)),
-        (partly_loaded("p", KeyError("k")), (PartlyLoaded, LoadError, KeyError)),
+        (does_not_fit("d", ["RuntimeError"]), (StateMismatchError, LoadError, RuntimeError)),
+        (partly_loaded("p", FULL), (PartialLoadError, LoadError, OSError)),
+        (partly_loaded("p", KeyError("k")), (PartialLoadError, LoadError, KeyError)),
         (CollectiveTimeout("c"), (CollectiveTimeout, CollectiveError)),
-        (RanksDriftedApart("r"), (RanksDriftedApart,)),
-        (of_phase(KeyError("k")), (PhaseError, KeyError)),
+        (DesyncError("r"), (DesyncError,)),
+        (of_phase(KeyError("k")), (RemoteRankError, KeyError)),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
 def test_phases_error_is_of_the_failures_type_too(raised: BaseException, also: tuple[type, ...]) -> None:
     error = of_phase(raised)
-    assert isinstance(error, PhaseError)
+    assert isinstance(error, RemoteRankError)
     assert all(isinstance(error, kind) for kind in also)
     assert type(error) is type(of_phase(raised))
     assert getattr(error, "errno", None) == getattr(raised, "errno", None)

@@ -11,11 +11,11 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from distckpt import Checkpoint, DiskSaver
-from distckpt.state import fence
-from distckpt.state.collect import stepped
-from distckpt.state.fence import Fence, is_stepped_in_python
-from distckpt.state.staging import Staging
-from distckpt.storage.ptfile import verify
+from distckpt.ptformat.torch_format import verify
+from distckpt.saving import optimizer_guard
+from distckpt.saving.capture import stepped
+from distckpt.saving.optimizer_guard import Fence, is_stepped_in_python
+from distckpt.saving.staging import Staging
 from tests.unit.directories import names_in
 
 
@@ -74,7 +74,7 @@ def test_each_file_holds_the_state_of_its_iteration_though_it_is_copied_late(
         state = torch.load(path, weights_only=True)
         states = (value for one in state["optimizer"]["state"].values() for value in one.values())
         assert all(map(torch.equal, [*state["model"].values(), *state["average"].values(), *states], held)), iteration
-    assert fence._UP == []
+    assert optimizer_guard._UP == []
 
 
 def test_without_the_fence_the_same_loop_tears_its_checkpoints(
@@ -110,7 +110,7 @@ def test_nothing_is_late_where_that_is_asked_for(tmp_path: Path) -> None:
     saver = Late(tmp_path, background=True, overlap_copy=False)
     handler, before = Checkpoint({"model": model, "optimizer": optimizer}, saver), model.weight.detach().clone()
     handler(trainer)
-    assert fence._UP == []
+    assert optimizer_guard._UP == []
     with torch.no_grad():
         model.weight.zero_()
     handler.wait_until_finished()
@@ -127,7 +127,7 @@ def test_a_load_waits_for_what_is_copied_late(tmp_path: Path, slow_copies: list[
     handler.wait_until_finished()
     assert "distckpt-staging" in slow_copies
     assert torch.equal(torch.load(tmp_path / "checkpoint_0.pt", weights_only=True)["model"]["weight"], before)
-    assert fence._UP == []
+    assert optimizer_guard._UP == []
 
 
 def test_a_copy_that_cannot_begin_holds_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +142,7 @@ def test_a_copy_that_cannot_begin_holds_nobody(tmp_path: Path, monkeypatch: pyte
         patch.setattr(Staging, "begin", fail)
         with pytest.raises(RuntimeError, match="can't start"):
             handler(Engine(lambda _engine, _batch: None))
-    assert fence._UP == []
+    assert optimizer_guard._UP == []
     handler(Engine(lambda _engine, _batch: None))
     handler.wait_until_finished()
     assert names_in(tmp_path) == ["checkpoint_0.pt"]
@@ -176,4 +176,4 @@ def test_a_copy_that_fails_keeps_no_optimizer() -> None:
     Fence(fail)
     optimizer.step()
     assert parameter.item() == 0.0
-    assert fence._UP == []
+    assert optimizer_guard._UP == []

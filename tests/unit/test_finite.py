@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distckpt.state.finite import _broken_flag, _place_of, all_finite, broken_flag, first_offender
+from distckpt.handlers.finite import _broken_flag, _place_of, all_finite, broken_flag, first_offender
 from tests.support import run_distributed
 
 INF, NAN = math.inf, math.nan

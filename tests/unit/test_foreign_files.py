@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from distckpt import Checkpoint, DamagedCheckpoint, DiskSaver, LoadError, UnsupportedCheckpoint, resume
-from distckpt.storage.ptfile import read_pt
+from distckpt import Checkpoint, CorruptCheckpointError, DiskSaver, LoadError, UnsupportedCheckpoint, resume
+from distckpt.ptformat.torch_format import read_pt
 
 STATE = {"m": {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.arange(30_000.0)}, "note": [1, "ü"]}
 
@@ -164,7 +164,7 @@ def test_a_flipped_byte_in_what_was_written_anew_is_found(tmp_path: Path, kind: 
         large = max(archive.infolist(), key=lambda one: one.file_size)
     data[large.header_offset + 200 + large.compress_size // 2] ^= 0x10
     path.write_bytes(data)
-    with pytest.raises(DamagedCheckpoint, match=r"record \S*data/1 "):
+    with pytest.raises(CorruptCheckpointError, match=r"record \S*data/1 "):
         read_pt(path)
 
 
@@ -216,7 +216,7 @@ def test_a_sound_file_that_is_not_read_is_not_called_damaged(tmp_path: Path, kin
     path.write_bytes(make())
     with pytest.raises(UnsupportedCheckpoint, match=rf"a\.pt cannot be read: it.*{why}") as caught:
         Checkpoint.load_objects({"m": model}, path, verify=verify)
-    assert not isinstance(caught.value, DamagedCheckpoint)
+    assert not isinstance(caught.value, CorruptCheckpointError)
     assert "damaged" not in str(caught.value)
     assert not model.bias.any()
 
@@ -233,7 +233,7 @@ def test_a_flipped_flag_is_damage_and_no_encryption(tmp_path: Path) -> None:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         data[archive.start_dir + 8] |= 1
     (tmp_path / "a.pt").write_bytes(data)
-    with pytest.raises(DamagedCheckpoint):
+    with pytest.raises(CorruptCheckpointError):
         read_pt(tmp_path / "a.pt")
 
 
@@ -244,7 +244,7 @@ def test_what_does_not_inflate_to_its_length_is_damaged_and_no_bomb(tmp_path: Pa
     for at in (one.header_offset + 22, data.rindex(one.filename.encode()) - 22):
         struct.pack_into("<I", data, at, 1000)
     (tmp_path / "a.pt").write_bytes(data)
-    with pytest.raises(DamagedCheckpoint, match="does not inflate to"):
+    with pytest.raises(CorruptCheckpointError, match="does not inflate to"):
         read_pt(tmp_path / "a.pt")
 
 

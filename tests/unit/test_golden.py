@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import nn
 
-from distckpt import Checkpoint, DamagedCheckpoint, LoadError, UnsupportedCheckpoint, resume
-from distckpt.manifest import SCHEMA, from_json
-from distckpt.storage.archive import alignment_of
-from distckpt.storage.image import plan_image
-from distckpt.storage.opened import OpenCheckpoint
-from distckpt.storage.ptfile import read_pt
-from distckpt.storage.verify import check_range, find_faults, read_archive, shares_of
+from distckpt import Checkpoint, CorruptCheckpointError, LoadError, UnsupportedCheckpoint, resume
+from distckpt.ptformat.image import plan_image
+from distckpt.ptformat.layout import alignment_of
+from distckpt.ptformat.manifest import SCHEMA, from_json
+from distckpt.ptformat.reader import OpenCheckpoint
+from distckpt.ptformat.torch_format import read_pt
+from distckpt.ptformat.verify import check_range, find_faults, read_archive, shares_of
 from tests.golden.files import ABOUT, FOLDER, golden_state, name_of, write
 from tests.unit.test_image import same
 from tests.unit.toys import Notebook
@@ -71,7 +71,7 @@ def test_every_flipped_byte_of_a_golden_file_is_found(name: str, tmp_path: Path)
             try:
                 read_pt(path)
                 missed.append(at)
-            except DamagedCheckpoint:
+            except CorruptCheckpointError:
                 pass
             os.pwrite(file.fileno(), bytes([value]), at)
     assert missed == []
@@ -164,7 +164,7 @@ def test_a_newer_schema_is_refused_with_what_to_upgrade(tmp_path: Path, kind: st
     told = rf"{path.name} was written by distckpt 9\.1.*schema (3|3000), .*up to {SCHEMA}\. Upgrade distckpt"
     with pytest.raises(UnsupportedCheckpoint, match=told) as caught:
         Checkpoint.load_objects({"note": note}, path, verify=verify)
-    assert not isinstance(caught.value, DamagedCheckpoint)
+    assert not isinstance(caught.value, CorruptCheckpointError)
     assert note.state == {"page": 1}
 
 
@@ -178,7 +178,7 @@ def test_a_damaged_manifest_of_a_newer_schema_is_damaged(tmp_path: Path) -> None
     path = newer_in_place(tmp_path / "a.pt")
     content = path.read_bytes()
     path.write_bytes(content.replace(b'"iteration": 27', b'"iteration": 28'))
-    with pytest.raises(DamagedCheckpoint):
+    with pytest.raises(CorruptCheckpointError):
         read_pt(path)
 
 

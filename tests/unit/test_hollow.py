@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from distckpt import DiskSaver
-from distckpt.storage.hollow import NotPlain, read_hollow
-from distckpt.storage.opened import OpenCheckpoint
-from distckpt.storage.verify import read_archive
+from distckpt.ptformat.lazy_state import NotPlain, read_hollow
+from distckpt.ptformat.reader import OpenCheckpoint
+from distckpt.ptformat.verify import read_archive
 
 DTYPES = [
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128),

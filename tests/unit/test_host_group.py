@@ -10,11 +10,11 @@ import pytest
 import torch.distributed as dist
 
 from distckpt import CollectiveError, CollectiveTimeout, DistckptError, RankLost
-from distckpt.backends import gloo, host_group
+from distckpt.backends import control_group, gloo
 from distckpt.backends.base import Board, Watcher
+from distckpt.backends.control_backend import HostedBackend
+from distckpt.backends.control_group import HostGroup, call_the_roll
 from distckpt.backends.gloo import GlooChannel
-from distckpt.backends.host_group import HostGroup, call_the_roll
-from distckpt.backends.hosted import HostedBackend
 from distckpt.backends.torch_dist import TorchDistBackend
 
 
@@ -99,7 +99,7 @@ def group(board: Notes) -> HostGroup:
 def operation(*, timeout_s: float = 5.0) -> Any:
     """Return an operation that never ends."""
     work = SimpleNamespace(is_completed=lambda: False)
-    return host_group._Operation(work, "counting", timeout_s, 1, is_late=False)
+    return control_group._Operation(work, "counting", timeout_s, 1, is_late=False)
 
 
 def lost() -> RankLost:

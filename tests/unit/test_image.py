@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.serialization import config
 
-from distckpt.checksum import crc32
-from distckpt.state.staging import Copy, HostMemory, Staging
-from distckpt.storage.archive import BLOCK_BYTES, FOLDER, Slot, directory, local_header, place
-from distckpt.storage.image import ImagePlan, Part, crcs_of, plan_image, tail_of
-from distckpt.storage.pickling import pickle_exactly, pickle_state
+from distckpt._checksum import crc32
+from distckpt.ptformat.image import ImagePlan, Part, crcs_of, plan_image, tail_of
+from distckpt.ptformat.layout import FOLDER, Slot, directory, local_header, place
+from distckpt.ptformat.pickler import pickle_exactly, pickle_state
+from distckpt.saving.staging import Copy, HostMemory, Staging
+from distckpt.storage.direct_io import BLOCK_BYTES
 from tests.unit.storages import bytes_of, storages_of
 
 GIB = 1 << 30

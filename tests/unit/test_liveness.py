@@ -10,13 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from distckpt import CollectiveError, CollectiveTimeout, DistckptError, PhaseError, RankLost
+from distckpt import CollectiveError, CollectiveTimeout, DistckptError, RankLost, RemoteRankError
 from distckpt.backends.base import Board
 from distckpt.backends.serial import SerialBackend
-from distckpt.consensus import watch as watching
-from distckpt.consensus.fault import Fault
-from distckpt.consensus.processes import TrainingThread
-from distckpt.consensus.watch import EXIT_CODE, Watch
+from distckpt.coordination import heartbeat as watching
+from distckpt.coordination.heartbeat import EXIT_CODE, Watch
+from distckpt.coordination.job_failure import Fault
+from distckpt.coordination.processes import TrainingThread
 from distckpt.errors import RankFailure, RemoteTraceback
 
 LIMIT_S = 12.0  # beats once a second
@@ -325,7 +325,7 @@ def test_an_exception_is_told_to_the_others_as_of_its_type(job: Job) -> None:
     job.watches[1].report(KeyError("bad batch"), "Traceback: in the step")
     job.look([0])
     error = error_of(job.watches[0])
-    assert isinstance(error, PhaseError)
+    assert isinstance(error, RemoteRankError)
     assert isinstance(error, KeyError)
     assert [failure.rank for failure in error.failures] == [1]
     assert "rank 1" in str(error)
@@ -387,7 +387,7 @@ def test_a_rank_waits_for_news_as_long_as_it_wants(job: Job) -> None:
             job.look([0], every_s=0.0)
 
     job.clock.on_sleep = tell
-    assert isinstance(job.watches[0].news(20.0), PhaseError)
+    assert isinstance(job.watches[0].news(20.0), RemoteRankError)
     assert job.clock.now_s - begin_s < 4.0
 
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import nn
 
-from distckpt.errors import DamagedCheckpoint, LoadError, UnsafeCheckpoint
-from distckpt.load import load_objects
-from distckpt.storage.ptfile import read_pt
+from distckpt.errors import CorruptCheckpointError, LoadError, UnsafeCheckpoint
+from distckpt.loading.api import load_objects
+from distckpt.ptformat.torch_format import read_pt
 
 
 class Payload:
@@ -133,7 +133,7 @@ def test_directory_is_the_systems_own_error(tmp_path: Path) -> None:
 def test_damaged_file_is_named_and_changes_nothing(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "a.pt"
     path.write_bytes(DAMAGED[kind]())
-    error = failure(path, DamagedCheckpoint)
+    error = failure(path, CorruptCheckpointError)
     assert isinstance(error, RuntimeError)
     assert isinstance(error, pickle.UnpicklingError)
     check_message(error, path)
@@ -145,7 +145,7 @@ def test_truncated_file_is_damaged(tmp_path: Path, whole: bytes, part: float) ->
     path = tmp_path / "a.pt"
     path.write_bytes(whole[: max(1, int(len(whole) * part))])
     # A legacy file is a stream: torn in the midst of a class's name, it names one that nobody allows.
-    check_message(failure(path, DamagedCheckpoint if whole is GOOD else LoadError), path)
+    check_message(failure(path, CorruptCheckpointError if whole is GOOD else LoadError), path)
 
 
 @pytest.mark.parametrize("whole", [GOOD, LEGACY], ids=["zip", "legacy"])

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from distckpt import Checkpoint, DamagedCheckpoint, DiskSaver, PartlyLoaded
-from distckpt.state.inplace import Claim, read_into, without_overlap
-from distckpt.storage.opened import OpenCheckpoint
+from distckpt import Checkpoint, CorruptCheckpointError, DiskSaver, PartialLoadError
+from distckpt.loading.inplace import Claim, read_into, without_overlap
+from distckpt.ptformat.reader import OpenCheckpoint
 from tests.unit.test_skeleton import KINDS, bits, other_state
 from tests.unit.toys import Notebook, Refuses, equal, linear, snapshot
 
@@ -333,7 +333,7 @@ def test_damage_is_found_before_anything_live_is_touched(tmp_path: Path, *, veri
     path = written(tmp_path, states(1))
     flipped(path, begin_of(path, states(1)["m"]["weight"]) + 2)
     if verify:
-        with pytest.raises(DamagedCheckpoint, match="checksum"):
+        with pytest.raises(CorruptCheckpointError, match="checksum"):
             load(live, path, verify=verify)
         assert equal(snapshot(live), before)
     else:
@@ -345,7 +345,7 @@ def test_damage_is_told_before_what_does_not_fit(tmp_path: Path) -> None:
     model = linear(1, in_features=5)
     path = written(tmp_path, {"m": model.state_dict()})
     flipped(path, begin_of(path, model.weight) + 2)
-    with pytest.raises(DamagedCheckpoint, match="checksum"):
+    with pytest.raises(CorruptCheckpointError, match="checksum"):
         load({"m": linear(0)}, path)
 
 
@@ -378,7 +378,7 @@ def test_a_read_that_fails_in_the_last_step_is_tried_again_once(
         load(live, path)
         assert equal(snapshot(live), states(1))
         return
-    with pytest.raises(PartlyLoaded, match=r"Of o, m some tensors hold the old values and some the new") as caught:
+    with pytest.raises(PartialLoadError, match=r"Of o, m some tensors hold the old values and some the new") as caught:
         load(live, path)
     assert isinstance(caught.value, OSError)
     assert live["n"].state == {"page": 0}
@@ -394,9 +394,9 @@ def test_a_file_that_shrinks_in_the_last_step_is_told(tmp_path: Path, monkeypatc
         os.truncate(path, 200)
         read_into(*args)
 
-    monkeypatch.setattr("distckpt.state.restore.read_into", cut)
+    monkeypatch.setattr("distckpt.loading.restore.read_into", cut)
     live = objects(0)
-    with pytest.raises(PartlyLoaded, match="it became shorter while it was read"):
+    with pytest.raises(PartialLoadError, match="it became shorter while it was read"):
         load(live, path)
 
 

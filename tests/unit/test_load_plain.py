@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn.modules import module as torchs
 
 from distckpt import Checkpoint, DiskSaver
-from distckpt.state.plain import is_plain_optimizer
-from distckpt.state.skeleton import Unsure, try_on_skeleton
-from distckpt.storage.opened import OpenCheckpoint
+from distckpt.loading.dry_run import Unsure, try_on_skeleton
+from distckpt.loading.plain_objects import is_plain_optimizer
+from distckpt.ptformat.reader import OpenCheckpoint
 from tests.unit.toys import equal, linear
 
 load = Checkpoint.load_objects

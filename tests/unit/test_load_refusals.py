@@ -14,7 +14,7 @@ import torch
 from ignite.metrics import Average
 from torch import nn
 
-from distckpt import Checkpoint, DoesNotFit, LoadReport, PartlyLoaded
+from distckpt import Checkpoint, LoadReport, PartialLoadError, StateMismatchError
 from tests.unit.toys import Notebook, Refuses, equal, linear, snapshot
 
 load = Checkpoint.load_objects
@@ -83,9 +83,9 @@ def test_what_only_a_live_tensor_refuses_changes_nothing(
     with pytest.raises(RuntimeError, match='While copying the parameter named "it"') as caught:
         load(objects, source)
     assert equal(snapshot({**others, "layer": objects["held"].layer}), before)
-    assert not isinstance(caught.value, PartlyLoaded)
+    assert not isinstance(caught.value, PartialLoadError)
     if make is Held:
-        assert isinstance(caught.value, DoesNotFit)
+        assert isinstance(caught.value, StateMismatchError)
         assert caught.value.mismatched == ("held.it",)
 
 
@@ -93,7 +93,7 @@ def test_a_live_tensor_whose_memory_was_given_back_is_refused() -> None:
     objects = {"first": linear(1), "held": Held(without_memory())}
     before = snapshot({"first": objects["first"]})
     new = {f"layer.{key}": value for key, value in linear(5).state_dict().items()}
-    with pytest.raises(DoesNotFit, match="memory was given back"):
+    with pytest.raises(StateMismatchError, match="memory was given back"):
         load(objects, {"first": linear(3).state_dict(), "held": {**new, "it": torch.ones(4)}})
     assert equal(snapshot({"first": objects["first"]}), before)
 
@@ -135,7 +135,7 @@ def test_an_unexpected_tensor_of_any_kind_is_passed_over_and_reported(kind: str)
     model, state = linear(0), {**linear(1).state_dict(), "more": odd_tensors()[kind]}
     assert load({"m": model}, {"m": state}, strict=False) == LoadReport(unexpected=("m.more",))
     assert equal(model.state_dict(), linear(1).state_dict())
-    with pytest.raises(DoesNotFit) as caught:
+    with pytest.raises(StateMismatchError) as caught:
         load({"m": model}, {"m": state})
     assert caught.value.unexpected == ("m.more",)
 
@@ -202,7 +202,7 @@ def test_what_is_loaded_in_place_is_put_back(make: Callable[[int], Any]) -> None
     other = make(2)
     with pytest.raises(RuntimeError, match="it refuses") as caught:
         load({"it": live, "bad": Refuses()}, {"it": copy.deepcopy(other.state_dict()), "bad": {}})
-    assert not isinstance(caught.value, PartlyLoaded)
+    assert not isinstance(caught.value, PartialLoadError)
     assert repr(live.state_dict()) == before
     assert repr(other.state_dict()) != before
 

@@ -11,8 +11,8 @@ import torch
 from ignite.handlers import Checkpoint as Ignites
 from torch import nn
 
-from distckpt import Checkpoint, DiskSaver, DoesNotFit, LoadError, LoadReport, resume
-from distckpt.state.report import all_in_one
+from distckpt import Checkpoint, DiskSaver, LoadError, LoadReport, StateMismatchError, resume
+from distckpt.loading.report import all_in_one
 from tests.unit.test_restore_modules import Hooked
 from tests.unit.toys import Notebook, equal, linear, run_epochs, snapshot
 
@@ -71,14 +71,14 @@ def test_other_shapes_are_refused_strict_or_not_as_torch_does(given: Any, *, str
     with pytest.raises(RuntimeError) as caught:
         load({"m": model}, given({"m": state}), strict=strict)
     assert str(caught.value) == str(torchs.value)
-    assert isinstance(caught.value, DoesNotFit)
+    assert isinstance(caught.value, StateMismatchError)
     told = (caught.value.missing, caught.value.unexpected, caught.value.mismatched)
     assert told == (("m.bias",), ("m.more",), ("m.weight",))
     assert equal(snapshot({"m": model}), before)
 
 
 def test_what_is_no_tensor_is_a_mismatch(given: Any) -> None:
-    with pytest.raises(DoesNotFit, match=r"expected torch\.Tensor") as caught:
+    with pytest.raises(StateMismatchError, match=r"expected torch\.Tensor") as caught:
         load({"m": linear(0)}, given({"m": {**linear(1).state_dict(), "bias": 3}}))
     assert caught.value.mismatched == ("m.bias",)
 
@@ -94,7 +94,7 @@ ALL_WRONG = {
 def test_one_error_lists_what_is_wrong_with_all_objects(given: Any) -> None:
     objects = {"a": linear(0), "b": linear(1), "c": linear(2), "d": linear(3), "o": sgd(), "n": Notebook({"page": 1})}
     before = snapshot(objects)
-    with pytest.raises(DoesNotFit) as caught:
+    with pytest.raises(StateMismatchError) as caught:
         load(objects, given({**ALL_WRONG, "n": {"page": 2}}))
     error = caught.value
     assert str(error).startswith("Key 'd' from x is not found in y")
@@ -135,7 +135,7 @@ def test_a_single_fault_has_the_words_of_the_reference(given: Any) -> None:
 
 
 def test_the_error_of_several_survives_a_journey() -> None:
-    with pytest.raises(DoesNotFit) as caught:
+    with pytest.raises(StateMismatchError) as caught:
         load({"a": linear(0), "d": linear(3)}, ALL_WRONG)
     for twin in (copy.copy(caught.value), pickle.loads(pickle.dumps(caught.value))):  # noqa: S301 - our own bytes
         assert (type(twin), str(twin)) == (type(caught.value), str(caught.value))
@@ -143,7 +143,7 @@ def test_the_error_of_several_survives_a_journey() -> None:
 
 
 def test_one_misfit_stays_what_it_is() -> None:
-    error = DoesNotFit("no")
+    error = StateMismatchError("no")
     assert all_in_one([("a", error)]) is error
 
 

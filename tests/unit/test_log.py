@@ -13,7 +13,7 @@ from ignite.engine import Engine, Events
 
 import distckpt
 from distckpt import Checkpoint, DiskSaver
-from distckpt.log_level import level_on
+from distckpt._log_level import level_on
 from tests.unit.toys import InMemory, idle_engine, linear, run_epochs
 
 NAN = float("nan")

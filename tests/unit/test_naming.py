@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distckpt.naming import (
+from distckpt.policy.naming import (
     TEMP_PREFIX,
     TEMP_SUFFIX,
     basename,

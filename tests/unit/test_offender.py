@@ -12,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distckpt.state import finite
-from distckpt.state.finite import Offender, all_finite, broken_flag, first_offender
+from distckpt.handlers import finite
+from distckpt.handlers.finite import Offender, all_finite, broken_flag, first_offender
 from tests.unit.test_finite import FINITE, HOLDERS, NOT_FINITE, Logged, deferred
 
 INF, NAN = math.inf, math.nan

@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 from distckpt import Checkpoint, DiskSaver, ModelCheckpoint
-from distckpt.handlers.older import accept_older_order
+from distckpt.handlers.compat import accept_older_order
 from tests.unit.toys import InMemory, idle_engine, linear
 
 

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 
-from distckpt.quiet import quiet
+from distckpt._quiet import quiet
 
 
 def test_a_thread_is_silent_alone() -> None:

@@ -7,8 +7,8 @@ from typing import Any, cast
 import pytest
 import torch.distributed as dist
 
-from distckpt.backends.store_board import StoreBoard
-from distckpt.receipts import Receipts
+from distckpt.backends.key_value_store import StoreBoard
+from distckpt.saving.write_completions import Receipts
 
 CHECKED = [(0, 5, 8), (1, 2**32 - 1, 2**40)]
 AS_LISTS = [[0, 5, 8], [1, 2**32 - 1, 2**40]]

@@ -11,9 +11,9 @@ from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distckpt.load import load_objects
-from distckpt.state.collect import map_tree
-from distckpt.state.restore import prepare
+from distckpt.loading.api import load_objects
+from distckpt.loading.restore import prepare
+from distckpt.saving.capture import map_tree
 
 
 class InPlace:

@@ -10,7 +10,7 @@ import torch
 from ignite.engine import Engine
 from torch import nn
 
-from distckpt import Checkpoint, EarlyStopping, PartlyLoaded
+from distckpt import Checkpoint, EarlyStopping, PartialLoadError
 from tests.unit.toys import InMemory, Notebook, Refuses, equal, idle_engine, linear, run_epochs, snapshot
 
 
@@ -291,7 +291,7 @@ def test_states_that_hold_one_container_in_many_places_are_put_back(make: Callab
     book, half = Notebook(make(1)), Half(make(1))
     with pytest.raises(KeyError, match="absent") as caught:
         Checkpoint.load_objects({"book": book, "half": half}, {"book": make(3), "half": make(2)})
-    assert not isinstance(caught.value, PartlyLoaded)
+    assert not isinstance(caught.value, PartialLoadError)
     assert (book.state["page"], half.state["page"]) == (1, 1)
 
 
@@ -354,7 +354,7 @@ def test_what_cannot_be_put_back_is_named_and_all_else_is() -> None:
     book, half, other = Notebook({"page": 1}), Half({"page": 1}), linear(0)
     before = snapshot({"other": other})
     states = {"book": {"page": 2}, "half": {"page": 2}, "other": linear(1).state_dict()}
-    with pytest.raises(PartlyLoaded, match=r"absent.*'half' could not be put back.*load it again") as caught:
+    with pytest.raises(PartialLoadError, match=r"absent.*'half' could not be put back.*load it again") as caught:
         Checkpoint.load_objects({"book": book, "half": half, "other": other}, states)
     assert isinstance(caught.value, KeyError)
     assert book.state == {"page": 1}
@@ -362,7 +362,7 @@ def test_what_cannot_be_put_back_is_named_and_all_else_is() -> None:
 
 
 def test_an_object_that_does_not_restore_what_it_told_is_named() -> None:
-    with pytest.raises(PartlyLoaded, match=r"it refuses. 'adds' could not be put back \(.*its load_state_dict\(\)"):
+    with pytest.raises(PartialLoadError, match=r"it refuses. 'adds' could not be put back \(.*its load_state_dict\(\)"):
         Checkpoint.load_objects({"adds": Adds(), "bad": Refuses()}, {"adds": {"number": 2}, "bad": {}})
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distckpt.retention import Entry, admit, wants
+from distckpt.policy.retention import Entry, admit, wants
 
 NAN = math.nan
 HUGE = 10**400  # beyond the range of floats

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distckpt.scalars import is_nan, is_numpy_scalar, plain_score
+from distckpt._values import is_nan, is_numpy_scalar, plain_score
 
 
 @pytest.mark.parametrize(

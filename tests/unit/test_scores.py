@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from distckpt.consensus.scores import ScoreRule, agreed_score, check_rule
+from distckpt.policy.scores import ScoreRule, agreed_score, check_rule
 
 RULES: tuple[ScoreRule, ...] = get_args(ScoreRule)
 SCORES = st.one_of(st.floats(), st.integers(), st.booleans())

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from distckpt.storage import sink as sink_module
-from distckpt.storage.sink import Sink
+from distckpt.storage import buffered_writer as sink_module
+from distckpt.storage.buffered_writer import Sink
 
 GATHERED_BYTES = sink_module._BUFFER_BYTES
 

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from distckpt.load import load_objects
-from distckpt.state import skeleton
-from distckpt.state.skeleton import try_on_skeleton
+from distckpt.loading import dry_run
+from distckpt.loading.api import load_objects
+from distckpt.loading.dry_run import try_on_skeleton
 
 
 class Noted(nn.Module):
@@ -307,13 +307,13 @@ def test_a_comparison_finds_what_the_twin_would(
             told.append(try_on_skeleton(module, state, options))
         except Exception as error:  # noqa: BLE001 - what it raises is what is compared
             told.append((type(error).__name__, str(error)))
-        monkeypatch.setattr(skeleton, "loads_by_name", lambda _: False)
+        monkeypatch.setattr(dry_run, "loads_by_name", lambda _: False)
     assert told[0] == told[1]
 
 
 def test_a_state_of_the_same_keys_and_shapes_needs_no_twin(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
-    monkeypatch.setattr(skeleton, "_twin_of", made.append)
+    monkeypatch.setattr(dry_run, "_twin_of", made.append)
     module, state = with_a_pair()
     try_on_skeleton(module, state, {})
     assert made == []

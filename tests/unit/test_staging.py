@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from distckpt import DiskSaver
-from distckpt.checksum import combined
-from distckpt.state.staging import Copy, HostMemory, Staging, in_strides, kept_memory
-from distckpt.storage.direct import DirectFile
+from distckpt._checksum import combined
+from distckpt.saving.staging import Copy, HostMemory, Staging, in_strides, kept_memory
+from distckpt.storage.direct_io import DirectFile
 from tests.unit.storages import bytes_of, storages_of
 
 MIB = 1 << 20
@@ -41,7 +41,7 @@ def test_every_byte_goes_where_it_should(num_threads: int) -> None:
 def test_bytes_are_checked_as_they_are_copied_where_that_costs_nothing(
     monkeypatch: pytest.MonkeyPatch, num_threads: int, *, is_free: bool
 ) -> None:
-    monkeypatch.setattr("distckpt.state.staging.is_checked_in_passing", lambda: is_free)
+    monkeypatch.setattr("distckpt.saving.staging.is_checked_in_passing", lambda: is_free)
     storages = storages_of(9 * MIB + 3, 20)
     copies = in_strides([Copy(0, 0, 100, 9 * MIB + 3), Copy(1, 5, 10 * MIB, 15)])
     memory = HostMemory().take(11 * MIB)

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from distckpt.backends import store_board
-from distckpt.backends.store_board import StoreBoard
+from distckpt.backends import key_value_store
+from distckpt.backends.key_value_store import StoreBoard
 
 LIMIT_S = 0.3
 SLACK_S = 1.0
@@ -295,10 +295,10 @@ def test_the_place_of_a_store_is_known(store: dist.Store, tmp_path: Path) -> Non
 
 
 def test_an_address_is_known_as_ones_own() -> None:
-    assert store_board._is_own_address("127.0.0.1")
-    assert store_board._is_own_address("localhost")
-    assert not store_board._is_own_address("192.0.2.7"), "of a network for examples (RFC 5737)"
-    assert not store_board._is_own_address("no-such-host.invalid")
+    assert key_value_store._is_own_address("127.0.0.1")
+    assert key_value_store._is_own_address("localhost")
+    assert not key_value_store._is_own_address("192.0.2.7"), "of a network for examples (RFC 5737)"
+    assert not key_value_store._is_own_address("no-such-host.invalid")
 
 
 # -- its thread --------------------------------------------------------------------------------------
@@ -367,8 +367,8 @@ _BEGIN = """
 import atexit, contextlib, os, sys, threading, time
 from datetime import timedelta
 import torch.distributed as dist
-from distckpt.backends.store_board import StoreBoard
-from distckpt.helping import join_at_exit, start_helper
+from distckpt.backends.key_value_store import StoreBoard
+from distckpt._helping import join_at_exit, start_helper
 
 store = dist.TCPStore("127.0.0.1", int(sys.argv[1]), is_master=False)
 is_inside = threading.Event()

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from distckpt.threads import num_threads
+from distckpt._threads import num_threads
 
 
 @pytest.mark.parametrize(

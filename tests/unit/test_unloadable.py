@@ -18,9 +18,9 @@ from torch import nn
 
 from distckpt import Checkpoint, DiskSaver, ModelCheckpoint, resume
 from distckpt.errors import UnsafeCheckpoint
-from distckpt.storage.loadable import find_refused
-from distckpt.storage.pickling import pickle_state
-from distckpt.storage.ptfile import is_loadable, read_pt, what_loading_refuses
+from distckpt.ptformat.loadable import find_refused
+from distckpt.ptformat.pickler import pickle_state
+from distckpt.ptformat.torch_format import is_loadable, read_pt, what_loading_refuses
 from tests.unit.toys import Notebook, idle_engine, linear
 
 

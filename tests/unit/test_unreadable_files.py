@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from distckpt import Checkpoint, DamagedCheckpoint, LoadError, UnsafeCheckpoint
+from distckpt import Checkpoint, CorruptCheckpointError, LoadError, UnsafeCheckpoint
 from tests.unit.toys import Notebook, equal, linear, run_epochs, snapshot
 
 
@@ -75,7 +75,7 @@ def test_what_is_no_checkpoint_is_told_as_such(tmp_path: Path, kind: str, as_kin
     path.write_bytes(DAMAGE[kind](_saved(tmp_path)))
     objects = _objects()
     before = snapshot(objects)
-    with pytest.raises(DamagedCheckpoint, match=r"a\.pt is no checkpoint") as caught:
+    with pytest.raises(CorruptCheckpointError, match=r"a\.pt is no checkpoint") as caught:
         Checkpoint.load_objects(objects, as_kind(path))
     assert equal(snapshot(objects), before)
     # What people catch today goes on catching it.
@@ -90,7 +90,7 @@ def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path: Path, part: int)
     path.write_bytes(data[: len(data) * part // 20])
     objects = _objects()
     before = snapshot(objects)
-    with pytest.raises(DamagedCheckpoint):
+    with pytest.raises(CorruptCheckpointError):
         Checkpoint.load_objects(objects, path)
     assert equal(snapshot(objects), before)
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distckpt import Checkpoint
-from distckpt.state.unwrap import unwrap
+from distckpt._unwrap import unwrap
 from tests.unit.toys import equal, linear, run_epochs
 
 

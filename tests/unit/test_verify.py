@@ -14,10 +14,10 @@ import torch
 from ignite.engine import Events
 from torch import nn
 
-from distckpt import Checkpoint, DamagedCheckpoint, DiskSaver
-from distckpt.manifest import SCHEMA, Manifest, TensorEntry, from_json, to_json
-from distckpt.storage.ptfile import read_pt, verify
-from distckpt.storage.verify import check_range, check_whole, find_faults, read_archive, shares_of
+from distckpt import Checkpoint, CorruptCheckpointError, DiskSaver
+from distckpt.ptformat.manifest import SCHEMA, Manifest, TensorEntry, from_json, to_json
+from distckpt.ptformat.torch_format import read_pt, verify
+from distckpt.ptformat.verify import check_range, check_whole, find_faults, read_archive, shares_of
 from tests.distributed.programs import idle_engine
 
 STATE = {
@@ -37,7 +37,7 @@ def is_noticed(path: Path, content: bytes | bytearray | None = None) -> bool:
         path.write_bytes(content)
     try:
         read_pt(path)
-    except DamagedCheckpoint:
+    except CorruptCheckpointError:
         return True
     return False
 
@@ -108,7 +108,9 @@ def test_the_message_names_file_and_record(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[192 + 77] ^= 1
     path.write_bytes(content)
-    with pytest.raises(DamagedCheckpoint, match=r"a\.pt is .*record data/0 has checksum [0-9a-f]{8} and should have"):
+    with pytest.raises(
+        CorruptCheckpointError, match=r"a\.pt is .*record data/0 has checksum [0-9a-f]{8} and should have"
+    ):
         read_pt(path)
     assert torch.equal(read_pt(path, verified=False)["model"]["bias"], torch.ones(3)), "it can be asked for"
 
@@ -120,7 +122,7 @@ def test_nothing_live_is_touched_by_a_damaged_file(tmp_path: Path) -> None:
     content[256 + 500] ^= 1
     (tmp_path / "a.pt").write_bytes(content)
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    with pytest.raises(DamagedCheckpoint):
+    with pytest.raises(CorruptCheckpointError):
         Checkpoint.load_objects({"model": model}, tmp_path / "a.pt")
     assert all(map(torch.equal, before, model.parameters()))
 

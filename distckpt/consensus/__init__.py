@@ -1,1 +1,0 @@
-"""Decisions that are the same on every rank. Layer L3."""

@@ -1,0 +1,1 @@
+"""A checkpoint file -> live objects: all of them, or none."""

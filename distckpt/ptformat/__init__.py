@@ -1,0 +1,4 @@
+"""The bytes of a ``.pt`` file.
+
+This package knows no ranks.
+"""

@@ -1,0 +1,1 @@
+"""Live objects -> a committed checkpoint file."""

@@ -1,1 +1,0 @@
-"""Live objects <-> plain state. Layer L2."""
