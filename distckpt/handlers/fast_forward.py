@@ -20,7 +20,7 @@ from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
 from distckpt._log_level import level_on
 from distckpt.backends.detect import current
 from distckpt.coordination import phases
-from distckpt.handlers.data_order import (
+from distckpt.handlers.data_loaders import (
     end_pass,
     make_workers,
     sampler_that_draws,
@@ -30,9 +30,9 @@ from distckpt.handlers.data_order import (
 )
 from distckpt.handlers.ignite_hooks import after_event, set_start
 from distckpt.handlers.progress import Resumption, go_on, length_of, samplers_of
-from distckpt.handlers.restored import Restored
+from distckpt.handlers.restored_state import Restored
+from distckpt.handlers.resume_point import StartPoint, fit_to_data
 from distckpt.handlers.rng_state import RngState
-from distckpt.handlers.start_point import StartPoint, fit_to_data
 from distckpt.samplers import batches_left, find_resumable
 
 __all__ = ["FastForward"]

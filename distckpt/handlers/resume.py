@@ -29,10 +29,10 @@ from distckpt.handlers.histories import handlers_beside, take_histories
 from distckpt.handlers.object_trees import leaves, path_to
 from distckpt.handlers.own_files import OwnFiles
 from distckpt.handlers.records import parse_record, survey
-from distckpt.handlers.restored import Restored
+from distckpt.handlers.restored_state import Restored
 from distckpt.handlers.resume_extras import Beside, find_beside
+from distckpt.handlers.resume_point import StartPoint, start_of_record, start_of_state
 from distckpt.handlers.resumed import Facts, Resumed
-from distckpt.handlers.start_point import StartPoint, start_of_record, start_of_state
 from distckpt.loading import api, select
 from distckpt.loading.api import LoadReport
 from distckpt.loading.restore import Prepared, check_complete, prepare

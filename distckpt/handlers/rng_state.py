@@ -1,7 +1,7 @@
 """The random number generators of all ranks, as an object that is saved and loaded with the others.
 
 :class:`RngState` says which rank's state is whose. The generators are read and set in
-:mod:`distckpt.handlers.rng_streams`.
+:mod:`distckpt.handlers.rng_generators`.
 """
 
 import copy
@@ -13,9 +13,9 @@ from ignite.engine import Engine, Events
 
 from distckpt.backends.detect import current
 from distckpt.coordination import phases
-from distckpt.handlers import rng_streams
+from distckpt.handlers import rng_generators
 from distckpt.handlers.arguments import check_timeout
-from distckpt.handlers.data_order import begins_by_reset, generators_in, is_of_data
+from distckpt.handlers.data_loaders import begins_by_reset, generators_in, is_of_data
 from distckpt.handlers.ignite_hooks import after_event
 
 __all__ = ["RngState"]
@@ -66,7 +66,7 @@ class RngState:
             raise TypeError(msg)
         named = {} if generators is None else dict(generators)
         for name, generator in named.items():
-            if not isinstance(name, str) or not rng_streams.is_generator(generator):
+            if not isinstance(name, str) or not rng_generators.is_generator(generator):
                 msg = (
                     f"Argument generators should map names to torch.Generators, or to Python's or NumPy's generators, "
                     f"but holds {name!r}: {type(generator)}"
@@ -152,7 +152,7 @@ class RngState:
             msg = f"the state of rank {backend.rank} is no state of random number generators: it lacks 'now'"
             raise ValueError(msg)  # noqa: TRY004 - of the state that was given, not of the argument's type
         now = mine["now"]
-        absent = rng_streams.put(now | {"generators": self._without_data(now)}, self._own)
+        absent = rng_generators.put(now | {"generators": self._without_data(now)}, self._own)
         if absent:
             self._warn(f"some of rank {backend.rank}'s are not set: {'; '.join(absent)}")
         self._mine = mine
@@ -164,11 +164,11 @@ class RngState:
         Returns:
             Puts it back.
         """
-        state, held = rng_streams.capture(self._generators), copy.copy(vars(self))
+        state, held = rng_generators.capture(self._generators), copy.copy(vars(self))
 
         def undo() -> None:
             vars(self).update(held)
-            rng_streams.put(state, self._generators)
+            rng_generators.put(state, self._generators)
 
         return undo
 
@@ -198,7 +198,7 @@ class RngState:
     def put_back(self) -> None:
         """Set this rank's generators again to what was loaded, if anything was. Rank-local."""
         if self._mine is not None:
-            rng_streams.put(self._mine["now"], self._generators)
+            rng_generators.put(self._mine["now"], self._generators)
 
     def begin_pass(self, began_at: int) -> None:
         """Set this rank's generators to what they were as the loaded pass began, where known. Rank-local.
@@ -217,14 +217,14 @@ class RngState:
     def put_back_pass(self) -> None:
         """Set this rank's generators to what they were as the loaded pass began. Rank-local."""
         if self._pass is not None:
-            rng_streams.put(self._pass["state"], self._generators)
+            rng_generators.put(self._pass["state"], self._generators)
 
     def now(self) -> Callable[[], None]:
         """Note what the generators are now; returns what sets them to it. Rank-local."""
-        state = rng_streams.capture(self._generators)
+        state = rng_generators.capture(self._generators)
 
         def put_back() -> None:
-            rng_streams.put(state, self._generators)
+            rng_generators.put(state, self._generators)
 
         return put_back
 
@@ -248,7 +248,7 @@ class RngState:
 
     def _note(self, began_at: int) -> None:
         by_reset = begins_by_reset(self._data)
-        self._pass = {"began_at": began_at, "state": rng_streams.capture(self._generators), "by_reset": by_reset}
+        self._pass = {"began_at": began_at, "state": rng_generators.capture(self._generators), "by_reset": by_reset}
 
     @property
     def _data(self) -> Any:
@@ -271,7 +271,7 @@ class RngState:
 
     def _capture(self) -> dict[str, Any]:
         begun = self._pass if self._notes_passes else None  # one that was loaded is soon over
-        return {"now": rng_streams.capture(self._generators), "pass": begun}
+        return {"now": rng_generators.capture(self._generators), "pass": begun}
 
     def _warn(self, what: str) -> None:
         warnings.warn(f"RngState: random number generators: {what}", stacklevel=3)
@@ -286,8 +286,8 @@ def _derived(states: list[Any], rank: int) -> dict[str, Any]:
     if not all(isinstance(one, Mapping) and isinstance(one.get("now"), Mapping) for one in states):
         msg = "this is no state of random number generators: a rank's lacks 'now'"
         raise ValueError(msg)
-    mine: dict[str, Any] = {"now": rng_streams.derived([one["now"] for one in states], rank), "pass": None}
+    mine: dict[str, Any] = {"now": rng_generators.derived([one["now"] for one in states], rank), "pass": None}
     passes = [one.get("pass") for one in states]
     if all(isinstance(one, Mapping) for one in passes):
-        mine["pass"] = {**passes[0], "state": rng_streams.derived([one["state"] for one in passes], rank)}
+        mine["pass"] = {**passes[0], "state": rng_generators.derived([one["state"] for one in passes], rank)}
     return mine

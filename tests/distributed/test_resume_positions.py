@@ -122,7 +122,7 @@ def with_handlers_that_undo(folder: Path, undoing_rank: int) -> tuple[int, list[
     program = Program(folder, event)
     if current().rank == undoing_rank:
         program.trainer.add_event_handler(Events.STARTED, lambda: setattr(program.counter, "num", -100))
-    with logged("distckpt.handlers.restored") as said:
+    with logged("distckpt.handlers.restored_state") as said:
         program.run(range(10), max_epochs=2)
     return program.counter.num, said
 

@@ -15,7 +15,7 @@ from ignite.engine import Events
 from torch.utils.data import DataLoader, TensorDataset
 
 from distckpt import Checkpoint, RngState
-from distckpt.handlers import rng_streams
+from distckpt.handlers import rng_generators
 from distckpt.saving.capture import capture, consolidate
 from tests.unit.toys import Refuses, equal, idle_engine, run_epochs
 
@@ -80,14 +80,14 @@ def test_a_generator_that_is_not_there_is_named_in_a_warning() -> None:
 def test_another_kind_of_numpys_generator_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     state = RngState().state_dict()
     monkeypatch.setattr(np.random, "get_state", lambda **_: {"bit_generator": "PCG64"})
-    assert "numpy" not in rng_streams.capture()
+    assert "numpy" not in rng_generators.capture()
     with pytest.warns(UserWarning, match="NumPy's global generator is missing, or not of the kind MT19937"):
         RngState().load_state_dict(state)
 
 
 def test_numpy_is_not_imported_to_be_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "numpy.random")
-    assert "numpy" not in rng_streams.capture()
+    assert "numpy" not in rng_generators.capture()
 
 
 def job_of(num_ranks: int, states: list[dict[str, Any]]) -> dict[str, Any]:
@@ -286,15 +286,15 @@ def test_cuda_is_asked_only_where_it_is_in_use(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: state)
     monkeypatch.setattr(torch.cuda, "set_rng_state", put.append)
-    captured = rng_streams.capture()
+    captured = rng_generators.capture()
     assert ("cuda" in captured) is is_initialized
-    assert rng_streams.put(captured) == []
+    assert rng_generators.put(captured) == []
     assert put == ([state] if is_initialized else [])
 
 
 def test_a_state_of_a_cuda_device_is_left_alone_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert rng_streams.put({**rng_streams.capture(), "cuda": torch.zeros(16, dtype=torch.uint8)}) == [
+    assert rng_generators.put({**rng_generators.capture(), "cuda": torch.zeros(16, dtype=torch.uint8)}) == [
         "there is no CUDA device here"
     ]
 

@@ -25,7 +25,7 @@ from torch.utils.data import (
 )
 
 from distckpt import Checkpoint, DiskSaver, ResumableSampler, RngState, resume
-from distckpt.handlers.data_order import generators_in, sampler_that_draws, warn_of_ranks
+from distckpt.handlers.data_loaders import generators_in, sampler_that_draws, warn_of_ranks
 
 LENGTH = 20
 DATA = TensorDataset(torch.arange(LENGTH))

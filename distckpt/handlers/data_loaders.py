@@ -29,7 +29,7 @@ from torch.utils.data import (
 )
 
 from distckpt.handlers.progress import samplers_of
-from distckpt.handlers.rng_streams import is_generator
+from distckpt.handlers.rng_generators import is_generator
 
 __all__ = [
     "begins_by_reset",
