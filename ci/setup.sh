@@ -9,6 +9,7 @@
 #   horovod    torch 2.13 and Horovod 0.28, which is built from its source archive: some minutes, once
 #   xla        torch 2.9 and torch_xla 2.9, with the CUDA packages that this torch asks for: about 7 GB
 #   bench      torch 2.13 and torchsnapshot, for ci/bench_save.py
+#   docs       what builds the documentation site (ci/docs.sh); no torch
 #   readme     made by the install lines of the README and nothing else, at the versions of base
 #   all        base, horovod and xla; with --print-python one path in each line, in this order
 #
@@ -28,9 +29,9 @@ for argument in "$@"; do
     case "$argument" in
         --print-python) PRINT_PYTHON=1 ;;
         -h | --help) usage && exit 0 ;;
-        base | horovod | xla | bench | readme) NAMES=("$argument") ;;
+        base | horovod | xla | bench | docs | readme) NAMES=("$argument") ;;
         all) NAMES=(base horovod xla) ;;
-        *) die "unknown environment or option '$argument'; there are: base, horovod, xla, bench, readme, all" ;;
+        *) die "unknown environment or option '$argument'; there are: base, horovod, xla, bench, docs, readme, all" ;;
     esac
 done
 
@@ -89,6 +90,7 @@ proof_of() {
         base) printf '%s\n' 'import torch' ;;
         bench) printf '%s\n' 'import ignite, isal, torchsnapshot' ;;
         readme) printf '%s\n' 'import distckpt' ;;
+        docs) printf '%s\n' 'import material, mkdocs, mkdocstrings' ;;
         horovod) printf '%s\n' 'import horovod.torch as hvd; hvd.init(); assert hvd.size() == 1; hvd.shutdown()' ;;
         xla) printf '%s\n' 'import torch, torch_xla; assert torch.ones(2, device=torch_xla.device()).sum().item() == 2' ;;
     esac
@@ -131,8 +133,10 @@ install_as_the_readme_says() {
 install_pins() {
     # Torch on its own and first; --no-deps throughout, since the pins are complete: nothing can pull in
     # another torch, or gigabytes of CUDA packages that were not asked for.
-    say "environment '$NAME': installing torch"
-    pip_install "$(grep -E '^torch==' "$PINS")"
+    if grep -qE '^torch==' "$PINS"; then
+        say "environment '$NAME': installing torch"
+        pip_install "$(grep -E '^torch==' "$PINS")"
+    fi
     say "environment '$NAME': installing $(grep -cE '^[A-Za-z0-9]' "$PINS") packages"
     pip_install --requirement "$PINS"
     [ "$NAME" != horovod ] || install_horovod

@@ -111,6 +111,7 @@ if [ "$CHECKS" -eq 1 ]; then
     stage "mypy --strict" 900 "$BIN/mypy" "${FOLDERS[@]}"
     stage "import layers" 120 "$BIN/lint-imports" --no-logo
     stage "wheel" 300 "$PYTHON" ci/check_wheel.py
+    stage "docs" 300 ci/docs.sh
 fi
 if [ "$TESTS" -eq 1 ]; then
     [ "$FAST" -eq 0 ] || SELECTION+=(-m "not crash")

@@ -1,4 +1,7 @@
-"""The README's examples run where its own install lines were followed, and nothing else: alone, and on two ranks."""
+"""Every Python block of the README and of the documentation runs in an environment made by the README's install lines.
+
+A block that starts ranks by ``Parallel`` runs alone and on two ranks.
+"""
 
 import os
 import re
@@ -17,24 +20,29 @@ from tests.support.selection import of_torch
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
+LIMIT_S = 240
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 pytestmark = of_torch
 
-WORLD_SIZES = pytest.mark.parametrize("world_size", [1, 2])
-LIMIT_S = 240
+
+def blocks_of(page: Path) -> list[str]:
+    """Return the Python blocks of a page."""
+    return re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
-def examples() -> tuple[str, str, str]:
-    """Return the README's three Python blocks: the first one, that of saving beside training, that of going on."""
-    first, second, third = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    return str(first), str(second), str(third)
+BLOCKS = {f"{page.stem} {number}": block for page in PAGES for number, block in enumerate(blocks_of(page), start=1)}
+RUNS = [
+    (name, world_size)
+    for name, block in BLOCKS.items()
+    for world_size in (1, 2)
+    if world_size == 1 or "with Parallel(" in block
+]
 
 
 def starts() -> dict[int, list[str]]:
-    """Return the commands that the README starts an example with, by the number of ranks."""
-    found = re.search(
-        r"Start it with `(torchrun .*? (example\.py))`, or with plain `(python)` for a world of one", README
-    )
+    """Return the commands with which the README starts its example, by number of ranks."""
+    found = re.search(r"Start it with `(torchrun .*? (example\.py))`, or with plain `(python)` for one process", README)
     assert found is not None
     return {1: [found[3], found[2]], 2: shlex.split(found[1])}
 
@@ -72,7 +80,7 @@ def pip(python: str, *arguments: str | Path) -> None:
 
 
 def run(installed: Installed, example: str, world_size: int, folder: Path) -> tuple[list[str], str, str]:
-    """Run an example in `folder`; return the names of its checkpoints, and what it wrote to the standard streams."""
+    """Run a program in `folder`; return the names of its checkpoints, standard output and standard error."""
     (folder / "example.py").write_text(example)
     mine = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     environment = {**mine, "PYTHONPATH": str(installed.site), "OMP_NUM_THREADS": "1"}
@@ -87,7 +95,7 @@ def run(installed: Installed, example: str, world_size: int, folder: Path) -> tu
         timeout=LIMIT_S,
     )
     assert done.returncode == 0, done.stderr
-    return sorted(path.name for path in (folder / "checkpoints").iterdir()), done.stdout, done.stderr
+    return sorted(path.name for path in folder.glob("checkpoints/*")), done.stdout, done.stderr
 
 
 def test_the_environment_holds_what_the_readme_installs_and_nothing_else(installed: Installed) -> None:
@@ -108,50 +116,49 @@ def named(requirement: str) -> str:
 
 
 def test_what_runs_is_the_installed_package(installed: Installed, tmp_path: Path) -> None:
-    program = "import pathlib, distckpt; pathlib.Path('checkpoints').mkdir(); print(distckpt.__file__)"
-    _, stdout, _ = run(installed, program, 1, tmp_path)
+    _, stdout, _ = run(installed, "import distckpt; print(distckpt.__file__)", 1, tmp_path)
     assert Path(stdout.strip()).is_relative_to(installed.site)
 
 
-@WORLD_SIZES
-def test_example_of_the_readme_keeps_two_checkpoints(installed: Installed, world_size: int, tmp_path: Path) -> None:
-    names, _, _ = run(installed, examples()[0], world_size, tmp_path)
+def test_every_page_that_should_have_an_example_has_one() -> None:
+    pages = {name.rsplit(" ", 1)[0] for name in BLOCKS}
+    assert pages >= {"README", "quickstart", "what-to-save", "background", "stop-and-resume", "notebooks-and-tests"}
+
+
+@pytest.mark.parametrize(("name", "world_size"), RUNS, ids=[f"{name} on {number}" for name, number in RUNS])
+def test_example_runs_and_its_checkpoints_are_whole(
+    installed: Installed, name: str, world_size: int, tmp_path: Path
+) -> None:
+    run(installed, BLOCKS[name], world_size, tmp_path)
+    written = list(tmp_path.glob("**/*.pt"))
+    assert bool(written) == ("with Parallel(" in BLOCKS[name])
+    for path in written:
+        verify(path)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_example_of_the_readme_starts_a_second_time(installed: Installed, world_size: int, tmp_path: Path) -> None:
+    example = BLOCKS["README 1"]
+    names, _, stderr = run(installed, example, world_size, tmp_path)
     assert names == ["checkpoint_20.pt", "checkpoint_30.pt"]
-    state = torch.load(tmp_path / "checkpoints" / "checkpoint_30.pt", weights_only=True)
-    assert state["trainer"]["iteration"] == 30
-    assert state["model"]["weight"].shape == (1, 4)
-
-
-def test_example_of_the_readme_has_twelve_lines() -> None:
-    assert len([line for line in examples()[0].splitlines() if line.strip()]) == 12
-
-
-@WORLD_SIZES
-def test_example_of_the_readme_saves_beside_training(installed: Installed, world_size: int, tmp_path: Path) -> None:
-    names, stdout, _ = run(installed, examples()[1], world_size, tmp_path)
-    assert names == ["checkpoint_40.pt", "checkpoint_50.pt"]
-    assert stdout.count("checkpoints/checkpoint_50.pt") == world_size
-    verify(tmp_path / "checkpoints" / "checkpoint_50.pt")
-    state = torch.load(tmp_path / "checkpoints" / "checkpoint_50.pt", weights_only=True)
-    assert state["trainer"]["iteration"] == 50
-    assert state["optimizer"]["state"][0]["step"] == 50
-
-
-@WORLD_SIZES
-def test_last_example_of_the_readme_goes_on_where_it_was(installed: Installed, world_size: int, tmp_path: Path) -> None:
-    example = examples()[2]
-    shorter = example.replace("max_epochs=3", "max_epochs=1")
-    assert shorter != example
-    names, _, stderr = run(installed, shorter, world_size, tmp_path)
-    assert names == ["checkpoint_10.pt"]
-    assert stderr.count("resume: nothing to resume from in checkpoints: starting afresh") == 1
-    weight = torch.load(tmp_path / "checkpoints" / "checkpoint_10.pt", weights_only=True)["model"]["weight"]
-    again = example.replace("max_epochs=3", "max_epochs=2").replace(
-        "trainer.run(", "assert trainer.state.epoch == 1; trainer.state.max_epochs = 2; trainer.run("
+    assert stderr.count("nothing to resume from in checkpoints") == 1
+    names, _, _ = run(installed, example, world_size, tmp_path)
+    assert names == ["checkpoint_20.pt", "checkpoint_30.pt"], "a finished run trains nothing"
+    longer = example.replace("max_epochs=3", "max_epochs=4")
+    names, _, stderr = run(installed, longer, world_size, tmp_path)
+    assert names == ["checkpoint_30.pt", "checkpoint_40.pt"]
+    assert stderr.count("checkpoint_30.pt of iteration 30, epoch 3") == 1
+    first, second = (
+        torch.load(tmp_path / "checkpoints" / name, weights_only=True)["model"]["weight"] for name in names
     )
-    names, _, stderr = run(installed, again, world_size, tmp_path)
-    assert names == ["checkpoint_10.pt", "checkpoint_20.pt"]
-    assert stderr.count("resume: going on from checkpoints/checkpoint_10.pt of iteration 10, epoch 1") == 1
-    state = torch.load(tmp_path / "checkpoints" / "checkpoint_20.pt", weights_only=True)
-    assert state["trainer"]["iteration"] == 20
-    assert torch.equal(state["model"]["weight"], weight), "the model was loaded: nothing trains it in the example"
+    assert torch.equal(first, second), "the model was loaded: nothing trains it in the example"
+
+
+def test_example_of_background_saving_prints_the_last_checkpoint_on_each_rank(
+    installed: Installed, tmp_path: Path
+) -> None:
+    names, stdout, _ = run(installed, BLOCKS["background 1"], 2, tmp_path)
+    assert names == ["checkpoint_40.pt", "checkpoint_50.pt"]
+    assert stdout.count("checkpoints/checkpoint_50.pt") == 2
+    state = torch.load(tmp_path / "checkpoints" / "checkpoint_50.pt", weights_only=True)
+    assert state["optimizer"]["state"][0]["step"] == 50
