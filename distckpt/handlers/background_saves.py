@@ -15,8 +15,8 @@ from distckpt.backends.detect import current
 from distckpt.coordination.phases import Seat
 from distckpt.coordination.votes import Answer, Fact
 from distckpt.errors import RemoteRankError
-from distckpt.handlers.engine_votes import Poller, hold, start_polling, stop_polling
-from distckpt.handlers.ignite_hooks import engines_firing
+from distckpt.handlers.engine_votes import Poller, count_votes, start_polling, stop_polling
+from distckpt.handlers.ignite_hooks import get_firing_engines
 from distckpt.saving.pending_save import Flight
 
 __all__ = ["Flights"]
@@ -43,7 +43,7 @@ class Flights(Poller):
 
     def __init__(self, timeout_s: float | None) -> None:
         self.timeout_s = timeout_s
-        self._seat = Seat("Checkpoint in the background")
+        self._handler_id = Seat("Checkpoint in the background")
         self._flight: Flight | None = None
         self._voted_on: Flight | None = None
         self._engine: Engine | None = None
@@ -71,7 +71,7 @@ class Flights(Poller):
                 waited for it.
         """
         self._flight, self._landed = flight, landed
-        self._engine = next(iter(engines_firing()), engine)
+        self._engine = next(iter(get_firing_engines()), engine)
         start_polling(self._engine, self)
 
     def poll(self, engine: Engine) -> None:
@@ -97,7 +97,7 @@ class Flights(Poller):
             RemoteRankError: it failed on some rank; on every rank. In a world of one what was raised.
         """
         if self._flight is not None and self._engine is not None:
-            hold(self._engine)
+            count_votes(self._engine)
         while self._flight is not None:
             self._advance()
 
@@ -121,12 +121,12 @@ class Flights(Poller):
         if landed is not None:
             landed(flight, error)
 
-    def drain(self, engine: Engine) -> None:
+    def wait_all(self, engine: Engine) -> None:
         """Collective. Wait until nothing is in flight, for the engine's run ends."""
         del engine
         self.land()
 
-    def leave(self, error: BaseException) -> None:
+    def abort(self, error: BaseException) -> None:
         """Wait for what is in flight, for an exception leaves the engine's run.
 
         It is taken over where all ranks are bound to come here. Else each rank finishes its own work: a rank that

@@ -27,7 +27,7 @@ import torch
 from ignite.engine import Engine
 
 from distckpt.backends.base import Backend
-from distckpt.handlers.ignite_hooks import engines_firing
+from distckpt.handlers.ignite_hooks import get_firing_engines
 from distckpt.handlers.object_trees import path_to
 from distckpt.policy.decision import Agreed
 from distckpt.ptformat.manifest import Manifest
@@ -71,7 +71,7 @@ def _record(engine: Engine, agreed: Agreed, to_save: Mapping[str, Any]) -> dict[
     decision = agreed.decision
     if decision is None or agreed.handler is None or agreed.run is None:
         return None
-    outermost = next(iter(engines_firing()), engine)
+    outermost = next(iter(get_firing_engines()), engine)
     state, path = outermost.state, path_to(outermost, to_save)
     is_plain = path is not None and all(isinstance(key, str | int) for key in path)
     fields = ("iteration", "epoch", "max_epochs", "max_iters", "epoch_length")

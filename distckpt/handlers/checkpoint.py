@@ -23,13 +23,18 @@ from distckpt.handlers.checkpoint_saving import CheckpointSaving
 from distckpt.handlers.compat import accept_older_order, deprecated
 from distckpt.handlers.disk_saver import DiskSaver
 from distckpt.handlers.early_save import Moment
-from distckpt.handlers.engine_votes import Voter, announce_errors, hold, is_poisoned
-from distckpt.handlers.events import CheckpointEvents
-from distckpt.handlers.ignite_hooks import engine_handling_exception, engines_firing, return_to_event
+from distckpt.handlers.engine_votes import Voter, announce_errors, count_votes, is_nonfinite
+from distckpt.handlers.ignite_hooks import (
+    CheckpointEvents,
+    find_engine_handling_exception,
+    get_firing_engines,
+    get_handlers,
+    is_iteration_event,
+    restore_event_name,
+)
 from distckpt.handlers.progress import epochs_over, position_of
 from distckpt.handlers.runs import Origin, num_saved
 from distckpt.handlers.save_handler import BaseSaveHandler, refuse_overrides
-from distckpt.handlers.sync_points import counts_iterations
 from distckpt.policy import retention
 from distckpt.policy.decision import NameRules, SaveIntent, comparable, step_priority
 from distckpt.policy.naming import check_name
@@ -131,7 +136,7 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
 
     SAVED_CHECKPOINT = CheckpointEvents.SAVED_CHECKPOINT
     fact = Fact.SAVE_WANTED
-    answers_early = False  # what it saves is the state of its own call
+    may_run_early = False  # what it saves is the state of its own call
     lag = None
     every = None
 
@@ -212,7 +217,7 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
         self._unsaved = (Moment(), "")
         self._is_early = self._is_forced = False
         self._flights = Flights(timeout_s)
-        self._seat = Seat("Checkpoint")
+        self._handler_id = Seat("Checkpoint")
         self._warned: set[str] = set()
 
     # -- saving ------------------------------------------------------------------------------------
@@ -232,27 +237,27 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
             SaveError: in a world of one, the checkpoint could not be written.
             CommitNotDurable: it is there, but may not survive a power cut.
         """
-        return_to_event(engine)
-        handling = engine_handling_exception()
+        restore_event_name(engine)
+        handling = find_engine_handling_exception()
         if handling is not None and current().world_size > 1:
-            handlers = handling._event_handlers.get(Events.EXCEPTION_RAISED, ())  # noqa: SLF001 - no public list of them
+            handlers = get_handlers(handling, Events.EXCEPTION_RAISED)
             # ignite takes an exception for caught where some handler of EXCEPTION_RAISED does not raise. To save is not
             # to catch: on one rank of several the run cannot go on.
-            announce_errors(handling, is_uncaught=all(isinstance(handler, Checkpoint) for handler, *_ in handlers))
+            announce_errors(handling, is_uncaught=all(isinstance(handler, Checkpoint) for handler in handlers))
             self._save_alone(engine, lambda: self._intend(engine))
             return
         # Without a function of the user's it saves whenever it is called. Elsewhere its calls are too few to ask first.
         decides = self.score_function is not None or self.global_step_transform is not None
         backend = current()
         has_others = backend.world_size > 1
-        asks = decides and has_others and counts_iterations(engine)
+        asks = decides and has_others and is_iteration_event(engine)
         self._asked_on, self._facts, self._is_wanted = (engine if asks else None), None, not asks
         try:
-            hold(engine, self, backend if has_others else None, asks=asks)
+            count_votes(engine, self, backend if has_others else None, asks=asks)
         finally:
             self._asked_on = None
         facts = self._facts
-        if is_poisoned(engine):
+        if is_nonfinite(engine):
             self._log_unsaved(engine, "it was voted NaN")
         elif self._is_wanted and not self._ended_at.is_now(engine):
             self._save(engine, lambda: self._intend(engine, facts))
@@ -283,7 +288,7 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
         priority = facts.score
         history: Sequence[tuple[int | float, str]] = self._saved
         if priority is None:
-            begun = self._is_of_begun_epoch(facts, next(iter(engines_firing()), engine))
+            begun = self._is_of_begun_epoch(facts, next(iter(get_firing_engines()), engine))
             priority = step_priority(facts.global_step, is_begun=begun)
             history = comparable(history, self._former, priority)
         return retention.wants(history, priority, n_saved=self.n_saved, greater_or_equal=self.greater_or_equal)
@@ -294,10 +299,10 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
             return False
         step, epoch = facts.global_step, outermost.state.epoch
         # Outside of a run the state may have been made by hand: what was trained is not known.
-        is_whole = bool(engines_firing()) and type(step) in (int, float) and step == epoch
+        is_whole = bool(get_firing_engines()) and type(step) in (int, float) and step == epoch
         return self._is_early or (is_whole and epochs_over(outermost) < epoch)
 
-    def _ticket(self) -> str | None:
+    def _required_object_id(self) -> str | None:
         return self.save_handler.ticket if isinstance(self.save_handler, DiskSaver) else None
 
     def has_saved_at(self, engine: Engine) -> bool:
@@ -319,7 +324,7 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
         if self.has_saved_at(engine):
             self._ended_at = self._saved_at
             return
-        present, is_within = engine.last_event_name, counts_iterations(engine)
+        present, is_within = engine.last_event_name, is_iteration_event(engine)
         self._is_early, self._is_forced = is_within and State.event_to_attr.get(event) != "iteration", True
         try:
             for call in calls or (self,):
@@ -347,7 +352,7 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
     def _intend(self, engine: Engine, facts: UserFacts | None = None) -> SaveIntent:
         if facts is None:
             facts = self._find_facts(engine)
-        engines = (*engines_firing(), engine)
+        engines = (*get_firing_engines(), engine)
         outermost = engines[0]
         run = self._enter_run(engines)
         return SaveIntent(

@@ -18,7 +18,7 @@ from ignite.handlers.checkpoint import DiskSaver as IgniteDiskSaver
 
 from distckpt._values import plain_score
 from distckpt.handlers.disk_saver import DiskSaver
-from distckpt.handlers.ignite_hooks import noted_on
+from distckpt.handlers.ignite_hooks import get_tracked_handlers
 from distckpt.handlers.records import Record
 from distckpt.handlers.runs import Origin
 from distckpt.loading import api
@@ -160,7 +160,7 @@ class CheckpointHistory(Serializable):
             engines: where to look beside those that this handler is attached to.
         """
         where = self._place()
-        known = [one for engine in self._known.with_others(engines) for one in noted_on(engine)]
+        known = [one for engine in self._known.with_others(engines) for one in get_tracked_handlers(engine)]
         others = {id(one): one for one in known if isinstance(one, CheckpointHistory) and one is not self}
         return [one for one in others.values() if where is not None and one._place() == where]  # noqa: SLF001 - its kind's
 

@@ -31,16 +31,19 @@ from distckpt.handlers.build_manifest import about
 from distckpt.handlers.checkpoint_history import ON_DISK, CheckpointHistory, IgniteDiskSaver, Owner
 from distckpt.handlers.disk_saver import DiskSaver, is_own
 from distckpt.handlers.early_save import Moment
-from distckpt.handlers.engine_votes import is_poisoned
-from distckpt.handlers.events import CheckpointEvents, register
-from distckpt.handlers.ignite_hooks import engine_handling_exception, engines_firing
+from distckpt.handlers.engine_votes import is_nonfinite, make_sync_points
+from distckpt.handlers.ignite_hooks import (
+    CheckpointEvents,
+    find_engine_handling_exception,
+    get_firing_engines,
+    register_checkpoint_events,
+)
 from distckpt.handlers.own_files import History, OwnFiles
 from distckpt.handlers.rank_alone import RankAlone
 from distckpt.handlers.records import Record, read_record, survey
 from distckpt.handlers.runs import Run, adopt, present_run, propose, run_key, untrained_at
 from distckpt.handlers.save_handler import BaseSaveHandler, hand_over
 from distckpt.handlers.save_log import SaveLog
-from distckpt.handlers.sync_points import take_place
 from distckpt.policy.decision import Agreed, RemovalOrder, SaveDecision, SaveIntent
 from distckpt.policy.naming import check_name
 from distckpt.policy.retention import Entry
@@ -67,7 +70,7 @@ class CheckpointSaving(CheckpointHistory):
     score_rule: Any
     timeout_s: float | None
     last_save_s: float
-    _seat: Seat
+    _handler_id: Seat
     _flights: Flights
     _saved_at: Moment
     _unsaved: tuple[Moment, str]
@@ -76,7 +79,7 @@ class CheckpointSaving(CheckpointHistory):
     _warned: set[str]
 
     @abstractmethod
-    def _ticket(self) -> str | None:
+    def _required_object_id(self) -> str | None:
         """Return what notes about the save handler's construction stand under."""
 
     @abstractmethod
@@ -97,8 +100,8 @@ class CheckpointSaving(CheckpointHistory):
             RemoteRankError: the save failed on some rank; on every rank, and of the type that was raised there.
             SaveError: in a world of one, the checkpoint could not be written.
         """
-        if engine_handling_exception() is not None and current().world_size > 1:
-            self._flights.leave(_error_under_way())
+        if find_engine_handling_exception() is not None and current().world_size > 1:
+            self._flights.abort(_error_under_way())
         else:
             self._flights.land()
 
@@ -122,7 +125,9 @@ class CheckpointSaving(CheckpointHistory):
         watch = liveness.listen(backend, self.timeout_s)
         if watch is not None:
             watch.forget_caught()
-        place = take_place(self._seat, backend, engine, watch=self._ticket(), timeout_s=self.timeout_s)
+        place = make_sync_points(
+            self._handler_id, backend, engine, watch=self._required_object_id(), timeout_s=self.timeout_s
+        )
         agreed = protocol.decide(
             backend,
             place("deciding what to save"),
@@ -148,7 +153,7 @@ class CheckpointSaving(CheckpointHistory):
         """All ranks. Take over the run that the save belongs to, and count the save."""
         if agreed.run is None:
             return
-        outermost = next(iter(engines_firing()), engine)
+        outermost = next(iter(get_firing_engines()), engine)
         adopt(outermost, Run.from_json(agreed.run), agreed.number + (agreed.decision is not None))
         self._run_key, self._origin, self._is_untouched, self._is_given = run_key(outermost), None, False, False
         saved = set() if agreed.decision is None else {agreed.decision.filename}
@@ -169,7 +174,7 @@ class CheckpointSaving(CheckpointHistory):
         """
         outermost = engines[0]
         run, is_new = present_run(outermost), self._run_key != run_key(outermost)
-        looks = engine_handling_exception() is not None or current().rank == self._coordinator()
+        looks = find_engine_handling_exception() is not None or current().rank == self._coordinator()
         files = self._survey(engines) if looks and is_new and (run is None or self._is_untouched) else {}
         if run is None:
             started_s = [record.run.started_s for record in files.values() if record is not None]
@@ -218,13 +223,13 @@ class CheckpointSaving(CheckpointHistory):
             BaseException: the one that is being handled, where it could not be saved; a note says why.
         """
         live, error = current(), _error_under_way()
-        self._flights.leave(error)
+        self._flights.abort(error)
         handler = self.save_handler
         if isinstance(handler, DiskSaver) and handler.writes_on_one_rank and live.rank != self._coordinator():
             return
         if self._saved_at.is_now(engine):  # ignite handles an exception twice: where it is raised, and around the run
             return
-        if is_poisoned(engine):
+        if is_nonfinite(engine):
             self._log_unsaved(engine, "it was voted NaN")
             return
         try:
@@ -324,7 +329,7 @@ class CheckpointSaving(CheckpointHistory):
                 backend, decision.filename, about(backend, engine, agreed, self.to_save), sharing, self._only_key()
             ),
             sharing=sharing,
-            remove_one=functools.partial(_remove_own, saver, decision, self._owner(engines_firing()))
+            remove_one=functools.partial(_remove_own, saver, decision, self._owner(get_firing_engines()))
             if is_removed_early
             else None,
             timeout_s=self.timeout_s,
@@ -483,7 +488,7 @@ class CheckpointSaving(CheckpointHistory):
         written: WrittenFiles | None = None,
     ) -> list[str]:
         """Collective. Remove what was evicted, keep what could not be removed for the next save; return what to say."""
-        handler, owner = self.save_handler, self._owner(engines_firing())
+        handler, owner = self.save_handler, self._owner(get_firing_engines())
 
         def remove_one(filename: str) -> None:
             if isinstance(handler, ON_DISK):
@@ -508,7 +513,7 @@ class CheckpointSaving(CheckpointHistory):
         return [f"{one.problem}.{'' if one.gone else ' The next save tries again.'}" for one in told]
 
     def _tell(self, engine: Engine, agreed: Agreed, problems: list[str]) -> None:
-        register(engine)
+        register_checkpoint_events(engine)
         before = engine.last_event_name
         try:
             engine.fire_event(CheckpointEvents.SAVED_CHECKPOINT)

@@ -5,7 +5,7 @@ from typing import Any
 
 from ignite.engine import Engine
 
-from distckpt.handlers.engine_votes import num_runs
+from distckpt.handlers.engine_votes import get_run_number
 
 __all__ = ["Moment"]
 
@@ -15,7 +15,7 @@ class Moment:
 
     def __init__(self, engine: Engine | None = None) -> None:
         self._engine = None if engine is None else weakref.ref(engine)
-        self._when = None if engine is None else (num_runs(engine), engine.state.iteration)
+        self._when = None if engine is None else (get_run_number(engine), engine.state.iteration)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Leave the engine behind."""
@@ -25,4 +25,4 @@ class Moment:
         """Tell whether the engine is still there, in the same iteration of the same run."""
         if self._engine is None or self._engine() is not engine:
             return False
-        return self._when == (num_runs(engine), engine.state.iteration)
+        return self._when == (get_run_number(engine), engine.state.iteration)

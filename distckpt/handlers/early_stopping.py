@@ -20,8 +20,7 @@ from distckpt.backends.detect import current
 from distckpt.coordination import phases
 from distckpt.handlers.arguments import check_timeout
 from distckpt.handlers.compat import deprecated
-from distckpt.handlers.engine_votes import stop, stop_reason
-from distckpt.handlers.sync_points import take_place
+from distckpt.handlers.engine_votes import make_sync_points, stop_reason, stop_run
 from distckpt.policy.scores import agreed_score, check_rule
 
 __all__ = ["EarlyStopping"]
@@ -121,7 +120,7 @@ class EarlyStopping(Serializable, ResettableHandler):
         self.counter = 0
         self.best_score: float | None = None
         self.logger = logging.getLogger(f"{__name__}.{type(self).__name__}")
-        self._seat = phases.Seat(type(self).__name__)
+        self._handler_id = phases.Seat(type(self).__name__)
         self._warned = False
 
     def __call__(self, engine: Engine | None) -> None:
@@ -134,7 +133,7 @@ class EarlyStopping(Serializable, ResettableHandler):
             RemoteRankError: the score function failed on some rank; on every rank. In a world of one: its own error.
         """
         backend = current()
-        place = take_place(self._seat, backend, engine, timeout_s=self.timeout_s)("comparing the score")
+        place = make_sync_points(self._handler_id, backend, engine, timeout_s=self.timeout_s)("comparing the score")
         facts = phases.run(backend, place, lambda: (self._score_of(engine), self._settings()), timeout_s=self.timeout_s)
         scores = [score for score, _ in facts]
         # Rank 0's: a state, or an argument, that only rank 0 was given holds on all.
@@ -181,7 +180,7 @@ class EarlyStopping(Serializable, ResettableHandler):
                 self.best_score,
                 score,
             )
-            stop(self.trainer, "early_stop")
+            stop_run(self.trainer, "early_stop")
 
     def _improves(self, score: float) -> bool:
         if is_nan(score) or self.best_score is None:

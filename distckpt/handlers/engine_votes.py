@@ -1,55 +1,37 @@
 """The vote of an engine: facts of its handlers during an event, one count of them, and what follows from it.
 
 Owns what a handler needs for it, the engine's stop reason, and which iteration a NaN was found in. When a vote is held
-lies in :mod:`distckpt.handlers.engine_vote`, how it is counted in :mod:`distckpt.coordination.votes`.
+lies in :mod:`distckpt.handlers.vote_rounds`, how it is counted in :mod:`distckpt.coordination.votes`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 from ignite.engine import Engine, Events
 
 from distckpt.backends.base import Backend
-from distckpt.coordination.phases import Seat
+from distckpt.coordination.phases import Place, Seat
 from distckpt.coordination.votes import Answer, Fact
-from distckpt.handlers.engine_vote import EngineVote
 from distckpt.handlers.ignite_hooks import (
-    Noted,
-    engines_firing,
-    hooks_of,
-    noted_on,
-    return_to_event,
+    TrackedHandler,
+    get_attachments,
+    get_early_handlers,
+    get_firing_engines,
+    get_hooks,
+    get_tracked_handlers,
+    is_iteration_event,
+    restore_event_name,
+    run_early,
     set_hooks,
-    take_turns,
-    turns_on,
-    turns_to_come,
 )
 from distckpt.handlers.progress import progress_of
-from distckpt.handlers.sync_points import counts_iterations
-
-__all__ = [
-    "Poller",
-    "StopReason",
-    "Voter",
-    "announce_errors",
-    "check_pace",
-    "exit_after_run",
-    "hold",
-    "is_off_pace",
-    "is_poisoned",
-    "num_runs",
-    "poison",
-    "start_polling",
-    "stop",
-    "stop_polling",
-    "stop_reason",
-]
+from distckpt.handlers.vote_rounds import EngineVotes
 
 StopReason = Literal["nan", "early_stop", "time_limit", "preempted"]
 
 
-class Voter(Noted, ABC):
+class Voter(TrackedHandler, ABC):
     """Mixin of handlers that vote.
 
     Attributes:
@@ -60,12 +42,12 @@ class Voter(Noted, ABC):
 
     fact: ClassVar[Fact]
     """What its answer is to."""
-    answers_early: ClassVar[bool] = True
-    looks_for_nan: ClassVar[bool] = False
+    may_run_early: ClassVar[bool] = True
+    detects_nan: ClassVar[bool] = False
     lag: int | None
     every: int | None
     timeout_s: float | None
-    _seat: Seat
+    _handler_id: Seat
 
     @abstractmethod
     def _probe(self, engine: Engine) -> Answer:
@@ -80,18 +62,18 @@ class Voter(Noted, ABC):
             said: what each rank that said yes tells of it.
         """
 
-    def _ticket(self) -> str | None:
+    def _required_object_id(self) -> str | None:
         """Return the `watch` of :meth:`~distckpt.coordination.phases.Seat.take`."""
         return None
 
     def _vote(self, engine: Engine, backend: Backend) -> None:
-        """All ranks. Put a fact on the engine's ballot. It is counted after the last handler, or by :func:`hold`.
+        """All ranks. Put a fact on the engine's ballot; :func:`count_votes` or the event's end counts it.
 
         Args:
             engine: whose event it is.
             backend: the job's.
         """
-        return_to_event(engine)
+        restore_event_name(engine)
         vote = _vote_of(engine)
         motion = vote.motion_of(self, backend)
         if motion is None:
@@ -107,11 +89,11 @@ class Poller(Voter):
         """All ranks. Vote."""
 
     @abstractmethod
-    def drain(self, engine: Engine) -> None:
+    def wait_all(self, engine: Engine) -> None:
         """Collective. End what is in flight, for the engine's run ends."""
 
     @abstractmethod
-    def leave(self, error: BaseException) -> None:
+    def abort(self, error: BaseException) -> None:
         """End what is in flight, for an exception leaves the engine's run.
 
         Collective where all ranks are bound to come here.
@@ -132,7 +114,40 @@ def stop_polling(engine: Engine, poller: Poller) -> None:
         pollers.remove(poller)
 
 
-def check_pace(lag: int | None, every: int | None) -> None:
+def make_sync_points(
+    seat: Seat,
+    backend: Backend,
+    engine: Engine | None,
+    *,
+    watch: str | None = None,
+    timeout_s: float | None = None,
+) -> Callable[[str], Place]:
+    """All ranks. Take the handler's seat for this call, and return what makes its places.
+
+    Ranks have to be at the same iteration on events that count iterations. On others only the number of calls has to
+    agree: at the end of an evaluation the ranks may have seen shards of unequal length.
+
+    Args:
+        seat: the handler's.
+        backend: the job's.
+        engine: on which the handler is called; None when a user calls it.
+        watch: see :meth:`Seat.take`.
+        timeout_s: seconds to wait for the other ranks; None for the default.
+
+    Returns:
+        Makes a place from what is done there.
+    """
+    who, turn = seat.take(backend, watch=watch, timeout_s=timeout_s)
+    if engine is None:
+        return lambda doing: Place(who=who, doing=doing, step=0, turn=turn)
+    event, step = engine.last_event_name, engine.state.iteration
+    name = getattr(event, "name", event)
+    if is_iteration_event(engine):
+        turn = step
+    return lambda doing: Place(who=who, doing=f"on {name}, {doing}", step=step, turn=turn)
+
+
+def check_schedule(lag: int | None, every: int | None) -> None:
     """Refuse a lag or an interval that makes no sense.
 
     Raises:
@@ -146,7 +161,7 @@ def check_pace(lag: int | None, every: int | None) -> None:
         raise ValueError(msg)
 
 
-def stop(engine: Engine, reason: StopReason) -> None:
+def stop_run(engine: Engine, reason: StopReason) -> None:
     """Rank-local. Stop the engine's run, and remember why; the first reason stands."""
     vote = _vote_of(engine)
     if vote.reason is None:
@@ -168,21 +183,21 @@ def stop_reason(engine: Engine) -> StopReason | None:
         >>> stop_reason(trainer)
         'nan'
     """
-    vote = hooks_of(engine)
+    vote = get_hooks(engine)
     return None if vote is None else vote.reason
 
 
-def is_off_pace(engine: Engine, voter: Voter) -> bool:
+def is_off_schedule(engine: Engine, voter: Voter) -> bool:
     """Return True if a handler of iterations is between two on which the engine's handlers vote, by their ``every``.
 
     A run is not stopped there: gradients of several batches may be accumulated, and are no part of a checkpoint. The
     trained iterations count: a save may have the vote held as an iteration begins, which is not trained yet.
     """
-    if not any(turn.noted is voter for turn in turns_on(engine, Events.ITERATION_COMPLETED)):
+    if not any(turn.noted is voter for turn in get_attachments(engine, Events.ITERATION_COMPLETED)):
         return False  # it may not come to such an iteration for many epochs
     if _is_last_iteration(engine):
         return False  # the run ends here by itself: nothing is lost
-    every = max((one.every or 1 for one in noted_on(engine) if isinstance(one, Voter)), default=1)
+    every = max((one.every or 1 for one in get_tracked_handlers(engine) if isinstance(one, Voter)), default=1)
     return progress_of(engine).trained % every > 0
 
 
@@ -195,9 +210,9 @@ def _is_last_iteration(engine: Engine) -> bool:
     return bool(state.iteration >= state.max_epochs * state.epoch_length)
 
 
-def num_runs(engine: Engine) -> int:
+def get_run_number(engine: Engine) -> int:
     """Return a number that tells one run of the engine from the next, once a handler has voted or stopped it."""
-    vote = hooks_of(engine)
+    vote = get_hooks(engine)
     return 0 if vote is None else int(vote.num_runs)
 
 
@@ -208,7 +223,7 @@ def announce_errors(engine: Engine, *, is_uncaught: bool) -> None:
         engine: which handles an exception.
         is_uncaught: whether it leaves the run though its handlers do not raise.
     """
-    for one in (engine, *engines_firing()):
+    for one in (engine, *get_firing_engines()):
         _vote_of(one).announces_errors = True
     _vote_of(engine).has_uncaught_error = is_uncaught
 
@@ -218,21 +233,23 @@ def exit_after_run(engine: Engine, code: int) -> None:
     _vote_of(engine).exit_code = code
 
 
-def poison(engine: Engine) -> None:
+def mark_nonfinite(engine: Engine) -> None:
     """Rank-local. Remember that the engine's present iteration was voted NaN."""
-    _vote_of(engine).poisoned_at = engine.state.iteration
+    _vote_of(engine).nonfinite_at = engine.state.iteration
 
 
-def is_poisoned(engine: Engine) -> bool:
+def is_nonfinite(engine: Engine) -> bool:
     """Return True if the engine's present iteration was voted NaN, or that of an engine around its event."""
-    for one in (engine, *engines_firing()):
-        vote = hooks_of(one)
-        if vote is not None and vote.poisoned_at is not None and vote.poisoned_at == one.state.iteration:
+    for one in (engine, *get_firing_engines()):
+        vote = get_hooks(one)
+        if vote is not None and vote.nonfinite_at is not None and vote.nonfinite_at == one.state.iteration:
             return True
     return False
 
 
-def hold(engine: Engine, saver: Voter | None = None, backend: Backend | None = None, *, asks: bool = False) -> None:
+def count_votes(
+    engine: Engine, saver: Voter | None = None, backend: Backend | None = None, *, asks: bool = False
+) -> None:
     """Collective where a vote is open or looks for NaN. Count the votes of the engine and of those around its event.
 
     1. (all ranks) where something is on an engine's ballot, or a handler that looks for NaN is still to be called in
@@ -249,22 +266,22 @@ def hold(engine: Engine, saver: Voter | None = None, backend: Backend | None = N
         backend: the job's; for `saver`.
         asks: whether it has something to ask on the engine's ballot.
     """
-    for one in dict.fromkeys((*engines_firing(), engine)):
-        vote, is_own = hooks_of(one), one is engine
-        to_come = [voter for voter in turns_to_come(one) if voter.looks_for_nan]
+    for one in dict.fromkeys((*get_firing_engines(), engine)):
+        vote, is_own = get_hooks(one), one is engine
+        to_come = [voter for voter in get_early_handlers(one) if voter.detects_nan]
         if to_come or (asks and is_own) or (vote is not None and vote.has_ballot):
             if saver is not None and backend is not None:
                 saver._vote(one, backend)  # noqa: SLF001 - it is a voter's
-            take_turns(one, None if is_own and counts_iterations(one) else to_come)
-            vote = vote or hooks_of(one)
+            run_early(one, None if is_own and is_iteration_event(one) else to_come)
+            vote = vote or get_hooks(one)
         if vote is not None:
-            return_to_event(one)
+            restore_event_name(one)
             vote.settle(one)
 
 
-def _vote_of(engine: Engine) -> EngineVote:
-    vote: EngineVote | None = hooks_of(engine)
+def _vote_of(engine: Engine) -> EngineVotes:
+    vote: EngineVotes | None = get_hooks(engine)
     if vote is None:
-        vote = EngineVote()
+        vote = EngineVotes()
         set_hooks(engine, vote)
     return vote

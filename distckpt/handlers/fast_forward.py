@@ -28,7 +28,14 @@ from distckpt.handlers.data_loaders import (
     warn_of_ranks,
     warn_of_workers,
 )
-from distckpt.handlers.ignite_hooks import after_event, set_start
+from distckpt.handlers.ignite_hooks import (
+    add_first_handler,
+    after_event,
+    get_handlers,
+    get_iterator,
+    set_init_iter,
+    set_start_hook,
+)
 from distckpt.handlers.progress import Resumption, go_on, length_of, samplers_of
 from distckpt.handlers.restored_state import Restored
 from distckpt.handlers.resume_point import StartPoint, fit_to_data
@@ -89,15 +96,13 @@ class FastForward:
         for one in _on(engine):  # of an earlier resume, and no run since
             one.detach(engine)
         self._place(engine)
-        set_start(engine, self)
+        set_start_hook(engine, self)
         for event, handler in self._handlers():
-            engine.add_event_handler(event, handler)
-            handlers = engine._event_handlers[event]  # noqa: SLF001 - there is no public way to be the first
-            handlers.insert(0, handlers.pop())
+            add_first_handler(engine, event, handler)
 
     def detach(self, engine: Engine) -> None:
         """Take the handlers off the engine, and let it begin its epochs by itself."""
-        set_start(engine, None)
+        set_start_hook(engine, None)
         for event, handler in self._handlers():
             if engine.has_event_handler(handler, event):
                 engine.remove_event_handler(handler, event)
@@ -141,7 +146,7 @@ class FastForward:
         if state.iteration != self._start.trained or is_begun_anew:
             self._leave(engine)
             return None
-        if engine._dataloader_iter is not None:  # noqa: SLF001 - set_data() was called; there is no public way to ask
+        if get_iterator(engine) is not None:  # set_data() was called
             data = state.dataloader
         start = self._recorded
         ends = (max_epochs or state.max_epochs, max_iters or state.max_iters)
@@ -181,7 +186,7 @@ class FastForward:
             raise ValueError(msg)
         self._start = fitted[0]
         self._place(engine)
-        engine._init_iter = self._start.in_epoch  # noqa: SLF001 - ignite derives it from the iteration
+        set_init_iter(engine, self._start.in_epoch)  # ignite derives it from the iteration
         if self._start.scale != start.scale:
             _logger.log(
                 level_on(backend.rank, {0}),
@@ -240,13 +245,13 @@ class FastForward:
     def _leave(self, engine: Engine) -> None:
         """Let the next run begin as it would without a resume."""
         self.detach(engine)
-        engine._init_iter = None  # noqa: SLF001 - as above
+        set_init_iter(engine, None)
         go_on(engine, None)
 
     # -- in the run --------------------------------------------------------------------------------
 
     def _begin_run(self, engine: Engine) -> None:
-        set_start(engine, None)
+        set_start_hook(engine, None)
         self._has_given_out = False
         after_event(engine, self._after_started)
 
@@ -261,7 +266,7 @@ class FastForward:
             return
         if engine.state.iteration != self._start.trained:
             self.detach(engine)
-            engine._init_iter = None  # noqa: SLF001 - a handler of STARTED has set another iteration
+            set_init_iter(engine, None)  # a handler of STARTED has set another iteration
             return
         if self._start.epoch_begun:
             self._restored.hold_histories()
@@ -360,7 +365,7 @@ class FastForward:
         if self._num_seen and self._skip_batches:
             self._skip(engine)
         if self._rng_states is not None:
-            _draw_order(engine._dataloader_iter)  # noqa: SLF001 - as below
+            _draw_order(get_iterator(engine))
             _set_rng_states(self._rng_states)
         if (self._start.is_mid_pass and not self._start.is_drawn) or self._is_reset:
             self._put_back_targets()
@@ -371,7 +376,7 @@ class FastForward:
             after_event(engine, lambda _: self._put_back_targets())
 
     def _skip(self, engine: Engine) -> None:
-        iterator: Iterator[Any] = engine._dataloader_iter  # type: ignore[assignment]  # noqa: SLF001 - it is private, and made by now
+        iterator: Iterator[Any] = get_iterator(engine)  # type: ignore[assignment]  # made by now
         num_skipped = 0
         for _ in range(self._num_seen):
             try:
@@ -438,6 +443,5 @@ def _parts_of(data: Any) -> Sequence[Any]:
 
 
 def _on(engine: Engine) -> list[FastForward]:
-    handlers = engine._event_handlers.get(Events.EPOCH_STARTED, ())  # noqa: SLF001 - no public list of them
-    owners = [getattr(handler, "__self__", None) for handler, *_ in handlers]
+    owners = [getattr(handler, "__self__", None) for handler in get_handlers(engine, Events.EPOCH_STARTED)]
     return [owner for owner in owners if isinstance(owner, FastForward)]

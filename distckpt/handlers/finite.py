@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Offender", "all_finite", "broken_flag", "first_offender"]
+__all__ = ["Offender", "all_finite", "first_offender", "nonfinite_flag"]
 
 _PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
 _PLAIN_DTYPES = frozenset(
@@ -93,7 +93,7 @@ def all_finite(output: Any) -> bool:
         return False
 
 
-def broken_flag(output: Any) -> bool | torch.Tensor:
+def nonfinite_flag(output: Any) -> bool | torch.Tensor:
     """Tell whether `output` holds NaN or infinity, without waiting for an accelerator.
 
     An uncoalesced sparse tensor there is judged by its terms: to add them up would mean to wait.
@@ -109,10 +109,10 @@ def broken_flag(output: Any) -> bool | torch.Tensor:
         TypeError: it holds something else, before any number known on the host to be broken.
 
     Example:
-        >>> broken_flag({"loss": torch.tensor(float("nan"))})
+        >>> nonfinite_flag({"loss": torch.tensor(float("nan"))})
         True
     """
-    return _broken_flag(output, _place_of)
+    return _nonfinite_flag(output, _place_of)
 
 
 def first_offender(output: Any) -> Offender | None:
@@ -225,8 +225,8 @@ def _place_of(tensor: torch.Tensor) -> Hashable | None:
     return None if tensor.is_cpu or tensor.is_meta else tensor.device
 
 
-def _broken_flag(output: Any, place_of: Callable[[torch.Tensor], Hashable | None]) -> bool | torch.Tensor:
-    """Work as `broken_flag`, for accelerators as `place_of` tells them apart."""
+def _nonfinite_flag(output: Any, place_of: Callable[[torch.Tensor], Hashable | None]) -> bool | torch.Tensor:
+    """Work as `nonfinite_flag`, for accelerators as `place_of` tells them apart."""
     if type(output) is float:
         return not math.isfinite(output)
     if isinstance(output, torch.Tensor) and place_of(output) is None:

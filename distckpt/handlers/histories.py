@@ -14,7 +14,7 @@ from distckpt.backends.base import Backend
 from distckpt.coordination import phases
 from distckpt.handlers.checkpoint import Checkpoint
 from distckpt.handlers.checkpoint_history import ON_DISK
-from distckpt.handlers.ignite_hooks import noted_on
+from distckpt.handlers.ignite_hooks import get_tracked_handlers
 from distckpt.handlers.object_trees import leaves
 from distckpt.handlers.own_files import OwnFiles
 from distckpt.handlers.records import Record
@@ -88,7 +88,7 @@ def handlers_beside(
 ) -> list[Checkpoint]:
     """Return the handlers whose history is found: the source, those that are loaded, those on the engines."""
     loaded = [one for _, one in leaves(to_load)]
-    attached = [one for engine in engines for one in noted_on(engine)]
+    attached = [one for engine in engines for one in get_tracked_handlers(engine)]
     found = [one for one in (source, *loaded, *attached) if isinstance(one, Checkpoint)]
     return [one for one in {id(one): one for one in found}.values() if isinstance(one.save_handler, ON_DISK)]
 

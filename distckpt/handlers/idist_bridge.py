@@ -6,6 +6,10 @@ longer has (``xm.get_ordinal``, ``xm.xrt_world_size``): ``idist.get_rank()``, an
 is registered where ignite registers its own, in place of that one, and only where that one cannot work.
 """
 
+import functools
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import ignite.distributed as idist
@@ -13,13 +17,13 @@ import ignite.distributed.utils as idist_utils
 import torch
 from ignite.distributed import comp_models
 from ignite.distributed.comp_models.base import ComputationModel
+from ignite.metrics import Metric
 
 from distckpt.backends import entry
 from distckpt.backends.detect import current
 from distckpt.backends.others import module_of
 from distckpt.backends.parallel import spawn
-
-__all__ = ["XlaModel", "install"]
+from distckpt.coordination import phases
 
 _GONE = ("get_ordinal", "xrt_world_size")
 _NO_GROUPS = "distckpt's model of an XLA job reduces over all replicas; it has no groups of some of them"
@@ -154,7 +158,7 @@ def _refuse(group: Any) -> None:
         raise NotImplementedError(_NO_GROUPS)
 
 
-def install() -> bool:
+def register_xla_model() -> bool:
     """Let ignite know the model, where its own cannot work; tell whether it is so.
 
     Changed of ignite's (pytorch-ignite 0.5.5): ``registered_computation_models``, in which it looks for the model of
@@ -171,3 +175,79 @@ def install() -> bool:
     comp_models.registered_computation_models = models
     idist.registered_computation_models = models
     return True
+
+
+_KEY = "_Metric__state_dict_key_per_rank"  # ignite's name of the key under which all ranks' states are
+
+
+class _Local(threading.local):
+    """What a metric's ``state_dict`` does on this thread instead of gathering; None where it gathers."""
+
+    gather: Callable[[Metric], list[Any]] | None = None
+
+
+_LOCAL = _Local()
+
+
+def wrap_metric_state() -> None:
+    """Let metrics be consolidated, where this ignite's gather in ``state_dict``. Does nothing the second time."""
+    if hasattr(Metric, _KEY) and not hasattr(Metric, "distckpt_consolidate"):
+        metric: Any = Metric  # whose class declares no such method
+        metric.state_dict = _wrap(Metric.state_dict)
+        metric.distckpt_consolidate = _consolidate
+
+
+def _wrap(state_dict: Callable[[Metric], Any]) -> Callable[[Metric], Any]:
+    @functools.wraps(state_dict)
+    def state_dict_here(self: Metric) -> Any:
+        gather = _LOCAL.gather
+        return state_dict(self) if gather is None else OrderedDict([(getattr(Metric, _KEY), gather(self))])
+
+    return state_dict_here
+
+
+def _consolidate(self: Metric, to: int) -> Any:
+    """Collective. Return the state with every rank's part in it. All ranks get it.
+
+    Args:
+        self: the metric.
+        to: the rank that saves.
+
+    Raises:
+        RemoteRankError: the metric's ``state_dict`` failed on some rank; on every rank.
+    """
+    del to
+    if idist.get_world_size() == 1:
+        return None
+    backend, name = current(), type(self).__name__
+    states: list[Any] = []
+
+    def keep(metric: Metric) -> list[Any]:
+        states.append(metric._state_dict_per_rank())  # noqa: SLF001 - the part of it that is this rank's
+        return [states[-1]]
+
+    def look() -> int:
+        _call(self, keep)
+        return len(states)
+
+    nums = phases.run(backend, phases.Place(who=name, doing="asking the metric for its state", step=0), look)
+    if len(set(nums)) > 1:
+        msg = f"{name}.state_dict() gathers another number of states on each rank: {nums}, by rank"
+        raise RuntimeError(msg)
+    gathered: list[Any] = [idist.all_gather(state) for state in states]
+    found: list[Any] = []
+
+    def take() -> None:
+        rest = iter(gathered)
+        found.append(_call(self, lambda _: next(rest)))
+
+    phases.run(backend, phases.Place(who=name, doing="putting the metric's state together", step=0), take)
+    return found[0]
+
+
+def _call(metric: Metric, gather: Callable[[Metric], list[Any]]) -> Any:
+    before, _LOCAL.gather = _LOCAL.gather, gather
+    try:
+        return metric.state_dict()
+    finally:
+        _LOCAL.gather = before

@@ -12,32 +12,11 @@ wrapped, once, as this module is imported. An engine that no handler of distckpt
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, ClassVar, Protocol
 
-from ignite.engine import Engine, Events, State
+from ignite.engine import Engine, EventEnum, Events, State
 from ignite.engine.events import EventsList
-
-from distckpt.handlers.progress import count_event, progress_of
-
-__all__ = [
-    "Hooks",
-    "Noted",
-    "Turn",
-    "after_event",
-    "engine_handling_exception",
-    "engines_firing",
-    "hooks_of",
-    "noted_on",
-    "return_to_event",
-    "run_of",
-    "set_hooks",
-    "set_run",
-    "set_start",
-    "take_turns",
-    "turns_on",
-    "turns_to_come",
-]
 
 _ATTRIBUTE = "_distckpt_hooks"
 _TURNS = "_distckpt_turns"
@@ -57,7 +36,7 @@ class Hooks(Protocol):
         """Called before the handlers of STARTED and of COMPLETED."""
 
     def after_iteration(self, engine: Engine) -> None:
-        """Called once an iteration: after the handlers of ITERATION_COMPLETED, or by :func:`take_turns`."""
+        """Called once an iteration: after the handlers of ITERATION_COMPLETED, or by :func:`run_early`."""
 
     def after_run(self, engine: Engine) -> None:
         """Called when a run has ended without an exception."""
@@ -83,22 +62,32 @@ class Start(Protocol):
         """Called with the arguments of ``run()``; returns a state to be returned at once, or None."""
 
 
-class Noted:
+class _Counters(Protocol):
+    """An engine's counters; see :class:`distckpt.handlers.progress.Progress`."""
+
+    trained: int
+    needs_iterator: bool
+
+    def begin_pass(self) -> None:
+        """Count batches from a new iterator."""
+
+
+class TrackedHandler:
     """Base of the handlers whose turns an engine notes as they are attached.
 
-    Noted then, because a profiler may replace the entries of the engine's list by functions of its own.
+    TrackedHandler then, because a profiler may replace the entries of the engine's list by functions of its own.
     """
 
-    answers_early: ClassVar[bool]
+    may_run_early: ClassVar[bool]
     """Whether its turn may come before that of the handlers attached before it."""
-    looks_for_nan: ClassVar[bool]
+    detects_nan: ClassVar[bool]
     """Whether a save has to know its answer."""
 
     def attached(self, engine: Engine, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Called as an engine notes the handler, with what it will be called with beside the engine."""
 
 
-class Turn:
+class Attachment:
     """The turn of a noted handler on one event.
 
     If the handler answers early, this object replaces it in the engine's list, and calls it once a firing at most. To
@@ -110,7 +99,7 @@ class Turn:
         given: what was attached: the handler, or a function around it.
     """
 
-    def __init__(self, noted: Noted, event: Any, given: Any, entry: _Entry) -> None:
+    def __init__(self, noted: TrackedHandler, event: Any, given: Any, entry: _Entry) -> None:
         self.noted = noted
         self.event = event
         self.given = given
@@ -187,7 +176,7 @@ class _Frame:
         self.kwargs = kwargs
         self.actions: list[Action] | None = None
         self.had: set[int] = set()
-        self.turns: list[Turn] | None = None
+        self.turns: list[Attachment] | None = None
         self.is_iteration = event is _ITERATED
 
 
@@ -201,7 +190,22 @@ class _Frames(threading.local):
 _FRAMES = _Frames()  # of the thread: replicas may be threads of one process
 
 
-def hooks_of(engine: Engine | None) -> Any:
+class CheckpointEvents(EventEnum):
+    """Events fired by :class:`~distckpt.Checkpoint`.
+
+    ``SAVED_CHECKPOINT`` fires on every rank, after the checkpoint is durable and what it replaces is removed.
+
+    Example:
+        >>> engine = Engine(lambda engine, batch: None)
+        >>> @engine.on(CheckpointEvents.SAVED_CHECKPOINT)
+        ... def told(engine):
+        ...     print("saved")
+    """
+
+    SAVED_CHECKPOINT = "saved_checkpoint"
+
+
+def get_hooks(engine: Engine | None) -> Any:
     """Return what :func:`set_hooks` put on the engine, or None. A handler may be called without an engine."""
     return None if engine is None else vars(engine).get(_ATTRIBUTE)
 
@@ -211,7 +215,7 @@ def set_hooks(engine: Engine, hooks: Hooks) -> None:
     vars(engine)[_ATTRIBUTE] = hooks
 
 
-def run_of(engine: Engine) -> Any:
+def get_run(engine: Engine) -> Any:
     """Return what :func:`set_run` put on the engine, or None."""
     return vars(engine).get(_RUN)
 
@@ -221,9 +225,57 @@ def set_run(engine: Engine, run: RunHooks) -> None:
     vars(engine)[_RUN] = run
 
 
-def set_start(engine: Engine, start: Start | None) -> None:
+def set_start_hook(engine: Engine, start: Start | None) -> None:
     """Let the engine's next ``run()`` ask `start` first; None takes that back."""
     vars(engine)[_START] = start
+
+
+def is_iteration_event(engine: Engine) -> bool:
+    """Tell whether the event that the engine fires now is one of each iteration's."""
+    event = engine.last_event_name
+    # The usual one first: events are hashed in Python, and this runs in every iteration.
+    return event is _ITERATED or (event is not None and State.event_to_attr.get(event) == "iteration")
+
+
+def register_checkpoint_events(engine: Engine) -> None:
+    """Make `engine` know the events. Does nothing where it does."""
+    if not engine.has_registered_events(CheckpointEvents.SAVED_CHECKPOINT):
+        engine.register_events(*CheckpointEvents)
+
+
+def get_iterator(engine: Engine) -> Iterator[Any] | None:
+    """Return the iterator over the engine's data; None if ignite is going to make a new one."""
+    return engine._dataloader_iter  # noqa: SLF001 - ignite has no public name for it
+
+
+def get_init_iter(engine: Engine) -> int | None:
+    """Return the number of iterations behind the run's first epoch; None if ignite derives it."""
+    return engine._init_iter  # noqa: SLF001 - as above
+
+
+def set_init_iter(engine: Engine, iterations: int | None) -> None:
+    """Set the number of iterations behind the run's first epoch."""
+    engine._init_iter = iterations  # noqa: SLF001 - as above
+
+
+def get_handlers(engine: Engine, event: Any) -> list[Callable[..., Any]]:
+    """Return the functions attached to the engine's event, in call order."""
+    return [function for function, *_ in engine._event_handlers.get(event, ())]  # noqa: SLF001 - as above
+
+
+def add_first_handler(engine: Engine, event: Any, handler: Callable[..., Any]) -> None:
+    """Attach a handler that runs before all others of the event."""
+    engine.add_event_handler(event, handler)
+    handlers = engine._event_handlers[event]  # noqa: SLF001 - as above
+    handlers.insert(0, handlers.pop())
+
+
+def find_attachments(engine: Engine, handler: TrackedHandler) -> list[Attachment]:
+    """Return the handler's attachments to one event: the present one, else its first one."""
+    present = engine.last_event_name
+    events = sorted(engine._allowed_events, key=lambda event: event != present)  # noqa: SLF001 - as above
+    found = ([one for one in get_attachments(engine, event) if one.noted is handler] for event in events)
+    return next(filter(None, found), [])
 
 
 def after_event(engine: Engine, action: Action) -> None:
@@ -240,7 +292,7 @@ def after_event(engine: Engine, action: Action) -> None:
         frame.actions.append(action)
 
 
-def return_to_event(engine: Engine) -> None:
+def restore_event_name(engine: Engine) -> None:
     """Let the engine tell the event under way as its last one, though a handler of the user's has fired another since.
 
     ignite's engine goes on telling that other one.
@@ -250,7 +302,7 @@ def return_to_event(engine: Engine) -> None:
         engine.last_event_name = frame.event
 
 
-def engine_handling_exception() -> Engine | None:
+def find_engine_handling_exception() -> Engine | None:
     """Return the engine that fires EXCEPTION_RAISED on this thread, the innermost of several; None if none does."""
     for frame in reversed(_FRAMES.stack):
         if frame.event is Events.EXCEPTION_RAISED:
@@ -258,30 +310,30 @@ def engine_handling_exception() -> Engine | None:
     return None
 
 
-def engines_firing() -> list[Engine]:
+def get_firing_engines() -> list[Engine]:
     """Return the engines that are firing an event on this thread, outermost first."""
     return [frame.engine for frame in _FRAMES.stack]
 
 
-def turns_on(engine: Engine, event: Any) -> list[Turn]:
+def get_attachments(engine: Engine, event: Any) -> list[Attachment]:
     """Return the turns of the noted handlers on the engine's event, in their order."""
-    turns: list[Turn] = vars(engine).get(_TURNS, {}).get(event, [])
+    turns: list[Attachment] = vars(engine).get(_TURNS, {}).get(event, [])
     return turns
 
 
-def noted_on(engine: Engine) -> list[Noted]:
+def get_tracked_handlers(engine: Engine) -> list[TrackedHandler]:
     """Return the noted handlers of the engine, each once, in the order in which its events got their first."""
     turns = [turn for of_event in vars(engine).get(_TURNS, {}).values() for turn in of_event]
     return list({id(turn.noted): turn.noted for turn in turns}.values())
 
 
-def turns_to_come(engine: Engine) -> list[Noted]:
+def get_early_handlers(engine: Engine) -> list[TrackedHandler]:
     """Return the handlers that answer early and have not been called yet in the events that the engine fires now."""
     return [turn.noted for frame in _FRAMES.stack if frame.engine is engine for turn in _to_come(frame)]
 
 
-def take_turns(engine: Engine, only: Collection[Noted] | None) -> None:
-    """Call handlers that :func:`turns_to_come` yields, and :meth:`Hooks.after_iteration`, now and not at their place.
+def run_early(engine: Engine, only: Collection[TrackedHandler] | None) -> None:
+    """Call handlers that :func:`get_early_handlers` yields, and :meth:`Hooks.after_iteration`, now.
 
     Args:
         engine: the engine that fires.
@@ -303,10 +355,10 @@ def take_turns(engine: Engine, only: Collection[Noted] | None) -> None:
             engine.last_event_name = present
 
 
-def _to_come(frame: _Frame) -> list[Turn]:
+def _to_come(frame: _Frame) -> list[Attachment]:
     if frame.turns is None:
-        frame.turns = turns_on(frame.engine, frame.event)
-    return [turn for turn in frame.turns if id(turn) not in frame.had and turn.noted.answers_early]
+        frame.turns = get_attachments(frame.engine, frame.event)
+    return [turn for turn in frame.turns if id(turn) not in frame.had and turn.noted.may_run_early]
 
 
 def _frame_of(engine: Engine) -> _Frame | None:
@@ -320,21 +372,25 @@ def _frame_of(engine: Engine) -> _Frame | None:
 def _end_iteration(frame: _Frame) -> None:
     if frame.is_iteration:
         frame.is_iteration = False
-        hooks = hooks_of(frame.engine)
+        hooks = get_hooks(frame.engine)
         if hooks is not None:
             hooks.after_iteration(frame.engine)
 
 
 def _at_border_of_run(engine: Engine, event: Any) -> None:
-    run = run_of(engine)
+    run = get_run(engine)
     if run is not None and event is Events.STARTED:
         run.begin(engine)
-    hooks = hooks_of(engine)
+    hooks = get_hooks(engine)
     if hooks is not None:
         hooks.before_event(engine, event)
 
 
-def _wrap_fire_event(fire: Callable[..., None]) -> Callable[..., None]:
+def _wrap_fire_event(
+    fire: Callable[..., None],
+    progress_of: Callable[[Engine], _Counters],
+    count_event: Callable[[Engine, Any], None],
+) -> Callable[..., None]:
     frames = _FRAMES
     drawing, drawn, begun = Events.GET_BATCH_STARTED, Events.GET_BATCH_COMPLETED, Events.ITERATION_STARTED
 
@@ -373,8 +429,8 @@ def _wrap_add_event_handler(add: Callable[..., Any]) -> Callable[..., Any]:
         if noted is not None and not isinstance(event_name, EventsList):  # of a list each one comes here too
             handlers = self._event_handlers[event_name]
             event = next(one for one in self._allowed_events if one == event_name)  # without a filter
-            turn = Turn(noted, event, handler, handlers[-1])
-            if noted.answers_early:
+            turn = Attachment(noted, event, handler, handlers[-1])
+            if noted.may_run_early:
                 handlers[-1] = (turn, *handlers[-1][1:])
             vars(self).setdefault(_TURNS, {}).setdefault(event, []).append(turn)
             noted.attached(self, args, kwargs)
@@ -383,10 +439,10 @@ def _wrap_add_event_handler(add: Callable[..., Any]) -> Callable[..., Any]:
     return add_and_note
 
 
-def _noted_in(handler: Any) -> Noted | None:
+def _noted_in(handler: Any) -> TrackedHandler | None:
     """Return the handler that is called where `handler` is: itself, or what it is a plain wrapper of."""
     for _ in range(_MAX_WRAPPERS):
-        if isinstance(handler, Noted):
+        if isinstance(handler, TrackedHandler):
             return handler
         if isinstance(handler, functools.partial):
             handler = handler.func
@@ -401,7 +457,7 @@ def _wrap_remove_event_handler(remove: Callable[..., None]) -> Callable[..., Non
     @functools.wraps(remove)
     def remove_and_forget(self: Engine, handler: Any, event_name: Any) -> None:
         remove(self, handler, event_name)
-        turns = turns_on(self, event_name)
+        turns = get_attachments(self, event_name)
         turns[:] = [turn for turn in turns if turn.given != handler]
 
     return remove_and_forget
@@ -457,7 +513,7 @@ def _wrap_load_state_dict(load: Callable[..., None]) -> Callable[..., None]:
     return load_state_dict
 
 
-def _wrap_set_data(set_data: Callable[..., None]) -> Callable[..., None]:
+def _wrap_set_data(set_data: Callable[..., None], progress_of: Callable[[Engine], _Counters]) -> Callable[..., None]:
     @functools.wraps(set_data)
     def set_data_and_count(self: Engine, data: Any) -> None:
         set_data(self, data)
@@ -466,21 +522,37 @@ def _wrap_set_data(set_data: Callable[..., None]) -> Callable[..., None]:
     return set_data_and_count
 
 
-def _hook_in() -> None:
-    for name, wrap in (
-        ("_fire_event", _wrap_fire_event),
-        ("_handle_exception", _wrap_handle_exception),
-        ("run", _wrap_run),
-        ("load_state_dict", _wrap_load_state_dict),
-        ("set_data", _wrap_set_data),
-        ("add_event_handler", _wrap_add_event_handler),
-        ("remove_event_handler", _wrap_remove_event_handler),
-    ):
+def _wrap_assert_allowed_event(check: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(check)
+    def register_and_check(self: Engine, event_name: Any) -> None:
+        # A Checkpoint knows its engine from its first event on only; listeners may be attached before.
+        if getattr(event_name, "value", None) == CheckpointEvents.SAVED_CHECKPOINT.value:
+            register_checkpoint_events(self)
+        check(self, event_name)
+
+    return register_and_check
+
+
+def install(progress_of: Callable[[Engine], _Counters], count_event: Callable[[Engine, Any], None]) -> None:
+    """Wrap ignite's methods, unless they are wrapped already.
+
+    Args:
+        progress_of: returns an engine's counters; see :mod:`distckpt.handlers.progress`, which imports this module.
+        count_event: counts an event that does not occur in each iteration.
+    """
+    wrappers: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+        "_assert_allowed_event": _wrap_assert_allowed_event,
+        "_fire_event": lambda fire: _wrap_fire_event(fire, progress_of, count_event),
+        "_handle_exception": _wrap_handle_exception,
+        "run": _wrap_run,
+        "load_state_dict": _wrap_load_state_dict,
+        "set_data": lambda set_data: _wrap_set_data(set_data, progress_of),
+        "add_event_handler": _wrap_add_event_handler,
+        "remove_event_handler": _wrap_remove_event_handler,
+    }
+    for name, wrap in wrappers.items():
         function = getattr(Engine, name)
         if not getattr(function, _ATTRIBUTE, False):
             wrapped = wrap(function)
             setattr(wrapped, _ATTRIBUTE, True)
             setattr(Engine, name, wrapped)
-
-
-_hook_in()

@@ -5,17 +5,17 @@ Owns the copy that nothing waits for. Must not know what was asked.
 
 import torch
 
-__all__ = ["OnItsWay"]
+__all__ = ["PendingFlag"]
 
 
-class OnItsWay:
+class PendingFlag:
     """An answer computed on an accelerator, copied to the host without a synchronisation.
 
     Args:
         flag: bool (), on any device.
 
     Example:
-        >>> answer = OnItsWay(torch.tensor(True))
+        >>> answer = PendingFlag(torch.tensor(True))
         >>> answer.is_here() and answer.value()
         True
     """

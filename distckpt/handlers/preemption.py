@@ -21,17 +21,16 @@ from distckpt.handlers.checkpoint import Checkpoint
 from distckpt.handlers.deadline import Deadline
 from distckpt.handlers.engine_votes import (
     Voter,
-    check_pace,
+    check_schedule,
+    count_votes,
     exit_after_run,
-    hold,
-    is_off_pace,
-    is_poisoned,
-    stop,
+    is_nonfinite,
+    is_off_schedule,
     stop_reason,
+    stop_run,
 )
-from distckpt.handlers.ignite_hooks import Turn, after_event, turns_on
-from distckpt.handlers.signals import Catcher, check_signals
-from distckpt.handlers.sync_points import counts_iterations
+from distckpt.handlers.ignite_hooks import after_event, find_attachments, is_iteration_event
+from distckpt.handlers.signals import SignalReceiver, check_signals
 
 __all__ = ["Preemption"]
 
@@ -116,7 +115,7 @@ class Preemption(Voter):
                 raise TypeError(msg)
         numbers = check_signals(signals)
         _check_numbers(grace_s, exit_code)
-        check_pace(lag, every)
+        check_schedule(lag, every)
         check_timeout(timeout_s)
         self.lag = lag
         self.every = every
@@ -129,8 +128,8 @@ class Preemption(Voter):
         self._savers = savers
         self._has_trained = False
         self._has_answered = False
-        self._seat = Seat(type(self).__name__)
-        self._catcher = Catcher(numbers)
+        self._handler_id = Seat(type(self).__name__)
+        self._catcher = SignalReceiver(numbers)
         if not self._catcher.install():
             self.logger.warning(
                 "Preemption: made outside the main thread, where Python lets nobody handle signals; this rank will "
@@ -178,7 +177,7 @@ class Preemption(Voter):
                 self.preempted = self._has_answered = False
         backend = current()
         if backend.world_size == 1 and not self.lag:
-            if self.requested or not counts_iterations(engine):
+            if self.requested or not is_iteration_event(engine):
                 after_event(engine, self._answer_alone)
             return
         self._vote(engine, backend)
@@ -187,11 +186,11 @@ class Preemption(Voter):
         if self.requested:
             return self._describe
         # Where an evaluation may follow in the same event, a signal during it is to be counted with the rest.
-        return None if counts_iterations(engine) else Pending(_WhenCounted(self._catcher), self._describe)
+        return None if is_iteration_event(engine) else Pending(_WhenCounted(self._catcher), self._describe)
 
     def _answer_alone(self, engine: Engine) -> None:
         if self.requested:
-            hold(engine)  # what broke in this iteration comes first, as in a vote
+            count_votes(engine)  # what broke in this iteration comes first, as in a vote
             self._act(engine, {0: self._describe()})
 
     def _describe(self) -> dict[str, Any]:
@@ -211,14 +210,14 @@ class Preemption(Voter):
             return
         if self._has_answered:
             return  # a vote that was under way has found the same
-        if self._has_trained and is_off_pace(engine, self):
+        if self._has_trained and is_off_schedule(engine, self):
             return  # the signal is still there at the next vote
         if _ends_an_epoch(engine):
             return  # the epoch's own handlers come first; the vote on them answers
         self._has_answered = True
         step = engine.state.iteration
         self.logger.log(level, "Preemption: told to stop (%s); the run ends at iteration %d", told, step)
-        stop(engine, "preempted")
+        stop_run(engine, "preempted")
         self.preempted = stop_reason(engine) == "preempted"
         if self.exit_code and self.preempted:
             exit_after_run(engine, self.exit_code)
@@ -229,10 +228,10 @@ class Preemption(Voter):
 
     def _save(self, engine: Engine, end_s: float | None) -> None:
         """Collective."""
-        hold(engine)
+        count_votes(engine)
         step = engine.state.iteration
-        if not self._has_trained or is_poisoned(engine):
-            why = "was voted NaN" if is_poisoned(engine) else "is where this run began"
+        if not self._has_trained or is_nonfinite(engine):
+            why = "was voted NaN" if is_nonfinite(engine) else "is where this run began"
             self._warn("Preemption: iteration %d %s: nothing is saved", step, why)
             return
         due = [one for one in self._savers if self._is_due(engine, one)]
@@ -243,7 +242,7 @@ class Preemption(Voter):
         with Deadline(self.logger, step, end_s, usual_s, reports=current().rank == 0):
             for one in due:
                 if isinstance(one, Checkpoint):
-                    turns = _turns_of(engine, one)
+                    turns = find_attachments(engine, one)
                     one.save_early(engine, turns[0].event if turns else event, [turn.call_given for turn in turns])
                 else:
                     one(engine)
@@ -265,7 +264,7 @@ class Preemption(Voter):
         if saver.has_saved_at(engine):
             saver.save_early(engine, engine.last_event_name)  # which keeps it from saving the iteration once more
             return False
-        if saver.score_function is not None and not _turns_of(engine, saver):
+        if saver.score_function is not None and not find_attachments(engine, saver):
             self._say_unsaved(engine, saver, "has the score of another engine, and is not asked to save")
             return False
         return True
@@ -300,27 +299,19 @@ def _check_numbers(grace_s: object, exit_code: object) -> None:
         raise ValueError(msg)
 
 
-def _turns_of(engine: Engine, handler: Checkpoint) -> list[Turn]:
-    """Return a handler's turns on one event of the engine: the present one, else the first on which it listens."""
-    present = engine.last_event_name
-    events = sorted(engine._allowed_events, key=lambda event: event != present)  # noqa: SLF001 - no public list of them
-    found = ([turn for turn in turns_on(engine, event) if turn.noted is handler] for event in events)
-    return next(filter(None, found), [])
-
-
 def _ends_an_epoch(engine: Engine) -> bool:
     """Tell whether this is an epoch's last iteration, but not yet the event of its end.
 
     A run that ended here would never fire EPOCH_COMPLETED for it, neither now nor after a resume.
     """
     length = engine.state.epoch_length
-    return counts_iterations(engine) and length is not None and engine.state.iteration % length == 0
+    return is_iteration_event(engine) and length is not None and engine.state.iteration % length == 0
 
 
 class _WhenCounted:
     """The answer at the moment of the count."""
 
-    def __init__(self, catcher: "Catcher") -> None:
+    def __init__(self, catcher: "SignalReceiver") -> None:
         self._catcher = catcher
 
     def is_here(self) -> bool:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from ignite.engine import DeterministicEngine, Engine, Events
 
 from distckpt.backends.detect import current
+from distckpt.handlers.ignite_hooks import get_init_iter, get_iterator
 from distckpt.samplers import find_resumable
 
 __all__ = [
@@ -124,7 +125,7 @@ def count_event(engine: Engine, event: Any) -> None:
         progress.epochs = engine.state.epoch - 1
         progress.epoch_began_at = progress.trained - _behind(engine, progress)
         progress.has_epoch_begun = True
-        if engine._dataloader_iter is None:  # noqa: SLF001 - ignite makes it after this event; no public way to ask
+        if get_iterator(engine) is None:  # ignite makes it after this event
             _begin_first_pass(progress)
             progress.needs_iterator = True
             _follow(engine.state.dataloader, progress)
@@ -146,7 +147,7 @@ def _begin_run(engine: Engine, progress: Progress) -> None:
     progress.epoch_began_at = progress.trained - behind
     progress.has_epoch_begun = behind > 0 if progress.resumed is None else progress.resumed.has_epoch_begun
     _begin_first_pass(progress)
-    progress.needs_iterator = engine._dataloader_iter is None  # noqa: SLF001 - as above
+    progress.needs_iterator = get_iterator(engine) is None
 
 
 def _begin_first_pass(progress: Progress) -> None:
@@ -164,10 +165,11 @@ def _behind(engine: Engine, progress: Progress) -> int:
     """Return how many iterations of the epoch that is about to begin are behind the run, as ignite takes it."""
     if progress.resumed is not None:
         return progress.resumed.in_epoch
-    if engine._dataloader_iter is not None:  # noqa: SLF001 - as above; set after the run's first epoch
+    if get_iterator(engine) is not None:  # set after the run's first epoch
         return 0
-    if engine._init_iter is not None:  # noqa: SLF001 - set where a terminated run goes on
-        return engine._init_iter  # noqa: SLF001
+    init_iter = get_init_iter(engine)
+    if init_iter is not None:  # set where a terminated run goes on
+        return init_iter
     length = engine.state.epoch_length
     return progress.trained % length if length else progress.trained
 

@@ -16,7 +16,7 @@ from distckpt.coordination import phases
 from distckpt.handlers import rng_generators
 from distckpt.handlers.arguments import check_timeout
 from distckpt.handlers.data_loaders import begins_by_reset, generators_in, is_of_data
-from distckpt.handlers.ignite_hooks import after_event
+from distckpt.handlers.ignite_hooks import after_event, get_iterator
 
 __all__ = ["RngState"]
 
@@ -231,8 +231,7 @@ class RngState:
     # -- the passes over the data ------------------------------------------------------------------
 
     def _at_epoch(self, engine: Engine) -> None:
-        # After this event ignite makes an iterator if it has none; there is no public way to ask (0.5.5).
-        if engine._dataloader_iter is None:  # noqa: SLF001
+        if get_iterator(engine) is None:  # ignite makes one after this event
             after_event(engine, self._note_unless_known)
 
     def _at_end_of_pass(self, engine: Engine, *_args: Any, **_kwargs: Any) -> None:

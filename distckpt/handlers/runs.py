@@ -15,7 +15,7 @@ from typing import Any
 
 from ignite.engine import Engine
 
-from distckpt.handlers.ignite_hooks import run_of, set_run
+from distckpt.handlers.ignite_hooks import get_run, set_run
 
 __all__ = ["Origin", "Run", "adopt", "go_on_from", "num_saved", "present_run", "propose", "run_key", "untrained_at"]
 
@@ -168,7 +168,7 @@ def num_saved(engine: Engine) -> int:
 
 
 def _of(engine: Engine) -> EngineRun:
-    found: EngineRun | None = run_of(engine)
+    found: EngineRun | None = get_run(engine)
     if found is None:
         found = EngineRun()
         set_run(engine, found)

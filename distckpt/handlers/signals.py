@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
 from typing import Any
 
-__all__ = ["Catcher", "check_signals"]
+__all__ = ["SignalReceiver", "check_signals"]
 
 _Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
 
@@ -38,7 +38,7 @@ def check_signals(signals: object) -> list[int]:
     return numbers
 
 
-class Catcher:
+class SignalReceiver:
     """What receives the signals. It knows no engine, so that a handler left installed keeps no model alive.
 
     A deep copy is this one itself: there is one process to be told. In another process, forked or unpickled, it
@@ -54,13 +54,13 @@ class Catcher:
         self._before: dict[int, _Handler] = {}
         self._pid: int | None = None  # where it receives
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Catcher":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SignalReceiver":
         """Return itself."""
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Leave behind what was installed."""
-        return (Catcher, (self._numbers,))
+        return (SignalReceiver, (self._numbers,))
 
     def install(self) -> bool:
         """Begin to receive; return whether this thread may."""
@@ -88,7 +88,7 @@ class Catcher:
         """Return who handled a signal before, and still wants to; the default for one that Python did not know."""
         before = self._before.get(number)
         owner = getattr(before, "__self__", None)
-        if isinstance(owner, Catcher) and not owner._is_open():  # noqa: SLF001 - one of its kind
+        if isinstance(owner, SignalReceiver) and not owner._is_open():  # noqa: SLF001 - one of its kind
             return owner._whom_before(number)  # noqa: SLF001 - as above
         return signal.SIG_DFL if before is None else before
 

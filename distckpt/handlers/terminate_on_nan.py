@@ -14,9 +14,9 @@ from distckpt.backends.detect import current
 from distckpt.coordination.phases import Seat
 from distckpt.coordination.votes import Answer, Fact, Pending
 from distckpt.handlers.arguments import check_timeout
-from distckpt.handlers.engine_votes import Voter, check_pace, poison, stop, stop_reason
-from distckpt.handlers.finite import all_finite, broken_flag, first_offender
-from distckpt.handlers.on_its_way import OnItsWay
+from distckpt.handlers.engine_votes import Voter, check_schedule, mark_nonfinite, stop_reason, stop_run
+from distckpt.handlers.finite import all_finite, first_offender, nonfinite_flag
+from distckpt.handlers.on_its_way import PendingFlag
 
 __all__ = ["TerminateOnNan"]
 
@@ -53,7 +53,7 @@ class TerminateOnNan(Voter):
     """
 
     fact = Fact.NAN
-    looks_for_nan = True
+    detects_nan = True
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class TerminateOnNan(Voter):
         if not callable(output_transform):
             msg = f"Argument output_transform should be a function, but given {type(output_transform)}"
             raise TypeError(msg)
-        check_pace(lag, every)
+        check_schedule(lag, every)
         check_timeout(timeout_s)
         self.lag = lag
         self.every = every
@@ -74,7 +74,7 @@ class TerminateOnNan(Voter):
         self.logger = logging.getLogger(f"{__name__}.{type(self).__name__}")
         self._output_transform = output_transform
         self._broken: Any = None
-        self._seat = Seat(type(self).__name__)
+        self._handler_id = Seat(type(self).__name__)
 
     def __call__(self, engine: Engine) -> None:
         """Collective, when the event is over: one reduction with all handlers that vote.
@@ -93,7 +93,7 @@ class TerminateOnNan(Voter):
     def _probe(self, engine: Engine) -> Answer:
         output = self._output_transform(engine.state.output)
         if self.lag or current().takes_lazy_numbers:
-            is_broken: Any = broken_flag(output)
+            is_broken: Any = nonfinite_flag(output)
         else:
             is_broken = not all_finite(output)
         if is_broken is False:
@@ -104,7 +104,7 @@ class TerminateOnNan(Voter):
             self._broken = output
             return self._describe(step, output)
 
-        return describe if is_broken is True else Pending(OnItsWay(is_broken), describe)
+        return describe if is_broken is True else Pending(PendingFlag(is_broken), describe)
 
     def _act(self, engine: Engine, said: Mapping[int, Any]) -> None:
         output, self._broken = self._broken, None
@@ -123,5 +123,5 @@ class TerminateOnNan(Voter):
             self.logger.log(level, "%s: Output '%s' contains NaN or Inf. Stop training (%s)", name, output, where)
         else:
             self.logger.log(level, "%s: Output of another rank contains NaN or Inf. Stop training (%s)", name, where)
-        poison(engine)
-        stop(engine, "nan")
+        mark_nonfinite(engine)
+        stop_run(engine, "nan")

@@ -15,7 +15,7 @@ from distckpt.backends.detect import current
 from distckpt.coordination.phases import Seat
 from distckpt.coordination.votes import Answer, Fact
 from distckpt.handlers.arguments import check_timeout
-from distckpt.handlers.engine_votes import Voter, check_pace, is_off_pace, stop, stop_reason
+from distckpt.handlers.engine_votes import Voter, check_schedule, is_off_schedule, stop_reason, stop_run
 
 __all__ = ["TimeLimit"]
 
@@ -62,7 +62,7 @@ class TimeLimit(Voter):
         if isinstance(limit_sec, bool) or limit_sec <= 0:
             msg = f"Argument limit_sec should be a positive integer. Given {limit_sec!r}"
             raise ValueError(msg)
-        check_pace(lag, every)
+        check_schedule(lag, every)
         check_timeout(timeout_s)
         self.lag = lag
         self.every = every
@@ -70,7 +70,7 @@ class TimeLimit(Voter):
         self.start_time = time.monotonic()
         self.timeout_s = timeout_s
         self.logger = logging.getLogger(f"{__name__}.{type(self).__name__}")
-        self._seat = Seat(type(self).__name__)
+        self._handler_id = Seat(type(self).__name__)
 
     def __call__(self, engine: Engine) -> None:
         """Collective, when the event is over: one reduction with all handlers that vote."""
@@ -92,7 +92,7 @@ class TimeLimit(Voter):
         return self._elapsed_s if self._is_over() else None
 
     def _act(self, engine: Engine, said: Mapping[int, Any]) -> None:
-        if is_off_pace(engine, self):
+        if is_off_schedule(engine, self):
             return  # the time is still over at the next vote
         first = max(said, key=lambda rank: said[rank])
         # With a lag the vote that was under way has found the same.
@@ -105,4 +105,4 @@ class TimeLimit(Voter):
             said[first],
             first,
         )
-        stop(engine, "time_limit")
+        stop_run(engine, "time_limit")

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distckpt.handlers.finite import _broken_flag, _place_of, all_finite, broken_flag, first_offender
+from distckpt.handlers.finite import _nonfinite_flag, _place_of, all_finite, first_offender, nonfinite_flag
 from tests.support import run_distributed
 
 INF, NAN = math.inf, math.nan
@@ -233,7 +233,7 @@ def test_without_numpy_numbers_and_tensors_are_known_all_the_same(monkeypatch: p
 def test_one_broken_tensor_among_many_is_found(shape: tuple[int, ...], num_tensors: int) -> None:
     tensors = [torch.full(shape, 3e38, requires_grad=index % 2 == 1) for index in range(num_tensors)]
     assert all_finite(tensors)
-    assert broken_flag(tensors) is False
+    assert nonfinite_flag(tensors) is False
     assert deferred(tensors) is False
     for place in (0, num_tensors // 2, num_tensors - 1):
         for value in (NAN, INF, -INF):
@@ -241,7 +241,7 @@ def test_one_broken_tensor_among_many_is_found(shape: tuple[int, ...], num_tenso
             broken.view(-1)[-1] = value
             others = [*tensors[:place], broken, *tensors[place + 1 :]]
             assert not all_finite(others)
-            assert broken_flag(others) is True
+            assert nonfinite_flag(others) is True
             assert deferred(others) is True
 
 
@@ -257,9 +257,9 @@ def test_kinds_are_judged_together() -> None:
 def test_what_stands_before_a_thing_that_is_no_number_decides() -> None:
     for broken in (NAN, torch.tensor(NAN), torch.tensor([1.0, INF])):
         assert not all_finite([broken, object()])
-        assert broken_flag([broken, object()]) is True
+        assert nonfinite_flag([broken, object()]) is True
         assert first_offender([broken, object()]) is not None
-        for look in (all_finite, broken_flag, first_offender):
+        for look in (all_finite, nonfinite_flag, first_offender):
             with pytest.raises(TypeError):
                 look([object(), broken])
             with pytest.raises(TypeError):
@@ -288,7 +288,7 @@ def no_waiting() -> Iterator[None]:
 def deferred(output: Any, place_of: Callable[[torch.Tensor], Hashable | None] = lambda _: "a device") -> Any:
     """Judge an output as if its tensors were on an accelerator; return what the host would read in the end."""
     with no_waiting():
-        flag = _broken_flag(output, place_of)
+        flag = _nonfinite_flag(output, place_of)
     if isinstance(flag, bool):
         return flag
     assert (flag.dtype, flag.shape, flag.requires_grad) == (torch.bool, (), False)
@@ -299,7 +299,7 @@ def deferred(output: Any, place_of: Callable[[torch.Tensor], Hashable | None] = 
 @pytest.mark.parametrize("kind", FINITE)
 def test_flag_of_finite_values(kind: str, holder: str) -> None:
     output = HOLDERS[holder](FINITE[kind])
-    assert broken_flag(output) is False
+    assert nonfinite_flag(output) is False
     assert deferred(output) is False
 
 
@@ -307,7 +307,7 @@ def test_flag_of_finite_values(kind: str, holder: str) -> None:
 @pytest.mark.parametrize("kind", NOT_FINITE)
 def test_flag_of_broken_values(kind: str, holder: str) -> None:
     output = HOLDERS[holder](NOT_FINITE[kind])
-    assert broken_flag(output) is True
+    assert nonfinite_flag(output) is True
     # The one kind that would have to be added up first; its terms are finite.
     assert deferred(output) is (kind != "sparse coo, sum of terms is not finite")
 
@@ -323,7 +323,7 @@ def test_watch_over_waiting_sees_it() -> None:
 
 def test_deferred_flag_is_a_tensor_of_its_own() -> None:
     loss = (torch.ones(3, requires_grad=True) * 2).sum()
-    flag = _broken_flag({"loss": loss, "y": torch.ones(2)}, lambda _: 0)
+    flag = _nonfinite_flag({"loss": loss, "y": torch.ones(2)}, lambda _: 0)
     assert isinstance(flag, torch.Tensor)
     loss.backward()  # type: ignore[no-untyped-call]  # torch's own
 
@@ -334,12 +334,12 @@ def test_flag_is_plain_where_the_host_knows() -> None:
     def place_of(tensor: torch.Tensor) -> Hashable | None:
         return 0 if tensor is on_device else None
 
-    assert _broken_flag([on_device, torch.tensor(NAN)], place_of) is True
-    assert _broken_flag([on_device, NAN], place_of) is True
-    assert isinstance(_broken_flag([on_device, torch.ones(2)], place_of), torch.Tensor)
-    assert _broken_flag([torch.ones(2, dtype=torch.int64), torch.empty(0)], lambda _: 0) is False
+    assert _nonfinite_flag([on_device, torch.tensor(NAN)], place_of) is True
+    assert _nonfinite_flag([on_device, NAN], place_of) is True
+    assert isinstance(_nonfinite_flag([on_device, torch.ones(2)], place_of), torch.Tensor)
+    assert _nonfinite_flag([torch.ones(2, dtype=torch.int64), torch.empty(0)], lambda _: 0) is False
     with pytest.raises(TypeError):
-        _broken_flag([torch.tensor(NAN), object()], lambda _: 0)
+        _nonfinite_flag([torch.tensor(NAN), object()], lambda _: 0)
 
 
 @pytest.mark.parametrize("broken", [None, 0, 1, 2, 3, 4])
@@ -353,11 +353,11 @@ def test_flag_stays_on_the_accelerator() -> None:
     with FakeTensorMode():  # any look at a number raises
         on_cuda = [torch.ones(3, device="cuda:0"), torch.ones((), dtype=torch.float16, device="cuda:0")]
         for output in (*on_cuda, on_cuda, {"loss": 0.5, "y": on_cuda[0]}, [torch.ones(2, device="cuda:1"), *on_cuda]):
-            flag = broken_flag(output)
+            flag = nonfinite_flag(output)
             assert isinstance(flag, torch.Tensor)
             assert (flag.dtype, flag.shape, flag.device.type) == (torch.bool, (), "cuda")
-        assert broken_flag([*on_cuda, NAN]) is True
-        assert broken_flag(torch.ones(3, dtype=torch.int64, device="cuda:0")) is False
+        assert nonfinite_flag([*on_cuda, NAN]) is True
+        assert nonfinite_flag(torch.ones(3, dtype=torch.int64, device="cuda:0")) is False
         assert _place_of(on_cuda[0]) == torch.device("cuda:0")
     assert _place_of(torch.ones(1)) is None
     assert _place_of(torch.empty(1, device="meta")) is None
@@ -372,7 +372,7 @@ def test_each_rank_looks_at_its_own_shard_and_asks_nobody() -> None:
     dist.barrier()
     if rank == 1:  # alone: a collective in here would never return
         assert not all_finite([shards, torch.ones(2), whole])
-        assert broken_flag(shards) is True
+        assert nonfinite_flag(shards) is True
         assert deferred([shards, torch.ones(2)]) is True
         found = first_offender({"y": shards})
         assert found is not None

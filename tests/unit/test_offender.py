@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distckpt.handlers import finite
-from distckpt.handlers.finite import Offender, all_finite, broken_flag, first_offender
+from distckpt.handlers.finite import Offender, all_finite, first_offender, nonfinite_flag
 from tests.unit.test_finite import FINITE, HOLDERS, NOT_FINITE, Logged, deferred
 
 INF, NAN = math.inf, math.nan
@@ -167,7 +167,7 @@ NESTS = st.recursive(
 @given(output=NESTS)
 def test_every_look_at_an_output_says_the_same(output: object) -> None:
     is_finite = all_finite(output)
-    assert broken_flag(output) is not is_finite
+    assert nonfinite_flag(output) is not is_finite
     found = first_offender(output)
     assert (found is None) is is_finite
     if found is None or "coalesce" not in found.path:

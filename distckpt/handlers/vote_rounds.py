@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from ignite.engine import Engine, Events
 
 from distckpt._log_level import level_on
@@ -19,27 +20,23 @@ from distckpt.backends.detect import current
 from distckpt.coordination import liveness
 from distckpt.coordination.votes import Ballot, Motion, Result, Scope
 from distckpt.errors import CollectiveError, DesyncError, RemoteRankError
-from distckpt.handlers.broken import is_of_a_broken_collective
-from distckpt.handlers.ignite_hooks import after_event, engines_firing, hooks_of
-from distckpt.handlers.sync_points import counts_iterations
+from distckpt.handlers.ignite_hooks import after_event, get_firing_engines, get_hooks, is_iteration_event
 
 if TYPE_CHECKING:
     from distckpt.handlers.engine_votes import Poller, StopReason, Voter
-
-__all__ = ["EngineVote"]
 
 _logger = logging.getLogger(__name__)
 _TOLD = "_distckpt_told"  # on an exception that the other ranks have been told of
 
 
-class EngineVote:
+class EngineVotes:
     """The votes of one engine on one rank; kept on the engine.
 
     Attributes:
         reason: why the last run was stopped.
         exit_code: with which to end the program after this run; 0 to go on.
         num_runs: how many runs have begun since there is this object.
-        poisoned_at: the iteration that was voted NaN.
+        nonfinite_at: the iteration that was voted NaN.
         is_scheduled: whether somebody has voted on the event under way, and the count is still to come.
         pollers: those who vote after each iteration without being attached.
         announces_errors: whether the other ranks are told of an exception that leaves a run, though no handler votes.
@@ -50,7 +47,7 @@ class EngineVote:
         self.reason: StopReason | None = None
         self.exit_code = 0
         self.num_runs = 0
-        self.poisoned_at: int | None = None
+        self.nonfinite_at: int | None = None
         self.pollers: list[Poller] = []
         self.announces_errors = self.has_uncaught_error = False
         self._backend: Backend | None = None
@@ -58,13 +55,13 @@ class EngineVote:
         self._name = ""
         self._start_anew(None)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "EngineVote":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "EngineVotes":
         """Return a new one: a copy of an engine votes for itself."""
-        return EngineVote()
+        return EngineVotes()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Start anew in another process."""
-        return (EngineVote, ())
+        return (EngineVotes, ())
 
     def _start_anew(self, backend: Backend | None) -> None:
         self._backend = backend
@@ -100,12 +97,12 @@ class EngineVote:
             self._start_anew(backend)
             ticket = backend.take_ticket("vote") if backend.world_size > 1 else None
             self._name = ticket or "vote"
-        if voter.answers_early:  # a Checkpoint by itself starts no heartbeats
+        if voter.may_run_early:  # a Checkpoint by itself starts no heartbeats
             self._watch = liveness.ensure(backend, voter.timeout_s)
         if self._watch is not None:
             self._watch.enter(engine.state.iteration)
-        watch = voter._ticket()  # noqa: SLF001 - it is a voter's
-        who, _ = voter._seat.take(backend, watch=watch, timeout_s=voter.timeout_s)  # noqa: SLF001 - as above
+        watch = voter._required_object_id()  # noqa: SLF001 - it is a voter's
+        who, _ = voter._handler_id.take(backend, watch=watch, timeout_s=voter.timeout_s)  # noqa: SLF001 - as above
         self._agree_on_pace(voter, who)
         motion = Motion(who, voter.fact)
         self._motions[id(voter)] = motion, voter
@@ -126,7 +123,7 @@ class EngineVote:
     def _look_where(self, engine: Engine) -> None:
         event, step = engine.last_event_name, engine.state.iteration
         if event is not self._event[0]:
-            self._event = event, str(getattr(event, "name", event)), counts_iterations(engine)
+            self._event = event, str(getattr(event, "name", event)), is_iteration_event(engine)
         _, name, self._counts_iterations = self._event
         self._num_votes += 1
         self._scope = Scope(self._name, name, step, step if self._counts_iterations else self._num_votes)
@@ -215,9 +212,9 @@ class EngineVote:
         for poller in tuple(self.pollers):
             poller.poll(engine)
 
-    def _drain(self, engine: Engine) -> None:
+    def _wait_all(self, engine: Engine) -> None:
         for poller in tuple(self.pollers):
-            poller.drain(engine)
+            poller.wait_all(engine)
 
     def before_event(self, engine: Engine, event: Any) -> None:
         """Begin a run with a clean slate, and end it with nothing open."""
@@ -226,16 +223,16 @@ class EngineVote:
             self.num_runs += 1
             self._forget_open_votes()
             self._forget_voters()  # handlers may have been removed, or be another's with another pace
-            if self.poisoned_at != engine.state.iteration:
-                self.poisoned_at = None  # a run that begins anew comes to the same iteration again
+            if self.nonfinite_at != engine.state.iteration:
+                self.nonfinite_at = None  # a run that begins anew comes to the same iteration again
         else:
             if self._backend is not None and self._backend is current():
                 self.settle(engine)
-            self._drain(engine)
+            self._wait_all(engine)
 
     def after_run(self, engine: Engine) -> None:
         """End what is in flight, and the program where a handler asked for an exit code."""
-        self._drain(engine)
+        self._wait_all(engine)
         self._leave()
         if self.exit_code:
             code, self.exit_code = self.exit_code, 0
@@ -255,7 +252,7 @@ class EngineVote:
             return error  # an interrupted run is thrown away, at any time: `run` has returned, nothing is in flight
         leaving = self._tell_others(engine, error)
         for poller in tuple(self.pollers):
-            poller.leave(leaving)
+            poller.abort(leaving)
         return leaving
 
     def _tell_others(self, engine: Engine, error: BaseException) -> BaseException:
@@ -266,21 +263,21 @@ class EngineVote:
             return error
         if vars(error).get(_TOLD) and not watch.in_run:
             return error  # ignite says it twice: where the exception is raised, and around the run
-        if any(hooks_of(one) is not None for one in engines_firing()):
+        if any(get_hooks(one) is not None for one in get_firing_engines()):
             return error  # the engine around this one may catch it; if not, it will tell
         watch.step = engine.state.iteration
         vars(error)[_TOLD] = True
         try:
             if isinstance(error, RemoteRankError | DesyncError):
                 return error  # raised on every rank alike
-            is_runtimes = isinstance(error, backend.untouched) or is_of_a_broken_collective(error)
+            is_runtimes = isinstance(error, backend.untouched) or is_peer_error(error)
             if not isinstance(error, CollectiveError) and is_runtimes:
                 news = watch.suspect()
                 if news is not None:
                     return news
             watch.report(error, "".join(traceback.format_exception(error)))
         finally:
-            if not engines_firing():
+            if not get_firing_engines():
                 watch.leave()
         return error
 
@@ -297,5 +294,26 @@ class EngineVote:
         self._ballot = Ballot()
 
     def _leave(self) -> None:
-        if self._watch is not None and not engines_firing():
+        if self._watch is not None and not get_firing_engines():
             self._watch.leave()
+
+
+# What Gloo, NCCL, Horovod and the store say when a peer is gone; they raise bare RuntimeErrors.
+_WORDS_OF_A_BROKEN_COLLECTIVE = (
+    "gloo",
+    "nccl",
+    "peer",
+    "connection",
+    "socket",
+    "process group",
+    "timed out",
+    "horovod",
+)
+
+
+def is_peer_error(error: BaseException) -> bool:
+    """Tell whether an exception is what a runtime raises when a peer is gone."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(word in text for word in _WORDS_OF_A_BROKEN_COLLECTIVE)
