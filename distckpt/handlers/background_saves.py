@@ -15,8 +15,8 @@ from distckpt.backends.detect import current
 from distckpt.coordination.phases import Seat
 from distckpt.coordination.votes import Answer, Fact
 from distckpt.errors import RemoteRankError
+from distckpt.handlers.engine_events import get_firing_engines
 from distckpt.handlers.engine_votes import Poller, count_votes, start_polling, stop_polling
-from distckpt.handlers.ignite_hooks import get_firing_engines
 from distckpt.saving.pending_save import Flight
 
 __all__ = ["Flights"]

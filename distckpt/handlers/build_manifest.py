@@ -27,7 +27,7 @@ import torch
 from ignite.engine import Engine
 
 from distckpt.backends.base import Backend
-from distckpt.handlers.ignite_hooks import get_firing_engines
+from distckpt.handlers.engine_events import get_firing_engines
 from distckpt.handlers.object_trees import path_to
 from distckpt.policy.decision import Agreed
 from distckpt.ptformat.manifest import Manifest

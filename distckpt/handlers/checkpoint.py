@@ -23,15 +23,14 @@ from distckpt.handlers.checkpoint_saving import CheckpointSaving
 from distckpt.handlers.compat import accept_older_order, deprecated
 from distckpt.handlers.disk_saver import DiskSaver
 from distckpt.handlers.early_save import Moment
-from distckpt.handlers.engine_votes import Voter, announce_errors, count_votes, is_nonfinite
-from distckpt.handlers.ignite_hooks import (
-    CheckpointEvents,
+from distckpt.handlers.engine_events import (
     find_engine_handling_exception,
     get_firing_engines,
-    get_handlers,
     is_iteration_event,
     restore_event_name,
 )
+from distckpt.handlers.engine_votes import Voter, announce_errors, count_votes, is_nonfinite
+from distckpt.handlers.ignite_hooks import CheckpointEvents, get_handlers
 from distckpt.handlers.progress import epochs_over, position_of
 from distckpt.handlers.runs import Origin, num_saved
 from distckpt.handlers.save_handler import BaseSaveHandler, refuse_overrides
@@ -264,7 +263,7 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
         elif facts is not None and not self._is_wanted:
             self._log_refused(engine, facts.score, self._history())
 
-    def attached(self, engine: Engine, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def on_attach(self, engine: Engine, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Note where the handler is attached, and with what."""
         self._known.add(engine)
         for given in (*args, *kwargs.values()):

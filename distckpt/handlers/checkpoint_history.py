@@ -18,7 +18,7 @@ from ignite.handlers.checkpoint import DiskSaver as IgniteDiskSaver
 
 from distckpt._values import plain_score
 from distckpt.handlers.disk_saver import DiskSaver
-from distckpt.handlers.ignite_hooks import get_tracked_handlers
+from distckpt.handlers.engine_events import get_tracked_handlers
 from distckpt.handlers.records import Record
 from distckpt.handlers.runs import Origin
 from distckpt.loading import api

@@ -31,13 +31,9 @@ from distckpt.handlers.build_manifest import about
 from distckpt.handlers.checkpoint_history import ON_DISK, CheckpointHistory, IgniteDiskSaver, Owner
 from distckpt.handlers.disk_saver import DiskSaver, is_own
 from distckpt.handlers.early_save import Moment
+from distckpt.handlers.engine_events import find_engine_handling_exception, get_firing_engines
 from distckpt.handlers.engine_votes import is_nonfinite, make_sync_points
-from distckpt.handlers.ignite_hooks import (
-    CheckpointEvents,
-    find_engine_handling_exception,
-    get_firing_engines,
-    register_checkpoint_events,
-)
+from distckpt.handlers.ignite_hooks import CheckpointEvents, register_checkpoint_events
 from distckpt.handlers.own_files import History, OwnFiles
 from distckpt.handlers.rank_alone import RankAlone
 from distckpt.handlers.records import Record, read_record, survey

@@ -13,7 +13,7 @@ from ignite.engine import Engine, Events
 from distckpt.backends.base import Backend
 from distckpt.coordination.phases import Place, Seat
 from distckpt.coordination.votes import Answer, Fact
-from distckpt.handlers.ignite_hooks import (
+from distckpt.handlers.engine_events import (
     TrackedHandler,
     get_attachments,
     get_early_handlers,
@@ -193,7 +193,7 @@ def is_off_schedule(engine: Engine, voter: Voter) -> bool:
     A run is not stopped there: gradients of several batches may be accumulated, and are no part of a checkpoint. The
     trained iterations count: a save may have the vote held as an iteration begins, which is not trained yet.
     """
-    if not any(turn.noted is voter for turn in get_attachments(engine, Events.ITERATION_COMPLETED)):
+    if not any(one.tracked is voter for one in get_attachments(engine, Events.ITERATION_COMPLETED)):
         return False  # it may not come to such an iteration for many epochs
     if _is_last_iteration(engine):
         return False  # the run ends here by itself: nothing is lost

@@ -28,14 +28,8 @@ from distckpt.handlers.data_loaders import (
     warn_of_ranks,
     warn_of_workers,
 )
-from distckpt.handlers.ignite_hooks import (
-    add_first_handler,
-    after_event,
-    get_handlers,
-    get_iterator,
-    set_init_iter,
-    set_start_hook,
-)
+from distckpt.handlers.engine_events import after_event, set_start_hook
+from distckpt.handlers.ignite_hooks import add_first_handler, get_handlers, get_iterator, set_init_iter
 from distckpt.handlers.progress import Resumption, go_on, length_of, samplers_of
 from distckpt.handlers.restored_state import Restored
 from distckpt.handlers.resume_point import StartPoint, fit_to_data

@@ -14,7 +14,7 @@ from distckpt.backends.base import Backend
 from distckpt.coordination import phases
 from distckpt.handlers.checkpoint import Checkpoint
 from distckpt.handlers.checkpoint_history import ON_DISK
-from distckpt.handlers.ignite_hooks import get_tracked_handlers
+from distckpt.handlers.engine_events import get_tracked_handlers
 from distckpt.handlers.object_trees import leaves
 from distckpt.handlers.own_files import OwnFiles
 from distckpt.handlers.records import Record

@@ -19,6 +19,7 @@ from distckpt.coordination.votes import Answer, Fact, Pending
 from distckpt.handlers.arguments import check_timeout
 from distckpt.handlers.checkpoint import Checkpoint
 from distckpt.handlers.deadline import Deadline
+from distckpt.handlers.engine_events import after_event, is_iteration_event
 from distckpt.handlers.engine_votes import (
     Voter,
     check_schedule,
@@ -29,7 +30,7 @@ from distckpt.handlers.engine_votes import (
     stop_reason,
     stop_run,
 )
-from distckpt.handlers.ignite_hooks import after_event, find_attachments, is_iteration_event
+from distckpt.handlers.ignite_hooks import find_attachments
 from distckpt.handlers.signals import SignalReceiver, check_signals
 
 __all__ = ["Preemption"]
@@ -243,7 +244,7 @@ class Preemption(Voter):
             for one in due:
                 if isinstance(one, Checkpoint):
                     turns = find_attachments(engine, one)
-                    one.save_early(engine, turns[0].event if turns else event, [turn.call_given for turn in turns])
+                    one.save_early(engine, turns[0].event if turns else event, [turn.call_original for turn in turns])
                 else:
                     one(engine)
                 engine.last_event_name = event  # a user's callable may have fired events of its own

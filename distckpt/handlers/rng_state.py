@@ -16,7 +16,8 @@ from distckpt.coordination import phases
 from distckpt.handlers import rng_generators
 from distckpt.handlers.arguments import check_timeout
 from distckpt.handlers.data_loaders import begins_by_reset, generators_in, is_of_data
-from distckpt.handlers.ignite_hooks import after_event, get_iterator
+from distckpt.handlers.engine_events import after_event
+from distckpt.handlers.ignite_hooks import get_iterator
 
 __all__ = ["RngState"]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from ignite.engine import Engine
 
-from distckpt.handlers.ignite_hooks import get_run, set_run
+from distckpt.handlers.engine_events import get_run, set_run
 
 __all__ = ["Origin", "Run", "adopt", "go_on_from", "num_saved", "present_run", "propose", "run_key", "untrained_at"]
 

@@ -20,7 +20,7 @@ from distckpt.backends.detect import current
 from distckpt.coordination import liveness
 from distckpt.coordination.votes import Ballot, Motion, Result, Scope
 from distckpt.errors import CollectiveError, DesyncError, RemoteRankError
-from distckpt.handlers.ignite_hooks import after_event, get_firing_engines, get_hooks, is_iteration_event
+from distckpt.handlers.engine_events import after_event, get_firing_engines, get_hooks, is_iteration_event
 
 if TYPE_CHECKING:
     from distckpt.handlers.engine_votes import Poller, StopReason, Voter

@@ -190,7 +190,7 @@ def test_a_copy_of_the_trainer_has_handlers_of_its_own() -> None:
     trainer.add_event_handler(Events.ITERATION_COMPLETED, nan)
     twin = copy.deepcopy(trainer)
     ((entry, *_),) = twin._event_handlers[Events.ITERATION_COMPLETED]
-    assert entry.noted is not nan
+    assert entry.tracked is not nan
     assert trainer.run([0] * 5).iteration == 3
 
 
