@@ -301,7 +301,7 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
         is_whole = bool(get_firing_engines()) and type(step) in (int, float) and step == epoch
         return self._is_early or (is_whole and epochs_over(outermost) < epoch)
 
-    def _required_object_id(self) -> str | None:
+    def _object_id(self) -> str | None:
         return self.save_handler.ticket if isinstance(self.save_handler, DiskSaver) else None
 
     def has_saved_at(self, engine: Engine) -> bool:

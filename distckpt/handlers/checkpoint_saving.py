@@ -32,7 +32,7 @@ from distckpt.handlers.checkpoint_history import ON_DISK, CheckpointHistory, Ign
 from distckpt.handlers.disk_saver import DiskSaver, is_own
 from distckpt.handlers.early_save import Moment
 from distckpt.handlers.engine_events import find_engine_handling_exception, get_firing_engines
-from distckpt.handlers.engine_votes import is_nonfinite, make_sync_points
+from distckpt.handlers.engine_votes import is_nonfinite, next_sync_point
 from distckpt.handlers.ignite_hooks import CheckpointEvents, register_checkpoint_events
 from distckpt.handlers.own_files import History, OwnFiles
 from distckpt.handlers.rank_alone import RankAlone
@@ -75,7 +75,7 @@ class CheckpointSaving(CheckpointHistory):
     _warned: set[str]
 
     @abstractmethod
-    def _required_object_id(self) -> str | None:
+    def _object_id(self) -> str | None:
         """Return what notes about the save handler's construction stand under."""
 
     @abstractmethod
@@ -121,9 +121,7 @@ class CheckpointSaving(CheckpointHistory):
         watch = liveness.listen(backend, self.timeout_s)
         if watch is not None:
             watch.forget_caught()
-        place = make_sync_points(
-            self._handler_id, backend, engine, watch=self._required_object_id(), timeout_s=self.timeout_s
-        )
+        place = next_sync_point(self._handler_id, backend, engine, watch=self._object_id(), timeout_s=self.timeout_s)
         agreed = protocol.decide(
             backend,
             place("deciding what to save"),

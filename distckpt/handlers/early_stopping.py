@@ -20,7 +20,7 @@ from distckpt.backends.detect import current
 from distckpt.coordination import phases
 from distckpt.handlers.arguments import check_timeout
 from distckpt.handlers.compat import deprecated
-from distckpt.handlers.engine_votes import make_sync_points, stop_reason, stop_run
+from distckpt.handlers.engine_votes import next_sync_point, stop_reason, stop_run
 from distckpt.policy.scores import agreed_score, check_rule
 
 __all__ = ["EarlyStopping"]
@@ -133,7 +133,7 @@ class EarlyStopping(Serializable, ResettableHandler):
             RemoteRankError: the score function failed on some rank; on every rank. In a world of one: its own error.
         """
         backend = current()
-        place = make_sync_points(self._handler_id, backend, engine, timeout_s=self.timeout_s)("comparing the score")
+        place = next_sync_point(self._handler_id, backend, engine, timeout_s=self.timeout_s)("comparing the score")
         facts = phases.run(backend, place, lambda: (self._score_of(engine), self._settings()), timeout_s=self.timeout_s)
         scores = [score for score, _ in facts]
         # Rank 0's: a state, or an argument, that only rank 0 was given holds on all.

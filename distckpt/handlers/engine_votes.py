@@ -62,7 +62,7 @@ class Voter(TrackedHandler, ABC):
             said: what each rank that said yes tells of it.
         """
 
-    def _required_object_id(self) -> str | None:
+    def _object_id(self) -> str | None:
         """Return the `watch` of :meth:`~distckpt.coordination.phases.Seat.take`."""
         return None
 
@@ -114,7 +114,7 @@ def stop_polling(engine: Engine, poller: Poller) -> None:
         pollers.remove(poller)
 
 
-def make_sync_points(
+def next_sync_point(
     seat: Seat,
     backend: Backend,
     engine: Engine | None,

@@ -101,7 +101,7 @@ class EngineVotes:
             self._watch = liveness.ensure(backend, voter.timeout_s)
         if self._watch is not None:
             self._watch.enter(engine.state.iteration)
-        watch = voter._required_object_id()  # noqa: SLF001 - it is a voter's
+        watch = voter._object_id()  # noqa: SLF001 - it is a voter's
         who, _ = voter._handler_id.take(backend, watch=watch, timeout_s=voter.timeout_s)  # noqa: SLF001 - as above
         self._agree_on_pace(voter, who)
         motion = Motion(who, voter.fact)
