@@ -5,7 +5,7 @@ Owns the translation from an engine and a decision to :class:`~distckpt.ptformat
 The manifest's ``record`` is what a later run goes on from:
 
 * ``handler``: what names the handler's files, which is the same in the next run (see ``CheckpointHistory._identity``);
-* ``run``: ``id``, ``started_s`` and ``lineage`` of the run (see :class:`~distckpt.handlers.runs.Run`);
+* ``run``: ``id``, ``started_s`` and ``lineage`` of the run (see :class:`~distckpt.ptformat.records.Run`);
 * ``number``: how many checkpoints that run had saved before, of all handlers;
 * ``kept``: the handler's history once this file is committed, as pairs of priority and name, lowest first;
 * ``evicted``: the names of the files that this save removes once this file is committed;

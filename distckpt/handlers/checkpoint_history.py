@@ -19,13 +19,13 @@ from ignite.handlers.checkpoint import DiskSaver as IgniteDiskSaver
 from distckpt._values import plain_score
 from distckpt.handlers.disk_saver import DiskSaver
 from distckpt.handlers.engine_events import get_tracked_handlers
-from distckpt.handlers.records import Record
 from distckpt.handlers.runs import Origin
 from distckpt.loading import api
 from distckpt.loading.api import LoadReport
 from distckpt.policy.decision import NameRules, filename_of
 from distckpt.policy.naming import format_score, printable
 from distckpt.policy.retention import Entry
+from distckpt.ptformat.records import Record
 
 __all__ = ["ON_DISK", "CheckpointHistory", "IgniteDiskSaver", "KnownEngines", "Owner", "shown"]
 

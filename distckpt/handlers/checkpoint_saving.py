@@ -36,14 +36,14 @@ from distckpt.handlers.engine_votes import is_nonfinite, next_sync_point
 from distckpt.handlers.ignite_hooks import CheckpointEvents, register_checkpoint_events
 from distckpt.handlers.own_files import History, OwnFiles
 from distckpt.handlers.rank_alone import RankAlone
-from distckpt.handlers.records import Record, read_record, survey
-from distckpt.handlers.runs import Run, adopt, present_run, propose, run_key, untrained_at
+from distckpt.handlers.runs import adopt, present_run, propose, run_key, untrained_at
 from distckpt.handlers.save_handler import BaseSaveHandler, hand_over
 from distckpt.handlers.save_log import SaveLog
 from distckpt.policy.decision import Agreed, RemovalOrder, SaveDecision, SaveIntent
 from distckpt.policy.naming import check_name
 from distckpt.policy.retention import Entry
 from distckpt.ptformat.manifest import Manifest
+from distckpt.ptformat.records import Record, Run, read_record, survey
 from distckpt.saving import protocol
 from distckpt.saving.capture import capture, consolidate, refuse_spread, replicas, stepped
 from distckpt.saving.pending_save import Flight, take_off

@@ -17,8 +17,8 @@ from distckpt.handlers.checkpoint_history import ON_DISK
 from distckpt.handlers.engine_events import get_tracked_handlers
 from distckpt.handlers.object_trees import leaves
 from distckpt.handlers.own_files import OwnFiles
-from distckpt.handlers.records import Record
 from distckpt.handlers.runs import Origin, go_on_from
+from distckpt.ptformat.records import Record
 
 __all__ = ["handlers_beside", "take_histories"]
 

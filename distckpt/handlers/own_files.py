@@ -12,9 +12,9 @@ from typing import Any
 from ignite.engine import Engine
 
 from distckpt.handlers.checkpoint_history import CheckpointHistory
-from distckpt.handlers.records import Record
 from distckpt.policy.decision import NameRules, filename_of
 from distckpt.policy.retention import Entry
+from distckpt.ptformat.records import Record
 
 __all__ = ["History", "OwnFiles"]
 

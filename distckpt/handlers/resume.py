@@ -28,7 +28,6 @@ from distckpt.handlers.fast_forward import FastForward
 from distckpt.handlers.histories import handlers_beside, take_histories
 from distckpt.handlers.object_trees import leaves, path_to
 from distckpt.handlers.own_files import OwnFiles
-from distckpt.handlers.records import parse_record, survey
 from distckpt.handlers.restored_state import Restored
 from distckpt.handlers.resume_extras import Beside, find_beside
 from distckpt.handlers.resume_point import StartPoint, start_of_record, start_of_state
@@ -37,6 +36,7 @@ from distckpt.loading import api, select
 from distckpt.loading.api import LoadReport
 from distckpt.loading.restore import Prepared, check_complete, prepare
 from distckpt.ptformat.reader import OpenCheckpoint
+from distckpt.ptformat.records import parse_record, survey
 
 __all__ = ["resume"]
 

@@ -39,8 +39,8 @@ from distckpt import Checkpoint, DiskSaver, ModelCheckpoint, resume
 from distckpt.handlers.checkpoint_history import Owner
 from distckpt.handlers.checkpoint_saving import CheckpointSaving
 from distckpt.handlers.own_files import OwnFiles
-from distckpt.handlers.records import Record
 from distckpt.policy.retention import admit, wants
+from distckpt.ptformat.records import Record
 from distckpt.storage.local import Directory
 from distckpt.storage.new_file import NewFile
 

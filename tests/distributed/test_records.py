@@ -8,8 +8,8 @@ import pytest
 from ignite.engine import Engine, Events
 
 from distckpt import Checkpoint, DiskSaver, resume
-from distckpt.handlers.records import read_record
 from distckpt.handlers.runs import present_run
+from distckpt.ptformat.records import read_record
 from tests.distributed.programs import all_equal, gathered, idle_engine, model_of
 from tests.support import job, run_distributed
 

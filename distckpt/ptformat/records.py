@@ -10,15 +10,62 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distckpt.handlers.runs import Run
 from distckpt.policy.naming import is_temp
 from distckpt.policy.retention import Entry
 from distckpt.ptformat.manifest import number_from
 from distckpt.ptformat.record_heads import read_head_at
 
-__all__ = ["Record", "files_in", "parse_record", "read_record", "survey"]
+__all__ = ["Record", "Run", "files_in", "parse_record", "read_record", "survey"]
 
 _NUMBERS = (int, float, bool)
+_NO_RUN = "the record names no run"
+_LATEST_S = 1e11
+"""No clock says more: a float holds no milliseconds of seconds far beyond, and nothing would be later."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A run, as a manifest's record has it.
+
+    Attributes:
+        id: hexadecimal text.
+        started_s: wall time in seconds since 1970, raised above everything that the run goes on from.
+        lineage: the ids of the runs that it went on from, oldest first.
+    """
+
+    id: str
+    started_s: float
+    lineage: tuple[str, ...] = ()
+
+    @property
+    def root(self) -> str:
+        """The first run of the lineage: the same for all that went on from one another, by whatever ways."""
+        return self.ids[0]
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The lineage and the run itself."""
+        return (*self.lineage, self.id)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as a record has it."""
+        return {"id": self.id, "started_s": self.started_s, "lineage": list(self.lineage)}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> "Run":
+        """Read what :meth:`as_json` returned.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        name, lineage = found.get("id"), found.get("lineage")
+        try:
+            started_s = float(found["started_s"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(_NO_RUN) from error
+        if not isinstance(name, str) or not isinstance(lineage, list) or not 0.0 <= started_s < _LATEST_S:
+            raise ValueError(_NO_RUN)
+        return cls(id=name, started_s=started_s, lineage=tuple(map(str, lineage)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
