@@ -13,7 +13,7 @@ import distckpt
 from ci.savebench.arrivals import Arrivals
 from ci.savebench.contestant import Contestant, MissingError, Waiter
 from ci.savebench.job import Job
-from distckpt.saving.staging import kept_memory
+from distckpt.saving.staging import thread_memory
 
 __all__ = ["Background", "BackgroundShared", "Foreground", "Shared"]
 
@@ -62,7 +62,7 @@ class Foreground(Contestant):
 
     def close(self) -> None:
         """Free the memory that all savers of a process share."""
-        kept_memory().free()
+        thread_memory().free()
 
 
 class Shared(Foreground):

@@ -184,7 +184,7 @@ class Backend(ABC):
     def broadcast_tensor(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
         """Collective. Give every rank `src`'s tensor; shape and dtype are the same on all."""
 
-    def materialise(self, tree: Any, *, to_host: bool) -> Any:
+    def sync_device(self, tree: Any, *, to_host: bool) -> Any:
         """All ranks. Compute what of a state is pending, where the runtime computes late. Issues no collectives.
 
         Args:

@@ -175,7 +175,7 @@ class XlaBackend(HostedBackend):
         sent = self._host.broadcast(tensor.detach().cpu(), src, what="broadcast", timeout_s=default_timeout_s())
         return sent.to(tensor.device)
 
-    def materialise(self, tree: Any, *, to_host: bool) -> Any:
+    def sync_device(self, tree: Any, *, to_host: bool) -> Any:
         """All replicas. Compute what is pending, once, and bring the tensors to the host where they are wanted."""
         return _materialise(tree, to_host=to_host)
 
@@ -209,7 +209,7 @@ class _LoneReplica(SerialBackend):
         device: torch.device = torch_xla.device()
         return device
 
-    def materialise(self, tree: Any, *, to_host: bool) -> Any:
+    def sync_device(self, tree: Any, *, to_host: bool) -> Any:
         """Compute what is pending, once, and bring the tensors to the host."""
         return _materialise(tree, to_host=to_host)
 

@@ -17,13 +17,13 @@ from distckpt.coordination.votes import Answer, Fact
 from distckpt.errors import RemoteRankError
 from distckpt.handlers.engine_events import get_firing_engines
 from distckpt.handlers.engine_votes import Poller, count_votes, start_polling, stop_polling
-from distckpt.saving.pending_save import Flight
+from distckpt.saving.pending_save import PendingSave
 
 __all__ = ["Flights"]
 
 _logger = logging.getLogger(__name__)
 
-Landed = Callable[[Flight, BaseException | None], None]
+Landed = Callable[[PendingSave, BaseException | None], None]
 """Takes over what became of a flight: committed, or the error."""
 
 
@@ -44,8 +44,8 @@ class Flights(Poller):
     def __init__(self, timeout_s: float | None) -> None:
         self.timeout_s = timeout_s
         self._handler_id = Seat("Checkpoint in the background")
-        self._flight: Flight | None = None
-        self._voted_on: Flight | None = None
+        self._flight: PendingSave | None = None
+        self._voted_on: PendingSave | None = None
         self._engine: Engine | None = None
         self._landed: Landed | None = None
 
@@ -61,7 +61,7 @@ class Flights(Poller):
         """Tell whether something is in flight. The same on every rank."""
         return self._flight is not None
 
-    def begin(self, engine: Engine, flight: Flight, landed: Landed) -> None:
+    def begin(self, engine: Engine, flight: PendingSave, landed: Landed) -> None:
         """All ranks. Take a flight that has begun.
 
         Args:
@@ -113,7 +113,7 @@ class Flights(Poller):
         if is_over:
             self._end(flight, None)
 
-    def _end(self, flight: Flight, error: BaseException | None) -> None:
+    def _end(self, flight: PendingSave, error: BaseException | None) -> None:
         engine, landed = self._engine, self._landed
         self._flight = self._engine = self._landed = None
         if engine is not None:
@@ -144,13 +144,13 @@ class Flights(Poller):
         except Exception as failure:  # noqa: BLE001 - the run's own error is the one that is raised
             _log_left(flight, f"{type(failure).__name__}: {failure}")
             return
-        flight.wait()
+        flight.wait_local()
         flight.give_up()
         self._end(flight, error)
         _log_left(flight, f"rank {flight.backend.rank} has ended its part, and another rank was to commit the file")
 
 
-def _log_left(flight: Flight, why_not: str) -> None:
+def _log_left(flight: PendingSave, why_not: str) -> None:
     """Log what became of a save that was under way as the run failed. Rank-local: each rank that writes knows its own.
 
     Args:

@@ -38,7 +38,7 @@ from distckpt.policy import retention
 from distckpt.policy.decision import NameRules, SaveIntent, comparable, step_priority
 from distckpt.policy.naming import check_name
 from distckpt.policy.scores import check_rule
-from distckpt.saving.capture import is_spread
+from distckpt.saving.capture import needs_consolidation
 
 __all__ = ["Checkpoint", "UserFacts", "name_of"]
 
@@ -362,7 +362,7 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
             history=self._history(),
             strays=self._strays,
             directory=str(self.save_handler.dirname) if isinstance(self.save_handler, ON_DISK) else None,
-            is_spread=is_spread(self.to_save),
+            needs_consolidation=needs_consolidation(self.to_save),
             knows_writers=not isinstance(self.save_handler, DiskSaver) or self.save_handler.knows_writers(current()),
             removal=int(self._removal()),
             handler=self._owner(engines).identity if isinstance(self.save_handler, ON_DISK) else None,

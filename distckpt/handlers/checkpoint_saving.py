@@ -45,8 +45,8 @@ from distckpt.policy.retention import Entry
 from distckpt.ptformat.manifest import Manifest
 from distckpt.ptformat.records import Record, Run, read_record, survey
 from distckpt.saving import protocol
-from distckpt.saving.capture import capture, consolidate, refuse_spread, replicas, stepped
-from distckpt.saving.pending_save import Flight, take_off
+from distckpt.saving.capture import capture, consolidate, find_optimizer_storages, find_replicas, refuse_unconsolidated
+from distckpt.saving.pending_save import PendingSave, start_save
 from distckpt.storage.written_files import WrittenFiles
 
 __all__ = ["CheckpointSaving"]
@@ -250,7 +250,7 @@ class CheckpointSaving(CheckpointHistory):
         if agreed.decision is None:
             self._log_refused(engine, agreed.score, agreed.history)
             return
-        refuse_spread(self.to_save, rank=alone.rank)
+        refuse_unconsolidated(self.to_save, rank=alone.rank)
         self._directory = (self.save_handler, agreed.directory)
         self._save_at_once(engine, alone, place, agreed, log)
 
@@ -304,25 +304,25 @@ class CheckpointSaving(CheckpointHistory):
         self, engine: Engine, backend: Backend, place: PlaceOf, agreed: Agreed, saver: DiskSaver, log: SaveLog
     ) -> None:
         """Collective. Save in the background, or with several ranks that write."""
-        sharing = saver.sharing(backend, place, is_known=agreed.know_writers, timeout_s=self.timeout_s)
+        group = saver.writer_group(backend, place, is_known=agreed.know_writers, timeout_s=self.timeout_s)
         decision = _made(agreed.decision)
         gathered: dict[int, Any] = {}
         is_removed_early = saver.writes_on_one_rank and agreed.removal == RemovalOrder.AFTER
         written = self._files_to_be_written(agreed, decision)
-        flight = take_off(
+        flight = start_save(
             backend,
             place,
             agreed,
             consolidate=(lambda: gathered.update(consolidate(self.to_save, save_on_rank=agreed.coordinator)))
-            if agreed.is_spread
+            if agreed.needs_consolidation
             else None,
             capture=lambda: self._capture(backend, agreed.coordinator, decision, gathered),
-            replicas=lambda: replicas(self.to_save, world_size=backend.world_size),
-            stepped=lambda: stepped(self.to_save),
-            make_part=lambda: saver.part(
-                backend, decision.filename, about(backend, engine, agreed, self.to_save), sharing, self._only_key()
+            replicas=lambda: find_replicas(self.to_save, world_size=backend.world_size),
+            optimizer_storages=lambda: find_optimizer_storages(self.to_save),
+            make_writer=lambda: saver.rank_writer(
+                backend, decision.filename, about(backend, engine, agreed, self.to_save), group, self._only_key()
             ),
-            sharing=sharing,
+            group=group,
             remove_one=functools.partial(_remove_own, saver, decision, self._owner(get_firing_engines()))
             if is_removed_early
             else None,
@@ -331,10 +331,10 @@ class CheckpointSaving(CheckpointHistory):
         self._saved_at = Moment(engine)
         history = self._saved
 
-        def landed(flight: Flight, error: BaseException | None) -> None:
+        def landed(flight: PendingSave, error: BaseException | None) -> None:
             if error is not None:
                 self._saved_at = Moment()
-                flight.wait()  # an interrupt has not ended it
+                flight.wait_local()  # an interrupt has not ended it
                 if self._saved is history:
                     self._take_over_what_is_there(agreed, flight, error, is_removed=is_removed_early)
                 if flight.has_committed:
@@ -344,7 +344,7 @@ class CheckpointSaving(CheckpointHistory):
             if self._saved is history:  # else it was loaded or reset meanwhile: the file stays, and is not ours
                 self._take_over(agreed, took_s=flight.took_s)
             problems = (
-                self._told(protocol.removals_of(decision.evicted, flight.problems))
+                self._told(protocol.merge_removals(decision.evicted, flight.problems))
                 if is_removed_early
                 else self._remove_after(backend, place, agreed, written)
             )
@@ -366,7 +366,7 @@ class CheckpointSaving(CheckpointHistory):
         self._warn_of_difference(flight)
 
     def _take_over_what_is_there(
-        self, agreed: Agreed, flight: Flight, error: BaseException, *, is_removed: bool
+        self, agreed: Agreed, flight: PendingSave, error: BaseException, *, is_removed: bool
     ) -> None:
         """Take over what this rank has committed though the save ended with an error elsewhere; else note the failure.
 
@@ -377,9 +377,9 @@ class CheckpointSaving(CheckpointHistory):
             return
         self._take_over(agreed, took_s=flight.took_s)
         if is_removed:
-            self._told(protocol.removals_of(_made(agreed.decision).evicted, [flight.own_problems]))
+            self._told(protocol.merge_removals(_made(agreed.decision).evicted, [flight.own_problems]))
 
-    def _warn_of_difference(self, flight: Flight) -> None:
+    def _warn_of_difference(self, flight: PendingSave) -> None:
         if flight.difference is not None:
             self._warn_once(
                 "shares",
@@ -589,7 +589,7 @@ def _hand_over(
 
 
 def _spare(saver: DiskSaver, filename: str, decision: SaveDecision) -> None:
-    """Raise :class:`~distckpt.saving.protocol.Spared` for the newest file that loads, if the new file does not load."""
+    """Raise StillNeeded for the newest file that loads, if the new file does not load."""
     kept = [name for _, name in decision.kept if name != decision.filename]
     saver.spare(filename, written=decision.filename, kept=kept)
 

@@ -27,12 +27,12 @@ from distckpt.ptformat.loadable import Refused, paths_of_refused
 from distckpt.ptformat.manifest import Manifest
 from distckpt.ptformat.torch_format import check_save_options, is_loadable, is_ordinary, what_loading_refuses
 from distckpt.saving.capture import whole_state
-from distckpt.saving.pending_save import Sharing
-from distckpt.saving.protocol import Spared
-from distckpt.saving.rank_writer import Part
-from distckpt.saving.snapshot import WHOLE, Share, write_file
-from distckpt.saving.staging import HostMemory, kept_memory
-from distckpt.saving.writer_group import Sharers
+from distckpt.saving.pending_save import WriterGroup
+from distckpt.saving.protocol import StillNeeded
+from distckpt.saving.rank_writer import RankWriter
+from distckpt.saving.snapshot import WHOLE, WriteRange, write_file
+from distckpt.saving.staging import HostMemory, thread_memory
+from distckpt.saving.writer_group import WriterCache
 from distckpt.storage.local import Directory, make_directory
 from distckpt.storage.written_files import identity_of
 
@@ -113,7 +113,7 @@ class DiskSaver(BaseSaveHandler):
         {'a': tensor([1., 1.])}
     """
 
-    _late_devices: ClassVar[tuple[str, ...]] = ("cuda",)  # on a CPU copying late would slow down what it hides behind
+    _deferred_devices: ClassVar[tuple[str, ...]] = ("cuda",)  # deferred copies slow a CPU down
 
     def __init__(
         self,
@@ -146,7 +146,7 @@ class DiskSaver(BaseSaveHandler):
         self.kwargs = kwargs
         self.overlap_copy = bool(overlap_copy)
         self._memory = HostMemory() if own_memory else None
-        self._sharers = Sharers()
+        self._sharers = WriterCache()
         self._atomic = bool(atomic)
         self._key = ""
         self._unloadable: set[str] = set()  # what this saver wrote and loading refuses
@@ -287,7 +287,7 @@ class DiskSaver(BaseSaveHandler):
                 name,
                 checkpoint,
                 memory=self._staging_memory(),
-                about=self._manifest or about(live),
+                manifest=self._manifest or about(live),
                 options=self._options(),
                 atomic=self._atomic,
                 num_threads=num_threads(live.world_size),
@@ -310,7 +310,7 @@ class DiskSaver(BaseSaveHandler):
         return {name: value for name, value in self.kwargs.items() if not is_xla or name not in _OF_XM_SAVE}
 
     def _staging_memory(self) -> HostMemory:
-        return kept_memory() if self._memory is None else self._memory
+        return thread_memory() if self._memory is None else self._memory
 
     @property
     def saves_in_parts(self) -> bool:
@@ -326,9 +326,9 @@ class DiskSaver(BaseSaveHandler):
         """Tell whether this rank knows who writes. Rank-local."""
         return not self._shares or self._sharers.of(backend, self.dirname, self.save_on_rank) is not None
 
-    def sharing(
+    def writer_group(
         self, backend: Backend, place: Callable[[str], Place], *, is_known: bool, timeout_s: float | None
-    ) -> Sharing:
+    ) -> WriterGroup:
         """Find out who writes. The same on every rank; collective unless `is_known`, on every rank."""
         writers: tuple[int, ...] = (self.save_on_rank,)
         if self._shares:
@@ -343,13 +343,15 @@ class DiskSaver(BaseSaveHandler):
                 )
             ranks = self._sharers.of(backend, self.dirname, self.save_on_rank) or ()
             writers = (*(rank for rank in ranks if rank != self.save_on_rank), self.save_on_rank)  # its share: the last
-        return Sharing(writers=writers, is_checked=self.check_replicas)
+        return WriterGroup(writers=writers, check_replicas=self.check_replicas)
 
     @property
     def _shares(self) -> bool:
         return self.share_write is not None and self.writes_on_one_rank
 
-    def part(self, backend: Backend, filename: str, manifest: Manifest, sharing: Sharing, key: str = "") -> Part:
+    def rank_writer(
+        self, backend: Backend, filename: str, manifest: Manifest, group: WriterGroup, key: str = ""
+    ) -> RankWriter:
         """Rank-local. Return this rank's part of a save; `key` as in :meth:`save_with`.
 
         Raises:
@@ -360,25 +362,25 @@ class DiskSaver(BaseSaveHandler):
         check_save_options(options)
         check_name(filename)
         self._unloadable.discard(filename)
-        share = None
-        if len(sharing.writers) > 1:
-            if backend.rank in sharing.writers:
-                share = Share(sharing.writers.index(backend.rank), len(sharing.writers), len(sharing.writers) - 1)
+        write_range = None
+        if len(group.writers) > 1:
+            if backend.rank in group.writers:
+                write_range = WriteRange(group.writers.index(backend.rank), len(group.writers), len(group.writers) - 1)
         elif self._writes_on(backend):
-            share = WHOLE
-        return Part(
+            write_range = WHOLE
+        return RankWriter(
             Directory(self.dirname),
             filename,
-            about=manifest,
+            manifest=manifest,
             memory=self._staging_memory(),
-            share=share,
-            is_saving=self._writes_on(backend),
+            write_range=write_range,
+            is_coordinator=self._writes_on(backend),
             in_background=self.background,
             atomic=self._atomic,
             protocol=options.get("pickle_protocol", 2),
             num_threads=num_threads(backend.world_size),
-            late_devices=self._late_devices if self.overlap_copy else (),
-            is_checked=sharing.is_checked,
+            deferred_devices=self._deferred_devices if self.overlap_copy else (),
+            check_replicas=group.check_replicas,
             on_refused=functools.partial(self._on_refused, filename, key),
         )
 
@@ -403,12 +405,12 @@ class DiskSaver(BaseSaveHandler):
             kept: what else is kept.
 
         Raises:
-            Spared: it is that file.
+            StillNeeded: it is that file.
         """
         is_last = written in self._unloadable and not any(is_loadable(self.dirname / name) for name in kept)
         if is_last and is_loadable(self.dirname / filename):
             msg = f"{filename} is kept: load_objects would refuse every other"
-            raise Spared(msg)
+            raise StillNeeded(msg)
         self._unloadable.discard(filename)
 
     def remover(self) -> Callable[[str], None]:

@@ -27,6 +27,6 @@ class RankAlone(SerialBackend):
         """This rank's number in the job."""
         return self._live.rank
 
-    def materialise(self, tree: Any, *, to_host: bool) -> Any:
+    def sync_device(self, tree: Any, *, to_host: bool) -> Any:
         """As the job's runtime does."""
-        return self._live.materialise(tree, to_host=to_host)
+        return self._live.sync_device(tree, to_host=to_host)

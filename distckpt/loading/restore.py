@@ -40,8 +40,8 @@ from distckpt.loading.plain_objects import is_plain_optimizer
 from distckpt.loading.report import LoadReport, all_in_one, joined
 from distckpt.loading.rollback import Undo, undo_of
 from distckpt.saving.capture import whole_state
-from distckpt.saving.optimizer_guard import hold_all
-from distckpt.saving.whole_objects import in_live_form
+from distckpt.saving.optimizer_guard import wait_for_deferred_copies
+from distckpt.saving.whole_objects import to_dtensors_like
 
 __all__ = ["Prepared", "check_complete", "prepare"]
 
@@ -152,7 +152,7 @@ class Prepared:
             Exception: what an object's own ``load_state_dict`` raises. No live object is left changed.
         """
         self.fill()
-        hold_all()  # what is being saved is the state of before
+        wait_for_deferred_copies()  # what is being saved is the state of before
         for turn in self._turns:  # a metric of somebody's may gather here: before any object can refuse
             turn.note(self._options)
         self._turns.sort(key=lambda turn: turn.when)
@@ -177,7 +177,7 @@ class Prepared:
         return joined(reports)
 
     def _load_one(self, turn: _Turn) -> LoadReport:
-        state = turn.state if turn.when == _PLAIN else in_live_form(turn.obj, turn.state)
+        state = turn.state if turn.when == _PLAIN else to_dtensors_like(turn.obj, turn.state)
         if not isinstance(turn.obj, nn.Module):
             turn.obj.load_state_dict(state)
             return LoadReport()

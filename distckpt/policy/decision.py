@@ -78,7 +78,7 @@ class SaveIntent:
         history: what this rank believes to be kept, lowest priority first.
         strays: files that should have been removed and could not be.
         directory: where this rank would save; None where that is no local directory.
-        is_spread: whether some object's state is spread over the ranks.
+        needs_consolidation: whether some object's state is spread over the ranks.
         knows_writers: whether this rank knows who writes, where ranks may write together.
         removal: see :class:`RemovalOrder`.
         handler: what names the handler's files, the same in the next run; None where its manifests do not tell.
@@ -98,7 +98,7 @@ class SaveIntent:
     history: tuple[Entry, ...]
     strays: tuple[str, ...]
     directory: str | None = None
-    is_spread: bool = False
+    needs_consolidation: bool = False
     knows_writers: bool = True
     removal: int = RemovalOrder.AFTER
     handler: Mapping[str, Any] | None = None
@@ -142,7 +142,7 @@ class Agreed:
         scores: every rank's score when they differed, else None.
         score: the one that counts.
         decision: None when nothing is to be saved.
-        is_spread: whether some object's state is spread over the ranks, as some rank says.
+        needs_consolidation: whether some object's state is spread over the ranks, as some rank says.
         know_writers: whether all ranks know who writes.
         removal: see :class:`RemovalOrder`.
         handler: the coordinator's handler, as in its intent.
@@ -159,7 +159,7 @@ class Agreed:
     scores: tuple[int | float, ...] | None
     score: int | float | None
     decision: SaveDecision | None
-    is_spread: bool = False
+    needs_consolidation: bool = False
     know_writers: bool = True
     removal: int = RemovalOrder.AFTER
     handler: Mapping[str, Any] | None = None
@@ -205,7 +205,7 @@ def decide_from(intents: Sequence[SaveIntent]) -> Agreed:
         scores=tuple(one for one in scores if one is not None) if differed else None,
         score=score,
         decision=decision,
-        is_spread=any(intent.is_spread for intent in intents),
+        needs_consolidation=any(intent.needs_consolidation for intent in intents),
         know_writers=all(intent.knows_writers for intent in intents),
         removal=max(intent.removal for intent in intents),
         handler=chief.handler,

@@ -14,21 +14,21 @@ from torch import nn
 from distckpt._unwrap import unwrap, unwrap_once
 from distckpt._values import has_plain_twin, is_numpy_scalar
 from distckpt.ptformat.sharded import needs_a_look, refusal, shard_of, whole
-from distckpt.saving.optimizer_guard import is_stepped_in_python
+from distckpt.saving.optimizer_guard import has_step_hook
 from distckpt.saving.whole_objects import refuse_sharded_object
 
 __all__ = [
     "capture",
     "check_objects",
     "consolidate",
-    "is_spread",
+    "find_optimizer_storages",
+    "find_replicas",
     "map_named",
     "map_tree",
+    "needs_consolidation",
     "plain_state",
     "refuse_sharded",
-    "refuse_spread",
-    "replicas",
-    "stepped",
+    "refuse_unconsolidated",
     "whole_state",
 ]
 
@@ -154,7 +154,7 @@ def consolidate(to_save: Mapping[str, Any], *, save_on_rank: int) -> dict[int, A
     return gathered
 
 
-def is_spread(to_save: Mapping[str, Any]) -> bool:
+def needs_consolidation(to_save: Mapping[str, Any]) -> bool:
     """Tell whether some object's state is spread over the ranks, so that :func:`consolidate` has something to do."""
     found: list[bool] = []
     map_tree(
@@ -164,7 +164,7 @@ def is_spread(to_save: Mapping[str, Any]) -> bool:
     return any(found)
 
 
-def refuse_spread(to_save: Mapping[str, Any], *, rank: int) -> None:
+def refuse_unconsolidated(to_save: Mapping[str, Any], *, rank: int) -> None:
     """Refuse objects whose state one rank cannot capture alone. Rank-local; issues no collectives.
 
     These are what :func:`consolidate` gathers, unless the class says by ``distckpt_saves_alone = True`` that its
@@ -198,7 +198,7 @@ def _has_fsdp(obj: Any) -> bool:
     return any(isinstance(module, fsdp.FullyShardedDataParallel) for module in obj.modules())
 
 
-def replicas(to_save: Mapping[str, Any], *, world_size: int) -> frozenset[int]:
+def find_replicas(to_save: Mapping[str, Any], *, world_size: int) -> frozenset[int]:
     """Find the storages that are known to be equal on all ranks, bit for bit. Rank-local; issues no collectives.
 
     These are the parameters of modules that are wrapped in DistributedDataParallel over all ranks, and what an
@@ -236,7 +236,7 @@ def replicas(to_save: Mapping[str, Any], *, world_size: int) -> frozenset[int]:
     return frozenset(identity for identity in found if identity is not None)
 
 
-def stepped(to_save: Mapping[str, Any]) -> dict[int, str]:
+def find_optimizer_storages(to_save: Mapping[str, Any]) -> dict[int, str]:
     """Find the storages that nothing but an optimizer's step changes, and only where a hook can tell of it. Rank-local.
 
     Returns:
@@ -245,7 +245,7 @@ def stepped(to_save: Mapping[str, Any]) -> dict[int, str]:
     found: dict[int, str] = {}
 
     def look(obj: Any) -> None:
-        if not isinstance(obj, torch.optim.Optimizer) or _is_sharded_optimizer(obj) or not is_stepped_in_python(obj):
+        if not isinstance(obj, torch.optim.Optimizer) or _is_sharded_optimizer(obj) or not has_step_hook(obj):
             return
         for group in obj.param_groups:
             for parameter in group["params"]:

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-__all__ = ["Fence", "hold_all", "is_stepped_in_python"]
+__all__ = ["OptimizerStepGuard", "has_step_hook", "wait_for_deferred_copies"]
 
 _LOCK = threading.Lock()
-_UP: "list[Fence]" = []
+_UP: "list[OptimizerStepGuard]" = []
 _HOOKED: list[bool] = []
 
 
-class Fence:
+class OptimizerStepGuard:
     """Keeps every optimizer of the process from its next step while something is copied.
 
     Args:
@@ -49,7 +49,7 @@ class Fence:
             _UP.remove(self)
 
 
-def hold_all() -> None:
+def wait_for_deferred_copies() -> None:
     """Wait until nothing is copied late any more: before anything else than an optimizer changes parameters."""
     if _UP:
         for fence in tuple(_UP):
@@ -57,10 +57,10 @@ def hold_all() -> None:
 
 
 def _hold(*_: Any) -> None:
-    hold_all()
+    wait_for_deferred_copies()
 
 
-def is_stepped_in_python(optimizer: torch.optim.Optimizer) -> bool:
+def has_step_hook(optimizer: torch.optim.Optimizer) -> bool:
     """Tell whether each step of an optimizer comes by the hook: not where a graph of the device's may repeat it.
 
     Optimizers that refuse to be captured unless they are told to (Adam and its like have ``capturable``) are known; of

@@ -6,7 +6,7 @@ about engines.
 The protocol, once it is decided what to save (steps 1 and 2 of :mod:`distckpt.saving.protocol`):
 
 3. (all ranks) where somebody's state is spread over the ranks: consolidate.
-4. (all ranks) capture and :meth:`~distckpt.saving.rank_writer.Part.prepare`. Then training may go on.
+4. (all ranks) capture and :meth:`~distckpt.saving.rank_writer.RankWriter.prepare`. Then training may go on.
    Where ranks write together, their images have to be of one form. Ranks whose pickles are equal know that they are;
    the others compare form by form, and where they differ the saving rank stages and writes everything.
 5. (each rank that writes, on a thread of its own or at once) write its share, and sync it. No collectives.
@@ -31,30 +31,30 @@ from distckpt.backends.base import Backend, default_timeout_s
 from distckpt.coordination import phases
 from distckpt.errors import CollectiveError, ReplicasDiffer, SaveError
 from distckpt.policy.decision import Agreed
-from distckpt.saving.protocol import WRITE_TIMEOUT_S, remove_here, with_context
-from distckpt.saving.rank_writer import Checked, Part, Task
-from distckpt.saving.write_completions import Receipts
+from distckpt.saving.protocol import WRITE_TIMEOUT_S, remove_local, with_context
+from distckpt.saving.rank_writer import Checked, RankWriter, Task
+from distckpt.saving.write_completions import WriteCompletions
 
-__all__ = ["Flight", "Sharing", "take_off"]
+__all__ = ["PendingSave", "WriterGroup", "start_save"]
 
 _LOOK_S = 0.2
 """How often a rank that waits looks whether another is lost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sharing:
+class WriterGroup:
     """Who writes, the same on every rank.
 
     Attributes:
         writers: the ranks that write one file together, in the order of their shares; of one that saves alone, itself.
-        is_checked: whether replicas are compared first.
+        check_replicas: whether replicas are compared first.
     """
 
     writers: tuple[int, ...]
-    is_checked: bool = False
+    check_replicas: bool = False
 
 
-class Flight:
+class PendingSave:
     """A save under way. All methods but the properties are called on all ranks alike.
 
     Attributes:
@@ -72,7 +72,7 @@ class Flight:
         backend: Backend,
         place: Callable[[str], phases.Place],
         agreed: Agreed,
-        part: Part,
+        part: RankWriter,
         *,
         writers: Sequence[int],
         temp: str | None,
@@ -99,12 +99,12 @@ class Flight:
         self._task: Task | None = None
         self._checked: list[Sequence[Sequence[int]]] = []
         self._is_finishing = len(self._writers) == 1
-        self._receipts: Receipts | None = None
+        self._receipts: WriteCompletions | None = None
         if part.in_background and not self._is_finishing and token is not None:
             with contextlib.suppress(CollectiveError):  # then the votes tell
                 board = backend.board(timeout_s=timeout_s)
                 if board is not None:
-                    self._receipts = Receipts(board, place("").who, token)
+                    self._receipts = WriteCompletions(board, place("").who, token)
         self._begin(self._write, has_work=part.writes)
 
     @property
@@ -152,10 +152,10 @@ class Flight:
             return True
         self._checked = [answers[rank]["checked"] for rank in self._writers]
         self._is_finishing = True
-        self._begin(self._finish, has_work=self._part.is_saving)
+        self._begin(self._finish, has_work=self._part.is_coordinator)
         return False
 
-    def wait(self) -> None:
+    def wait_local(self) -> None:
         """Rank-local. Wait for this rank's present step; its error is kept."""
         if self._receipts is not None:
             self._receipts.call_off()
@@ -215,7 +215,7 @@ class Flight:
             raise
         if self._receipts is not None and is_other:
             self._receipts.leave(self.backend.rank, checked)
-        if self._receipts is not None and self._part.is_saving:
+        if self._receipts is not None and self._part.is_coordinator:
             found = self._receipts.wait_for(others)
             if found is not None:
                 self._checked = [*found, checked]
@@ -226,27 +226,27 @@ class Flight:
         return self._finish()
 
     def _meet(
-        self, receipts: Receipts, others: Sequence[int], checked: Checked, is_over: threading.Event
+        self, receipts: WriteCompletions, others: Sequence[int], checked: Checked, is_over: threading.Event
     ) -> list[Checked] | None:
         """Tell the saving rank what this one has checked; there: return what the others have."""
-        if self._part.is_saving:
-            return receipts.word_of(others, is_over)
-        receipts.leave_word(self.backend.rank, checked)
+        if self._part.is_coordinator:
+            return receipts.collect_checksums(others, is_over)
+        receipts.publish_checksums(self.backend.rank, checked)
         return None
 
     def _finish(self) -> dict[str, Any]:
         self._part.finish(self._checked)
-        self.has_committed = self._part.is_saving
+        self.has_committed = self._part.is_coordinator
         if self.has_committed:
             self.committed_at_s = time.monotonic()
         decision = self.agreed.decision
         found: dict[str, Any] = {"checked": [], "is_finished": True, "problems": {}}
-        if self._remove_one is not None and self._part.is_saving and decision is not None:
-            found["problems"] = self.own_problems = remove_here(decision.evicted, self._remove_one)
+        if self._remove_one is not None and self._part.is_coordinator and decision is not None:
+            found["problems"] = self.own_problems = remove_local(decision.evicted, self._remove_one)
         return found
 
 
-def take_off(
+def start_save(
     backend: Backend,
     place: Callable[[str], phases.Place],
     agreed: Agreed,
@@ -254,12 +254,12 @@ def take_off(
     consolidate: Callable[[], None] | None,
     capture: Callable[[], Any],
     replicas: Callable[[], Collection[int]],
-    stepped: Callable[[], Mapping[int, str]],
-    make_part: Callable[[], Part],
-    sharing: Sharing,
+    optimizer_storages: Callable[[], Mapping[int, str]],
+    make_writer: Callable[[], RankWriter],
+    group: WriterGroup,
     remove_one: Callable[[str], None] | None,
     timeout_s: float | None,
-) -> Flight:
+) -> PendingSave:
     """Collective. Steps 3 and 4 of the protocol, and the beginning of 5.
 
     Args:
@@ -269,9 +269,9 @@ def take_off(
         consolidate: gathers what is sharded over the ranks; None where nothing is.
         capture: returns the checkpoint on this rank.
         replicas: returns the identities of the storages that are equal on all ranks.
-        stepped: returns those of the storages that only an optimizer's step changes, with their devices' types.
-        make_part: returns this rank's part.
-        sharing: who writes.
+        optimizer_storages: returns those that only an optimizer's step changes, with their devices' types.
+        make_writer: returns this rank's part.
+        group: who writes.
         remove_one: removes a file that is replaced, on the saving rank; None where the caller does it.
         timeout_s: seconds to wait for the other ranks; None for the default.
 
@@ -281,22 +281,22 @@ def take_off(
     """
     filename = "" if agreed.decision is None else agreed.decision.filename
     patience_s = max(default_timeout_s() if timeout_s is None else timeout_s, WRITE_TIMEOUT_S)
-    writers, difference = sharing.writers, None
+    writers, difference = group.writers, None
 
-    parts: list[Part] = []
+    parts: list[RankWriter] = []
 
     def prepare() -> dict[str, Any]:
-        part = make_part()
+        part = make_writer()
         parts.append(part)
-        state = backend.materialise(capture(), to_host=part.is_saving or part.is_shared)
-        return part.prepare(state, replicas=replicas, stepped=stepped)
+        state = backend.sync_device(capture(), to_host=part.is_coordinator or part.is_shared)
+        return part.prepare(state, replicas=replicas, optimizer_storages=optimizer_storages)
 
     try:
         if consolidate is not None:
             phases.run(backend, place(f"consolidating {filename}"), consolidate, timeout_s=timeout_s)
         # Patient: a rank may wait until another save's bytes are written, for its place in memory.
         answers = phases.run(backend, place(f"staging {filename}"), prepare, timeout_s=patience_s)
-        if sharing.is_checked:
+        if group.check_replicas:
             prints = phases.run(
                 backend, place(f"comparing replicas for {filename}"), parts[0].fingerprints, timeout_s=patience_s
             )
@@ -311,7 +311,7 @@ def take_off(
         for part in parts:
             part.abandon()
         raise
-    return Flight(
+    return PendingSave(
         backend,
         place,
         agreed,

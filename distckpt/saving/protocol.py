@@ -34,12 +34,12 @@ from distckpt.policy.retention import Entry
 __all__ = [
     "WRITE_TIMEOUT_S",
     "Removal",
-    "Spared",
+    "StillNeeded",
     "commit",
     "decide",
-    "removals_of",
+    "merge_removals",
     "remove",
-    "remove_here",
+    "remove_local",
     "with_context",
 ]
 
@@ -62,7 +62,7 @@ class Removal:
     gone: bool
 
 
-class Spared(Exception):  # noqa: N818 - it is no error, but an answer
+class StillNeeded(Exception):  # noqa: N818 - it is no error, but an answer
     """Raised in place of removing a file that is still needed; a later save tries again."""
 
 
@@ -131,7 +131,7 @@ def commit(
     to_host = all_write or backend.rank == agreed.coordinator
 
     def capture_here() -> None:
-        captured.append(backend.materialise(capture(), to_host=to_host))
+        captured.append(backend.sync_device(capture(), to_host=to_host))
 
     phases.run(backend, place(f"capturing {filename}"), capture_here, timeout_s=timeout_s)
     removed = remove_first()
@@ -194,11 +194,11 @@ def remove(
     """
     if not filenames:
         return []
-    answers = phases.run(backend, place, lambda: remove_here(filenames, remove_one), timeout_s=timeout_s)
-    return removals_of(filenames, answers)
+    answers = phases.run(backend, place, lambda: remove_local(filenames, remove_one), timeout_s=timeout_s)
+    return merge_removals(filenames, answers)
 
 
-def remove_here(filenames: Sequence[str], remove_one: Callable[[str], None]) -> dict[str, list[Any]]:
+def remove_local(filenames: Sequence[str], remove_one: Callable[[str], None]) -> dict[str, list[Any]]:
     """Remove files on this rank. Any thread; issues no collectives.
 
     Returns:
@@ -210,7 +210,7 @@ def remove_here(filenames: Sequence[str], remove_one: Callable[[str], None]) -> 
             remove_one(filename)
         except FileNotFoundError:
             gone, problem = True, f"{filename} was already gone"
-        except Spared as error:
+        except StillNeeded as error:
             gone, problem = False, str(error)
         except ValueError as error:  # a name from a loaded history that would leave the directory
             gone, problem = True, f"{filename} is left alone: {error}"
@@ -222,8 +222,8 @@ def remove_here(filenames: Sequence[str], remove_one: Callable[[str], None]) -> 
     return problems
 
 
-def removals_of(filenames: Sequence[str], answers: Sequence[Mapping[str, Sequence[Any]]]) -> list[Removal]:
-    """Return what became of each file, from what :func:`remove_here` told on each rank, in rank order. Pure."""
+def merge_removals(filenames: Sequence[str], answers: Sequence[Mapping[str, Sequence[Any]]]) -> list[Removal]:
+    """Return what became of each file, from what :func:`remove_local` told on each rank, in rank order. Pure."""
     removals = []
     for filename in filenames:
         told = [f"rank {rank}: {answer[filename][1]}" for rank, answer in enumerate(answers) if filename in answer]

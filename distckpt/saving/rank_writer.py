@@ -5,13 +5,12 @@ ranks agree.
 
 The steps of a part, of which the ranks hear of each other's in between:
 
-1. :meth:`Part.prepare`: plan the image, make the temporary file (saving rank), and, where the save goes on in the
+1. :meth:`RankWriter.prepare`: plan the image, make the temporary file (saving rank), and, where the save goes on in the
    background, stage. Afterwards training may go on.
-2. :meth:`Part.write`: write the bytes, and sync them. Any thread.
-3. :meth:`Part.finish`: what comes after the image, the commit, and the removal of what is replaced (saving rank). Any
-   thread.
+2. :meth:`RankWriter.write`: write the bytes, and sync them. Any thread.
+3. :meth:`RankWriter.finish`: what comes after the image, and the commit (saving rank). Any thread.
 
-:meth:`Part.abandon` ends it between any two of them.
+:meth:`RankWriter.abandon` ends it between any two of them.
 """
 
 import functools
@@ -26,34 +25,33 @@ from distckpt._unfinished import Unfinished
 from distckpt.ptformat.loadable import Refused
 from distckpt.ptformat.manifest import Manifest
 from distckpt.ptformat.verify import check_whole
-from distckpt.saving.snapshot import WHOLE, Checked, Meet, Share, Snapshot
+from distckpt.saving.snapshot import WHOLE, Checked, ExchangeChecksums, Snapshot, WriteRange
 from distckpt.saving.staging import HostMemory
 from distckpt.storage.local import Directory, NewFile
 
-__all__ = ["Checked", "Part", "Task"]
+__all__ = ["Checked", "RankWriter", "Task"]
 
 _T = TypeVar("_T")
 _MOST_WRITERS = 64
 """A handler has one save under way; replicas may be threads of one process."""
 
 
-class Part:
+class RankWriter:
     """One rank's part of one file. Rank-local; issues no collectives.
 
     Args:
         directory: where the file goes.
         name: relative to it.
-        about: the manifest, but for its tensors.
+        manifest: the manifest, but for its tensors.
         memory: where to stage.
         share: what this rank writes; None for nothing.
-        is_saving: whether this rank commits the file.
+        is_coordinator: whether this rank commits the file.
         in_background: whether :meth:`prepare` stages, for :meth:`write` to run beside training.
         atomic: see :meth:`~distckpt.storage.local.Directory.create`.
         protocol: pickle's.
-        late_devices: the types of devices whose tensors may be copied after :meth:`prepare` has returned, where only an
-            optimizer's step changes them.
+        deferred_devices: types of the devices whose tensors may be copied after :meth:`prepare` has returned.
         num_threads: how many threads copy.
-        is_checked: whether :meth:`fingerprints` will be asked for.
+        check_replicas: whether :meth:`fingerprints` will be asked for.
         on_refused: called by :meth:`prepare`, where this rank commits the file, with what loading will refuse, if there
             is anything.
     """
@@ -63,30 +61,30 @@ class Part:
         directory: Directory,
         name: str,
         *,
-        about: Manifest,
+        manifest: Manifest,
         memory: HostMemory,
-        share: Share | None,
-        is_saving: bool,
+        write_range: WriteRange | None,
+        is_coordinator: bool,
         in_background: bool,
         atomic: bool = True,
         protocol: int = 2,
-        late_devices: Collection[str] = ("cuda",),
+        deferred_devices: Collection[str] = ("cuda",),
         num_threads: int = 1,
-        is_checked: bool = False,
+        check_replicas: bool = False,
         on_refused: Callable[[Sequence[Refused]], None] | None = None,
     ) -> None:
         self.name = name
-        self.is_saving = is_saving
+        self.is_coordinator = is_coordinator
         self.in_background = in_background
         self._directory = directory
-        self._about = about
+        self._manifest = manifest
         self._memory = memory
-        self._share = share
+        self._write_range = write_range
         self._atomic = atomic
         self._protocol = protocol
-        self._late_devices = late_devices
+        self._deferred_devices = deferred_devices
         self._num_threads = num_threads
-        self._is_checked = is_checked
+        self._check_replicas = check_replicas
         self._on_refused = on_refused
         self._late: Collection[int] = ()
         self._snapshot: Snapshot | None = None
@@ -96,22 +94,26 @@ class Part:
     @property
     def is_shared(self) -> bool:
         """Whether other ranks write into the same file."""
-        return self._share is not None and self._share.num_writers > 1
+        return self._write_range is not None and self._write_range.num_writers > 1
 
     @property
     def writes(self) -> bool:
         """Whether this rank writes anything."""
-        return self._share is not None
+        return self._write_range is not None
 
     def prepare(
-        self, state: Any, *, replicas: Callable[[], Collection[int]], stepped: Callable[[], Mapping[int, str]]
+        self,
+        state: Any,
+        *,
+        replicas: Callable[[], Collection[int]],
+        optimizer_storages: Callable[[], Mapping[int, str]],
     ) -> dict[str, Any]:
         """Step 1.
 
         Args:
             state: what ``torch.save`` takes.
             replicas: returns the identities of the storages that are equal on all ranks.
-            stepped: returns those of the storages that only an optimizer's step changes, with their devices' types.
+            optimizer_storages: returns those that only an optimizer's step changes, with their devices' types.
 
         Returns:
             What the other ranks should know: ``form``, which has to be equal on all that write (see
@@ -124,21 +126,25 @@ class Part:
             MemoryError: there is none to stage in.
         """
         answer: dict[str, Any] = {"form": None, "temp": None, "token": None}
-        if self._share is None and not self._is_checked:
+        if self._write_range is None and not self._check_replicas:
             return answer
-        share = self._share or WHOLE
-        replicated = replicas() if self.is_shared or self._is_checked else ()
+        write_range = self._write_range or WHOLE
+        replicated = replicas() if self.is_shared or self._check_replicas else ()
         snapshot = self._snapshot = Snapshot(
-            state, share=share, replicated=replicated, protocol=self._protocol, num_threads=self._num_threads
+            state,
+            write_range=write_range,
+            replicated=replicated,
+            protocol=self._protocol,
+            num_threads=self._num_threads,
         )
-        if self._share is None:
+        if self._write_range is None:
             return answer
-        if self.is_saving and snapshot.refused and self._on_refused is not None:
+        if self.is_coordinator and snapshot.refused and self._on_refused is not None:
             self._on_refused(snapshot.refused)
-        if self.in_background and not snapshot.devices.isdisjoint(self._late_devices):
-            self._late = {identity for identity, kind in stepped().items() if kind in self._late_devices}
+        if self.in_background and not snapshot.devices.isdisjoint(self._deferred_devices):
+            self._late = {identity for identity, kind in optimizer_storages().items() if kind in self._deferred_devices}
         answer["form"] = snapshot.form() if self.is_shared else None
-        if self.is_saving:
+        if self.is_coordinator:
             self._new = self._directory.create(self.name, atomic=self._atomic)
             answer |= {"temp": self._new.temp, "token": secrets.token_hex(8)}
         self._take(whole=False)
@@ -146,7 +152,7 @@ class Part:
 
     def forms(self) -> list[str]:
         """Return what has to be equal for the file to be written in shares; nothing on a rank that does not write."""
-        return [] if self._snapshot is None or self._share is None else self._snapshot.forms()
+        return [] if self._snapshot is None or self._write_range is None else self._snapshot.forms()
 
     def fingerprints(self) -> list[tuple[str, int]]:
         """Return the name and the checksum of each storage that is to be equal on all ranks."""
@@ -158,8 +164,8 @@ class Part:
         Raises:
             MemoryError: there is none to stage in.
         """
-        self._share = WHOLE if self.is_saving else None
-        if self.is_saving:
+        self._write_range = WHOLE if self.is_coordinator else None
+        if self.is_coordinator:
             self._take(whole=True)
         else:
             self._let_go_of_memory()
@@ -174,7 +180,7 @@ class Part:
         if self.in_background:
             snapshot.stage()
 
-    def write(self, temp: str | None, meet: Meet | None = None) -> list[tuple[int, int, int]]:
+    def write(self, temp: str | None, meet: ExchangeChecksums | None = None) -> list[tuple[int, int, int]]:
         """Step 2.
 
         Args:
@@ -188,7 +194,7 @@ class Part:
         Raises:
             SaveError: the operating system refused.
         """
-        if self._share is None:
+        if self._write_range is None:
             return []
         snapshot = _made(self._snapshot)
         if self._new is None:
@@ -197,19 +203,19 @@ class Part:
                 raise AssertionError(msg)
             self._new = self._directory.join(self.name, temp)
         try:
-            if self.is_shared and self.is_saving:
+            if self.is_shared and self.is_coordinator:
                 self._new.allocate(snapshot.num_bytes)
             if self.in_background:
-                checked = snapshot.write_image(self._new, self._about, meet)
+                checked = snapshot.write_image(self._new, self._manifest, meet)
             else:
                 with snapshot.staging_beside():
-                    checked = snapshot.write_image(self._new, self._about, meet)
+                    checked = snapshot.write_image(self._new, self._manifest, meet)
             if self.is_shared:
                 self._new.sync(snapshot.num_bytes)
                 snapshot.check_written(self._new)
         finally:
             self._let_go_of_memory()
-        if not self.is_saving:
+        if not self.is_coordinator:
             self.abandon()
         return checked
 
@@ -223,10 +229,10 @@ class Part:
             SaveError: the operating system refused; what was there before is untouched.
             CommitNotDurable: the file is there, but may not survive a power cut.
         """
-        if not self.is_saving:
+        if not self.is_coordinator:
             return
         new = _made(self._new)
-        new.commit(_made(self._snapshot).write_tail(new, checked, self._about), check_whole)
+        new.commit(_made(self._snapshot).write_tail(new, checked, self._manifest), check_whole)
         self.abandon()
 
     def abandon(self) -> None:

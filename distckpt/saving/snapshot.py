@@ -1,6 +1,6 @@
 """One rank's snapshot of a state: from captured objects to bytes in a file.
 
-Owns planning, staging and writing on one rank, of the whole of a file or of one share of it. Must not know about
+Owns planning, staging and writing on one rank, of the whole of a file or of one share of it. Must not know manifest
 engines, nor how ranks agree.
 """
 
@@ -23,23 +23,23 @@ from distckpt.ptformat.manifest import Manifest, TensorEntry, to_json
 from distckpt.ptformat.pickler import pickle_state
 from distckpt.ptformat.torch_format import is_ordinary, what_loading_refuses, write_pt
 from distckpt.ptformat.verify import check_whole
-from distckpt.saving.optimizer_guard import Fence
+from distckpt.saving.optimizer_guard import OptimizerStepGuard
 from distckpt.saving.staging import Copy, HostMemory, Staging, in_strides
 from distckpt.storage.direct_io import BLOCK_BYTES, write_at
 from distckpt.storage.local import Directory, NewFile, WriteReceipt
 
-__all__ = ["WHOLE", "Checked", "Meet", "Share", "Snapshot", "write_file"]
+__all__ = ["WHOLE", "Checked", "ExchangeChecksums", "Snapshot", "WriteRange", "write_file"]
 
 _T = TypeVar("_T")
 _Parts = list[list[tuple[int, int, int]]]
 Checked = Sequence[Sequence[int]]
 """What was checked of a share; see :class:`~distckpt.ptformat.image.Part`."""
-Meet = Callable[[Checked, threading.Event], "Sequence[Checked] | None"]
+ExchangeChecksums = Callable[[Checked, threading.Event], "Sequence[Checked] | None"]
 """Takes what was checked of a share, and returns that of the others, in the order of the image: None where it does not
 hear of them before the event is set, or nobody here needs it. Any thread."""
 
 
-class Share(NamedTuple):
+class WriteRange(NamedTuple):
     """Which share of a file's image a rank stages and writes.
 
     Attributes:
@@ -53,7 +53,7 @@ class Share(NamedTuple):
     saving: int
 
 
-WHOLE = Share(0, 1, 0)
+WHOLE = WriteRange(0, 1, 0)
 
 
 class _Tail(NamedTuple):
@@ -85,7 +85,7 @@ class Snapshot:
         self,
         state: Any,
         *,
-        share: Share = WHOLE,
+        write_range: WriteRange = WHOLE,
         replicated: Collection[int] = (),
         protocol: int = 2,
         num_threads: int = 1,
@@ -95,14 +95,14 @@ class Snapshot:
         shared = [number for number, one in enumerate(storages) if one._cdata in replicated]  # noqa: SLF001 - as above
         self._plan = plan_image([storage.nbytes() for storage in storages], shared)
         self._shared = frozenset(shared)
-        self._share = share
+        self._write_range = write_range
         self._num_threads = num_threads
         self._rest = b""
         self._tail: _Tail | None = None
         self._part: Part | None = None
         self._staging: Staging | None = None
         self._late: Staging | None = None
-        self._fence: Fence | None = None
+        self._fence: OptimizerStepGuard | None = None
 
     @property
     def refused(self) -> Sequence[Refused]:
@@ -154,10 +154,10 @@ class Snapshot:
             MemoryError: there is not enough.
         """
         if whole:
-            self._share = WHOLE
-        begin, end = _cut(self._plan, self._share)
+            self._write_range = WHOLE
+        begin, end = _cut(self._plan, self._write_range)
         storages = self._pickled.storages
-        view = memory.take(end - begin, pinned="cuda" in self.devices)
+        view = memory.view(end - begin, pinned="cuda" in self.devices)
         self._part = Part(self._plan, view, begin, end)
         copies = _copies(self._plan, begin, end)
         if late:
@@ -170,7 +170,7 @@ class Snapshot:
         """Copy the bytes, and return when training may go on: what is copied late has a fence around it."""
         if self._late is not None:
             late = self._late
-            self._fence = Fence(lambda: late.wait_for(None))
+            self._fence = OptimizerStepGuard(lambda: late.wait_for(None))
             late.begin(self._num_threads)
         _made(self._staging).run_on(self._num_threads)
 
@@ -197,13 +197,13 @@ class Snapshot:
         return _made(self._staging).beside(self._num_threads)
 
     def write_image(
-        self, new: NewFile, about: Manifest | None = None, meet: Meet | None = None
+        self, new: NewFile, manifest: Manifest | None = None, meet: ExchangeChecksums | None = None
     ) -> list[tuple[int, int, int]]:
         """Write the share's bytes into a file, each as soon as it is staged. Any thread.
 
         Args:
             new: the file.
-            about: the manifest, but for its tensors: where all checksums are known, the tail is made meanwhile.
+            manifest: the manifest, but for its tensors: where all checksums are known, the tail is made meanwhile.
             meet: tells others of this share's, and returns theirs; where the share is not all of the image.
 
         Returns:
@@ -217,7 +217,7 @@ class Snapshot:
         try:
             with contextlib.ExitStack() as stack:
                 file = stack.enter_context(new.opened_directly())
-                stack.enter_context(helping(lambda: self._check(part, about, meet, is_over)))
+                stack.enter_context(helping(lambda: self._check(part, manifest, meet, is_over)))
                 stack.callback(is_over.set)
                 for at, chunk in part.chunks():
                     num_whole = len(chunk) // BLOCK_BYTES * BLOCK_BYTES
@@ -249,29 +249,31 @@ class Snapshot:
         except OSError as error:
             raise new.refused("checking", end - part.begin, error) from error
 
-    def _check(self, part: Part, about: Manifest | None, meet: Meet | None, is_over: threading.Event) -> None:
-        if not part.check(self._wait_for, self._known) or about is None:
+    def _check(
+        self, part: Part, manifest: Manifest | None, meet: ExchangeChecksums | None, is_over: threading.Event
+    ) -> None:
+        if not part.check(self._wait_for, self._known) or manifest is None:
             return
         with contextlib.suppress(Exception):  # made again, and raised, where it is written
             others: Sequence[Checked] | None = []
-            if self._share.num_writers > 1:
+            if self._write_range.num_writers > 1:
                 others = None if meet is None else meet(part.checked, is_over)
             if others is not None:
-                self._tail = self._tail_of(_as_parts([*others, part.checked]), about)
+                self._tail = self._tail_of(_as_parts([*others, part.checked]), manifest)
 
-    def _tail_of(self, shares: _Parts, about: Manifest) -> _Tail:
+    def _tail_of(self, shares: _Parts, manifest: Manifest) -> _Tail:
         """Return what comes after the image, of what was checked of all shares."""
         crcs = crcs_of(self._plan, shares)
-        manifest = to_json(replace(about, tensors=self._entries(crcs)))
+        manifest = to_json(replace(manifest, tensors=self._entries(crcs)))
         return _Tail(shares, crcs, tail_of(self._plan, crcs, self._pickled.data, manifest))
 
-    def write_tail(self, new: NewFile, checked: Sequence[Checked], about: Manifest) -> int:
+    def write_tail(self, new: NewFile, checked: Sequence[Checked], manifest: Manifest) -> int:
         """Write what comes after the image, and what was left out of it. Any thread.
 
         Args:
             new: the file.
             checked: of all shares, in the order of the image.
-            about: the manifest, but for its tensors.
+            manifest: the manifest, but for its tensors.
 
         Returns:
             The file's length.
@@ -281,10 +283,10 @@ class Snapshot:
         """
         shares = _as_parts(checked)
         if self._tail is None or self._tail.shares != shares:
-            self._tail = self._tail_of(shares, about)
+            self._tail = self._tail_of(shares, manifest)
         crcs, tail = self._tail.crcs, self._tail.data
         at = self._plan.end - len(self._rest)
-        cuts = [end for _, end in self._plan.shares(self._share.num_writers, self._share.saving)]
+        cuts = [end for _, end in self._plan.shares(self._write_range.num_writers, self._write_range.saving)]
         try:
             for offset, header in self._plan.cut_headers(cuts, crcs):
                 write_at(new.fd, memoryview(header), offset)
@@ -313,7 +315,7 @@ def write_file(
     state: Any,
     *,
     memory: HostMemory,
-    about: Manifest,
+    manifest: Manifest,
     options: Mapping[str, Any],
     atomic: bool,
     num_threads: int = 1,
@@ -326,7 +328,7 @@ def write_file(
         name: relative to it.
         state: what ``torch.save`` takes.
         memory: where to stage it; waited for where a save in the background uses it.
-        about: the manifest, but for its tensors.
+        manifest: the manifest, but for its tensors.
         options: keyword arguments of ``torch.save``.
         atomic: see :meth:`~distckpt.storage.local.Directory.create`.
         num_threads: how many threads copy.
@@ -351,8 +353,8 @@ def write_file(
         with memory.reserved():
             snapshot.take(memory)
             with snapshot.staging_beside():
-                checked = snapshot.write_image(new, about)
-        return new.commit(snapshot.write_tail(new, [checked], about), check_whole)
+                checked = snapshot.write_image(new, manifest)
+        return new.commit(snapshot.write_tail(new, [checked], manifest), check_whole)
 
 
 def _made(one: _T | None) -> _T:
@@ -367,8 +369,8 @@ def _as_parts(checked: Sequence[Checked]) -> _Parts:
 
 
 @functools.lru_cache(maxsize=8)
-def _cut(plan: ImagePlan, share: Share) -> tuple[int, int]:
-    return plan.shares(share.num_writers, share.saving)[share.number]
+def _cut(plan: ImagePlan, write_range: WriteRange) -> tuple[int, int]:
+    return plan.shares(write_range.num_writers, write_range.saving)[write_range.number]
 
 
 @functools.lru_cache(maxsize=8)

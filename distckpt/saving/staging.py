@@ -20,7 +20,7 @@ from distckpt._checksum import copy_and_check, is_checked_in_passing
 from distckpt._helping import helping, start_helper, wait_for_all
 from distckpt.saving.from_device import Fetcher, pin, unpin
 
-__all__ = ["Copy", "HostMemory", "Staging", "in_strides", "kept_memory"]
+__all__ = ["Copy", "HostMemory", "Staging", "in_strides", "thread_memory"]
 
 _CPU = torch.device("cpu")
 _STRIDE_BYTES = 4 << 20
@@ -51,7 +51,7 @@ class HostMemory:
 
     Example:
         >>> memory = HostMemory()
-        >>> len(memory.take(10)), memory.take(10_000) is not None, memory.num_bytes
+        >>> len(memory.view(10)), memory.view(10_000) is not None, memory.num_bytes
         (10, True, 12288)
     """
 
@@ -87,7 +87,7 @@ class HostMemory:
         """Start anew in another process."""
         return (HostMemory, ())
 
-    def take(self, num_bytes: int, *, pinned: bool = False) -> memoryview:
+    def view(self, num_bytes: int, *, pinned: bool = False) -> memoryview:
         """Return `num_bytes` of it, with what the last user left there.
 
         Args:
@@ -129,7 +129,7 @@ class _Kept(threading.local):
 _KEPT = _Kept()
 
 
-def kept_memory() -> HostMemory:
+def thread_memory() -> HostMemory:
     """Return the memory that all savers of this thread use, one after the other."""
     return _KEPT.memory
 

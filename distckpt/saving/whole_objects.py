@@ -14,7 +14,7 @@ from torch import nn
 
 from distckpt.ptformat.sharded import are_plain, as_live, is_dtensor, is_flat_shard, refusal, shard_of
 
-__all__ = ["in_live_form", "refuse_sharded_object"]
+__all__ = ["refuse_sharded_object", "to_dtensors_like"]
 
 _MANAGED = "_is_fsdp_managed_module"
 _FULL = "FULL_STATE_DICT"
@@ -42,7 +42,7 @@ def refuse_sharded_object(name: str, obj: Any, *, save_on_rank: int | None = Non
             _refuse_module(where, obj)
 
 
-def in_live_form(obj: Any, state: Any) -> Any:
+def to_dtensors_like(obj: Any, state: Any) -> Any:
     """Return a state whose plain tensors are DTensors where those of the object are. Rank-local; touches no object.
 
     torch's own ``load_state_dict`` takes no plain tensor for a DTensor. An object with a ``load_state_dict`` of its own

@@ -1,4 +1,4 @@
-"""Receipts of the ranks that write one file together, on the job's board: the saving rank need not wait for a vote.
+"""Completions of the ranks that write one file together, on the job's board.
 
 Owns how a receipt is left and looked for, and, before it, word of the checksums: what comes after everybody's bytes can
 be made while those are written. It is a note beside the collectives, from a thread that enters none; where
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from distckpt.backends.base import Board
 from distckpt.saving.snapshot import Checked
 
-__all__ = ["Receipts"]
+__all__ = ["WriteCompletions"]
 
 _LIMIT_S = 10.0
 _LOOK_S = 0.005
@@ -21,7 +21,7 @@ _EARLY_LOOK_S = 0.02
 _PATIENCE_S = 60.0
 
 
-class Receipts:
+class WriteCompletions:
     """The receipts of one handler's saves, one after the other.
 
     Args:
@@ -40,7 +40,7 @@ class Receipts:
         """Leave a rank's: what it has checked; None where it failed. Any thread. Does nothing if nobody can take it."""
         self._put(self._key(rank), checked)
 
-    def leave_word(self, rank: int, checked: Checked) -> None:
+    def publish_checksums(self, rank: int, checked: Checked) -> None:
         """Tell what a rank has checked, and has not written yet. Any thread. Does nothing if nobody can take it."""
         self._put(self._key(rank, "checked"), checked)
 
@@ -50,7 +50,7 @@ class Receipts:
         except (OSError, TimeoutError):
             self._is_off.set()
 
-    def word_of(self, ranks: Sequence[int], is_over: threading.Event) -> list[Checked] | None:
+    def collect_checksums(self, ranks: Sequence[int], is_over: threading.Event) -> list[Checked] | None:
         """Wait for what other ranks have checked, while there is a use for it. Any thread.
 
         Args:

@@ -20,13 +20,13 @@ from distckpt.backends.base import Backend
 from distckpt.coordination import phases
 from distckpt.storage.local import Directory
 
-__all__ = ["Sharers", "find_sharers"]
+__all__ = ["WriterCache", "find_writers"]
 
 _NAME = "probe.pt"
 _NUM_BYTES = 16
 
 
-def find_sharers(
+def find_writers(
     backend: Backend,
     place: Callable[[str], phases.Place],
     directory: Path,
@@ -66,20 +66,20 @@ def find_sharers(
     )
 
 
-class Sharers:
-    """What :func:`find_sharers` found last. A copy knows nothing."""
+class WriterCache:
+    """What :func:`find_writers` found last. A copy knows nothing."""
 
     def __init__(self) -> None:
         self._where: tuple[Any, ...] = ()
         self._ranks: tuple[int, ...] = ()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Sharers":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "WriterCache":
         """Return a new one: a backend cannot be copied."""
-        return Sharers()
+        return WriterCache()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Start anew in another process."""
-        return (Sharers, ())
+        return (WriterCache, ())
 
     def of(self, backend: Backend, directory: Path, coordinator: int) -> tuple[int, ...] | None:
         """Return the ranks that write into the coordinator's file, if they are known. Rank-local."""
@@ -95,8 +95,8 @@ class Sharers:
         is_node_enough: bool,
         timeout_s: float | None,
     ) -> None:
-        """Collective. Find out, and remember; see :func:`find_sharers`."""
-        self._ranks = find_sharers(
+        """Collective. Find out, and remember; see :func:`find_writers`."""
+        self._ranks = find_writers(
             backend,
             place,
             directory,

@@ -21,10 +21,10 @@ from distckpt import Checkpoint, DiskSaver, RemoteRankError, ReplicasDiffer, Rng
 from distckpt.backends.detect import current
 from distckpt.coordination.phases import Place
 from distckpt.ptformat.torch_format import verify
-from distckpt.saving.capture import replicas
+from distckpt.saving.capture import find_replicas
 from distckpt.saving.snapshot import Snapshot
-from distckpt.saving.write_completions import Receipts
-from distckpt.saving.writer_group import find_sharers
+from distckpt.saving.write_completions import WriteCompletions
+from distckpt.saving.writer_group import find_writers
 from distckpt.storage.direct_io import DirectFile
 from tests.distributed.programs import all_equal, gathered, raised, training_step, warned
 from tests.support import job, run_distributed
@@ -251,15 +251,15 @@ def slow_writes_and_noted_tails() -> Iterator[tuple[list[float], list[float]]]:
 def test_what_comes_after_the_bytes_is_made_while_they_are_written(tmp_path: Path, word: str) -> None:
     one = Job()
     handler = Checkpoint(one.to_save(), DiskSaver(tmp_path, share_write="node", background=True))
-    leave = Receipts.leave_word
+    leave = WriteCompletions.publish_checksums
 
-    def leave_another(self: Receipts, rank: int, checked: Any) -> None:
+    def leave_another(self: WriteCompletions, rank: int, checked: Any) -> None:
         if word == "is another's":
             leave(self, rank, [(number, crc ^ 1, num_bytes) for number, crc, num_bytes in checked])
 
     with pytest.MonkeyPatch.context() as patch, slow_writes_and_noted_tails() as (ends, tails):
         if word != "comes":
-            patch.setattr(Receipts, "leave_word", leave_another)
+            patch.setattr(WriteCompletions, "publish_checksums", leave_another)
         handler(one.trainer)
         handler.wait_until_finished()
     verify(tmp_path / "checkpoint_0.pt")
@@ -313,7 +313,7 @@ def test_the_ranks_that_see_a_directory_are_found_by_a_probe(tmp_path: Path) -> 
     def place(doing: str) -> Place:
         return Place(who="test", doing=doing, step=0)
 
-    found = find_sharers(current(), place, alias, coordinator=2, is_node_enough=True, timeout_s=None)
+    found = find_writers(current(), place, alias, coordinator=2, is_node_enough=True, timeout_s=None)
     assert gathered(list(found)) == [[0, 2]] * 3
     job.barrier()
     assert sorted(os.listdir(tmp_path)) == ["alias0", "alias1", "alias2", "elsewhere"]
@@ -349,12 +349,12 @@ def test_only_what_is_known_to_be_equal_counts_as_a_replica() -> None:
     parameters = dict(one.model.module.named_parameters())
     states = [value for state in one.optimizer.state.values() for value in state.values()]
     expected = {tensor.untyped_storage()._cdata for tensor in (*parameters.values(), *states)}
-    assert replicas(one.to_save(), world_size=2) == expected
-    assert replicas({"deep": [one.model, {"o": one.optimizer}]}, world_size=2) == expected
-    assert replicas({"model": one.model.module, "optimizer": one.optimizer}, world_size=2) == frozenset()
-    assert replicas({"optimizer": one.optimizer}, world_size=2) == frozenset()
-    assert replicas({"model": one.model}, world_size=3) == frozenset(), "of a smaller group than the job"
-    assert replicas({"model": torch.compile(one.model)}, world_size=2) == {
+    assert find_replicas(one.to_save(), world_size=2) == expected
+    assert find_replicas({"deep": [one.model, {"o": one.optimizer}]}, world_size=2) == expected
+    assert find_replicas({"model": one.model.module, "optimizer": one.optimizer}, world_size=2) == frozenset()
+    assert find_replicas({"optimizer": one.optimizer}, world_size=2) == frozenset()
+    assert find_replicas({"model": one.model}, world_size=3) == frozenset(), "of a smaller group than the job"
+    assert find_replicas({"model": torch.compile(one.model)}, world_size=2) == {
         parameter.untyped_storage()._cdata for parameter in parameters.values()
     }
 
@@ -365,7 +365,7 @@ def test_a_parameter_in_memory_that_others_share_is_no_replica() -> None:
     memory = torch.zeros(100)
     module.weight.data = memory[:16].view(4, 4)
     wrapped = DistributedDataParallel(module)
-    found = replicas({"model": wrapped}, world_size=2)
+    found = find_replicas({"model": wrapped}, world_size=2)
     assert found == {module.bias.untyped_storage()._cdata}
 
 
@@ -375,7 +375,7 @@ def test_models_that_are_averaged_now_and_then_have_no_replicas() -> None:
     make: Any = hooks.PostLocalSGDState
     state = make(process_group=None, subgroup=None, start_localSGD_iter=1)
     wrapped.register_comm_hook(state, hooks.post_localSGD_hook)
-    assert replicas({"model": wrapped}, world_size=2) == frozenset()
+    assert find_replicas({"model": wrapped}, world_size=2) == frozenset()
 
 
 @run_distributed(world_size=2)

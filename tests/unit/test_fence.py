@@ -13,8 +13,8 @@ from torch import nn
 from distckpt import Checkpoint, DiskSaver
 from distckpt.ptformat.torch_format import verify
 from distckpt.saving import optimizer_guard
-from distckpt.saving.capture import stepped
-from distckpt.saving.optimizer_guard import Fence, is_stepped_in_python
+from distckpt.saving.capture import find_optimizer_storages
+from distckpt.saving.optimizer_guard import OptimizerStepGuard, has_step_hook
 from distckpt.saving.staging import Staging
 from tests.unit.directories import names_in
 
@@ -22,7 +22,7 @@ from tests.unit.directories import names_in
 class Late(DiskSaver):
     """Copies late on a CPU too."""
 
-    _late_devices = ("cuda", "cpu")
+    _deferred_devices = ("cuda", "cpu")
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_each_file_holds_the_state_of_its_iteration_though_it_is_copied_late(
 def test_without_the_fence_the_same_loop_tears_its_checkpoints(
     tmp_path: Path, slow_copies: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Fence, "hold", Fence.take_down)
+    monkeypatch.setattr(OptimizerStepGuard, "hold", OptimizerStepGuard.take_down)
     model = nn.Linear(60, 60)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
 
@@ -155,15 +155,17 @@ def test_only_what_an_optimizer_changes_is_late() -> None:
     optimizer.step()
     states = [value for state in optimizer.state.values() for value in state.values()]
     expected = {tensor.untyped_storage()._cdata for tensor in (*model[0].parameters(), *states)}
-    assert stepped({"model": model, "deep": [{"optimizer": optimizer}]}) == dict.fromkeys(expected, "cpu")
-    assert stepped({"model": model}) == {}
+    assert find_optimizer_storages({"model": model, "deep": [{"optimizer": optimizer}]}) == dict.fromkeys(
+        expected, "cpu"
+    )
+    assert find_optimizer_storages({"model": model}) == {}
 
 
 def test_steps_that_a_graph_repeats_are_not_waited_for() -> None:
     parameters = [nn.Parameter(torch.ones(1))]
-    assert is_stepped_in_python(torch.optim.Adam(parameters))
-    assert not is_stepped_in_python(torch.optim.SGD(parameters, lr=0.1)), "a graph may hold it, and nobody asks"
-    assert not is_stepped_in_python(torch.optim.Adam(parameters, capturable=True))
+    assert has_step_hook(torch.optim.Adam(parameters))
+    assert not has_step_hook(torch.optim.SGD(parameters, lr=0.1)), "a graph may hold it, and nobody asks"
+    assert not has_step_hook(torch.optim.Adam(parameters, capturable=True))
 
 
 def test_a_copy_that_fails_keeps_no_optimizer() -> None:
@@ -173,7 +175,7 @@ def test_a_copy_that_fails_keeps_no_optimizer() -> None:
     parameter = nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
     parameter.grad = torch.ones(1)
-    Fence(fail)
+    OptimizerStepGuard(fail)
     optimizer.step()
     assert parameter.item() == 0.0
     assert optimizer_guard._UP == []

@@ -32,7 +32,7 @@ def parts_of(
     """Stage and check every rank's share; returns them in the order of the image, each with its bytes."""
     found = []
     for begin, end in sorted(plan.shares(num_ranks, saving_rank)):
-        memory = HostMemory().take(end - begin)
+        memory = HostMemory().view(end - begin)
         staging = Staging(storages, [Copy(*piece) for piece in plan.pieces(begin, end)], memory, begin)
         staging.run()
         part = Part(plan, memory, begin, end)

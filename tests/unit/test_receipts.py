@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from distckpt.backends.key_value_store import StoreBoard
-from distckpt.saving.write_completions import Receipts
+from distckpt.saving.write_completions import WriteCompletions
 
 CHECKED = [(0, 5, 8), (1, 2**32 - 1, 2**40)]
 AS_LISTS = [[0, 5, 8], [1, 2**32 - 1, 2**40]]
@@ -21,24 +21,24 @@ def board() -> Iterator[StoreBoard]:
     made.close()
 
 
-def receipts(board: Any, save: str = "this") -> Receipts:
-    return Receipts(board, "Checkpoint", save)
+def receipts(board: Any, save: str = "this") -> WriteCompletions:
+    return WriteCompletions(board, "Checkpoint", save)
 
 
-def word_of(one: Receipts, ranks: Sequence[int], limit_s: float = 0.3) -> Any:
+def word_of(one: WriteCompletions, ranks: Sequence[int], limit_s: float = 0.3) -> Any:
     is_over = threading.Event()
     timer = threading.Timer(limit_s, is_over.set)
     timer.start()
     try:
-        return one.word_of(ranks, is_over)
+        return one.collect_checksums(ranks, is_over)
     finally:
         timer.cancel()
 
 
 def test_word_comes_as_it_was_left_and_is_no_receipt(board: StoreBoard) -> None:
     one = receipts(board)
-    receipts(board).leave_word(1, CHECKED)
-    receipts(board).leave_word(2, [])
+    receipts(board).publish_checksums(1, CHECKED)
+    receipts(board).publish_checksums(2, [])
     assert word_of(one, [1, 2], 30.0) == [AS_LISTS, []]
     one.call_off()
     assert one.wait_for([1, 2]) is None
@@ -48,12 +48,12 @@ def test_a_receipt_is_no_word_and_of_another_save_neither_counts(board: StoreBoa
     receipts(board).leave(1, CHECKED)
     assert word_of(receipts(board), [1]) is None
     assert receipts(board).wait_for([1]) == [AS_LISTS]
-    receipts(board, "the one before").leave_word(1, CHECKED)
+    receipts(board, "the one before").publish_checksums(1, CHECKED)
     assert word_of(receipts(board), [1]) is None
 
 
 def test_word_that_comes_late_is_waited_for(board: StoreBoard) -> None:
-    timer = threading.Timer(0.2, lambda: receipts(board).leave_word(1, CHECKED))
+    timer = threading.Timer(0.2, lambda: receipts(board).publish_checksums(1, CHECKED))
     timer.start()
     assert word_of(receipts(board), [1], 30.0) == [AS_LISTS]
     timer.join()

@@ -16,7 +16,7 @@ import torch
 
 from distckpt import DiskSaver
 from distckpt._checksum import combined
-from distckpt.saving.staging import Copy, HostMemory, Staging, in_strides, kept_memory
+from distckpt.saving.staging import Copy, HostMemory, Staging, in_strides, thread_memory
 from distckpt.storage.direct_io import DirectFile
 from tests.unit.storages import bytes_of, storages_of
 
@@ -30,7 +30,7 @@ def test_every_byte_goes_where_it_should(num_threads: int) -> None:
     for number, storage in enumerate(storages):
         copies.append(Copy(number, 0, at, storage.nbytes()))
         at += storage.nbytes() + 77
-    memory = HostMemory().take(at - 1000)
+    memory = HostMemory().view(at - 1000)
     Staging(storages, copies, memory, 1000).run_on(num_threads)
     for one, storage in zip(copies, storages, strict=True):
         assert bytes(memory[one.at - 1000 :][: one.num_bytes]) == bytes_of(storage)
@@ -44,7 +44,7 @@ def test_bytes_are_checked_as_they_are_copied_where_that_costs_nothing(
     monkeypatch.setattr("distckpt.saving.staging.is_checked_in_passing", lambda: is_free)
     storages = storages_of(9 * MIB + 3, 20)
     copies = in_strides([Copy(0, 0, 100, 9 * MIB + 3), Copy(1, 5, 10 * MIB, 15)])
-    memory = HostMemory().take(11 * MIB)
+    memory = HostMemory().view(11 * MIB)
     one = Staging(storages, copies, memory, 100)
     assert one.checked(10 * MIB, 10 * MIB + 15) is None
     one.run_on(num_threads)
@@ -64,7 +64,7 @@ def test_bytes_are_checked_as_they_are_copied_where_that_costs_nothing(
 
 def test_whoever_waits_goes_on_as_soon_as_his_bytes_are_there() -> None:
     storages = storages_of(10, 10)
-    staging = Staging(storages, [Copy(0, 0, 0, 10), Copy(1, 0, 10, 10)], HostMemory().take(20), 0)
+    staging = Staging(storages, [Copy(0, 0, 0, 10), Copy(1, 0, 10, 10)], HostMemory().view(20), 0)
     gate, seen = threading.Event(), list[int]()
 
     def stop_at_the_second(which: int) -> None:
@@ -97,13 +97,13 @@ class Overtaken(Staging):
 
 
 def test_copies_that_end_while_somebody_looks_do_no_harm() -> None:
-    staging = Overtaken(storages_of(10), [Copy(0, 0, 5, 10)], HostMemory().take(15), 0)
+    staging = Overtaken(storages_of(10), [Copy(0, 0, 5, 10)], HostMemory().view(15), 0)
     staging.looks = iter([0, 1, 1])
     staging.wait_for(5)
 
 
 def test_an_interrupt_waits_until_nobody_writes_into_the_memory_any_more() -> None:
-    staging = Staging(storages_of(10), [Copy(0, 0, 0, 10)], HostMemory().take(10), 0)
+    staging = Staging(storages_of(10), [Copy(0, 0, 0, 10)], HostMemory().view(10), 0)
     began, gate, has_ended = threading.Event(), threading.Event(), threading.Event()
 
     def copy_slowly(_which: int) -> None:
@@ -121,7 +121,7 @@ def test_an_interrupt_waits_until_nobody_writes_into_the_memory_any_more() -> No
 
 def test_an_error_of_one_thread_reaches_all() -> None:
     copies = [Copy(0, 0, 0, 10)]
-    staging = Staging(storages_of(10), copies, HostMemory().take(10), 0)
+    staging = Staging(storages_of(10), copies, HostMemory().view(10), 0)
 
     def fail(which: int) -> None:
         raise ValueError(copies[which].num_bytes)
@@ -134,7 +134,7 @@ def test_an_error_of_one_thread_reaches_all() -> None:
 
 
 def test_who_waits_for_a_copying_that_was_stopped_gets_an_error() -> None:
-    staging = Staging(storages_of(10), [Copy(0, 0, 0, 10)], HostMemory().take(10), 0)
+    staging = Staging(storages_of(10), [Copy(0, 0, 0, 10)], HostMemory().view(10), 0)
     staging.stop()
     with pytest.raises(RuntimeError, match="stopped"):
         staging.wait_for(None)
@@ -142,13 +142,13 @@ def test_who_waits_for_a_copying_that_was_stopped_gets_an_error() -> None:
 
 def test_memory_is_on_a_page_and_used_again() -> None:
     memory = HostMemory()
-    first = memory.take(5000)
+    first = memory.view(5000)
     address = ctypes.addressof(ctypes.c_char.from_buffer(first))
     assert address % 4096 == 0
     first[0] = 7
-    again = memory.take(4000)
+    again = memory.view(4000)
     assert (ctypes.addressof(ctypes.c_char.from_buffer(again)), again[0]) == (address, 7)
-    assert len(memory.take(50_000)) == 50_000
+    assert len(memory.view(50_000)) == 50_000
     assert first[0] == 7, "who holds a view of what was given back keeps it"
     memory.free()
     assert memory.num_bytes == 0
@@ -159,15 +159,15 @@ def test_savers_of_one_thread_share_their_memory_and_those_of_two_do_not(tmp_pat
     state = {"a": torch.ones(3 * MIB, dtype=torch.uint8)}
     for name in ("one", "two"):
         DiskSaver(tmp_path / name)(state, "a.pt")
-    assert kept_memory().num_bytes >= 3 * MIB
-    address = ctypes.addressof(ctypes.c_char.from_buffer(kept_memory().take(1)))
+    assert thread_memory().num_bytes >= 3 * MIB
+    address = ctypes.addressof(ctypes.c_char.from_buffer(thread_memory().view(1)))
     DiskSaver(tmp_path / "three")(state, "a.pt")
-    assert ctypes.addressof(ctypes.c_char.from_buffer(kept_memory().take(1))) == address
+    assert ctypes.addressof(ctypes.c_char.from_buffer(thread_memory().view(1))) == address
     found: list[HostMemory] = []
-    thread = threading.Thread(target=lambda: found.append(kept_memory()))
+    thread = threading.Thread(target=lambda: found.append(thread_memory()))
     thread.start()
     thread.join(timeout=10.0)
-    assert found[0] is not kept_memory()
+    assert found[0] is not thread_memory()
 
 
 # -- O_DIRECT ----------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def write_through(path: Path, parent: int, pieces: list[tuple[int, memoryview]])
 
 
 def content(num_bytes: int) -> memoryview:
-    memory = HostMemory().take(num_bytes)
+    memory = HostMemory().view(num_bytes)
     memory[:] = bytes_of(storages_of(num_bytes)[0])
     return memory
 
