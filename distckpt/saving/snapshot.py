@@ -264,8 +264,8 @@ class Snapshot:
     def _tail_of(self, shares: _Parts, manifest: Manifest) -> _Tail:
         """Return what comes after the image, of what was checked of all shares."""
         crcs = crcs_of(self._plan, shares)
-        manifest = to_json(replace(manifest, tensors=self._entries(crcs)))
-        return _Tail(shares, crcs, tail_of(self._plan, crcs, self._pickled.data, manifest))
+        text = to_json(replace(manifest, tensors=self._entries(crcs)))
+        return _Tail(shares, crcs, tail_of(self._plan, crcs, self._pickled.data, text))
 
     def write_tail(self, new: NewFile, checked: Sequence[Checked], manifest: Manifest) -> int:
         """Write what comes after the image, and what was left out of it. Any thread.

@@ -92,7 +92,7 @@ def test_ranks_train_on_while_one_writes_and_take_over_in_the_same_iteration(tmp
     def let_it_be_written() -> None:
         flight = handler._flights._flight
         if flight is not None:
-            flight.wait()
+            flight.wait_local()
         job.barrier()
 
     with slow_disk(0, "written"):
@@ -119,7 +119,7 @@ def test_an_error_on_the_saving_rank_is_everybodys_and_the_one_before_stands(tmp
             job.store().set("fail", "1")
         flight = handler._flights._flight
         assert flight is not None
-        flight.wait()
+        flight.wait_local()
         job.barrier()
 
     full = OSError(errno.ENOSPC, "No space left on device")

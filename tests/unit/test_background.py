@@ -132,7 +132,7 @@ def test_it_is_taken_over_after_an_iteration_in_which_it_is_durable(tmp_path: Pa
     def open_it() -> None:
         assert names_in(tmp_path) == [name for name in names_in(tmp_path) if name.endswith(".tmp")]
         gate.is_open.set()
-        handler._flights._flight.wait()  # type: ignore[union-attr]
+        handler._flights._flight.wait_local()  # type: ignore[union-attr]
 
     trainer.run([0] * 7)
     assert told == [6]
@@ -190,7 +190,7 @@ def test_one_of_an_evaluators_is_taken_over_in_the_trainers_iterations(tmp_path:
         seen.append((engine.state.iteration, handler.last_checkpoint and Path(handler.last_checkpoint).name))
         if engine.state.iteration == 4:
             gate.is_open.set()
-            handler._flights._flight.wait()  # type: ignore[union-attr]
+            handler._flights._flight.wait_local()  # type: ignore[union-attr]
 
     trainer.run([0, 1], max_epochs=3)
     assert seen[:5] == [(1, None), (2, None), (3, None), (4, None), (5, "obj_1.0000.pt")]
@@ -234,7 +234,7 @@ def test_a_second_one_is_skipped_where_that_is_asked_for(tmp_path: Path, gate: G
     @trainer.on(Events.ITERATION_STARTED(once=4))
     def open_it() -> None:
         gate.is_open.set()
-        handler._flights._flight.wait()  # type: ignore[union-attr]
+        handler._flights._flight.wait_local()  # type: ignore[union-attr]
 
     trainer.run([0] * 5)
     assert names_in(tmp_path) == ["obj_1.pt", "obj_5.pt"]
@@ -275,7 +275,7 @@ def test_an_error_is_raised_after_an_iteration_and_the_one_before_stands(tmp_pat
     def break_it() -> None:
         gate.error = OSError(errno.ENOSPC, "No space left on device")
         gate.is_open.set()
-        handler._flights._flight.wait()  # type: ignore[union-attr]
+        handler._flights._flight.wait_local()  # type: ignore[union-attr]
 
     with pytest.raises(SaveError, match=r"rank 0, step 4: cannot save obj_4.pt .*obj_2.pt is intact") as caught:
         trainer.run([0, 1], max_epochs=4)
