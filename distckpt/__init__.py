@@ -1,4 +1,11 @@
-"""Checkpoints and stop decisions that every rank agrees on: ignite's handlers, for data-parallel training."""
+"""Checkpoints and stop decisions that every rank agrees on: ignite's handlers, for data-parallel training.
+
+The handlers, and ignite with them, are imported when a handler's name is used first. That import also installs
+distckpt's hooks into ignite.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
 
 from distckpt.backends.entry import (
     all_gather,
@@ -36,24 +43,26 @@ from distckpt.errors import (
     UnsafeCheckpoint,
     UnsupportedCheckpoint,
 )
-from distckpt.handlers import (
-    BaseSaveHandler,
-    Checkpoint,
-    CheckpointEvents,
-    DiskSaver,
-    EarlyStopping,
-    ModelCheckpoint,
-    Preemption,
-    RngState,
-    TerminateOnNan,
-    TimeLimit,
-    Timer,
-    global_step_from_engine,
-    resume,
-    stop_reason,
-)
 from distckpt.loading.api import LoadReport
 from distckpt.samplers import ResumableSampler
+
+if TYPE_CHECKING:
+    from distckpt.handlers import (
+        BaseSaveHandler,
+        Checkpoint,
+        CheckpointEvents,
+        DiskSaver,
+        EarlyStopping,
+        ModelCheckpoint,
+        Preemption,
+        RngState,
+        TerminateOnNan,
+        TimeLimit,
+        Timer,
+        global_step_from_engine,
+        resume,
+        stop_reason,
+    )
 
 __all__ = [
     "BaseSaveHandler",
@@ -106,3 +115,20 @@ __all__ = [
     "spawn",
     "stop_reason",
 ]
+
+if not TYPE_CHECKING:  # type checkers would take any name for an existing one
+
+    def __getattr__(name: str) -> object:
+        """Return a handler, or the package of handlers, and import it first."""
+        if name != "handlers" and name not in __all__:
+            msg = f"module {__name__!r} has no attribute {name!r}"
+            raise AttributeError(msg)
+        handlers = importlib.import_module("distckpt.handlers")
+        if name == "handlers":
+            return handlers
+        value = globals()[name] = getattr(handlers, name)
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

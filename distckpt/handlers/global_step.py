@@ -1,14 +1,9 @@
-"""The global step of another engine.
-
-Owns :func:`global_step_from_engine`. Rank-local.
-"""
+"""The global step of another engine: :func:`global_step_from_engine`. Rank-local."""
 
 from collections.abc import Callable
 from typing import Any
 
 from ignite.engine import Engine, State
-
-__all__ = ["global_step_from_engine"]
 
 
 def global_step_from_engine(
@@ -19,12 +14,12 @@ def global_step_from_engine(
     """Return a ``global_step_transform`` that reads the step of `engine`, usually the trainer.
 
     Args:
-        engine: whose step.
-        custom_event_name: the event whose count is the step; by default the event that the handler is called on.
-        fallback_attr: attribute of the engine's state that is read for events without a count.
+        engine: the engine that counts the steps.
+        custom_event_name: the event whose count is the step; None for the event on which the handler is called.
+        fallback_attr: attribute of the engine's state, for events without a count.
 
     Raises:
-        TypeError: `engine` is no Engine.
+        TypeError: `engine` is not an Engine.
 
     Example:
         >>> from ignite.engine import Events
@@ -39,10 +34,9 @@ def global_step_from_engine(
 
     def global_step(_: Any, event_name: Any) -> int:
         event = event_name if custom_event_name is None else custom_event_name
-        if event not in State.event_to_attr:
-            step: int = getattr(engine.state, fallback_attr)
-        else:
-            step = engine.state.get_event_attrib_value(event)
+        if event in State.event_to_attr:
+            return int(engine.state.get_event_attrib_value(event))
+        step: int = getattr(engine.state, fallback_attr)
         return step
 
     return global_step

@@ -1,26 +1,19 @@
-"""Measuring time between events.
-
-Owns :class:`Timer`. Rank-local throughout.
-"""
+"""Time between events: :class:`Timer`. Rank-local."""
 
 import time
 from typing import Any
 
 from ignite.engine import Engine, Events
 
-__all__ = ["Timer"]
-
 
 class Timer:
-    """Measures total or average time between events, on this rank.
-
-    It runs from construction.
+    """Measures the total or average time between events on this rank. It runs from construction.
 
     Args:
-        average: divide the total time by the number of steps.
+        average: whether to divide the total time by the number of steps.
 
     Attributes:
-        total: seconds measured before the last pause.
+        total: seconds until the last pause.
         step_count: number of steps.
         running: whether time is being measured.
 
@@ -44,14 +37,14 @@ class Timer:
         resume: Any = None,
         step: Any = None,
     ) -> "Timer":
-        """Let an engine's events drive the timer.
+        """Attach the timer's methods to an engine's events.
 
         Args:
-            engine: whose events.
-            start: resets the timer, which then runs.
-            pause: pauses it.
-            resume: resumes it, if given.
-            step: counts a step, if given.
+            engine: the engine.
+            start: event that resets the timer; it then runs.
+            pause: event that pauses it.
+            resume: event that resumes it, or None.
+            step: event that counts a step, or None.
 
         Returns:
             The timer.
@@ -65,7 +58,7 @@ class Timer:
         return self
 
     def reset(self, *_args: Any) -> "Timer":
-        """Start anew from zero; returns the timer."""
+        """Restart from zero; return the timer."""
         self._since = time.perf_counter()
         self.total = 0.0
         self.step_count = 0.0
@@ -73,19 +66,19 @@ class Timer:
         return self
 
     def pause(self, *_args: Any) -> None:
-        """Stop measuring. Does nothing while paused."""
+        """Pause. Does nothing while paused."""
         if self.running:
             self.total += self._elapsed()
             self.running = False
 
     def resume(self, *_args: Any) -> None:
-        """Go on measuring. Does nothing while running."""
+        """Resume. Does nothing while running."""
         if not self.running:
             self.running = True
             self._since = time.perf_counter()
 
     def value(self) -> float:
-        """Return the seconds measured: total, or a step's average."""
+        """Return the measured seconds: the total, or the average per step."""
         total = self.total + (self._elapsed() if self.running else 0.0)
         return total / max(self.step_count, 1.0) if self._average else total
 

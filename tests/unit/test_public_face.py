@@ -68,17 +68,38 @@ def test_handlers_log_below_the_package_and_add_no_handlers(make: type[Terminate
     assert list(logging.getLogger().handlers) == before
 
 
+def run_fresh(program: str) -> str:
+    """Return what a program prints in a process of its own."""
+    root = Path(distckpt.__file__).parents[1]
+    return subprocess.check_output([sys.executable, "-c", program], cwd=root, text=True, timeout=120).strip()
+
+
 def test_importing_configures_nothing_and_pulls_in_no_other_runtime() -> None:
     program = (
         "import logging, sys, warnings; before = list(warnings.filters); import distckpt; "
         "print([name for name in ('horovod', 'torch_xla') if name in sys.modules], logging.getLogger().handlers)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=Path(distckpt.__file__).parents[1],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
+    assert run_fresh(program) == "[] []"
+
+
+def test_importing_the_package_alone_does_not_import_ignite() -> None:
+    program = (
+        "import sys, distckpt; distckpt.get_rank(); distckpt.LoadReport; distckpt.ResumableSampler; dir(distckpt); "
+        "print([name for name in sys.modules if name.startswith(('ignite', 'distckpt.handlers'))])"
     )
-    assert done.stdout.strip() == "[] []"
+    assert run_fresh(program) == "[]"
+
+
+@pytest.mark.parametrize("name", ["Checkpoint", "handlers"])
+def test_the_first_use_of_a_handler_installs_the_hooks_into_ignite(name: str) -> None:
+    program = (
+        "from ignite.engine import Engine; before = Engine.run; import distckpt; same = Engine.run; "
+        f"distckpt.{name}; print(same is before, Engine.run is before, Engine.run.__wrapped__ is before)"
+    )
+    assert run_fresh(program) == "True False True"
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'distckpt' has no attribute 'Chekpoint'"):
+        distckpt.Chekpoint  # type: ignore[attr-defined]  # noqa: B018
+    assert set(distckpt.__all__) <= set(dir(distckpt))
