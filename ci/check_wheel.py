@@ -22,7 +22,8 @@ where = pathlib.Path(distckpt.__file__)
 assert where.is_relative_to(sys.argv[1]), f"imported from {where}, not from the installed wheel"
 missing = [name for name in distckpt.__all__ if not hasattr(distckpt, name)]
 assert not missing, f"names in __all__ that are not there: {missing}"
-print(f"imports from the installed wheel; public names: {len(distckpt.__all__)}; kernel: {distckpt._checksum.kernel()}")
+kernel = distckpt._checksum.kernel_name()
+print(f"imports from the installed wheel; public names: {len(distckpt.__all__)}; kernel: {kernel}")
 """
 
 

@@ -5,7 +5,7 @@ for as long as it likes, and with it the connection: so the calls run on a threa
 no longer than it wants to. Must not know what the notes mean.
 
 A call that was given up is still in the store. So the thread is ended before the interpreter is, after all else that
-may ask a board at exit; see :mod:`distckpt._helping` for what happens otherwise.
+may ask a board at exit; see :mod:`distckpt._threads` for what happens otherwise.
 """
 
 import atexit
@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from distckpt._helping import EXIT_LIMIT_S
+from distckpt._threads import EXIT_LIMIT_S
 from distckpt.backends.base import Board
 
 __all__ = ["StoreBoard"]

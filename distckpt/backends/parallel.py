@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from distckpt._log_level import level_on
+from distckpt._messages import log_level
 from distckpt.backends.entry import check_backend, finalize, get_local_rank, get_rank, get_world_size, initialize
 from distckpt.backends.others import OTHERS, module_of
 
@@ -251,4 +251,4 @@ class Parallel:
             self._log("Finalized processing group with backend: '%s'", self.backend)
 
     def _log(self, message: str, *args: object) -> None:
-        self._logger.log(level_on(self._rank, {0}, logging.INFO), message, *args)
+        self._logger.log(log_level(self._rank, {0}, logging.INFO), message, *args)

@@ -35,8 +35,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-from distckpt._helping import EXIT_LIMIT_S, join_at_exit
-from distckpt._unfinished import wait_for_unfinished
+from distckpt._threads import EXIT_LIMIT_S, join_at_exit, wait_for_pending_writes
 from distckpt.backends.base import Backend, Board
 from distckpt.coordination.job_failure import Fault
 from distckpt.coordination.peers import IDLE, LEFT, RUNS, BoardHost, Peers, heartbeat
@@ -271,7 +270,7 @@ class Watch:
                 text = f"{self.tell(error.missing)}. Found out by rank {self._rank} in iteration {self.step}"
                 self._claim(Fault(ranks=error.missing, text=text, by=self._rank, step=self.step))
             return
-        failure = RankFailure.of(self._rank, error, traceback_text)
+        failure = RankFailure.from_exception(self._rank, error, traceback_text)
         text = f"{failure.kinds[0]}: {failure.message}"
         self._claim(Fault(ranks=(self._rank,), text=text, by=self._rank, step=self.step, failure=failure))
 
@@ -457,7 +456,7 @@ class Watch:
             sys.stderr.flush()
             faulthandler.dump_traceback(all_threads=True)
         self.close(f"{type(error).__name__}")
-        wait_for_unfinished(_WRITE_LIMIT_S)  # a checkpoint that this rank writes alone
+        wait_for_pending_writes(_WRITE_LIMIT_S)  # a checkpoint that this rank writes alone
         os._exit(EXIT_CODE)
 
 

@@ -6,7 +6,7 @@ Owns the fault's text, and the error that each rank raises for it. Must not know
 import json
 from dataclasses import asdict, dataclass
 
-from distckpt.errors import DistckptError, RankFailure, RankLost, RemoteTraceback, phase_error
+from distckpt.errors import DistckptError, RankFailure, RankLost, RemoteTraceback, remote_rank_error
 
 __all__ = ["Fault"]
 
@@ -50,7 +50,7 @@ class Fault:
     def error(self, rank: int) -> DistckptError:
         """Return the error that `rank` raises for it."""
         if self.failure is not None and rank not in self.ranks:
-            error: DistckptError = phase_error(f"iteration {self.step}", [self.failure])
+            error: DistckptError = remote_rank_error(f"iteration {self.step}", [self.failure])
             error.__cause__ = RemoteTraceback(f"--- rank {self.failure.rank} ---\n{self.failure.traceback}")
             return error
         if rank in self.ranks:

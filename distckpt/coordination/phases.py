@@ -26,7 +26,7 @@ from typing import Any, NoReturn, TypeVar
 
 from distckpt.backends import wire
 from distckpt.backends.base import Backend
-from distckpt.errors import CollectiveError, DesyncError, RankFailure, RemoteRankError, phase_error
+from distckpt.errors import CollectiveError, DesyncError, RankFailure, RemoteRankError, remote_rank_error
 
 __all__ = ["Place", "Seat", "post_failure", "raise_own", "run"]
 
@@ -74,7 +74,7 @@ def _attempt(backend: Backend, work: Callable[[], Any]) -> _Answer:
         value = work()
         return _Answer(value, None, wire.encode({"value": value}))
     except BaseException as error:  # noqa: BLE001 - KeyboardInterrupt too: the others must hear of it first
-        failure = RankFailure.of(backend.rank, error, traceback.format_exc())
+        failure = RankFailure.from_exception(backend.rank, error, traceback.format_exc())
         return _Answer(None, error, wire.encode({"failure": asdict(failure)}))
 
 
@@ -145,7 +145,7 @@ def _settle(backend: Backend, place: Place, answer: _Answer, parts: list[bytes])
     if isinstance(answer.error, RemoteRankError) and len(failures) == backend.world_size and len(alike) == 1:
         raise answer.error  # of a phase inside this one: every rank has it as it was raised there
     if failures:
-        raise phase_error(f"{place}, of {backend.world_size} ranks", failures) from answer.error
+        raise remote_rank_error(f"{place}, of {backend.world_size} ranks", failures) from answer.error
     return [said["value"] for said in answers]
 
 
@@ -196,7 +196,7 @@ class Seat:
             note = backend.roll_call(f"the first event of {self._name}", watch=watch, timeout_s=timeout_s)
             if note is not None:
                 fields = wire.decode(note.encode("ascii"))
-                raise phase_error(f"constructing {self._name}", [RankFailure(**fields)])
+                raise remote_rank_error(f"constructing {self._name}", [RankFailure(**fields)])
             self._has_met = True
         self._num_turns += 1
         return self._name, self._num_turns
@@ -204,5 +204,5 @@ class Seat:
 
 def post_failure(backend: Backend, ticket: str, error: Exception) -> None:
     """Rank-local. Leave a note that what `ticket` stands for could not be made here; see :meth:`Seat.take`."""
-    failure = RankFailure.of(backend.rank, error, "")
+    failure = RankFailure.from_exception(backend.rank, error, "")
     backend.post_note(ticket, wire.encode(asdict(failure)).decode("ascii"))

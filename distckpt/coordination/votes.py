@@ -30,7 +30,7 @@ from typing import Any, NoReturn, Protocol
 from distckpt.backends import wire
 from distckpt.backends.base import Backend, default_timeout_s
 from distckpt.coordination.phases import raise_own
-from distckpt.errors import CollectiveError, CollectiveTimeout, DesyncError, RankFailure, phase_error
+from distckpt.errors import CollectiveError, CollectiveTimeout, DesyncError, RankFailure, remote_rank_error
 
 __all__ = ["Answer", "Ballot", "Detail", "Fact", "Later", "Motion", "Pending", "Result", "Scope"]
 
@@ -170,7 +170,7 @@ class Ballot:
             answer = probe(engine)
         except BaseException as error:  # noqa: BLE001 - KeyboardInterrupt too: the others must hear of it first
             self._error = error
-            self._failure = RankFailure.of(rank, error, traceback.format_exc())
+            self._failure = RankFailure.from_exception(rank, error, traceback.format_exc())
             return
         if answer is not None:
             self._answers.setdefault(motion, []).append(answer)
@@ -348,7 +348,7 @@ class _Count:
                 self._settle_answers()
                 mine["said"] = {motion.who: detail() for motion, detail in self._details().items()}
         except Exception as error:  # noqa: BLE001 - as in a probe
-            self._error, failure = error, RankFailure.of(self._backend.rank, error, traceback.format_exc())
+            self._error, failure = error, RankFailure.from_exception(self._backend.rank, error, traceback.format_exc())
         mine["failure"] = None if failure is None else asdict(failure)
         what = f"counting {self._scope.name} on {self._scope.event}"  # its step may differ where turn is no iteration
         answers = self._backend.gather_objects(_plain(mine), what=what, timeout_s=self._timeout_s)
@@ -357,7 +357,7 @@ class _Count:
             raise self._error  # the others get it as a RemoteRankError
         if failures:
             told = _Told(self._scope, self._motions)
-            raise phase_error(f"{told}, of {self._backend.world_size} ranks", failures) from self._error
+            raise remote_rank_error(f"{told}, of {self._backend.world_size} ranks", failures) from self._error
         said: dict[Motion, dict[int, Any]] = {}
         for motion in self._motions:  # in the order of the ballot, which is the same on all ranks
             for rank, answer in enumerate(answers):

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from ignite.engine import Engine
 
-from distckpt._log_level import level_on
+from distckpt._messages import log_level
 from distckpt._values import is_nan
 from distckpt.backends.base import Backend
 from distckpt.backends.detect import current
@@ -515,7 +515,7 @@ class CheckpointSaving(CheckpointHistory):
             # The next handler on the same event asks for its name; so does the engine's loop.
             engine.last_event_name = before
         if problems:
-            level = level_on(current().rank, {agreed.coordinator})
+            level = log_level(current().rank, {agreed.coordinator})
             _logger.log(level, "Checkpoint: while removing older checkpoints: %s", " ".join(problems))
 
     def _log_saved(self, backend: Backend, agreed: Agreed, log: SaveLog) -> None:
@@ -540,7 +540,7 @@ class CheckpointSaving(CheckpointHistory):
         if why == before and at.is_now(engine):
             return
         self._unsaved = (Moment(engine), why)
-        here = level_on(current().rank, {self._coordinator()}, level)
+        here = log_level(current().rank, {self._coordinator()}, level)
         if _logger.isEnabledFor(here):  # it may be so in every iteration
             stands = self._stands()
             _logger.log(here, "Checkpoint: iteration %d is not saved: %s. %s", engine.state.iteration, why, stands)

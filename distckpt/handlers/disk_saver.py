@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from ignite.handlers.checkpoint import DiskSaver as _IgniteDiskSaver
 
-from distckpt._threads import num_threads
+from distckpt._threads import get_num_threads
 from distckpt.backends.base import Backend
 from distckpt.backends.detect import current
 from distckpt.coordination.phases import Place, post_failure
@@ -290,7 +290,7 @@ class DiskSaver(BaseSaveHandler):
                 manifest=self._manifest or about(live),
                 options=self._options(),
                 atomic=self._atomic,
-                num_threads=num_threads(live.world_size),
+                num_threads=get_num_threads(live.world_size),
                 on_refused=functools.partial(self._on_refused, name, self._key),
             )
             return
@@ -378,7 +378,7 @@ class DiskSaver(BaseSaveHandler):
             in_background=self.background,
             atomic=self._atomic,
             protocol=options.get("pickle_protocol", 2),
-            num_threads=num_threads(backend.world_size),
+            num_threads=get_num_threads(backend.world_size),
             deferred_devices=self._deferred_devices if self.overlap_copy else (),
             check_replicas=group.check_replicas,
             on_refused=functools.partial(self._on_refused, filename, key),

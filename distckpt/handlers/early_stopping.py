@@ -14,7 +14,7 @@ import torch
 from ignite.base.mixins import ResettableHandler, Serializable
 from ignite.engine import Engine, Events
 
-from distckpt._log_level import level_on
+from distckpt._messages import log_level
 from distckpt._values import is_nan, plain_score
 from distckpt.backends.detect import current
 from distckpt.coordination import phases
@@ -173,7 +173,7 @@ class EarlyStopping(Serializable, ResettableHandler):
         if self.counter >= self.patience:
             is_new = stop_reason(self.trainer) != "early_stop"  # an evaluation may follow before the run has ended
             self.logger.log(
-                level_on(current().rank, {0}) if is_new else logging.DEBUG,
+                log_level(current().rank, {0}) if is_new else logging.DEBUG,
                 "EarlyStopping: Stop training (iteration %d: %d times no improvement; best score %s, last score %s)",
                 self.trainer.state.iteration,
                 self.counter,

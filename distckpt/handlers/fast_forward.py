@@ -17,7 +17,7 @@ from ignite.engine.deterministic import _set_rng_states  # what the engine itsel
 from torch.utils.data import IterableDataset
 from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
 
-from distckpt._log_level import level_on
+from distckpt._messages import log_level
 from distckpt.backends.detect import current
 from distckpt.coordination import phases
 from distckpt.handlers.data_loaders import (
@@ -157,7 +157,7 @@ class FastForward:
         are_at_end = phases.run(backend, place, look, timeout_s=self._timeout_s)
         if start.is_end_due:
             _logger.log(
-                level_on(backend.rank, {0}),
+                log_level(backend.rank, {0}),
                 "resume: the checkpoint was saved before EPOCH_COMPLETED of epoch %d: its handlers do not run for it. "
                 "Save on EPOCH_COMPLETED, after them, where that matters",
                 start.epoch,
@@ -165,7 +165,7 @@ class FastForward:
         if all(are_at_end):
             self._leave(engine)
             _logger.log(
-                level_on(backend.rank, {0}),
+                log_level(backend.rank, {0}),
                 "resume: nothing is left to do: the run had come to its end, at iteration %d, epoch %d. A later run() "
                 "begins anew, as in ignite",
                 start.trained,
@@ -183,7 +183,7 @@ class FastForward:
         set_init_iter(engine, self._start.in_epoch)  # ignite derives it from the iteration
         if self._start.scale != start.scale:
             _logger.log(
-                level_on(backend.rank, {0}),
+                log_level(backend.rank, {0}),
                 "resume: an epoch has %s iterations now, and had %s: going on at iteration %d, epoch %d",
                 self._start.epoch_length,
                 start.epoch_length,
@@ -384,7 +384,7 @@ class FastForward:
                 break
             num_skipped += 1
         _logger.log(
-            level_on(current().rank, {0}),
+            log_level(current().rank, {0}),
             "resume: dropped %d batches of epoch %d that were trained before",
             num_skipped,
             engine.state.epoch,

@@ -12,7 +12,7 @@ from typing import Any
 
 from ignite.engine import Engine, Events
 
-from distckpt._log_level import level_on
+from distckpt._messages import log_level
 from distckpt.backends.detect import current
 from distckpt.coordination.phases import Seat
 from distckpt.coordination.votes import Answer, Fact, Pending
@@ -204,7 +204,7 @@ class Preemption(Voter):
     def _act(self, engine: Engine, said: Mapping[int, Any]) -> None:
         """Collective. Save, and stop; in an evaluator: stop it."""
         told = ", ".join(f"rank {rank}: {one['signal']}" for rank, one in said.items())
-        level = level_on(current().rank, {0, *said})
+        level = log_level(current().rank, {0, *said})
         if engine is not self._trainer:
             self.logger.log(level, "Preemption: told to stop (%s); the evaluation ends", told)
             engine.terminate(skip_completed=True)
@@ -257,7 +257,7 @@ class Preemption(Voter):
 
     def _warn(self, message: str, *args: object) -> None:
         """All ranks. Log what is so on all of them."""
-        self.logger.log(level_on(current().rank, {0}), message, *args)
+        self.logger.log(log_level(current().rank, {0}), message, *args)
 
     def _is_due(self, engine: Engine, saver: _Saver) -> bool:
         if not isinstance(saver, Checkpoint):

@@ -12,7 +12,7 @@ from typing import Any
 
 from ignite.engine import Engine
 
-from distckpt._log_level import level_on
+from distckpt._messages import log_level
 from distckpt.backends.detect import current
 from distckpt.coordination import phases
 from distckpt.handlers.checkpoint import Checkpoint
@@ -98,7 +98,9 @@ class Restored:
             return
         place = phases.Place(who="resume", doing=f"putting back what {where} has changed", step=0)
         phases.run(backend, place, lambda: self._load(names), timeout_s=self._timeout_s)
-        _logger.log(level_on(backend.rank, {0}), "resume: handlers of %s changed %s: put back", where, ", ".join(names))
+        _logger.log(
+            log_level(backend.rank, {0}), "resume: handlers of %s changed %s: put back", where, ", ".join(names)
+        )
 
     def _changed(self) -> list[str]:
         return [name for name, note in self._notes.items() if note is None or note.is_changed()]

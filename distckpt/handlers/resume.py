@@ -16,7 +16,7 @@ from typing import Any
 from ignite.engine import Engine
 from ignite.handlers.checkpoint import DiskSaver as _IgniteDiskSaver
 
-from distckpt._log_level import level_on
+from distckpt._messages import log_level
 from distckpt.backends.base import Backend, default_timeout_s
 from distckpt.backends.detect import current
 from distckpt.coordination import phases
@@ -140,7 +140,7 @@ def resume(
     place = phases.Place(who="resume", doing="looking for checkpoints", step=0)
     answers = phases.run(backend, place, look, timeout_s=timeout_s)
     coordinator = _coordinator_of([answer["coordinator"] for answer in answers])
-    listing, level = answers[coordinator], level_on(backend.rank, {coordinator})
+    listing, level = answers[coordinator], log_level(backend.rank, {coordinator})
     directory, names = Path(listing["directory"]), listing["names"]
     if not names:
         _tell_of_nothing(directory, listing["num_others"], level=level)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from distckpt._log_level import level_on
+from distckpt._messages import log_level
 from distckpt.policy.decision import Agreed, SaveDecision
 
 __all__ = ["SaveLog"]
@@ -47,7 +47,7 @@ class SaveLog:
             score_name: the score's name; None for ``score``.
             left: evicted files that are still there; another message says why.
         """
-        decision, level = agreed.decision, level_on(rank, {agreed.coordinator}, logging.INFO)
+        decision, level = agreed.decision, log_level(rank, {agreed.coordinator}, logging.INFO)
         if decision is None or not _logger.isEnabledFor(level):
             return
         now_s = time.monotonic() - self._begin_s

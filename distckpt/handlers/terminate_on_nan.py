@@ -9,7 +9,7 @@ from typing import Any
 
 from ignite.engine import Engine
 
-from distckpt._log_level import level_on
+from distckpt._messages import log_level
 from distckpt.backends.detect import current
 from distckpt.coordination.phases import Seat
 from distckpt.coordination.votes import Answer, Fact, Pending
@@ -118,7 +118,7 @@ class TerminateOnNan(Voter):
         name = type(self).__name__
         where = "; ".join(f"rank {one}, {told}" for one, told in said.items())
         # With a lag the iteration after a NaN may have one too: the run is stopped already.
-        level = logging.DEBUG if stop_reason(engine) == "nan" else level_on(rank, {0, *said})
+        level = logging.DEBUG if stop_reason(engine) == "nan" else log_level(rank, {0, *said})
         if rank in said:
             self.logger.log(level, "%s: Output '%s' contains NaN or Inf. Stop training (%s)", name, output, where)
         else:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ignite.engine import Engine
 
-from distckpt._log_level import level_on
+from distckpt._messages import log_level
 from distckpt.backends.detect import current
 from distckpt.coordination.phases import Seat
 from distckpt.coordination.votes import Answer, Fact
@@ -98,7 +98,7 @@ class TimeLimit(Voter):
         # With a lag the vote that was under way has found the same.
         is_new = stop_reason(engine) != "time_limit"
         self.logger.log(
-            level_on(current().rank, {0, *said}) if is_new else logging.DEBUG,
+            log_level(current().rank, {0, *said}) if is_new else logging.DEBUG,
             "Reached the time limit: %s sec. Stop training (iteration %d; %.1f s have passed on rank %d)",
             self.limit_sec,
             engine.state.iteration,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from ignite.engine import Engine, Events
 
-from distckpt._log_level import level_on
+from distckpt._messages import log_level
 from distckpt.backends.base import Backend, default_timeout_s
 from distckpt.backends.detect import current
 from distckpt.coordination import liveness
@@ -236,7 +236,7 @@ class EngineVotes:
         self._leave()
         if self.exit_code:
             code, self.exit_code = self.exit_code, 0
-            _logger.log(level_on(current().rank, {0}), "The run was preempted: the program ends, exit code %d", code)
+            _logger.log(log_level(current().rank, {0}), "The run was preempted: the program ends, exit code %d", code)
             sys.exit(code)
 
     def is_uncaught(self, engine: Engine) -> bool:

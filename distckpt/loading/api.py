@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distckpt._threads import num_threads
+from distckpt._threads import get_num_threads
 from distckpt.backends.detect import current
 from distckpt.loading.report import LoadReport
 from distckpt.loading.restore import Prepared, prepare
@@ -55,7 +55,7 @@ def load_objects(
     check_to_load(to_load)
     if isinstance(checkpoint, Mapping):
         return prepare(to_load, checkpoint, kwargs).load()
-    with OpenCheckpoint(Path(checkpoint), num_threads=num_threads(current().world_size)) as file:
+    with OpenCheckpoint(Path(checkpoint), num_threads=get_num_threads(current().world_size)) as file:
         prepared = _prepared_and_verified(file, to_load, kwargs) if verify else None
         if prepared is None:
             prepared = prepare(to_load, file.state(), kwargs, file if file.look() else None)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from distckpt._quiet import quiet
-from distckpt.errors import does_not_fit
+from distckpt._messages import ignore_warnings
+from distckpt.errors import state_mismatch_error
 from distckpt.loading.plain_objects import has_memory, is_plain, is_plain_module, loads_by_name, tensors_of
 from distckpt.loading.report import LoadReport
 
@@ -79,7 +79,7 @@ def try_on_skeleton(module: nn.Module, state: Any, options: Mapping[str, Any]) -
         )
     mismatched = [found.group(1) or found.group(2) for found in map(_MISMATCH.match, errors) if found]
     if refused is not None:
-        raise does_not_fit(str(refused), ["RuntimeError"], missing, unexpected, mismatched) from refused
+        raise state_mismatch_error(str(refused), ["RuntimeError"], missing, unexpected, mismatched) from refused
     return LoadReport(missing=tuple(missing), unexpected=tuple(unexpected), mismatched=tuple(mismatched))
 
 
@@ -111,7 +111,7 @@ def _tried(
 
     skeleton.register_load_state_dict_pre_hook(note)  # type: ignore[no-untyped-call]  # torch ships it without types
     refused: RuntimeError | None = None
-    with quiet():  # what the real load will say again
+    with ignore_warnings():  # what the real load will say again
         try:
             skeleton.load_state_dict(state, **options)
         except RuntimeError as error:

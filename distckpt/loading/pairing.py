@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from distckpt._unwrap import under_own_names, unwrap
-from distckpt.errors import StateMismatchError, does_not_fit
+from distckpt._unwrap import rename_for_module, unwrap
+from distckpt.errors import StateMismatchError, state_mismatch_error
 from distckpt.loading.report import all_in_one
 from distckpt.loading.rollback import own_state
 
@@ -84,7 +84,7 @@ def _is_bare(obj: Any, state: Mapping[str, Any], key: str) -> bool:
 def _walk(name: str, obj: Any, state: Any, found: list[Pair], misfits: Misfits) -> None:
     if hasattr(obj, "load_state_dict"):
         inner = unwrap(obj)
-        found.append(Pair(name, inner, under_own_names(inner, state) if isinstance(inner, nn.Module) else state))
+        found.append(Pair(name, inner, rename_for_module(inner, state) if isinstance(inner, nn.Module) else state))
         return
     if isinstance(obj, Mapping) and isinstance(state, Mapping):
         for key, item in obj.items():
@@ -93,7 +93,7 @@ def _walk(name: str, obj: Any, state: Any, found: list[Pair], misfits: Misfits) 
                 _walk(inner, item, state[key], found, misfits)
                 continue
             msg = f"Key '{key}' from x is not found in y: {state.keys()}"
-            misfits.append((inner, does_not_fit(msg, ["ValueError"], missing=[inner])))
+            misfits.append((inner, state_mismatch_error(msg, ["ValueError"], missing=[inner])))
         return
     if isinstance(obj, Sequence) and isinstance(state, Sequence) and not isinstance(state, str | bytes):
         if len(obj) == len(state):
@@ -104,4 +104,4 @@ def _walk(name: str, obj: Any, state: Any, found: list[Pair], misfits: Misfits) 
     else:
         where = repr(name or "its top")
         msg = f"Argument to_load holds {type(obj)} at {where}, but the checkpoint holds {type(state)} there"
-    misfits.append((name, does_not_fit(msg, ["ValueError"], mismatched=[name])))
+    misfits.append((name, state_mismatch_error(msg, ["ValueError"], mismatched=[name])))

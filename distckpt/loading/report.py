@@ -6,7 +6,7 @@ Owns the report of a load, and how several objects' misfits become one error. Mu
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from distckpt.errors import StateMismatchError, does_not_fit
+from distckpt.errors import StateMismatchError, state_mismatch_error
 
 __all__ = ["LoadReport", "all_in_one", "joined"]
 
@@ -64,4 +64,4 @@ def all_in_one(found: Sequence[tuple[str, StateMismatchError]]) -> StateMismatch
     lines = [f"{first} (that is {name!r})", *(f"{other!r}: {error}" for other, error in others)]
     kinds = [base.__name__ for _, error in found for base in type(error).__mro__]
     total = joined([error for _, error in found])
-    return does_not_fit("\n".join(lines), kinds, total.missing, total.unexpected, total.mismatched)
+    return state_mismatch_error("\n".join(lines), kinds, total.missing, total.unexpected, total.mismatched)

@@ -24,7 +24,14 @@ import torch
 from torch import nn
 
 from distckpt._unwrap import unwrap
-from distckpt.errors import LoadError, PartialLoadError, StateMismatchError, does_not_fit, partly_loaded
+from distckpt.errors import (
+    LoadError,
+    PartialLoadError,
+    StateMismatchError,
+    partial_load_error,
+    state_mismatch_error,
+    type_names,
+)
 from distckpt.loading.dry_run import Unsure, try_on_skeleton
 from distckpt.loading.inplace import (
     Claim,
@@ -203,7 +210,7 @@ class Prepared:
                         "old values and some the new ones: load them again, from this or another checkpoint. All else "
                         "is as it was."
                     )
-                    raise partly_loaded(msg, error) from error
+                    raise partial_load_error(msg, type_names(error)) from error
             else:
                 return
 
@@ -219,7 +226,7 @@ def _tell_lost(error: BaseException, lost: Sequence[tuple[str, str]]) -> None:
     if not isinstance(error, Exception):
         error.add_note(msg)
         return
-    raise partly_loaded(msg, error) from error
+    raise partial_load_error(msg, type_names(error)) from error
 
 
 def _examine(pair: Pair, options: dict[str, Any], misfits: Misfits) -> _Turn:
@@ -237,7 +244,7 @@ def _examine(pair: Pair, options: dict[str, Any], misfits: Misfits) -> _Turn:
     except StateMismatchError as error:
         its = joined([error]).under(pair.name)
         kinds = [base.__name__ for base in type(error).__mro__]
-        named = does_not_fit(str(error), kinds, its.missing, its.unexpected, its.mismatched)
+        named = state_mismatch_error(str(error), kinds, its.missing, its.unexpected, its.mismatched)
         named.__cause__ = error.__cause__
         misfits.append((pair.name, named))
     return turn
@@ -269,11 +276,11 @@ def _check_groups(pair: Pair) -> None:
     groups = pair.state.get("param_groups") if isinstance(pair.state, Mapping) else None
     if not isinstance(groups, Sequence) or not isinstance(pair.state.get("state"), Mapping):
         msg = f"the checkpoint's {pair.name!r} is no optimizer's state: it lacks 'state' or 'param_groups'"
-        raise does_not_fit(msg, ["ValueError"], mismatched=["param_groups"])
+        raise state_mismatch_error(msg, ["ValueError"], mismatched=["param_groups"])
     ours, theirs = ([len(group["params"]) for group in one] for one in (pair.obj.param_groups, groups))
     if ours != theirs:
         told = "has a different number of parameter groups"
         if len(ours) == len(theirs):
             told = "contains a parameter group that doesn't match the size of optimizer's group"
         msg = f"loaded state dict {told} ({pair.name!r}: the checkpoint's hold {theirs}, the optimizer's {ours})"
-        raise does_not_fit(msg, ["ValueError"], mismatched=["param_groups"])
+        raise state_mismatch_error(msg, ["ValueError"], mismatched=["param_groups"])

@@ -25,8 +25,7 @@ from typing import Any
 
 import torch
 
-from distckpt._log_level import level_on
-from distckpt._quiet import quiet
+from distckpt._messages import ignore_warnings, log_level
 from distckpt.backends.base import Backend
 from distckpt.errors import LoadError
 from distckpt.loading.verify_on_ranks import Candidate
@@ -134,7 +133,7 @@ def _peek(path: Path, progress: Callable[[Any], int]) -> float:
                 return math.inf
             if file.look():  # its tensors are not read
                 return progress(file.state())
-        with quiet():  # reading it will say so again
+        with ignore_warnings():  # reading it will say so again
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # noqa: BLE001 - it is read in the sure way, then; the older format cannot be mapped
         try:
@@ -188,7 +187,7 @@ def first_whole(
                     refused=dict(zip(names, reasons, strict=False)),
                 )
         reasons.append(problem)
-        _logger.log(level_on(backend.rank, {coordinator}), "resume: %s It is passed over.", problem)
+        _logger.log(log_level(backend.rank, {coordinator}), "resume: %s It is passed over.", problem)
     told = "".join(f"\n- {reason}" for reason in reasons)
     msg = (
         f"None of the {len(names)} checkpoints in {directory} can be resumed from. To start afresh, move them away or "

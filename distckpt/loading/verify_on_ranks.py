@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distckpt._threads import num_threads
+from distckpt._threads import get_num_threads
 from distckpt.backends.base import Backend
 from distckpt.coordination import phases
 from distckpt.errors import LoadError
@@ -112,7 +112,7 @@ class Candidate:
         return phases.run(self._backend, place, attempt, timeout_s=self._timeout_s)
 
     def _open(self) -> dict[str, Any]:
-        file = OpenCheckpoint(self.path, num_threads=num_threads(self._backend.world_size))
+        file = OpenCheckpoint(self.path, num_threads=get_num_threads(self._backend.world_size))
         self._opened.append(file)
         return {"file": file.fingerprint(), "inode": file.inode(), "machine": _this_machine()}
 

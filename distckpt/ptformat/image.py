@@ -27,7 +27,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from distckpt._checksum import combined, crc32
+from distckpt._checksum import combine_crc32, crc32
 from distckpt.ptformat.layout import (
     LARGE_BYTES,
     Slot,
@@ -302,7 +302,7 @@ class Part:
         crc, num_bytes = 0, max(last - first, 0)
         if num_bytes:
             parts = None if known is None else known(first, last)
-            crc = crc32(self._memory[first - begin : last - begin]) if parts is None else combined(parts)
+            crc = crc32(self._memory[first - begin : last - begin]) if parts is None else combine_crc32(parts)
             self.checked.append((number, crc, num_bytes))
         if begin <= header and slot.end <= end:
             self._put(header, local_header(slot, crc))
@@ -332,7 +332,7 @@ def crcs_of(plan: ImagePlan, checked: Iterable[Sequence[tuple[int, int, int]]]) 
         if sum(num_bytes for _, num_bytes in found) != slot.num_bytes:
             msg = f"of record {slot.name} {sum(num for _, num in found)} of {slot.num_bytes} bytes were checked"
             raise ValueError(msg)
-    return [combined(found) for found in parts]
+    return [combine_crc32(found) for found in parts]
 
 
 def tail_of(plan: ImagePlan, crcs: Sequence[int], pickled: bytes, manifest: bytes) -> bytes:

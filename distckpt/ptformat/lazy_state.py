@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from distckpt._quiet import quiet
+from distckpt._messages import ignore_warnings
 from distckpt.ptformat.gc_pause import collector_paused
 from distckpt.ptformat.layout import FOLDER, Slot
 from distckpt.ptformat.numpy_arrays import NAMES, is_left_to_us, numpy_allowed
@@ -115,7 +115,7 @@ def _unpickled(data: bytes, records: Mapping[str, Slot]) -> Hollow:
     unpickling: Any = torch._weights_only_unpickler  # noqa: SLF001 - torch.load's own, without its reading of storages
     made: dict[str, Any] = {}
     has_arrays = (b"numpy" in data or b"bytes\n" in data) and is_left_to_us()
-    with quiet(), contextlib.ExitStack() as stack:
+    with ignore_warnings(), contextlib.ExitStack() as stack:
         restored = stack.enter_context(numpy_allowed()) if has_arrays else None
         unpickler = unpickling.Unpickler(_Pickle(data, NAMES if has_arrays else frozenset()), encoding="utf-8")
         unpickler.persistent_load = _storages_from(records, made)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-from distckpt._helping import start_helper, wait_for_all
+from distckpt._threads import start_thread, wait_all
 
 __all__ = ["ReadAhead", "in_turns"]
 
@@ -58,13 +58,13 @@ class ReadAhead:
         is_worth_it = sum(end - begin for begin, end in self._pieces) > _LEAST_BYTES
         self._ask(asks=is_worth_it and _NO_WAIT != 0)
         if is_worth_it:
-            self._ended.append(start_helper(self._run))
+            self._ended.append(start_thread(self._run))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """Stop."""
         self._is_over.set()
-        wait_for_all(self._ended)
+        wait_all(self._ended)
         self._ask(asks=False)
 
     def read(self, memory: memoryview, at: int) -> int:

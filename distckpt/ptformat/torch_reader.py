@@ -10,7 +10,7 @@ from typing import IO, Any
 
 import torch
 
-from distckpt._quiet import quiet
+from distckpt._messages import ignore_warnings
 from distckpt.errors import CorruptCheckpointError, UnsafeCheckpoint
 from distckpt.ptformat.numpy_arrays import NumpyRefused, is_left_to_us, numpy_allowed
 
@@ -69,7 +69,7 @@ def _unsafe(path: Path, reason: str) -> UnsafeCheckpoint:
 
 def _load(file: IO[bytes]) -> Any:
     file.seek(0)
-    with quiet():  # of a pickle protocol that its own loader may not know: it will say so
+    with ignore_warnings():  # of a pickle protocol that its own loader may not know: it will say so
         return torch.load(file, map_location="cpu", weights_only=True)
 
 

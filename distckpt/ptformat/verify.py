@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from distckpt._checksum import combined, crc32
+from distckpt._checksum import combine_crc32, crc32
 from distckpt.ptformat.gc_pause import collector_paused
 from distckpt.ptformat.image import MANIFEST
 from distckpt.ptformat.layout import (
@@ -414,8 +414,8 @@ def find_faults(archive: Archive, checked: Iterable[Sequence[Checked]]) -> list[
             faults.append(f"record {slot.name} does not inflate to its {length} bytes")
         elif num_bytes != length:
             faults.append(f"record {slot.name} has {num_bytes} of its {length} bytes")
-        elif combined(found) != crc:
-            faults.append(f"record {slot.name} has checksum {combined(found):08x} and should have {crc:08x}")
+        elif combine_crc32(found) != crc:
+            faults.append(f"record {slot.name} has checksum {combine_crc32(found):08x} and should have {crc:08x}")
     return faults
 
 
@@ -434,4 +434,4 @@ def check_whole(fd: int) -> list[str]:
 
 def _has_checksums(archive: Archive, parts: dict[int, list[tuple[int, int]]]) -> bool:
     """Tell whether another's writer has computed checksums: whether that of at least one record is right."""
-    return any(found[0][1] >= 0 and combined(found) == archive.crcs[number] for number, found in parts.items())
+    return any(found[0][1] >= 0 and combine_crc32(found) == archive.crcs[number] for number, found in parts.items())

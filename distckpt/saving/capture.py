@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from distckpt._unwrap import unwrap, unwrap_once
-from distckpt._values import has_plain_twin, is_numpy_scalar
+from distckpt._values import has_python_value, is_numpy_scalar
 from distckpt.ptformat.sharded import needs_a_look, refusal, shard_of, whole
 from distckpt.saving.optimizer_guard import has_step_hook
 from distckpt.saving.whole_objects import refuse_sharded_object
@@ -321,7 +321,7 @@ class _Plain:
         if needs_a_look(kind):
             return self._tensor(state, path)
         if is_numpy_scalar(state):
-            return state.item() if self._are_scalars_replaced and has_plain_twin(state) else state
+            return state.item() if self._are_scalars_replaced and has_python_value(state) else state
         if not isinstance(state, dict | list | tuple | set | frozenset):
             return state
         if id(state) not in self._done:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from distckpt._unfinished import Unfinished
+from distckpt._threads import PendingWrite
 from distckpt.ptformat.loadable import Refused
 from distckpt.ptformat.manifest import Manifest
 from distckpt.ptformat.verify import check_whole
@@ -279,7 +279,7 @@ class Task:
         self._lock = threading.Lock()
         # Not Thread.join: one that a signal interrupts takes the thread for ended (CPython 3.11, threading.py).
         self._ended = threading.Event()
-        self._mark: Unfinished | None = None
+        self._mark: PendingWrite | None = None
 
     def start(self) -> None:
         """Begin.
@@ -287,7 +287,7 @@ class Task:
         Raises:
             RuntimeError: there can be no thread; it counts as ended.
         """
-        self._mark = Unfinished()
+        self._mark = PendingWrite()
         try:
             _writers(os.getpid()).submit(self._run)
         except BaseException as error:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from distckpt._checksum import crc32
-from distckpt._helping import helping
+from distckpt._threads import helper_threads
 from distckpt.ptformat.image import ImagePlan, Part, crcs_of, plan_image, tail_of
 from distckpt.ptformat.loadable import Refused, paths_of_refused
 from distckpt.ptformat.manifest import Manifest, TensorEntry, to_json
@@ -217,7 +217,7 @@ class Snapshot:
         try:
             with contextlib.ExitStack() as stack:
                 file = stack.enter_context(new.opened_directly())
-                stack.enter_context(helping(lambda: self._check(part, manifest, meet, is_over)))
+                stack.enter_context(helper_threads(lambda: self._check(part, manifest, meet, is_over)))
                 stack.callback(is_over.set)
                 for at, chunk in part.chunks():
                     num_whole = len(chunk) // BLOCK_BYTES * BLOCK_BYTES

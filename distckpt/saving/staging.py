@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from distckpt._checksum import copy_and_check, is_checked_in_passing
-from distckpt._helping import helping, start_helper, wait_for_all
+from distckpt._checksum import copy_with_crc32, kernel_name
+from distckpt._threads import helper_threads, start_thread, wait_all
 from distckpt.saving.from_device import Fetcher, pin, unpin
 
 __all__ = ["Copy", "HostMemory", "Staging", "in_strides", "thread_memory"]
@@ -159,7 +159,7 @@ class Staging:
         pairs = zip(storages, devices, strict=True)
         self._sources = [None if device in elsewhere else storage.data_ptr() for storage, device in pairs]
         self._fetcher = Fetcher(elsewhere)
-        self._is_checking = is_checked_in_passing()
+        self._is_checking = kernel_name() is not None
         self._crcs: list[int | None] = [None] * len(copies)
         self._numbers: dict[int, int] = {}  # of the copies, by where they go
         self._next = itertools.count()
@@ -198,7 +198,7 @@ class Staging:
     @contextlib.contextmanager
     def beside(self, num_threads: int) -> Iterator[None]:
         """Copy on so many other threads while the body runs; what is not copied at its end stays so."""
-        with helping(self._help, num_threads=num_threads):
+        with helper_threads(self._help, num_threads=num_threads):
             try:
                 yield
             finally:
@@ -212,14 +212,14 @@ class Staging:
         """
         try:
             for _ in range(num_threads):
-                self._threads.append(start_helper(self._help))
+                self._threads.append(start_thread(self._help))
         except BaseException:
             self.stop()
             raise
 
     def settle(self) -> None:
         """Wait until none of the threads of :meth:`begin` is left, whatever interrupts that. Any thread."""
-        wait_for_all(self._threads)
+        wait_all(self._threads)
 
     def run_on(self, num_threads: int) -> None:
         """Copy all of it, with so many threads, this one among them; return when it is done.
@@ -304,7 +304,7 @@ class Staging:
         if source is None:
             self._fetch(piece)
         elif self._is_checking:
-            self._crcs[which] = copy_and_check(to, source + begin, num_bytes)
+            self._crcs[which] = copy_with_crc32(to, source + begin, num_bytes)
         else:
             ctypes.memmove(to, source + begin, num_bytes)
 

@@ -24,10 +24,10 @@ from distckpt.errors import (
     SaveError,
     StateMismatchError,
     UnsafeCheckpoint,
-    does_not_fit,
-    partly_loaded,
-    phase_error,
+    partial_load_error,
+    remote_rank_error,
     save_error,
+    state_mismatch_error,
 )
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -39,11 +39,11 @@ class OwnError(KeyError):
 
 
 def failed(error: BaseException, rank: int = 1) -> RankFailure:
-    return RankFailure.of(rank, error, f"Traceback of rank {rank}\n")
+    return RankFailure.from_exception(rank, error, f"Traceback of rank {rank}\n")
 
 
 def of_phase(*raised: BaseException) -> RemoteRankError:
-    return phase_error("save a.pt, step 3", [failed(error, rank) for rank, error in enumerate(raised, start=1)])
+    return remote_rank_error("save a.pt, step 3", [failed(error, rank) for rank, error in enumerate(raised, start=1)])
 
 
 PRODUCTS: dict[str, Exception] = {
@@ -59,22 +59,22 @@ PRODUCTS: dict[str, Exception] = {
     "CorruptCheckpointError": CorruptCheckpointError("damaged"),
     "UnsafeCheckpoint": UnsafeCheckpoint("unsafe"),
     "StateMismatchError": StateMismatchError("unfit", ["m.a"], ["m.b"], ["m.c"]),
-    "partly_loaded, of a kind": partly_loaded("half", KeyError("weight")),
-    "does_not_fit, of two kinds": does_not_fit("unfit", ["ValueError", "RuntimeError"], ["m.a"]),
+    "partial_load_error, of a kind": partial_load_error("half", ["KeyError"]),
+    "state_mismatch_error, of two kinds": state_mismatch_error("unfit", ["ValueError", "RuntimeError"], ["m.a"]),
     "PartialLoadError": PartialLoadError("partly"),
     "save_error": save_error("full", FULL),
     "save_error, mixed": save_error("absent", ABSENT),
     "save_error, renamed": save_error("unsynced", PermissionError(errno.EACCES, "denied"), renamed=True),
-    "phase_error": of_phase(OwnError("k")),
-    "phase_error, plain": of_phase(StopIteration()),
-    "phase_error, of two": of_phase(ValueError("a"), TypeError("b")),
-    "phase_error, of a full disk": of_phase(FULL),
-    "phase_error, of a save": of_phase(save_error("absent", ABSENT)),
-    "phase_error, not durable": of_phase(save_error("unsynced", FULL, renamed=True)),
-    "phase_error, damaged": of_phase(CorruptCheckpointError("damaged")),
-    "phase_error, unsafe": of_phase(UnsafeCheckpoint("unsafe")),
-    "phase_error, timeout": of_phase(CollectiveTimeout("late", [3])),
-    "phase_error, of a phase": of_phase(of_phase(FULL)),
+    "remote_rank_error": of_phase(OwnError("k")),
+    "remote_rank_error, plain": of_phase(StopIteration()),
+    "remote_rank_error, of two": of_phase(ValueError("a"), TypeError("b")),
+    "remote_rank_error, of a full disk": of_phase(FULL),
+    "remote_rank_error, of a save": of_phase(save_error("absent", ABSENT)),
+    "remote_rank_error, not durable": of_phase(save_error("unsynced", FULL, renamed=True)),
+    "remote_rank_error, damaged": of_phase(CorruptCheckpointError("damaged")),
+    "remote_rank_error, unsafe": of_phase(UnsafeCheckpoint("unsafe")),
+    "remote_rank_error, timeout": of_phase(CollectiveTimeout("late", [3])),
+    "remote_rank_error, of a phase": of_phase(of_phase(FULL)),
 }
 
 
@@ -187,9 +187,9 @@ def test_failed_save_is_of_its_causes_type_too(cause: OSError, also: type[OSErro
         (save_error("s", FULL, renamed=True), (CommitNotDurable, SaveError, OSError)),
         (CorruptCheckpointError("d"), (CorruptCheckpointError, pickle.UnpicklingError, EOFError, RuntimeError)),
         (UnsafeCheckpoint("u"), (UnsafeCheckpoint, LoadError)),
-        (does_not_fit("d", ["RuntimeError"]), (StateMismatchError, LoadError, RuntimeError)),
-        (partly_loaded("p", FULL), (PartialLoadError, LoadError, OSError)),
-        (partly_loaded("p", KeyError("k")), (PartialLoadError, LoadError, KeyError)),
+        (state_mismatch_error("d", ["RuntimeError"]), (StateMismatchError, LoadError, RuntimeError)),
+        (partial_load_error("p", ["OSError"]), (PartialLoadError, LoadError, OSError)),
+        (partial_load_error("p", ["KeyError"]), (PartialLoadError, LoadError, KeyError)),
         (CollectiveTimeout("c"), (CollectiveTimeout, CollectiveError)),
         (DesyncError("r"), (DesyncError,)),
         (of_phase(KeyError("k")), (RemoteRankError, KeyError)),

@@ -368,7 +368,7 @@ def test_the_first_fault_stands_for_all(job: Job) -> None:
 
 
 def test_a_fault_travels_as_text() -> None:
-    failure = RankFailure.of(3, OSError(28, "No space left"), "Traceback")
+    failure = RankFailure.from_exception(3, OSError(28, "No space left"), "Traceback")
     for fault in (
         Fault(ranks=(1, 3), text="gone", by=0, step=4),
         Fault(ranks=(3,), text="\N{BUG} \0", by=3, step=0, failure=failure),

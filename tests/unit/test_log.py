@@ -13,7 +13,7 @@ from ignite.engine import Engine, Events
 
 import distckpt
 from distckpt import Checkpoint, DiskSaver
-from distckpt._log_level import level_on
+from distckpt._messages import log_level
 from tests.unit.toys import InMemory, idle_engine, linear, run_epochs
 
 NAN = float("nan")
@@ -261,7 +261,7 @@ def test_two_events_of_one_step_are_saved_once_without_a_word(tmp_path: Path, ca
 
 
 def test_other_ranks_than_the_reporting_ones_log_at_debug() -> None:
-    assert [level_on(rank, {0, 2}, logging.INFO) for rank in range(3)] == [logging.INFO, logging.DEBUG, logging.INFO]
+    assert [log_level(rank, {0, 2}, logging.INFO) for rank in range(3)] == [logging.INFO, logging.DEBUG, logging.INFO]
 
 
 @pytest.mark.parametrize("events", [2, 3])

@@ -368,7 +368,7 @@ import atexit, contextlib, os, sys, threading, time
 from datetime import timedelta
 import torch.distributed as dist
 from distckpt.backends.key_value_store import StoreBoard
-from distckpt._helping import join_at_exit, start_helper
+from distckpt._threads import join_at_exit, start_thread
 
 store = dist.TCPStore("127.0.0.1", int(sys.argv[1]), is_master=False)
 is_inside = threading.Event()
@@ -408,7 +408,7 @@ _ENDS = {
     "given up, the job over": _GIVEN_UP.replace("lambda: True", "lambda: False"),
     "given up, at exit": _IN_A_FUNCTION_AT_EXIT,
     "given up, beside a forked child": f"{_GIVEN_UP}\nif os.fork():\n    os.wait()",
-    "a helper's": "start_helper(call_slowly); is_inside.wait()",
+    "a helper's": "start_thread(call_slowly); is_inside.wait()",
     "a daemon's": "one = threading.Thread(target=call_slowly, daemon=True); one.start(); join_at_exit(one)",
 }
 

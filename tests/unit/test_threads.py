@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from distckpt._threads import num_threads
+from distckpt._threads import get_num_threads
 
 
 @pytest.mark.parametrize(
@@ -31,11 +31,11 @@ def test_a_rank_has_its_part_of_the_cpus(
         monkeypatch.setenv("LOCAL_WORLD_SIZE", told)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(num_cpus)))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert num_threads(world_size) == expected
+    assert get_num_threads(world_size) == expected
 
 
 def test_what_torch_may_use_is_the_least(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     for given, expected in ((2, 2), (16, 4)):
         monkeypatch.setattr(torch, "get_num_threads", lambda given=given: given)
-        assert num_threads(8) == expected
+        assert get_num_threads(8) == expected

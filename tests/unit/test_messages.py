@@ -1,18 +1,18 @@
-"""Silence is of one thread."""
+"""Ignored warnings are one thread's, and levels of log messages follow the reporting ranks."""
 
 import threading
 import warnings
 
 import pytest
 
-from distckpt._quiet import quiet
+from distckpt._messages import ignore_warnings
 
 
 def test_a_thread_is_silent_alone() -> None:
     entered, warned = threading.Event(), threading.Event()
 
     def silent() -> None:
-        with quiet():
+        with ignore_warnings():
             entered.set()
             assert warned.wait(10.0)
             warnings.warn("of the silent thread", stacklevel=1)
@@ -35,7 +35,7 @@ def test_threads_that_overlap_leave_the_filters_as_they_were() -> None:
     def silent() -> None:
         for _ in range(50):
             inside.wait(10.0)
-            with quiet():
+            with ignore_warnings():
                 warnings.warn("silent", stacklevel=1)
 
     threads = [threading.Thread(target=silent) for _ in range(2)]
@@ -48,8 +48,8 @@ def test_threads_that_overlap_leave_the_filters_as_they_were() -> None:
 
 
 def _warn_in_nested_blocks_and_fail() -> None:
-    with quiet():
-        with quiet():
+    with ignore_warnings():
+        with ignore_warnings():
             warnings.warn("silent", stacklevel=1)
         warnings.warn("still silent", stacklevel=1)
         raise ZeroDivisionError
@@ -66,5 +66,5 @@ def test_it_holds_after_the_filters_were_reset() -> None:
     with warnings.catch_warnings():
         warnings.resetwarnings()
         warnings.simplefilter("error")
-        with quiet():
+        with ignore_warnings():
             warnings.warn("silent", stacklevel=1)
