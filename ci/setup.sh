@@ -1,22 +1,23 @@
 #!/usr/bin/env bash
-# Make the environments that checks and tests run in, from nothing. Safe to repeat, and to start twice at once.
+# Make the environments that checks and tests run in. Safe to repeat, and safe to start twice at once.
 #
-#   ci/setup.sh [NAME]                   make it, if it is not there yet
+#   ci/setup.sh [NAME]                   make the environment unless it exists
 #   ci/setup.sh --print-python [NAME]    the same, then print the path of its python on standard output
 #
 # NAME is one of
-#   base       torch 2.13 and the tools of the checks; what is taken without a name
-#   horovod    torch 2.13 and Horovod 0.28, which is built from its source archive: some minutes, once
-#   xla        torch 2.9 and torch_xla 2.9, with the CUDA packages that this torch asks for: about 7 GB
+#   base       torch 2.13 and the linters and test tools; the default
+#   horovod    torch 2.13 and Horovod 0.28, built from source: some minutes, once
+#   xla        torch 2.9 and torch_xla 2.9, with the CUDA packages that this torch needs: about 7 GB
+#   newest     torch 2.14.1 and otherwise as base, with the CUDA packages that this torch needs: about 6 GB
 #   bench      torch 2.13 and torchsnapshot, for ci/bench_save.py
-#   docs       what builds the documentation site (ci/docs.sh); no torch
-#   readme     made by the install lines of the README and nothing else, at the versions of base
-#   all        base, horovod and xla; with --print-python one path in each line, in this order
+#   docs       mkdocs and its plugins, for ci/docs.sh; no torch
+#   readme     what the README's install lines install, at base's versions
+#   all        base, horovod, xla and newest; --print-python prints one path a line, in this order
 #
-# An environment is kept outside the tree, under a name made of its pins and the Python version:
-# ${DISTCKPT_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/distckpt}/env-NAME-<hash>; built wheels beside it, in wheels/.
-# What distckpt has in C is compiled into the tree, where git ignores it (ci/build_native.py).
-# Packages come from where pip is configured to look. DISTCKPT_PYTHON names another Python to make it with.
+# Environments live outside the tree, in ${DISTCKPT_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/distckpt}/env-NAME-HASH. The hash
+# covers the pins and the Python version. Built wheels live beside them, in wheels/. The C extension is compiled into the
+# tree (ci/build_native.py); git ignores it.
+# pip's configuration decides where packages come from. DISTCKPT_PYTHON names the Python to build environments with.
 set -euo pipefail
 exec </dev/null
 
@@ -29,19 +30,18 @@ for argument in "$@"; do
     case "$argument" in
         --print-python) PRINT_PYTHON=1 ;;
         -h | --help) usage && exit 0 ;;
-        base | horovod | xla | bench | docs | readme) NAMES=("$argument") ;;
-        all) NAMES=(base horovod xla) ;;
-        *) die "unknown environment or option '$argument'; there are: base, horovod, xla, bench, docs, readme, all" ;;
+        base | horovod | xla | newest | bench | docs | readme) NAMES=("$argument") ;;
+        all) NAMES=(base horovod xla newest) ;;
+        *) die "unknown environment or option '$argument'; environments: base, horovod, xla, newest, bench, docs, readme, all" ;;
     esac
 done
 
-# Tools, each with the Debian package it comes in: those that tests start, and those that build Horovod.
-# nbdkit's plugins are no commands.
+# TOOL:PACKAGE pairs, the packages being Debian's. nbdkit's plugins are files, not commands.
 TEST_TOOLS="strace:strace losetup:util-linux mkfs.ext4:e2fsprogs mkfs.xfs:xfsprogs unzip:unzip cc:gcc ip:iproute2
     nbdkit:nbdkit nbdfuse:libnbd-bin nbdkit-python-plugin.so:nbdkit-plugin-python"
 BUILD_TOOLS="cmake:cmake make:make c++:g++"
 
-# missing_packages TOOL:PACKAGE...
+# missing_packages TOOL:PACKAGE...: print the packages of the tools that are missing.
 missing_packages() {
     local tool
     for tool in "$@"; do
@@ -52,7 +52,7 @@ missing_packages() {
     done
 }
 
-# install_system_tools TOOL:PACKAGE...
+# install_system_tools TOOL:PACKAGE...: install the missing ones with apt-get where that is possible, else warn.
 install_system_tools() {
     local packages
     mapfile -t packages < <(missing_packages "$@")
@@ -65,11 +65,10 @@ install_system_tools() {
             "${packages[@]}"; } >"$CACHE/apt.log" 2>&1 || say "system tools: apt-get failed, see $CACHE/apt.log"
     fi
     mapfile -t packages < <(missing_packages "$@")
-    [ "${#packages[@]}" -eq 0 ] ||
-        say "WARNING: missing ${packages[*]} (install by hand); what needs them cannot run"
+    [ "${#packages[@]}" -eq 0 ] || say "WARNING: missing ${packages[*]}: install them by hand, or tests that need them fail"
 }
 
-# From here on NAME, PINS and ENVIRONMENT are those of the environment that is being made.
+# The functions below work on the environment that NAME, PINS and ENVIRONMENT describe.
 
 in_environment() { PJRT_DEVICE=CPU "$ENVIRONMENT/bin/python" "$@"; }
 
@@ -78,16 +77,16 @@ pip_install() {
         -qq --no-input --progress-bar off --no-deps "$@" # -qq: errors only
 }
 
-# What an environment is made of, beside the Python: its name is made of it.
-made_of() {
+# contents_of NAME: print everything that decides what the environment contains, for its hash.
+contents_of() {
     cat "$PINS"
     [ "$1" != readme ] || { install_lines && sed -n '/^\[build-system\]/,/^\[dependency-groups\]/p' "$ROOT/pyproject.toml"; }
 }
 
-# What proves that an environment works.
-proof_of() {
+# check_of NAME: print the program that checks that the environment works.
+check_of() {
     case "$1" in
-        base) printf '%s\n' 'import torch' ;;
+        base | newest) printf '%s\n' 'import torch, ignite, isal' ;;
         bench) printf '%s\n' 'import ignite, isal, torchsnapshot' ;;
         readme) printf '%s\n' 'import distckpt' ;;
         docs) printf '%s\n' 'import material, mkdocs, mkdocstrings' ;;
@@ -96,7 +95,7 @@ proof_of() {
     esac
 }
 
-# The pins that Horovod is built with: another version of a test's tool is no reason to build it anew.
+# Horovod is built again only when one of these pins changes.
 BUILD_PINS='^(torch|setuptools|wheel|cffi|cloudpickle|psutil|PyYAML|packaging)=='
 
 install_horovod() {
@@ -113,13 +112,13 @@ install_horovod() {
     pip_install "$wheels"/horovod-*.whl
 }
 
-# The block of the README that installs.
+# Print the README's code block that installs distckpt.
 install_lines() {
     awk '/^```/ { if (inside && block ~ /pip install/) printf "%s", block; inside = /^```sh$/; block = ""; next }
         inside { block = block $0 "\n" }' "$ROOT/README.md"
 }
 
-# Run it as it stands; the pins only say which versions it gets, so that nothing fetches another torch.
+# Run the install lines unchanged. The pins are constraints only, so that pip does not fetch another torch.
 install_as_the_readme_says() {
     (
         cd "$ROOT"
@@ -131,8 +130,7 @@ install_as_the_readme_says() {
 }
 
 install_pins() {
-    # Torch on its own and first; --no-deps throughout, since the pins are complete: nothing can pull in
-    # another torch, or gigabytes of CUDA packages that were not asked for.
+    # --no-deps, because the pins are complete: no package can pull in another torch or unrequested CUDA packages.
     if grep -qE '^torch==' "$PINS"; then
         say "environment '$NAME': installing torch"
         pip_install "$(grep -E '^torch==' "$PINS")"
@@ -143,20 +141,20 @@ install_pins() {
 }
 
 make_environment() {
-    local log="$CACHE/proof-$NAME.log"
+    local log="$CACHE/check-$NAME.log"
     say "environment '$NAME': making $ENVIRONMENT"
     rm -rf "$ENVIRONMENT"
     "$PYTHON" -m venv "$ENVIRONMENT"
     if [ "$NAME" = readme ]; then install_as_the_readme_says; else install_pins; fi
-    # -I: what is installed counts, not what lies in the present directory.
-    in_environment -I -c "$(proof_of "$NAME")" >"$log" 2>&1 || {
+    # -I: import the installed packages, not files of the current directory.
+    in_environment -I -c "$(check_of "$NAME")" >"$log" 2>&1 || {
         tail -n 30 "$log" >&2
-        die "environment '$NAME' does not work: '$(proof_of "$NAME")' failed as shown above. If pip chose a CUDA build" \
-            "of torch for '$NAME' where there was to be none, give it an index with CPU builds (PIP_INDEX_URL)"
+        die "environment '$NAME' does not work: '$(check_of "$NAME")' failed as shown above. If pip chose a CUDA build" \
+            "of torch for '$NAME' where none was wanted, set PIP_INDEX_URL to an index with CPU builds"
     }
     in_environment -m pip --disable-pip-version-check check >"$CACHE/pip-check.log" ||
-        die "the pins of $PINS do not fit together: $(cat "$CACHE/pip-check.log")"
-    touch "$MARKER" # last: an environment without it is half made, and is made anew
+        die "the pins of $PINS contradict each other: $(cat "$CACHE/pip-check.log")"
+    touch "$MARKER" # last: an environment without the marker is incomplete, and is made again
 }
 
 PYTHON="$(find_python)"
@@ -166,19 +164,19 @@ mkdir -p "$CACHE" || die "cannot write to $CACHE; name another folder in DISTCKP
 exec 9>"$CACHE/setup.lock"
 flock --nonblock 9 || {
     say "waiting for another set-up to finish"
-    flock --timeout 1800 9 || die "another set-up holds $CACHE/setup.lock for 30 minutes"
+    flock --timeout 1800 9 || die "another set-up has held $CACHE/setup.lock for 30 minutes"
 }
 # shellcheck disable=SC2086  # a list of words
 [ "${NAMES[*]}" = readme ] || install_system_tools $TEST_TOOLS 9>&-
 for NAME in "${NAMES[@]}"; do
     PINS="$ROOT/ci/requirements/$NAME.txt"
     [ "$NAME" != readme ] || PINS="$ROOT/ci/requirements/base.txt"
-    ENVIRONMENT="$CACHE/env-$NAME-$({ made_of "$NAME" && echo "$VERSION"; } | sha256sum | cut -c1-12)"
+    ENVIRONMENT="$CACHE/env-$NAME-$({ contents_of "$NAME" && echo "$VERSION"; } | sha256sum | cut -c1-12)"
     MARKER="$ENVIRONMENT/.complete"
     [ -e "$MARKER" ] || make_environment 9>&-
-    # For programs that import distckpt from this checkout; they run without it too, more slowly.
-    in_environment "$ROOT/ci/build_native.py" 9>&- || say "WARNING: distckpt runs without its code in C, see above"
+    # For programs that import distckpt from this checkout; without the extension they are slower.
+    in_environment "$ROOT/ci/build_native.py" 9>&- || say "WARNING: distckpt runs without its C extension, see above"
     say "environment '$NAME' is ready ($VERSION): $ENVIRONMENT"
     [ "$PRINT_PYTHON" -eq 0 ] || printf '%s\n' "$ENVIRONMENT/bin/python"
 done
-[ "${#NAMES[@]}" -eq 1 ] || say "all ${#NAMES[@]} environments are ready, in $SECONDS s"
+[ "${#NAMES[@]}" -eq 1 ] || say "all ${#NAMES[@]} environments are ready after $SECONDS s"
