@@ -33,7 +33,7 @@ class Report:
         for one in outcomes:
             self._cells[one["test"]][one["backend"], one["outcome"]] += 1
         self._clauses = {one["test"] for one in outcomes if one["is_clause"]}
-        self._reasons = {one["test"]: one["why"] for one in outcomes if one["why"]}
+        self._reasons = {one["test"]: one["reason"] for one in outcomes if one["reason"]}
         self._backends = {one["backend"] for one in outcomes}
 
     def problems(self) -> list[str]:

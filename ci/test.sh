@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# Set up, check, test and measure distckpt, on a fresh clone and a fresh machine. Every stage runs, whatever
-# fails before it; a summary closes the output and the exit code says whether all is well.
+# Set up, check, test and benchmark distckpt; works on a fresh clone. All stages run even if an earlier one fails. A summary
+# ends the output, and the exit code is 0 if every stage passed.
 #
-#   ci/test.sh                       everything
-#   ci/test.sh --checks              linters, types, layers, the wheel
+#   ci/test.sh                       every stage, on a selection of the tests' cases: some 12 minutes on two cores
+#   ci/test.sh --full                every stage, on all cases and crash trials, and on the newest torch: some hours
+#   ci/test.sh --checks              linters, types, layers, the wheel, the documentation
 #   ci/test.sh --tests               pytest only
 #   ci/test.sh --fast                no crash tests, no benchmarks
-#   ci/test.sh --crash               the crash tests only, and the whole of them: thousands of trials, most of an hour. All the
-#                                    others run a quick selection. Either prints how many trials it was
-#   ci/test.sh --only NAME           the tests of one environment: base, horovod or xla
-#   ci/test.sh [...] -- -k retention     what follows goes to pytest, in each environment
+#   ci/test.sh --crash               all trials of the crash tests, and nothing else: most of an hour
+#   ci/test.sh --only NAME           the tests of one environment: base, horovod, xla or newest
+#   ci/test.sh [...] -- -k retention     pass the rest to pytest, in each environment
 #
-# The tests of the ranks (contract, handlers, faults) run three times: on torch.distributed, on Horovod and on torch_xla,
-# each in an environment of its own. After all three, a report shows every test of the contract x every backend.
+# The tests in tests/contracts and tests/distributed run on torch.distributed, on Horovod and on torch_xla, each in its own
+# environment. A report then shows every contract test x every backend. docs/harness.md describes the harness.
 #
-# DISTCKPT_WORKERS     pytest processes (3); each has a pool of ranks of its own, and ranks wait most of the time
-# DISTCKPT_LIMIT_S     limit for the tests of one environment, in seconds (2700; with --crash 7200)
-# See ci/setup.sh for the environments'.
+# DISTCKPT_WORKERS     pytest processes (3); each has its own pool of ranks, which wait most of the time
+# DISTCKPT_LIMIT_S     limit for the tests of one environment, in seconds (2700; with --full or --crash 14400)
+# ci/setup.sh lists the variables that decide where environments are.
 set -euo pipefail
 exec </dev/null
 
@@ -24,20 +24,20 @@ exec </dev/null
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 cd "$ROOT"
 
-CHECKS=1 TESTS=1 BENCHMARKS=1 FAST=0 SELECTION=() LIMIT_S=2700
+CHECKS=1 TESTS=1 BENCHMARKS=1 FAST=0 IS_FULL=0 SELECTION=() LIMIT_S=2700
 RUNTIMES=(base horovod xla)
 while [ $# -gt 0 ]; do
     case "$1" in
         --checks) TESTS=0 BENCHMARKS=0 ;;
         --tests) CHECKS=0 BENCHMARKS=0 ;;
         --fast) FAST=1 BENCHMARKS=0 ;;
+        --full) IS_FULL=1 ;;
         --crash)
-            # A test of the whole takes minutes, and has limits of its own.
-            SELECTION=(tests/crash -o faulthandler_timeout=0) LIMIT_S=7200 RUNTIMES=(base) CHECKS=0 BENCHMARKS=0
-            export DISTCKPT_CRASH=whole
+            SELECTION=(tests/crash) IS_FULL=1 RUNTIMES=(base) CHECKS=0 BENCHMARKS=0
             ;;
         --only)
-            [[ "${2:-}" =~ ^(base|horovod|xla)$ ]] || die "--only takes base, horovod or xla, but was given '${2:-}'"
+            [[ "${2:-}" =~ ^(base|horovod|xla|newest)$ ]] ||
+                die "--only takes base, horovod, xla or newest, but was given '${2:-}'"
             RUNTIMES=("$2") CHECKS=0 BENCHMARKS=0
             shift
             ;;
@@ -47,11 +47,16 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
+if [ "$IS_FULL" -eq 1 ]; then
+    # No limit for a single test: some take many minutes, and have time limits of their own.
+    SELECTION+=(--full -o faulthandler_timeout=0) LIMIT_S=14400
+    [ "${#RUNTIMES[@]}" -lt 3 ] || RUNTIMES+=(newest)
+fi
 
 SUMMARY=()
 FAILED=0
 
-# stage NAME LIMIT_S COMMAND...: run it, time it, remember how it went.
+# stage NAME LIMIT_S COMMAND...: run and time the command, and record its result for the summary.
 stage() {
     local name="$1" limit_s="$2" begin="$SECONDS" status=0 verdict
     shift 2
@@ -79,10 +84,10 @@ summarize() {
 printf '=== set-up\n'
 declare -A PYTHONS
 ENVIRONMENTS=(base "${RUNTIMES[@]}")
-[[ " ${RUNTIMES[*]} " != *" base "* ]] || ENVIRONMENTS+=(readme) # its tests run the README's examples there
+[[ " ${RUNTIMES[*]} " != *" base "* ]] || ENVIRONMENTS+=(readme) # for the tests of the README's examples
 for name in "${ENVIRONMENTS[@]}"; do
     [ -n "${PYTHONS[$name]:-}" ] && continue
-    PYTHONS[$name]="$(ci/setup.sh --print-python "$name")" || die "the set-up of '$name' failed, nothing was checked"
+    PYTHONS[$name]="$(ci/setup.sh --print-python "$name")" || die "the set-up of '$name' failed; nothing was checked"
 done
 SUMMARY+=("$(printf '%-20s %5d s  %s' set-up "$SECONDS" ok)")
 PYTHON="${PYTHONS[base]}"
@@ -91,15 +96,15 @@ export PATH="$BIN:$PATH" PYTHONUNBUFFERED=1 PYTHONPATH="$ROOT"
 RESULTS="$(mktemp -d)"
 trap 'rm -rf "$RESULTS"' EXIT
 
-# tests_of NAME ARGUMENT...: run pytest in an environment. Tests start programs of it (torchrun) by name.
-tests_of() {
+# run_pytest NAME ARGUMENT...: run pytest in an environment, whose programs (torchrun) are on PATH.
+run_pytest() {
     local name="$1" python="${PYTHONS[$1]}"
     shift
     stage "pytest, $name" "${DISTCKPT_LIMIT_S:-$LIMIT_S}" env PATH="$(dirname "$python"):$PATH" "$python" -m pytest \
         -n "${DISTCKPT_WORKERS:-3}" --dist worksteal --durations=10 --outcomes "$RESULTS/$name.json" "$@"
 }
 
-# The folders that hold Python: a clone may be ahead of, or behind, the list in pyproject.toml.
+# The folders that contain Python files.
 FOLDERS=()
 for folder in distckpt tests launch ci; do
     [ -z "$(find "$folder" -name '*.py' -print -quit 2>/dev/null)" ] || FOLDERS+=("$folder")
@@ -117,22 +122,23 @@ if [ "$TESTS" -eq 1 ]; then
     [ "$FAST" -eq 0 ] || SELECTION+=(-m "not crash")
     for name in "${RUNTIMES[@]}"; do
         case "$name" in
-            base) tests_of base "${SELECTION[@]}" "$@" ;;
-            horovod) DISTCKPT_TEST_RUNTIME="$name" tests_of "$name" tests/contracts tests/distributed "${SELECTION[@]}" "$@" ;;
-            # torch_xla 2.9 with two replicas in one process crashes by itself about once in some thousand tests, in its
-            # own operations (pytest prints which test was run again). Elsewhere such a crash would be ours.
+            base) run_pytest base "${SELECTION[@]}" "$@" ;;
+            newest) run_pytest newest -m "not crash" "${SELECTION[@]}" "$@" ;;
+            horovod) DISTCKPT_TEST_RUNTIME="$name" run_pytest "$name" tests/contracts tests/distributed "${SELECTION[@]}" "$@" ;;
+            # torch_xla 2.9 with two replicas in one process crashes in its own operations about once in a thousand tests.
+            # pytest prints which tests it ran again. On other runtimes a crash is a failure.
             xla)
-                DISTCKPT_TEST_RUNTIME="$name" tests_of "$name" tests/contracts tests/distributed -rR --reruns 1 \
+                DISTCKPT_TEST_RUNTIME="$name" run_pytest "$name" tests/contracts tests/distributed -rR --reruns 1 \
                     --only-rerun "killed by signal 11" "${SELECTION[@]}" "$@"
                 ;;
         esac
     done
-    if [ "${#RUNTIMES[@]}" -eq 3 ]; then
+    if [ "${#RUNTIMES[@]}" -ge 3 ]; then
         stage "checkpoint matrix" 600 env DISTCKPT_PYTHONS="$(
             printf '%s:' "${PYTHONS[base]}" "${PYTHONS[horovod]}" "${PYTHONS[xla]}"
         )" "$PYTHON" -m pytest tests/matrix
     fi
-    if [ "${#RUNTIMES[@]}" -eq 3 ] && [ $# -eq 0 ]; then
+    if [ "${#RUNTIMES[@]}" -ge 3 ] && [ $# -eq 0 ]; then
         stage "contract report" 60 "$PYTHON" ci/contract_report.py "$RESULTS"/{base,horovod,xla}.json
     fi
 fi

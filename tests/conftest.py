@@ -1,52 +1,60 @@
-"""What pytest has to know of the ranks and of the folders."""
+"""pytest's settings for all tests: options, selection, and the rank processes' end."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 
 from tests.contracts.implementations import not_run
-from tests.support import outcomes
+from tests.support import outcomes, selection
 from tests.support.pool import discard_pools
-from tests.support.selection import select, summary
-from tests.support.store import bound_lookups
+from tests.support.store import shorten_lookups
 
-# Examples are the same in every run, and a busy machine is no failure. HYPOTHESIS_PROFILE=explore looks for new
-# ones.
+# The same examples in every run, and no deadline on a busy machine. HYPOTHESIS_PROFILE=explore tries new examples.
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Take the name of a file for outcomes."""
+    """Add the harness's options."""
     outcomes.add_option(parser)
+    selection.add_option(parser)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Spare torchrun and its like, when tests start them, long waits for a name server."""
-    bound_lookups()
-    outcomes.collect(config)
+    """Prepare this process and its children."""
+    shorten_lookups()
+    outcomes.register(config)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item], config: pytest.Config) -> None:
-    """Mark what lies in tests/crash/, which `ci/test.sh --fast` leaves out; leave out what is another runtime's."""
-    select(items, config)
+    """Leave out tests that do not belong to this run; mark the tests of tests/crash/."""
+    selection.deselect(items, config)
     for item in items:
-        outcomes.keep_why(item)
+        outcomes.record_reason(item)
         if "crash" in item.path.parts:
             item.add_marker(pytest.mark.crash)
 
 
-def pytest_sessionfinish() -> None:
-    """Kill the ranks of this process."""
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Kill this process's ranks, and send what was left out to pytest-xdist's controller."""
     discard_pools()
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = dict(selection.num_left_out)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Receive what was left out: the same on all workers, each of which collects all tests."""
+    selection.num_left_out.update(getattr(node, "workeroutput", {}).get("left_out", {}))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say which implementations of the backend contract had no part in the run."""
-    for line in (*not_run(), *summary()):
+    """Print what was left out of the run."""
+    for line in (*not_run(), *selection.summary()):
         terminalreporter.write_line(line)
     if not torch.cuda.is_available():
         terminalreporter.write_line("tests/accel: not run, no GPU")

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from distckpt.backends.base import Backend
 from distckpt.backends.detect import current
 from tests.support import run_ranks
-from tests.support.locate import RANK_BODY, find, refer_to
+from tests.support.locate import RANK_BODY, load_function, reference_to
 from tests.support.messages import FunctionRef
 from tests.support.runtime import OWN, RUNTIME
 
@@ -60,7 +60,7 @@ def on_ranks(runtime: str, world_size: int) -> Launch:
         run_ranks(
             _on_rank,
             world_size,
-            refer_to(clause),
+            reference_to(clause),
             dict(arguments),
             backend=runtime,
             timeout_s=timeout_s,
@@ -72,7 +72,7 @@ def on_ranks(runtime: str, world_size: int) -> Launch:
 def _on_rank(clause: FunctionRef, arguments: Mapping[str, object]) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(current().local_rank % torch.cuda.device_count())
-    find(clause)(current(), **arguments)
+    load_function(clause)(current(), **arguments)
 
 
 def _make_group(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> Any:  # torch types it apart

@@ -14,9 +14,9 @@ from ignite.engine import Engine, Events
 import distckpt
 from tests.distributed.idist import fresh_idist
 from tests.support import run_distributed
-from tests.support.selection import of_torch
+from tests.support.selection import torch_only
 
-pytestmark = of_torch
+pytestmark = torch_only
 
 
 def identity(module: object) -> tuple[object, ...]:

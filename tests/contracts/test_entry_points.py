@@ -12,7 +12,7 @@ import torch.distributed as dist
 import distckpt
 from tests.contracts.implementations import REGISTERED
 from tests.support import run_distributed
-from tests.support.selection import of_torch
+from tests.support.selection import torch_only
 
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -30,7 +30,7 @@ def pg_timeout() -> timedelta:
     return limit
 
 
-@of_torch
+@torch_only
 @run_distributed(world_size=2, backend=None)
 def test_a_program_under_torchrun_joins_its_job(launcher_port: int) -> None:
     os.environ["MASTER_PORT"] = str(launcher_port)
@@ -47,7 +47,7 @@ def test_a_program_under_torchrun_joins_its_job(launcher_port: int) -> None:
     assert not dist.is_initialized()
 
 
-@of_torch
+@torch_only
 @run_distributed(world_size=2, backend=None)
 def test_a_program_under_torchrun_may_leave_its_job_and_join_again(launcher_port: int) -> None:
     os.environ["MASTER_PORT"] = str(launcher_port)  # one store for all of them, as torchrun has it
@@ -58,7 +58,7 @@ def test_a_program_under_torchrun_may_leave_its_job_and_join_again(launcher_port
         distckpt.finalize()
 
 
-@of_torch
+@torch_only
 @run_distributed(world_size=1, backend=None)
 def test_a_program_started_by_hand_is_a_job_of_one() -> None:
     forget_launcher()
@@ -70,7 +70,7 @@ def test_a_program_started_by_hand_is_a_job_of_one() -> None:
         distckpt.finalize()
 
 
-@of_torch
+@torch_only
 @run_distributed(world_size=2, backend=None)
 def test_ranks_may_meet_at_an_init_method(tmp_path: Path) -> None:
     rank = int(os.environ["RANK"])
@@ -79,7 +79,7 @@ def test_ranks_may_meet_at_an_init_method(tmp_path: Path) -> None:
     assert distckpt.all_gather(distckpt.get_rank()) == [0, 1]
 
 
-@of_torch
+@torch_only
 @run_distributed(world_size=2, backend=None)
 def test_a_backend_that_the_build_registered_is_joined_by_its_name(launcher_port: int) -> None:
     os.environ["MASTER_PORT"] = str(launcher_port)
@@ -89,7 +89,7 @@ def test_a_backend_that_the_build_registered_is_joined_by_its_name(launcher_port
     assert distckpt.all_gather({"rank": distckpt.get_rank()}) == [{"rank": 0}, {"rank": 1}]
 
 
-@of_torch
+@torch_only
 @pytest.mark.parametrize("timeout", [12.5, timedelta(seconds=12.5)], ids=["seconds", "timedelta"])
 @run_distributed(world_size=1, backend=None)
 def test_timeout_is_that_of_the_jobs_group(timeout: timedelta | float) -> None:
@@ -98,7 +98,7 @@ def test_timeout_is_that_of_the_jobs_group(timeout: timedelta | float) -> None:
     assert pg_timeout() == timedelta(seconds=12.5)
 
 
-@of_torch
+@torch_only
 @run_distributed(world_size=2, backend=None)
 def test_a_task_of_srun_joins_its_job(launcher_port: int) -> None:
     rank = os.environ["RANK"]
@@ -110,7 +110,7 @@ def test_a_task_of_srun_joins_its_job(launcher_port: int) -> None:
     assert (distckpt.get_local_rank(), distckpt.get_node_rank()) == (int(rank), 0)
 
 
-@of_torch
+@torch_only
 @run_distributed(world_size=2, backend=None)
 def test_a_task_of_srun_asks_slurm_for_the_first_node(launcher_port: int, tmp_path: Path) -> None:
     rank = os.environ["RANK"]
@@ -127,7 +127,7 @@ def test_a_task_of_srun_asks_slurm_for_the_first_node(launcher_port: int, tmp_pa
     assert distckpt.all_reduce(1) == 2
 
 
-@of_torch
+@torch_only
 @run_distributed(world_size=1, backend=None)
 def test_a_task_of_srun_without_slurms_tool_is_told_what_to_set(tmp_path: Path) -> None:
     forget_launcher()
@@ -136,14 +136,14 @@ def test_a_task_of_srun_without_slurms_tool_is_told_what_to_set(tmp_path: Path) 
         distckpt.initialize("gloo")
 
 
-@of_torch
+@torch_only
 @run_distributed(world_size=1)
 def test_a_second_group_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"^Can not create new distributed process group if default one is already"):
         distckpt.initialize("gloo")
 
 
-@of_torch
+@torch_only
 @run_distributed(world_size=1, backend=None)
 def test_an_incomplete_environment_is_refused() -> None:
     del os.environ["WORLD_SIZE"]
@@ -162,7 +162,7 @@ def test_rank_and_world_size_go_together() -> None:
         distckpt.initialize("gloo", init_method="tcp://127.0.0.1:0", rank=1)
 
 
-@of_torch
+@torch_only
 @run_distributed(world_size=1, backend=None)
 def test_several_ranks_need_a_place_to_meet() -> None:
     forget_launcher()

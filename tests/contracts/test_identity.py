@@ -17,7 +17,7 @@ from distckpt.backends.detect import current
 from distckpt.backends.torch_dist import TorchDistBackend
 from tests.contracts.implementations import SEVERAL_RANKS, clause, job_store
 from tests.support import job, run_distributed
-from tests.support.selection import of_torch
+from tests.support.selection import torch_only
 
 LAUNCHER_VARIABLES = (
     "LOCAL_RANK",
@@ -98,7 +98,7 @@ def test_identity_needs_no_other_rank(backend: Backend) -> None:
         pytest.param({"LOCAL_RANK": "", "GROUP_RANK": "none"}, 2, 0, id="no numbers"),
     ],
 )
-@of_torch
+@torch_only
 @run_distributed(world_size=3)
 def test_place_is_what_the_launcher_says(environment: dict[str, str], local_rank: int, node: int) -> None:
     for name in LAUNCHER_VARIABLES:
@@ -110,7 +110,7 @@ def test_place_is_what_the_launcher_says(environment: dict[str, str], local_rank
         assert (distckpt.get_local_rank(), distckpt.get_node_rank()) == (local_rank, node)
 
 
-@of_torch
+@torch_only
 @run_distributed(world_size=2, backend=None)
 def test_job_is_detected_anew_after_each_process_group() -> None:
     rank, store = int(os.environ["RANK"]), job_store()
@@ -127,7 +127,7 @@ def test_job_is_detected_anew_after_each_process_group() -> None:
         assert (current().rank, current().world_size, current().name) == (0, 1, "serial")
 
 
-@of_torch
+@torch_only
 @run_distributed(world_size=3, backend=None)
 def test_a_job_may_shrink_and_grow() -> None:
     rank, store = int(os.environ["RANK"]), job_store()
@@ -139,7 +139,7 @@ def test_a_job_may_shrink_and_grow() -> None:
             dist.destroy_process_group()
 
 
-@of_torch
+@torch_only
 @run_distributed(world_size=2, backend=None)
 def test_a_group_made_anew_works_when_one_rank_alone_had_used_the_first() -> None:
     rank, store = int(os.environ["RANK"]), job_store()
@@ -154,7 +154,7 @@ def test_a_group_made_anew_works_when_one_rank_alone_had_used_the_first() -> Non
         dist.destroy_process_group()
 
 
-@of_torch
+@torch_only
 @run_distributed(world_size=2)
 def test_backend_of_a_destroyed_group_is_forgotten() -> None:
     assert current().world_size == 2
@@ -165,7 +165,7 @@ def test_backend_of_a_destroyed_group_is_forgotten() -> None:
     assert len(detect._BY_GROUP) == 0
 
 
-@of_torch
+@torch_only
 @run_distributed(world_size=2)
 def test_what_is_importable_does_not_matter(tmp_path: Path) -> None:
     """Another runtime that is installed, and even imported, takes no part in a job that is not its own."""

@@ -15,7 +15,7 @@ from distckpt.backends.base import Backend
 from distckpt.backends.detect import current
 from tests.contracts.implementations import SEVERAL_RANKS, clause
 from tests.support import job, run_distributed
-from tests.support.selection import of_torch, only_on
+from tests.support.selection import only_on, torch_only
 
 
 @only_on("gloo", "horovod", why="a reduction that is begun, and waited for later: torch_xla has none")
@@ -24,17 +24,17 @@ def test_host_values_pass_while_the_jobs_reduction_is_in_flight(backend: Backend
     for step in range(10):
         gradient = torch.full((1000,), float(backend.rank + step), device=backend.device())
         if backend.rank == 0:  # starts its reduction before the vote, the others after it
-            finish = job.start_total(gradient)
+            finish = job.start_all_reduce(gradient)
             assert backend.all_reduce_ints([step], "MAX") == [step]
             total = finish()
         else:
             assert backend.all_reduce_ints([step], "MAX") == [step]
-            total = job.total(gradient)
+            total = job.all_reduce(gradient)
         expected = float(sum(rank + step for rank in range(backend.world_size)))
         assert total.cpu().eq(expected).all()
 
 
-@of_torch
+@torch_only
 @clause(SEVERAL_RANKS)
 def test_ranks_that_made_different_numbers_of_groups_still_meet(backend: Backend) -> None:
     if backend.rank == 1:
@@ -49,7 +49,7 @@ def test_jobs_group_works_on_after_ours_was_given_up(backend: Backend) -> None:
     if backend.rank == 0:
         with pytest.raises(CollectiveTimeout):
             backend.barrier(timeout_s=0.25)
-    assert job.total(torch.ones(1, device=backend.device())).item() == backend.world_size
+    assert job.all_reduce(torch.ones(1, device=backend.device())).item() == backend.world_size
 
 
 @run_distributed(world_size=2)
@@ -69,7 +69,7 @@ def test_one_rank_alone_may_build_every_handler(tmp_path: Path) -> None:
         distckpt.global_step_from_engine(trainer)
         assert isinstance(current(), type(backend))
         assert not backend._host._is_formed, "a constructor has formed the group"  # type: ignore[attr-defined]
-    total = job.total(torch.ones(1, device=job.device()))  # would pair with a constructor's collective
+    total = job.all_reduce(torch.ones(1, device=job.device()))  # would pair with a constructor's collective
     assert total.item() == 2
     assert list(tmp_path.iterdir()) == []
     backend.barrier()

@@ -12,7 +12,7 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 import distckpt
 from tests.support import run_distributed
 from tests.support.runtime import RUNTIME
-from tests.support.selection import of_torch, only_on
+from tests.support.selection import only_on, torch_only
 
 spawning = only_on("gloo", "horovod", why="replicas on a CPU need the launch script's turns to compile")
 ERRORS: dict[str, type[Exception]] = {"gloo": ProcessRaisedException, "horovod": RuntimeError}
@@ -72,7 +72,7 @@ def test_parallel_starts_the_ranks_that_it_is_asked_for(tmp_path: Path) -> None:
     assert notes_in(tmp_path) == [expected_note(rank, 2, "word", 7) for rank in range(2)]
 
 
-@of_torch
+@torch_only
 @run_distributed(world_size=2, backend=None)
 def test_parallel_joins_the_ranks_that_a_launcher_started(tmp_path: Path, launcher_port: int) -> None:
     os.environ["MASTER_PORT"] = str(launcher_port)
@@ -85,7 +85,7 @@ def test_parallel_joins_the_ranks_that_a_launcher_started(tmp_path: Path, launch
     assert not dist.is_initialized()
 
 
-@of_torch
+@torch_only
 @run_distributed(world_size=1, backend=None)
 def test_parallel_leaves_the_job_when_the_program_raises(launcher_port: int) -> None:
     os.environ["MASTER_PORT"] = str(launcher_port)

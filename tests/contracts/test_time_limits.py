@@ -15,7 +15,7 @@ from distckpt.backends.base import Backend, default_timeout_s
 from distckpt.backends.detect import current
 from tests.contracts.implementations import SEVERAL_RANKS, clause
 from tests.support import fresh_ranks, job
-from tests.support.selection import of_processes, only_on
+from tests.support.selection import only_on, process_ranks_only
 
 LIMIT_S = 0.25
 SOON_S = 6.0
@@ -210,7 +210,7 @@ def _last_rank_dies() -> tuple[int, ...]:
     return caught.value.missing
 
 
-@of_processes
+@process_ranks_only
 def test_a_rank_that_dies_is_named_by_the_survivors() -> None:
     with fresh_ranks(_last_rank_dies, 3) as ranks:
         ends = ranks.finish(may_fail=[2])

@@ -1,13 +1,12 @@
-"""What the crash tests share: how many trials, which random numbers, and a way to say what was counted.
+"""Fixtures of the crash tests: numbers of trials, random seeds, and printing of counts.
 
-A quick selection is the default. The whole, which takes most of an hour, is `ci/test.sh --crash`, or
+A quick selection is the default. `ci/test.sh --crash` runs all trials, in most of an hour, and so does
 
-    DISTCKPT_CRASH=whole pytest tests/crash -o faulthandler_timeout=0
+    pytest --full tests/crash -o faulthandler_timeout=0
 
-`DISTCKPT_CRASH_KILLS`, `..._RANK_KILLS`, `..._CUTS`, `..._STATES`, `..._EXITS` and `..._PROGRAMS` set single counts, of
-each way of saving.
-`DISTCKPT_CRASH_SEED` repeats a round whose seed was printed (the moments of the kills are repeated, what the
-machine makes of them is not).
+`DISTCKPT_CRASH_KILLS`, `..._RANK_KILLS`, `..._CUTS`, `..._STATES`, `..._EXITS` and `..._PROGRAMS` set single
+counts, for each way of saving. `DISTCKPT_CRASH_SEED` repeats a round whose seed was printed: the kills come at the same
+moments, but their effects may differ.
 """
 
 import os
@@ -18,9 +17,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.crash.lost_jobs import Jobs, Table
+from tests.support.selection import is_full
 
-_VARIABLE = "DISTCKPT_CRASH"
-_KINDS = ("quick", "whole")
 _COUNTS = {
     "KILLS": (25, 1000),
     "RANK_KILLS": (12, 1000),
@@ -29,15 +27,8 @@ _COUNTS = {
     "EXITS": (8, 200),
     "PROGRAMS": (32, 500),
 }
-"""How many of each way of saving, in the quick selection and in the whole."""
+"""Number of trials for each way of saving, in the quick selection and in all."""
 _LIMITS_S = (170.0, 3000.0)
-
-
-def _which() -> int:
-    kind = os.environ.get(_VARIABLE, _KINDS[0])
-    if kind not in _KINDS:
-        pytest.fail(f"{_VARIABLE} should be one of {_KINDS}, but is {kind!r}")
-    return _KINDS.index(kind)
 
 
 def _from_environment(name: str, default: int) -> int:
@@ -47,78 +38,78 @@ def _from_environment(name: str, default: int) -> int:
     return int(text)
 
 
-def _count(name: str) -> int:
-    return _from_environment(f"{_VARIABLE}_{name}", _COUNTS[name][_which()])
+def _count(name: str, config: pytest.Config) -> int:
+    return _from_environment(f"DISTCKPT_CRASH_{name}", _COUNTS[name][is_full(config)])
 
 
 @pytest.fixture
-def is_whole() -> bool:
-    """Tell whether the whole is run, and not the quick selection."""
-    return bool(_which())
+def is_whole(pytestconfig: pytest.Config) -> bool:
+    """Return True if all trials run, not a quick selection."""
+    return is_full(pytestconfig)
 
 
 @pytest.fixture
-def limit_s() -> float:
-    """Return how long the trials of one test may take, in seconds."""
-    return _LIMITS_S[_which()]
+def limit_s(pytestconfig: pytest.Config) -> float:
+    """Return the time limit for the trials of one test, in seconds."""
+    return _LIMITS_S[is_full(pytestconfig)]
 
 
 @pytest.fixture
-def kills() -> int:
-    """Return at how many random moments a saver is killed."""
-    return _count("KILLS")
+def kills(pytestconfig: pytest.Config) -> int:
+    """Return the number of random moments at which a saver is killed."""
+    return _count("KILLS", pytestconfig)
 
 
 @pytest.fixture
-def rank_kills() -> int:
-    """Return at how many random moments of a job a rank is killed, or all are."""
-    return _count("RANK_KILLS")
+def rank_kills(pytestconfig: pytest.Config) -> int:
+    """Return the number of random moments at which a job's rank, or all its ranks, are killed."""
+    return _count("RANK_KILLS", pytestconfig)
 
 
 @pytest.fixture
-def cuts() -> int:
-    """Return how often the power is cut."""
-    return _count("CUTS")
+def cuts(pytestconfig: pytest.Config) -> int:
+    """Return the number of power cuts."""
+    return _count("CUTS", pytestconfig)
 
 
 @pytest.fixture
-def states() -> int:
-    """Return how many states of a disk with reordered blocks are looked at."""
-    return _count("STATES")
+def states(pytestconfig: pytest.Config) -> int:
+    """Return the number of examined states of a disk with reordered blocks."""
+    return _count("STATES", pytestconfig)
 
 
 @pytest.fixture
-def exits() -> int:
-    """Return how many jobs end well, of each kind."""
-    return _count("EXITS")
+def exits(pytestconfig: pytest.Config) -> int:
+    """Return the number of jobs of each kind that end without a failure."""
+    return _count("EXITS", pytestconfig)
 
 
 @pytest.fixture
-def programs() -> int:
-    """Return how many programs are killed and resumed."""
-    return _count("PROGRAMS")
+def programs(pytestconfig: pytest.Config) -> int:
+    """Return the number of programs that are killed and resumed."""
+    return _count("PROGRAMS", pytestconfig)
 
 
 @pytest.fixture
 def seed() -> int:
-    """Return the seed of this round's random moments."""
+    """Return the random seed of this round."""
     return _from_environment("DISTCKPT_CRASH_SEED", 1 + secrets.randbelow(2**31))
 
 
 @pytest.fixture
 def tell(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
-    """Return a function that prints a line past pytest's capture, also from a worker of pytest-xdist."""
+    """Return a function that prints a line past pytest's capture, in pytest-xdist's workers too."""
 
     def say(text: str) -> None:
         with capsys.disabled():
-            print(f"\n[crash] {text}", file=sys.stderr, flush=True)  # noqa: T201 - counts belong into CI's log
+            print(f"\n[crash] {text}", file=sys.stderr, flush=True)  # noqa: T201 - the counts belong in CI's log
 
     return say
 
 
 @pytest.fixture(scope="module")
 def tell_in_the_end(request: pytest.FixtureRequest) -> Iterator[Callable[[object], None]]:
-    """Return a function that keeps something, whose text is printed past pytest's capture when the module is over."""
+    """Return a function that stores an object, whose text is printed past pytest's capture at the end of the module."""
     kept: list[object] = []
     yield kept.append
     capture = request.config.pluginmanager.getplugin("capturemanager")
@@ -129,7 +120,7 @@ def tell_in_the_end(request: pytest.FixtureRequest) -> Iterator[Callable[[object
 
 @pytest.fixture(scope="module")
 def table(tell_in_the_end: Callable[[object], None]) -> Table:
-    """Return a table of how long the others took, which is printed in the end."""
+    """Return a table of the survivors' times, which is printed at the end of the module."""
     times = Table()
     tell_in_the_end(times)
     return times
@@ -137,6 +128,6 @@ def table(tell_in_the_end: Callable[[object], None]) -> Table:
 
 @pytest.fixture(scope="module")
 def jobs() -> Iterator[Jobs]:
-    """Return the server that starts jobs of which a rank is lost."""
+    """Return the server that starts jobs whose ranks are lost."""
     with Jobs() as started:
         yield started

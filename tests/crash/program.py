@@ -22,7 +22,7 @@ from tests.crash.modes import MODES, is_background
 from tests.crash.savers import SAVERS
 from tests.crash.subject import Counted, name_of, step_of, steps_in
 from tests.crash.trained import Trained
-from tests.support.store import connect, of_call
+from tests.support.store import connect, job_namespace
 
 __all__ = ["EXIT_LOST", "EXIT_OTHERWISE", "saving", "typical_save_s"]
 
@@ -119,7 +119,7 @@ def _a_rank(
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
     os.environ["DISTCKPT_TIMEOUT_S"] = str(_TIMEOUT_S)
-    store = of_call(connect(int(os.environ["MASTER_PORT"])), number)
+    store = job_namespace(connect(int(os.environ["MASTER_PORT"])), number)
     try:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
         trained = Trained()

@@ -18,6 +18,7 @@ import torch
 
 from tests.crash.random_stops import KINDS, LIMIT_S, Cause, End, Kind, Plan, plan_of, run_job
 from tests.distributed.programs import HUNG, warm_up
+from tests.support.selection import quick
 
 NUM_JOBS = 25
 RUNS_PER_JOB = 20
@@ -136,6 +137,7 @@ def steps_on_disk(folder: Path, history: tuple[str, ...]) -> list[int]:
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint. the ranks have different scores:UserWarning")
+@quick(5)
 @pytest.mark.parametrize("job", range(NUM_JOBS))
 def test_whatever_stops_a_run_at_whatever_moment_stops_all_ranks_alike(
     tmp_path: Path, counts: Counts, job: int

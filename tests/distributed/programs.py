@@ -77,7 +77,7 @@ def handlers(library: str) -> Any:
 
 def training_step(_engine: Engine | None = None, _batch: object = None) -> float:
     """Reduce a gradient over the ranks, as a step of data-parallel training does."""
-    return job.total(torch.ones(1, device=job.device())).item()
+    return job.all_reduce(torch.ones(1, device=job.device())).item()
 
 
 def idle_engine() -> Engine:
@@ -102,9 +102,9 @@ def model_of(value: float) -> nn.Linear:
     return model
 
 
-def gathered(value: object) -> list[Any]:
+def gather(value: object) -> list[Any]:
     """Collective of the job's. Return every rank's value."""
-    return job.gathered(value)
+    return job.gather(value)
 
 
 class _Warned:

@@ -18,9 +18,9 @@ from distckpt import Checkpoint, CheckpointEvents, DiskSaver, Preemption, Remote
 from distckpt.ptformat.torch_format import verify
 from distckpt.storage.direct_io import DirectFile
 from tests.distributed.failures import Stateful
-from tests.distributed.programs import all_equal, gathered, logged, model_of, raised, training_step
+from tests.distributed.programs import all_equal, gather, logged, model_of, raised, training_step
 from tests.support import fresh_ranks, job, run_distributed
-from tests.support.selection import of_torch
+from tests.support.selection import torch_only
 
 WORLDS = pytest.mark.parametrize("world_size", [2, 3])
 LIMIT_S = 60.0
@@ -97,8 +97,8 @@ def test_ranks_train_on_while_one_writes_and_take_over_in_the_same_iteration(tmp
 
     with slow_disk(0, "written"):
         trainer.run([0] * 9)
-    assert all_equal(gathered(seen))
-    assert all_equal(gathered(told))
+    assert all_equal(gather(seen))
+    assert all_equal(gather(told))
     assert told[0] in (6, 7)
     assert seen[5] == (6, None, True)
     assert seen[-1] == (9, "obj_2.pt", False)
@@ -128,12 +128,12 @@ def test_an_error_on_the_saving_rank_is_everybodys_and_the_one_before_stands(tmp
     assert isinstance(caught.value, OSError)
     assert caught.value.errno == errno.ENOSPC
     assert "obj_3.pt is intact" in str(caught.value)
-    assert gathered(trainer.state.iteration) == [8, 8, 8]
-    assert gathered(Path(str(handler.last_checkpoint)).name) == ["obj_3.pt"] * 3
+    assert gather(trainer.state.iteration) == [8, 8, 8]
+    assert gather(Path(str(handler.last_checkpoint)).name) == ["obj_3.pt"] * 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["obj_3.pt"]
     handler(trainer)
     handler.wait_until_finished()
-    assert gathered(Path(str(handler.last_checkpoint)).name) == ["obj_8.pt"] * 3
+    assert gather(Path(str(handler.last_checkpoint)).name) == ["obj_8.pt"] * 3
 
 
 @run_distributed(world_size=2)
@@ -148,7 +148,7 @@ def test_the_end_of_a_run_waits_on_all_ranks(tmp_path: Path) -> None:
     with slow_disk(0, "written"):
         trainer.run([0] * 4)
     assert found == ["obj_1.pt"]
-    assert all_equal(gathered(found))
+    assert all_equal(gather(found))
     job.barrier()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["obj_1.pt"]
 
@@ -171,7 +171,7 @@ def test_an_exception_on_all_ranks_waits_and_takes_over(tmp_path: Path) -> None:
         threading.Timer(0.3, lambda store: store.set("written", "1"), [job.store()]).start()
         with pytest.raises(ArithmeticError):
             trainer.run([0] * 4)
-    assert gathered(Path(str(handler.last_checkpoint)).name) == ["obj_1.pt"] * 2
+    assert gather(Path(str(handler.last_checkpoint)).name) == ["obj_1.pt"] * 2
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
@@ -187,7 +187,7 @@ def test_a_save_under_way_as_one_rank_fails_is_logged_by_the_rank_that_commits_i
     trainer.add_event_handler(Events.ITERATION_COMPLETED, TerminateOnNan())
     with slow_disk(0, "written"), logged("distckpt", logging.WARNING) as messages:
         assert raised(lambda: trainer.run([0] * 4)) is not None
-    told = gathered([one for one in messages if one.startswith("Checkpoint")])
+    told = gather([one for one in messages if one.startswith("Checkpoint")])
     assert told == [["Checkpoint: obj_1.pt was being saved as the run failed, and is on the disk"], []]
     assert [path.name for path in tmp_path.iterdir()] == ["obj_1.pt"]
 
@@ -218,7 +218,7 @@ def fail_alone(folder: Path, which: int) -> str:
     return ""
 
 
-@of_torch
+@torch_only
 @pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_rank_that_fails_alone_leaves_a_whole_file(tmp_path: Path, which: int) -> None:
@@ -248,8 +248,8 @@ def train_at_a_pace(folder: Path, lag: int) -> None:
     trainer.add_event_handler(Events.ITERATION_COMPLETED, TerminateOnNan(lag=lag))
     trainer.add_event_handler(Events.ITERATION_COMPLETED(every=4), handler)
     trainer.run([0] * 30)
-    assert all_equal(gathered(seen))
-    assert gathered(Path(str(handler.last_checkpoint)).name) == ["obj_28.pt"] * job.world_size()
+    assert all_equal(gather(seen))
+    assert gather(Path(str(handler.last_checkpoint)).name) == ["obj_28.pt"] * job.world_size()
     job.barrier()
     assert sorted(path.name for path in folder.iterdir()) == ["obj_24.pt", "obj_28.pt"]
 
@@ -269,10 +269,10 @@ def test_a_preempted_job_ends_with_its_last_iteration_durable(tmp_path: Path) ->
     with contextlib.closing(preemption):
         trainer.run([0] * 9)
     assert trainer.state.iteration == 4
-    assert gathered(Path(str(handler.last_checkpoint)).name) == ["obj_4.pt"] * 2
+    assert gather(Path(str(handler.last_checkpoint)).name) == ["obj_4.pt"] * 2
 
 
-@of_torch
+@torch_only
 @run_distributed(world_size=2)
 def test_a_state_that_is_spread_over_the_ranks_is_gathered_first(tmp_path: Path) -> None:
     model = model_of(1.0)

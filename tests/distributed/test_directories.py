@@ -19,7 +19,7 @@ from tests.distributed.programs import (
     IGNITE,
     OURS,
     fire,
-    gathered,
+    gather,
     handlers,
     model_of,
     on_ranks,
@@ -108,7 +108,7 @@ def test_note_is_about_the_saver_of_the_same_number(tmp_path: Path) -> None:
         DiskSaver(mine)
     handler = Checkpoint({"model": model_of(1.0)}, good)
     fire(handler)
-    assert gathered(handler.last_checkpoint) == [tmp_path / "good" / "model_1.pt"] * 2
+    assert gather(handler.last_checkpoint) == [tmp_path / "good" / "model_1.pt"] * 2
 
 
 @run_distributed(world_size=2)

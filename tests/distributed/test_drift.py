@@ -9,7 +9,7 @@ import pytest
 from ignite.engine import Events
 
 from distckpt import Checkpoint, DesyncError, EarlyStopping, TerminateOnNan, TimeLimit
-from tests.distributed.programs import fire, gathered, idle_engine, model_of, raised
+from tests.distributed.programs import fire, gather, idle_engine, model_of, raised
 from tests.support import job, run_distributed
 
 SOON_S = 10.0
@@ -22,7 +22,7 @@ def drifted(call: Callable[[], object], *places: str) -> str:
     assert time.monotonic() - begin < SOON_S
     assert isinstance(error, DesyncError), error
     message = str(error)
-    assert gathered(message) == [message] * job.world_size()
+    assert gather(message) == [message] * job.world_size()
     for rank, place in enumerate(places):
         assert f"rank {rank} is at: {place}" in message
     return message
@@ -106,8 +106,8 @@ def test_two_checkpoints_attached_in_different_orders_are_not_taken_for_each_oth
         engine.add_event_handler(Events.EPOCH_COMPLETED, handler)
     error = raised(lambda: engine.run([0]))
     if error is None:  # or they may find their likes in spite of it
-        assert gathered(best.last_checkpoint) == [tmp_path / "best" / "best_model_0.5000.pt"] * 2
-        assert gathered(latest.last_checkpoint) == [tmp_path / "latest" / "latest_model_1.pt"] * 2
+        assert gather(best.last_checkpoint) == [tmp_path / "best" / "best_model_0.5000.pt"] * 2
+        assert gather(latest.last_checkpoint) == [tmp_path / "latest" / "latest_model_1.pt"] * 2
     else:
         assert isinstance(error, DesyncError)
 
@@ -116,7 +116,7 @@ def test_two_checkpoints_attached_in_different_orders_are_not_taken_for_each_oth
 def test_a_prefix_that_each_rank_made_by_its_own_clock_is_no_drift(tmp_path: Path) -> None:
     handler = Checkpoint({"model": model_of(1.0)}, tmp_path, f"run_of_19h45m{job.rank():02}")
     fire(handler)
-    assert gathered(handler.last_checkpoint) == [tmp_path / "run_of_19h45m00_model_1.pt"] * 2
+    assert gather(handler.last_checkpoint) == [tmp_path / "run_of_19h45m00_model_1.pt"] * 2
 
 
 @run_distributed(world_size=2)
@@ -125,7 +125,7 @@ def test_ranks_may_end_an_evaluation_after_different_numbers_of_batches(tmp_path
     handler = Checkpoint({"model": model_of(1.0)}, tmp_path, score_function=lambda _: 0.5)
     evaluator.add_event_handler(Events.COMPLETED, handler)
     evaluator.run([0] * (3 + job.rank()))
-    assert gathered(handler.last_checkpoint) == [tmp_path / "model_0.5000.pt"] * 2
+    assert gather(handler.last_checkpoint) == [tmp_path / "model_0.5000.pt"] * 2
 
 
 @run_distributed(world_size=2)
@@ -152,4 +152,4 @@ def test_ranks_may_go_on_after_they_were_told(tmp_path: Path) -> None:
     with pytest.raises(DesyncError):
         engine.run([0])
     fire(handler)
-    assert gathered(handler.last_checkpoint) == [tmp_path / "model_1.pt"] * 2
+    assert gather(handler.last_checkpoint) == [tmp_path / "model_1.pt"] * 2

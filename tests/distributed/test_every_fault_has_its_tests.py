@@ -155,3 +155,15 @@ def test_what_divides_ranks_is_tested_with_three(fault: str) -> None:
         for decorator in functions_of(path)[name].decorator_list
     ]
     assert any("WORLDS" in text for text in decorators), fault
+
+
+@pytest.mark.parametrize(
+    ("fault", "tests"), [*WITH_SEVERAL_RANKS.items(), *WITH_ONE_PROCESS.items(), *OF_IDIST.items()]
+)
+def test_fault_is_tested_in_a_quick_run_too(fault: str, tests: list[str]) -> None:
+    decorators = [
+        ast.unparse(decorator)
+        for path, _, name in (test.partition("::") for test in tests)
+        for decorator in functions_of(path)[name].decorator_list
+    ]
+    assert not [text for text in decorators if text.startswith(("full_only", "quick"))], fault

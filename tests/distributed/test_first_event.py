@@ -20,7 +20,7 @@ from tests.distributed.programs import (
     IGNITE,
     OURS,
     fire,
-    gathered,
+    gather,
     handlers,
     idle_engine,
     model_of,
@@ -147,4 +147,4 @@ def test_handlers_that_are_attached_on_both_ranks_meet(tmp_path: Path) -> None:
         terminate_on_nan(tmp_path)
     handler = checkpoint(tmp_path / "attached")
     fire(handler)
-    assert gathered(handler.last_checkpoint) == [tmp_path / "attached" / "model_1.pt"] * 2
+    assert gather(handler.last_checkpoint) == [tmp_path / "attached" / "model_1.pt"] * 2

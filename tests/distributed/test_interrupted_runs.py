@@ -7,10 +7,10 @@ from ignite.engine import Engine, Events
 from distckpt import Checkpoint, TerminateOnNan
 from tests.distributed.failures import Stateful
 from tests.support import job, run_distributed
-from tests.support.selection import of_processes
+from tests.support.selection import process_ranks_only
 from tests.unit.toys import InMemory
 
-pytestmark = of_processes
+pytestmark = process_ranks_only
 
 
 def trainer_that_votes() -> Engine:
@@ -32,11 +32,11 @@ def interrupted() -> Engine:
 @run_distributed(world_size=2)
 def test_an_interrupted_engine_that_is_thrown_away_on_one_rank_is_not_taken_for_an_error() -> None:
     trainer: Engine | None = interrupted()
-    job.meet()
+    job.store_barrier()
     if job.rank() == 0:
         trainer = None
         gc.collect()
-    job.meet()
+    job.store_barrier()
     assert trainer_that_votes().run([0] * 3).iteration == 3
     assert (trainer is None) == (job.rank() == 0)
 
@@ -49,4 +49,4 @@ def test_a_run_that_begins_anew_after_an_interrupt_votes_and_saves() -> None:
     trainer.run([1] * 3, max_epochs=1)
     assert trainer.state.iteration == 3
     assert list(kept.files) == ["obj_3.pt"]
-    job.meet()
+    job.store_barrier()

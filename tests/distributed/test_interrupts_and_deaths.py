@@ -15,10 +15,10 @@ from distckpt import Checkpoint, CollectiveError, DiskSaver, RemoteRankError
 from distckpt.backends.detect import current
 from distckpt.storage.direct_io import DirectFile
 from tests.distributed.failures import Stateful, failing_object
-from tests.distributed.programs import fire, gathered, idle_engine, model_of, raised
-from tests.support import fresh_ranks, job, run_distributed, tell_parent
+from tests.distributed.programs import fire, gather, idle_engine, model_of, raised
+from tests.support import fresh_ranks, job, run_distributed, send_to_parent
 from tests.support.runtime import RUNTIME
-from tests.support.selection import of_processes, of_torch, only_on
+from tests.support.selection import only_on, process_ranks_only, torch_only
 
 SOON_S = 10.0
 
@@ -43,11 +43,11 @@ def test_an_interrupt_on_one_rank_stays_one_there_and_is_an_error_on_the_others(
                 fire(handler, times=2)
             assert isinstance(error.value, Exception), "which the program may catch"
     job.barrier()
-    assert gathered(handler.last_checkpoint) == [tmp_path / "obj_1.pt"] * 2
+    assert gather(handler.last_checkpoint) == [tmp_path / "obj_1.pt"] * 2
     assert [path.name for path in tmp_path.iterdir()] == ["obj_1.pt"]
 
 
-@of_processes
+@process_ranks_only
 @run_distributed(world_size=2)
 def test_an_interrupt_in_the_middle_of_a_write_leaves_nothing_temporary(tmp_path: Path) -> None:
     handler = Checkpoint({"obj": Stateful()}, tmp_path)
@@ -80,7 +80,7 @@ def train_until_somebody_dies(folder: Path) -> tuple[str, list[int], float]:
     def save() -> None:
         nonlocal since
         if engine.state.iteration == 3:
-            tell_parent("saved twice")
+            send_to_parent("saved twice")
             if current().rank == current().world_size - 1:
                 threading.Event().wait()  # killed here, between two saves
         since = time.monotonic()
@@ -94,13 +94,13 @@ def train_until_somebody_dies(folder: Path) -> tuple[str, list[int], float]:
     return type(error).__name__, list(error.missing), time.monotonic() - since
 
 
-@of_processes
+@process_ranks_only
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_survivors_of_a_rank_killed_between_saves_are_told_soon(tmp_path: Path, world_size: int) -> None:
     dead = world_size - 1
     with fresh_ranks(train_until_somebody_dies, world_size, tmp_path) as ranks:
         for rank in range(world_size):
-            ranks.told(rank)
+            ranks.receive(rank)
         os.kill(ranks.pid(dead), signal.SIGKILL)
         ends = ranks.finish(may_fail=[dead])
     for end in ends[:dead]:
@@ -133,7 +133,7 @@ def die_in_the_write(folder: Path) -> tuple[str, str]:
     return type(error).__name__, str(error)
 
 
-@of_processes
+@process_ranks_only
 def test_others_do_not_wait_for_a_saving_rank_that_died_in_the_write(tmp_path: Path) -> None:
     with fresh_ranks(die_in_the_write, 2, tmp_path) as ranks:
         ends = ranks.finish(may_fail=[0])
@@ -157,22 +157,22 @@ def freeze_the_last(frozen: Path) -> None:
     """Meet once; the last rank is stopped; the others say what they are told."""
     backend = current()
     backend.barrier()
-    tell_parent("met")
+    send_to_parent("met")
     if backend.rank == backend.world_size - 1:
         threading.Event().wait()
     while not frozen.exists():
         time.sleep(0.01)
     error = raised(lambda: backend.barrier(timeout_s=1.5))
-    tell_parent((type(error).__name__, error.missing if isinstance(error, CollectiveError) else ()))
+    send_to_parent((type(error).__name__, error.missing if isinstance(error, CollectiveError) else ()))
 
 
 @only_on("gloo", why="a frozen rank may hold the others in Horovod's own call, and their interpreters with them")
 def test_a_frozen_rank_is_named_when_the_limit_is_over(tmp_path: Path) -> None:
     with fresh_ranks(freeze_the_last, 2, tmp_path / "frozen") as ranks:
-        assert [ranks.told(rank) for rank in range(2)] == ["met", "met"]
+        assert [ranks.receive(rank) for rank in range(2)] == ["met", "met"]
         os.kill(ranks.pid(1), signal.SIGSTOP)
         (tmp_path / "frozen").touch()
-        assert ranks.told(0) == ("CollectiveTimeout", (1,))
+        assert ranks.receive(0) == ("CollectiveTimeout", (1,))
 
 
 def lose_the_store() -> str:
@@ -198,14 +198,14 @@ def lose_the_store() -> str:
     os._exit(0 if "lost the job's store during barrier" in str(caught.value) else 5)
 
 
-@of_torch
+@torch_only
 def test_loss_of_the_jobs_store_is_told_as_such() -> None:
     with fresh_ranks(lose_the_store, 2, backend=None) as ranks:
         ends = ranks.finish(may_fail=[0, 1])
     assert [end.exit_code for end in ends] == [-signal.SIGKILL, 0], ends[1].output
 
 
-@of_processes
+@process_ranks_only
 @run_distributed(world_size=2)
 def test_a_handler_whose_job_ended_goes_on_in_a_world_of_one(tmp_path: Path) -> None:
     handler = Checkpoint({"model": model_of(1.0)}, tmp_path / str(job.rank()), n_saved=None)

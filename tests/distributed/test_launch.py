@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from tests.support.runtime import RUNTIME
-from tests.support.selection import of_torch
+from tests.support.selection import torch_only
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
@@ -127,7 +127,7 @@ def test_run_killed_in_the_middle_of_a_save_resumes_to_the_same_parameters(name:
         assert resumed[key] == expected[key], key
 
 
-@of_torch
+@torch_only
 def test_two_nodes_train_as_one_job_and_have_nothing_to_resume_from(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -150,7 +150,7 @@ def test_two_nodes_train_as_one_job_and_have_nothing_to_resume_from(tmp_path: Pa
     assert summary["val_acc"] > 0.85
 
 
-@of_torch
+@torch_only
 def test_job_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
     train(LAUNCHERS["spawn"].command, tmp_path, "--epochs", "2")
     assert summary_in(tmp_path)["world_size"] == 2
@@ -160,7 +160,7 @@ def test_job_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
     assert summary["val_acc"] > 0.9
 
 
-@of_torch
+@torch_only
 def test_rank_that_is_killed_costs_the_steps_since_the_last_checkpoint(tmp_path: Path) -> None:
     train(TORCHRUN, tmp_path / "alone", "--epochs", "3")
     expected = summary_in(tmp_path / "alone")
@@ -174,7 +174,7 @@ def test_rank_that_is_killed_costs_the_steps_since_the_last_checkpoint(tmp_path:
         assert again[key] == expected[key], key
 
 
-@of_torch
+@torch_only
 @pytest.mark.parametrize("code", [0, 75])
 def test_rank_that_is_told_to_stop_stops_all_after_a_save_and_the_run_goes_on(code: int, tmp_path: Path) -> None:
     train(LAUNCHERS["spawn"].command, tmp_path / "alone", "--epochs", "3")
@@ -195,7 +195,7 @@ def test_rank_that_is_told_to_stop_stops_all_after_a_save_and_the_run_goes_on(co
         assert again[key] == expected[key], key
 
 
-@of_torch
+@torch_only
 def test_slurm_job_that_is_told_to_stop_saves_and_goes_back_into_the_queue(tmp_path: Path) -> None:
     stand_ins = tmp_path / "bin"
     stand_ins.mkdir()
@@ -242,7 +242,7 @@ def train_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[...,
     return run
 
 
-@of_torch
+@torch_only
 @pytest.mark.parametrize(
     ("arguments", "stopped"),
     [
@@ -263,7 +263,7 @@ def test_run_that_ends_before_its_last_epoch_says_why(
     assert stopped in capsys.readouterr().out
 
 
-@of_torch
+@torch_only
 def test_finished_run_has_nothing_left_to_do_when_resumed(train_here: Callable[..., dict[str, Any]]) -> None:
     finished = train_here("--epochs", "2")
     resumed = train_here("--epochs", "2", "--resume")
@@ -272,7 +272,7 @@ def test_finished_run_has_nothing_left_to_do_when_resumed(train_here: Callable[.
         assert resumed[key] == finished[key], key
 
 
-@of_torch
+@torch_only
 def test_directory_of_another_run_is_refused_on_every_rank(tmp_path: Path) -> None:
     (tmp_path / "best_model_1_val_acc=0.5000.pt").touch()
     printed = train(TORCHRUN, tmp_path, succeeds=False)
@@ -280,7 +280,7 @@ def test_directory_of_another_run_is_refused_on_every_rank(tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best_model_1_val_acc=0.5000.pt"]
 
 
-@of_torch
+@torch_only
 @pytest.mark.parametrize("script", sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")]), ids=lambda path: path.name)
 def test_bash_parses_every_launcher(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True, timeout=10)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from distckpt import Checkpoint, DiskSaver, EarlyStopping
-from tests.distributed.programs import IGNITE, OURS, fire, gathered, handlers, idle_engine, model_of, on_ranks
+from tests.distributed.programs import IGNITE, OURS, fire, gather, handlers, idle_engine, model_of, on_ranks
 from tests.support import job, run_distributed
 
 WORLDS = pytest.mark.parametrize("world_size", [2, 3])
@@ -84,7 +84,7 @@ def test_threshold_mode_that_one_rank_loaded_holds_on_all() -> None:
         stopper.load_state_dict({"counter": 0, "best_score": None, "threshold_mode": "rel"})
     fire(stopper, times=2)
     # 14 is more than 10 + 0.5, but less than 10 * 1.5.
-    ends = gathered((stopper.counter, stopper.best_score, trainer.should_terminate, stopper.threshold_mode))
+    ends = gather((stopper.counter, stopper.best_score, trainer.should_terminate, stopper.threshold_mode))
     assert ends == [(1, 14.0, True, "rel")] * 2
 
 
@@ -94,7 +94,7 @@ def test_history_that_the_coordinator_lacks_is_forgotten_by_the_others(tmp_path:
     if job.rank() == 1:
         handler.load_state_dict({"_saved": [(7, "model_7.pt")]})
     fire(handler)
-    assert gathered(handler.state_dict()["_saved"]) == [[(1, "model_1.pt")]] * 2
+    assert gather(handler.state_dict()["_saved"]) == [[(1, "model_1.pt")]] * 2
 
 
 @run_distributed(world_size=2)
@@ -104,7 +104,7 @@ def test_history_holds_even_where_nothing_is_saved(tmp_path: Path) -> None:
         handler.load_state_dict({"_saved": HISTORY[1:]})
     fire(handler)
     job.barrier()
-    assert gathered(handler.last_checkpoint) == [tmp_path / "model_0.7000.pt"] * 2
+    assert gather(handler.last_checkpoint) == [tmp_path / "model_0.7000.pt"] * 2
     assert list(tmp_path.iterdir()) == []
 
 
@@ -115,7 +115,7 @@ def test_coordinator_is_the_saving_rank(tmp_path: Path) -> None:
     handler.load_state_dict({"saved": [(5 + job.rank(), f"of rank {job.rank()}.pt")]})
     fire(handler)
     expected = [[(1, "model_1.pt"), (6, "of rank 1.pt")]] * 2
-    assert gathered(handler.state_dict()["_saved"]) == expected
+    assert gather(handler.state_dict()["_saved"]) == expected
 
 
 @run_distributed(world_size=2)
@@ -125,7 +125,7 @@ def test_reset_of_one_rank_is_that_of_the_coordinator(tmp_path: Path) -> None:
     if job.rank() == 0:
         handler.reset()
     fire(handler)
-    assert gathered(handler.state_dict()["_saved"]) == [[(1, "model_1.pt")]] * 2
+    assert gather(handler.state_dict()["_saved"]) == [[(1, "model_1.pt")]] * 2
 
 
 @run_distributed(world_size=2)
@@ -139,4 +139,4 @@ def test_handlers_own_state_in_the_file_is_what_all_ranks_hold(tmp_path: Path) -
     assert saved["checkpointer"] == OrderedDict(_saved=[(2, "model_2.pt"), (3, "model_3.pt")])
     twin = Checkpoint({"model": model_of(0.0)}, DiskSaver(tmp_path, require_empty=False), n_saved=2, include_self=True)
     Checkpoint.load_objects({"model": model_of(0.0), "checkpointer": twin}, path)
-    assert gathered(twin.state_dict()) == [handler.state_dict()] * 2
+    assert gather(twin.state_dict()) == [handler.state_dict()] * 2

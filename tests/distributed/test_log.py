@@ -12,7 +12,7 @@ import pytest
 from ignite.engine import Engine, Events
 
 from distckpt import Checkpoint, DiskSaver, EarlyStopping, Preemption, TerminateOnNan, TimeLimit, resume
-from tests.distributed.programs import fire, gathered, idle_engine, logged, model_of
+from tests.distributed.programs import fire, gather, idle_engine, logged, model_of
 from tests.support import job, run_distributed
 from tests.support.selection import only_on
 
@@ -23,7 +23,7 @@ def heard(run: Callable[[], object], level: int = logging.WARNING) -> list[list[
     """Collective. Return what each rank logs while it runs something."""
     with logged("distckpt", level) as messages:
         run()
-    every: list[list[str]] = gathered([one for one in messages if "processing group" not in one])
+    every: list[list[str]] = gather([one for one in messages if "processing group" not in one])
     return every
 
 

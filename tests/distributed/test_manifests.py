@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.support.selection import of_torch
+from tests.support.selection import torch_only
 
-pytestmark = of_torch
+pytestmark = torch_only
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 LIMIT_S = 240.0

@@ -16,11 +16,11 @@ from torch import nn
 from distckpt import Checkpoint, DiskSaver, RemoteRankError, RngState
 from tests.distributed.failures import Stateful, failing_object
 from tests.distributed.idist import fresh_idist
-from tests.distributed.programs import fire, gathered, raised
+from tests.distributed.programs import fire, gather, raised
 from tests.support import job, run_distributed
-from tests.support.selection import of_torch
+from tests.support.selection import torch_only
 
-pytestmark = of_torch
+pytestmark = torch_only
 
 SOON_S = 10.0
 SAVERS: dict[str, dict[str, Any]] = {
@@ -138,7 +138,7 @@ def test_a_metric_whose_own_state_fails_on_one_rank_is_an_error_on_all(
         assert isinstance(error, RemoteRankError)
         assert isinstance(error, KeyError)
         assert [failure.rank for failure in error.failures] == [culprit], "not of both: the phase within is named"
-        assert gathered(str(error)) == [str(error)] * 2
+        assert gather(str(error)) == [str(error)] * 2
         assert (isinstance(error.__cause__, KeyError)) is (job.rank() == culprit)
 
 

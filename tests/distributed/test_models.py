@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distckpt import Checkpoint, DiskSaver
-from tests.distributed.programs import fire, gathered, model_of
+from tests.distributed.programs import fire, gather, model_of
 from tests.support import job, run_distributed, run_ranks
 from tests.support.runtime import RUNTIME
-from tests.support.selection import of_torch
+from tests.support.selection import torch_only
 
 
 def trained(model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], object]]:
@@ -61,7 +61,7 @@ def test_keys_in_the_file_are_those_of_the_model_that_the_user_wrote(tmp_path: P
     assert list(saved["model"]) == ["weight", "bias"]
 
 
-@of_torch
+@torch_only
 @run_distributed(world_size=2)
 def test_wrappers_are_seen_through_in_any_order(tmp_path: Path) -> None:
     inner = model_of(3.0)
@@ -76,7 +76,7 @@ def test_wrappers_are_seen_through_in_any_order(tmp_path: Path) -> None:
     assert all(parameter.eq(3.0).all() for twin in twins.values() for parameter in twin.parameters())
 
 
-@of_torch
+@torch_only
 @run_distributed(world_size=2)
 def test_buffers_are_those_of_the_saving_rank(tmp_path: Path) -> None:
     norm = DistributedDataParallel(nn.BatchNorm1d(1))
@@ -95,7 +95,7 @@ def test_ranks_go_on_with_live_objects_that_saving_left_alone(tmp_path: Path) ->
     assert all(map(torch.equal, before, model.parameters()))
     model(torch.ones(1, 2).to(device_of(model))).sum().backward()
     step()
-    assert gathered([parameter.tolist() for parameter in model.parameters()])[0] == [
+    assert gather([parameter.tolist() for parameter in model.parameters()])[0] == [
         parameter.tolist() for parameter in model.parameters()
     ]
 
@@ -105,7 +105,7 @@ class Collective:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Reduce over the job's ranks."""
-        return {"total": job.total(torch.tensor([1.0 + job.rank()], device=job.device()))}
+        return {"total": job.all_reduce(torch.tensor([1.0 + job.rank()], device=job.device()))}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Take nothing over."""

@@ -13,9 +13,9 @@ from ignite.engine import Engine, Events
 
 from distckpt import Checkpoint, DiskSaver, EarlyStopping
 from distckpt.storage.direct_io import DirectFile
-from tests.distributed.programs import IGNITE, OURS, fire, gathered, handlers, idle_engine, model_of, on_ranks, warned
-from tests.support import fresh_ranks, job, run_distributed, tell_parent
-from tests.support.selection import of_torch
+from tests.distributed.programs import IGNITE, OURS, fire, gather, handlers, idle_engine, model_of, on_ranks, warned
+from tests.support import fresh_ranks, job, run_distributed, send_to_parent
+from tests.support.selection import torch_only
 
 
 def best_of_scores_that_begin_with_nan(library: str, folder: Path) -> list[str]:
@@ -110,7 +110,7 @@ def save_and_die_in_the_second_save(folders: list[Path], libraries: list[str]) -
     lib, folder, obj = handlers(libraries[rank]), folders[rank], model_of(1.0)
     handler = lib.Checkpoint({"model": obj}, lib.DiskSaver(folder))
     engine = fire(handler)
-    tell_parent(sorted(path.name for path in folder.iterdir()))
+    send_to_parent(sorted(path.name for path in folder.iterdir()))
 
     write = DirectFile.write
 
@@ -126,11 +126,11 @@ def save_and_die_in_the_second_save(folders: list[Path], libraries: list[str]) -
     engine.run([0], max_epochs=2)
 
 
-@of_torch
+@torch_only
 def test_a_killed_save_leaves_the_older_checkpoint_where_ignites_leaves_none(tmp_path: Path) -> None:
     folders = [tmp_path / "ignite", tmp_path / "ours"]
     with fresh_ranks(save_and_die_in_the_second_save, 2, folders, [IGNITE, OURS], backend=None) as ranks:
-        assert [ranks.told(rank) for rank in range(2)] == [["model_1.pt"]] * 2
+        assert [ranks.receive(rank) for rank in range(2)] == [["model_1.pt"]] * 2
         ends = ranks.finish(may_fail=[0, 1])
     assert [end.exit_code for end in ends] == [-signal.SIGKILL] * 2
     ignites, ours = ([path.name for path in folder.glob("*.pt")] for folder in folders)
@@ -182,6 +182,6 @@ def test_several_handlers_share_one_run(tmp_path: Path) -> None:
         engine.add_event_handler(Events.EPOCH_COMPLETED, handler)
     engine.run([0], max_epochs=9)
     job.barrier()
-    assert gathered(engine.state.epoch) == [4, 4]
+    assert gather(engine.state.epoch) == [4, 4]
     assert [path.name for path in (tmp_path / "best").iterdir()] == ["model_2.pt"]
     assert sorted(path.name for path in (tmp_path / "latest").iterdir()) == ["model_3.pt", "model_4.pt"]

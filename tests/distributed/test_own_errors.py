@@ -12,9 +12,9 @@ from distckpt.coordination import phases
 from tests.distributed.failures import Stateful
 from tests.distributed.programs import fire, raised
 from tests.support import job, run_distributed
-from tests.support.selection import of_processes
+from tests.support.selection import process_ranks_only
 
-pytestmark = of_processes
+pytestmark = process_ranks_only
 
 LIMIT_S = 1.5
 
@@ -53,7 +53,7 @@ def test_a_phase_that_the_others_do_not_come_to_ends_with_the_rank_s_own_error(o
         with pytest.raises(type(own)) as caught:
             phases.run(current(), place("failing"), failing(own), timeout_s=LIMIT_S)
         check_own(caught.value, own)
-    job.meet()
+    job.store_barrier()
 
 
 @run_distributed(world_size=2)
@@ -66,7 +66,7 @@ def test_a_phase_that_was_given_up_earlier_ends_with_the_rank_s_own_error() -> N
         begin_s = time.monotonic()
         check_own(raised(lambda: phases.run(current(), place("failing"), failing(own), timeout_s=LIMIT_S)), own)
         assert time.monotonic() - begin_s < LIMIT_S
-    job.meet()
+    job.store_barrier()
 
 
 @run_distributed(world_size=2)
@@ -84,7 +84,7 @@ def test_what_an_own_error_was_raised_from_stays_its_context() -> None:
         assert raised(lambda: phases.run(current(), place("failing"), work, timeout_s=LIMIT_S)) is own
         assert own.__context__ is first
         assert own.__cause__ is None
-    job.meet()
+    job.store_barrier()
 
 
 @run_distributed(world_size=2)
@@ -95,7 +95,7 @@ def test_a_save_that_fails_where_the_others_do_not_come_ends_with_the_rank_s_own
     if job.rank() == 1:
         handler.score_function = lambda _: failing(own)()
         check_own(raised(lambda: fire(handler, times=2)), own)
-    job.meet()
+    job.store_barrier()
 
 
 @run_distributed(world_size=2)
@@ -115,10 +115,10 @@ def test_a_vote_that_the_others_do_not_come_to_ends_with_the_rank_s_own_error() 
         error = raised(lambda: trainer.run([0, 1], max_epochs=1))
         check_own(error, own)
     else:
-        trainer.add_event_handler(Events.ITERATION_STARTED(once=2), job.meet)
+        trainer.add_event_handler(Events.ITERATION_STARTED(once=2), job.store_barrier)
         raised(lambda: trainer.run([0, 1], max_epochs=1))
     if job.rank() == 1:
-        job.meet()
+        job.store_barrier()
 
 
 @run_distributed(world_size=2)

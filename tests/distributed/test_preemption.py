@@ -33,13 +33,13 @@ from distckpt import (
     global_step_from_engine,
     stop_reason,
 )
-from tests.distributed.programs import all_equal, gathered, logged, training_step
+from tests.distributed.programs import all_equal, gather, logged, training_step
 from tests.distributed.test_launch import started
 from tests.distributed.voters import Weights, stored
-from tests.support import fresh, fresh_ranks, job, run_ranks, tell_parent
-from tests.support.selection import of_processes, of_torch
+from tests.support import fresh, fresh_ranks, job, run_ranks, send_to_parent
+from tests.support.selection import process_ranks_only, torch_only
 
-pytestmark = of_processes
+pytestmark = process_ranks_only
 
 TERM, USR1 = signal.SIGTERM, signal.SIGUSR1
 WORLDS = pytest.mark.parametrize("world_size", [2, 3])
@@ -100,7 +100,7 @@ class Interrupted(DiskSaver):
 
 def run_plans(folder: str, plans: Sequence[Plan]) -> list[Ended]:
     """Run one plan after the other; each has a folder of its own."""
-    pids = gathered(os.getpid())
+    pids = gather(os.getpid())
     return [_run_plan(f"{folder}/{number}", plan, pids) for number, plan in enumerate(plans)]
 
 
@@ -388,18 +388,18 @@ def train_until_told(folder: str, exit_code: int) -> None:
         weights.step = engine.state.iteration
         training_step()
         if engine.state.iteration == 3:
-            tell_parent("trains")
+            send_to_parent("trains")
 
     trainer = Engine(step)
     checkpoint = Checkpoint({"weights": weights}, folder, timeout_s=LIMIT_S)
     preemption = Preemption(trainer, checkpoint, grace_s=30, exit_code=exit_code, timeout_s=LIMIT_S)
     trainer.add_event_handler(Events.COMPLETED, lambda: _tell_the_end(trainer, preemption))
-    tell_parent(_exit_code_of_a_forked_child())
+    send_to_parent(_exit_code_of_a_forked_child())
     trainer.run(epoch_length=UNTIL_TOLD)
 
 
 def _tell_the_end(trainer: Engine, preemption: Preemption) -> None:
-    tell_parent((trainer.state.iteration, stop_reason(trainer), preemption.preempted, preemption.requested))
+    send_to_parent((trainer.state.iteration, stop_reason(trainer), preemption.preempted, preemption.requested))
 
 
 def _exit_code_of_a_forked_child() -> int | None:
@@ -441,12 +441,12 @@ def test_the_launcher_sees_the_exit_code_that_was_asked_for_on_every_rank(
     monkeypatch.setattr(fresh, "_EXIT_LIMIT_S", LIMIT_S)  # an interpreter with torch takes a second of its own to end
     everyone = range(world_size)
     with fresh_ranks(train_until_told, world_size, str(tmp_path), exit_code) as ranks:
-        children = [ranks.told(rank, timeout_s=LIMIT_S) for rank in everyone]
+        children = [ranks.receive(rank, timeout_s=LIMIT_S) for rank in everyone]
         assert children == [-TERM] * world_size, "a forked child of a rank still ends by a signal"
-        assert [ranks.told(rank, timeout_s=LIMIT_S) for rank in everyone] == ["trains"] * world_size
+        assert [ranks.receive(rank, timeout_s=LIMIT_S) for rank in everyone] == ["trains"] * world_size
         for rank, number in signals.items():
             os.kill(ranks.pid(rank), number)
-        told: list[Any] = [ranks.told(rank, timeout_s=LIMIT_S) for rank in everyone]
+        told: list[Any] = [ranks.receive(rank, timeout_s=LIMIT_S) for rank in everyone]
         ends = ranks.finish(timeout_s=LIMIT_S, may_fail=everyone if exit_code else ())
     assert [end.exit_code for end in ends] == [exit_code] * world_size, ends
     (iteration,) = {step for step, *_ in told}
@@ -506,7 +506,7 @@ def torchrun(folder: Path) -> Iterator[tuple[Popen[str], list[int]]]:
         yield process, [_read(process, folder / f"trains_{rank}") for rank in range(2)]
 
 
-@of_torch
+@torch_only
 @pytest.mark.parametrize(("target", "exit_code"), [("torchrun", 1), ("a worker", 0)])
 def test_sigterm_under_torchrun_ends_all_ranks_with_the_same_step_saved(
     tmp_path: Path, target: str, exit_code: int

@@ -10,7 +10,7 @@ from ignite.engine import Engine, Events
 from distckpt import Checkpoint, DiskSaver, resume
 from distckpt.handlers.runs import present_run
 from distckpt.ptformat.records import read_record
-from tests.distributed.programs import all_equal, gathered, idle_engine, model_of
+from tests.distributed.programs import all_equal, gather, idle_engine, model_of
 from tests.support import job, run_distributed
 
 SCORES = [0.5, 0.90001, 0.90002, 0.7, 0.900015, 0.1]
@@ -55,11 +55,11 @@ def test_what_the_coordinator_finds_on_its_own_disk_holds_on_all_ranks(tmp_path:
     ends: Any = ()
     for epochs in (2, 4, 6):
         found, ends = run(tmp_path, epochs, where=where)
-        assert all_equal(gathered(ends))
-        assert all_equal(gathered(found and found.name))
+        assert all_equal(gather(ends))
+        assert all_equal(gather(found and found.name))
     kept = [(0.900015, "best_checkpoint_5_0.9000.pt"), (0.90002, "best_checkpoint_3_0.9000.pt")]
     assert ends[1] == kept
-    on_disk = gathered(sorted(os.listdir(tmp_path / f"rank{job.rank()}")))
+    on_disk = gather(sorted(os.listdir(tmp_path / f"rank{job.rank()}")))
     assert on_disk[0] == sorted(name for _, name in kept)
     assert on_disk[1:] == [[]] * (len(on_disk) - 1)
 
@@ -69,7 +69,7 @@ def test_a_run_that_begins_anew_saves_on_all_ranks_alike(tmp_path: Path) -> None
     ends: Any = ()
     for epochs in (3, 1):
         _, ends = run(tmp_path, epochs, where="trainer", model_only=True)
-        assert all_equal(gathered(ends))
+        assert all_equal(gather(ends))
     assert ends[0] == [(LENGTH, f"model_{LENGTH}.pt")]
     assert os.listdir(tmp_path / "latest") == [f"model_{LENGTH}.pt"]
 

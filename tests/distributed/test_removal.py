@@ -18,7 +18,7 @@ from tests.distributed.programs import (
     IGNITE,
     OURS,
     fire,
-    gathered,
+    gather,
     handlers,
     logged,
     model_of,
@@ -82,7 +82,7 @@ def test_a_file_that_cannot_be_removed_is_tried_again_by_the_next_save(tmp_path:
     (message,) = [one for one in messages if "removing" in one]
     assert "rank 0: model_1.pt could not be removed" in message
     assert message.endswith("The next save tries again.")
-    assert gathered(handler.last_checkpoint) == [tmp_path / "model_2.pt"] * 2
+    assert gather(handler.last_checkpoint) == [tmp_path / "model_2.pt"] * 2
     if job.rank() == 0:
         (tmp_path / "model_1.pt").rmdir()
         (tmp_path / "model_1.pt").touch()
@@ -100,7 +100,7 @@ def test_as_many_are_kept_as_asked_for(tmp_path: Path, n_saved: int | None) -> N
     job.barrier()
     expected = [f"model_{number}.pt" for number in range(1, 6)][-(n_saved or 5) :]
     assert sorted(path.name for path in tmp_path.iterdir()) == expected
-    assert gathered([name for _, name in handler.state_dict()["_saved"]]) == [expected] * 2
+    assert gather([name for _, name in handler.state_dict()["_saved"]]) == [expected] * 2
 
 
 @run_distributed(world_size=2)
@@ -110,7 +110,7 @@ def test_best_are_kept_and_the_worst_of_them_is_evicted(tmp_path: Path) -> None:
     fire(handler, times=5)
     job.barrier()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model_0.4000.pt", "model_0.5000.pt"]
-    assert gathered(handler.last_checkpoint) == [tmp_path / "model_0.5000.pt"] * 2
+    assert gather(handler.last_checkpoint) == [tmp_path / "model_0.5000.pt"] * 2
 
 
 @pytest.mark.parametrize("saving", [0, 1])
@@ -166,7 +166,7 @@ def test_a_custom_handler_removes_before_it_saves_on_every_rank() -> None:
     recorder = Recorder()
     fire(Checkpoint({"model": model_of(1.0)}, recorder), times=3)
     expected = ["save model_1.pt 1", "remove model_1.pt", "save model_2.pt 2", "remove model_2.pt", "save model_3.pt 3"]
-    assert gathered(recorder.calls) == [expected] * 2
+    assert gather(recorder.calls) == [expected] * 2
 
 
 class _FixedName(DiskSaver):

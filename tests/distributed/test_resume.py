@@ -23,9 +23,9 @@ from distckpt import (
     resume,
 )
 from distckpt.ptformat.reader import OpenCheckpoint
-from tests.distributed.programs import all_equal, gathered, idle_engine, kinds, logged, model_of, raised, warned
+from tests.distributed.programs import all_equal, gather, idle_engine, kinds, logged, model_of, raised, warned
 from tests.support import job, run_distributed, run_ranks
-from tests.support.selection import of_processes, only_on
+from tests.support.selection import only_on, process_ranks_only
 
 WORLDS = pytest.mark.parametrize("world_size", [2, 3])
 LOGGER = "distckpt.handlers.resume"
@@ -147,7 +147,7 @@ def test_a_flipped_bit_is_passed_over_on_all_ranks(tmp_path: Path, writer: str) 
     assert "has checksum" in told
 
 
-@of_processes
+@process_ranks_only
 @WORLDS
 def test_one_that_is_damaged_on_one_rank_is_passed_over_on_all(tmp_path: Path, world_size: int) -> None:
     folders = own_folders(tmp_path, world_size)
@@ -164,7 +164,7 @@ def test_one_that_is_damaged_on_one_rank_is_passed_over_on_all(tmp_path: Path, w
     assert "checkpoint_8.pt cannot be resumed from: on rank 1: " in told
 
 
-@of_processes
+@process_ranks_only
 @WORLDS
 def test_another_file_of_the_same_name_is_passed_over_on_all_ranks(tmp_path: Path, world_size: int) -> None:
     folders = own_folders(tmp_path, world_size)
@@ -179,7 +179,7 @@ def test_another_file_of_the_same_name_is_passed_over_on_all_ranks(tmp_path: Pat
     assert f"is not the same file on all ranks: rank {world_size - 1} sees another than rank 0" in told
 
 
-@of_processes
+@process_ranks_only
 @WORLDS
 def test_a_rank_that_does_not_see_the_file_is_named_on_all(tmp_path: Path, world_size: int) -> None:
     folders = own_folders(tmp_path, world_size)
@@ -274,7 +274,7 @@ def bytes_read() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes:"))
 
 
-@of_processes
+@process_ranks_only
 @WORLDS
 @pytest.mark.parametrize("resumes", [True, False])
 def test_ranks_of_one_machine_have_each_byte_read_from_storage_once(
@@ -387,7 +387,7 @@ def test_history_goes_on_on_all_ranks(tmp_path: Path, saving: int, *, include_se
         if num_epochs == 5:
             assert found == tmp_path / "checkpoint_12.pt"
             history = [[8, "checkpoint_8.pt"], [12, "checkpoint_12.pt"]]
-            assert gathered([list(entry) for entry in handler.state_dict()["_saved"]]) == [history] * 2
+            assert gather([list(entry) for entry in handler.state_dict()["_saved"]]) == [history] * 2
         trainer.run(range(4), max_epochs=num_epochs)
         job.barrier()
     assert sorted(os.listdir(tmp_path)) == ["checkpoint_16.pt", "checkpoint_20.pt"]
@@ -428,7 +428,7 @@ def load_numbers(folder: Path) -> tuple[list[str], list[float], list[float]]:
     return told, draw(), untouched
 
 
-@of_processes
+@process_ranks_only
 @WORLDS
 def test_each_rank_gets_its_own_random_numbers_back(tmp_path: Path, world_size: int) -> None:
     saved = run_ranks(save_numbers, world_size, tmp_path)

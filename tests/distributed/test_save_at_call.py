@@ -16,10 +16,10 @@ from ignite.handlers import HandlersTimeProfiler
 
 from distckpt import Checkpoint, DiskSaver, ModelCheckpoint, Preemption, TerminateOnNan, TimeLimit, stop_reason
 from distckpt.backends.detect import current
-from tests.distributed.programs import gathered, idle_engine
+from tests.distributed.programs import gather, idle_engine
 from tests.distributed.voters import LIMIT_S, VOTERS, Weights, attached, counted, rank_is_last
 from tests.support import run_distributed, run_ranks
-from tests.support.selection import of_processes
+from tests.support.selection import process_ranks_only
 
 WORLDS = pytest.mark.parametrize("world_size", [1, 2])
 
@@ -318,7 +318,7 @@ def _save_two(folder: str, background: bool) -> dict[str, Any]:  # noqa: FBT001
     return found
 
 
-@of_processes
+@process_ranks_only
 @pytest.mark.parametrize("is_profiled", [False, True])
 @WORLDS
 def test_a_preemption_saves_all_objects_that_the_handler_is_attached_with(
@@ -394,4 +394,4 @@ def test_a_handler_of_one_rank_between_two_checkpoints_changes_no_collective(tmp
     trainer.add_event_handler(Events.ITERATION_COMPLETED, TerminateOnNan(timeout_s=LIMIT_S))
     with votes_of(trainer) as votes:
         trainer.run([0] * 5)
-    assert gathered(votes) == [dict.fromkeys(range(1, 6), 2)] * 2
+    assert gather(votes) == [dict.fromkeys(range(1, 6), 2)] * 2

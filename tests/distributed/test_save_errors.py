@@ -19,7 +19,7 @@ from tests.distributed.programs import (
     OURS,
     all_equal,
     fire,
-    gathered,
+    gather,
     handlers,
     idle_engine,
     kinds,
@@ -132,8 +132,8 @@ def test_error_has_the_causes_type_and_says_rank_step_place_and_cause(tmp_path: 
         assert str(folder) in message
         assert ("obj_1.pt is intact." in message) is (kind == "full disk"), "one that is gone vouches for nothing"
         assert error.errno is not None
-    assert gathered((kinds(error), message)) == [(kinds(error), message)] * 2
-    assert gathered(error.tracebacks()) == [error.tracebacks()] * 2
+    assert gather((kinds(error), message)) == [(kinds(error), message)] * 2
+    assert gather(error.tracebacks()) == [error.tracebacks()] * 2
     assert "--- rank 0 ---\nTraceback (most recent call last):" in error.tracebacks()
     assert (error.__cause__ is None) is (job.rank() == 1), "its own exception, on the rank that failed"
 
@@ -157,7 +157,7 @@ def test_what_stood_before_loads_and_the_next_save_works(tmp_path: Path, kind: s
     job.barrier()
     fire(handler, times=3)
     job.barrier()
-    assert gathered(handler.last_checkpoint) == [folder / "obj_3.pt"] * 2
+    assert gather(handler.last_checkpoint) == [folder / "obj_3.pt"] * 2
     assert [entry.name for entry in folder.iterdir()] == ["obj_3.pt"], "and nothing temporary stays"
 
 
@@ -170,7 +170,7 @@ def test_errors_of_several_ranks_are_told_together(tmp_path: Path) -> None:
     assert isinstance(error, ValueError), "the lowest rank's leads"
     assert [failure.rank for failure in error.failures] == [0, 1]
     assert "rank 1: KeyError: 'another'" in str(error)
-    assert gathered(str(error)) == [str(error)] * 2
+    assert gather(str(error)) == [str(error)] * 2
     assert isinstance(error.__cause__, [ValueError, KeyError][job.rank()])
 
 
@@ -189,7 +189,7 @@ def test_option_that_torch_save_does_not_have_is_a_type_error_on_every_rank(tmp_
     handler = Checkpoint({"obj": Stateful()}, DiskSaver(tmp_path, compresslevel=9))
     with pytest.raises(TypeError, match=r"got an unexpected keyword argument 'compresslevel'") as caught:
         fire(handler)
-    assert gathered(str(caught.value)) == [str(caught.value)] * 2
+    assert gather(str(caught.value)) == [str(caught.value)] * 2
     assert list(tmp_path.iterdir()) == []
 
 
@@ -203,4 +203,4 @@ def test_a_failed_save_counts_for_nothing(tmp_path: Path) -> None:
     obj.failure = ValueError("no state") if job.rank() == 1 else None
     with pytest.raises(ValueError, match="no state"):
         engine.run([0], max_epochs=1)
-    assert gathered((handler.last_checkpoint, handler.state_dict()["_saved"], fired)) == [(None, [], [])] * 2
+    assert gather((handler.last_checkpoint, handler.state_dict()["_saved"], fired)) == [(None, [], [])] * 2

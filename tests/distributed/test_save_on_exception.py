@@ -19,11 +19,11 @@ from distckpt import Checkpoint, DiskSaver, ModelCheckpoint, RemoteRankError, Rn
 from distckpt.storage.direct_io import DirectFile
 from tests.distributed.failures import Stateful
 from tests.distributed.idist import fresh_idist
-from tests.distributed.programs import gathered, raised
-from tests.support import fresh_ranks, job, run_distributed, tell_parent
-from tests.support.selection import of_torch
+from tests.distributed.programs import gather, raised
+from tests.support import fresh_ranks, job, run_distributed, send_to_parent
+from tests.support.selection import torch_only
 
-pytestmark = of_torch
+pytestmark = torch_only
 
 SOON_S = 10.0
 LIMIT_S = 60.0
@@ -160,11 +160,11 @@ def test_a_run_whose_handler_catches_the_error_goes_on_with_one_history(tmp_path
     trainer.add_event_handler(Events.EXCEPTION_RAISED, lambda engine, _error: checkpoint(engine))
     trainer.add_event_handler(Events.EPOCH_COMPLETED, checkpoint)
     trainer.run([0] * AT, max_epochs=2)
-    assert gathered(trainer.state.epoch) == [2, 2], "as with ignite's"
+    assert gather(trainer.state.epoch) == [2, 2], "as with ignite's"
     job.barrier()
     names = [f"model_{AT}.pt", f"model_{2 * AT}.pt"]
     assert sorted(stored(tmp_path)) == names
-    assert gathered([name for _, name in checkpoint.state_dict()["_saved"]]) == [names] * 2
+    assert gather([name for _, name in checkpoint.state_dict()["_saved"]]) == [names] * 2
 
 
 @pytest.mark.parametrize("votes", [False, True])
@@ -305,7 +305,7 @@ def test_a_custom_save_handler_is_called_where_the_error_is_handled() -> None:
     trainer.add_event_handler(Events.EXCEPTION_RAISED, save_and_raise(checkpoint))
     begin_s = time.monotonic()
     check_raised(raised(lambda: trainer.run([0] * 9)), own, 1, begin_s)
-    assert gathered(names) == [[f"model_{AT}.pt"]] * 2
+    assert gather(names) == [[f"model_{AT}.pt"]] * 2
 
 
 # -- without a handler that votes ----------------------------------------------------------------------
@@ -350,7 +350,7 @@ def train_beside_a_rank_that_raises(folder: Path, culprit: int, error: BaseExcep
         caught = one
     took_s = time.monotonic() - begin_s
     kinds = [kind.__name__ for kind in type(caught).__mro__]
-    tell_parent((kinds, str(caught), caught is error, took_s, sorted(os.listdir(folder))))
+    send_to_parent((kinds, str(caught), caught is error, took_s, sorted(os.listdir(folder))))
     sys.stdout.flush()
     os._exit(1)
 
@@ -362,7 +362,7 @@ def test_without_heartbeats_a_broken_collective_is_explained_by_the_error_behind
     tmp_path: Path, culprit: int, error: BaseException, how: str
 ) -> None:
     with fresh_ranks(train_beside_a_rank_that_raises, 2, tmp_path, culprit, error, how) as ranks:
-        told: list[Any] = [ranks.told(rank) for rank in range(2)]
+        told: list[Any] = [ranks.receive(rank) for rank in range(2)]
         ranks.finish(may_fail=[0, 1])
     for rank, (kinds, text, is_own, took_s, files) in enumerate(told):
         assert took_s < SOON_S

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distckpt import Checkpoint, DiskSaver, ModelCheckpoint
-from tests.distributed.programs import fire, gathered, model_of, raised
+from tests.distributed.programs import fire, gather, model_of, raised
 from tests.support import job, run_distributed
 
 
@@ -19,7 +19,7 @@ def test_content_is_that_of_the_saving_rank(tmp_path: Path, saving: int) -> None
     fire(handler, times=2)
     job.barrier()
     path = handler.last_checkpoint
-    assert gathered(path) == [tmp_path / "model_2.pt"] * 3
+    assert gather(path) == [tmp_path / "model_2.pt"] * 3
     assert path is not None
     assert torch.load(path, weights_only=True)["weight"].unique().tolist() == [float(saving)]
     assert [entry.name for entry in tmp_path.iterdir()] == ["model_2.pt"]
@@ -59,7 +59,7 @@ def test_ranks_that_name_different_ones_are_refused_on_every_rank(tmp_path: Path
     error = raised(lambda: fire(handler))
     assert isinstance(error, ValueError)
     assert "save_on_rank should be the same on every rank, but is, by rank: [0, 1]" in str(error)
-    assert gathered(str(error)) == [str(error)] * 2
+    assert gather(str(error)) == [str(error)] * 2
 
 
 @pytest.mark.parametrize(("rank", "kind"), [(-1, ValueError), (True, TypeError), ("0", TypeError), (None, TypeError)])

@@ -16,7 +16,7 @@ from ignite.engine import Engine, Events
 
 from distckpt import Checkpoint, CheckpointEvents
 from distckpt.handlers import disk_saver
-from tests.distributed.programs import IGNITE, OURS, fire, gathered, handlers, idle_engine, model_of, on_ranks
+from tests.distributed.programs import IGNITE, OURS, fire, gather, handlers, idle_engine, model_of, on_ranks
 from tests.support import job, run_distributed
 
 WORLDS = pytest.mark.parametrize("world_size", [2, 3])
@@ -93,7 +93,7 @@ def test_event_fires_after_the_older_checkpoint_is_removed(tmp_path: Path) -> No
     engine.add_event_handler(Events.EPOCH_COMPLETED, handler)
     engine.add_event_handler(Events.EPOCH_COMPLETED, wait_for_all)
     engine.run([0], max_epochs=3)
-    assert gathered(seen) == [[["model_1.pt"], ["model_2.pt"], ["model_3.pt"]]] * 2
+    assert gather(seen) == [[["model_1.pt"], ["model_2.pt"], ["model_3.pt"]]] * 2
 
 
 @run_distributed(world_size=2)
@@ -103,7 +103,7 @@ def test_event_knows_the_checkpoint_it_tells_of(tmp_path: Path) -> None:
     handler = Checkpoint({"model": model_of(1.0)}, tmp_path)
     engine.add_event_handler(CheckpointEvents.SAVED_CHECKPOINT, lambda: seen.append(str(handler.last_checkpoint)))
     fire(handler, times=2, engine=engine)
-    assert gathered(seen) == [[str(tmp_path / "model_1.pt"), str(tmp_path / "model_2.pt")]] * 2
+    assert gather(seen) == [[str(tmp_path / "model_1.pt"), str(tmp_path / "model_2.pt")]] * 2
 
 
 @run_distributed(world_size=2)
@@ -113,7 +113,7 @@ def test_event_does_not_fire_where_nothing_is_saved(tmp_path: Path) -> None:
     engine = idle_engine()
     engine.add_event_handler(Checkpoint.SAVED_CHECKPOINT, lambda: fired.append(engine.state.epoch))
     fire(Checkpoint({"model": model_of(1.0)}, tmp_path, score_function=lambda _: next(scores)), times=3, engine=engine)
-    assert gathered(fired) == [[1, 3]] * 2
+    assert gather(fired) == [[1, 3]] * 2
 
 
 @run_distributed(world_size=2)
@@ -128,7 +128,7 @@ def test_a_write_may_take_longer_than_the_others_wait_for_anything_else(tmp_path
     with written_by(slow_write):
         handler = Checkpoint({"model": model_of(1.0)}, tmp_path, timeout_s=0.5)
         fire(handler)
-    assert gathered(handler.last_checkpoint) == [tmp_path / "model_1.pt"] * 2
+    assert gather(handler.last_checkpoint) == [tmp_path / "model_1.pt"] * 2
 
 
 @run_distributed(world_size=2)
@@ -139,4 +139,4 @@ def test_a_second_checkpoint_may_be_saved_on_the_event_of_the_first(tmp_path: Pa
     engine.add_event_handler(Checkpoint.SAVED_CHECKPOINT, second)
     fire(first, times=4, engine=engine)
     expected = [(tmp_path / "first" / "model_4.pt", tmp_path / "second" / "model_4.pt")] * 2
-    assert gathered((first.last_checkpoint, second.last_checkpoint)) == expected
+    assert gather((first.last_checkpoint, second.last_checkpoint)) == expected

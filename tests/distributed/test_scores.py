@@ -17,7 +17,7 @@ from tests.distributed.programs import (
     OURS,
     all_equal,
     fire,
-    gathered,
+    gather,
     handlers,
     idle_engine,
     logged,
@@ -86,7 +86,7 @@ def test_coordinators_score_is_that_of_the_saving_rank(tmp_path: Path) -> None:
     )
     with warned():
         fire(handler)
-    assert gathered(handler.state_dict()["_saved"]) == [[(0.4, "model_0.4000.pt")]] * 3
+    assert gather(handler.state_dict()["_saved"]) == [[(0.4, "model_0.4000.pt")]] * 3
 
 
 @pytest.mark.parametrize("score", [0.1, 1 / 3, 5e-324, 2**53 + 1, True, -0.0])
@@ -129,14 +129,14 @@ def test_nan_on_one_rank_saves_nothing_on_any(tmp_path: Path, rule: ScoreRule) -
     handler = Checkpoint({"model": model_of(1.0)}, tmp_path, score_function=lambda _: next(mine), score_rule=rule)
     with warned() as messages, logged("distckpt") as said:
         fire(handler)
-        assert gathered(handler.last_checkpoint) == [None, None]
+        assert gather(handler.last_checkpoint) == [None, None]
         fire(handler)
     (message,) = messages
     assert "the ranks have different scores, [0.9, nan]" in message
     assert [one for one in said if "not saved" in one] == [
         "Checkpoint: iteration 1 is not saved: the score is NaN. There is no earlier checkpoint."
     ]
-    assert gathered(handler.last_checkpoint) == [tmp_path / "model_0.7000.pt"] * 2, "a NaN blocks no later checkpoint"
+    assert gather(handler.last_checkpoint) == [tmp_path / "model_0.7000.pt"] * 2, "a NaN blocks no later checkpoint"
 
 
 @run_distributed(world_size=2)
@@ -146,7 +146,7 @@ def test_nan_on_one_rank_is_no_improvement_on_any() -> None:
     stopper = EarlyStopping(2, lambda _: next(mine), trainer)
     with warned():
         fire(stopper, times=3)
-    assert gathered((stopper.counter, stopper.best_score, trainer.should_terminate)) == [(2, 0.5, True)] * 2
+    assert gather((stopper.counter, stopper.best_score, trainer.should_terminate)) == [(2, 0.5, True)] * 2
 
 
 @run_distributed(world_size=2)
@@ -161,7 +161,7 @@ def test_default_score_function_reads_the_metric_of_each_rank(tmp_path: Path) ->
     )
     with warned():
         fire(handler, engine=engine)
-    assert gathered(handler.last_checkpoint) == [tmp_path / "model_loss=-0.3750.pt"] * 2
+    assert gather(handler.last_checkpoint) == [tmp_path / "model_loss=-0.3750.pt"] * 2
 
 
 @run_distributed(world_size=2)

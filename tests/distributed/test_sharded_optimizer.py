@@ -15,7 +15,7 @@ from tests.distributed.programs import (
     IGNITE,
     OURS,
     fire,
-    gathered,
+    gather,
     handlers,
     model_of,
     on_ranks,
@@ -23,9 +23,9 @@ from tests.distributed.programs import (
     warned,
 )
 from tests.support import job, run_distributed
-from tests.support.selection import of_torch
+from tests.support.selection import torch_only
 
-pytestmark = of_torch
+pytestmark = torch_only
 
 WORLDS = pytest.mark.parametrize("world_size", [2, 3])
 PRIORITIES = ([1.0, 2.0], [2.0, 1.0], [2.0, 0.0])
@@ -106,7 +106,7 @@ def test_last_checkpoint_lies_in_the_directory_of_the_saving_rank(tmp_path: Path
     mine, its = tmp_path / f"rank{job.rank()}", tmp_path / f"rank{saving}"
     handler = Checkpoint({"model": model_of(1.0)}, DiskSaver(mine, save_on_rank=saving), save_on_rank=saving)
     fire(handler)
-    assert gathered(handler.last_checkpoint) == [its / "model_1.pt"] * 2
+    assert gather(handler.last_checkpoint) == [its / "model_1.pt"] * 2
 
 
 @pytest.mark.parametrize("saving", [0, 1])
@@ -120,4 +120,4 @@ def test_ranks_that_do_not_save_pass_an_empty_state(saving: int) -> None:
         save_on_rank=saving,
     )
     fire(handler)
-    assert gathered([bool(state) for state in passed]) == [[rank == saving] for rank in range(2)]
+    assert gather([bool(state) for state in passed]) == [[rank == saving] for rank in range(2)]

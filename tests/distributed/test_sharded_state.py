@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 
 from distckpt import Checkpoint, DiskSaver, ShardedStateError, resume
-from tests.distributed.programs import fire, gathered, kinds, raised
+from tests.distributed.programs import fire, gather, kinds, raised
 from tests.support import job, run_distributed
 
 pytestmark = pytest.mark.only_on("gloo", why="device meshes over Gloo")
@@ -154,7 +154,7 @@ def refused(to_save: Mapping[str, Any], folder: Path, obj: Stateful | None = Non
     job.barrier()
     assert sorted(path.name for path in folder.iterdir()) == before
     assert {"ShardedStateError", "NotImplementedError"} <= set(kinds(error))
-    assert all("ShardedStateError" in one for one in gathered(kinds(error)))
+    assert all("ShardedStateError" in one for one in gather(kinds(error)))
     assert "full_state_dict=True" in str(error)
     return str(error)
 
@@ -183,7 +183,7 @@ def test_custom_save_handler_never_sees_a_sharded_state() -> None:
     seen: list[Any] = []
     handler = Checkpoint({"net": Stateful({"w": sharded()})}, lambda state, _name: seen.append(state))
     assert "ShardedStateError" in kinds(raised(lambda: fire(handler)))
-    assert gathered(len(seen)) == [0, 0]
+    assert gather(len(seen)) == [0, 0]
 
 
 @run_distributed(world_size=2)

@@ -13,11 +13,11 @@ from distckpt.backends.control_group import SHARED_MEMORY_VARIABLE
 from distckpt.backends.detect import current
 from distckpt.backends.shared_memory import ROOM_BYTES
 from distckpt.backends.torch_dist import TorchDistBackend
-from tests.distributed.programs import gathered, raised
+from tests.distributed.programs import gather, raised
 from tests.support import fresh_ranks, job, run_distributed, run_ranks
-from tests.support.selection import of_torch
+from tests.support.selection import torch_only
 
-pytestmark = of_torch
+pytestmark = torch_only
 
 WORLDS = pytest.mark.parametrize("world_size", [2, 3])
 
@@ -69,7 +69,7 @@ def test_a_meeting_that_is_given_up_before_its_end_does_no_harm_to_the_next() ->
 def test_a_rank_that_leaves_the_job_is_named_at_once() -> None:
     backend = current()
     backend.barrier()
-    gathered(shares_memory())
+    gather(shares_memory())
     if job.rank() == 1:
         backend.close()
         return
@@ -85,11 +85,11 @@ def gather_with_one_missing(num_bytes: int) -> bool:
     backend.barrier()
     assert shares_memory()
     if job.rank() == 2:
-        return bool(gathered("late"))
+        return bool(gather("late"))
     error = raised(lambda: backend.gather_host(b"here", num_bytes, what="a gather", timeout_s=1.0))
     assert isinstance(error, CollectiveError)
     assert error.missing == (2,)
-    return bool(gathered("done"))
+    return bool(gather("done"))
 
 
 @pytest.mark.parametrize("num_bytes", [4, ROOM_BYTES, ROOM_BYTES + 1])
@@ -167,11 +167,11 @@ def fail_in_a_vote_that_a_gathering_ends() -> bool:
     backend.barrier()
     assert shares_memory()
     if job.rank() == 1:
-        return bool(gathered("late"))
+        return bool(gather("late"))
     vote = backend.start_meeting("place", [5], timeout_s=0.5)
     assert isinstance(raised(lambda: backend.gather_host(b"x", 1, what="a gather", timeout_s=20.0)), CollectiveError)
     assert isinstance(raised(vote), CollectiveError), "this rank's own numbers are no result"
-    return bool(gathered("done"))
+    return bool(gather("done"))
 
 
 def test_a_vote_that_failed_when_another_operation_had_to_begin_has_no_result() -> None:

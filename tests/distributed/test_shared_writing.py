@@ -26,12 +26,12 @@ from distckpt.saving.snapshot import Snapshot
 from distckpt.saving.write_completions import WriteCompletions
 from distckpt.saving.writer_group import find_writers
 from distckpt.storage.direct_io import DirectFile
-from tests.distributed.programs import all_equal, gathered, raised, training_step, warned
+from tests.distributed.programs import all_equal, gather, raised, training_step, warned
 from tests.support import job, run_distributed
-from tests.support.selection import of_torch
+from tests.support.selection import torch_only
 
 MODES = pytest.mark.parametrize("background", [False, True], ids=["foreground", "background"])
-pytestmark = of_torch
+pytestmark = torch_only
 
 
 class Job:
@@ -111,12 +111,12 @@ def save_together(folder: Path, *, background: bool, width: int = 200, saving: i
 
     with noted_writes() as lengths:
         one.trainer.run([0] * 10)
-    names = gathered(Path(str(handler.last_checkpoint)).name)
+    names = gather(Path(str(handler.last_checkpoint)).name)
     assert names == ["checkpoint_9.pt"] * job.world_size()
     for iteration in (3, 6, 9):
         if job.rank() == saving:  # the buffers are the saving rank's
             assert same(held(folder / f"checkpoint_{iteration}.pt", one), expected[iteration])
-    written = gathered(sum(lengths) / 3)
+    written = gather(sum(lengths) / 3)
     assert max(written) < 1.1 * sum(written) / job.world_size() + (1 << 16)
     job.barrier()
     assert sorted(os.listdir(folder)) == [f"checkpoint_{iteration}.pt" for iteration in (3, 6, 9)]
@@ -148,7 +148,7 @@ def test_states_that_differ_in_what_is_each_ranks_own_are_shared_all_the_same(tm
         handler = Checkpoint({**one.to_save(), "rng": rng}, DiskSaver(tmp_path, share_write="node"))
         one.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), handler)
         one.trainer.run([0] * 2)
-    written = gathered(sum(lengths))
+    written = gather(sum(lengths))
     assert min(written) > 0.3 * sum(written)
     verify(Path(str(handler.last_checkpoint)))
 
@@ -180,7 +180,7 @@ def test_where_the_forms_differ_the_saving_rank_writes_all_and_says_why(tmp_path
     assert all("cannot write checkpoint_1.pt together" in message for message in messages)
     assert len(messages) == 1
     assert "bytes in all" in messages[0]
-    written = gathered(sum(lengths))
+    written = gather(sum(lengths))
     assert written[0] > 0
     assert written[1] == 0
     if job.rank() == 0:
@@ -203,10 +203,10 @@ def test_an_error_of_another_ranks_share_is_everybodys_and_the_one_before_stands
     assert caught.value.errno == errno.EDQUOT
     job.barrier()
     assert os.listdir(tmp_path) == ["checkpoint_2.pt"]
-    assert gathered(Path(str(handler.last_checkpoint)).name) == ["checkpoint_2.pt"] * 2
+    assert gather(Path(str(handler.last_checkpoint)).name) == ["checkpoint_2.pt"] * 2
     handler(one.trainer)
     handler.wait_until_finished()
-    assert gathered(Path(str(handler.last_checkpoint)).name) == ["checkpoint_4.pt"] * 2
+    assert gather(Path(str(handler.last_checkpoint)).name) == ["checkpoint_4.pt"] * 2
     verify(tmp_path / "checkpoint_4.pt")
 
 
@@ -221,7 +221,7 @@ def test_a_file_is_committed_before_the_next_vote(tmp_path: Path) -> None:
     assert handler.is_in_flight, "nobody has voted"
     verify(tmp_path / "checkpoint_0.pt")
     handler.wait_until_finished()
-    assert gathered(Path(str(handler.last_checkpoint)).name) == ["checkpoint_0.pt"] * 2
+    assert gather(Path(str(handler.last_checkpoint)).name) == ["checkpoint_0.pt"] * 2
 
 
 @contextlib.contextmanager
@@ -297,7 +297,7 @@ def test_ranks_with_directories_of_their_own_are_found_out(tmp_path: Path) -> No
     handler = Checkpoint(one.to_save(), DiskSaver(folder, share_write="world"))
     with noted_writes() as lengths:
         handler(one.trainer)
-    assert gathered(len(lengths) > 0) == [True, False]
+    assert gather(len(lengths) > 0) == [True, False]
     job.barrier()
     assert os.listdir(tmp_path / "0") == ["checkpoint_0.pt"]
     assert os.listdir(tmp_path / "1") == []
@@ -314,7 +314,7 @@ def test_the_ranks_that_see_a_directory_are_found_by_a_probe(tmp_path: Path) -> 
         return Place(who="test", doing=doing, step=0)
 
     found = find_writers(current(), place, alias, coordinator=2, is_node_enough=True, timeout_s=None)
-    assert gathered(list(found)) == [[0, 2]] * 3
+    assert gather(list(found)) == [[0, 2]] * 3
     job.barrier()
     assert sorted(os.listdir(tmp_path)) == ["alias0", "alias1", "alias2", "elsewhere"]
 
@@ -339,7 +339,7 @@ def test_a_parameter_that_is_no_replica_is_named(tmp_path: Path, *, background: 
     saver.check_replicas = False
     handler(one.trainer)
     handler.wait_until_finished()
-    assert gathered(Path(str(handler.last_checkpoint)).name) == ["checkpoint_2.pt"] * 2
+    assert gather(Path(str(handler.last_checkpoint)).name) == ["checkpoint_2.pt"] * 2
 
 
 @run_distributed(world_size=2)
@@ -385,7 +385,7 @@ def test_names_that_leave_the_directory_are_refused_on_all_ranks(tmp_path: Path)
         one.to_save(), DiskSaver(tmp_path, share_write="node"), filename_pattern="../{name}_{global_step}.{ext}"
     )
     error = raised(lambda: handler(one.trainer))
-    assert all_equal(gathered(str(error)))
+    assert all_equal(gather(str(error)))
     assert isinstance(error, ValueError)
     assert os.listdir(tmp_path) == []
     assert threading.active_count() < 50

@@ -14,7 +14,7 @@ import torch
 from ignite.engine import Engine, Events
 
 from distckpt import Checkpoint, DesyncError, DiskSaver, TerminateOnNan, TimeLimit, stop_reason
-from tests.distributed.programs import gathered, idle_engine, kinds, logged, raised
+from tests.distributed.programs import gather, idle_engine, kinds, logged, raised
 from tests.distributed.voters import (
     LIMIT_S,
     PLACES,
@@ -28,7 +28,7 @@ from tests.distributed.voters import (
     stored,
 )
 from tests.support import job, run_distributed, run_ranks
-from tests.support.selection import of_processes, only_on
+from tests.support.selection import only_on, process_ranks_only
 
 WORLDS = pytest.mark.parametrize("world_size", [2, 3])
 SOON_S = 2.0
@@ -133,7 +133,7 @@ def _trainer(weights: Weights, kind: str, at: int = 3) -> tuple[Engine, dict[str
     [
         ("nan", "nan", [1, 2]),
         ("time", "time_limit", [1, 2, 3]),
-        pytest.param("signal", "preempted", [1, 2, 3], marks=of_processes),
+        pytest.param("signal", "preempted", [1, 2, 3], marks=process_ranks_only),
     ],
 )
 def test_the_order_of_attaching_changes_nothing(
@@ -349,7 +349,7 @@ def use_alone(folder: str, name: str) -> tuple[int, str | None, int]:
     [
         ("nan", 3, "nan", []),
         ("time", 3, "time_limit", []),
-        pytest.param("preemption", 3, "preempted", [3], marks=of_processes),
+        pytest.param("preemption", 3, "preempted", [3], marks=process_ranks_only),
         ("checkpoint", 6, None, [1, 2, 3, 4, 5, 6]),
     ],
 )
@@ -481,7 +481,7 @@ def test_ranks_may_have_evaluated_different_numbers_of_batches(tmp_path: Path) -
     evaluator.add_event_handler(Events.COMPLETED, limit)
     limit.start_time -= 3601
     evaluator.run([0] * (3 + job.rank()))
-    assert gathered((stop_reason(evaluator), checkpoint.last_checkpoint)) == [
+    assert gather((stop_reason(evaluator), checkpoint.last_checkpoint)) == [
         ("time_limit", tmp_path / "weights_0.5000.pt")
     ] * 2  # fmt: skip
 
@@ -515,7 +515,7 @@ def stop_late(folder: str, kind: str, pace: dict[str, Any]) -> list[End]:
 )
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [("nan", "nan"), ("time", "time_limit"), pytest.param("signal", "preempted", marks=of_processes)],
+    [("nan", "nan"), ("time", "time_limit"), pytest.param("signal", "preempted", marks=process_ranks_only)],
 )
 def test_a_lag_and_an_interval_delay_the_stop_alike_on_all_ranks(
     tmp_path: Path, world_size: int, kind: str, reason: str, pace: dict[str, Any], ends: list[int]

@@ -62,7 +62,7 @@ def accuracy_after_training(library: str) -> float | str:
     """Train until stopped, then average an accuracy of 0.5 over the ranks."""
     with_early_stopping(library)
     accuracy = torch.tensor([0.5], device=job.device())
-    return unless_hung(lambda: job.total(accuracy).item() / job.world_size())
+    return unless_hung(lambda: job.all_reduce(accuracy).item() / job.world_size())
 
 
 def test_ignites_early_stopping_pairs_a_reduction_with_a_training_step_in_silence() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from distckpt import Checkpoint, DiskSaver, RemoteRankError, resume
-from tests.distributed.programs import gathered, idle_engine, model_of, warned
+from tests.distributed.programs import gather, idle_engine, model_of, warned
 from tests.support import job, run_distributed
 from tests.unit.toys import Notebook
 
@@ -36,11 +36,11 @@ def test_newest_file_that_loads_stays_and_all_ranks_resume_from_it(tmp_path: Pat
             handler.wait_until_finished()
             job.barrier()
     told = [one for one in messages if "'book.best' (datetime.timedelta)" in one]
-    assert gathered(len(told)) == [2 if rank == saving else 0 for rank in range(2)]
+    assert gather(len(told)) == [2 if rank == saving else 0 for rank in range(2)]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_1.pt", "checkpoint_3.pt"]
-    assert [path.name for path in gathered(handler.last_checkpoint)] == ["checkpoint_3.pt"] * 2
+    assert [path.name for path in gather(handler.last_checkpoint)] == ["checkpoint_3.pt"] * 2
     found = resume({"model": model, "book": book}, tmp_path)
-    assert gathered((found, book.state)) == [(tmp_path / "checkpoint_1.pt", {"best": 1})] * 2
+    assert gather((found, book.state)) == [(tmp_path / "checkpoint_1.pt", {"best": 1})] * 2
     engine.state.iteration = 4
     handler(engine)
     handler.wait_until_finished()

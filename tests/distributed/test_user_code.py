@@ -8,7 +8,7 @@ import pytest
 from ignite.engine import Engine
 
 from distckpt import BaseSaveHandler, Checkpoint, DiskSaver, EarlyStopping, RemoteRankError, TerminateOnNan
-from tests.distributed.programs import fire, gathered, idle_engine, kinds, logged, model_of, raised
+from tests.distributed.programs import fire, gather, idle_engine, kinds, logged, model_of, raised
 from tests.support import job, run_distributed
 
 
@@ -37,7 +37,7 @@ def one_error(call: Callable[[], object], culprit: int) -> RemoteRankError:
     error = raised(call)
     assert isinstance(error, RemoteRankError), error
     told = (kinds(error), str(error), error.tracebacks(), [failure.rank for failure in error.failures])
-    assert gathered(told) == [told] * job.world_size()
+    assert gather(told) == [told] * job.world_size()
     assert told[3] == [culprit]
     assert (error.__cause__ is not None) is (job.rank() == culprit), "its own exception where it was raised"
     return error
@@ -110,7 +110,7 @@ def test_pattern_with_an_unknown_field_is_a_key_error_on_every_rank(tmp_path: Pa
     handler = Checkpoint({"model": model_of(1.0)}, tmp_path, filename_pattern="{name}_{colour}.{ext}")
     error = raised(lambda: fire(handler))
     assert isinstance(error, KeyError)
-    assert gathered(str(error)) == [str(error)] * 2
+    assert gather(str(error)) == [str(error)] * 2
     assert "colour" in str(error)
 
 
@@ -121,7 +121,7 @@ def test_name_that_leaves_the_directory_is_a_value_error_on_every_rank(tmp_path:
     error = raised(lambda: fire(Checkpoint({"model": model_of(1.0)}, folder, filename_pattern=name or "{name:.0}")))
     assert isinstance(error, ValueError)
     assert "should name a file inside the checkpoint directory" in str(error)
-    assert gathered(str(error)) == [str(error)] * 2
+    assert gather(str(error)) == [str(error)] * 2
     job.barrier()
     assert [path.name for path in tmp_path.iterdir()] == ["inside"]
     assert list(folder.iterdir()) == []
@@ -164,7 +164,7 @@ def test_custom_save_handler_that_raises_on_one_rank(culprit: int) -> None:
     error = one_error(lambda: fire(handler), culprit)
     assert isinstance(error, ValueError)
     assert "saving model_1.pt" in str(error)
-    assert gathered((handler.last_checkpoint, handler.state_dict()["_saved"])) == [(None, [])] * 2
+    assert gather((handler.last_checkpoint, handler.state_dict()["_saved"])) == [(None, [])] * 2
 
 
 @run_distributed(world_size=2)
@@ -178,7 +178,7 @@ def test_a_plain_function_that_raises_a_type_error_is_called_once() -> None:
 
     error = one_error(lambda: fire(Checkpoint({"model": model_of(1.0)}, save)), 1)
     assert isinstance(error, TypeError)
-    assert gathered(calls) == [[1]] * 2
+    assert gather(calls) == [[1]] * 2
 
 
 @run_distributed(world_size=2)
@@ -189,8 +189,8 @@ def test_custom_removal_that_raises_on_one_rank_is_a_warning() -> None:
         fire(handler, times=2)
     (message,) = [one for one in messages if "removing" in one]
     assert "rank 1: model_1.pt could not be removed: KeyError: 'not mine'" in message
-    assert gathered(message) == [message] * 2
-    assert gathered(handler.last_checkpoint) == ["model_2.pt"] * 2, "it is saved"
+    assert gather(message) == [message] * 2
+    assert gather(handler.last_checkpoint) == ["model_2.pt"] * 2, "it is saved"
 
 
 @run_distributed(world_size=2)

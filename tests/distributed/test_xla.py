@@ -136,12 +136,12 @@ def executions_of_a_save(folder: Path, *, is_pending: bool) -> list[int]:
     """Return how many graphs each save of a row made the two replicas run, after the first."""
     handler = Checkpoint({"lazy": Lazy(is_pending=is_pending)}, folder, n_saved=None)
     engine, counts = Engine(lambda _engine, _batch: None), list[int]()
-    engine.add_event_handler(Events.EPOCH_COMPLETED, job.meet)
+    engine.add_event_handler(Events.EPOCH_COMPLETED, job.store_barrier)
     engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: counts.append(metric("ExecuteTime")))
-    engine.add_event_handler(Events.EPOCH_COMPLETED, job.meet)
+    engine.add_event_handler(Events.EPOCH_COMPLETED, job.store_barrier)
     engine.add_event_handler(Events.EPOCH_COMPLETED, handler)
     engine.run([0], max_epochs=6)
-    job.meet()
+    job.store_barrier()
     return [after - before for before, after in itertools.pairwise(counts[1:])]
 
 
@@ -159,7 +159,7 @@ def test_values_and_devices_come_back(tmp_path: Path) -> None:
     training.trainer.run(training.data, max_epochs=1)
     expected = [parameter.detach().cpu().clone() for parameter in training.model.parameters()]
     assert training.latest.last_checkpoint is not None
-    job.meet()
+    job.store_barrier()
     stored = torch.load(training.latest.last_checkpoint, weights_only=True)
     tensors = [*stored["model"].values(), *[one["exp_avg"] for one in stored["optimizer"]["state"].values()]]
     assert {tensor.device.type for tensor in tensors} == {"cpu"}, "any machine can open it"
@@ -210,7 +210,7 @@ def test_options_of_xm_save_are_honoured(tmp_path: Path) -> None:
     one(state, "state.pt")
     own = DiskSaver(tmp_path / f"rank{job.rank()}", create_dir=True, master_only=False)
     own(state, "state.pt")
-    job.meet()
+    job.store_barrier()
     found = {str(path.relative_to(tmp_path)): torch.load(path)["rank"].item() for path in tmp_path.rglob("*.pt")}
     assert found == {"one/state.pt": 0.0, "rank0/state.pt": 0.0, "rank1/state.pt": 1.0}
 

@@ -16,14 +16,14 @@ import pytest
 import torch
 
 from distckpt.ptformat.torch_format import verify
-from tests.support.selection import of_torch
+from tests.support.selection import torch_only
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 LIMIT_S = 240
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-pytestmark = of_torch
+pytestmark = torch_only
 
 
 def blocks_of(page: Path) -> list[str]:

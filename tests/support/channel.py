@@ -1,7 +1,7 @@
-"""A rank's ways to talk beside the job: its pipe to the test that started it, and the call's store.
+"""Connections of a rank process: the pipe to the test that started it, and the call's store.
 
-Owns the connections inside a rank process; in any other process there is none. Thread-safe: a task's
-background thread may tell the parent something too.
+Thread-safe: a background thread of the task may send messages too. Where ranks are threads (torch_xla), each thread has
+a channel and a store of its own.
 """
 
 import threading
@@ -9,11 +9,11 @@ from multiprocessing.connection import Connection
 
 from torch.distributed import Store
 
-from tests.support.messages import Told, pack, unpack
+from tests.support.messages import UserMessage, pack, unpack
 
 
 class Channel:
-    """Messages of `tests.support.messages`, each sent whole."""
+    """A pipe that carries whole messages of `tests.support.messages`."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -26,62 +26,62 @@ class Channel:
             self._connection.send_bytes(data)
 
     def receive(self) -> object:
-        """Wait for the next message; `EOFError` when the parent is gone."""
+        """Return the next message; raise `EOFError` when the parent is gone."""
         return unpack(self._connection.recv_bytes())
 
 
-_of_this_rank: list[Channel] = []
-_stores: list[Store] = []
+_process_channels: list[Channel] = []
+_process_stores: list[Store] = []
 
 
-class _OfThread(threading.local):
-    """What a rank that is a thread has of its own."""
+class _ThreadState(threading.local):
+    """Connections of a rank that is a thread."""
 
     channel: Channel | None = None
     store: Store | None = None
-    num_meetings: int = 0
+    num_operations: int = 0
 
 
-_of_this_thread = _OfThread()
+_thread_state = _ThreadState()
 
 
 def open_channel(descriptor: int) -> Channel:
-    """Adopt the inherited descriptor as this rank's channel, and keep it from the rank's own children."""
-    channel = _of_this_thread.channel = Channel(Connection(descriptor))
-    _of_this_rank.append(channel)
+    """Return the channel on an inherited descriptor, and make it this rank's."""
+    channel = _thread_state.channel = Channel(Connection(descriptor))
+    _process_channels.append(channel)
     return channel
 
 
-def tell_parent(payload: object) -> None:
-    """From a rank: hand a picklable payload to `FreshRanks.told` in the test that started it.
+def send_to_parent(payload: object) -> None:
+    """From a rank: send a picklable payload, which `FreshRanks.receive` returns in the test.
 
     Raises:
         RuntimeError: this process is not a rank.
     """
-    if not _of_this_rank:
-        raise RuntimeError("tell_parent() works on a rank that fresh_ranks started")
-    (_of_this_thread.channel or _of_this_rank[0]).send(Told(payload=pack(payload)))
+    if not _process_channels:
+        raise RuntimeError("send_to_parent() works only on a rank that fresh_ranks started")
+    (_thread_state.channel or _process_channels[0]).send(UserMessage(payload=pack(payload)))
 
 
-def keep_store(store: Store) -> None:
-    """Keep the call's store for `store_of_call`, on this rank."""
-    _stores[:] = [store]
-    _of_this_thread.store = store
-    _of_this_thread.num_meetings = 0
+def set_call_store(store: Store) -> None:
+    """Set the store that `call_store` returns on this rank."""
+    _process_stores[:] = [store]
+    _thread_state.store = store
+    _thread_state.num_operations = 0
 
 
-def store_of_call() -> Store:
-    """From a rank: return the call's own corner of the tests' store.
+def call_store() -> Store:
+    """From a rank: return the call's namespace in the tests' store.
 
     Raises:
         RuntimeError: this process is not a rank.
     """
-    if not _stores:
-        raise RuntimeError("store_of_call() works on a rank that runs a test")
-    return _of_this_thread.store or _stores[-1]
+    if not _process_stores:
+        raise RuntimeError("call_store() works only on a rank that runs a test")
+    return _thread_state.store or _process_stores[-1]
 
 
-def next_meeting() -> int:
-    """Return the number of the next meeting of the ranks at `store_of_call`: the same on each, counted by thread."""
-    _of_this_thread.num_meetings += 1
-    return _of_this_thread.num_meetings
+def next_sequence_number() -> int:
+    """Return the number of this rank's next operation on `call_store`, counted by thread."""
+    _thread_state.num_operations += 1
+    return _thread_state.num_operations

@@ -1,4 +1,4 @@
-"""Ranks of a test's own, for what would spoil a pool: signals, kills, exit codes, wrappers like strace."""
+"""Ranks for one test only: for signals, kills, exit codes and wrappers such as strace, which would damage a pool."""
 
 import contextlib
 import tempfile
@@ -16,7 +16,7 @@ _EXIT_LIMIT_S = 30.0
 
 
 class FreshRanks:
-    """A function under way on fresh processes. Made by `fresh_ranks`."""
+    """A call that runs on fresh processes. `fresh_ranks` makes it."""
 
     def __init__(self, call: Call, handles: Sequence[RankHandle]) -> None:
         self._call, self._handles = call, handles
@@ -26,16 +26,16 @@ class FreshRanks:
         """Return the process id of a rank, to signal it."""
         return self._handles[rank].pid
 
-    def told(self, rank: int, *, timeout_s: float = 60.0) -> object:
-        """Wait for the next thing that a rank says with `tell_parent`, and return it."""
-        return self._dispatch.told(rank, time.monotonic() + timeout_s)
+    def receive(self, rank: int, *, timeout_s: float = 60.0) -> object:
+        """Return the next payload that a rank sends with `send_to_parent`."""
+        return self._dispatch.receive(rank, time.monotonic() + timeout_s)
 
     def finish(self, *, timeout_s: float = 90.0, may_fail: Sequence[int] = ()) -> list[RankEnd]:
-        """Wait for the end of every rank's function and process.
+        """Wait until every rank's function and process has ended.
 
         Args:
-            timeout_s: limit for the functions; a rank that runs longer is `hung`, and killed.
-            may_fail: ranks of which a failure (an exception, a death, a hang, an exit code) is expected.
+            timeout_s: limit for the functions; a rank that exceeds it is `hung`, and is killed.
+            may_fail: ranks that are expected to fail (by an exception, a death, a hang or an exit code).
 
         Returns:
             Each rank's end, in rank order, with its exit code.
@@ -45,13 +45,13 @@ class FreshRanks:
         """
         ends = self._dispatch.collect(timeout_s, may_fail=may_fail)
         self._dispatch.release()
-        ends = [self._exited(end) for end in ends]
-        self._dispatch.end()
+        ends = [self._wait_exit(end) for end in ends]
+        self._dispatch.close()
         if any(end.failed and end.rank not in may_fail for end in ends):
             raise RankFailedError(self._call.name, ends, limit_s=timeout_s)
         return ends
 
-    def _exited(self, end: RankEnd) -> RankEnd:
+    def _wait_exit(self, end: RankEnd) -> RankEnd:
         if end.kind == "hung":
             return end
         handle = self._handles[end.rank]
@@ -74,20 +74,20 @@ def fresh_ranks(
     prefix: Callable[[int], Sequence[str]] | None = None,
     collective_timeout_s: float = 120.0,
 ) -> Iterator[FreshRanks]:
-    """Start `function(*args)` on processes of its own, which are killed when the block ends.
+    """Start `function(*args)` on new processes, which are killed when the block ends.
 
     Args:
         function: a module-level function; runs on each rank.
         world_size: number of ranks.
         *args: picklable arguments.
-        backend: of the default process group; None leaves it uninitialised.
-        env: environment variables of the processes, from their start.
+        backend: backend of the default process group; None leaves torch.distributed uninitialised.
+        env: additional environment variables, set before the processes start.
         prefix: rank -> command in front of that rank's Python, such as strace and its options.
         collective_timeout_s: timeout of the default process group.
 
     Example:
         with fresh_ranks(_trains_for_ever, 2, tmp_path) as ranks:
-            assert ranks.told(1) == "in the first epoch"
+            assert ranks.receive(1) == "in the first epoch"
             os.kill(ranks.pid(1), signal.SIGKILL)
             ends = ranks.finish(may_fail=[1])
         assert ends[1].exit_code == -signal.SIGKILL

@@ -1,8 +1,8 @@
-"""Give each task on a pooled rank a clean process, as far as a process can be cleaned.
+"""Restore a pooled rank's process after each task.
 
-Owns what a task may change and the next one must not see: environment, working directory, umask,
-signal handlers, warning filters, loggers, random numbers, the default dtype. What it cannot undo
-(resource limits, a module's globals, threads left running) it either leaves to `fresh_ranks` or reports.
+Restored: environment, working directory, umask, signal handlers, warning filters, loggers, random numbers, the default
+dtype. Not restored: resource limits and modules' globals (use `fresh_ranks`), and threads (`leftover_threads` names
+them, and the pool starts new ranks).
 """
 
 import contextlib
@@ -34,28 +34,28 @@ _SIGNALS = (
 
 
 @contextlib.contextmanager
-def isolated(environment: dict[str, str], warning_filters: tuple[bytes, ...]) -> Iterator[None]:
-    """Run a task with this environment and these warning filters, and undo what it changed."""
+def isolate(environment: dict[str, str], warning_filters: tuple[bytes, ...]) -> Iterator[None]:
+    """Run a task with these variables and warning filters, and restore what it changes."""
     with _environment(environment), _signals(), _loggers(), warnings.catch_warnings(), _torch_settings():
         _set_warning_filters(warning_filters)
         yield
 
 
 @contextlib.contextmanager
-def background_errors() -> Iterator[list[str]]:
-    """Collect exceptions that no caller saw: those of threads and of finalizers."""
+def collect_background_errors() -> Iterator[list[str]]:
+    """Collect exceptions that no caller sees: those of threads and finalizers."""
     seen: list[str] = []
 
-    def of_thread(args: threading.ExceptHookArgs) -> None:
+    def note_thread(args: threading.ExceptHookArgs) -> None:
         name = args.thread.name if args.thread is not None else "unknown"
         seen.append(f"uncaught exception in thread {name}: {args.exc_type.__name__}: {args.exc_value}")
         threading.__excepthook__(args)
 
-    def of_finalizer(args: "sys.UnraisableHookArgs") -> None:
+    def note_finalizer(args: "sys.UnraisableHookArgs") -> None:
         seen.append(f"exception ignored in {args.object!r}: {args.exc_type.__name__}: {args.exc_value}")
         sys.__unraisablehook__(args)
 
-    threading.excepthook, sys.unraisablehook = of_thread, of_finalizer
+    threading.excepthook, sys.unraisablehook = note_thread, note_finalizer
     try:
         yield seen
     finally:
@@ -63,9 +63,9 @@ def background_errors() -> Iterator[list[str]]:
 
 
 def leftover_threads(before: set[threading.Thread], *, limit_s: float = 0.5) -> tuple[str, ...]:
-    """Name the threads started since `before` that do not end within `limit_s`.
+    """Return the names of threads started since `before` that do not end within `limit_s`.
 
-    tqdm's monitor thread, which it never ends, is harmless and not counted.
+    tqdm's monitor thread, which never ends, is not counted.
     """
     deadline = time.monotonic() + limit_s
     left = []
@@ -124,7 +124,7 @@ def _loggers() -> Iterator[None]:
 @contextlib.contextmanager
 def _torch_settings() -> Iterator[None]:
     random.seed(0)
-    np.random.seed(0)  # noqa: NPY002 - the legacy generator is the one programs share
+    np.random.seed(0)  # noqa: NPY002 - programs use the legacy generator
     torch.manual_seed(0)
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     deterministic, grad = torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled()
@@ -138,12 +138,12 @@ def _torch_settings() -> Iterator[None]:
 
 
 def _set_warning_filters(packed: tuple[bytes, ...]) -> None:
-    """Take over the parent's filters; one whose category cannot be imported here cannot match here."""
+    """Set the parent's filters, except those whose category cannot be imported: they cannot match here."""
     filters = []
     for data in packed:
         with contextlib.suppress(ImportError, AttributeError):
             filters.append(unpack(data))
     warnings.resetwarnings()
-    # No warning can be raised between these two lines, so the version that resetwarnings() has just
-    # advanced, which the per-module caches of seen warnings go by, is right for the new list as well.
+    # The modules' caches of seen warnings are keyed by a version, which resetwarnings() has advanced. No warning is
+    # raised between these two lines, so that version is right for the new list too.
     cast("list[Any]", warnings.filters).extend(filters)

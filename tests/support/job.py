@@ -1,6 +1,6 @@
-"""From a rank: the job as its own runtime sees it, to hold distckpt's answers against, and the runtime's own reduction.
+"""From a rank: the job as its runtime reports it, and the runtime's own collectives.
 
-Owns what differs between torch.distributed, Horovod and torch_xla there. Must not import distckpt.
+Tests compare distckpt's answers with these, so this module must not import distckpt.
 """
 
 import importlib
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store
 
-from tests.support.channel import next_meeting, store_of_call
+from tests.support.channel import call_store, next_sequence_number
 from tests.support.messages import pack, unpack
 from tests.support.runtime import OWN, RUNTIME
 
@@ -20,23 +20,23 @@ _LIMIT = timedelta(seconds=20)
 
 
 def name() -> str:
-    """Return what distckpt calls the runtime of this rank's job."""
+    """Return distckpt's name for the runtime of this rank's job."""
     if RUNTIME != OWN:
         return RUNTIME
     return str(dist.get_backend()) if dist.is_initialized() else "serial"
 
 
 def rank() -> int:
-    """Return this rank's number, as the runtime says."""
-    return _place()[0]
+    """Return this rank's number."""
+    return _rank_and_size()[0]
 
 
 def world_size() -> int:
-    """Return the number of ranks, as the runtime says."""
-    return _place()[1]
+    """Return the number of ranks."""
+    return _rank_and_size()[1]
 
 
-def _place() -> tuple[int, int]:
+def _rank_and_size() -> tuple[int, int]:
     if RUNTIME == "horovod":
         hvd = _module("horovod.torch")
         return int(hvd.rank()), int(hvd.size())
@@ -47,15 +47,15 @@ def _place() -> tuple[int, int]:
 
 
 def device() -> torch.device:
-    """Return the device that this rank's program computes on."""
+    """Return the device of this rank's program."""
     if RUNTIME == "xla":
         chosen: torch.device = _module("torch_xla").device()
         return chosen
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def total(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum a tensor over the ranks by the runtime's own collective, as the training step does with gradients."""
+def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor over the ranks, by the runtime's own collective, as gradients are summed."""
     summed: torch.Tensor
     if RUNTIME == "horovod":
         hvd = _module("horovod.torch")
@@ -69,8 +69,8 @@ def total(tensor: torch.Tensor) -> torch.Tensor:
     return summed
 
 
-def start_total(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Begin :func:`total`, and return what waits for it. XLA has no such thing."""
+def start_all_reduce(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Start an asynchronous :func:`all_reduce`; return a function that waits for its result. Not on XLA."""
     if RUNTIME == "horovod":
         hvd = _module("horovod.torch")
         handle = hvd.allreduce_async(tensor, op=hvd.Sum, name="the test's own")
@@ -88,7 +88,7 @@ def start_total(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
 def data_parallel(
     model: torch.nn.Module, make_optimizer: Callable[[Any], torch.optim.Optimizer]
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer, Callable[[], object]]:
-    """Return a model and its optimizer as a program of this runtime has them, and what makes a step."""
+    """Return the model and optimizer wrapped as this runtime's programs do, and a function that makes a step."""
     if RUNTIME == "xla":
         model = model.to(device())
         optimizer = make_optimizer(model.parameters())
@@ -104,7 +104,7 @@ def data_parallel(
 
 
 def leave() -> None:
-    """End the job by the runtime's own means, where it has any."""
+    """Leave the job by the runtime's own call, where it has one."""
     if RUNTIME == "horovod":
         _module("horovod.torch").shutdown()
     elif RUNTIME != "xla":
@@ -112,42 +112,42 @@ def leave() -> None:
 
 
 def store() -> Store:
-    """Return a store of this call, for ranks that have to wait for each other beside all collectives."""
-    return store_of_call()
+    """Return this call's store, through which ranks synchronise without a collective."""
+    return call_store()
 
 
 def barrier() -> None:
-    """Wait for all ranks, by the runtime's own means where its waiting has an end."""
+    """Block until all ranks arrive, by the runtime's barrier; on XLA, whose barrier has no timeout, by the store."""
     if RUNTIME == "horovod":
         _module("horovod.torch").barrier()
     elif RUNTIME != "xla":
         dist.barrier()
     else:
-        meet()
+        store_barrier()
 
 
-def meet() -> None:
-    """Wait for all ranks, beside all collectives."""
-    corner, number = store(), next_meeting()
-    if corner.add(f"meeting/{number}", 1) == world_size():
-        corner.set(f"met/{number}", "1")
-    corner.wait([f"met/{number}"], _LIMIT)
+def store_barrier() -> None:
+    """Block until all ranks arrive, through the store: no collective is issued."""
+    shared, number = store(), next_sequence_number()
+    if shared.add(f"arrived/{number}", 1) == world_size():
+        shared.set(f"complete/{number}", "1")
+    shared.wait([f"complete/{number}"], _LIMIT)
 
 
-def gathered(value: object) -> list[Any]:
-    """Return every rank's value, in rank order; from a collective of the runtime's own where it has such a one."""
+def gather(value: object) -> list[Any]:
+    """Return every rank's value, in rank order, by the runtime's own collective; on XLA through the store."""
     if RUNTIME == "horovod":
         return list(_module("horovod.torch").allgather_object(value))
     if RUNTIME != "xla":
         values: list[Any] = [None] * world_size()
         dist.all_gather_object(values, value)
         return values
-    corner, number = store(), next_meeting()
-    corner.set(f"given/{number}/{rank()}", pack(value).hex())
-    keys = [f"given/{number}/{other}" for other in range(world_size())]
-    corner.wait(keys, _LIMIT)
-    return [unpack(bytes.fromhex(corner.get(key).decode())) for key in keys]
+    shared, number = store(), next_sequence_number()
+    shared.set(f"value/{number}/{rank()}", pack(value).hex())
+    keys = [f"value/{number}/{other}" for other in range(world_size())]
+    shared.wait(keys, _LIMIT)
+    return [unpack(bytes.fromhex(shared.get(key).decode())) for key in keys]
 
 
 def _module(name: str) -> Any:
-    return importlib.import_module(name)  # only in ranks of the runtime's
+    return importlib.import_module(name)  # Horovod and torch_xla exist only in their own environments

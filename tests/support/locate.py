@@ -1,8 +1,8 @@
-"""Name a test function in one process and find it in another.
+"""Refer to a test function in one process and load it in another.
 
-By module name where that imports (pytest's importlib mode names modules from the repository's root,
-which is on every rank's path), else by file. Test modules are loaded with pytest's assertion rewriting,
-so that a failing `assert` on a rank shows its values.
+A reference holds the module's name and its file. The name is used if it can be imported: pytest's importlib mode names
+modules from the repository's root, which is on every rank's path. Test modules are loaded with pytest's assertion
+rewriting, so that a failing `assert` on a rank shows its values.
 """
 
 import ast
@@ -21,30 +21,30 @@ from _pytest.assertion.rewrite import rewrite_asserts
 from tests.support.messages import FunctionRef
 
 RANK_BODY = "_rank_body"
-"""Attribute under which `run_distributed` keeps the function it wraps."""
+"""Attribute of a `run_distributed` test that holds the wrapped function."""
 WORLD_SIZE = "_world_size"
-"""Where a test that `run_distributed` made keeps its number of ranks."""
+"""Attribute of a `run_distributed` test that holds its number of ranks."""
 
 
-def refer_to(function: Callable[..., object]) -> FunctionRef:
-    """Name a module-level function (or a static method) so that a rank can find it.
+def reference_to(function: Callable[..., object]) -> FunctionRef:
+    """Return a reference to a module-level function or a static method.
 
     Raises:
-        TypeError: nothing that another process could find by name: a lambda, a closure, a bound method.
+        TypeError: another process cannot find it by name: a lambda, a closure, a bound method.
     """
     qualname = getattr(function, "__qualname__", "")
     code = getattr(function, "__code__", None)
     if code is None or not qualname or "<" in qualname or getattr(function, "__self__", None) is not None:
         raise TypeError(
-            f"ranks find the function by its name in its module, so it has to be a plain function there: "
+            f"ranks import the function by name, so it must be a plain function of a module: "
             f"not a lambda, not local to another function, not bound to an object; got {function!r}"
         )
     return FunctionRef(module=function.__module__, file=code.co_filename, qualname=qualname)
 
 
-def find(ref: FunctionRef) -> Callable[..., object]:
-    """Load the module of `ref` in this process and return the function that a rank runs."""
-    found: Any = _module(ref)
+def load_function(ref: FunctionRef) -> Callable[..., object]:
+    """Import the module of `ref` and return the function that a rank runs."""
+    found: Any = _load_module(ref)
     for name in ref.qualname.split("."):
         found = getattr(found, name)
     body: Callable[..., object] = getattr(found, RANK_BODY, found)
@@ -52,11 +52,11 @@ def find(ref: FunctionRef) -> Callable[..., object]:
 
 
 def rewrite_assertions_on_import() -> None:
-    """Load `tests....test_*` modules with rewritten assertions from now on."""
+    """Make later imports of `tests....test_*` modules rewrite their assertions."""
     sys.meta_path.insert(0, _RewritingFinder())
 
 
-def _module(ref: FunctionRef) -> ModuleType:
+def _load_module(ref: FunctionRef) -> ModuleType:
     try:
         spec = importlib.util.find_spec(ref.module) if ref.module != "__main__" else None
     except ModuleNotFoundError:
@@ -76,7 +76,7 @@ def _module(ref: FunctionRef) -> ModuleType:
 
 
 class _RewritingLoader(SourceFileLoader):
-    """Compile from source each time: the cached byte code holds plain assertions."""
+    """Compiles from source each time, because cached byte code has plain assertions."""
 
     def get_code(self, fullname: str) -> CodeType | None:
         path = self.get_filename(fullname)

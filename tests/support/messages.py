@@ -1,24 +1,33 @@
-"""What a test's process and its ranks say to each other over a pipe.
+"""Messages between the pytest process and its ranks, sent over a pipe.
 
-Plain data; knows neither side. Values that tests own (arguments, results, told payloads) travel as
-bytes pickled by `pack`, so that a side can read a message without importing the test's modules.
+A rank sends `Ready` once. Then, for each task, it
 
-A rank's life: it sends `Ready`; then per task it receives `Task`, sends any number of `Told` and one
-`Outcome`, receives `Release` once every rank has an outcome, tears its process group down and sends
-`Idle`. A rank whose outcome is a failure exits right after sending it, as a failing program would, so
-that its neighbours' collectives break; a fresh rank exits instead of becoming idle.
+1. receives `Task`,
+2. sends any number of `UserMessage`, then one `Outcome`,
+3. receives `Release`, which the parent sends when every rank has an outcome,
+4. destroys its process group and sends `Idle`.
+
+A rank whose outcome is a failure exits after step 2, as a failing program does, so that its peers' collectives break. A
+fresh rank exits in place of step 4.
+
+Arguments, results and payloads travel as bytes pickled by `pack`. The receiver can therefore read a message without
+importing the test's modules.
 """
 
 import pickle
+import signal
 from dataclasses import dataclass
 from typing import Literal
 
 OutcomeKind = Literal["returned", "raised", "skipped", "xfailed", "exited"]
 
+STACK_SIGNAL = signal.SIGRTMAX - 2
+"""Makes a rank write its stacks. A real-time signal, because tests use USR1, USR2 and TERM."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FunctionRef:
-    """Where a rank finds the function: by module name, or by file when the name cannot be imported."""
+    """Reference to a function: by module name, or by file when the module cannot be imported by name."""
 
     module: str
     file: str
@@ -34,27 +43,27 @@ class Task:
     """`pack((args, kwargs))`."""
     environment: dict[str, str]
     number: int
-    """Of the call: names its part of the store."""
+    """The call's number, which names its namespace in the store."""
     backend: str | None
-    """Backend of the default process group; None leaves it uninitialised."""
+    """Backend of the default process group; None leaves torch.distributed uninitialised."""
     collective_timeout_s: float
     warning_filters: tuple[bytes, ...]
     """`pack` of each entry of the parent's `warnings.filters`, in order."""
     fresh: bool
-    """The rank lives for this task only and ends as a program does, with an exit code."""
+    """True if the process runs this task only and then ends as a program does, with an exit code."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """The rank has imported torch and waits for a task."""
+    """The rank has started and waits for a task."""
 
     pid: int
-    """The rank's own; the process that was started may be a wrapper around it."""
+    """The rank's process id. The process that was started may be a wrapper such as strace."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Told:
-    """The task called `tell_parent`."""
+class UserMessage:
+    """A payload that the task sent with `send_to_parent`."""
 
     payload: bytes
 
@@ -67,33 +76,33 @@ class Outcome:
     value: bytes = b""
     """`pack` of what it returned."""
     reason: str = ""
-    """One line: the exception, or why it was skipped."""
+    """One line: the exception, or the reason for the skip."""
     traceback: str = ""
     exit_code: int = 0
-    """For `exited`: what it called `sys.exit` with."""
+    """For `exited`: the argument of `sys.exit`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Release:
-    """Every rank has an outcome: tear down."""
+    """Every rank has an outcome; the rank may destroy its process group."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Idle:
-    """The rank is clean again, or says what the task left behind."""
+    """The rank can take another task, unless the task left something behind."""
 
     leftovers: tuple[str, ...]
 
 
 def pack(value: object) -> bytes:
-    """Pickle a value that a test owns.
+    """Return a test's value as bytes.
 
-    Plain pickle on purpose: torch registers reducers with `multiprocessing` that pass tensors as file
-    descriptors, and those die with the rank.
+    Plain pickle, not `multiprocessing`'s: torch's reducers for that one pass tensors as file descriptors, which the
+    rank's end closes.
     """
     return pickle.dumps(value, protocol=5)
 
 
 def unpack(data: bytes) -> object:
-    """Undo `pack`."""
+    """Return the value that `pack` was given."""
     return pickle.loads(data)  # noqa: S301 - both ends are ours

@@ -1,6 +1,6 @@
-"""What became of each test of the contract, written down for the report over all backends (`ci/contract_report.py`).
+"""Write the outcome of each contract test to a file, for `ci/contract_report.py`.
 
-Owns the file of `--outcomes`: for each test its backend, its outcome, and why it is of some runtimes only.
+The file of `--outcomes` holds for each test its backend, its outcome, and the reason if it runs on some runtimes only.
 """
 
 import json
@@ -13,21 +13,21 @@ import pytest
 from tests.support.runtime import RUNTIME
 
 _OPTION = "--outcomes"
-_WHY = "of some runtimes only"
+_REASON = "some runtimes only"
 _IMPLEMENTATION = re.compile(r"\[(serial|gloo|ours|nccl|horovod|xla)\b")
 _SUITE = "tests/contracts/"
 
 
 def add_option(parser: pytest.Parser) -> None:
     """Add the option that names the file."""
-    parser.addoption(_OPTION, metavar="FILE", help="write down what became of each test of the contract")
+    parser.addoption(_OPTION, metavar="FILE", help="write the outcome of each contract test to FILE")
 
 
 class Outcomes:
-    """A plugin of pytest's that collects outcomes in the process that reports them.
+    """A pytest plugin that collects outcomes.
 
     Args:
-        path: of the file.
+        path: the file to write.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,7 +35,7 @@ class Outcomes:
         self._outcomes: dict[str, dict[str, Any]] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Note the outcome of a test, or of the part of it that went wrong."""
+        """Record the outcome of a test's call, or of its setup or teardown if that did not pass."""
         if not report.nodeid.startswith(_SUITE):
             return
         if report.when == "call" or report.outcome != "passed":
@@ -45,7 +45,7 @@ class Outcomes:
                 "backend": found[1] if found else RUNTIME,
                 "is_clause": found is not None,
                 "outcome": report.outcome,
-                "why": dict(report.user_properties).get(_WHY),
+                "reason": dict(report.user_properties).get(_REASON),
             }
 
     def pytest_sessionfinish(self) -> None:
@@ -54,15 +54,15 @@ class Outcomes:
         self._path.write_text(json.dumps(document, indent=1), encoding="utf-8")
 
 
-def collect(config: pytest.Config) -> None:
-    """Collect outcomes, if the option was given; in the process that reports, not in xdist's workers."""
+def register(config: pytest.Config) -> None:
+    """Register the plugin if the option is given, in the process that reports: not in xdist's workers."""
     path = config.getoption(_OPTION)
     if path is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Outcomes(Path(str(path))), "distckpt-outcomes")
 
 
-def keep_why(item: pytest.Item) -> None:
-    """Let the outcome of a test tell why it is of some runtimes only."""
+def record_reason(item: pytest.Item) -> None:
+    """Store in a test's properties why it runs on some runtimes only."""
     mark = item.get_closest_marker("only_on")
     if mark is not None:
-        item.user_properties.append((_WHY, mark.kwargs["why"]))
+        item.user_properties.append((_REASON, mark.kwargs["why"]))

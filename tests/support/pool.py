@@ -1,27 +1,25 @@
-"""The rank processes that the tests of one pytest process share.
-
-Owns starting, growing, reusing and discarding them. Ranks of a test are the first N of the pool.
-"""
+"""The rank processes that the tests of one pytest process share. A test of N ranks uses the pool's first N."""
 
 import atexit
 import shutil
 import tempfile
 from pathlib import Path
 
+from tests.support.fork_server import close_servers
 from tests.support.handle import RankHandle
 from tests.support.runtime import RUNTIME
 from tests.support.start import start
 
 
 class RankPool:
-    """Idle ranks, ready for a task. Discard it after any failure: the next test gets new processes."""
+    """Idle ranks. After a failure `discard` them, so that the next test gets new processes."""
 
     def __init__(self) -> None:
         self._handles: list[RankHandle] = []
         self._directory: Path | None = None
 
     def ranks(self, world_size: int) -> list[RankHandle]:
-        """Return `world_size` idle ranks, starting those that are missing."""
+        """Return `world_size` idle ranks, starting missing ones."""
         if not all(handle.is_alive() for handle in self._handles):
             self.discard()
         if self._directory is None:
@@ -37,11 +35,11 @@ class RankPool:
         return self._handles[:world_size]
 
     def pids(self) -> list[int]:
-        """Return the ids of the pool's processes that are ready or have been."""
+        """Return the process ids of the pool's ranks."""
         return [handle.pid for handle in self._handles if handle.pid]
 
     def discard(self) -> None:
-        """Kill every rank; the next `ranks` starts anew."""
+        """Kill every rank; the next call of `ranks` starts new ones."""
         for handle in self._handles:
             handle.kill()
         self._handles.clear()
@@ -54,11 +52,10 @@ _POOLS: dict[int | None, RankPool] = {}
 
 
 def pool_for(world_size: int) -> RankPool:
-    """Return this process's pool from which ranks of a world of this size come; it ends with the process at the latest.
+    """Return this process's pool for jobs of this size.
 
-    Where ranks are replicas of one process, which has as many as it was started with, each world size has a pool. A
-    process that was in a Horovod job of one rank is not used in a larger one: Horovod 0.28 returns from its `init`
-    before the other ranks have come then, and leaves them waiting.
+    On torch_xla each world size has a pool, because a process has a fixed number of replicas. On Horovod, jobs of one
+    rank have a pool: a process that was in one returns too early from its next `init`, and the other ranks hang (0.28).
     """
     key = world_size if RUNTIME == "xla" or (RUNTIME == "horovod" and world_size == 1) else None
     if key not in _POOLS:
@@ -68,6 +65,7 @@ def pool_for(world_size: int) -> RankPool:
 
 
 def discard_pools() -> None:
-    """Kill the ranks of all pools."""
+    """Kill the ranks of all pools, and the server that starts them."""
     for pool in _POOLS.values():
         pool.discard()
+    close_servers()

@@ -1,7 +1,6 @@
-"""What a rank process does: take a task, run it in a fresh process group, say how it ended.
+"""The loop of a rank process: receive a task, run it in a new process group, send its outcome.
 
-Runs inside the rank. Knows the messages and nothing of pools, limits or reports: a rank never decides
-that it takes too long, its parent does.
+A rank has no time limit of its own; its parent decides that it takes too long.
 """
 
 import contextlib
@@ -15,64 +14,64 @@ from typing import Any, NoReturn
 import _pytest.outcomes
 from torch.distributed import Store
 
-from tests.support.channel import Channel, keep_store
-from tests.support.isolate import background_errors, isolated, leftover_threads
-from tests.support.locate import find
+from tests.support.channel import Channel, set_call_store
+from tests.support.isolate import collect_background_errors, isolate, leftover_threads
+from tests.support.locate import load_function
 from tests.support.messages import Idle, Outcome, Ready, Release, Task, pack, unpack
 from tests.support.runtime import join, leave
-from tests.support.store import beside
+from tests.support.store import call_namespace
 
 _OWN_FILES = (os.path.dirname(__file__) + os.sep,)  # noqa: PTH120 - compared with strings of tracebacks
 
 
-class Isolation:
-    """What a rank that is a process does around a task. Ranks that are threads have one of their own."""
+class TaskScope:
+    """Isolates each task of a rank that is a process. Ranks that are threads have a subclass."""
 
     @contextlib.contextmanager
-    def isolated(self, task: Task) -> Iterator[list[str]]:
-        """Give the task a clean process; yield the list of errors that no caller sees."""
-        with isolated(task.environment, task.warning_filters), background_errors() as errors:
+    def enter(self, task: Task) -> Iterator[list[str]]:
+        """Isolate the task; yield a list that receives errors of threads and finalizers."""
+        with isolate(task.environment, task.warning_filters), collect_background_errors() as errors:
             yield errors
 
     def fail(self, channel: Channel) -> NoReturn:
-        """End as a failing program does."""
+        """End the process as a failing program ends."""
         del channel
-        _leave(1)
+        _exit_now(1)
 
 
-def serve(channel: Channel, store: Store, isolation: Isolation | None = None) -> int:
-    """Run tasks until the parent hangs up.
+def serve(channel: Channel, store: Store, scope: TaskScope | None = None) -> int:
+    """Run tasks until the parent closes the pipe.
 
     Returns:
-        The exit code of a fresh rank, once its only task is over.
+        The exit code of a fresh rank, after its only task.
     """
-    around = isolation or Isolation()
+    scope = scope or TaskScope()
     channel.send(Ready(pid=os.getpid()))
     while True:
         try:
             task = channel.receive()
         except EOFError:
-            _leave(0)
+            _exit_now(0)
         if not isinstance(task, Task):
             raise TypeError(f"a rank expects a Task, got {task!r}")
-        outcome = _serve_one(task, channel, store, around)
+        outcome = _serve_one(task, channel, store, scope)
         if task.fresh:
             return _exit_code(outcome)
 
 
-def _serve_one(task: Task, channel: Channel, store: Store, around: Isolation) -> Outcome:
+def _serve_one(task: Task, channel: Channel, store: Store, scope: TaskScope) -> Outcome:
     threads = set(threading.enumerate())
-    with around.isolated(task) as errors:
+    with scope.enter(task) as errors:
         outcome = _run(task, store)
         if errors and outcome.kind == "returned":
             outcome = Outcome(kind="raised", reason=errors[0], traceback="\n".join(errors))
         channel.send(outcome)
         if outcome.kind in {"raised", "exited"}:
-            return outcome if task.fresh else around.fail(channel)
+            return outcome if task.fresh else scope.fail(channel)
         try:
             message = channel.receive()
         except EOFError:
-            _leave(0)
+            _exit_now(0)
         if not isinstance(message, Release):
             raise TypeError(f"a rank with an outcome expects Release, got {message!r}")
         leave()
@@ -83,10 +82,10 @@ def _serve_one(task: Task, channel: Channel, store: Store, around: Isolation) ->
 
 def _run(task: Task, store: Store) -> Outcome:
     try:
-        function = find(task.function)
+        function = load_function(task.function)
         arguments: Any = unpack(task.arguments)
         args, kwargs = arguments
-        keep_store(beside(store, task.number))
+        set_call_store(call_namespace(store, task.number))
         join(task, store)
         value = pack(function(*args, **kwargs))
     except _pytest.outcomes.Skipped as skip:
@@ -97,7 +96,7 @@ def _run(task: Task, store: Store) -> Outcome:
         code = leave.code if isinstance(leave.code, int) else int(leave.code is not None)
         reason = f"SystemExit: {leave.code}"
         return Outcome(kind="exited", reason=reason, traceback=_trace(leave), exit_code=code)
-    except BaseException as error:  # noqa: BLE001 - whatever it is, it is this rank's outcome
+    except BaseException as error:  # noqa: BLE001 - any exception is the rank's outcome
         return Outcome(kind="raised", reason=_one_line(error), traceback=_trace(error))
     return Outcome(kind="returned", value=value)
 
@@ -107,7 +106,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _trace(error: BaseException) -> str:
-    """Format a traceback that begins where the test's own code does."""
+    """Return the traceback without the harness's own leading frames."""
     first = error.__traceback__
     while first is not None and first.tb_frame.f_code.co_filename.startswith(_OWN_FILES):
         first = first.tb_next
@@ -120,8 +119,8 @@ def _exit_code(outcome: Outcome) -> int:
     return 1 if outcome.kind == "raised" else 0
 
 
-def _leave(code: int) -> NoReturn:
-    """End now: no handlers at exit, no waiting for threads that a task may have left."""
+def _exit_now(code: int) -> NoReturn:
+    """End without running exit handlers or waiting for the task's threads."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

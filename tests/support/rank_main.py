@@ -1,6 +1,6 @@
-"""Entry of a rank process: `python -m tests.support.rank_main <file for stacks> <port of store> <pipe>`.
+"""Entry point of a rank process: `python -m tests.support.rank_main STACK_FILE STORE_PORT DESCRIPTOR`.
 
-Started by `tests.support.handle`. Ends with its parent, whatever that parent dies of.
+`tests.support.start` starts it. The process ends with its parent, even if the parent is killed.
 """
 
 import ctypes
@@ -8,6 +8,7 @@ import faulthandler
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -15,15 +16,15 @@ import torch
 
 from tests.support.channel import open_channel
 from tests.support.locate import rewrite_assertions_on_import
+from tests.support.messages import STACK_SIGNAL
 from tests.support.rank_loop import serve
-from tests.support.signals import STACK_SIGNAL
 from tests.support.store import connect
 
 _PR_SET_PDEATHSIG = 1
 
 
 def prepare(stack_file: Path) -> TextIO:
-    """Let this process end with its parent, and write all threads' stacks on `STACK_SIGNAL`, or in a crash."""
+    """Make this process end with its parent, and write all threads' stacks on `STACK_SIGNAL` and on a crash."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     stacks = stack_file.open("a", encoding="utf-8")
     faulthandler.enable(stacks, all_threads=True)
@@ -33,12 +34,14 @@ def prepare(stack_file: Path) -> TextIO:
     return stacks
 
 
-def main(stack_file: Path, store_port: int, descriptor: int) -> int:
-    """Serve tasks from the pipe."""
+def main(arguments: Sequence[str], descriptors: Sequence[int]) -> int:
+    """Run tasks that arrive on the pipe."""
+    stack_file, store_port = arguments
+    (descriptor,) = descriptors
     os.set_inheritable(descriptor, False)  # noqa: FBT003 - the function takes it so
-    with prepare(stack_file):
-        return serve(open_channel(descriptor), connect(store_port))
+    with prepare(Path(stack_file)):
+        return serve(open_channel(descriptor), connect(int(store_port)))
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))
+    sys.exit(main(sys.argv[1:3], [int(text) for text in sys.argv[3:]]))

@@ -1,7 +1,4 @@
-"""How a function ended on each rank, and the text that a failing test shows.
-
-Pure: it is given what happened and formats it.
-"""
+"""How a function ended on each rank, and the message of a failing test."""
 
 import textwrap
 from collections.abc import Sequence
@@ -17,39 +14,39 @@ class RankEnd:
 
     rank: int
     kind: OutcomeKind | Literal["died", "hung"]
-    """`died`: without a word. `hung`: still running when the wait was over, and killed then."""
+    """`died`: ended without an outcome. `hung`: still running at the time limit, and killed."""
     value: Any = None
-    """What the function returned."""
+    """The function's return value."""
     reason: str = ""
-    """One line: the exception, why it was skipped, how it died."""
+    """One line: the exception, the reason for the skip, or how the rank died."""
     traceback: str = ""
-    """Of the exception; for `hung` and `died`, the stacks of the rank's threads where known."""
+    """The exception's traceback; for `hung` and `died`, the stacks of the rank's threads if known."""
     output: str = ""
-    """What the rank printed."""
+    """The rank's output."""
     exit_code: int | None = None
-    """Of the process, where it was waited for: minus the signal's number when killed."""
+    """The process's exit code, minus the signal's number if killed; None if it was not waited for."""
     order: int = 0
-    """Position in time among the ranks' ends."""
+    """Position among the ranks' ends, in order of time."""
 
     @property
     def failed(self) -> bool:
-        """Whether the test has to fail of it."""
+        """True if this end fails the test."""
         return self.kind in {"raised", "exited", "died", "hung"}
 
 
 class RankFailedError(Exception):
-    """A function failed on some rank. The message tells the story of every rank that did not return.
+    """A function failed on some rank. The message describes every rank that did not return.
 
     Attributes:
         ends: how each rank ended, in rank order.
     """
 
     def __init__(self, what: str, ends: Sequence[RankEnd], *, limit_s: float) -> None:
-        super().__init__(_story(what, ends, limit_s))
+        super().__init__(_describe(what, ends, limit_s))
         self.ends = list(ends)
 
 
-def _story(what: str, ends: Sequence[RankEnd], limit_s: float) -> str:
+def _describe(what: str, ends: Sequence[RankEnd], limit_s: float) -> str:
     bad = sorted((end for end in ends if end.kind != "returned"), key=lambda end: end.order)
     names = ", ".join(f"rank {end.rank} {end.kind}" for end in bad)
     parts = [f"{what} on {len(ends)} ranks, limit {limit_s:g} s: {names}"]
@@ -58,9 +55,9 @@ def _story(what: str, ends: Sequence[RankEnd], limit_s: float) -> str:
         parts.append(f"--- rank {end.rank}{first} {end.kind}: {end.reason}")
         if end.traceback:
             parts.append(textwrap.indent(end.traceback.rstrip(), "    "))
-    parts += [_output_of(end) for end in ends if end.output]
+    parts += [_describe_output(end) for end in ends if end.output]
     return "\n".join(parts)
 
 
-def _output_of(end: RankEnd) -> str:
+def _describe_output(end: RankEnd) -> str:
     return f"--- rank {end.rank} printed:\n" + textwrap.indent(end.output, "    ")

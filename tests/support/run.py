@@ -1,4 +1,4 @@
-"""What tests use: a decorator and a function that run a body on pooled ranks."""
+"""Run a function on pooled ranks: the decorator `run_distributed` and the function `run_ranks`."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -23,18 +23,17 @@ def run_distributed(
     *,
     env: Mapping[str, str] | None = None,
 ) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """Make a plain pytest function run on every rank of a fresh process group.
+    """Decorate a pytest function so that it runs on every rank of a new process group.
 
-    Fixtures and parameters are evaluated once, by pytest, and sent to every rank: they have to be
-    picklable (`tmp_path` is). The ranks have the environment that torchrun gives, torch.distributed is
-    initialised, and warnings are filtered as in the test's process. `assert`, `pytest.raises`,
-    `pytest.skip` and `pytest.importorskip` work; what a rank prints is printed by the test.
+    pytest evaluates fixtures and parameters once and sends them to every rank, so they must be picklable (`tmp_path`
+    is). Ranks have torchrun's environment, an initialised torch.distributed, and the test's warning filters. `assert`,
+    `pytest.raises`, `pytest.skip` and `pytest.importorskip` work. The test prints the ranks' output.
 
     Args:
         world_size: number of ranks.
-        backend: of the default process group; None leaves it uninitialised.
-        timeout_s: limit for the whole body; a rank that takes longer is reported with its stack.
-        env: more environment variables for the ranks.
+        backend: backend of the default process group; None leaves torch.distributed uninitialised.
+        timeout_s: limit for the whole body; a rank that exceeds it is reported with its stack.
+        env: additional environment variables of the ranks.
 
     Example:
         @run_distributed(world_size=3)
@@ -73,21 +72,21 @@ def run_ranks(
     env: Mapping[str, str] | None = None,
     collective_timeout_s: float | None = None,
 ) -> list[T]:
-    """Call a module-level function on every rank and return what each returned, in rank order.
+    """Call a module-level function on every rank; return the results in rank order.
 
     Args:
-        function: runs on each rank; found there by its name.
+        function: runs on each rank, which imports it by name.
         world_size: number of ranks.
         *args: picklable arguments.
-        backend: of the default process group; None leaves it uninitialised.
+        backend: backend of the default process group; None leaves torch.distributed uninitialised.
         timeout_s: limit for the whole call.
-        fresh: use new processes instead of the pool's. `fresh_ranks` does more.
-        env: more environment variables for the ranks.
-        collective_timeout_s: timeout of the default process group. By default longer than `timeout_s`,
-            so that a hang is reported with stacks rather than as a collective's error.
+        fresh: start new processes; `fresh_ranks` is the full interface to them.
+        env: additional environment variables of the ranks.
+        collective_timeout_s: timeout of the default process group. None: twice `timeout_s`, so that a hang is reported
+            with stacks and not as a collective's error.
 
     Raises:
-        RankFailedError: it failed on some rank; the message holds every failing rank's traceback.
+        RankFailedError: it failed on some rank; the message contains every failing rank's traceback.
     """
     __tracebackhide__ = True
     limit_s = collective_timeout_s if collective_timeout_s is not None else 2 * timeout_s
@@ -106,7 +105,7 @@ def _on_pool(call: Call, world_size: int, timeout_s: float) -> list[RankEnd]:
         ends = dispatch.collect(timeout_s)
         kinds = {end.kind for end in ends}
         if any(end.failed for end in ends) or len(kinds) > 1:
-            raise RankFailedError(call.name, ends, limit_s=timeout_s)  # noqa: TRY301 - as any other here
+            raise RankFailedError(call.name, ends, limit_s=timeout_s)  # noqa: TRY301 - handled as any other failure
         dispatch.release()
         leftovers = dispatch.wait_idle()
     except BaseException:
@@ -114,11 +113,11 @@ def _on_pool(call: Call, world_size: int, timeout_s: float) -> list[RankEnd]:
         raise
     finally:
         if dispatch is not None:
-            dispatch.end()
+            dispatch.close()
     _print_output(ends)
     if leftovers:
         pool.discard()
-        print("new ranks for the next test, since this one left behind:", *leftovers, sep="\n  ")  # noqa: T201
+        print("the next test gets new ranks, because this one left behind:", *leftovers, sep="\n  ")  # noqa: T201
     if kinds == {"skipped"}:
         pytest.skip(ends[0].reason)
     if kinds == {"xfailed"}:

@@ -1,8 +1,8 @@
-"""Which runtime carries the ranks of this pytest process: torch.distributed, Horovod or torch_xla.
+"""The runtime of this pytest process's ranks: torch.distributed, Horovod or torch_xla.
 
-Owns what a rank's environment is in each, and how a rank joins and leaves. Chosen for the whole process by
-`DISTCKPT_TEST_RUNTIME`; a test whose ranks have the default backend runs on that one. Imports Horovod and torch_xla
-only in ranks of theirs.
+`DISTCKPT_TEST_RUNTIME` selects it for the whole process; tests that ask for the default backend run on it. This module
+gives ranks the variables of the runtime's launcher, and joins and leaves jobs. It imports Horovod and torch_xla only
+where they are the runtime.
 """
 
 import os
@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch.distributed import Store
 
 from tests.support.messages import Task
-from tests.support.store import ADDRESS, of_call, shared_store
+from tests.support.store import ADDRESS, job_namespace, shared_store
 
 VARIABLE = "DISTCKPT_TEST_RUNTIME"
 OWN = "gloo"
-"""The backend that stands for this runtime's own."""
+"""The backend name that selects the process's runtime."""
 RUNTIMES = ("gloo", "horovod", "xla")
 RUNTIME = os.environ.get(VARIABLE, OWN)
 
@@ -31,8 +31,8 @@ if RUNTIME not in RUNTIMES:
 _PORTS: set[int] = set()
 
 
-class Surroundings:
-    """What the ranks of one call find around them; made by the test's process, and ended when the call is over."""
+class JobEnvironment:
+    """The servers and environment variables that a launcher gives to one job."""
 
     def __init__(self, world_size: int, number: int) -> None:
         self._world_size = world_size
@@ -42,30 +42,30 @@ class Surroundings:
             self._server, self._port = _rendezvous_server(world_size)
 
     def environment(self, rank: int) -> dict[str, str]:
-        """Return what a launcher on this machine gives to a rank."""
+        """Return the variables of a rank."""
         if RUNTIME == "horovod":
             return _environment_of_horovodrun(rank, self._world_size, self._port)
-        if RUNTIME == "xla":  # ranks are threads there, and have no environment of their own
+        if RUNTIME == "xla":  # ranks are threads of one process
             return {"OMP_NUM_THREADS": "1"}
         return _environment_of_torchrun(rank, self._world_size, self._number)
 
-    def end(self) -> None:
-        """Let go of servers. Waits for nothing."""
+    def close(self) -> None:
+        """Stop the servers, without waiting."""
         if self._server is not None:
             threading.Thread(target=_stop, args=(self._server,), name="rendezvous-end", daemon=True).start()
             self._server = None
 
 
 def join(task: Task, store: Store) -> None:
-    """From a rank: join the job that the task is to run in."""
+    """From a rank: join the task's job."""
     if task.backend is None or (task.backend == OWN and RUNTIME == "xla"):
-        return  # a replica is one since its thread was started
+        return  # the replicas' job exists since their threads started
     if task.backend == OWN and RUNTIME == "horovod":
         _horovod().init()
         return
     dist.init_process_group(
         task.backend,
-        store=of_call(store, task.number),
+        store=job_namespace(store, task.number),
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
         timeout=timedelta(seconds=task.collective_timeout_s),
@@ -73,33 +73,33 @@ def join(task: Task, store: Store) -> None:
 
 
 def leave() -> None:
-    """From a rank: leave whatever job it is part of."""
+    """From a rank: leave the job."""
     if dist.is_initialized():
         dist.destroy_process_group()
     horovod = sys.modules.get("horovod.torch")
     if horovod is not None and horovod.is_initialized():
         horovod.shutdown()
     if RUNTIME == "xla" and "distckpt" in sys.modules:
-        # torch_xla has nothing to leave: the replicas stay. What a test did to distckpt's view of the job ends here.
+        # torch_xla's replicas stay in their job; only distckpt's view of it is reset.
         sys.modules["distckpt"].finalize()
 
 
 def _horovod() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import horovod.torch as hvd  # noqa: PLC0415 - only in ranks of Horovod's
+        import horovod.torch as hvd  # noqa: PLC0415 - exists only in Horovod's environment
 
     return hvd
 
 
 def _rendezvous_server(world_size: int) -> tuple[Any, int]:
-    """Start the server that `horovodrun` has, for one job."""
+    """Start the rendezvous server that `horovodrun` starts for a job; return it and its port."""
     from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts  # noqa: PLC0415 - as above
     from horovod.runner.http.http_server import RendezvousServer  # noqa: PLC0415 - as above
 
     server = RendezvousServer()
     port = server.start()
-    while port in _PORTS:  # as one job's, and ranks of the pool count the stores that each address told them of
+    while port in _PORTS:  # ranks of the pool number the stores of each address: it must not repeat
         again, server = server, RendezvousServer()
         port = server.start()
         _stop(again)
@@ -110,7 +110,7 @@ def _rendezvous_server(world_size: int) -> tuple[Any, int]:
 
 def _stop(server: Any) -> None:
     server.stop()
-    server._httpd.server_close()  # Horovod leaves its socket open
+    server._httpd.server_close()  # server.stop() leaves the socket open
 
 
 def _environment_of_horovodrun(rank: int, world_size: int, port: int) -> dict[str, str]:
@@ -133,7 +133,7 @@ def _environment_of_horovodrun(rank: int, world_size: int, port: int) -> dict[st
 
 
 def _environment_of_torchrun(rank: int, world_size: int, number: int) -> dict[str, str]:
-    """Return what torchrun sets on one node, for programs and for `init_process_group` by `env://`."""
+    """Return torchrun's variables on one node, which `init_process_group` reads by `env://`."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -148,7 +148,7 @@ def _environment_of_torchrun(rank: int, world_size: int, number: int) -> dict[st
         "MASTER_PORT": str(shared_store().port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RUN_ID": "tests",
-        "TORCHELASTIC_RESTART_COUNT": str(number),  # a namespace of its own in the agent's store
+        "TORCHELASTIC_RESTART_COUNT": str(number),  # names the job's namespace in the agent's store
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
     }

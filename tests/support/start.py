@@ -1,7 +1,4 @@
-"""Starting rank processes: one for each rank, or one for all where ranks are threads (torch_xla).
-
-Owns the command lines, the pipes and the files of a rank. What is said over the pipes is not its business.
-"""
+"""Start rank processes: one per rank, or one for all ranks where ranks are threads (torch_xla)."""
 
 import os
 import subprocess
@@ -10,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import Pipe
 from pathlib import Path
 
+from tests.support.fork_server import ForkedProcess, Request, can_fork, server_for
 from tests.support.handle import RankHandle
 from tests.support.runtime import RUNTIME
 from tests.support.store import shared_store
@@ -25,33 +23,40 @@ def start(
     prefix: Callable[[int], Sequence[str]] | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> list[RankHandle]:
-    """Start ranks and return their handles, in rank order; none is waited for.
+    """Start ranks and return their handles, in rank order, without waiting for them.
 
     Args:
         world_size: number of ranks of the job.
         directory: for logs and stacks.
-        first: the first rank to start; those before it run already.
-        prefix: rank -> command in front of that rank's Python.
-        environment: more variables.
+        first: the first rank to start; earlier ranks run already.
+        prefix: rank -> command in front of that rank's Python; None for none.
+        environment: additional variables.
     """
-    # Not what importing Horovod's launcher leaves in this process: it is not in a rank that horovodrun starts.
-    own = {name: value for name, value in os.environ.items() if not name.startswith("HOROVOD_")}
-    variables = {**own, **(environment or {}), "PYTHONUNBUFFERED": "1"}
+    # Importing Horovod's launcher sets variables in this process that a rank under horovodrun does not have.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HOROVOD_")}
+    variables = {**inherited, **(environment or {}), "PYTHONUNBUFFERED": "1"}
+    fork = prefix is None and can_fork(environment or {})
     ranks = range(first, world_size)
     if RUNTIME == "xla":
-        # Executed by whoever asks, and with a thread for each replica that waits: two cores have two.
+        # The calling thread executes; each replica that waits takes a thread, and two cores have only two by default.
         variables |= {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(world_size)}
         variables |= {"PJRT_CPU_ASYNC_CLIENT": "0", "XLA_THREAD_POOL_SIZE": str(4 + 2 * world_size)}
-        return _start(ranks, "tests.support.xla_main", directory, prefix(0) if prefix else (), variables)
+        return _start(ranks, "tests.support.xla_main", directory, prefix(0) if prefix else (), variables, fork=fork)
     handles = []
     for rank in ranks:
         command = prefix(rank) if prefix else ()
-        handles += _start([rank], "tests.support.rank_main", directory, command, variables)
+        handles += _start([rank], "tests.support.rank_main", directory, command, variables, fork=fork)
     return handles
 
 
 def _start(
-    ranks: Sequence[int], module: str, directory: Path, prefix: Sequence[str], variables: Mapping[str, str]
+    ranks: Sequence[int],
+    module: str,
+    directory: Path,
+    prefix: Sequence[str],
+    variables: dict[str, str],
+    *,
+    fork: bool,
 ) -> list[RankHandle]:
     """Start one process for `ranks`."""
     log_file, stacks = directory / f"rank{ranks[0]}.log", directory / f"rank{ranks[0]}.stacks"
@@ -59,18 +64,23 @@ def _start(
     stacks.touch()
     pipes = [Pipe() for _ in ranks]
     descriptors = [child.fileno() for _, child in pipes]
-    command = [sys.executable, "-m", module, str(stacks), str(shared_store().port), *map(str, descriptors)]
-    with log_file.open("ab") as log:
-        process = subprocess.Popen(
-            [*prefix, *command],
-            cwd=_ROOT,
-            env=variables,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            pass_fds=descriptors,
-            start_new_session=True,  # so that kill() reaches what the rank started, and only that
-        )
+    arguments = (str(stacks), str(shared_store().port))
+    process: subprocess.Popen[bytes] | ForkedProcess
+    if fork:
+        request = Request(module, arguments, variables, str(log_file))
+        process = server_for(RUNTIME).start(request, descriptors)
+    else:
+        with log_file.open("ab") as log:
+            process = subprocess.Popen(
+                [*prefix, sys.executable, "-m", module, *arguments, *map(str, descriptors)],
+                cwd=_ROOT,
+                env=variables,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=descriptors,
+                start_new_session=True,  # kill() then reaches the rank and the processes it started, and no others
+            )
     for _, child in pipes:
         child.close()
     return [

@@ -1,8 +1,7 @@
-"""The store through which ranks find each other: one server in the test's process, as in torchrun's agent.
+"""The key-value store through which ranks find each other: one server in the pytest process, as in torchrun's agent.
 
-Each call gets a namespace of its own in it, so that the store is fresh for every test while the ranks
-keep their connections: a TCPStore connection costs two reverse look-ups of 127.0.0.1, and where a name
-server drops a packet that is five seconds.
+Each call gets its own namespace, so that every test has an empty store while ranks keep their connections. A new
+TCPStore connection costs two reverse look-ups of 127.0.0.1, five seconds each where a name server drops the packet.
 """
 
 import functools
@@ -14,31 +13,31 @@ from torch.distributed import PrefixStore, Store, TCPStore
 
 ADDRESS = "127.0.0.1"
 RESOLVER = {"RES_OPTIONS": "timeout:1 attempts:2"}
-"""Environment that bounds those look-ups."""
+"""Environment that shortens those look-ups."""
 _TIMEOUT = timedelta(seconds=60)
 
 
-def bound_lookups() -> None:
-    """Set `RESOLVER` for this process and what it starts, unless its user has decided otherwise."""
+def shorten_lookups() -> None:
+    """Set `RESOLVER` for this process and the processes it starts, unless the variable is set."""
     for name, value in RESOLVER.items():
         os.environ.setdefault(name, value)
 
 
 class JobStore:
-    """The server's side."""
+    """The store's server."""
 
     def __init__(self) -> None:
-        bound_lookups()
+        shorten_lookups()
         self._server = TCPStore(ADDRESS, 0, is_master=True, wait_for_workers=False, timeout=_TIMEOUT)
         self._numbers = itertools.count()
 
     @property
     def port(self) -> int:
-        """The port that the system gave."""
+        """The server's port."""
         return self._server.port
 
     def next_number(self) -> int:
-        """Return the next call's number, from which `of_call` makes its namespace."""
+        """Return the next call's number, which names its namespace."""
         return next(self._numbers)
 
 
@@ -53,11 +52,11 @@ def connect(port: int) -> Store:
     return TCPStore(ADDRESS, port, is_master=False, timeout=_TIMEOUT)
 
 
-def of_call(store: Store, number: int) -> Store:
-    """Return the call's own namespace. Not torchrun's name for it, which is left to `env://`."""
+def job_namespace(store: Store, number: int) -> Store:
+    """Return the namespace of the call's process group. Its name is not torchrun's, which `env://` uses."""
+    return PrefixStore(f"/tests/job_{number}", store)
+
+
+def call_namespace(store: Store, number: int) -> Store:
+    """Return the namespace through which a call's ranks synchronise outside the job."""
     return PrefixStore(f"/tests/call_{number}", store)
-
-
-def beside(store: Store, number: int) -> Store:
-    """Return a namespace of the call that no job uses, for the ranks to talk beside theirs."""
-    return PrefixStore(f"/tests/beside_{number}", store)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from tests.support import RankFailedError, fresh_ranks, run_ranks, tell_parent
+from tests.support import RankFailedError, fresh_ranks, run_ranks, send_to_parent
 
 
 def _pid() -> int:
@@ -25,7 +25,7 @@ def test_fresh_ranks_return_results_too() -> None:
 
 
 def _tells_and_waits() -> None:
-    tell_parent({"rank": dist.get_rank()})
+    send_to_parent({"rank": dist.get_rank()})
     if dist.get_rank() == 1:
         threading.Event().wait()
     with pytest.raises(RuntimeError):
@@ -34,7 +34,7 @@ def _tells_and_waits() -> None:
 
 def test_a_fresh_rank_can_be_killed_at_a_known_moment() -> None:
     with fresh_ranks(_tells_and_waits, 2) as ranks:
-        assert ranks.told(1) == {"rank": 1}
+        assert ranks.receive(1) == {"rank": 1}
         os.kill(ranks.pid(1), signal.SIGKILL)
         ends = ranks.finish(may_fail=[1])
     assert [end.kind for end in ends] == ["returned", "died"]
@@ -53,8 +53,8 @@ def test_exit_codes_of_fresh_ranks_are_seen() -> None:
 
 def test_a_stopped_fresh_rank_is_reported_as_stopped() -> None:
     with fresh_ranks(_tells_and_waits, 2) as ranks:
-        ranks.told(0)
-        ranks.told(1)
+        ranks.receive(0)
+        ranks.receive(1)
         os.kill(ranks.pid(1), signal.SIGSTOP)
         with pytest.raises(RankFailedError, match="the process is stopped"):
             ranks.finish(timeout_s=1.0)
