@@ -29,7 +29,7 @@ from ignite.engine import Engine
 from distckpt.backends.base import Backend
 from distckpt.handlers.engine_events import get_firing_engines
 from distckpt.handlers.object_trees import path_to
-from distckpt.policy.decision import Agreed
+from distckpt.policy.decision import AgreedSave
 from distckpt.ptformat.manifest import Manifest
 
 __all__ = ["about"]
@@ -40,7 +40,7 @@ _RUNTIMES = {"horovod": "horovod", "xla": "torch_xla"}
 def about(
     backend: Backend,
     engine: Engine | None = None,
-    agreed: Agreed | None = None,
+    agreed: AgreedSave | None = None,
     to_save: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Return the manifest of a checkpoint that is saved now, but for its tensors. Rank-local; issues no collectives.
@@ -67,7 +67,7 @@ def about(
     )
 
 
-def _record(engine: Engine, agreed: Agreed, to_save: Mapping[str, Any]) -> dict[str, Any] | None:
+def _record(engine: Engine, agreed: AgreedSave, to_save: Mapping[str, Any]) -> dict[str, Any] | None:
     decision = agreed.decision
     if decision is None or agreed.handler is None or agreed.run is None:
         return None

@@ -35,7 +35,7 @@ from distckpt.handlers.progress import epochs_over, position_of
 from distckpt.handlers.runs import Origin, num_saved
 from distckpt.handlers.save_handler import BaseSaveHandler, refuse_overrides
 from distckpt.policy import retention
-from distckpt.policy.decision import NameRules, SaveIntent, comparable, step_priority
+from distckpt.policy.decision import SaveIntent, SavePolicy
 from distckpt.policy.naming import check_name
 from distckpt.policy.scores import check_rule
 from distckpt.saving.capture import needs_consolidation
@@ -284,12 +284,13 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
         """Tell whether this rank's facts call for a save. Where no rank's do, the agreed score's would not either."""
         if not self._is_agreed or self._is_forced:
             return True
-        priority = facts.score
-        history: Sequence[tuple[int | float, str]] = self._saved
-        if priority is None:
-            begun = self._is_of_begun_epoch(facts, next(iter(get_firing_engines()), engine))
-            priority = step_priority(facts.global_step, is_begun=begun)
-            history = comparable(history, self._former, priority)
+        priority, history = retention.rank_candidate(
+            self._saved,
+            score=facts.score,
+            global_step=facts.global_step,
+            is_mid_epoch=self._is_of_begun_epoch(facts, next(iter(get_firing_engines()), engine)),
+            former=self._former,
+        )
         return retention.wants(history, priority, n_saved=self.n_saved, greater_or_equal=self.greater_or_equal)
 
     def _is_of_begun_epoch(self, facts: UserFacts, outermost: Engine) -> bool:
@@ -355,12 +356,12 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
         outermost = engines[0]
         run = self._enter_run(engines)
         return SaveIntent(
-            rules=self._rules(),
+            policy=self._rules(),
             save_on_rank=self._coordinator(),
             global_step=facts.global_step,
             score=facts.score,
             history=self._history(),
-            strays=self._strays,
+            orphans=self._strays,
             directory=str(self.save_handler.dirname) if isinstance(self.save_handler, ON_DISK) else None,
             needs_consolidation=needs_consolidation(self.to_save),
             knows_writers=not isinstance(self.save_handler, DiskSaver) or self.save_handler.knows_writers(current()),
@@ -370,13 +371,13 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
             number=num_saved(outermost),
             data=position_of(outermost),
             former=tuple(sorted(self._former)),
-            is_begun=self._is_of_begun_epoch(facts, outermost),
-            is_last=self._is_forced or (len(engines) > 1 and outermost.last_event_name in _LAST),
+            is_mid_epoch=self._is_of_begun_epoch(facts, outermost),
+            is_final=self._is_forced or (len(engines) > 1 and outermost.last_event_name in _LAST),
             is_saved=self._saved_at.is_now(engine) or self._is_saved_before(outermost),
         )
 
-    def _rules(self) -> NameRules:
-        return NameRules(
+    def _rules(self) -> SavePolicy:
+        return SavePolicy(
             prefix=self.filename_prefix,
             name=name_of(self.to_save),
             ext=self.ext,

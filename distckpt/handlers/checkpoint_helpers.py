@@ -35,12 +35,7 @@ class CheckpointHelpers:
             >>> CheckpointHelpers.setup_filename_pattern()
             '{filename_prefix}_{name}_{global_step}_{score_name}={score}.{ext}'
         """
-        return default_pattern(
-            with_prefix=with_prefix,
-            with_score=with_score,
-            with_score_name=with_score_name,
-            with_global_step=with_global_step,
-        )
+        return default_pattern(with_prefix, with_score, with_score_name, with_global_step)
 
     @staticmethod
     def get_default_score_fn(metric_name: str, score_sign: float = 1.0) -> Callable[[Engine], float]:

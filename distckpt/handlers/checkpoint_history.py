@@ -22,7 +22,7 @@ from distckpt.handlers.engine_events import get_tracked_handlers
 from distckpt.handlers.runs import Origin
 from distckpt.loading import api
 from distckpt.loading.api import LoadReport
-from distckpt.policy.decision import NameRules, filename_of
+from distckpt.policy.decision import SavePolicy
 from distckpt.policy.naming import format_score, printable
 from distckpt.policy.retention import Entry
 from distckpt.ptformat.records import Record
@@ -138,7 +138,7 @@ class CheckpointHistory(Serializable):
         filename: str
 
     @abstractmethod
-    def _rules(self) -> NameRules:
+    def _rules(self) -> SavePolicy:
         """Return how files are named."""
 
     def _naming(self) -> dict[str, Any]:
@@ -294,8 +294,6 @@ class CheckpointHistory(Serializable):
         score = filename_components.get("score")
         told = format_score(score) if isinstance(score, float) else str(score)
         has_score = self.score_function is not None or rules.pattern is not None
-        filename = filename_of(
-            rules, score=told if has_score else None, global_step=filename_components.get("global_step")
-        )
+        filename = rules.filename(score=told if has_score else None, global_step=filename_components.get("global_step"))
         path = self.save_handler.dirname / filename
         return api.load_objects(to_load, path, verify=verify, **(load_kwargs or {}))

@@ -39,7 +39,7 @@ from distckpt.handlers.rank_alone import RankAlone
 from distckpt.handlers.runs import adopt, present_run, propose, run_key, untrained_at
 from distckpt.handlers.save_handler import BaseSaveHandler, hand_over
 from distckpt.handlers.save_log import SaveLog
-from distckpt.policy.decision import Agreed, RemovalOrder, SaveDecision, SaveIntent
+from distckpt.policy.decision import AgreedSave, RemovalOrder, SaveDecision, SaveIntent
 from distckpt.policy.naming import check_name
 from distckpt.policy.retention import Entry
 from distckpt.ptformat.manifest import Manifest
@@ -125,13 +125,13 @@ class CheckpointSaving(CheckpointHistory):
         agreed = protocol.decide(
             backend,
             place("deciding what to save"),
-            lambda: dataclasses.replace(intend(), history=self._history(), strays=self._strays),
+            lambda: dataclasses.replace(intend(), history=self._history(), orphans=self._strays),
             timeout_s=self.timeout_s,
         )
         self._is_agreed = True
         self._adopt_run(engine, agreed)
         self._saved = [CheckpointHistory.Item(*entry) for entry in agreed.history]
-        self._strays = agreed.strays
+        self._strays = agreed.orphans
         self._directory = (self.save_handler, agreed.directory)
         self._warn_of_scores(agreed)
         decision = agreed.decision
@@ -143,7 +143,7 @@ class CheckpointSaving(CheckpointHistory):
         else:
             self._save_at_once(engine, backend, place, agreed, log)
 
-    def _adopt_run(self, engine: Engine, agreed: Agreed) -> None:
+    def _adopt_run(self, engine: Engine, agreed: AgreedSave) -> None:
         """All ranks. Take over the run that the save belongs to, and count the save."""
         if agreed.run is None:
             return
@@ -154,7 +154,7 @@ class CheckpointSaving(CheckpointHistory):
         self._former = frozenset(agreed.former) - saved
         if agreed.decision is not None:
             self._saved_iteration = outermost.state.iteration
-            known = {name for _, name in agreed.history} | set(agreed.strays)
+            known = {name for _, name in agreed.history} | set(agreed.orphans)
             self._saved_in = {name: run_id for name, run_id in self._saved_in.items() if name in known}
             self._saved_in[agreed.decision.filename] = str(agreed.run["id"])
 
@@ -254,7 +254,7 @@ class CheckpointSaving(CheckpointHistory):
         self._directory = (self.save_handler, agreed.directory)
         self._save_at_once(engine, alone, place, agreed, log)
 
-    def _save_at_once(self, engine: Engine, backend: Backend, place: PlaceOf, agreed: Agreed, log: SaveLog) -> None:
+    def _save_at_once(self, engine: Engine, backend: Backend, place: PlaceOf, agreed: AgreedSave, log: SaveLog) -> None:
         """Collective. Save, and return when it is durable."""
         handler, decision = self.save_handler, _made(agreed.decision)
         gathered: dict[int, Any] = {}
@@ -301,10 +301,10 @@ class CheckpointSaving(CheckpointHistory):
         self._tell(engine, agreed, problems)
 
     def _save_in_parts(
-        self, engine: Engine, backend: Backend, place: PlaceOf, agreed: Agreed, saver: DiskSaver, log: SaveLog
+        self, engine: Engine, backend: Backend, place: PlaceOf, agreed: AgreedSave, saver: DiskSaver, log: SaveLog
     ) -> None:
         """Collective. Save in the background, or with several ranks that write."""
-        group = saver.writer_group(backend, place, is_known=agreed.know_writers, timeout_s=self.timeout_s)
+        group = saver.writer_group(backend, place, is_known=agreed.knows_writers, timeout_s=self.timeout_s)
         decision = _made(agreed.decision)
         gathered: dict[int, Any] = {}
         is_removed_early = saver.writes_on_one_rank and agreed.removal == RemovalOrder.AFTER
@@ -366,7 +366,7 @@ class CheckpointSaving(CheckpointHistory):
         self._warn_of_difference(flight)
 
     def _take_over_what_is_there(
-        self, agreed: Agreed, flight: PendingSave, error: BaseException, *, is_removed: bool
+        self, agreed: AgreedSave, flight: PendingSave, error: BaseException, *, is_removed: bool
     ) -> None:
         """Take over what this rank has committed though the save ended with an error elsewhere; else note the failure.
 
@@ -387,7 +387,7 @@ class CheckpointSaving(CheckpointHistory):
                 f"{flight.agreed.coordinator} writes all of it.",
             )
 
-    def _note_failure(self, agreed: Agreed, error: BaseException) -> None:
+    def _note_failure(self, agreed: AgreedSave, error: BaseException) -> None:
         """Keep in mind what a save that failed may have left."""
         decision = _made(agreed.decision)
         is_overwritten = decision.filename in [name for _, name in agreed.history]
@@ -401,7 +401,7 @@ class CheckpointSaving(CheckpointHistory):
             # After an interrupt nobody knows whether the file was renamed into place; the next save removes it.
             self._strays = (*self._strays, decision.filename)
 
-    def _take_over(self, agreed: Agreed, *, took_s: float) -> None:
+    def _take_over(self, agreed: AgreedSave, *, took_s: float) -> None:
         decision = _made(agreed.decision)
         self._saved = [CheckpointHistory.Item(*entry) for entry in decision.kept]
         self._strays = decision.evicted
@@ -432,7 +432,7 @@ class CheckpointSaving(CheckpointHistory):
         is_known = is_own(handler, *methods) or is_own(handler, *methods, of=IgniteDiskSaver)
         return RemovalOrder.AFTER if is_known else RemovalOrder.AFTER_KEEPING
 
-    def _files_to_be_written(self, agreed: Agreed, decision: SaveDecision) -> WrittenFiles | None:
+    def _files_to_be_written(self, agreed: AgreedSave, decision: SaveDecision) -> WrittenFiles | None:
         """Return what finds out, on this rank, which files the save writes; None where nobody has to know."""
         handler = self.save_handler
         if agreed.removal != RemovalOrder.AFTER_KEEPING or not decision.evicted or not isinstance(handler, ON_DISK):
@@ -442,7 +442,7 @@ class CheckpointSaving(CheckpointHistory):
         )
 
     def _remove_after(
-        self, backend: Backend, place: PlaceOf, agreed: Agreed, written: WrittenFiles | None
+        self, backend: Backend, place: PlaceOf, agreed: AgreedSave, written: WrittenFiles | None
     ) -> list[str]:
         """Collective. Remove what was evicted, now that the new file is durable; return what to say.
 
@@ -506,7 +506,7 @@ class CheckpointSaving(CheckpointHistory):
         told = [one for one in removals if one.problem is not None]
         return [f"{one.problem}.{'' if one.gone else ' The next save tries again.'}" for one in told]
 
-    def _tell(self, engine: Engine, agreed: Agreed, problems: list[str]) -> None:
+    def _tell(self, engine: Engine, agreed: AgreedSave, problems: list[str]) -> None:
         register_checkpoint_events(engine)
         before = engine.last_event_name
         try:
@@ -518,7 +518,7 @@ class CheckpointSaving(CheckpointHistory):
             level = log_level(current().rank, {agreed.coordinator})
             _logger.log(level, "Checkpoint: while removing older checkpoints: %s", " ".join(problems))
 
-    def _log_saved(self, backend: Backend, agreed: Agreed, log: SaveLog) -> None:
+    def _log_saved(self, backend: Backend, agreed: AgreedSave, log: SaveLog) -> None:
         log.write(backend.rank, agreed, n_saved=self.n_saved, score_name=self.score_name, left=self._strays)
 
     def _log_refused(self, engine: Engine, score: float | None, history: Sequence[Entry]) -> None:
@@ -545,7 +545,7 @@ class CheckpointSaving(CheckpointHistory):
             stands = self._stands()
             _logger.log(here, "Checkpoint: iteration %d is not saved: %s. %s", engine.state.iteration, why, stands)
 
-    def _warn_of_scores(self, agreed: Agreed) -> None:
+    def _warn_of_scores(self, agreed: AgreedSave) -> None:
         if agreed.scores is not None:
             self._warn_once(
                 "differ",

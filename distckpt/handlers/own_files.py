@@ -12,7 +12,7 @@ from typing import Any
 from ignite.engine import Engine
 
 from distckpt.handlers.checkpoint_history import CheckpointHistory
-from distckpt.policy.decision import NameRules, filename_of
+from distckpt.policy.decision import SavePolicy
 from distckpt.policy.retention import Entry
 from distckpt.ptformat.records import Record
 
@@ -229,7 +229,7 @@ def _regexes_of_record(record: Record) -> list[re.Pattern[str]]:
     found = record.handler
     is_scored = bool(found.get("is_scored"))
     try:
-        rules = NameRules(
+        rules = SavePolicy(
             prefix=str(found["prefix"]),
             name=str(found["name"]),
             ext=str(found["ext"]),
@@ -244,15 +244,14 @@ def _regexes_of_record(record: Record) -> list[re.Pattern[str]]:
         return []
 
 
-def _regexes_of(rules: NameRules, objects_name: str, *, is_scored: bool) -> list[re.Pattern[str]]:
+def _regexes_of(rules: SavePolicy, objects_name: str, *, is_scored: bool) -> list[re.Pattern[str]]:
     """Return what matches the names of a handler's files, where it is not known whether these hold a step."""
     steps = [True, False] if is_scored else [True]
     return [_regex_of(rules, objects_name, is_scored=is_scored, has_step=has_step) for has_step in steps]
 
 
-def _regex_of(rules: NameRules, objects_name: str, *, is_scored: bool, has_step: bool) -> re.Pattern[str]:
-    name = filename_of(
-        replace(rules, name=objects_name),
+def _regex_of(rules: SavePolicy, objects_name: str, *, is_scored: bool, has_step: bool) -> re.Pattern[str]:
+    name = replace(rules, name=objects_name).filename(
         score=_SCORE if is_scored else None,
         global_step=_STEP if has_step else None,
     )

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from distckpt._messages import log_level
-from distckpt.policy.decision import Agreed, SaveDecision
+from distckpt.policy.decision import AgreedSave, SaveDecision
 
 __all__ = ["SaveLog"]
 
@@ -36,7 +36,7 @@ class SaveLog:
         return self._durable_s
 
     def write(
-        self, rank: int, agreed: Agreed, *, n_saved: int | None, score_name: str | None, left: Collection[str]
+        self, rank: int, agreed: AgreedSave, *, n_saved: int | None, score_name: str | None, left: Collection[str]
     ) -> None:
         """Log it.
 
@@ -68,7 +68,7 @@ def _size_of(path: str) -> str:
 
 
 def _replaced(
-    agreed: Agreed, decision: SaveDecision, removed: Sequence[str], *, n_saved: int | None, score_name: str | None
+    agreed: AgreedSave, decision: SaveDecision, removed: Sequence[str], *, n_saved: int | None, score_name: str | None
 ) -> list[str]:
     """Say of each older checkpoint that goes why it does."""
     what = "step" if agreed.score is None else score_name or "score"

@@ -1,43 +1,27 @@
-"""Step, score and pattern <-> the name of a checkpoint file.
-
-Owns what a checkpoint is called and which names may be used at all: pure functions over strings, which
-touch no file. Must not know about handlers, ranks or directories.
-"""
+"""The names of checkpoint files: pure functions over strings."""
 
 import os
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = [
-    "TEMP_PREFIX",
-    "TEMP_SUFFIX",
-    "basename",
-    "check_name",
-    "default_pattern",
-    "format_score",
-    "is_temp",
-    "printable",
-    "render",
-]
-
-# Temporary files are hidden and do not end in ".pt", so that a listing for checkpoints never shows one.
+# Temporary files are hidden and do not end in ".pt": no listing of checkpoints shows them.
 TEMP_PREFIX = ".distckpt-"
 TEMP_SUFFIX = ".tmp"
 
 
 def default_pattern(
-    *, with_prefix: bool = True, with_score: bool = True, with_score_name: bool = True, with_global_step: bool = True
+    with_prefix: bool = True, with_score: bool = True, with_score_name: bool = True, with_global_step: bool = True
 ) -> str:
-    """Return the pattern a checkpoint's name is made from when the user gives none.
+    """Return the file name pattern that a handler without ``filename_pattern`` uses.
 
     Args:
-        with_prefix: begin with ``{filename_prefix}_``.
-        with_score: carry ``{score}``.
-        with_score_name: carry ``{score_name}=`` before the score; needs `with_score`.
-        with_global_step: carry ``{global_step}``.
+        with_prefix: whether it begins with ``{filename_prefix}_``.
+        with_score: whether it has ``{score}``.
+        with_score_name: whether it has ``{score_name}=`` before the score.
+        with_global_step: whether it has ``{global_step}``.
 
     Raises:
-        ValueError: neither score nor global step is asked for, or a score's name without a score.
+        ValueError: it would have neither score nor global step, or a score's name without a score.
 
     Example:
         >>> default_pattern()
@@ -49,18 +33,17 @@ def default_pattern(
     if with_score_name and not with_score:
         msg = "If with_score_name is True, with_score should be also True"
         raise ValueError(msg)
-    parts = ["{name}"]
-    if with_prefix:
-        parts.insert(0, "{filename_prefix}")
-    if with_global_step:
-        parts.append("{global_step}")
-    if with_score:
-        parts.append("{score_name}={score}" if with_score_name else "{score}")
-    return "_".join(parts) + ".{ext}"
+    fields = (
+        (with_prefix, "{filename_prefix}"),
+        (True, "{name}"),
+        (with_global_step, "{global_step}"),
+        (with_score, "{score_name}={score}" if with_score_name else "{score}"),
+    )
+    return "_".join(field for is_in, field in fields if is_in) + ".{ext}"
 
 
 def format_score(score: float) -> str:
-    """Return a score as it stands in a file name: integral as it is, anything else with four decimals.
+    """Return a score as file names hold it: an int as it is, other numbers with four decimals.
 
     Example:
         >>> format_score(7), format_score(0.12345)
@@ -70,7 +53,7 @@ def format_score(score: float) -> str:
 
 
 def basename(prefix: str, name: str) -> str:
-    """Return the file name's constant part: the prefix, if any, and the name.
+    """Return the constant part of a handler's file names: the prefix, if any, and the name.
 
     Example:
         >>> basename("best", "model"), basename("", "model")
@@ -83,7 +66,11 @@ def render(pattern: str, fields: Mapping[str, Any]) -> str:
     """Fill `pattern` with `fields`.
 
     Raises:
-        KeyError: the pattern names a field that does not exist.
+        KeyError: the pattern names an unknown field.
+
+    Example:
+        >>> render("{name}_{global_step}.{ext}", {"name": "model", "global_step": 12, "ext": "pt"})
+        'model_12.pt'
     """
     try:
         return pattern.format(**fields)
@@ -94,12 +81,12 @@ def render(pattern: str, fields: Mapping[str, Any]) -> str:
 
 
 def is_temp(name: str) -> bool:
-    """Tell whether `name` is one of distckpt's own temporary files."""
+    """Return True if `name` is the name of a temporary file of distckpt."""
     return name.startswith(TEMP_PREFIX) and name.endswith(TEMP_SUFFIX)
 
 
 def printable(text: str) -> str:
-    r"""Escape what no encoding can write, such as half of a surrogate pair, so that a log or an error can be written.
+    r"""Escape lone surrogates, so that logs and errors can be encoded.
 
     Example:
         >>> printable("caf\udce9.pt")
@@ -112,13 +99,13 @@ def check_name(name: str, *, what: str = "filename") -> tuple[str, ...]:
     """Return the components of a file name that stays inside its directory.
 
     Args:
-        name: relative to the checkpoint directory; sub-folders are allowed.
+        name: the file name, relative to the checkpoint directory. Sub-folders are allowed.
         what: the argument's name, for the error.
 
     Raises:
-        TypeError: it is no string.
-        ValueError: it is empty, absolute, holds ``..`` or a NUL, cannot be encoded, or is the name of a
-            temporary file of ours.
+        TypeError: the name is no string.
+        ValueError: the name is empty, absolute, holds ``..`` or a NUL, cannot be encoded, or is reserved for
+            temporary files.
 
     Example:
         >>> check_name("fold0/best_3.pt")
@@ -127,14 +114,14 @@ def check_name(name: str, *, what: str = "filename") -> tuple[str, ...]:
     if not isinstance(name, str):
         msg = f"Argument {what} should be a string, but given {type(name)}"
         raise TypeError(msg)
-    problem = _problem_of(name)
+    problem = _find_problem(name)
     if problem is not None:
         msg = f"Argument {what} should name a file inside the checkpoint directory, but given {name!r}: {problem}"
         raise ValueError(msg)
     return tuple(part for part in name.split("/") if part not in ("", "."))
 
 
-def _problem_of(name: str) -> str | None:
+def _find_problem(name: str) -> str | None:
     parts = name.split("/")
     problems = (
         ("\0" in name, "it holds a NUL"),
@@ -143,9 +130,9 @@ def _problem_of(name: str) -> str | None:
         (".." in parts, "'..' would leave the directory"),
         (name == "", "it is empty"),
         (parts[-1] in ("", "."), "it names a directory"),
-        (is_temp(parts[-1]), f"{TEMP_PREFIX}*{TEMP_SUFFIX} is kept for temporary files"),
+        (is_temp(parts[-1]), f"{TEMP_PREFIX}*{TEMP_SUFFIX} is reserved for temporary files"),
     )
-    return next((problem for found, problem in problems if found), None)
+    return next((problem for is_so, problem in problems if is_so), None)
 
 
 def _can_be_encoded(name: str) -> bool:

@@ -1,23 +1,40 @@
-"""One score out of every rank's.
-
-Owns what a score is when the ranks do not have the same: pure arithmetic over the gathered list. Must not
-know what the score is for.
-"""
+"""Scores: the default score function, and the one score that counts when the ranks' scores differ."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from distckpt._values import is_nan
-
-__all__ = ["ScoreRule", "agreed_score", "check_rule"]
 
 ScoreRule = Literal["mean", "min", "max", "coordinator"]
 
 
+def get_default_score_fn(metric_name: str, score_sign: float = 1.0) -> Callable[[Any], float]:
+    """Return a score function that reads a metric of the engine that it is called with.
+
+    Args:
+        metric_name: the key in ``engine.state.metrics``.
+        score_sign: 1.0, or -1.0 for a metric of which smaller values are better.
+
+    Raises:
+        ValueError: `score_sign` is neither 1.0 nor -1.0.
+
+    Example:
+        >>> from ignite.engine import Engine
+        >>> engine = Engine(lambda engine, batch: None)
+        >>> engine.state.metrics["loss"] = 0.25
+        >>> get_default_score_fn("loss", -1.0)(engine)
+        -0.25
+    """
+    if score_sign not in (1.0, -1.0):
+        msg = "Argument score_sign should be 1 or -1"
+        raise ValueError(msg)
+    return lambda engine: score_sign * engine.state.metrics[metric_name]
+
+
 def check_rule(rule: str) -> ScoreRule:
-    """Return `rule` if it is one.
+    """Return `rule` if it is a :data:`ScoreRule`.
 
     Raises:
         ValueError: it is none.
@@ -30,14 +47,14 @@ def check_rule(rule: str) -> ScoreRule:
 
 
 def agreed_score(scores: Sequence[float], rule: ScoreRule, coordinator: int) -> tuple[int | float, bool]:
-    """Return the score that all ranks take, and whether they differed.
+    """Return the score that counts on all ranks, and whether the ranks' scores differ.
 
-    Equal scores are taken as they are: no averaging, hence no rounding and no change of type. NaN on some
-    ranks only counts as a difference, and makes mean, min and max NaN.
+    Equal scores are returned unchanged: without rounding, and with their type. NaN on some ranks only is a difference,
+    and makes mean, min and max NaN.
 
     Args:
-        scores: one a rank, in rank order.
-        rule: what to take when they differ.
+        scores: one per rank, in rank order.
+        rule: which score counts when they differ.
         coordinator: the rank whose score ``"coordinator"`` takes.
 
     Example:
@@ -60,8 +77,8 @@ def agreed_score(scores: Sequence[float], rule: ScoreRule, coordinator: int) -> 
 def _mean(scores: Sequence[float]) -> float:
     infinite = {score for score in scores if isinstance(score, float) and math.isinf(score)}
     if infinite:
-        return infinite.pop() if len(infinite) == 1 else math.nan  # those of both signs have no mean
-    exact = sum(map(Fraction, scores)) / len(scores)  # rounded once, and no sum that overflows
+        return infinite.pop() if len(infinite) == 1 else math.nan  # inf and -inf have no mean
+    exact = sum(map(Fraction, scores)) / len(scores)  # rounds once, and cannot overflow
     try:
         return float(exact)
     except OverflowError:

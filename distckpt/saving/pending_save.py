@@ -30,7 +30,7 @@ from typing import Any
 from distckpt.backends.base import Backend, default_timeout_s
 from distckpt.coordination import phases
 from distckpt.errors import CollectiveError, ReplicasDiffer, SaveError
-from distckpt.policy.decision import Agreed
+from distckpt.policy.decision import AgreedSave
 from distckpt.saving.protocol import WRITE_TIMEOUT_S, remove_local, with_context
 from distckpt.saving.rank_writer import Checked, RankWriter, Task
 from distckpt.saving.write_completions import WriteCompletions
@@ -71,7 +71,7 @@ class PendingSave:
         self,
         backend: Backend,
         place: Callable[[str], phases.Place],
-        agreed: Agreed,
+        agreed: AgreedSave,
         part: RankWriter,
         *,
         writers: Sequence[int],
@@ -249,7 +249,7 @@ class PendingSave:
 def start_save(
     backend: Backend,
     place: Callable[[str], phases.Place],
-    agreed: Agreed,
+    agreed: AgreedSave,
     *,
     consolidate: Callable[[], None] | None,
     capture: Callable[[], Any],

@@ -27,7 +27,7 @@ from typing import Any
 from distckpt.backends.base import Backend, default_timeout_s
 from distckpt.coordination import phases
 from distckpt.errors import CommitNotDurable, SaveError, save_error
-from distckpt.policy.decision import Agreed, NameRules, SaveIntent, decide_from
+from distckpt.policy.decision import AgreedSave, SaveIntent, SavePolicy, decide_from
 from distckpt.policy.naming import printable
 from distckpt.policy.retention import Entry
 
@@ -68,7 +68,7 @@ class StillNeeded(Exception):  # noqa: N818 - it is no error, but an answer
 
 def decide(
     backend: Backend, place: phases.Place, intend: Callable[[], SaveIntent], *, timeout_s: float | None
-) -> Agreed:
+) -> AgreedSave:
     """Collective. Steps 1 and 2 of the protocol.
 
     Raises:
@@ -87,15 +87,15 @@ def decide(
 
 def _intent(fields: Mapping[str, Any]) -> SaveIntent:
     values = dict(fields)
-    rules = NameRules(**values.pop("rules"))
+    policy = SavePolicy(**values.pop("policy"))
     history = tuple((priority, name) for priority, name in values.pop("history"))
-    return SaveIntent(rules=rules, history=history, **values)
+    return SaveIntent(policy=policy, history=history, **values)
 
 
 def commit(
     backend: Backend,
     place: Callable[[str], phases.Place],
-    agreed: Agreed,
+    agreed: AgreedSave,
     *,
     consolidate: Callable[[], None],
     capture: Callable[[], Any],

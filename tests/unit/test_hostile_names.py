@@ -246,7 +246,7 @@ def test_the_same_comparison_finds_out_a_removal_outside(name: str) -> None:
         ("\ud800.pt", "cannot be encoded"),
         ("", "it is empty"),
         ("folder/", "it names a directory"),
-        (".distckpt-1-1-1.tmp", "kept for temporary files"),
+        (".distckpt-1-1-1.tmp", "reserved for temporary files"),
         ("secret.pt", "a symlink"),
         ("outside/a.pt", "a symlink"),
         ("folder/outside/a.pt", "a symlink"),

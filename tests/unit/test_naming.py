@@ -169,8 +169,8 @@ def test_name_inside_the_directory_is_taken_apart(name: str, parts: tuple[str, .
         ("a\0.pt", "it holds a NUL"),
         ("/../\0", "it holds a NUL"),
         ("\ud800.pt", "cannot be encoded"),
-        (f"{TEMP_PREFIX}x{TEMP_SUFFIX}", "kept for temporary files"),
-        (f"sub/{TEMP_PREFIX}x{TEMP_SUFFIX}", "kept for temporary files"),
+        (f"{TEMP_PREFIX}x{TEMP_SUFFIX}", "reserved for temporary files"),
+        (f"sub/{TEMP_PREFIX}x{TEMP_SUFFIX}", "reserved for temporary files"),
     ],
 )
 def test_other_names_are_refused_with_the_reason(name: str, problem: str) -> None:
