@@ -33,7 +33,7 @@ from distckpt.saving.rank_writer import RankWriter
 from distckpt.saving.snapshot import WHOLE, WriteRange, write_file
 from distckpt.saving.staging import HostMemory, thread_memory
 from distckpt.saving.writer_group import WriterCache
-from distckpt.storage.local import Directory, make_directory
+from distckpt.storage.local import LocalFile, LocalStorage, make_directory
 from distckpt.storage.written_files import identity_of
 
 __all__ = ["DiskSaver", "ShareWrite", "WhenBusy", "is_own"]
@@ -167,6 +167,11 @@ class DiskSaver(BaseSaveHandler):
         refuse_overrides(cls, _INSTEAD)
 
     @property
+    def storage(self) -> LocalStorage:
+        """The directory, as the engine writes to it."""
+        return LocalStorage(self.dirname, atomic=self._atomic)
+
+    @property
     def writes_on_one_rank(self) -> bool:
         """Whether ``save_on_rank`` alone writes."""
         return current().name != "xla" or (
@@ -278,30 +283,30 @@ class DiskSaver(BaseSaveHandler):
         del rank
         path = Path(path)
         is_inside = path.is_relative_to(self.dirname)
-        directory = Directory(self.dirname if is_inside else path.parent)
-        name = str(path.relative_to(directory.path))
+        storage = LocalStorage(self.dirname if is_inside else path.parent, atomic=self._atomic)
+        name = str(path.relative_to(storage.directory))
         if func is torch.save:
             live = current()
             write_file(
-                directory,
+                storage,
                 name,
                 checkpoint,
                 memory=self._staging_memory(),
                 manifest=self._manifest or about(live),
                 options=self._options(),
-                atomic=self._atomic,
                 num_threads=get_num_threads(live.world_size),
                 on_refused=functools.partial(self._on_refused, name, self._key),
             )
             return
         if self._atomic:
-            with directory.create(name) as new:
+            with storage.create(name) as new:
                 with os.fdopen(os.dup(new.fd), "w+b") as file:
                     func(checkpoint, file, **self.kwargs)
-                new.commit(os.fstat(new.fd).st_size)
+                new.commit(new.num_bytes)
         else:
             func(checkpoint, path, **self.kwargs)
-        names = what_loading_refuses(path)
+        with LocalFile(path) as written:
+            names = what_loading_refuses(written)
         if names:
             self._on_refused(name, self._key, paths_of_refused(checkpoint, names))
 
@@ -324,7 +329,7 @@ class DiskSaver(BaseSaveHandler):
 
     def knows_writers(self, backend: Backend) -> bool:
         """Tell whether this rank knows who writes. Rank-local."""
-        return not self._shares or self._sharers.of(backend, self.dirname, self.save_on_rank) is not None
+        return not self._shares or self._sharers.of(backend, self.storage, self.save_on_rank) is not None
 
     def writer_group(
         self, backend: Backend, place: Callable[[str], Place], *, is_known: bool, timeout_s: float | None
@@ -336,12 +341,12 @@ class DiskSaver(BaseSaveHandler):
                 self._sharers.find(
                     backend,
                     place,
-                    self.dirname,
+                    self.storage,
                     coordinator=self.save_on_rank,
                     is_node_enough=self.share_write == "node",
                     timeout_s=timeout_s,
                 )
-            ranks = self._sharers.of(backend, self.dirname, self.save_on_rank) or ()
+            ranks = self._sharers.of(backend, self.storage, self.save_on_rank) or ()
             writers = (*(rank for rank in ranks if rank != self.save_on_rank), self.save_on_rank)  # its share: the last
         return WriterGroup(writers=writers, check_replicas=self.check_replicas)
 
@@ -369,14 +374,13 @@ class DiskSaver(BaseSaveHandler):
         elif self._writes_on(backend):
             write_range = WHOLE
         return RankWriter(
-            Directory(self.dirname),
+            self.storage,
             filename,
             manifest=manifest,
             memory=self._staging_memory(),
             write_range=write_range,
             is_coordinator=self._writes_on(backend),
             in_background=self.background,
-            atomic=self._atomic,
             protocol=options.get("pickle_protocol", 2),
             num_threads=get_num_threads(backend.world_size),
             deferred_devices=self._deferred_devices if self.overlap_copy else (),
@@ -415,7 +419,7 @@ class DiskSaver(BaseSaveHandler):
 
     def remover(self) -> Callable[[str], None]:
         """Return what removes a file on the rank that calls it, on any thread: there nobody need ask who it is."""
-        return Directory(self.dirname).remove
+        return self.storage.remove
 
     @contextlib.contextmanager
     def keeping(self, files: frozenset[tuple[int, int]]) -> Iterator[None]:
@@ -439,7 +443,7 @@ class DiskSaver(BaseSaveHandler):
         """
         check_name(filename)
         if self._writes_on(current()) and identity_of(self.dirname / filename) not in self._kept:
-            Directory(self.dirname).remove(filename)
+            self.storage.remove(filename)
 
 
 def is_own(handler: object, *methods: str, of: type = DiskSaver) -> bool:

@@ -71,7 +71,7 @@ def _prepared_and_verified(
     so that ranks that load at once read different bytes from storage, and find the others' in the page cache.
     """
     prepared = None
-    with file.read_in_turns(_fraction_of(current().local_rank)) as ahead:
+    with file.readahead_staggered(_fraction_of(current().local_rank)) as ahead:
         try:
             if file.look():
                 prepared = prepare(to_load, file.state(), options, file)

@@ -118,7 +118,7 @@ class Candidate:
 
     def _check(self, share: tuple[int, int] | None) -> list[list[int]]:
         ranges = [] if share is None else self.file.share(*share)
-        with self.file.read_ahead(ranges) as ahead:
+        with self.file.readahead(ranges) as ahead:
             self.file.look()
             return [list(one) for one in self.file.check(ranges, ahead)]
 

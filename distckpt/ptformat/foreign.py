@@ -3,10 +3,10 @@
 Owns the signs of other formats. Must not know how checkpoints are read.
 """
 
-import os
 import struct
 
 from distckpt.ptformat.verify import Archive, record_bytes
+from distckpt.storage.base import Readable
 
 __all__ = ["format_of"]
 
@@ -21,20 +21,20 @@ _SIGNS = (
 _BEGIN_BYTES = 512
 
 
-def format_of(fd: int, archive: Archive | None) -> str | None:
+def format_of(file: Readable, archive: Archive | None) -> str | None:
     """Return what a file is instead of a checkpoint that can be read, and what to do; None where that is not known.
 
     Args:
-        fd: open for reading.
+        file: open for reading.
         archive: what its directory says, if it is a zip archive.
 
     Raises:
         OSError: it cannot be read.
     """
-    return _format_of_begin(fd) if archive is None else _format_of_archive(fd, archive)
+    return _format_of_begin(file) if archive is None else _format_of_archive(file, archive)
 
 
-def _format_of_archive(fd: int, archive: Archive) -> str | None:
+def _format_of_archive(file: Readable, archive: Archive) -> str | None:
     names = [slot.name.rpartition("/")[2] for slot in archive.slots]
     if "constants.pkl" in names:
         return "a TorchScript program: torch.jit.load reads it, and what that executes is the file's own code"
@@ -43,7 +43,7 @@ def _format_of_archive(fd: int, archive: Archive) -> str | None:
     if "data.pkl" in names:
         number = names.index("data.pkl")
         try:
-            begin = record_bytes(fd, archive.slots[number], archive.inflated.get(number))[:2]
+            begin = record_bytes(file, archive.slots[number], archive.inflated.get(number))[:2]
         except ValueError:
             return None
         if len(begin) > 1 and begin[0] == _PROTO and begin[1] > _NEWEST_PROTOCOL:
@@ -54,13 +54,13 @@ def _format_of_archive(fd: int, archive: Archive) -> str | None:
     return None
 
 
-def _format_of_begin(fd: int) -> str | None:
-    begin = os.pread(fd, _BEGIN_BYTES, 0)
+def _format_of_begin(file: Readable) -> str | None:
+    begin = file.read(0, _BEGIN_BYTES)
     for at, sign, told in _SIGNS:
         if begin[at : at + len(sign)] == sign:
             return told
     if len(begin) > _LENGTH.size and begin[_LENGTH.size] == ord("{"):  # the length of JSON, then JSON
         (length,) = _LENGTH.unpack_from(begin)
-        if length + _LENGTH.size <= os.fstat(fd).st_size and os.pread(fd, length, _LENGTH.size).rstrip()[-1:] == b"}":
+        if length + _LENGTH.size <= file.num_bytes and file.read(_LENGTH.size, length).rstrip()[-1:] == b"}":
             return "a safetensors file: safetensors.torch.load_file reads it"
     return None

@@ -37,7 +37,7 @@ from distckpt.ptformat.layout import (
     local_header,
     place,
 )
-from distckpt.storage.direct_io import BLOCK_BYTES
+from distckpt.storage.base import BLOCK_BYTES
 
 __all__ = ["CHUNK_BYTES", "ImagePlan", "Part", "Piece", "crcs_of", "plan_image", "tail_of"]
 

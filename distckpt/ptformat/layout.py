@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from distckpt.ptformat.manifest import SCHEMA
-from distckpt.storage.direct_io import BLOCK_BYTES
+from distckpt.storage.base import BLOCK_BYTES
 
 __all__ = [
     "FOLDER",

@@ -25,6 +25,7 @@ from distckpt.ptformat.gc_pause import collector_paused
 from distckpt.ptformat.layout import FOLDER, Slot
 from distckpt.ptformat.numpy_arrays import NAMES, is_left_to_us, numpy_allowed
 from distckpt.ptformat.verify import Archive, record_bytes
+from distckpt.storage.base import Readable
 
 __all__ = ["Hollow", "NotPlain", "read_hollow"]
 
@@ -72,27 +73,27 @@ class Hollow:
 
 
 @collector_paused()
-def read_hollow(archive: Archive, fd: int) -> Hollow:
+def read_hollow(archive: Archive, file: Readable) -> Hollow:
     """Read the pickle of a file, and nothing of its tensors. Any thread.
 
     Args:
         archive: what the file's directory says.
-        fd: open for reading.
+        file: open for reading.
 
     Raises:
         NotPlain: the file is to be read in torch's own way; or it is damaged, and that way will say how.
         OSError: it cannot be read.
     """
     try:
-        records = _records(archive, fd)
-        return _unpickled(record_bytes(fd, records[_PICKLE]), records)
+        records = _records(archive, file)
+        return _unpickled(record_bytes(file, records[_PICKLE]), records)
     except (NotPlain, OSError, MemoryError):
         raise
     except Exception as error:
         raise NotPlain(str(error)) from error
 
 
-def _records(archive: Archive, fd: int) -> dict[str, Slot]:
+def _records(archive: Archive, file: Readable) -> dict[str, Slot]:
     """Return the records by their names in the folder that all of them are in.
 
     Raises:
@@ -105,8 +106,8 @@ def _records(archive: Archive, fd: int) -> dict[str, Slot]:
     if len(folders) != 1 or len(set(names)) != len(names) or "constants.pkl" in names:
         raise NotPlain
     records = dict(zip(names, archive.slots, strict=True))
-    order = record_bytes(fd, records[_BYTEORDER]) if _BYTEORDER in records else sys.byteorder.encode()
-    if record_bytes(fd, records[_VERSION]) not in _VERSIONS or order != sys.byteorder.encode():
+    order = record_bytes(file, records[_BYTEORDER]) if _BYTEORDER in records else sys.byteorder.encode()
+    if record_bytes(file, records[_VERSION]) not in _VERSIONS or order != sys.byteorder.encode():
         raise NotPlain
     return records
 

@@ -11,11 +11,10 @@ read would end the process.
 import ctypes
 import itertools
 import operator
-import os
 import threading
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -23,13 +22,13 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from distckpt._checksum import crc32
 from distckpt.errors import CorruptCheckpointError, UnsupportedCheckpoint
 from distckpt.ptformat.foreign import format_of
 from distckpt.ptformat.gc_pause import collector_paused
 from distckpt.ptformat.layout import Slot
 from distckpt.ptformat.lazy_state import Hollow, NotPlain, read_hollow
 from distckpt.ptformat.manifest import SCHEMA, Head
-from distckpt.ptformat.readahead import ReadAhead, in_turns
 from distckpt.ptformat.record_heads import head_of
 from distckpt.ptformat.torch_reader import load_by_torch
 from distckpt.ptformat.verify import (
@@ -44,6 +43,9 @@ from distckpt.ptformat.verify import (
     read_archive,
     shares_of,
 )
+from distckpt.storage.base import StoredFile, SupportsReadInto
+from distckpt.storage.local import LocalFile
+from distckpt.storage.readahead import staggered_ranges
 
 __all__ = ["OpenCheckpoint"]
 
@@ -106,11 +108,11 @@ class OpenCheckpoint:
     """A checkpoint's file, open for reading; a context.
 
     Args:
-        path: of a file that ``torch.save`` or distckpt wrote.
+        file: the path of a file that ``torch.save`` or distckpt wrote, or such a file, open for reading.
         num_threads: how many read into memory, at most.
 
     Attributes:
-        path: see above.
+        path: of the file.
         num_bytes: its length when it was opened.
 
     Raises:
@@ -119,28 +121,27 @@ class OpenCheckpoint:
         UnsupportedCheckpoint: it is of a newer schema, or an archive that is encrypted or compressed in a rare way.
     """
 
-    def __init__(self, path: Path, *, num_threads: int = 1) -> None:
-        self.path = path
+    def __init__(self, file: Path | StoredFile, *, num_threads: int = 1) -> None:
+        self._file: StoredFile = LocalFile(file) if isinstance(file, Path) else file
+        self.path = self._file.path
         self._num_threads = num_threads
-        self._file = path.open("rb")  # a missing or forbidden file is the operating system's own error
         self._archive: Archive | None = None
         self._fault: str | None = None
         self._unread = _Unread()
         try:
-            self.num_bytes = os.fstat(self._file.fileno()).st_size
+            self.num_bytes = self._file.num_bytes
             self._open()
         except BaseException:
             self._file.close()
             raise
 
     def _open(self) -> None:
-        fd = self._file.fileno()
-        if not os.pread(fd, 1, 0):
+        if not self._file.read(0, 1):
             msg = f"{self.path} is no checkpoint: it is empty"
             raise CorruptCheckpointError(msg)
-        if begins_as_archive(fd):  # else the older format, or no checkpoint at all: who reads it will say so
+        if begins_as_archive(self._file):  # else the older format, or no checkpoint at all: who reads it will say so
             try:
-                self._archive = read_archive(fd)
+                self._archive = read_archive(self._file)
             except NotAnArchive as error:
                 self._fault = str(error)
             except NewerSchema as error:
@@ -168,7 +169,7 @@ class OpenCheckpoint:
         begin = max(0, self.num_bytes - _TAIL_BYTES)
         if self._archive is not None:
             begin = min(begin, self._archive.directory_at)
-        return [self.num_bytes, zlib.crc32(os.pread(self._file.fileno(), self.num_bytes - begin, begin))]
+        return [self.num_bytes, crc32(self._file.read(begin, self.num_bytes - begin))]
 
     def head(self) -> Head | None:
         """Return the head of the manifest; None where there is none that can be read.
@@ -176,7 +177,7 @@ class OpenCheckpoint:
         Raises:
             OSError: it cannot be read.
         """
-        return head_of(self._file.fileno())
+        return head_of(self._file)
 
     def has_damaged_head(self) -> bool:
         """Return True if the archive's directory, or its manifest, is not as distckpt wrote it. Reads nothing else.
@@ -190,26 +191,25 @@ class OpenCheckpoint:
 
     def inode(self) -> list[int]:
         """Return what tells a file of this machine from all others."""
-        found = os.fstat(self._file.fileno())
-        return [found.st_dev, found.st_ino]
+        return list(self._file.identity())
 
     def share(self, number: int, num_shares: int) -> Ranges:
         """Return what one of several ranks is to check, if each checks as much."""
         return [] if self._archive is None else [shares_of(self._archive, num_shares)[number]]
 
-    def read_ahead(self, ranges: Ranges) -> ReadAhead:
+    def readahead(self, ranges: Ranges) -> AbstractContextManager[SupportsReadInto]:
         """Return a context in whose body ranges of the file are read ahead."""
-        return ReadAhead(self._file.fileno(), ranges)
+        return self._file.readahead(ranges)
 
-    def read_in_turns(self, part: float) -> ReadAhead:
+    def readahead_staggered(self, fraction: float) -> AbstractContextManager[SupportsReadInto]:
         """Return a context in whose body all of the file is read ahead, by all processes of a machine that do so.
 
         Args:
-            part: between 0 and 1, another one for each of them.
+            fraction: between 0 and 1, another one for each of them.
         """
-        return self.read_ahead([] if self._archive is None else in_turns(self.num_bytes, part))
+        return self.readahead([] if self._archive is None else staggered_ranges(self.num_bytes, fraction))
 
-    def check(self, ranges: Ranges, ahead: ReadAhead | None = None) -> list[Checked]:
+    def check(self, ranges: Ranges, source: SupportsReadInto | None = None) -> list[Checked]:
         """Read ranges of the file, and check them. Any thread.
 
         Raises:
@@ -217,8 +217,7 @@ class OpenCheckpoint:
         """
         if self._archive is None:
             return []
-        fd, read = self._file.fileno(), None if ahead is None else ahead.read
-        return [one for begin, end in ranges for one in check_range(fd, self._archive, begin, end, read)]
+        return [one for begin, end in ranges for one in check_range(self._file, self._archive, begin, end, source)]
 
     def faults(self, checked: Iterable[Sequence[Checked]]) -> list[str]:
         """Say what is wrong with the file, from what :meth:`check` found in all shares, in their order."""
@@ -226,17 +225,18 @@ class OpenCheckpoint:
             return [] if self._fault is None else [self._fault]
         return find_faults(self._archive, checked)
 
-    def verify(self, ahead: ReadAhead | None = None) -> None:
+    def verify(self, source: SupportsReadInto | None = None) -> None:
         """Compare all of the file with its own checksums. Any thread. Files that are no archives pass.
 
         Args:
-            ahead: what reads it ahead.
+            source: what to read it through, as :meth:`readahead` yields it; None to fetch it as it is read.
 
         Raises:
             OSError: it cannot be read.
             CorruptCheckpointError: it is not as it was written.
         """
-        self.refuse(self.faults([self.check([(0, self.num_bytes)], ahead)]))
+        with self.readahead([]) if source is None else nullcontext(source) as chosen:
+            self.refuse(self.faults([self.check([(0, self.num_bytes)], chosen)]))
 
     def refuse(self, faults: Sequence[str]) -> None:
         """Raise an error that tells of faults, if there are any.
@@ -260,7 +260,7 @@ class OpenCheckpoint:
         """
         if not self._unread.is_known and self._archive is not None:
             try:
-                self._unread.add(read_hollow(self._archive, self._file.fileno()))
+                self._unread.add(read_hollow(self._archive, self._file))
             except NotPlain:
                 return False
         return self._unread.is_known
@@ -278,12 +278,12 @@ class OpenCheckpoint:
         """
         if self.look() and self._archive is not None:
             if not self._unread.trees:  # it was handed out before
-                self._unread.add(read_hollow(self._archive, self._file.fileno()))
+                self._unread.add(read_hollow(self._archive, self._file))
             return self._unread.trees.pop()
         try:
-            return load_by_torch(self._file, self.path)
+            return load_by_torch(self._file.stream(), self.path)
         except CorruptCheckpointError as error:
-            what = None if self._fault is not None else format_of(self._file.fileno(), self._archive)
+            what = None if self._fault is not None else format_of(self._file, self._archive)
             if what is None:
                 raise
             msg = f"{self.path} cannot be read: it is {what}."
@@ -365,9 +365,9 @@ class OpenCheckpoint:
                 ctypes.memmove(address, source + at - begin, num_bytes)
 
     def _read_one(self, part: Part) -> None:
-        memory, done = memoryview((ctypes.c_char * part.num_bytes).from_address(part.address)), 0
+        memory, done = memoryview((ctypes.c_char * part.num_bytes).from_address(part.address)).cast("B"), 0
         while done < part.num_bytes:
-            num_bytes = os.preadv(self._file.fileno(), [memory[done:]], part.at + done)
+            num_bytes = self._file.read_into(memory[done:], part.at + done)
             if num_bytes == 0:
                 msg = f"{self.path} is truncated: it became shorter while it was read"
                 raise CorruptCheckpointError(msg)

@@ -18,7 +18,8 @@ from distckpt.ptformat.loadable import names_refused
 from distckpt.ptformat.pickler import naming_what_is_sharded
 from distckpt.ptformat.reader import OpenCheckpoint
 from distckpt.ptformat.sharded import needs_a_look, whole
-from distckpt.storage.buffered_writer import Sink
+from distckpt.storage.base import StoredFile
+from distckpt.storage.direct_io import BufferedWriter
 
 __all__ = ["check_save_options", "is_loadable", "is_ordinary", "read_pt", "verify", "what_loading_refuses", "write_pt"]
 
@@ -50,7 +51,7 @@ def is_ordinary(options: Mapping[str, Any]) -> bool:
     )
 
 
-def write_pt(state: Any, sink: Sink, options: Mapping[str, Any]) -> None:
+def write_pt(state: Any, sink: BufferedWriter, options: Mapping[str, Any]) -> None:
     """Serialise `state` into `sink`; the caller flushes it.
 
     Args:
@@ -109,11 +110,11 @@ def verify(path: Path) -> None:
         file.verify()
 
 
-def read_pt(path: Path, *, verified: bool = True) -> Any:
+def read_pt(file: Path | StoredFile, *, verified: bool = True) -> Any:
     """Read a checkpoint onto the CPU. Never executes code: there is no fallback to an unsafe way.
 
     Args:
-        path: of a file that ``torch.save`` or distckpt wrote.
+        file: the path of a file that ``torch.save`` or distckpt wrote, or such a file, which is closed.
         verified: compare it with its checksums first.
 
     Raises:
@@ -121,27 +122,27 @@ def read_pt(path: Path, *, verified: bool = True) -> Any:
         UnsafeCheckpoint: it holds objects that only execution could restore.
         CorruptCheckpointError: it is no checkpoint, is truncated or damaged.
     """
-    with OpenCheckpoint(path) as file:
+    with OpenCheckpoint(file) as opened:
         if verified:
-            file.verify()
-        state = file.state()
-        file.fill()
+            opened.verify()
+        state = opened.state()
+        opened.fill()
         return state
 
 
-def what_loading_refuses(path: Path) -> list[str]:
+def what_loading_refuses(file: StoredFile) -> list[str]:
     """Return the names of what keeps a checkpoint from being loaded without executing code.
 
     Args:
-        path: of a file that was written whole; of the pickle inside, only the names are looked at.
+        file: written whole; of the pickle inside, only the names are looked at.
     """
     try:
-        return names_refused(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        return names_refused(torch.serialization.get_unsafe_globals_in_checkpoint(file.stream()))
     except pickle.UnpicklingError as error:  # a newer pickle protocol
         return str(error).splitlines()[:1]
     except Exception:  # noqa: BLE001 - it reads the usual format alone
         try:
-            read_pt(path, verified=False)
+            read_pt(file, verified=False)
         except UnsafeCheckpoint as error:
             return re.findall(r"GLOBAL (\S+)", str(error)) or [str(error)]
         except (OSError, LoadError):  # another fault, which is told where it is loaded

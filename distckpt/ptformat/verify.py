@@ -13,7 +13,6 @@ The schema is read first, from ``distckpt.json``: nothing is taken for granted o
 import bisect
 import itertools
 import operator
-import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,6 +37,7 @@ from distckpt.ptformat.layout import (
     read_local_header,
 )
 from distckpt.ptformat.manifest import SCHEMA, Head, read_head
+from distckpt.storage.base import Readable, SupportsReadInto
 
 __all__ = [
     "Archive",
@@ -99,21 +99,21 @@ class Archive:
     inflated: dict[int, int]
 
 
-def begins_as_archive(fd: int) -> bool:
+def begins_as_archive(file: Readable) -> bool:
     """Tell whether a file begins as a zip archive does.
 
     Raises:
         OSError: it cannot be read.
     """
-    return os.pread(fd, len(MAGIC), 0) == MAGIC
+    return file.read(0, len(MAGIC)) == MAGIC
 
 
 @collector_paused()
-def read_archive(fd: int) -> Archive:
+def read_archive(file: Readable) -> Archive:
     """Read a file's directory.
 
     Args:
-        fd: open for reading.
+        file: open for reading.
 
     Raises:
         NotAnArchive: it is none, or is damaged.
@@ -121,15 +121,11 @@ def read_archive(fd: int) -> Archive:
         UnsupportedArchive: it is sound, and records are encrypted, or compressed in a rare way.
         OSError: it cannot be read.
     """
-    num_bytes = os.fstat(fd).st_size
-
-    def read(at: int, length: int) -> bytes:
-        return os.pread(fd, length, at)
-
+    num_bytes, read = file.num_bytes, file.read
     try:
         found = read_directory(read, num_bytes)
         records = sorted(found.records, key=_header_of)
-        schema = _schema_of(fd, read, records)
+        schema = _schema_of(file, records)
         slots = _own_slots(records, schema) if _is_own(read, found, records) else None
         is_own = slots is not None
         if slots is None:
@@ -147,25 +143,21 @@ def read_archive(fd: int) -> Archive:
     )
 
 
-def read_manifest(fd: int) -> bytes:
+def read_manifest(file: Readable) -> bytes:
     """Return the manifest, wherever in the archive it stands.
 
     Args:
-        fd: open for reading.
+        file: open for reading.
 
     Raises:
         ValueError: there is none, or it or the archive's directory is damaged.
         UnsupportedArchive: it is encrypted, or compressed in a rare way.
         OSError: it cannot be read.
     """
-
-    def read(at: int, length: int) -> bytes:
-        return os.pread(fd, length, at)
-
-    for record in reversed(read_directory(read, os.fstat(fd).st_size).records):
+    for record in reversed(read_directory(file.read, file.num_bytes).records):
         if record.name.partition("/")[2] == MANIFEST:
-            slot = read_local_header(read, record)
-            content = record_bytes(fd, slot, record.num_bytes if record.is_deflated else None)
+            slot = read_local_header(file.read, record)
+            content = record_bytes(file, slot, record.num_bytes if record.is_deflated else None)
             if crc32(content) == record.crc:
                 return content
             msg = "its manifest is not as it was written"
@@ -177,7 +169,7 @@ def read_manifest(fd: int) -> bytes:
 _header_of = operator.attrgetter("header")
 
 
-def _schema_of(fd: int, read: Callable[[int, int], bytes], records: Sequence[Listed]) -> int:
+def _schema_of(file: Readable, records: Sequence[Listed]) -> int:
     """Return by which schema's rules a file is read; the newest where it does not say, and its check will.
 
     Raises:
@@ -188,7 +180,7 @@ def _schema_of(fd: int, read: Callable[[int, int], bytes], records: Sequence[Lis
             continue
         try:
             content = record_bytes(
-                fd, read_local_header(read, record), record.num_bytes if record.is_deflated else None
+                file, read_local_header(file.read, record), record.num_bytes if record.is_deflated else None
             )
             head = read_head(content)
         except (ValueError, UnsupportedArchive):
@@ -201,11 +193,11 @@ def _schema_of(fd: int, read: Callable[[int, int], bytes], records: Sequence[Lis
     return SCHEMA
 
 
-def record_bytes(fd: int, slot: Slot, inflated: int | None = None) -> bytes:
+def record_bytes(file: Readable, slot: Slot, inflated: int | None = None) -> bytes:
     """Read all of a record.
 
     Args:
-        fd: open for reading.
+        file: open for reading.
         slot: where it stands.
         inflated: what it inflates to, in bytes; None where it is stored as it is.
 
@@ -215,7 +207,7 @@ def record_bytes(fd: int, slot: Slot, inflated: int | None = None) -> bytes:
     """
     content = b""
     while len(content) < slot.num_bytes:
-        part = os.pread(fd, slot.num_bytes - len(content), slot.offset + len(content))
+        part = file.read(slot.offset + len(content), slot.num_bytes - len(content))
         if not part:
             msg = f"record {slot.name!a} is cut short"
             raise ValueError(msg)
@@ -279,17 +271,16 @@ def shares_of(archive: Archive, num_ranks: int) -> list[tuple[int, int]]:
 
 @collector_paused()
 def check_range(
-    fd: int, archive: Archive, begin: int, end: int, read: Callable[[memoryview, int], int] | None = None
+    file: Readable, archive: Archive, begin: int, end: int, source: SupportsReadInto | None = None
 ) -> list[Checked]:
     """Read a share of a file, once and in order, and check it. Any thread.
 
     Args:
-        fd: open for reading.
+        file: open for reading.
         archive: what its directory says.
         begin: where the share begins.
         end: where it ends.
-        read: called with memory and the place of the bytes that it is for, if somebody reads ahead; returns how many
-            it has read.
+        source: what to read the range through; None for `file`.
 
     Returns:
         For the records that have bytes in it what their CRC-32 is; and one entry of number -1 for each place around
@@ -300,11 +291,11 @@ def check_range(
     """
     found: list[Checked] = []
     if not archive.is_own:
-        found += _check_deflated(fd, archive, begin, end)
+        found += _check_deflated(file, archive, begin, end)
     crc, num_bytes = 0, 0
     regions = _regions(archive, begin, end)
     number, at, until, expected = next(regions, (-1, end, end, None))
-    for offset, chunk in _chunks(fd, begin, end, read):
+    for offset, chunk in _chunks(source or file, begin, end):
         done, length = 0, len(chunk)
         while done < length:
             last = until - offset
@@ -323,13 +314,13 @@ def check_range(
     return found
 
 
-def _check_deflated(fd: int, archive: Archive, begin: int, end: int) -> Iterator[Checked]:
+def _check_deflated(file: Readable, archive: Archive, begin: int, end: int) -> Iterator[Checked]:
     """Check the deflated records that begin in a range, all of each: a part of one cannot be inflated."""
     for number, inflated in archive.inflated.items():
         slot = archive.slots[number]
         if begin <= slot.offset < end:
             try:
-                data = record_bytes(fd, slot, inflated)
+                data = record_bytes(file, slot, inflated)
             except ValueError:
                 yield number, 0, -1
             else:
@@ -371,18 +362,12 @@ def _all_regions(archive: Archive, first: int) -> Iterator[tuple[int, int, int, 
     yield -1, at, archive.num_bytes, ending
 
 
-def _chunks(
-    fd: int, begin: int, end: int, read: Callable[[memoryview, int], int] | None
-) -> Iterator[tuple[int, memoryview]]:
+def _chunks(source: SupportsReadInto, begin: int, end: int) -> Iterator[tuple[int, memoryview]]:
     view = memoryview(bytearray(min(_READ_BYTES, max(end - begin, 1))))
-    if read is None:
-        # Reading ahead is left to the kernel: asked for by POSIX_FADV_WILLNEED it fills the page cache with single
-        # pages, from which everything that follows is copied at half the speed.
-        os.posix_fadvise(fd, begin, end - begin, os.POSIX_FADV_SEQUENTIAL)
     at = begin
     while at < end:
         memory = view[: min(len(view), end - at)]
-        num_bytes = os.preadv(fd, [memory], at) if read is None else read(memory, at)
+        num_bytes = source.read_into(memory, at)
         if num_bytes == 0:
             return  # it was cut short while it was read; what was not checked is missing from the count
         yield at, view[:num_bytes]
@@ -419,17 +404,17 @@ def find_faults(archive: Archive, checked: Iterable[Sequence[Checked]]) -> list[
     return faults
 
 
-def check_whole(fd: int) -> list[str]:
+def check_whole(file: Readable) -> list[str]:
     """Say what is wrong with a file that is to be an archive; nothing for one that is whole. Any thread.
 
     Raises:
         OSError: it cannot be read.
     """
     try:
-        archive = read_archive(fd)
+        archive = read_archive(file)
     except (NotAnArchive, UnsupportedArchive) as error:
         return [str(error)]
-    return find_faults(archive, [check_range(fd, archive, 0, archive.num_bytes)])
+    return find_faults(archive, [check_range(file, archive, 0, archive.num_bytes)])
 
 
 def _has_checksums(archive: Archive, parts: dict[int, list[tuple[int, int]]]) -> bool:

@@ -27,7 +27,7 @@ from distckpt.ptformat.manifest import Manifest
 from distckpt.ptformat.verify import check_whole
 from distckpt.saving.snapshot import WHOLE, Checked, ExchangeChecksums, Snapshot, WriteRange
 from distckpt.saving.staging import HostMemory
-from distckpt.storage.local import Directory, NewFile
+from distckpt.storage.base import NewFile, Storage
 
 __all__ = ["Checked", "RankWriter", "Task"]
 
@@ -40,14 +40,13 @@ class RankWriter:
     """One rank's part of one file. Rank-local; issues no collectives.
 
     Args:
-        directory: where the file goes.
-        name: relative to it.
+        storage: where the file goes.
+        name: the file's, there.
         manifest: the manifest, but for its tensors.
         memory: where to stage.
         share: what this rank writes; None for nothing.
         is_coordinator: whether this rank commits the file.
         in_background: whether :meth:`prepare` stages, for :meth:`write` to run beside training.
-        atomic: see :meth:`~distckpt.storage.local.Directory.create`.
         protocol: pickle's.
         deferred_devices: types of the devices whose tensors may be copied after :meth:`prepare` has returned.
         num_threads: how many threads copy.
@@ -58,7 +57,7 @@ class RankWriter:
 
     def __init__(
         self,
-        directory: Directory,
+        storage: Storage,
         name: str,
         *,
         manifest: Manifest,
@@ -66,7 +65,6 @@ class RankWriter:
         write_range: WriteRange | None,
         is_coordinator: bool,
         in_background: bool,
-        atomic: bool = True,
         protocol: int = 2,
         deferred_devices: Collection[str] = ("cuda",),
         num_threads: int = 1,
@@ -76,11 +74,10 @@ class RankWriter:
         self.name = name
         self.is_coordinator = is_coordinator
         self.in_background = in_background
-        self._directory = directory
+        self._storage = storage
         self._manifest = manifest
         self._memory = memory
         self._write_range = write_range
-        self._atomic = atomic
         self._protocol = protocol
         self._deferred_devices = deferred_devices
         self._num_threads = num_threads
@@ -145,8 +142,8 @@ class RankWriter:
             self._late = {identity for identity, kind in optimizer_storages().items() if kind in self._deferred_devices}
         answer["form"] = snapshot.form() if self.is_shared else None
         if self.is_coordinator:
-            self._new = self._directory.create(self.name, atomic=self._atomic)
-            answer |= {"temp": self._new.temp, "token": secrets.token_hex(8)}
+            self._new = self._storage.create(self.name)
+            answer |= {"temp": self._new.token, "token": secrets.token_hex(8)}
         self._take(whole=False)
         return answer
 
@@ -201,7 +198,7 @@ class RankWriter:
             if temp is None:
                 msg = "a file to join that nobody has begun"
                 raise AssertionError(msg)
-            self._new = self._directory.join(self.name, temp)
+            self._new = self._storage.join(self.name, temp)
         try:
             if self.is_shared and self.is_coordinator:
                 self._new.allocate(snapshot.num_bytes)
@@ -211,7 +208,7 @@ class RankWriter:
                 with snapshot.staging_beside():
                     checked = snapshot.write_image(self._new, self._manifest, meet)
             if self.is_shared:
-                self._new.sync(snapshot.num_bytes)
+                self._new.sync()
                 snapshot.check_written(self._new)
         finally:
             self._let_go_of_memory()
@@ -239,7 +236,7 @@ class RankWriter:
         """Let go of everything; a file that was not committed is removed. Does nothing a second time."""
         self._let_go_of_memory()
         if self._new is not None:
-            self._new.abandon()
+            self._new.abort()
         self._snapshot = None
 
     def _let_go_of_memory(self) -> None:

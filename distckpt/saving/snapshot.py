@@ -6,7 +6,6 @@ engines, nor how ranks agree.
 
 import contextlib
 import ctypes
-import errno
 import functools
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -25,8 +24,8 @@ from distckpt.ptformat.torch_format import is_ordinary, what_loading_refuses, wr
 from distckpt.ptformat.verify import check_whole
 from distckpt.saving.optimizer_guard import OptimizerStepGuard
 from distckpt.saving.staging import Copy, HostMemory, Staging, in_strides
-from distckpt.storage.direct_io import BLOCK_BYTES, write_at
-from distckpt.storage.local import Directory, NewFile, WriteReceipt
+from distckpt.storage.base import BLOCK_BYTES, NewFile, Storage
+from distckpt.storage.direct_io import BufferedWriter
 
 __all__ = ["WHOLE", "Checked", "ExchangeChecksums", "Snapshot", "WriteRange", "write_file"]
 
@@ -212,20 +211,14 @@ class Snapshot:
         Raises:
             SaveError: the operating system refused.
         """
-        done = 0
         part, is_over = _made(self._part), threading.Event()
-        try:
-            with contextlib.ExitStack() as stack:
-                file = stack.enter_context(new.opened_directly())
-                stack.enter_context(helper_threads(lambda: self._check(part, manifest, meet, is_over)))
-                stack.callback(is_over.set)
-                for at, chunk in part.chunks():
-                    num_whole = len(chunk) // BLOCK_BYTES * BLOCK_BYTES
-                    file.write(chunk[:num_whole], at)
-                    self._rest = bytes(chunk[num_whole:])  # of the image's last chunk alone: it goes with the tail
-                    done += num_whole
-        except OSError as error:
-            raise new.refused("writing", done, error) from error
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(helper_threads(lambda: self._check(part, manifest, meet, is_over)))
+            stack.callback(is_over.set)
+            for at, chunk in part.chunks():
+                num_whole = len(chunk) // BLOCK_BYTES * BLOCK_BYTES
+                new.write(chunk[:num_whole], at)
+                self._rest = bytes(chunk[num_whole:])  # of the image's last chunk alone: it goes with the tail
         self.settle()
         self._staging = self._late = None
         return part.checked
@@ -240,14 +233,9 @@ class Snapshot:
         """
         part = _made(self._part)
         end = part.end // BLOCK_BYTES * BLOCK_BYTES
-        if not new.has_hole(part.begin, end):
-            return
-        try:
+        if new.has_hole(part.begin, end):
             for at, chunk in part.chunks():
-                if not new.holds(chunk[: max(min(len(chunk), end - at), 0)], at):
-                    raise OSError(errno.EIO, "it does not hold what was written")  # noqa: TRY301 - one error path
-        except OSError as error:
-            raise new.refused("checking", end - part.begin, error) from error
+                new.compare(chunk[: max(min(len(chunk), end - at), 0)], at)
 
     def _check(
         self, part: Part, manifest: Manifest | None, meet: ExchangeChecksums | None, is_over: threading.Event
@@ -287,14 +275,10 @@ class Snapshot:
         crcs, tail = self._tail.crcs, self._tail.data
         at = self._plan.end - len(self._rest)
         cuts = [end for _, end in self._plan.shares(self._write_range.num_writers, self._write_range.saving)]
-        try:
-            for offset, header in self._plan.cut_headers(cuts, crcs):
-                write_at(new.fd, memoryview(header), offset)
-                if not new.holds(memoryview(header), offset):  # no hole would tell of it: there was something before
-                    raise OSError(errno.EIO, "it does not hold what was written")  # noqa: TRY301 - one error path
-            write_at(new.fd, memoryview(self._rest + tail), at)
-        except OSError as error:
-            raise new.refused("writing", at, error) from error
+        for offset, header in self._plan.cut_headers(cuts, crcs):
+            new.write(header, offset)
+            new.compare(header, offset)  # no hole would tell of a lost write: the block was written before
+        new.write(self._rest + tail, at)
         return self._plan.end + len(tail)
 
     def _entries(self, crcs: Sequence[int]) -> tuple[TensorEntry, ...]:
@@ -310,27 +294,25 @@ class Snapshot:
 
 
 def write_file(
-    directory: Directory,
+    storage: Storage,
     name: str,
     state: Any,
     *,
     memory: HostMemory,
     manifest: Manifest,
     options: Mapping[str, Any],
-    atomic: bool,
     num_threads: int = 1,
     on_refused: Callable[[Sequence[Refused]], None] | None = None,
-) -> WriteReceipt:
+) -> None:
     """Write a state as a file, whole and durable, and return when it is. Rank-local; issues no collectives.
 
     Args:
-        directory: where.
-        name: relative to it.
+        storage: where.
+        name: the file's, there.
         state: what ``torch.save`` takes.
         memory: where to stage it; waited for where a save in the background uses it.
         manifest: the manifest, but for its tensors.
         options: keyword arguments of ``torch.save``.
-        atomic: see :meth:`~distckpt.storage.local.Directory.create`.
         num_threads: how many threads copy.
         on_refused: called with what loading will refuse, if there is anything: before the file is there, but where
             torch's own writer writes it.
@@ -341,20 +323,25 @@ def write_file(
         CommitNotDurable: the file is there, but may not survive a power cut.
     """
     if not is_ordinary(options):  # another pickler's, or the older format: torch's own writer knows them
-        receipt = directory.write(name, lambda sink: write_pt(state, sink, options), atomic=atomic)
-        names = what_loading_refuses(directory.path / name)
+        with storage.create(name) as new:
+            writer = BufferedWriter(new.write)
+            write_pt(state, writer, options)
+            writer.flush()
+            new.commit(writer.num_bytes)
+        with storage.open(name) as file:
+            names = what_loading_refuses(file)
         if names and on_refused is not None:
             on_refused(paths_of_refused(state, names))
-        return receipt
+        return
     snapshot = Snapshot(state, protocol=options.get("pickle_protocol", 2), num_threads=num_threads)
     if snapshot.refused and on_refused is not None:
         on_refused(snapshot.refused)
-    with directory.create(name, atomic=atomic) as new:
+    with storage.create(name) as new:
         with memory.reserved():
             snapshot.take(memory)
             with snapshot.staging_beside():
                 checked = snapshot.write_image(new, manifest)
-        return new.commit(snapshot.write_tail(new, [checked], manifest), check_whole)
+        new.commit(snapshot.write_tail(new, [checked], manifest), check_whole)
 
 
 def _made(one: _T | None) -> _T:

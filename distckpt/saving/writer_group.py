@@ -10,15 +10,13 @@ The protocol:
 """
 
 import contextlib
-import os
 import secrets
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from distckpt.backends.base import Backend
 from distckpt.coordination import phases
-from distckpt.storage.local import Directory
+from distckpt.storage.base import Storage
 
 __all__ = ["WriterCache", "find_writers"]
 
@@ -29,7 +27,7 @@ _NUM_BYTES = 16
 def find_writers(
     backend: Backend,
     place: Callable[[str], phases.Place],
-    directory: Path,
+    storage: Storage,
     *,
     coordinator: int,
     is_node_enough: bool,
@@ -40,7 +38,7 @@ def find_writers(
     Args:
         backend: the job's.
         place: makes the place of a phase from what is done in it.
-        directory: this rank's.
+        storage: of this rank.
         coordinator: the saving rank; always among those that are returned.
         is_node_enough: leave out the ranks of other nodes, whatever they see.
         timeout_s: seconds to wait for the other ranks; None for the default.
@@ -50,12 +48,12 @@ def find_writers(
     with contextlib.ExitStack() as stack:
 
         def make() -> list[str]:
-            return stack.enter_context(_probe(directory)) if backend.rank == coordinator else []
+            return stack.enter_context(_probe(storage)) if backend.rank == coordinator else []
 
         probe = phases.run(backend, place("making a probe file"), make, timeout_s=timeout_s)[coordinator]
 
         def look() -> list[int]:
-            return [backend.node, int(bool(probe) and _sees(directory, *probe))]
+            return [backend.node, int(bool(probe) and _sees(storage, *probe))]
 
         found = phases.run(backend, place("looking for the probe file"), look, timeout_s=timeout_s)
     home = found[coordinator][0]
@@ -81,15 +79,15 @@ class WriterCache:
         """Start anew in another process."""
         return (WriterCache, ())
 
-    def of(self, backend: Backend, directory: Path, coordinator: int) -> tuple[int, ...] | None:
+    def of(self, backend: Backend, storage: Storage, coordinator: int) -> tuple[int, ...] | None:
         """Return the ranks that write into the coordinator's file, if they are known. Rank-local."""
-        return self._ranks if self._where == (backend, directory, coordinator) else None
+        return self._ranks if self._where == (backend, storage, coordinator) else None
 
     def find(
         self,
         backend: Backend,
         place: Callable[[str], phases.Place],
-        directory: Path,
+        storage: Storage,
         *,
         coordinator: int,
         is_node_enough: bool,
@@ -99,29 +97,29 @@ class WriterCache:
         self._ranks = find_writers(
             backend,
             place,
-            directory,
+            storage,
             coordinator=coordinator,
             is_node_enough=is_node_enough,
             timeout_s=timeout_s,
         )
-        self._where = (backend, directory, coordinator)
+        self._where = (backend, storage, coordinator)
 
 
 @contextlib.contextmanager
-def _probe(directory: Path) -> Iterator[list[str]]:
+def _probe(storage: Storage) -> Iterator[list[str]]:
     """Have a probe file while the body runs; yields its name and what is in it, or nothing where none can be made."""
     with contextlib.ExitStack() as stack:
         found: list[str] = []
         with contextlib.suppress(OSError, ValueError):  # the save itself will say what is wrong there
-            new = stack.enter_context(Directory(directory).create(_NAME))
+            new = stack.enter_context(storage.create(_NAME))
             token = secrets.token_hex(_NUM_BYTES // 2)
-            os.pwrite(new.fd, token.encode(), 0)
-            os.fsync(new.fd)
-            found = [new.temp, token]
+            new.write(token.encode(), 0)
+            new.sync()
+            found = [new.token, token]
         yield found
 
 
-def _sees(directory: Path, temp: str, token: str) -> bool:
-    with contextlib.suppress(OSError, ValueError), Directory(directory).join(_NAME, temp) as file:
-        return os.pread(file.fd, _NUM_BYTES, 0) == token.encode()
+def _sees(storage: Storage, temp: str, token: str) -> bool:
+    with contextlib.suppress(OSError, ValueError), storage.join(_NAME, temp) as file:
+        return file.read(0, _NUM_BYTES) == token.encode()
     return False

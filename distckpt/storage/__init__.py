@@ -1,1 +1,1 @@
-"""Where bytes live: files that appear whole and durable, or not at all."""
+"""Where the bytes of a checkpoint are stored: a file appears whole and durable, or not at all."""

@@ -1,10 +1,8 @@
-"""Bytes of page-aligned memory -> a file, past the page cache where the file system lets us.
+"""File descriptors and memory: O_DIRECT, allocation, and buffered writing.
 
-Owns O_DIRECT and what it asks for. Must not know what the bytes mean.
-
-Writing through the page cache would copy every byte once more and push the training data out of memory; O_DIRECT
-leaves the copying to the disk. It wants memory, offset and length on borders of 4096 bytes. File systems without it
-(tmpfs, some FUSE and network ones) take everything the usual way.
+Writing through the page cache copies every byte once more and evicts the training data from memory; O_DIRECT does
+neither. It needs memory, offset and length aligned to 4096 bytes. File systems without it (tmpfs, some FUSE and network
+file systems) are written through the page cache.
 """
 
 import contextlib
@@ -12,44 +10,36 @@ import ctypes
 import errno
 import os
 from collections.abc import Callable
-from types import TracebackType
-from typing import Self
 
-from distckpt.storage.temp import close_quietly
+from distckpt.storage.base import BLOCK_BYTES
 
-__all__ = ["BLOCK_BYTES", "DirectFile", "allocate", "write_at"]
-
-BLOCK_BYTES = 4096
-"""Alignment that O_DIRECT needs, in bytes. A page, so that two writers of one file share none."""
+_BUFFER_BYTES = 1 << 20
 
 
 class DirectFile:
-    """A file that is written in large pieces, at offsets; a context. One thread at a time.
+    """A file that is written with O_DIRECT where the file system supports it. One thread at a time.
 
     Args:
-        fd: open for writing; stays the caller's. What O_DIRECT does not take goes through it.
-        parent: a descriptor of the folder that the file is in.
-        name: the file's, there.
+        fd: open for writing; the caller closes it. Takes what O_DIRECT does not.
+        parent: descriptor of the file's folder.
+        name: the file's name in it.
     """
 
     def __init__(self, fd: int, parent: int, name: str) -> None:
         self._fd = fd
         self._direct: int | None = None
-        with contextlib.suppress(OSError):  # EINVAL mostly; whatever it is, there is the usual way
+        with contextlib.suppress(OSError):  # mostly EINVAL; after any error the page cache is used
             flags = os.O_WRONLY | os.O_DIRECT | os.O_NOFOLLOW | os.O_CLOEXEC
             self._direct = os.open(name, flags, dir_fd=parent)
 
-    def __enter__(self) -> Self:
-        """Return it."""
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Close what was opened."""
+    def close(self) -> None:
+        """Close the descriptor that the constructor has opened."""
         if self._direct is not None:
             close_quietly(self._direct)
+            self._direct = None
 
     def write(self, data: memoryview, offset: int) -> None:
-        """Write `data` at an offset. O_DIRECT takes what begins on a border of 4096 bytes, in memory that does so too.
+        """Write `data` at an offset: whole blocks with O_DIRECT, where memory and offset are aligned.
 
         Raises:
             OSError: the operating system refused.
@@ -59,37 +49,85 @@ class DirectFile:
             try:
                 done = self._write_blocks(self._direct, data[: len(data) // BLOCK_BYTES * BLOCK_BYTES], offset)
             except OSError as error:
-                if error.errno != errno.EINVAL:  # that is: not on these borders
+                if error.errno != errno.EINVAL:  # EINVAL: the memory is not aligned
                     raise
         write_at(self._fd, data[done:], offset + done)
 
     @staticmethod
     def _write_blocks(fd: int, data: memoryview, offset: int) -> int:
-        """Return how many bytes were written: all, or as many whole blocks as could be."""
+        """Return how many bytes were written: all, or whole blocks up to a short write."""
         done = 0
         while done < len(data):
-            done += _written(os.pwrite(fd, data[done:], offset + done))
+            done += _num_written(os.pwrite(fd, data[done:], offset + done))
             if done % BLOCK_BYTES:
                 return done // BLOCK_BYTES * BLOCK_BYTES
         return done
 
 
+class BufferedWriter:
+    """A binary stream for ``torch.save`` over a function that writes at an offset.
+
+    Small writes are gathered. The first error is kept and raised by every later write: torch calls ``write`` from C++,
+    may replace the error, and goes on to write the file's end.
+
+    Args:
+        write_at: writes bytes at an offset.
+
+    Attributes:
+        num_bytes: how many bytes were taken.
+        error: the first error; None if there was none.
+    """
+
+    def __init__(self, write_at: Callable[[memoryview, int], None]) -> None:
+        self._write_at = write_at
+        self._pending = bytearray()
+        self.num_bytes = 0
+        self.error: OSError | None = None
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Take `data`, and return its length in bytes."""
+        view = memoryview(data).cast("B")
+        if len(self._pending) + len(view) <= _BUFFER_BYTES:
+            self._pending += view
+            self.num_bytes += len(view)
+        else:
+            self.flush()
+            self._write_through(view, self.num_bytes)
+            self.num_bytes += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        """Write what was gathered."""
+        pending, self._pending = self._pending, bytearray()
+        if pending:
+            self._write_through(memoryview(pending), self.num_bytes - len(pending))
+
+    def _write_through(self, view: memoryview, offset: int) -> None:
+        if self.error is not None:
+            raise self.error
+        try:
+            self._write_at(view, offset)
+        except OSError as error:
+            self.error = error
+            raise
+
+
 def write_at(fd: int, data: memoryview, offset: int) -> None:
-    """Write all of `data` at an offset, the usual way.
+    """Write all of `data` at an offset, through the page cache.
 
     Raises:
         OSError: the operating system refused.
     """
     done = 0
     while done < len(data):
-        done += _written(os.pwrite(fd, data[done:], offset + done))
+        done += _num_written(os.pwrite(fd, data[done:], offset + done))
 
 
 def allocate(fd: int, num_bytes: int) -> None:
-    """Give a file a length, and blocks of the disk where the file system can do that without writing them.
+    """Set a file's length, and reserve disk blocks where the file system can do so without writing them.
 
     Raises:
-        OSError: the operating system refused; ENOSPC where there are not so many blocks.
+        OSError: the operating system refused; ENOSPC if there are not enough blocks.
     """
     if _fallocate is not None:
         ctypes.set_errno(0)
@@ -98,12 +136,18 @@ def allocate(fd: int, num_bytes: int) -> None:
         number = ctypes.get_errno()
         if number not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINTR):
             raise OSError(number, os.strerror(number))
-    os.ftruncate(fd, num_bytes)  # os.posix_fallocate would write into every block there
+    os.ftruncate(fd, num_bytes)  # os.posix_fallocate would write every block
+
+
+def close_quietly(fd: int) -> None:
+    """Close a descriptor and ignore errors: the data are synced by now, or their write has failed before."""
+    with contextlib.suppress(OSError):
+        os.close(fd)
 
 
 def _find_fallocate() -> Callable[[int, int, int, int], int] | None:
     library = ctypes.CDLL(None, use_errno=True)
-    function = getattr(library, "fallocate64", None)  # musl has no name of its own for it
+    function = getattr(library, "fallocate64", None)  # musl does not have this name
     if function is not None:
         function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
     return function
@@ -112,7 +156,7 @@ def _find_fallocate() -> Callable[[int, int, int, int], int] | None:
 _fallocate = _find_fallocate()
 
 
-def _written(num_bytes: int) -> int:
+def _num_written(num_bytes: int) -> int:
     if num_bytes == 0:
         raise OSError(errno.EIO, "the file system took no bytes")
     return num_bytes

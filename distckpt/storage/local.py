@@ -1,43 +1,209 @@
-"""A local directory in which a file appears whole and durable, or not at all.
-
-Owns the order of the system calls: temporary file in the same directory, write, fsync, rename, fsync of the
-directory. Owns which names are followed: none that leaves the directory, no symlink. Must not know what the bytes
-mean, nor who the other ranks are.
-
-IMPORTANT: nothing here removes a committed file. The caller does, by :meth:`Directory.remove`, and only after
-:meth:`Directory.write` has returned.
-"""
+"""Checkpoints in a directory of a local or network file system. No symlink below the directory is followed."""
 
 import contextlib
-import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, Self
 
 from distckpt.errors import save_error
 from distckpt.policy.naming import check_name, is_temp
-from distckpt.storage.buffered_writer import Sink
-from distckpt.storage.new_file import NewFile, WriteReceipt, named, sync_directory
-from distckpt.storage.temp import (
+from distckpt.storage.direct_io import close_quietly
+from distckpt.storage.new_file import (
+    CREATE_FLAGS,
+    DIRECTORY_FLAGS,
     FILE_MODE,
-    JOINED_FILE_FLAGS,
-    NEW_FILE_FLAGS,
-    close_quietly,
-    open_temp,
-    remove_if_dead,
+    LocalNewFile,
+    OpenFile,
+    create_temp,
+    remove_dead_temps,
+    sync_directory_at,
+    text_of,
 )
+from distckpt.storage.readahead import Readahead
 
-__all__ = ["Directory", "NewFile", "WriteReceipt", "make_directory"]
+_JOIN_FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+_READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 
-_DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+
+class LocalFile(OpenFile):
+    """A committed file, open for reading; see :class:`~distckpt.storage.base.StoredFile`.
+
+    Args:
+        path: of the file.
+        fd: open for reading, now owned by this object; None to open `path`, following symlinks.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+
+    def __init__(self, path: Path, fd: int | None = None) -> None:
+        self._stream = path.open("rb") if fd is None else os.fdopen(fd, "rb")
+        super().__init__(self._stream.fileno(), path)
+
+    def identity(self) -> tuple[int, int]:
+        """Return device and inode."""
+        found = os.fstat(self.fd)
+        return found.st_dev, found.st_ino
+
+    def stream(self) -> IO[bytes]:
+        """Return a binary file object at the file's beginning."""
+        self._stream.seek(0)
+        return self._stream
+
+    def readahead(self, ranges: Sequence[tuple[int, int]]) -> Readahead:
+        """Return a context that brings ranges into the page cache."""
+        return Readahead(self.fd, ranges)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+    def __enter__(self) -> Self:
+        """Return the file."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the file."""
+        self.close()
+
+
+@dataclass(frozen=True, slots=True)
+class LocalStorage:
+    """A directory that stores checkpoints; see :class:`~distckpt.storage.base.Storage`.
+
+    Attributes:
+        directory: need not exist yet.
+        atomic: write under a temporary name first. False only for file systems that cannot rename: a failed save then
+            leaves an incomplete file.
+    """
+
+    directory: Path
+    atomic: bool = field(default=True, kw_only=True)
+
+    def create(self, name: str) -> LocalNewFile:
+        """Begin a file that will be called `name`; delete temporary files that dead processes have left.
+
+        Raises:
+            ValueError: the name points outside the directory, or meets a symlink.
+            SaveError: the operating system refused.
+        """
+        return self._new_file(name, token=None)
+
+    def join(self, name: str, token: str) -> LocalNewFile:
+        """Open a file that another process has begun, to write a range of it.
+
+        Raises:
+            ValueError: the name points outside the directory or meets a symlink, or the token is no token.
+            SaveError: the operating system refused; also a FileNotFoundError if there is no such file.
+        """
+        return self._new_file(name, token=token)
+
+    def _new_file(self, name: str, token: str | None) -> LocalNewFile:
+        path = self.directory.joinpath(*check_name(name))
+        doing = "it"
+        try:
+            parent = self._open_folder(name)
+        except OSError as error:
+            msg = f"cannot save {name}: directory {error.filename} cannot be opened ({text_of(error)})"
+            raise save_error(msg, error) from error
+        try:
+            if token is not None:
+                if "/" in token or not (is_temp(token) or token == path.name):
+                    raise ValueError(f"cannot save {name}: {token!r} is no token of a new file")  # noqa: TRY301 - closes
+                doing = f"temporary file {path.parent / token} cannot be opened"
+                fd = os.open(token, _JOIN_FLAGS, dir_fd=parent)
+                return LocalNewFile(path, fd, parent, token, is_owner=False)
+            remove_dead_temps(parent)
+            if self.atomic:
+                doing = f"no temporary file can be created in {path.parent}"
+                fd, token = create_temp(parent)
+            else:
+                doing = f"{path} cannot be created"
+                # The old file may be a pipe, or have a second name elsewhere: unlink it, do not truncate it.
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path.name, dir_fd=parent)
+                fd, token = os.open(path.name, CREATE_FLAGS, FILE_MODE, dir_fd=parent), path.name
+            return LocalNewFile(path, fd, parent, token, is_owner=True)
+        except OSError as error:
+            close_quietly(parent)
+            raise save_error(f"cannot save {name}: {doing} ({text_of(error)})", error) from error
+        except BaseException:
+            close_quietly(parent)
+            raise
+
+    def open(self, name: str) -> LocalFile:
+        """Open a committed file for reading.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the name points outside the directory, or meets a symlink.
+            OSError: the operating system refused.
+        """
+        path = self.directory.joinpath(*check_name(name))
+        with self._folder(name) as parent:
+            return LocalFile(path, os.open(path.name, _READ_FLAGS, dir_fd=parent))
+
+    def list(self, folder: str = "") -> Sequence[str]:
+        """Return the names of the committed files in a folder, sorted.
+
+        Raises:
+            OSError: the directory cannot be read.
+        """
+        parts = check_name(folder) if folder else ()
+        with os.scandir(self.directory.joinpath(*parts)) as entries:
+            names = [one.name for one in entries if not is_temp(one.name) and one.is_file(follow_symlinks=False)]
+        return sorted("/".join((*parts, name)) for name in names)
+
+    def remove(self, name: str) -> None:
+        """Delete a committed file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the name points outside the directory, or meets a symlink.
+            OSError: the operating system refused.
+        """
+        with self._folder(name) as parent:
+            os.unlink(check_name(name)[-1], dir_fd=parent)
+
+    @contextlib.contextmanager
+    def _folder(self, name: str) -> Iterator[int]:
+        """Open the folder of `name` for the body, whose OSError gets the full path."""
+        parent = self._open_folder(name)
+        try:
+            yield parent
+        except OSError as error:
+            error.filename = str(self.directory / name)
+            raise
+        finally:
+            close_quietly(parent)
+
+    def _open_folder(self, name: str) -> int:
+        """Open the folder of `name` without following symlinks below the directory; the caller closes it."""
+        *folders, leaf = check_name(name)
+        path = self.directory
+        fd = _open_directory(path)
+        try:
+            for folder in folders:
+                path /= folder
+                _refuse_symlink(folder, fd, path, name)
+                below = _open_directory(path, parent=fd)
+                close_quietly(fd)
+                fd = below
+            _refuse_symlink(leaf, fd, path / leaf, name)
+        except BaseException:
+            close_quietly(fd)
+            raise
+        return fd
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory and its parents, each of them durable. Does nothing where it exists.
+    """Create a directory and its parents, each of them durable. Does nothing if it exists.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the operating system refused.
     """
     missing = []
     lowest = path
@@ -46,194 +212,27 @@ def make_directory(path: Path) -> None:
         lowest = lowest.parent
     for directory in reversed(missing):
         directory.mkdir(exist_ok=True)
-        _sync_entry(directory)
+        sync_directory_at(directory.parent)
     if not missing:
-        # A process that made it may have died before it synced. Not ours to insist on: we may not be let in.
+        # The process that created it may have died before it synced. The parent may be closed to this one.
         with contextlib.suppress(OSError):
-            _sync_entry(path)
+            sync_directory_at(path.parent)
 
 
-class Directory:
-    """A checkpoint directory on a local or network file system.
-
-    Rank-local; issues no collectives. One thread at a time.
-
-    Args:
-        path: need not exist yet; it is looked up anew by each call.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def write(self, name: str, fill: Callable[[Sink], None], *, atomic: bool = True) -> WriteReceipt:
-        """Write a file whole and make it durable: :meth:`create`, fill it, :meth:`NewFile.commit`.
-
-        Args:
-            name: see :meth:`create`.
-            fill: writes the content; may raise anything.
-            atomic: see :meth:`create`.
-
-        Raises:
-            ValueError: the name would leave the directory, or a symlink is in the way.
-            SaveError: the operating system refused; what was there before is untouched.
-            CommitNotDurable: the file is there, but may not survive a power cut.
-        """
-        with self.create(name, atomic=atomic) as new:
-            sink = Sink(new.fd)
-            try:
-                fill(sink)
-                sink.flush()
-            except OSError as error:
-                raise new.refused("writing", sink.num_bytes, error) from error
-            return new.commit(sink.num_bytes)
-
-    def create(self, name: str, *, atomic: bool = True) -> "NewFile":
-        """Begin a file.
-
-        1. refuse a name that leaves the directory
-        2. clear the temporary files of dead processes
-        3. make a temporary file in the same directory; the caller writes the content into it
-        4. :meth:`NewFile.commit`: fsync it
-        5. rename it into place
-        6. fsync the directory
-
-        With `atomic` off 3 makes a file under the final name and 5 is left out: for file systems that cannot rename. A
-        failure then leaves a partial file under that name.
-
-        Args:
-            name: relative to the directory; a sub-folder in it has to exist.
-            atomic: see above.
-
-        Raises:
-            ValueError: the name would leave the directory, or a symlink is in the way.
-            SaveError: the operating system refused.
-        """
-        parent, leaf = self._parent_of(name, "save")
-        try:
-            self._clear_leftovers(parent)
-            make = _make_temp if atomic else _make_plain
-            try:
-                fd, at = make(parent, leaf)
-            except OSError as error:
-                what = "no temporary file can be made" if atomic else "it cannot be opened"
-                msg = f"cannot save {name}: {what} in {self.path} ({named(error)})"
-                raise save_error(msg, error) from error
-        except BaseException:
-            close_quietly(parent)
-            raise
-        return NewFile(self.path, name, fd, parent, at, leaf)
-
-    def join(self, name: str, temp: str) -> "NewFile":
-        """Open the file that another process has begun under `name`, to write a part of it.
-
-        Args:
-            name: see :meth:`create`.
-            temp: :attr:`NewFile.temp` of the one that was made there.
-
-        Raises:
-            ValueError: the name would leave the directory, or a symlink is in the way.
-            SaveError: the operating system refused; FileNotFoundError too where there is no such file.
-        """
-        parent, leaf = self._parent_of(name, "save")
-        try:
-            if "/" in temp or not (is_temp(temp) or temp == leaf):
-                msg = f"cannot save {name}: {temp!r} is the name of no file that was begun for it"
-                raise ValueError(msg)  # noqa: TRY301 - one place that closes
-            fd = os.open(temp, JOINED_FILE_FLAGS, dir_fd=parent)
-        except OSError as error:
-            close_quietly(parent)
-            msg = f"cannot save {name}: the file {self.path / temp} that was begun for it cannot be opened"
-            raise save_error(f"{msg} ({named(error)})", error) from error
-        except BaseException:
-            close_quietly(parent)
-            raise
-        return NewFile(self.path, name, fd, parent, temp, leaf, is_owner=False)
-
-    def remove(self, name: str) -> None:
-        """Remove a file.
-
-        Raises:
-            FileNotFoundError: there is none.
-            ValueError: the name would leave the directory, or a symlink is in the way.
-            OSError: the operating system refused.
-        """
-        fd, leaf = self._parent_of(name, "remove")
-        try:
-            os.unlink(leaf, dir_fd=fd)
-        except OSError as error:
-            error.filename = str(self.path / name)
-            raise
-        finally:
-            close_quietly(fd)
-
-    def _parent_of(self, name: str, doing: str) -> tuple[int, str]:
-        """Open the folder that holds `name`, following no symlink below the directory itself; the caller closes it."""
-        *folders, leaf = check_name(name)
-        here = str(self.path)
-        try:
-            fd = os.open(here, _DIRECTORY_FLAGS)
-        except OSError as error:
-            msg = f"cannot {doing} {name}: directory {here} cannot be opened ({named(error)})"
-            raise save_error(msg, error) from error
-        try:
-            for folder in folders:
-                here = f"{here}/{folder}"
-                try:
-                    below = os.open(folder, _DIRECTORY_FLAGS | os.O_NOFOLLOW, dir_fd=fd)
-                except OSError as error:
-                    if error.errno in (errno.ELOOP, errno.ENOTDIR) and _is_symlink(folder, fd):
-                        raise _symlink_in_the_way(name, here) from error
-                    msg = f"cannot {doing} {name}: folder {here} cannot be opened ({named(error)})"
-                    raise save_error(msg, error) from error
-                close_quietly(fd)
-                fd = below
-            if _is_symlink(leaf, fd):
-                raise _symlink_in_the_way(name, f"{here}/{leaf}")  # noqa: TRY301 - one place that closes
-        except BaseException:
-            close_quietly(fd)
-            raise
-        return fd, leaf
-
-    def _clear_leftovers(self, parent: int) -> None:
-        """Remove temporary files whose process is dead. What cannot be told or removed stays for a later save."""
-        try:
-            names = [name for name in os.listdir(parent) if is_temp(name)]
-        except OSError:
-            return
-        for name in names:
-            with contextlib.suppress(OSError):
-                remove_if_dead(parent, name)
-
-
-def _make_temp(parent: int, leaf: str) -> tuple[int, str]:
-    del leaf
-    return open_temp(parent)
-
-
-def _make_plain(parent: int, leaf: str) -> tuple[int, str]:
-    # A new file, not a new content: the old one may have a second name outside, or be a pipe.
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(leaf, dir_fd=parent)
-    return os.open(leaf, NEW_FILE_FLAGS, FILE_MODE, dir_fd=parent), leaf
-
-
-def _sync_entry(path: Path) -> None:
-    """Make the name of a directory durable in its parent."""
-    fd = os.open(path.parent, _DIRECTORY_FLAGS)
+def _open_directory(path: Path, parent: int | None = None) -> int:
+    """Open a directory, by its last name where its parent is open; then it must not be a symlink."""
     try:
-        sync_directory(fd)
-    finally:
-        close_quietly(fd)
+        if parent is None:
+            return os.open(path, DIRECTORY_FLAGS)
+        return os.open(path.name, DIRECTORY_FLAGS | os.O_NOFOLLOW, dir_fd=parent)
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
-def _is_symlink(name: str, parent: int) -> bool:
-    try:
-        return stat.S_ISLNK(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode)
-    except OSError:
-        return False
-
-
-def _symlink_in_the_way(name: str, where: str) -> ValueError:
-    return ValueError(
-        f"Argument filename should name a file inside the checkpoint directory, but {name!r} meets {where}, a symlink"
-    )
+def _refuse_symlink(entry: str, parent: int, path: Path, name: str) -> None:
+    """Raise ValueError if an entry of a folder is a symlink."""
+    with contextlib.suppress(OSError):
+        if stat.S_ISLNK(os.stat(entry, dir_fd=parent, follow_symlinks=False).st_mode):
+            what = "Argument filename should name a file inside the checkpoint directory"
+            raise ValueError(f"{what}, but {name!r} meets {path}, a symlink")

@@ -1,194 +1,255 @@
-"""A file that is being written, and becomes a checkpoint all at once.
+"""A file of a directory that is being written, and becomes a checkpoint all at once.
 
-Owns the steps from its bytes to its name: fsync, rename, fsync of the directory. Which names are followed lies in
-:mod:`distckpt.storage.local`, which makes it.
+A save makes these system calls, in this order:
+
+1. create a temporary file in the folder of the final name, and lock it
+2. write, fsync
+3. rename it to the final name
+4. fsync the folder
+
+The lock ends with the process that holds it: a later save deletes temporary files that nobody has locked. Process ids
+would not do, as they are reused and differ between containers.
 """
 
 import contextlib
 import errno
+import fcntl
 import os
+import secrets
+import socket
+import stat
+import time
+import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from distckpt.errors import SaveError, save_error
-from distckpt.storage.direct_io import DirectFile, allocate
-from distckpt.storage.temp import close_quietly
+from distckpt.policy.naming import TEMP_PREFIX, TEMP_SUFFIX, is_temp
+from distckpt.storage.base import Readable
+from distckpt.storage.direct_io import DirectFile, allocate, close_quietly, write_at
 
-__all__ = ["NewFile", "WriteReceipt", "named", "sync_directory"]
-
-_READ_BYTES = 8 << 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WriteReceipt:
-    """Proof that a file is durable.
-
-    Attributes:
-        path: where it stands.
-        num_bytes: its length.
-    """
-
-    path: Path
-    num_bytes: int
+DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+CREATE_FLAGS = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+FILE_MODE = 0o666  # minus umask, as any file of the user
+_COMPARE_BYTES = 8 << 20
+_FOREIGN_STALE_S = 900.0
+"""Some network file systems do not show locks to other hosts. A temporary file of another host counts as dead when
+nothing was written to it for this long."""
 
 
-class NewFile:
-    """A file that is being written; a context that removes it unless it was committed, or is another process's.
+class OpenFile:
+    """A descriptor with its path; reading at offsets."""
 
-    Attributes:
-        fd: its descriptor, open for reading and writing.
-        temp: the name it has until then, in the folder of its final name.
-    """
-
-    def __init__(
-        self, directory: Path, name: str, fd: int, parent: int, temp: str, leaf: str, *, is_owner: bool = True
-    ) -> None:
-        self._directory = directory
-        self._name = name
+    def __init__(self, fd: int, path: Path) -> None:
         self.fd = fd
+        self.path = path
+
+    @property
+    def num_bytes(self) -> int:
+        """The file's length."""
+        return os.fstat(self.fd).st_size
+
+    def read(self, offset: int, num_bytes: int) -> bytes:
+        """Return the bytes at an offset; fewer at the end of the file."""
+        return os.pread(self.fd, num_bytes, offset)
+
+    def read_into(self, memory: memoryview, offset: int) -> int:
+        """Read into `memory`, and return the number of bytes; 0 at the end of the file."""
+        return os.preadv(self.fd, [memory], offset)
+
+
+class LocalNewFile(OpenFile):
+    """A file that is being written; see :class:`~distckpt.storage.base.NewFile`.
+
+    Attributes:
+        fd: descriptor, open for reading and writing.
+        token: the temporary name, in the folder of the final one.
+    """
+
+    def __init__(self, path: Path, fd: int, parent: int, token: str, *, is_owner: bool) -> None:
+        super().__init__(fd, path)
+        self.token = token
         self._parent = parent
-        self.temp = temp
-        self._leaf = leaf
         self._is_owner = is_owner
         self._is_open = True
+        self._direct: DirectFile | None = None
 
     def __enter__(self) -> Self:
-        """Return it."""
+        """Return the file."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let go of it."""
-        self.abandon()
+        """Call :meth:`abort`."""
+        self.abort()
 
-    def commit(self, num_bytes: int, check: Callable[[int], Sequence[str]] | None = None) -> WriteReceipt:
-        """Make it durable under its name: steps 4 to 6 of :meth:`Directory.create`.
+    def write(self, data: bytes | memoryview, offset: int) -> None:
+        """Write all of `data` at an offset, with O_DIRECT where it can be."""
+        try:
+            if isinstance(data, bytes):  # never page-aligned
+                write_at(self.fd, memoryview(data), offset)
+                return
+            if self._direct is None:
+                self._direct = DirectFile(self.fd, self._parent, self.token)
+            self._direct.write(data, offset)
+        except OSError as error:
+            raise self._failure(f"writing {len(data)} bytes at offset {offset}", error) from error
 
-        Args:
-            num_bytes: how long it has to be.
-            check: says what is wrong with its content, from its descriptor. Called only where the file system tells of
-                a hole in it: some leave out zeros that were written, others have lost what was.
+    def allocate(self, num_bytes: int) -> None:
+        """Set the file's length and reserve disk blocks."""
+        try:
+            allocate(self.fd, num_bytes)
+        except OSError as error:
+            raise self._failure(f"allocating {num_bytes} bytes", error) from error
 
-        Raises:
-            SaveError: the operating system refused; what was there before is untouched.
-            CommitNotDurable: step 6 failed: the file is there, but may not survive a power cut.
-        """
-        doing = "syncing"
+    def sync(self) -> None:
+        """Block until the file's bytes are durable."""
         try:
             os.fsync(self.fd)
-            doing = "checking"
-            length = os.fstat(self.fd).st_size
-            if length != num_bytes:
-                raise OSError(  # noqa: TRY301 - one error path for both steps
-                    errno.EIO, f"the file system reported {num_bytes} bytes written, but holds {length}"
-                )
-            faults = check(self.fd) if check is not None and self.has_hole(0, num_bytes) else ()
+        except OSError as error:
+            raise self._failure("syncing", error) from error
+
+    def has_hole(self, begin: int, end: int) -> bool:
+        """Return True if the file system reports a hole: it has left out zeros, or lost what was written."""
+        try:
+            return os.lseek(self.fd, begin, os.SEEK_HOLE) < end
+        except OSError:
+            return False
+
+    def compare(self, data: bytes | memoryview, offset: int) -> None:
+        """Compare `data` with the file's bytes at an offset."""
+        try:
+            for begin in range(0, len(data), _COMPARE_BYTES):
+                expected = data[begin : begin + _COMPARE_BYTES]
+                if os.pread(self.fd, len(expected), offset + begin) != expected:
+                    raise OSError(errno.EIO, "it does not hold what was written")  # noqa: TRY301 - one error path
+        except OSError as error:
+            raise self._failure(f"checking {len(data)} bytes at offset {offset}", error) from error
+
+    def commit(self, num_bytes: int, check: Callable[[Readable], Sequence[str]] | None = None) -> None:
+        """Sync the file, rename it, sync the directory."""
+        self.sync()
+        doing = "checking"
+        try:
+            if self.num_bytes != num_bytes:
+                what = f"the file system reported {num_bytes} bytes written, but holds {self.num_bytes}"
+                raise OSError(errno.EIO, what)  # noqa: TRY301 - one error path for all steps
+            faults = check(self) if check is not None and self.has_hole(0, num_bytes) else ()
             if faults:
                 raise OSError(errno.EIO, f"it does not hold what was written: {faults[0]}")  # noqa: TRY301 - as above
+            doing = "renaming its temporary file"
+            if self.token != self.path.name:
+                os.rename(self.token, self.path.name, src_dir_fd=self._parent, dst_dir_fd=self._parent)
         except OSError as error:
-            raise self.refused(doing, num_bytes, error) from error
-        path = self._directory / self._name
-        try:
-            if self.temp != self._leaf:
-                os.rename(self.temp, self._leaf, src_dir_fd=self._parent, dst_dir_fd=self._parent)
-        except OSError as error:
-            msg = (
-                f"cannot save {self._name} in {self._directory}: its temporary file could not be renamed "
-                f"({named(error)})"
-            )
-            raise save_error(msg, error) from error
-        self.temp = self._leaf
+            raise self._failure(doing, error) from error
+        self.token = self.path.name
         try:
             sync_directory(self._parent)
         except OSError as error:
             msg = (
-                f"{path} was written and renamed, but its directory could not be synced ({named(error)}): it may not "
-                "survive a power cut"
+                f"{self.path} was written and renamed, but its directory could not be synced ({text_of(error)}): it "
+                "may not survive a power cut"
             )
             raise save_error(msg, error, renamed=True) from error
-        return WriteReceipt(path=path, num_bytes=num_bytes)
 
-    def allocate(self, num_bytes: int) -> None:
-        """Let it have a length before anybody writes: several writers need not wait for each other then.
-
-        Raises:
-            SaveError: the operating system refused; there is not so much room, for one.
-        """
-        try:
-            allocate(self.fd, num_bytes)
-        except OSError as error:
-            raise self.refused("making room for", num_bytes, error) from error
-
-    def sync(self, num_bytes: int) -> None:
-        """Make what was written into it durable; :meth:`commit` does so too.
-
-        Raises:
-            SaveError: the operating system refused.
-        """
-        try:
-            os.fsync(self.fd)
-        except OSError as error:
-            raise self.refused("syncing", num_bytes, error) from error
-
-    def has_hole(self, begin: int, end: int) -> bool:
-        """Tell whether the file system tells of a hole between two offsets. It leaves out zeros, or has lost bytes."""
-        try:
-            return begin < end and os.lseek(self.fd, begin, os.SEEK_HOLE) < end
-        except OSError:  # it cannot tell
-            return False
-
-    def holds(self, data: memoryview, at: int) -> bool:
-        """Tell whether the file holds these bytes at an offset.
-
-        Raises:
-            OSError: it cannot be read.
-        """
-        done = 0
-        while done < len(data):
-            found = os.pread(self.fd, min(len(data) - done, _READ_BYTES), at + done)
-            if not found or found != data[done : done + len(found)]:
-                return False
-            done += len(found)
-        return True
-
-    def opened_directly(self) -> DirectFile:
-        """Open it once more, for large pieces at offsets."""
-        return DirectFile(self.fd, self._parent, self.temp)
-
-    def abandon(self) -> None:
-        """Close it, and remove it unless it has its final name or another process made it. Nothing a second time."""
+    def abort(self) -> None:
+        """Close the file; its owner deletes it unless it has its final name."""
         if not self._is_open:
             return
         self._is_open = False
-        if self._is_owner and self.temp != self._leaf:
-            # Also for KeyboardInterrupt. What cannot be removed now, the next save clears.
-            with contextlib.suppress(OSError):
-                os.unlink(self.temp, dir_fd=self._parent)
+        if self._is_owner and self.token != self.path.name:
+            with contextlib.suppress(OSError):  # a later save deletes it
+                os.unlink(self.token, dir_fd=self._parent)
+        if self._direct is not None:
+            self._direct.close()
         close_quietly(self.fd)
         close_quietly(self._parent)
 
-    def refused(self, doing: str, num_bytes: int, error: OSError) -> SaveError:
-        """Return the error to raise where the operating system refused something."""
-        what = f"cannot save {self._name} in {self._directory}: {doing} {num_bytes} bytes failed ({named(error)})"
-        return save_error(what, error)
+    def _failure(self, doing: str, error: OSError) -> SaveError:
+        return save_error(f"cannot save {self.path}: {doing} failed ({text_of(error)})", error)
+
+
+def sync_directory_at(path: Path) -> None:
+    """Make the names in a directory durable.
+
+    Raises:
+        OSError: the operating system refused.
+    """
+    fd = os.open(path, DIRECTORY_FLAGS)
+    try:
+        sync_directory(fd)
+    finally:
+        close_quietly(fd)
 
 
 def sync_directory(fd: int) -> None:
-    """Make the names in a directory durable, where the file system can.
+    """Make the names in a directory durable.
 
     Raises:
-        OSError: it was refused.
+        OSError: the operating system refused.
     """
     try:
         os.fsync(fd)
     except OSError as error:
-        # These file systems keep no directory of their own to sync (CIFS, some FUSE); there is nothing to wait for.
+        # CIFS and some FUSE file systems cannot sync a directory; they make names durable themselves.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
 
 
-def named(error: OSError) -> str:
-    """Return what the operating system calls an error."""
+def new_temp_name() -> str:
+    """Return a name for a temporary file of this process."""
+    return f"{TEMP_PREFIX}{_host_tag()}-{os.getpid()}-{secrets.token_hex(8)}{TEMP_SUFFIX}"
+
+
+def _host_tag() -> str:
+    return f"{zlib.crc32(socket.gethostname().encode()):08x}"
+
+
+def create_temp(parent: int) -> tuple[int, str]:
+    """Create and lock a temporary file; return its descriptor and its name."""
+    while True:
+        temp = new_temp_name()
+        fd = os.open(temp, CREATE_FLAGS, FILE_MODE, dir_fd=parent)
+        try:
+            # Without locks on a file system no process can take one, so none deletes this file.
+            with contextlib.suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            # Another process may have deleted it between open and lock.
+            if os.fstat(fd).st_nlink:
+                return fd, temp
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temp, dir_fd=parent)
+            close_quietly(fd)
+            raise
+        close_quietly(fd)
+
+
+def remove_dead_temps(parent: int) -> None:
+    """Delete temporary files whose process is dead. Files that cannot be examined or deleted stay for a later save."""
+    with contextlib.suppress(OSError):
+        for name in filter(is_temp, os.listdir(parent)):
+            with contextlib.suppress(OSError):
+                _remove_if_dead(parent, name)
+
+
+def _remove_if_dead(parent: int, name: str) -> None:
+    # Open for writing: a network file system grants exclusive locks on nothing else.
+    fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
+    try:
+        found = os.fstat(fd)
+        is_of_this_host = name.startswith(f"{TEMP_PREFIX}{_host_tag()}-")
+        is_stale = is_of_this_host or time.time() - found.st_mtime > _FOREIGN_STALE_S
+        if not stat.S_ISREG(found.st_mode) or not is_stale:
+            return
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: the process that writes it is alive
+        if os.stat(name, dir_fd=parent, follow_symlinks=False).st_ino == found.st_ino:
+            os.unlink(name, dir_fd=parent)
+    finally:
+        close_quietly(fd)
+
+
+def text_of(error: OSError) -> str:
+    """Return the operating system's name and text of an error."""
     code = errno.errorcode.get(error.errno, str(error.errno)) if error.errno is not None else "no errno"
     return f"{code}: {error.strerror}"

@@ -12,8 +12,8 @@ import stat
 from pathlib import Path
 
 from distckpt.policy.naming import is_temp
-from distckpt.storage.new_file import sync_directory
-from distckpt.storage.temp import close_quietly, new_temp_name
+from distckpt.storage.direct_io import close_quietly
+from distckpt.storage.new_file import new_temp_name, sync_directory_at
 
 __all__ = ["WrittenFiles", "identity_of"]
 
@@ -76,7 +76,7 @@ class WrittenFiles:
             with contextlib.suppress(OSError):  # where it is refused the file stands under its second name
                 if not os.path.lexists(path):
                     temp.rename(path)
-                    _sync(path.parent)
+                    sync_directory_at(path.parent)
                 temp.unlink(missing_ok=True)
             if fd is not None:
                 close_quietly(fd)
@@ -105,11 +105,3 @@ def _link(path: Path) -> tuple[Path, Path, int | None]:
         fd = os.open(temp, _READ_FLAGS)
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return path, temp, fd
-
-
-def _sync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        sync_directory(fd)
-    finally:
-        close_quietly(fd)

@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 from distckpt.policy.naming import TEMP_PREFIX, TEMP_SUFFIX, is_temp
 from distckpt.ptformat.verify import check_whole
-from distckpt.storage import temp
+from distckpt.storage import new_file
+from distckpt.storage.local import LocalFile
 from tests.crash.modes import MODES, is_background, is_shared
 from tests.crash.savers import Subject
 from tests.crash.shim import Called, Fault, How
@@ -28,7 +29,7 @@ __all__ = ["Expected", "HandlerMaker", "Seats", "Seen", "Trouble", "expected_of"
 
 Expected = Literal["saved", "failed", "not durable"]
 HandlerMaker = Callable[[Subject, Path, int], Any]
-DEAD = f"{TEMP_PREFIX}{temp._host_tag()}-1-of-the-dead{TEMP_SUFFIX}"
+DEAD = f"{TEMP_PREFIX}{new_file._host_tag()}-1-of-the-dead{TEMP_SUFFIX}"
 """A temporary file that a dead process of this host has left behind."""
 _NUM_FLOATS = 300_000
 _FIRST, _SECOND, _THIRD = 1, 2, 3
@@ -165,8 +166,8 @@ def _save(handler: Any, counted: Subject, mode: str, step: int) -> None:
 def _faults(path: Path) -> tuple[str, ...]:
     if not path.exists():
         return ()
-    with path.open("rb") as file:
-        return tuple(check_whole(file.fileno()))
+    with LocalFile(path) as file:
+        return tuple(check_whole(file))
 
 
 def _third_save(save: Callable[[int], None]) -> str:

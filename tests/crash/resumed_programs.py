@@ -41,8 +41,8 @@ from distckpt.handlers.checkpoint_saving import CheckpointSaving
 from distckpt.handlers.own_files import OwnFiles
 from distckpt.policy.retention import admit, wants
 from distckpt.ptformat.records import Record
-from distckpt.storage.local import Directory
-from distckpt.storage.new_file import NewFile
+from distckpt.storage.local import LocalStorage
+from distckpt.storage.new_file import LocalNewFile
 
 __all__ = ["BREAKAGES", "Program", "Result", "Spec", "program_of", "run_program"]
 
@@ -354,31 +354,35 @@ def _score(program: Program, at: int, trainer: Engine, journal: Journal) -> floa
 
 def _watch(journal: Journal, handlers: list[Checkpoint], stamp: Stamp) -> None:
     """Note each commit and each removal, and who is about it."""
-    save, commit, remove = CheckpointSaving._save, NewFile.commit, Directory.remove
+    save, commit, remove = CheckpointSaving._save, LocalNewFile.commit, LocalStorage.remove
 
     def save_and_say_who(self: Any, *args: Any) -> None:
         stamp.handler = next(at for at, one in enumerate(handlers) if one is self)
         save(self, *args)
 
-    def commit_and_note(self: NewFile, *args: Any, **kwargs: Any) -> Any:
+    def commit_and_note(self: LocalNewFile, *args: Any, **kwargs: Any) -> Any:
         journal.reach("before commit")
         done = commit(self, *args, **kwargs)
         trainer = stamp.trainer
         event = getattr(trainer.last_event_name, "name", "")
-        journal.note("saved", handler=stamp.handler, name=self._name, iteration=trainer.state.iteration, event=event)
+        journal.note(
+            "saved", handler=stamp.handler, name=self.path.name, iteration=trainer.state.iteration, event=event
+        )
         journal.reach("after commit")
         return done
 
-    def note_and_remove(self: Directory, name: str) -> None:
-        owner = stamp_in(self.path / name) if (self.path / name).exists() else {}
+    def note_and_remove(self: LocalStorage, name: str) -> None:
+        owner = stamp_in(self.directory / name) if (self.directory / name).exists() else {}
         journal.reach("before removal")
-        journal.note("removed", handler=stamp.handler, name=name, folder=self.path.name, owner=owner.get("handler"))
+        journal.note(
+            "removed", handler=stamp.handler, name=name, folder=self.directory.name, owner=owner.get("handler")
+        )
         remove(self, name)
         journal.reach("after removal")
 
     CheckpointSaving._save = save_and_say_who  # type: ignore[method-assign,assignment]
-    NewFile.commit = commit_and_note  # type: ignore[method-assign]
-    Directory.remove = note_and_remove  # type: ignore[method-assign]
+    LocalNewFile.commit = commit_and_note  # type: ignore[method-assign]
+    LocalStorage.remove = note_and_remove  # type: ignore[method-assign]
 
 
 # -- what has to come of it ------------------------------------------------------------------------

@@ -76,13 +76,13 @@ def _in_place(counted: Subject, directory: Path) -> Any:
 
 def _never_clears(counted: Subject, directory: Path) -> Any:
     """Leave the temporary files of the dead."""
-    local.Directory._clear_leftovers = lambda *_: None  # type: ignore[method-assign]
+    vars(local)["remove_dead_temps"] = lambda _parent: None
     return _distckpt(counted, directory)
 
 
 def _clears_the_living(counted: Subject, directory: Path) -> Any:
     """Remove every temporary file, whoever writes it."""
-    vars(local)["remove_if_dead"] = lambda parent, name: os.unlink(name, dir_fd=parent)
+    vars(new_file)["_remove_if_dead"] = lambda parent, name: os.unlink(name, dir_fd=parent)
     return _distckpt(counted, directory)
 
 

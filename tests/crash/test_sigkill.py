@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from distckpt.storage.buffered_writer import Sink
-from distckpt.storage.local import Directory
+from distckpt.storage.local import LocalStorage
 from tests.crash.forked import forked
 from tests.crash.modes import MODES, is_shared
 from tests.crash.program import saving, typical_save_s
@@ -39,13 +38,12 @@ def _live_writer(directory: Path) -> Iterator[Callable[[], list[str]]]:
     ours, theirs = os.pipe()
 
     def body(send: Callable[[int], None]) -> None:
-        def fill(sink: Sink) -> None:
-            sink.write(LIVE_HALF)
+        with LocalStorage(directory).create(LIVE_NAME) as new:
+            new.write(LIVE_HALF, 0)
             send(0)
             os.read(ours, 1)
-            sink.write(LIVE_HALF)
-
-        Directory(directory).write(LIVE_NAME, fill)
+            new.write(LIVE_HALF, len(LIVE_HALF))
+            new.commit(2 * len(LIVE_HALF))
 
     def let_it_go_on() -> list[str]:
         os.write(theirs, b"!")

@@ -241,9 +241,9 @@ def read_by_all(folder: Path, resumes: bool) -> tuple[int, int]:  # noqa: FBT001
     read = 0
     real = OpenCheckpoint.check
 
-    def watched(self: OpenCheckpoint, ranges: Any, ahead: Any = None) -> Any:
+    def watched(self: OpenCheckpoint, ranges: Any, source: Any = None) -> Any:
         checked.extend(end - begin for begin, end in ranges)
-        return real(self, ranges, ahead)
+        return real(self, ranges, source)
 
     model = torch.nn.Linear(1024, 2048)
     OpenCheckpoint.check = watched  # type: ignore[method-assign]

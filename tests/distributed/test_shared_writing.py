@@ -26,6 +26,7 @@ from distckpt.saving.snapshot import Snapshot
 from distckpt.saving.write_completions import WriteCompletions
 from distckpt.saving.writer_group import find_writers
 from distckpt.storage.direct_io import DirectFile
+from distckpt.storage.local import LocalStorage
 from tests.distributed.programs import all_equal, gather, raised, training_step, warned
 from tests.support import job, run_distributed
 from tests.support.selection import torch_only
@@ -313,7 +314,7 @@ def test_the_ranks_that_see_a_directory_are_found_by_a_probe(tmp_path: Path) -> 
     def place(doing: str) -> Place:
         return Place(who="test", doing=doing, step=0)
 
-    found = find_writers(current(), place, alias, coordinator=2, is_node_enough=True, timeout_s=None)
+    found = find_writers(current(), place, LocalStorage(alias), coordinator=2, is_node_enough=True, timeout_s=None)
     assert gather(list(found)) == [[0, 2]] * 3
     job.barrier()
     assert sorted(os.listdir(tmp_path)) == ["alias0", "alias1", "alias2", "elsewhere"]

@@ -9,7 +9,7 @@ import torch
 from distckpt.ptformat.manifest import SCHEMA, Manifest
 from distckpt.saving.snapshot import Snapshot, WriteRange
 from distckpt.saving.staging import HostMemory
-from distckpt.storage.local import Directory
+from distckpt.storage.local import LocalStorage
 
 __all__ = ["FOLDER", "golden_state", "name_of", "write"]
 
@@ -53,7 +53,7 @@ def write(folder: Path, *, num_writers: int) -> Path:
     ]
     checked = []
     name = name_of(num_writers)
-    with Directory(folder).create(name, atomic=True) as new:
+    with LocalStorage(folder).create(name) as new:
         for writer in (*writers[1:], writers[0]):  # in the order of the image
             writer.take(HostMemory())
             with writer.staging_beside():

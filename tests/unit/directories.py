@@ -1,20 +1,16 @@
 """What the tests of directories share: contents to write, and what is there afterwards."""
 
 import contextlib
-from collections.abc import Callable
 from pathlib import Path
 
-from distckpt.storage.buffered_writer import Sink
+from distckpt.storage.base import Storage
 
 
-def holding(content: bytes) -> Callable[[Sink], None]:
-    """Return what fills a file with `content`."""
-
-    def fill(sink: Sink) -> None:
-        sink.write(content)
-        sink.flush()
-
-    return fill
+def write(storage: Storage, name: str, content: bytes) -> None:
+    """Write a file that holds `content`."""
+    with storage.create(name) as new:
+        new.write(content, 0)
+        new.commit(len(content))
 
 
 def names_in(directory: Path) -> list[str]:

@@ -20,6 +20,7 @@ from distckpt.ptformat.manifest import SCHEMA, from_json
 from distckpt.ptformat.reader import OpenCheckpoint
 from distckpt.ptformat.torch_format import read_pt
 from distckpt.ptformat.verify import check_range, find_faults, read_archive, shares_of
+from distckpt.storage.local import LocalFile
 from tests.golden.files import ABOUT, FOLDER, golden_state, name_of, write
 from tests.unit.test_image import same
 from tests.unit.toys import Notebook
@@ -80,11 +81,11 @@ def test_every_flipped_byte_of_a_golden_file_is_found(name: str, tmp_path: Path)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("num_ranks", [1, 2, 5])
 def test_a_golden_file_is_verified_in_shares(name: str, num_ranks: int) -> None:
-    with (FOLDER / name).open("rb") as file:
-        archive = read_archive(file.fileno())
+    with LocalFile(FOLDER / name) as file:
+        archive = read_archive(file)
         assert archive.is_own
         shares = shares_of(archive, num_ranks)
-        assert find_faults(archive, [check_range(file.fileno(), archive, *share) for share in shares]) == []
+        assert find_faults(archive, [check_range(file, archive, *share) for share in shares]) == []
 
 
 @pytest.mark.parametrize("name", NAMES)

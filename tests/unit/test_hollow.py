@@ -1,7 +1,6 @@
 """Tensors that are read later are, once read, what torch.load gives; what is odd is left to torch."""
 
 import io
-import os
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from distckpt import DiskSaver
 from distckpt.ptformat.lazy_state import NotPlain, read_hollow
 from distckpt.ptformat.reader import OpenCheckpoint
 from distckpt.ptformat.verify import read_archive
+from distckpt.storage.local import LocalFile
 
 DTYPES = [
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128),
@@ -155,12 +155,8 @@ def test_a_storage_of_another_length_is_left_to_torch(tmp_path: Path, change: st
                 new.writestr(name, old.read(name))
             elif change == "longer":
                 new.writestr(name, bytes(80))
-    fd = os.open(tmp_path / "a.pt", os.O_RDONLY)
-    try:
-        with pytest.raises(NotPlain):
-            read_hollow(read_archive(fd), fd)
-    finally:
-        os.close(fd)
+    with LocalFile(tmp_path / "a.pt") as file, pytest.raises(NotPlain):
+        read_hollow(read_archive(file), file)
 
 
 def test_what_was_opened_is_read_whatever_comes_in_its_place(tmp_path: Path) -> None:

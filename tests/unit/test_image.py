@@ -20,7 +20,7 @@ from distckpt.ptformat.image import ImagePlan, Part, crcs_of, plan_image, tail_o
 from distckpt.ptformat.layout import FOLDER, Slot, directory, local_header, place
 from distckpt.ptformat.pickler import pickle_exactly, pickle_state
 from distckpt.saving.staging import Copy, HostMemory, Staging
-from distckpt.storage.direct_io import BLOCK_BYTES
+from distckpt.storage.base import BLOCK_BYTES
 from tests.unit.storages import bytes_of, storages_of
 
 GIB = 1 << 30

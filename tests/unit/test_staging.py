@@ -8,6 +8,7 @@ import signal
 import threading
 import zlib
 from collections.abc import Iterator
+from contextlib import closing
 from copy import deepcopy
 from pathlib import Path
 
@@ -181,7 +182,7 @@ def parent(tmp_path: Path) -> Iterator[int]:
 
 
 def write_through(path: Path, parent: int, pieces: list[tuple[int, memoryview]]) -> bytes:
-    with path.open("w+b") as file, DirectFile(file.fileno(), parent, path.name) as direct:
+    with path.open("w+b") as file, closing(DirectFile(file.fileno(), parent, path.name)) as direct:
         for offset, data in pieces:
             direct.write(data, offset)
     return path.read_bytes()
@@ -235,7 +236,10 @@ def test_short_writes_are_gone_on_with(tmp_path: Path, parent: int, monkeypatch:
     real = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: real(fd, bytes(data[:most]), offset))
     data = content(9_000)
-    with (tmp_path / "a").open("w+b") as file, DirectFile(file.fileno(), parent, "missing") as direct:
+    with (
+        (tmp_path / "a").open("w+b") as file,
+        closing(DirectFile(file.fileno(), parent, "missing")) as direct,
+    ):
         direct.write(data, 0)
     assert (tmp_path / "a").read_bytes() == bytes(data)
 

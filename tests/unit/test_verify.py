@@ -18,6 +18,7 @@ from distckpt import Checkpoint, CorruptCheckpointError, DiskSaver
 from distckpt.ptformat.manifest import SCHEMA, Manifest, TensorEntry, from_json, to_json
 from distckpt.ptformat.torch_format import read_pt, verify
 from distckpt.ptformat.verify import check_range, check_whole, find_faults, read_archive, shares_of
+from distckpt.storage.local import LocalFile
 from tests.distributed.programs import idle_engine
 
 STATE = {
@@ -93,15 +94,12 @@ def test_shares_find_together_what_one_reader_finds(path: Path) -> None:
         if flipped is not None:
             damaged[flipped] ^= 4
         path.write_bytes(damaged)
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            archive = read_archive(fd)
+        with LocalFile(path) as file:
+            archive = read_archive(file)
             for num_ranks in (1, 2, 3, 7):
                 shares = shares_of(archive, num_ranks)
-                checked = [check_range(fd, archive, begin, end) for begin, end in shares]
+                checked = [check_range(file, archive, begin, end) for begin, end in shares]
                 assert bool(find_faults(archive, checked)) == (flipped is not None)
-        finally:
-            os.close(fd)
 
 
 def test_the_message_names_file_and_record(path: Path) -> None:
@@ -152,14 +150,11 @@ def test_a_flipped_byte_in_a_tensor_that_torch_saved_is_noticed(tmp_path: Path) 
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_damaged(path: Path) -> None:
-    fd = os.open(path, os.O_RDWR)
-    try:
-        archive = read_archive(fd)
-        os.truncate(fd, 6000)
-        assert find_faults(archive, [check_range(fd, archive, 0, archive.num_bytes)])
-        assert check_whole(fd)
-    finally:
-        os.close(fd)
+    with LocalFile(path) as file:
+        archive = read_archive(file)
+        os.truncate(path, 6000)
+        assert find_faults(archive, [check_range(file, archive, 0, archive.num_bytes)])
+        assert check_whole(file)
 
 
 # -- what it says of itself --------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from typing import Self
 
 from distckpt._threads import start_thread, wait_all
 
-__all__ = ["ReadAhead", "in_turns"]
+__all__ = ["Readahead", "staggered_ranges"]
 
 _STEP_BYTES = 64 << 20
 """What is asked for at once: a reader that gives up waits for no more than that. A window has as many."""
@@ -33,7 +33,7 @@ _NO_WAIT = getattr(os, "RWF_NOWAIT", 0)
 """0 where Python was built for a C library that does not know it."""
 
 
-class ReadAhead:
+class Readahead:
     """Reads ahead on a thread while the body of the context runs.
 
     What cannot be read is no error here: who reads it after will hear of it.
@@ -67,7 +67,7 @@ class ReadAhead:
         wait_all(self._ended)
         self._ask(asks=False)
 
-    def read(self, memory: memoryview, at: int) -> int:
+    def read_into(self, memory: memoryview, at: int) -> int:
         """Read bytes when they have been brought, or nothing more comes. One thread.
 
         Args:
@@ -139,7 +139,7 @@ class ReadAhead:
                     at = at + num_bytes if num_bytes else end
 
 
-def in_turns(num_bytes: int, part: float) -> list[tuple[int, int]]:
+def staggered_ranges(num_bytes: int, part: float) -> list[tuple[int, int]]:
     """Cut a file into ranges for readers that bring all of it together.
 
     Each goes through the same windows, and begins at a place of its own in each: what others have brought meanwhile,
@@ -150,7 +150,7 @@ def in_turns(num_bytes: int, part: float) -> list[tuple[int, int]]:
         part: of a window, between 0 and 1, where this reader begins.
 
     Example:
-        >>> in_turns(100 << 20, 0.5) == [
+        >>> staggered_ranges(100 << 20, 0.5) == [
         ...     (32 << 20, 64 << 20), (0, 32 << 20), (82 << 20, 100 << 20), (64 << 20, 82 << 20)
         ... ]
         True

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from distckpt.ptformat import readahead as module
-from distckpt.ptformat.readahead import ReadAhead, in_turns
+from distckpt.storage import readahead as module
+from distckpt.storage.readahead import Readahead
+from distckpt.storage.readahead import staggered_ranges as ranges_of
 
 SIZE = (20 << 20) + 5
 LIMIT_S = 30.0
@@ -35,9 +36,9 @@ def cold(tmp_path: Path) -> Iterator[int]:
     os.close(fd)
 
 
-def all_of(ahead: ReadAhead) -> bytes:
+def all_of(ahead: Readahead) -> bytes:
     memory, found, at = memoryview(bytearray(1 << 20)), [], 0
-    while num_bytes := ahead.read(memory[: min(len(memory), SIZE + 9 - at)], at):
+    while num_bytes := ahead.read_into(memory[: min(len(memory), SIZE + 9 - at)], at):
         found.append(bytes(memory[:num_bytes]))
         at += num_bytes
     return b"".join(found)
@@ -47,8 +48,8 @@ def all_of(ahead: ReadAhead) -> bytes:
     "ranges",
     [
         [(0, SIZE)],
-        in_turns(SIZE, 0.0),
-        in_turns(SIZE, 0.5),
+        ranges_of(SIZE, 0.0),
+        ranges_of(SIZE, 0.5),
         [(SIZE // 2, SIZE), (0, SIZE // 2)],
         [(0, 9 << 20)],
         [(SIZE + 5, 2 * SIZE)],
@@ -57,10 +58,10 @@ def all_of(ahead: ReadAhead) -> bytes:
     ids=["in order", "in turns, first", "in turns, second", "end first", "a part", "past the end", "nothing"],
 )
 def test_what_is_read_is_the_file_s_whatever_is_brought_and_when(cold: int, ranges: Sequence[tuple[int, int]]) -> None:
-    with ReadAhead(cold, ranges) as ahead:
+    with Readahead(cold, ranges) as ahead:
         assert all_of(ahead) == expected()
     memory = memoryview(bytearray(100))
-    assert ahead.read(memory, 7) == 100, "after the end it reads by itself"
+    assert ahead.read_into(memory, 7) == 100, "after the end it reads by itself"
     assert bytes(memory) == expected()[7:107]
 
 
@@ -81,7 +82,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 def test_the_reader_takes_what_another_has_brought(cold: int, held: threading.Event) -> None:
     """Another thread, in the place of another process: the page cache is the machine's."""
     assert len(os.pread(cold, SIZE, 0)) == SIZE
-    with ReadAhead(cold, in_turns(SIZE, 0.5)) as ahead:
+    with Readahead(cold, ranges_of(SIZE, 0.5)) as ahead:
         assert all_of(ahead) == expected()
         assert not held.is_set(), "this one has brought nothing"
         held.set()
@@ -101,14 +102,14 @@ def test_what_cannot_tell_what_is_there_is_read_all_the_same(
         return preadv(fd, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", refuse)
-    with ReadAhead(cold, [(0, SIZE)]) as ahead:
+    with Readahead(cold, [(0, SIZE)]) as ahead:
         assert all_of(ahead) == expected()
     assert asked == [os.RWF_NOWAIT], "asked once"
 
 
 def test_where_python_knows_no_such_flag_it_does_not_ask(cold: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_NO_WAIT", 0)
-    with ReadAhead(cold, [(0, SIZE)]) as ahead:
+    with Readahead(cold, [(0, SIZE)]) as ahead:
         assert all_of(ahead) == expected()
 
 
@@ -131,7 +132,7 @@ def test_what_was_not_there_when_it_was_asked_for_is_read_when_it_came(
         return preadv(fd, [buffers[0][:100]], offset) if answer == "a part" else 0
 
     monkeypatch.setattr(os, "preadv", late)
-    with ReadAhead(cold, [(0, SIZE)]) as ahead:
+    with Readahead(cold, [(0, SIZE)]) as ahead:
         assert all_of(ahead) == expected()
     assert asked[0] > 4
 
@@ -144,7 +145,7 @@ def test_a_thread_that_breaks_leaves_the_reading_to_the_reader(cold: int, monkey
         raise MemoryError
 
     monkeypatch.setattr(os, "sendfile", breaks)
-    with ReadAhead(cold, [(0, SIZE)]) as ahead:
+    with Readahead(cold, [(0, SIZE)]) as ahead:
         assert all_of(ahead) == expected()
     assert told == [MemoryError]
 
@@ -167,11 +168,11 @@ def brought(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("in_order", [True, False])
 def test_it_goes_no_further_ahead_than_its_lead(cold: int, brought: list[int], *, in_order: bool) -> None:
-    ranges = [(0, SIZE)] if in_order else in_turns(SIZE, 0.5)
+    ranges = [(0, SIZE)] if in_order else ranges_of(SIZE, 0.5)
     memory = memoryview(bytearray(1 << 20))
-    with ReadAhead(cold, ranges) as ahead:
+    with Readahead(cold, ranges) as ahead:
         for at in (0, 5 << 20, 12 << 20):
-            assert ahead.read(memory, at) == len(memory)
+            assert ahead.read_into(memory, at) == len(memory)
             deadline = time.monotonic() + 10
             while sum(brought) <= at + (4 << 20) and time.monotonic() < deadline:
                 time.sleep(0.01)
@@ -181,7 +182,7 @@ def test_it_goes_no_further_ahead_than_its_lead(cold: int, brought: list[int], *
 
 
 @pytest.mark.usefixtures("brought")
-@pytest.mark.parametrize("order", [in_turns(SIZE, 0.0), in_turns(SIZE, 0.5), [(SIZE // 2, SIZE), (0, SIZE // 2)]])
+@pytest.mark.parametrize("order", [ranges_of(SIZE, 0.0), ranges_of(SIZE, 0.5), [(SIZE // 2, SIZE), (0, SIZE // 2)]])
 def test_what_was_brought_and_had_to_give_way_is_read_again(
     cold: int, monkeypatch: pytest.MonkeyPatch, order: Sequence[tuple[int, int]]
 ) -> None:
@@ -194,7 +195,7 @@ def test_what_was_brought_and_had_to_give_way_is_read_again(
         return preadv(fd, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", forgetful)
-    with ReadAhead(cold, order) as ahead:
+    with Readahead(cold, order) as ahead:
         assert all_of(ahead) == expected()
 
 
@@ -203,14 +204,14 @@ def test_where_the_system_does_not_open_it_twice_the_reader_reads(cold: int, mon
         raise FileNotFoundError(path)
 
     monkeypatch.setattr(os, "open", refuse)
-    with ReadAhead(cold, [(0, SIZE)]) as ahead:
+    with Readahead(cold, [(0, SIZE)]) as ahead:
         assert all_of(ahead) == expected()
 
 
 def test_reading_ahead_of_what_cannot_be_read_ends_and_the_reader_hears_of_it(tmp_path: Path) -> None:
     fd = os.open(tmp_path, os.O_RDONLY)
-    with ReadAhead(fd, [(0, 1 << 30)]) as ahead, pytest.raises(IsADirectoryError):
-        ahead.read(memoryview(bytearray(10)), 0)
+    with Readahead(fd, [(0, 1 << 30)]) as ahead, pytest.raises(IsADirectoryError):
+        ahead.read_into(memoryview(bytearray(10)), 0)
     os.close(fd)
 
 
@@ -219,7 +220,7 @@ def test_reading_ahead_of_what_cannot_be_read_ends_and_the_reader_hears_of_it(tm
     "num_bytes", [0, 1, 4096, (64 << 20) - 1, 64 << 20, (64 << 20) + 1, 1 << 30, (1 << 33) + 12345]
 )
 def test_turns_bring_each_byte_once(num_bytes: int, part: float) -> None:
-    ranges = in_turns(num_bytes, part)
+    ranges = ranges_of(num_bytes, part)
     at = 0
     for begin, end in sorted(ranges):
         assert begin == at < end

@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 
 from distckpt.errors import SaveError
-from distckpt.storage import temp
-from distckpt.storage.buffered_writer import Sink
-from distckpt.storage.local import Directory, make_directory
-from tests.unit.directories import holding, names_in, open_files_below
+from distckpt.storage import new_file
+from distckpt.storage.local import LocalStorage, make_directory
+from tests.unit.directories import names_in, open_files_below, write
 
-DEAD = f".distckpt-{temp._host_tag()}-1-dead.tmp"
+DEAD = f".distckpt-{new_file._host_tag()}-1-dead.tmp"
 FOREIGN = ".distckpt-ffffffff-1-foreign.tmp"
 
 
@@ -47,13 +46,13 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("atomic", [True, False])
 def test_a_file_that_was_begun_can_be_joined_and_is_its_makers(tmp_path: Path, *, atomic: bool) -> None:
-    with Directory(tmp_path).create("a.pt", atomic=atomic) as new:
+    with LocalStorage(tmp_path, atomic=atomic).create("a.pt") as new:
         new.allocate(8)
-        with Directory(tmp_path).join("a.pt", new.temp) as joined:
-            os.pwrite(joined.fd, b"half", 4)
-            joined.sync(4)
-        os.pwrite(new.fd, b"one ", 0)
-        assert names_in(tmp_path) == [new.temp]
+        with LocalStorage(tmp_path).join("a.pt", new.token) as joined:
+            joined.write(b"half", 4)
+            joined.sync()
+        new.write(b"one ", 0)
+        assert names_in(tmp_path) == [new.token]
         new.commit(8)
     assert (tmp_path / "a.pt").read_bytes() == b"one half"
     assert open_files_below(tmp_path) == []
@@ -63,17 +62,16 @@ def test_what_was_not_begun_for_it_cannot_be_joined(tmp_path: Path) -> None:
     (tmp_path / "b.pt").touch()
     (tmp_path / "c.pt").symlink_to("b.pt")
     for begun in ("b.pt", "../b.pt", "c.pt", ".distckpt-0-0-0.tmp/../b.pt"):
-        with pytest.raises(ValueError, match=r"no file that was begun for it|symlink"):
-            Directory(tmp_path).join("c.pt" if begun == "c.pt" else "a.pt", begun)
-    with pytest.raises(FileNotFoundError, match="that was begun for it cannot be opened"):
-        Directory(tmp_path).join("a.pt", DEAD)
+        with pytest.raises(ValueError, match=r"is no token of a new file|symlink"):
+            LocalStorage(tmp_path).join("c.pt" if begun == "c.pt" else "a.pt", begun)
+    with pytest.raises(FileNotFoundError, match=r"temporary file .* cannot be opened"):
+        LocalStorage(tmp_path).join("a.pt", DEAD)
     assert open_files_below(tmp_path) == []
 
 
 @pytest.mark.parametrize("atomic", [True, False])
 def test_a_written_file_holds_the_content_and_nothing_else_is_left(tmp_path: Path, *, atomic: bool) -> None:
-    receipt = Directory(tmp_path).write("a.pt", holding(b"content"), atomic=atomic)
-    assert (receipt.path, receipt.num_bytes) == (tmp_path / "a.pt", 7)
+    write(LocalStorage(tmp_path, atomic=atomic), "a.pt", b"content")
     assert (tmp_path / "a.pt").read_bytes() == b"content"
     assert names_in(tmp_path) == ["a.pt"]
     assert open_files_below(tmp_path) == []
@@ -82,7 +80,7 @@ def test_a_written_file_holds_the_content_and_nothing_else_is_left(tmp_path: Pat
 @pytest.mark.parametrize("atomic", [True, False])
 def test_an_older_file_of_the_name_is_replaced(tmp_path: Path, *, atomic: bool) -> None:
     (tmp_path / "a.pt").write_bytes(b"a much longer older content")
-    Directory(tmp_path).write("a.pt", holding(b"new"), atomic=atomic)
+    write(LocalStorage(tmp_path, atomic=atomic), "a.pt", b"new")
     assert (tmp_path / "a.pt").read_bytes() == b"new"
 
 
@@ -92,33 +90,33 @@ def test_permissions_are_those_that_the_umask_gives(
     tmp_path: Path, umask: Callable[[int], int], mask: int, mode: int, *, atomic: bool
 ) -> None:
     umask(mask)
-    Directory(tmp_path).write("a.pt", holding(b""), atomic=atomic)
+    write(LocalStorage(tmp_path, atomic=atomic), "a.pt", b"")
     assert stat.S_IMODE((tmp_path / "a.pt").stat().st_mode) == mode
 
 
 def test_a_sub_folder_that_exists_is_written_to(tmp_path: Path, synced: list[str]) -> None:
     (tmp_path / "fold0").mkdir()
-    Directory(tmp_path).write("fold0/./a.pt", holding(b"content"))
+    write(LocalStorage(tmp_path), "fold0/./a.pt", b"content")
     assert names_in(tmp_path / "fold0") == ["a.pt"]
     assert synced[-1] == str(tmp_path / "fold0")
 
 
 def test_the_file_is_synced_under_its_temporary_name_and_then_the_directory(tmp_path: Path, synced: list[str]) -> None:
-    Directory(tmp_path).write("a.pt", holding(b"content"))
+    write(LocalStorage(tmp_path), "a.pt", b"content")
     temp, directory = synced
     assert Path(temp).name.startswith(".distckpt-")
     assert directory == str(tmp_path)
 
 
 def test_a_file_in_place_is_synced_too(tmp_path: Path, synced: list[str]) -> None:
-    Directory(tmp_path).write("a.pt", holding(b"content"), atomic=False)
+    write(LocalStorage(tmp_path, atomic=False), "a.pt", b"content")
     assert synced == [str(tmp_path / "a.pt"), str(tmp_path)]
 
 
 def test_a_directory_that_is_a_link_itself_is_the_users_choice(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
-    Directory(tmp_path / "link").write("a.pt", holding(b"content"))
+    write(LocalStorage(tmp_path / "link"), "a.pt", b"content")
     assert names_in(tmp_path / "real") == ["a.pt"]
 
 
@@ -128,7 +126,7 @@ def test_a_directory_that_is_a_link_itself_is_the_users_choice(tmp_path: Path) -
 @pytest.mark.parametrize("kind", ["file", "link"])
 def test_a_temporary_file_is_never_one_that_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr(secrets, "token_hex", lambda _n: "same")
-    squatter = tmp_path / f".distckpt-{temp._host_tag()}-{os.getpid()}-same.tmp"
+    squatter = tmp_path / f".distckpt-{new_file._host_tag()}-{os.getpid()}-same.tmp"
     (tmp_path / "another's").write_bytes(b"another's")
     if kind == "file":
         squatter.write_bytes(b"another's")
@@ -137,33 +135,31 @@ def test_a_temporary_file_is_never_one_that_exists(tmp_path: Path, monkeypatch: 
     with squatter.open("rb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)  # by a living process, so that it is not cleared
         with pytest.raises(SaveError, match="EEXIST") as caught:
-            Directory(tmp_path).write("a.pt", holding(b"content"))
+            write(LocalStorage(tmp_path), "a.pt", b"content")
     assert isinstance(caught.value, FileExistsError)
     assert squatter.read_bytes() == (tmp_path / "another's").read_bytes() == b"another's"
 
 
 def test_a_dead_processs_temporary_file_is_cleared_by_the_next_save(tmp_path: Path) -> None:
     (tmp_path / DEAD).touch()
-    Directory(tmp_path).write("a.pt", holding(b"content"))
+    write(LocalStorage(tmp_path), "a.pt", b"content")
     assert names_in(tmp_path) == ["a.pt"]
 
 
 def test_a_living_processs_temporary_file_is_not_cleared(tmp_path: Path) -> None:
-    directory = Directory(tmp_path)
-
-    def fill(sink: Sink) -> None:
-        holding(b"first half, ")(sink)
-        directory.write("b.pt", holding(b"another save"))  # which clears what is dead
-        holding(b"second half")(sink)
-
-    directory.write("a.pt", fill)
+    storage = LocalStorage(tmp_path)
+    with storage.create("a.pt") as new:
+        new.write(b"first half, ", 0)
+        write(storage, "b.pt", b"another save")  # which clears what is dead
+        new.write(b"second half", 12)
+        new.commit(23)
     assert (tmp_path / "a.pt").read_bytes() == b"first half, second half"
     assert names_in(tmp_path) == ["a.pt", "b.pt"]
 
 
 def test_another_hosts_fresh_temporary_file_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / FOREIGN).touch()
-    Directory(tmp_path).write("a.pt", holding(b"content"))
+    write(LocalStorage(tmp_path), "a.pt", b"content")
     assert names_in(tmp_path) == [FOREIGN, "a.pt"]
 
 
@@ -171,7 +167,7 @@ def test_another_hosts_stale_temporary_file_is_cleared(tmp_path: Path) -> None:
     (tmp_path / FOREIGN).touch()
     an_hour_ago = time.time() - 3600
     os.utime(tmp_path / FOREIGN, (an_hour_ago, an_hour_ago))
-    Directory(tmp_path).write("a.pt", holding(b"content"))
+    write(LocalStorage(tmp_path), "a.pt", b"content")
     assert names_in(tmp_path) == ["a.pt"]
 
 
@@ -181,7 +177,7 @@ def test_what_only_looks_like_a_temporary_file_is_left_alone(tmp_path: Path) -> 
     (tmp_path / "kept.pt").touch()
     os.mkfifo(tmp_path / DEAD.replace("dead", "pipe"))
     before = names_in(tmp_path)
-    Directory(tmp_path).write("a.pt", holding(b"content"))
+    write(LocalStorage(tmp_path), "a.pt", b"content")
     assert names_in(tmp_path) == sorted([*before, "a.pt"])
 
 
@@ -196,7 +192,7 @@ def test_a_temporary_file_taken_for_a_dead_ones_is_made_anew(tmp_path: Path, mon
         flock(fd, operation)
 
     monkeypatch.setattr(fcntl, "flock", steal_the_first)
-    Directory(tmp_path).write("a.pt", holding(b"content"))
+    write(LocalStorage(tmp_path), "a.pt", b"content")
     assert stolen
     assert names_in(tmp_path) == ["a.pt"]
     assert open_files_below(tmp_path) == []
@@ -210,7 +206,7 @@ def test_a_file_system_without_locks_is_written_to_and_clears_nothing(
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     (tmp_path / DEAD).touch()
-    Directory(tmp_path).write("a.pt", holding(b"content"))
+    write(LocalStorage(tmp_path), "a.pt", b"content")
     assert names_in(tmp_path) == [DEAD, "a.pt"]
 
 
@@ -221,15 +217,15 @@ def test_removing_takes_the_one_file(tmp_path: Path) -> None:
     (tmp_path / "fold0").mkdir()
     for name in ("a.pt", "b.pt", "fold0/a.pt"):
         (tmp_path / name).touch()
-    Directory(tmp_path).remove("a.pt")
-    Directory(tmp_path).remove("fold0/a.pt")
+    LocalStorage(tmp_path).remove("a.pt")
+    LocalStorage(tmp_path).remove("fold0/a.pt")
     assert names_in(tmp_path) == ["b.pt", "fold0"]
     assert names_in(tmp_path / "fold0") == []
 
 
 def test_removing_a_missing_file_is_a_file_not_found_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
-        Directory(tmp_path).remove("a.pt")
+        LocalStorage(tmp_path).remove("a.pt")
     assert caught.value.filename == str(tmp_path / "a.pt")
 
 
@@ -242,9 +238,9 @@ def test_a_symlink_in_the_way_is_refused_and_stays(tmp_path: Path, name: str) ->
         (place / link).symlink_to(target)
     for atomic in (True, False):
         with pytest.raises(ValueError, match="a symlink"):
-            Directory(place).write(name, holding(b"new"), atomic=atomic)
+            write(LocalStorage(place, atomic=atomic), name, b"new")
     with pytest.raises(ValueError, match="a symlink"):
-        Directory(place).remove(name)
+        LocalStorage(place).remove(name)
     assert names_in(place) == ["dangling.pt", "folder", "link.pt"]
     assert names_in(tmp_path) == ["a.pt", "place"]
     assert (tmp_path / "a.pt").read_bytes() == b"outside"
@@ -295,6 +291,6 @@ def test_a_file_that_is_written_in_place_lets_go_of_its_other_names(tmp_path: Pa
     (folder / "a.pt").hardlink_to(outside)
     os.mkfifo(folder / "b.pt")
     for name in ("a.pt", "b.pt"):
-        Directory(folder).write(name, holding(b"new"), atomic=False)
+        write(LocalStorage(folder, atomic=False), name, b"new")
         assert (folder / name).read_bytes() == b"new"
     assert outside.read_bytes() == b"precious"

@@ -12,23 +12,23 @@ from typing import Any
 import pytest
 
 from distckpt.errors import CommitNotDurable, SaveError
-from distckpt.storage.buffered_writer import Sink
-from distckpt.storage.local import Directory
-from tests.unit.directories import holding, names_in, open_files_below
+from distckpt.storage.local import LocalStorage
+from tests.unit.directories import names_in, open_files_below, write
 
 NOBODY = 65534
 
 
-@pytest.mark.parametrize("error", [ValueError("unpicklable"), KeyboardInterrupt(), OSError(errno.EIO, "broken")])
-def test_a_failed_fill_leaves_what_was_there_before(tmp_path: Path, error: BaseException) -> None:
+@pytest.mark.parametrize("error", [ValueError("unpicklable"), KeyboardInterrupt()])
+def test_a_save_that_fails_before_its_commit_leaves_what_was_there_before(tmp_path: Path, error: BaseException) -> None:
     (tmp_path / "a.pt").write_bytes(b"older")
 
-    def fill(sink: Sink) -> None:
-        holding(b"half")(sink)
-        raise error
+    def fail() -> None:
+        with LocalStorage(tmp_path).create("a.pt") as new:
+            new.write(b"half", 0)
+            raise error
 
-    with pytest.raises(SaveError if isinstance(error, OSError) else type(error)):
-        Directory(tmp_path).write("a.pt", fill)
+    with pytest.raises(type(error)):
+        fail()
     assert names_in(tmp_path) == ["a.pt"]
     assert (tmp_path / "a.pt").read_bytes() == b"older"
     assert open_files_below(tmp_path) == []
@@ -37,35 +37,35 @@ def test_a_failed_fill_leaves_what_was_there_before(tmp_path: Path, error: BaseE
 def test_a_vanished_directory_is_a_file_not_found_error_that_names_it(tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     with pytest.raises(FileNotFoundError, match=re.escape(f"directory {gone} cannot be opened (ENOENT")) as caught:
-        Directory(gone).write("a.pt", holding(b""))
+        write(LocalStorage(gone), "a.pt", b"")
     assert isinstance(caught.value, SaveError)
     assert caught.value.errno == errno.ENOENT
 
 
 def test_a_missing_sub_folder_is_a_file_not_found_error_that_names_it(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=re.escape(f"folder {tmp_path / 'fold0'} cannot be opened (ENOENT")):
-        Directory(tmp_path).write("fold0/a.pt", holding(b""))
+    with pytest.raises(FileNotFoundError, match=re.escape(f"directory {tmp_path / 'fold0'} cannot be opened (ENOENT")):
+        write(LocalStorage(tmp_path), "fold0/a.pt", b"")
 
 
 @pytest.mark.parametrize("name", ["file", "file/a.pt"])
 def test_a_file_where_a_directory_should_be_is_a_not_a_directory_error(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").touch()
-    directory = Directory(tmp_path / "file") if name == "file" else Directory(tmp_path)
+    storage = LocalStorage(tmp_path / "file") if name == "file" else LocalStorage(tmp_path)
     with pytest.raises(NotADirectoryError, match="ENOTDIR"):
-        directory.write("a.pt" if name == "file" else name, holding(b""))
+        write(storage, "a.pt" if name == "file" else name, b"")
 
 
 def test_a_directory_of_the_files_name_is_an_is_a_directory_error(tmp_path: Path) -> None:
     (tmp_path / "a.pt").mkdir()
     with pytest.raises(IsADirectoryError, match="EISDIR"):
-        Directory(tmp_path).write("a.pt", holding(b""))
+        write(LocalStorage(tmp_path), "a.pt", b"")
     assert names_in(tmp_path) == ["a.pt"]
 
 
 def test_a_failed_rename_names_the_directory(tmp_path: Path) -> None:
     (tmp_path / "a.pt").mkdir()
     with pytest.raises(SaveError, match=re.escape(str(tmp_path))):
-        Directory(tmp_path).write("a.pt", holding(b""))
+        write(LocalStorage(tmp_path), "a.pt", b"")
 
 
 def test_a_forbidden_directory_is_a_permission_error() -> None:
@@ -77,8 +77,8 @@ def test_a_forbidden_directory_is_a_permission_error() -> None:
         if os.geteuid() == 0:  # root may everything
             os.seteuid(NOBODY)
             stack.callback(os.seteuid, 0)
-        with pytest.raises(PermissionError, match=re.escape(f"made in {directory} (EACCES")) as caught:
-            Directory(directory).write("a.pt", holding(b""))
+        with pytest.raises(PermissionError, match=re.escape(f"created in {directory} (EACCES")) as caught:
+            write(LocalStorage(directory), "a.pt", b"")
     assert isinstance(caught.value, SaveError)
 
 
@@ -87,7 +87,7 @@ def test_a_file_system_that_cannot_sync_directories_is_good_enough(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     _fail_syncing_directories(monkeypatch, code)
-    Directory(tmp_path).write("a.pt", holding(b"content"))
+    write(LocalStorage(tmp_path), "a.pt", b"content")
     assert names_in(tmp_path) == ["a.pt"]
 
 
@@ -96,7 +96,7 @@ def test_a_failed_sync_of_the_directory_is_reported_as_a_commit_that_may_not_las
 ) -> None:
     _fail_syncing_directories(monkeypatch, errno.EIO)
     with pytest.raises(CommitNotDurable, match="may not survive a power cut") as caught:
-        Directory(tmp_path).write("a.pt", holding(b"content"))
+        write(LocalStorage(tmp_path), "a.pt", b"content")
     assert str(tmp_path / "a.pt") in str(caught.value)
     assert (tmp_path / "a.pt").read_bytes() == b"content"
 
@@ -115,10 +115,10 @@ def _fail_syncing_directories(monkeypatch: pytest.MonkeyPatch, code: int) -> Non
 def test_a_file_system_that_lies_about_what_it_took_is_found_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = os.write
-    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:3]) and len(data))
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[:3], offset) and len(data))
     with pytest.raises(SaveError, match="reported 7 bytes written, but holds 3"):
-        Directory(tmp_path).write("a.pt", holding(b"content"))
+        write(LocalStorage(tmp_path), "a.pt", b"content")
     assert names_in(tmp_path) == []
 
 
@@ -128,7 +128,7 @@ def test_a_failing_look_at_the_temporary_file_leaves_neither_it_nor_an_open_desc
     # Left open, its lock would keep it for as long as this process lives: no later save could clear it.
     _fail_once(monkeypatch, "fstat")
     with pytest.raises(SaveError, match="EIO"):
-        Directory(tmp_path).write("a.pt", holding(b"content"))
+        write(LocalStorage(tmp_path), "a.pt", b"content")
     assert open_files_below(tmp_path) == []
     assert names_in(tmp_path) == []
 
@@ -143,9 +143,9 @@ def test_a_close_that_reports_an_error_does_not_make_a_failure_of_a_commit(
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "close", close_and_fail)
-    receipt = Directory(tmp_path).write("a.pt", holding(b"content"))
+    write(LocalStorage(tmp_path), "a.pt", b"content")
     monkeypatch.undo()
-    assert receipt.path.read_bytes() == b"content"
+    assert (tmp_path / "a.pt").read_bytes() == b"content"
 
 
 def _fail_once(monkeypatch: pytest.MonkeyPatch, function: str) -> None:
