@@ -1,7 +1,4 @@
-"""Stopping a run that no longer improves.
-
-Owns :class:`EarlyStopping`.
-"""
+"""Stop of a run without improvement: :class:`EarlyStopping`."""
 
 import logging
 import numbers
@@ -23,9 +20,7 @@ from distckpt.handlers.compat import deprecated
 from distckpt.handlers.engine_votes import next_sync_point, stop_reason, stop_run
 from distckpt.policy.scores import agreed_score, check_rule
 
-__all__ = ["EarlyStopping"]
-
-# All that a decision depends on beside the score.
+# Everything a decision depends on, besides the score.
 _SETTINGS = (
     "counter",
     "best_score",
@@ -38,33 +33,50 @@ _SETTINGS = (
 )
 
 
-class EarlyStopping(Serializable, ResettableHandler):
-    """Handler that stops a run after a number of events without improvement, on every rank at the same one.
+def _renamed_attribute(old: str, new: str) -> Any:
+    """Return a property with a deprecated name for another attribute."""
 
-    Attach it on all ranks, usually to an evaluator. The score that counts is one for all ranks, and so is the state.
-    NaN is never an improvement. The first score only sets the best one.
+    def warn() -> None:
+        deprecated(f"{old} is deprecated. Please use '{new}' instead.", stacklevel=4)
+
+    def get(self: object) -> Any:
+        warn()
+        return getattr(self, new)
+
+    def set_(self: object, value: Any) -> None:
+        warn()
+        setattr(self, new, value)
+
+    return property(get, set_, doc=f"Deprecated name of ``{new}``.")
+
+
+class EarlyStopping(Serializable, ResettableHandler):
+    """Handler that stops a run after a number of events without improvement, on every rank at the same event.
+
+    Attach it on all ranks, usually to an evaluator. All ranks use one score and have the same state. NaN is never an
+    improvement. The first score only sets the best score.
 
     Args:
         patience: number of events without improvement after which the run stops.
         score_function: takes the engine, returns a number.
         trainer: the engine to stop.
-        threshold: the least change that counts as improvement; an equal one does not.
+        threshold: a change counts as improvement if it is larger than this.
         cumulative: measure the change since the last improvement; otherwise since the best score so far.
-        threshold_mode: ``"abs"``: best + threshold has to be passed; ``"rel"``: best * (1 + threshold).
+        threshold_mode: ``"abs"``: an improvement exceeds best + threshold; ``"rel"``: best * (1 + threshold).
         mode: whether a higher (``"max"``) or a lower (``"min"``) score is better.
         min_delta: deprecated name of `threshold`.
         min_delta_mode: deprecated name of `threshold_mode`.
         cumulative_delta: deprecated name of `cumulative`.
-        score_rule: which score counts when the ranks' differ: ``"mean"``, ``"min"``, ``"max"``, or the
-            ``"coordinator"``'s, rank 0. Equal scores are taken as they are.
+        score_rule: combines different scores of the ranks: ``"mean"``, ``"min"``, ``"max"``, or ``"coordinator"`` for
+            rank 0's. Equal scores are used as they are.
         timeout_s: seconds to wait for the other ranks; None for ``DISTCKPT_TIMEOUT_S``, or 300.
 
     Attributes:
         counter: events since the last improvement.
-        best_score: the best score so far, or None.
+        best_score: the best score so far; None before the first.
 
     Raises:
-        TypeError: `score_function` is not callable, or `trainer` no Engine.
+        TypeError: `score_function` is not callable, or `trainer` is not an Engine.
         ValueError: an argument has a wrong value.
 
     Example:
@@ -78,7 +90,7 @@ class EarlyStopping(Serializable, ResettableHandler):
         (2, True)
     """
 
-    # `threshold_mode` is written too; states of releases before 0.5.4 lack it and load.
+    # States from ignite before 0.5.4 lack `threshold_mode`.
     _state_dict_all_req_keys = ("counter", "best_score")
 
     def __init__(
@@ -124,44 +136,37 @@ class EarlyStopping(Serializable, ResettableHandler):
         self._warned = False
 
     def __call__(self, engine: Engine | None) -> None:
-        """Collective. Count this event, and stop the trainer on every rank when patience is at its end.
+        """Collective. Count this event; stop the trainer on every rank when patience is exhausted.
 
-        1. (all ranks) call the score function; gather scores, and the coordinator's state.
-        2. (all ranks) from them, by the same arithmetic: the score that counts and the new state.
+        1. (all ranks) call the score function; gather the scores and the coordinator's state.
+        2. (all ranks) compute the score and the new state from them, by the same arithmetic.
 
         Raises:
-            RemoteRankError: the score function failed on some rank; on every rank. In a world of one: its own error.
+            RemoteRankError: the score function failed on a rank; raised on every rank. With one rank: its own error.
         """
         backend = current()
-        place = next_sync_point(self._handler_id, backend, engine, timeout_s=self.timeout_s)("comparing the score")
-        facts = phases.run(backend, place, lambda: (self._score_of(engine), self._settings()), timeout_s=self.timeout_s)
-        scores = [score for score, _ in facts]
-        # Rank 0's: a state, or an argument, that only rank 0 was given holds on all.
-        for name, value in facts[0][1].items():
+        point = next_sync_point(self._handler_id, backend, engine, timeout_s=self.timeout_s)("comparing the score")
+        found = phases.run(backend, point, lambda: self._score_and_settings(engine), timeout_s=self.timeout_s)
+        scores = [score for score, _ in found]
+        # Rank 0's: a state loaded, or an argument given, on rank 0 alone applies to all ranks.
+        for name, value in found[0][1].items():
             setattr(self, name, value)
         score, differed = agreed_score(scores, check_rule(self.score_rule), 0)
         if differed and not self._warned:
             self._warned = True
             warnings.warn(
-                f"EarlyStopping: the ranks have different scores, {scores}; their {self.score_rule} counts, {score}. "
-                "Reduce the metric over all ranks. This is said once.",
+                f"EarlyStopping: the ranks have different scores, {scores}; their {self.score_rule} is used, {score}. "
+                "Reduce the metric over all ranks. This warning appears once.",
                 stacklevel=2,
             )
         self._count(score)
 
-    def _settings(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _SETTINGS}
-
-    def _score_of(self, engine: Engine | None) -> int | float:
-        score: Any = self.score_function(engine)  # type: ignore[arg-type]  # None is the caller's wish
-        return _plain(score)
+    def _score_and_settings(self, engine: Engine | None) -> tuple[int | float, dict[str, Any]]:
+        score = _plain(self.score_function(engine))  # type: ignore[arg-type]  # None if the caller gave None
+        return score, {name: getattr(self, name) for name in _SETTINGS}
 
     def _count(self, score: float) -> None:
-        if self.best_score is None and not is_nan(score):
-            self.best_score = score
-            self.counter = 0
-            return
-        if self._improves(score):
+        if (self.best_score is None and not is_nan(score)) or self._is_improvement(score):
             self.best_score = score
             self.counter = 0
             return
@@ -171,7 +176,7 @@ class EarlyStopping(Serializable, ResettableHandler):
         self.counter += 1
         self.logger.debug("EarlyStopping: %i / %i", self.counter, self.patience)
         if self.counter >= self.patience:
-            is_new = stop_reason(self.trainer) != "early_stop"  # an evaluation may follow before the run has ended
+            is_new = stop_reason(self.trainer) != "early_stop"  # an evaluation may run again before the run ends
             self.logger.log(
                 log_level(current().rank, {0}) if is_new else logging.DEBUG,
                 "EarlyStopping: Stop training (iteration %d: %d times no improvement; best score %s, last score %s)",
@@ -182,12 +187,12 @@ class EarlyStopping(Serializable, ResettableHandler):
             )
             stop_run(self.trainer, "early_stop")
 
-    def _improves(self, score: float) -> bool:
+    def _is_improvement(self, score: float) -> bool:
         if is_nan(score) or self.best_score is None:
             return False
         threshold = -self.threshold if self.mode == "min" else self.threshold
-        bar = self.best_score + threshold if self.threshold_mode == "abs" else self.best_score * (1 + threshold)
-        return score > bar if self.mode == "max" else score < bar
+        limit = self.best_score + threshold if self.threshold_mode == "abs" else self.best_score * (1 + threshold)
+        return score > limit if self.mode == "max" else score < limit
 
     def attach(
         self,
@@ -198,19 +203,19 @@ class EarlyStopping(Serializable, ResettableHandler):
         *_args: Any,
         **_kwargs: Any,
     ) -> None:
-        """Attach the handler, and its reset.
+        """Attach the handler and its reset.
 
         Args:
-            engine: whose event is counted, usually an evaluator.
-            event: which event is counted.
-            reset_engine: whose event resets the handler; `engine` if None.
-            reset_event: which event resets it.
+            engine: the engine whose events are counted, usually an evaluator.
+            event: the event to count.
+            reset_engine: the engine whose event resets the handler; None for `engine`.
+            reset_event: the event that resets the handler.
         """
         engine.add_event_handler(event, self)
         (reset_engine or engine).add_event_handler(reset_event, self.reset)
 
     def reset(self) -> None:
-        """Forget the best score and the count."""
+        """Reset the best score and the counter."""
         self.counter = 0
         self.best_score = None
 
@@ -219,13 +224,13 @@ class EarlyStopping(Serializable, ResettableHandler):
         return OrderedDict(counter=self.counter, best_score=self.best_score, threshold_mode=self.threshold_mode)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over a state. Loaded on rank 0 alone, it holds on every rank from the next event on.
+        """Load a state. A state loaded on rank 0 alone applies to every rank from the next event on.
 
         Args:
-            state_dict: what :meth:`state_dict` returned, here or in an older release of ignite's.
+            state_dict: the result of :meth:`state_dict`, here or in an older release of ignite.
 
         Raises:
-            TypeError: it is no mapping.
+            TypeError: `state_dict` is not a mapping.
             ValueError: it lacks a key.
         """
         super().load_state_dict(state_dict)
@@ -234,45 +239,13 @@ class EarlyStopping(Serializable, ResettableHandler):
         self.best_score = None if best is None else _plain(best)
         self.threshold_mode = state_dict.get("threshold_mode", self.threshold_mode)
 
-    def _renamed(self, old: str, new: str) -> None:
-        deprecated(f"{old} is deprecated. Please use '{new}' instead.", stacklevel=4)
-
-    @property
-    def min_delta(self) -> float:
-        """Deprecated name of ``threshold``."""
-        self._renamed("min_delta", "threshold")
-        return self.threshold
-
-    @min_delta.setter
-    def min_delta(self, value: float) -> None:
-        self._renamed("min_delta", "threshold")
-        self.threshold = value
-
-    @property
-    def min_delta_mode(self) -> Literal["abs", "rel"]:
-        """Deprecated name of ``threshold_mode``."""
-        self._renamed("min_delta_mode", "threshold_mode")
-        return self.threshold_mode
-
-    @min_delta_mode.setter
-    def min_delta_mode(self, value: Literal["abs", "rel"]) -> None:
-        self._renamed("min_delta_mode", "threshold_mode")
-        self.threshold_mode = value
-
-    @property
-    def cumulative_delta(self) -> bool:
-        """Deprecated name of ``cumulative``."""
-        self._renamed("cumulative_delta", "cumulative")
-        return self.cumulative
-
-    @cumulative_delta.setter
-    def cumulative_delta(self, value: bool) -> None:
-        self._renamed("cumulative_delta", "cumulative")
-        self.cumulative = value
+    min_delta = _renamed_attribute("min_delta", "threshold")
+    min_delta_mode = _renamed_attribute("min_delta_mode", "threshold_mode")
+    cumulative_delta = _renamed_attribute("cumulative_delta", "cumulative")
 
 
 def _plain(score: Any) -> int | float:
-    # ignite compares whatever comes: a tensor of one element is a score here, though not for Checkpoint.
+    # ignite compares any value: a tensor of one element is a score here, though not for Checkpoint.
     return plain_score(score.item() if isinstance(score, torch.Tensor) else score)
 
 

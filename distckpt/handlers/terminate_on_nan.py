@@ -1,7 +1,4 @@
-"""Stopping a run whose numbers broke.
-
-Owns :class:`TerminateOnNan`.
-"""
+"""Stop of a run whose output is NaN or infinite: :class:`TerminateOnNan`."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -15,34 +12,27 @@ from distckpt.coordination.phases import Seat
 from distckpt.coordination.votes import Answer, Fact, Pending
 from distckpt.handlers.arguments import check_timeout
 from distckpt.handlers.engine_votes import Voter, check_schedule, mark_nonfinite, stop_reason, stop_run
-from distckpt.handlers.finite import all_finite, first_offender, nonfinite_flag
-from distckpt.handlers.on_its_way import PendingFlag
-
-__all__ = ["TerminateOnNan"]
-
-
-def _as_it_is(output: Any) -> Any:
-    return output
+from distckpt.handlers.finite import PendingFlag, all_finite, describe_nonfinite, nonfinite_flag
 
 
 class TerminateOnNan(Voter):
     """Handler that stops the run, on every rank at the same iteration, when any rank's output is NaN or infinite.
 
-    Attach it on all ranks. It shares one reduction an event with all handlers that vote. The step is not saved: a
-    :class:`~distckpt.Checkpoint` on the same event has the vote held before it saves, in every order of the two.
+    Attach it on all ranks. All handlers that vote share one reduction per event. The step is not saved: a
+    :class:`~distckpt.Checkpoint` on the same event counts the vote before it saves, whichever was attached first.
 
     Args:
-        output_transform: takes the process function's output, returns what is looked at: a number, a tensor, a NumPy
-            array, None, or a collection of them, nested at will. Where a save on the event comes first, it is called
-            before the handlers between the two: it should look at the output alone.
-        lag: 0 to stop in the iteration whose output is broken; 1 to stop one iteration later, the same one on every
-            rank, and let the reduction run beside that iteration: nothing waits for an accelerator then.
-        every: hold the vote on each so-many-th iteration only; the outputs between are looked at all the same.
+        output_transform: takes the process function's output and returns the value to check: a number, a tensor, a
+            NumPy array, None, or a nested collection of these. It should read the output alone: a save on the event
+            may call it before handlers that were attached earlier.
+        lag: 0 to stop in the iteration with the NaN; 1 to stop one iteration later, the same one on every rank. The
+            reduction then runs beside that iteration, and nothing waits for an accelerator.
+        every: count the vote every N iterations only; the outputs between are checked too.
         timeout_s: seconds to wait for the other ranks; None for ``DISTCKPT_TIMEOUT_S``, or 300.
 
     Raises:
         TypeError: `output_transform` is not callable.
-        ValueError: `lag` or `every` makes no sense.
+        ValueError: `lag` or `every` has a wrong value.
 
     Example:
         >>> from ignite.engine import Events
@@ -57,7 +47,7 @@ class TerminateOnNan(Voter):
 
     def __init__(
         self,
-        output_transform: Callable[[Any], Any] = _as_it_is,
+        output_transform: Callable[[Any], Any] = lambda output: output,
         *,
         lag: int | None = None,
         every: int | None = None,
@@ -73,14 +63,14 @@ class TerminateOnNan(Voter):
         self.timeout_s = timeout_s
         self.logger = logging.getLogger(f"{__name__}.{type(self).__name__}")
         self._output_transform = output_transform
-        self._broken: Any = None
+        self._nonfinite_output: Any = None
         self._handler_id = Seat(type(self).__name__)
 
     def __call__(self, engine: Engine) -> None:
-        """Collective, when the event is over: one reduction with all handlers that vote.
+        """Collective, after the event: one reduction with all handlers that vote.
 
         Raises:
-            RemoteRankError: the output cannot be looked at on some rank; on every rank. In a world of one: a TypeError.
+            RemoteRankError: a rank cannot check its output; raised on every rank. With one rank: a TypeError.
         """
         backend = current()
         if backend.world_size == 1 and not self.lag:
@@ -93,33 +83,33 @@ class TerminateOnNan(Voter):
     def _probe(self, engine: Engine) -> Answer:
         output = self._output_transform(engine.state.output)
         if self.lag or current().takes_lazy_numbers:
-            is_broken: Any = nonfinite_flag(output)
+            flag: Any = nonfinite_flag(output)
         else:
-            is_broken = not all_finite(output)
-        if is_broken is False:
+            flag = not all_finite(output)
+        if flag is False:
             return None
         step = engine.state.iteration
 
         def describe() -> str:
-            self._broken = output
+            self._nonfinite_output = output
             return self._describe(step, output)
 
-        return describe if is_broken is True else Pending(PendingFlag(is_broken), describe)
+        return describe if flag is True else Pending(PendingFlag(flag), describe)
 
-    def _act(self, engine: Engine, said: Mapping[int, Any]) -> None:
-        output, self._broken = self._broken, None
-        self._stop(engine, output, said, current().rank)
+    def _act(self, engine: Engine, reports: Mapping[int, Any]) -> None:
+        output, self._nonfinite_output = self._nonfinite_output, None
+        self._stop(engine, output, reports, current().rank)
 
     @staticmethod
     def _describe(step: int, output: Any) -> str:
-        return f"iteration {step}: {first_offender(output) or 'it has been overwritten since'}"
+        return f"iteration {step}: {describe_nonfinite(output) or 'overwritten since'}"
 
-    def _stop(self, engine: Engine, output: Any, said: Mapping[int, Any], rank: int) -> None:
+    def _stop(self, engine: Engine, output: Any, reports: Mapping[int, Any], rank: int) -> None:
         name = type(self).__name__
-        where = "; ".join(f"rank {one}, {told}" for one, told in said.items())
-        # With a lag the iteration after a NaN may have one too: the run is stopped already.
-        level = logging.DEBUG if stop_reason(engine) == "nan" else log_level(rank, {0, *said})
-        if rank in said:
+        where = "; ".join(f"rank {one}, {detail}" for one, detail in reports.items())
+        # With a lag the next iteration may have a NaN too, when the run is stopped already.
+        level = logging.DEBUG if stop_reason(engine) == "nan" else log_level(rank, {0, *reports})
+        if rank in reports:
             self.logger.log(level, "%s: Output '%s' contains NaN or Inf. Stop training (%s)", name, output, where)
         else:
             self.logger.log(level, "%s: Output of another rank contains NaN or Inf. Stop training (%s)", name, where)

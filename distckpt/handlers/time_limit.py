@@ -1,7 +1,4 @@
-"""Stopping a run in time.
-
-Owns :class:`TimeLimit`.
-"""
+"""Stop of a run after a given time: :class:`TimeLimit`."""
 
 import logging
 import time
@@ -17,28 +14,26 @@ from distckpt.coordination.votes import Answer, Fact
 from distckpt.handlers.arguments import check_timeout
 from distckpt.handlers.engine_votes import Voter, check_schedule, is_off_schedule, stop_reason, stop_run
 
-__all__ = ["TimeLimit"]
-
 
 class TimeLimit(Voter):
     """Handler that stops the run when its time is over, on every rank at the same iteration.
 
-    Attach it on all ranks. The time runs from construction, by the monotonic clock; the largest elapsed time of all
-    ranks counts. It shares one reduction an event with all handlers that vote.
+    Attach it on all ranks. The time runs from construction, on the monotonic clock; the largest elapsed time of all
+    ranks counts. All handlers that vote share one reduction per event.
 
     Args:
-        limit_sec: seconds, an int.
+        limit_sec: the limit in seconds, an int.
         lag: 0 to stop in the iteration in which the time is over, 1 one iteration later; see :class:`TerminateOnNan`.
-        every: hold the vote, and stop, on every N-th iteration only; as for :class:`~distckpt.Preemption`.
+        every: count the vote, and stop, every N iterations only; as for :class:`~distckpt.Preemption`.
         timeout_s: seconds to wait for the other ranks; None for ``DISTCKPT_TIMEOUT_S``, or 300.
 
     Attributes:
-        limit_sec: see above.
-        start_time: seconds of the monotonic clock at construction.
+        limit_sec: the limit in seconds.
+        start_time: construction time on the monotonic clock, in seconds.
 
     Raises:
-        TypeError: `limit_sec` is no int.
-        ValueError: it is a bool, or not positive; or `lag` or `every` makes no sense.
+        TypeError: `limit_sec` is not an int.
+        ValueError: `limit_sec` is a bool or not positive, or `lag` or `every` has a wrong value.
 
     Example:
         >>> from ignite.engine import Events
@@ -73,36 +68,31 @@ class TimeLimit(Voter):
         self._handler_id = Seat(type(self).__name__)
 
     def __call__(self, engine: Engine) -> None:
-        """Collective, when the event is over: one reduction with all handlers that vote."""
+        """Collective, after the event: one reduction with all handlers that vote."""
         backend = current()
-        if backend.world_size == 1:
-            if self._is_over():
-                self._act(engine, {0: self._elapsed_s()})
-            return
-        self._vote(engine, backend)
+        if backend.world_size > 1:
+            self._vote(engine, backend)
+        elif self._probe(engine) is not None:
+            self._act(engine, {0: self._elapsed_s()})
 
     def _elapsed_s(self) -> float:
         return time.monotonic() - self.start_time
 
-    def _is_over(self) -> bool:
-        return self._elapsed_s() > self.limit_sec
-
     def _probe(self, engine: Engine) -> Answer:
         del engine
-        return self._elapsed_s if self._is_over() else None
+        return self._elapsed_s if self._elapsed_s() > self.limit_sec else None
 
-    def _act(self, engine: Engine, said: Mapping[int, Any]) -> None:
+    def _act(self, engine: Engine, reports: Mapping[int, Any]) -> None:
         if is_off_schedule(engine, self):
-            return  # the time is still over at the next vote
-        first = max(said, key=lambda rank: said[rank])
-        # With a lag the vote that was under way has found the same.
-        is_new = stop_reason(engine) != "time_limit"
+            return  # the next vote finds the same
+        first = max(reports, key=lambda rank: reports[rank])
+        is_new = stop_reason(engine) != "time_limit"  # with a lag the pending vote has found the same
         self.logger.log(
-            log_level(current().rank, {0, *said}) if is_new else logging.DEBUG,
+            log_level(current().rank, {0, *reports}) if is_new else logging.DEBUG,
             "Reached the time limit: %s sec. Stop training (iteration %d; %.1f s have passed on rank %d)",
             self.limit_sec,
             engine.state.iteration,
-            said[first],
+            reports[first],
             first,
         )
         stop_run(engine, "time_limit")

@@ -1,6 +1,7 @@
 """Is every number of an output finite? Every kind of value, alone and nested, at once and without waiting."""
 
 import math
+import re
 import sys
 import warnings
 from collections import OrderedDict, deque, namedtuple
@@ -9,18 +10,21 @@ from contextlib import contextmanager
 from decimal import Decimal
 from fractions import Fraction
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distckpt.handlers.finite import _nonfinite_flag, _place_of, all_finite, first_offender, nonfinite_flag
+from distckpt.handlers import finite
+from distckpt.handlers.finite import _accelerator_of, _nonfinite_flag, all_finite, describe_nonfinite, nonfinite_flag
 from tests.support import run_distributed
 
 INF, NAN = math.inf, math.nan
@@ -258,8 +262,8 @@ def test_what_stands_before_a_thing_that_is_no_number_decides() -> None:
     for broken in (NAN, torch.tensor(NAN), torch.tensor([1.0, INF])):
         assert not all_finite([broken, object()])
         assert nonfinite_flag([broken, object()]) is True
-        assert first_offender([broken, object()]) is not None
-        for look in (all_finite, nonfinite_flag, first_offender):
+        assert describe_nonfinite([broken, object()]) is not None
+        for look in (all_finite, nonfinite_flag, describe_nonfinite):
             with pytest.raises(TypeError):
                 look([object(), broken])
             with pytest.raises(TypeError):
@@ -285,10 +289,10 @@ def no_waiting() -> Iterator[None]:
         yield
 
 
-def deferred(output: Any, place_of: Callable[[torch.Tensor], Hashable | None] = lambda _: "a device") -> Any:
+def deferred(output: Any, accelerator_of: Callable[[torch.Tensor], Hashable | None] = lambda _: "a device") -> Any:
     """Judge an output as if its tensors were on an accelerator; return what the host would read in the end."""
     with no_waiting():
-        flag = _nonfinite_flag(output, place_of)
+        flag = _nonfinite_flag(output, accelerator_of)
     if isinstance(flag, bool):
         return flag
     assert (flag.dtype, flag.shape, flag.requires_grad) == (torch.bool, (), False)
@@ -331,12 +335,12 @@ def test_deferred_flag_is_a_tensor_of_its_own() -> None:
 def test_flag_is_plain_where_the_host_knows() -> None:
     on_device = torch.ones(2)
 
-    def place_of(tensor: torch.Tensor) -> Hashable | None:
+    def accelerator_of(tensor: torch.Tensor) -> Hashable | None:
         return 0 if tensor is on_device else None
 
-    assert _nonfinite_flag([on_device, torch.tensor(NAN)], place_of) is True
-    assert _nonfinite_flag([on_device, NAN], place_of) is True
-    assert isinstance(_nonfinite_flag([on_device, torch.ones(2)], place_of), torch.Tensor)
+    assert _nonfinite_flag([on_device, torch.tensor(NAN)], accelerator_of) is True
+    assert _nonfinite_flag([on_device, NAN], accelerator_of) is True
+    assert isinstance(_nonfinite_flag([on_device, torch.ones(2)], accelerator_of), torch.Tensor)
     assert _nonfinite_flag([torch.ones(2, dtype=torch.int64), torch.empty(0)], lambda _: 0) is False
     with pytest.raises(TypeError):
         _nonfinite_flag([torch.tensor(NAN), object()], lambda _: 0)
@@ -358,9 +362,9 @@ def test_flag_stays_on_the_accelerator() -> None:
             assert (flag.dtype, flag.shape, flag.device.type) == (torch.bool, (), "cuda")
         assert nonfinite_flag([*on_cuda, NAN]) is True
         assert nonfinite_flag(torch.ones(3, dtype=torch.int64, device="cuda:0")) is False
-        assert _place_of(on_cuda[0]) == torch.device("cuda:0")
-    assert _place_of(torch.ones(1)) is None
-    assert _place_of(torch.empty(1, device="meta")) is None
+        assert _accelerator_of(on_cuda[0]) == torch.device("cuda:0")
+    assert _accelerator_of(torch.ones(1)) is None
+    assert _accelerator_of(torch.empty(1, device="meta")) is None
 
 
 @run_distributed(world_size=2)
@@ -374,10 +378,157 @@ def test_each_rank_looks_at_its_own_shard_and_asks_nobody() -> None:
         assert not all_finite([shards, torch.ones(2), whole])
         assert nonfinite_flag(shards) is True
         assert deferred([shards, torch.ones(2)]) is True
-        found = first_offender({"y": shards})
+        found = describe_nonfinite({"y": shards})
         assert found is not None
-        assert found.path == "output['y'].to_local()[1]"
+        assert found.startswith("output['y'].to_local()[1] is nan")
         assert all_finite(whole)
-        assert first_offender(whole) is None
+        assert describe_nonfinite(whole) is None
     dist.barrier()
     assert all_finite([shards, whole]) is (rank == 0)
+
+
+# -- the first number that is not finite ---------------------------------------------------------
+
+
+def number_at(path: str, output: object) -> complex:
+    """Return the number that a path leads to: it is Python."""
+    found: Any = eval(path, {"output": output})  # noqa: S307 - what is evaluated is what is tested
+    if isinstance(found, torch.Tensor):
+        found = found.float() if found.dtype.itemsize == 1 else found
+        found = found.item()
+    return complex(0, 0) + (math.nan if str(found) == "sNaN" else found if isinstance(found, complex) else float(found))
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+@pytest.mark.parametrize("kind", FINITE)
+def test_finite_values_have_none(kind: str, holder: str) -> None:
+    assert describe_nonfinite(HOLDERS[holder](FINITE[kind])) is None
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+@pytest.mark.parametrize("kind", NOT_FINITE)
+def test_path_leads_to_the_value(kind: str, holder: str) -> None:
+    output = HOLDERS[holder](NOT_FINITE[kind])
+    found = describe_nonfinite(output)
+    assert found is not None
+    match = re.fullmatch(r"(.*) is (nan|inf|-inf) \(.*\)", found)
+    assert match is not None
+    path, value = match.groups()
+    assert str(number_at(path, output).real) == value
+
+
+class Out(NamedTuple):
+    loss: object
+    rest: object = 1.0
+
+
+def broken_at(shape: tuple[int, ...], **values: float) -> torch.Tensor:
+    """Return ones with values at places in row-major order: ``broken_at((2, 2), at3=NAN)``."""
+    tensor = torch.ones(shape)
+    for place, value in values.items():
+        tensor.view(-1)[int(place.removeprefix("at"))] = value
+    return tensor
+
+
+LINES: list[tuple[object, str]] = [
+    (NAN, "output is nan (float)"),
+    (-INF, "output is -inf (float)"),
+    ({"loss": INF}, "output['loss'] is inf (float)"),
+    ({3: [1.0, {"a": NAN}]}, "output[3][1]['a'] is nan (float)"),
+    ({("a", 1): NAN}, "output[('a', 1)] is nan (float)"),
+    ({"it's": NAN}, 'output["it\'s"] is nan (float)'),
+    (OrderedDict(a=1.0, b=NAN, c=INF), "output['b'] is nan (float)"),
+    (MappingProxyType({"a": NAN}), "output['a'] is nan (float)"),
+    (Out(0.5, [NAN]), "output.rest[0] is nan (float)"),
+    ((0.5, NAN), "output[1] is nan (float)"),
+    (torch.tensor(NAN), "output is nan (float32 () on cpu)"),
+    (torch.tensor([NAN]), "output[0] is nan (float32 (1,) on cpu)"),
+    (
+        {"logits": broken_at((32, 10), at27=NAN, at28=INF, at300=-INF)},
+        "output['logits'][2, 7] is nan (3 of 320 values are not finite, float32 (32, 10) on cpu)",
+    ),
+    (
+        [1, {"logits": broken_at((2, 3, 4), at23=-INF).double()}],
+        "output[1]['logits'][1, 2, 3] is -inf (1 of 24 values is not finite, float64 (2, 3, 4) on cpu)",
+    ),
+    (
+        broken_at((4, 4), at5=NAN, at6=INF).t(),
+        "output[1, 1] is nan (2 of 16 values are not finite, float32 (4, 4) on cpu)",
+    ),
+    (
+        torch.tensor([1j, complex(1, -INF), complex(NAN, NAN)]),
+        "output[1].imag is -inf (2 of 3 values are not finite, complex64 (3,) on cpu)",
+    ),
+    (
+        torch.tensor([complex(INF, NAN), 1j], dtype=torch.complex32),
+        "output[0].real is inf (1 of 2 values is not finite, complex32 (2,) on cpu)",
+    ),
+    (complex(1, NAN), "output.imag is nan (complex)"),
+    (
+        {"e": torch.tensor([[0, 1.0], [NAN, 0]]).to_sparse()},
+        "output['e'].coalesce().values()[1] is nan (1 of 2 values is not finite, float32 (2,) on cpu)",
+    ),
+    (
+        torch.nested.nested_tensor([torch.ones(2), broken_at((3,), at2=INF)], layout=torch.jagged),
+        "output[1][2] is inf (1 of 3 values is not finite, float32 (3,) on cpu)",
+    ),
+    (
+        broken_at((2,), at1=NAN).as_subclass(Logged),
+        "output[1] is nan (1 of 2 values is not finite, float32 (2,) on cpu)",
+    ),
+    (np.float32("nan"), "output is nan (NumPy float32 ())"),
+    ([np.array(INF)], "output[0] is inf (NumPy float64 ())"),
+    (
+        np.array([[1, 2], [-INF, NAN]], dtype=np.float16),
+        "output[1, 0] is -inf (2 of 4 values are not finite, NumPy float16 (2, 2))",
+    ),
+    (np.array([1j, complex(0, INF)]), "output[1].imag is inf (1 of 2 values is not finite, NumPy complex128 (2,))"),
+]
+
+
+@pytest.mark.parametrize(("output", "line"), LINES, ids=[line for _, line in LINES])
+def test_line_says_where_what_and_how_many(output: object, line: str) -> None:
+    assert describe_nonfinite(output) == line
+
+
+def test_the_first_in_the_order_of_nesting_is_named() -> None:
+    output = [1.0, [torch.ones(2), {"a": torch.tensor([1.0, INF]), "b": NAN}], NAN]
+    found = describe_nonfinite(output)
+    assert found is not None
+    assert found.startswith("output[1][1]['a'][1] is inf")
+
+
+@pytest.mark.parametrize("place", [0, 6, 7, 8, 13, 19])
+def test_large_tensors_are_looked_at_in_pieces(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finite, "_CHUNK_NUMEL", 7)
+    tensor = torch.ones(4, 5)
+    tensor.view(-1)[place:] = NAN
+    tensor.view(-1)[place] = -INF
+    found = describe_nonfinite(tensor)
+    verb = "is" if place == 19 else "are"
+    text = f"output[{place // 5}, {place % 5}] is -inf ({20 - place} of 20 values {verb} not finite, "
+    assert found is not None
+    assert found.startswith(text)
+
+
+def test_output_is_not_changed() -> None:
+    tensor = torch.tensor([1.0, NAN], requires_grad=True)
+    version = tensor._version
+    assert describe_nonfinite(tensor) is not None
+    assert tensor._version == version
+
+
+LEAVES = st.sampled_from([*FINITE.values(), *[0.5] * 40, *NOT_FINITE.values()])
+NESTS = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=6) | st.dictionaries(st.text(max_size=3), inner) | st.tuples(inner)
+)
+
+
+@given(output=NESTS)
+def test_every_look_at_an_output_says_the_same(output: object) -> None:
+    is_finite = all_finite(output)
+    assert nonfinite_flag(output) is not is_finite
+    found = describe_nonfinite(output)
+    assert (found is None) is is_finite
+    if found is None or "coalesce" not in found:
+        assert deferred(output) is not is_finite
