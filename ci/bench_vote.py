@@ -31,7 +31,7 @@ from ignite.engine import Engine, Events
 from torch import multiprocessing
 
 import distckpt
-from distckpt.backends.control_group import SHARED_MEMORY_VARIABLE, HostGroup
+from distckpt.backends.control_group import SHARED_MEMORY_VARIABLE, ControlGroup
 from distckpt.backends.detect import current
 
 EXACT_BAR = 1.3
@@ -132,9 +132,9 @@ def count_reductions(num_iterations: int) -> list[int]:
         return count
 
     names = ("start_max", "reduce", "gather", "broadcast")
-    originals = {name: getattr(HostGroup, name) for name in names}
+    originals = {name: getattr(ControlGroup, name) for name in names}
     for name in names:
-        setattr(HostGroup, name, counted(originals[name]))
+        setattr(ControlGroup, name, counted(originals[name]))
     try:
         trainer = Engine(lambda _engine, _batch: OUTPUT)
         engines.append(trainer)
@@ -142,14 +142,14 @@ def count_reductions(num_iterations: int) -> list[int]:
             trainer.run(range(num_iterations + 1))
     finally:
         for name in names:
-            setattr(HostGroup, name, originals[name])
+            setattr(ControlGroup, name, originals[name])
     return counts[2 : num_iterations + 1]  # in the first iteration the ranks meet and save; the last ends the epoch
 
 
 @contextlib.contextmanager
 def over_gloo() -> Iterator[None]:
     """Let the group do without shared memory."""
-    host: HostGroup = current()._host  # type: ignore[attr-defined]  # noqa: SLF001 - to measure both ways in one run
+    host: ControlGroup = current()._control_group  # type: ignore[attr-defined]  # noqa: SLF001 - to measure both ways in one run
     memory, host._memory = host._memory, None  # noqa: SLF001 - as above
     try:
         yield

@@ -1,1 +1,1 @@
-"""Which rank this process is, and the few collectives that the other packages need."""
+"""Runtimes: which rank this process is, and the few collectives that the rest of distckpt needs."""

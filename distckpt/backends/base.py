@@ -1,7 +1,6 @@
-"""What the rest of distckpt asks of the ranks: who am I, and a few small exact collectives.
+"""The contract of a backend: this process's place among the ranks, and a few small, exact collectives.
 
-Owns the contract that every backend honours, and the collectives that follow from its two primitives. Must
-not know about checkpoints or handlers, nor which runtimes exist.
+A runtime implements the identity and the primitives. All other collectives follow from those.
 """
 
 import math
@@ -16,18 +15,16 @@ import torch
 from distckpt.backends import wire
 from distckpt.errors import DesyncError, DistckptError
 
-__all__ = ["DEFAULT_TIMEOUT_S", "Backend", "Board", "ReduceOp", "TensorOp", "Watcher", "default_timeout_s"]
-
 ReduceOp = Literal["SUM", "MIN", "MAX"]
 TensorOp = Literal["SUM", "PRODUCT", "MIN", "MAX", "AND", "OR"]
 
 DEFAULT_TIMEOUT_S = 300.0
-_HASH_BITS = 0x7FFFFFFF  # XLA's exact reduction is of int32
 TIMEOUT_VARIABLE = "DISTCKPT_TIMEOUT_S"
+_HASH_BITS = 0x7FFFFFFF  # XLA's exact reduction is of int32
 
 
 def default_timeout_s() -> float:
-    """Return how long a collective waits for the other ranks, in seconds.
+    """Return how many seconds a collective waits for the other ranks.
 
     ``DISTCKPT_TIMEOUT_S`` in the environment overrides the default of 300.
 
@@ -47,66 +44,64 @@ def default_timeout_s() -> float:
     return value
 
 
-class Board(Protocol):
-    """Notes that every rank of a job can read, beside its collectives. Any thread; no call waits longer than told.
+class KeyValueStore(Protocol):
+    """Text that all ranks of a job can write and read, beside its collectives. Any thread.
 
-    Every method raises TimeoutError when no answer came within `limit_s`, and ConnectionError when the board is gone.
+    Every method raises TimeoutError without an answer within `limit_s`, and ConnectionError if the store is gone.
     """
 
-    def put(self, key: str, text: str, *, limit_s: float) -> None:
-        """Write a note, over an older one."""
+    def set(self, key: str, text: str, *, limit_s: float) -> None:
+        """Write a value."""
 
-    def claim(self, key: str, text: str, *, limit_s: float) -> str:
-        """Write a note unless there is one; return what stands."""
+    def set_default(self, key: str, text: str, *, limit_s: float) -> str:
+        """Write a value unless the key has one; return the key's value."""
 
-    def look(self, keys: Sequence[str], *, limit_s: float) -> list[str | None]:
-        """Read several notes; None for those that are not there."""
+    def get_many(self, keys: Sequence[str], *, limit_s: float) -> list[str | None]:
+        """Return the values of several keys; None for those without one."""
 
-    def count(self, key: str, amount: int, *, limit_s: float) -> int:
-        """Add to a number that begins at 0; return what it is now."""
+    def add(self, key: str, amount: int, *, limit_s: float) -> int:
+        """Add to a number that starts at 0; return the sum."""
 
     def is_open(self) -> bool:
-        """Tell whether the job that it belongs to is still this process's. Rank-local; waits for nothing."""
+        """Return True if this process still belongs to the store's job. Rank-local; does not wait."""
 
     def host(self) -> str:
-        """Tell where the notes are kept: ``this process``, ``this machine``, ``elsewhere``; or empty for nowhere."""
+        """Return where the store is: ``this process``, ``this machine``, ``elsewhere``; empty if it has no host."""
 
 
-class Watcher(Protocol):
-    """What is known of the other ranks beside the collectives; see :mod:`distckpt.coordination.liveness`."""
+class PeerMonitor(Protocol):
+    """What is known of the other ranks beside the collectives; see :mod:`distckpt.coordination.heartbeat`."""
 
-    def news(self, wait_s: float = 0.0) -> DistckptError | None:
-        """Return the error that ends this rank's waiting, if there is a reason within `wait_s`. The training thread."""
+    def failure(self, wait_s: float = 0.0) -> DistckptError | None:
+        """Return the job's failure if there is one, or one comes within `wait_s`. The training thread."""
 
-    def tell(self, ranks: Sequence[int]) -> str:
-        """Return what is known of `ranks`, as a phrase; empty for nothing."""
+    def describe(self, ranks: Sequence[int]) -> str:
+        """Return what is known of `ranks`, as text; empty if nothing is."""
 
 
 class Backend(ABC):
-    """One job's ranks, as one of them sees it.
+    """One rank's view of a job.
 
-    The identity (``rank``, ``world_size``, ``local_rank``, ``node``) is known without any collective. Every
-    method said to be collective is entered by all ranks, in the same order; it returns the same on each.
-    Host values are exact: int64 and float64 in, the same bits out. A backend is not thread-safe, and only the
-    thread that trains may use it; :meth:`post_note` alone may be called from any thread.
+    The identity (``rank``, ``world_size``, ``local_rank``, ``node``) is known without a collective. All ranks call the
+    collective methods in the same order, and get the same result. Host values are exact: int64 and float64. Only the
+    training thread may use a backend, but any thread may call :meth:`post_note`.
 
-    A collective that some ranks do not enter ends after `timeout_s` with
-    :class:`~distckpt.errors.CollectiveTimeout`, which names them; one whose peer died ends with
-    :class:`~distckpt.errors.CollectiveError`. Either way the backend's host group is given up and every later
-    collective on it fails at once.
+    A collective that some ranks do not enter raises :class:`~distckpt.errors.CollectiveTimeout`, which names them,
+    after `timeout_s`. If a peer died it raises :class:`~distckpt.errors.CollectiveError`. In both cases the control
+    group is aborted, and every later collective on it fails at once.
     """
 
     name: str
-    """What the backend is called: ``serial``, or the name that torch.distributed knows it by."""
+    """Name of the backend: ``serial``, or torch.distributed's name for it."""
 
-    watcher: Watcher | None = None
+    monitor: PeerMonitor | None = None
     """Asked while a collective waits, if there is one."""
 
-    takes_lazy_numbers: bool = False
-    """Whether a number of :meth:`start_meeting` may be a tensor on this rank's device that is not computed yet."""
+    can_reduce_lazily: bool = False
+    """Whether :meth:`start_sync_check` takes tensors on this rank's device that are not computed yet."""
 
-    untouched: tuple[type[BaseException], ...] = ()
-    """Exceptions of the runtime's own that have to reach its user as they are."""
+    passthrough_errors: tuple[type[BaseException], ...] = ()
+    """The runtime's own exceptions, which have to reach the user unchanged."""
 
     @property
     @abstractmethod
@@ -128,9 +123,9 @@ class Backend(ABC):
     def node(self) -> int:
         """Number of this process's node, from 0."""
 
-    @abstractmethod
     def device(self) -> torch.device:
-        """Return the device this rank computes on. Rank-local; issues no collectives."""
+        """Return this rank's device: the current CUDA device if there is one, else the CPU. Rank-local."""
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
     # -- the primitives ----------------------------------------------------------------------------
 
@@ -140,8 +135,8 @@ class Backend(ABC):
 
         Args:
             values: int64 or float64, shape (n,), the same n and dtype on every rank.
-            op: SUM, MIN or MAX.
-            what: what the ranks are doing, for error messages; made into text only for them.
+            op: SUM, MIN or MAX. MIN and MAX over a NaN depend on the runtime.
+            what: what the ranks are doing, for error messages; formatted only for them.
             timeout_s: seconds to wait for the other ranks; None for :func:`default_timeout_s`.
 
         Returns:
@@ -149,50 +144,45 @@ class Backend(ABC):
         """
 
     def start_max(self, values: Sequence[int], *, what: object, timeout_s: float | None) -> Callable[[], list[int]]:
-        """Collective. Start to reduce up to twelve int64 with MAX; what is returned waits for the end.
+        """Collective. Start to reduce up to twelve int64 with MAX; return a function that waits for the result.
 
-        They are of int32's size where `meet` brings them.
-
-        One may be under way at a time. Where a runtime cannot do it beside other work, it is done here and now.
+        One such reduction may be in progress at a time. :meth:`check_in_sync` gives values that fit into int32.
         """
         result: list[int] = self.reduce_host(torch.tensor(values), "MAX", what=what, timeout_s=timeout_s).tolist()
         return lambda: result
 
     @abstractmethod
     def gather_host(self, data: bytes, num_bytes: int, *, what: object, timeout_s: float | None) -> list[bytes]:
-        """Collective. Give every rank every rank's bytes.
+        """Collective. Return the bytes of every rank, in rank order.
 
         Args:
             data: at most `num_bytes` bytes; lengths may differ between ranks.
-            num_bytes: the most that any rank brings, the same on every rank.
-            what: what the ranks are doing, for error messages; made into text only for them.
+            num_bytes: the largest length, the same on every rank.
+            what: what the ranks are doing, for error messages; formatted only for them.
             timeout_s: seconds to wait for the other ranks; None for :func:`default_timeout_s`.
-
-        Returns:
-            One entry a rank, in rank order, each of the length it was given with.
         """
 
     @abstractmethod
     def reduce_tensor(self, tensor: torch.Tensor, op: TensorOp) -> torch.Tensor:
-        """Collective. Reduce a tensor of any shape where it lies; returns a new one."""
+        """Collective. Reduce a tensor of any shape on its device; return a new one."""
 
     @abstractmethod
     def gather_tensor(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Collective. Give every rank every rank's tensor; shape and dtype are the same on all."""
+        """Collective. Return every rank's tensor; shape and dtype are the same on all."""
 
     @abstractmethod
     def broadcast_tensor(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
-        """Collective. Give every rank `src`'s tensor; shape and dtype are the same on all."""
+        """Collective. Return the tensor of rank `src`; shape and dtype are the same on all."""
 
     def sync_device(self, tree: Any, *, to_host: bool) -> Any:
-        """All ranks. Compute what of a state is pending, where the runtime computes late. Issues no collectives.
+        """All ranks. Compute the pending values of a state, if the runtime computes lazily. Issues no collectives.
 
         Args:
             tree: nested containers with tensors.
             to_host: whether this rank needs the tensors' values.
 
         Returns:
-            The same, with tensors of the host where the runtime cannot write those of its devices.
+            The same tree; with host tensors if the runtime cannot write those of its devices.
         """
         del to_host
         return tree
@@ -201,126 +191,119 @@ class Backend(ABC):
         """Return the runtime's own random number generators, by name; each has ``get_state`` and ``set_state``."""
         return {}
 
-    def board(self, *, timeout_s: float | None = None) -> Board | None:
-        """Return the job's board for notes, or None where the runtime has none. Rank-local; issues no collectives.
+    def key_value_store(self, *, timeout_s: float | None = None) -> KeyValueStore | None:
+        """Return the job's key-value store; None if the runtime has none. Rank-local; issues no collectives.
 
         Args:
-            timeout_s: seconds to wait for the rank that keeps it, where one does and the others have to find it; None
-                for :func:`default_timeout_s`.
+            timeout_s: seconds to wait for the rank that hosts it; None for :func:`default_timeout_s`.
 
         Raises:
-            CollectiveTimeout: that rank did not come.
+            CollectiveTimeout: that rank did not arrive.
         """
         del timeout_s
         return None
 
-    def break_off(self) -> None:  # noqa: B027 - not every runtime can
-        """Make the job's own collectives that wait end with an error, where the runtime can. Rank-local; any thread."""
+    def abort(self) -> None:  # noqa: B027 - not every runtime can
+        """Make the job's own collectives that wait fail, if the runtime can. Rank-local; any thread."""
 
-    def close(self) -> None:  # noqa: B027 - most have nothing to end
-        """Let go of threads and connections of this backend's own. Rank-local; nothing may be asked of it after."""
+    def close(self) -> None:  # noqa: B027 - most have nothing to close
+        """Close this backend's threads and connections. Rank-local; the backend cannot be used after it."""
 
     @abstractmethod
-    def take_ticket(self, kind: str) -> str | None:
-        """Number the objects of one kind that this rank makes. Rank-local; issues no collectives.
+    def next_object_id(self, kind: str) -> str | None:
+        """Return ``kind#n``, the id of the next object of a kind. Rank-local; issues no collectives.
 
-        Ranks that make the same objects in the same order get the same tickets, so that a note about one
-        finds its counterpart on another rank.
-
-        Returns:
-            ``kind#n``, or None where the runtime has no store to leave notes in.
+        Ranks that construct the same objects in the same order give them the same ids. None if there are no other
+        ranks.
         """
 
     @abstractmethod
-    def post_note(self, ticket: str, text: str) -> None:
-        """Leave a note about `ticket` that other ranks read in :meth:`roll_call`. Rank-local; any thread.
+    def post_note(self, object_id: str, text: str) -> None:
+        """Publish text about an object, for :meth:`store_barrier` on other ranks. Rank-local; any thread.
 
-        Where a runtime has no common store (Horovod, XLA) nothing is left.
+        Does nothing if the job has no key-value store.
         """
 
     @abstractmethod
-    def roll_call(self, name: str, *, watch: str | None, timeout_s: float | None) -> str | None:
-        """Wait until every rank has called `name`, without a collective. All ranks.
+    def store_barrier(self, name: str, *, depends_on: str | None, timeout_s: float | None) -> str | None:
+        """All ranks. Block until every rank has called `name`; through the key-value store, without a collective.
 
         Args:
-            name: what is called, e.g. a handler; once in a job.
-            watch: a ticket; a note about it ends the waiting.
+            name: the barrier's name, used once in a job.
+            depends_on: id of an object; a note about it ends the waiting.
             timeout_s: seconds to wait for the other ranks; None for :func:`default_timeout_s`.
 
         Returns:
-            None when all ranks have come, or the note about `watch`.
+            None if all ranks have arrived, else the note about `depends_on`.
 
         Raises:
-            CollectiveTimeout: some ranks did not come in time.
+            CollectiveTimeout: some ranks did not arrive in time.
         """
 
-    # -- what follows from them --------------------------------------------------------------------
+    # -- derived collectives -----------------------------------------------------------------------
 
-    def meet(
+    def check_in_sync(
         self,
-        where: str,
+        key: str,
         numbers: Sequence[int] = (),
         *,
-        turn: int = 0,
-        told: object = None,
+        sequence: int = 0,
+        description: object = None,
         timeout_s: float | None,
     ) -> list[int]:
-        """Collective. Find out that all ranks are at the same place, and reduce a few numbers with MAX on the way.
+        """Collective. Check that all ranks are at the same sync point, and reduce a few numbers with MAX.
 
-        The header of twelve int64 with which every collective of distckpt begins: ranks that came from different places
-        meet in it and are told so, instead of pairing wrong collectives.
+        Every collective of distckpt begins with this header of twelve int64. Ranks at different sync points find that
+        out here, before they enter different collectives.
 
-        1. (all ranks) reduce place and turn, each with its negative, and the numbers.
-        2. (all ranks) place or turn differ: gather what each rank is doing.
+        1. (all ranks) reduce the key's digest and the sequence number, each with its negative, and the numbers.
+        2. (all ranks) only if digest or sequence number differ: gather what each rank is doing.
 
         Args:
-            where: the place; has to be equal on all ranks.
+            key: has to be equal on all ranks.
             numbers: at most eight, each below 2**31.
-            turn: has to be equal on all ranks.
-            told: the place for people, if it says more; made into text only for an error.
+            sequence: has to be equal on all ranks.
+            description: text for messages in place of the key; formatted only for an error.
             timeout_s: seconds to wait for the other ranks; None for :func:`default_timeout_s`.
 
         Returns:
             The largest of each of `numbers`.
 
         Raises:
-            DesyncError: the ranks are not at the same place; on every rank, naming all places.
+            DesyncError: the ranks are at different sync points; on every rank, naming all of them.
         """
-        return self.start_meeting(where, numbers, turn=turn, told=told, timeout_s=timeout_s)()
+        return self.start_sync_check(key, numbers, sequence=sequence, description=description, timeout_s=timeout_s)()
 
-    def start_meeting(
+    def start_sync_check(
         self,
-        where: str,
+        key: str,
         numbers: Sequence[int] = (),
         *,
-        turn: int = 0,
-        told: object = None,
+        sequence: int = 0,
+        description: object = None,
         timeout_s: float | None,
     ) -> Callable[[], list[int]]:
-        """Collective. Start :meth:`meet`, and return what waits for its end and returns its result.
+        """Collective. Start :meth:`check_in_sync`; return a function that waits for its result, and takes step 2."""
+        what = description or key
+        digest = zlib.crc32(key.encode()) & _HASH_BITS
+        finish = self.start_max((digest, -digest, sequence, -sequence, *numbers), what=what, timeout_s=timeout_s)
 
-        The same arguments. Step 2 is walked in what is returned.
-        """
-        what = told or where
-        digest = zlib.crc32(where.encode()) & _HASH_BITS
-        finish = self.start_max((digest, -digest, turn, -turn, *numbers), what=what, timeout_s=timeout_s)
-        return lambda: self._read_header(finish(), len(numbers), turn, what, timeout_s)
+        def finish_check() -> list[int]:
+            total = finish()
+            if total[0] == -total[1] and total[2] == -total[3]:
+                return total[4 : 4 + len(numbers)]
+            data = f"{what} (sequence {sequence})".encode()
+            why = "telling the ranks where each one is"
+            num_bytes = self.all_reduce_ints([len(data)], "MAX", what=why, timeout_s=timeout_s)[0]
+            points = [part.decode() for part in self.gather_host(data, num_bytes, what=why, timeout_s=timeout_s)]
+            all_points = "; ".join(f"rank {rank} is at: {point}" for rank, point in enumerate(points))
+            msg = (
+                f"The ranks entered one collective at different points. {all_points}. Handlers have to be built and "
+                "attached on all ranks, in the same order, and all ranks have to run the same iterations."
+            )
+            raise DesyncError(msg)
 
-    def _read_header(
-        self, total: list[int], num_numbers: int, turn: int, what: object, timeout_s: float | None
-    ) -> list[int]:
-        if total[0] == -total[1] and total[2] == -total[3]:
-            return total[4 : 4 + num_numbers]
-        data = f"{what} (turn {turn})".encode()
-        why = "telling the ranks where each one is"
-        num_bytes = self.all_reduce_ints([len(data)], "MAX", what=why, timeout_s=timeout_s)[0]
-        places = [part.decode() for part in self.gather_host(data, num_bytes, what=why, timeout_s=timeout_s)]
-        where_all = "; ".join(f"rank {rank} is at: {text}" for rank, text in enumerate(places))
-        msg = (
-            f"The ranks came to one collective from different places. {where_all}. Handlers have to be built and "
-            "attached on all ranks, in the same order, and all ranks have to run the same iterations."
-        )
-        raise DesyncError(msg)
+        return finish_check
 
     def all_reduce_ints(
         self, values: Sequence[int], op: ReduceOp = "SUM", *, what: str = "all_reduce", timeout_s: float | None = None
@@ -335,45 +318,27 @@ class Backend(ABC):
         result = self.reduce_host(torch.tensor(list(values), dtype=torch.int64), op, what=what, timeout_s=timeout_s)
         return [int(value) for value in result.tolist()]
 
-    def all_reduce_floats(
-        self, values: Sequence[float], op: ReduceOp = "SUM", *, what: str = "all_reduce", timeout_s: float | None = None
-    ) -> list[float]:
-        """Collective. Reduce a vector of float64. MIN and MAX over a NaN depend on the runtime: reduce a flag."""
-        result = self.reduce_host(torch.tensor(list(values), dtype=torch.float64), op, what=what, timeout_s=timeout_s)
-        return [float(value) for value in result.tolist()]
-
-    def any(self, flag: bool, *, what: str = "any", timeout_s: float | None = None) -> bool:  # noqa: FBT001
-        """Collective. Tell whether the flag is set on at least one rank."""
-        return self.meet(what, [int(flag)], timeout_s=timeout_s)[0] == 1
-
-    def all(self, flag: bool, *, what: str = "all", timeout_s: float | None = None) -> bool:  # noqa: FBT001
-        """Collective. Tell whether the flag is set on every rank."""
-        return self.meet(what, [int(not flag)], timeout_s=timeout_s)[0] == 0
-
     def gather_objects(self, value: Any, *, what: str = "gather", timeout_s: float | None = None) -> list[Any]:
-        """Collective. Give every rank every rank's small object.
+        """Collective. Return every rank's small object, in rank order.
 
-        1. (all ranks) encode the object; a rank that cannot says so instead of staying away.
-        2. (all ranks) agree on the longest.
+        1. (all ranks) encode the object; a rank that cannot sends the error.
+        2. (all ranks) agree on the largest size.
         3. (all ranks) gather.
 
         Args:
             value: see :func:`distckpt.backends.wire.encode`.
-            what: what the ranks are doing, for error messages; made into text only for them.
+            what: what the ranks are doing, for error messages.
             timeout_s: seconds to wait for the other ranks; None for :func:`default_timeout_s`.
-
-        Returns:
-            One entry a rank, in rank order.
 
         Raises:
             TypeError: some rank's object cannot be sent; on every rank.
         """
         try:
             data, problem = wire.encode([True, value]), None
-        except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks wait for an answer
+        except Exception as error:  # noqa: BLE001 - the other ranks wait, whatever the error is
             text = str(error) if isinstance(error, TypeError) else f"{type(error).__name__}: {error}"
             data, problem = wire.encode([False, text]), error
-        num_bytes = self.meet(what, [len(data)], timeout_s=timeout_s)[0]
+        num_bytes = self.check_in_sync(what, [len(data)], timeout_s=timeout_s)[0]
         answers = [wire.decode(part) for part in self.gather_host(data, num_bytes, what=what, timeout_s=timeout_s)]
         refused = [f"rank {rank}: {answer[1]}" for rank, answer in enumerate(answers) if not answer[0]]
         if refused:
@@ -383,7 +348,7 @@ class Backend(ABC):
     def broadcast_object(
         self, value: Any, src: int = 0, *, what: str = "broadcast", timeout_s: float | None = None
     ) -> Any:
-        """Collective. Give every rank the small object of rank `src`; what the others bring is ignored.
+        """Collective. Return the small object of rank `src`; the other ranks' objects are ignored.
 
         Raises:
             ValueError: there is no rank `src`.
@@ -393,22 +358,18 @@ class Backend(ABC):
         return self.gather_objects(value if self.rank == src else None, what=what, timeout_s=timeout_s)[src]
 
     def barrier(self, *, what: str = "barrier", timeout_s: float | None = None) -> None:
-        """Collective. Return when every rank has come."""
-        self.meet(what, timeout_s=timeout_s)
+        """Collective. Block until every rank has arrived."""
+        self.check_in_sync(what, timeout_s=timeout_s)
 
-    def passes(self, error: BaseException) -> bool:
-        """Tell whether an exception leaves its rank as it is, and no error of all ranks takes its place.
+    def is_passthrough(self, error: BaseException) -> bool:
+        """Return True if an exception leaves its rank unchanged, and not as an error of all ranks.
 
-        KeyboardInterrupt and SystemExit do, and what the runtime itself has to hear of.
+        These are KeyboardInterrupt, SystemExit and the runtime's own exceptions.
         """
-        return not isinstance(error, Exception) or isinstance(error, self.untouched)
+        return not isinstance(error, Exception) or isinstance(error, self.passthrough_errors)
 
     def check_rank(self, rank: int, what: str) -> None:
-        """Refuse a rank that this job does not have. Rank-local; issues no collectives.
-
-        Raises:
-            ValueError: `rank` is not between 0 and ``world_size - 1``.
-        """
+        """Raise ValueError unless `rank`, the value of argument `what`, is a rank of this job. Rank-local."""
         if not 0 <= rank < self.world_size:
             msg = f"Argument {what} should be a rank of this job (0 to {self.world_size - 1}), but given {rank}"
             raise ValueError(msg)

@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from distckpt.backends.base import Backend, Board, ReduceOp, Watcher, default_timeout_s
-from distckpt.backends.control_group import HostGroup, board_is_gone, call_the_roll
-from distckpt.backends.transport import Channel
+from distckpt.backends.base import Backend, KeyValueStore, PeerMonitor, ReduceOp, default_timeout_s
+from distckpt.backends.control_group import ControlGroup, store_barrier, store_lost_error
+from distckpt.backends.transport import Transport
 from distckpt.errors import CollectiveError, DesyncError
 
-__all__ = ["FOLD", "HostedBackend"]
+__all__ = ["FOLD", "ControlGroupBackend"]
 
 FOLD: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "SUM": torch.add,
@@ -29,12 +29,12 @@ FOLD: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 """Two ranks' tensors to one, where a runtime does not reduce their dtype."""
 
 _DRIFT_S = 1.0
-# How long the board is asked for news in a roll, and how long the watcher for the reason why it is silent.
+# How long the board is asked for news in a roll, and how long the monitor for the reason why it is silent.
 _NOTE_S = 1.0
 _REASON_S = 5.0
 
 
-class HostedBackend(Backend):
+class ControlGroupBackend(Backend):
     """One rank of a job, with a host group of its own.
 
     Args:
@@ -46,18 +46,18 @@ class HostedBackend(Backend):
         self._rank = rank
         self._world_size = world_size
         self._num_tickets: dict[str, int] = {}
-        self._watcher: Watcher | None = None
+        self._monitor: PeerMonitor | None = None
         self._finding = threading.Lock()  # notes are left by any thread
-        self._board: Board | None = None
-        self._is_board_found = False
-        self._lost_board: str | None = None  # during what it was not found
+        self._board: KeyValueStore | None = None
+        self._is_store_found = False
+        self._lost_store: str | None = None  # during what it was not found
 
     @abstractmethod
-    def _make_channel(self) -> Channel:
+    def _make_transport(self) -> Transport:
         """Return what carries the host values. Rank-local; called once, at the first use."""
 
     @abstractmethod
-    def _make_board(self, what: object, timeout_s: float) -> Board | None:
+    def _make_store(self, what: object, timeout_s: float) -> KeyValueStore | None:
         """Return the job's board, or None where the runtime has none. Rank-local; called once, at the first use.
 
         Args:
@@ -70,43 +70,43 @@ class HostedBackend(Backend):
         """
 
     @functools.cached_property
-    def _host(self) -> HostGroup:
-        host = HostGroup(self._make_channel(), self._find_board, self._rank, self._world_size)
-        host.watcher = self._watcher
+    def _control_group(self) -> ControlGroup:
+        host = ControlGroup(self._make_transport(), self._find_store, self._rank, self._world_size)
+        host.monitor = self._monitor
         return host
 
-    def _find_board(self, what: object, timeout_s: float) -> Board | None:
+    def _find_store(self, what: object, timeout_s: float) -> KeyValueStore | None:
         """Return the job's board, which is made at the first call."""
         with self._finding:
-            if self._lost_board is not None:
-                msg = f"rank {self._rank}: {what} cannot run: the ranks were given up earlier ({self._lost_board})"
+            if self._lost_store is not None:
+                msg = f"rank {self._rank}: {what} cannot run: the ranks were given up earlier ({self._lost_store})"
                 raise CollectiveError(msg)
-            if not self._is_board_found:
+            if not self._is_store_found:
                 try:
-                    self._board = self._make_board(what, timeout_s)
+                    self._board = self._make_store(what, timeout_s)
                 except OSError as error:
-                    self._lost_board = str(what)
-                    raise board_is_gone(self._rank, what, error) from error
+                    self._lost_store = str(what)
+                    raise store_lost_error(self._rank, what, error) from error
                 except CollectiveError:
-                    self._lost_board = str(what)
+                    self._lost_store = str(what)
                     raise
-                self._is_board_found = True
+                self._is_store_found = True
             return self._board
 
     @property
-    def watcher(self) -> Watcher | None:  # the host group has to know it too
+    def monitor(self) -> PeerMonitor | None:  # the host group has to know it too
         """Asked while a collective waits, if there is one."""
-        return self._watcher
+        return self._monitor
 
-    @watcher.setter
-    def watcher(self, watcher: Watcher | None) -> None:
-        self._watcher = watcher
-        if "_host" in vars(self):
-            self._host.watcher = watcher
+    @monitor.setter
+    def monitor(self, monitor: PeerMonitor | None) -> None:
+        self._monitor = monitor
+        if "_control_group" in vars(self):
+            self._control_group.monitor = monitor
 
-    def board(self, *, timeout_s: float | None = None) -> Board | None:
+    def key_value_store(self, *, timeout_s: float | None = None) -> KeyValueStore | None:
         """Return the job's board, if it has one."""
-        return self._find_board("the first use of the job's board", _limit(timeout_s))
+        return self._find_store("the first use of the job's board", _limit(timeout_s))
 
     @property
     def rank(self) -> int:
@@ -121,24 +121,24 @@ class HostedBackend(Backend):
     def reduce_host(self, values: torch.Tensor, op: ReduceOp, *, what: object, timeout_s: float | None) -> torch.Tensor:
         """Collective. Reduce over our own group."""
         limit_s = _limit(timeout_s)
-        return self._host.reduce(values, op, what=what, timeout_s=limit_s)
+        return self._control_group.reduce(values, op, what=what, timeout_s=limit_s)
 
     def start_max(self, values: Sequence[int], *, what: object, timeout_s: float | None) -> Callable[[], list[int]]:
         """Collective. Start to reduce over our own group, or through shared memory."""
         limit_s = _limit(timeout_s)
-        return self._host.start_max(values, what=what, timeout_s=limit_s)
+        return self._control_group.start_max(values, what=what, timeout_s=limit_s)
 
     def gather_host(self, data: bytes, num_bytes: int, *, what: object, timeout_s: float | None) -> list[bytes]:
         """Collective. Gather over our own group."""
         limit_s = _limit(timeout_s)
-        return self._host.gather_bytes(data, num_bytes, what=what, timeout_s=limit_s)
+        return self._control_group.gather_bytes(data, num_bytes, what=what, timeout_s=limit_s)
 
     def close(self) -> None:
         """End the host group, if there is one."""
-        if "_host" in vars(self):
-            self._host.close()
+        if "_control_group" in vars(self):
+            self._control_group.close()
 
-    def take_ticket(self, kind: str) -> str | None:
+    def next_object_id(self, kind: str) -> str | None:
         """Return ``kind#n``, counting from 0 in this job."""
         number = self._num_tickets.get(kind, 0)
         self._num_tickets[kind] = number + 1
@@ -146,11 +146,11 @@ class HostedBackend(Backend):
 
     def post_note(self, ticket: str, text: str) -> None:
         """Leave a note on the job's board. Nothing where there is none."""
-        board = self._find_board(f"a note of {ticket}", default_timeout_s())
+        board = self._find_store(f"a note of {ticket}", default_timeout_s())
         if board is not None:
-            board.put(f"note/{ticket}", text, limit_s=default_timeout_s())
+            board.set(f"note/{ticket}", text, limit_s=default_timeout_s())
 
-    def roll_call(self, name: str, *, watch: str | None, timeout_s: float | None) -> str | None:
+    def store_barrier(self, name: str, *, depends_on: str | None, timeout_s: float | None) -> str | None:
         """Wait until every rank has called `name`: on the job's board, or by a collective where there is none.
 
         Raises:
@@ -158,18 +158,18 @@ class HostedBackend(Backend):
             CollectiveError: a rank is lost, or the job's store.
         """
         limit_s = _limit(timeout_s)
-        board = self._find_board(name, limit_s)
+        board = self._find_store(name, limit_s)
         if board is None:
             self.barrier(what=name, timeout_s=limit_s)
             return None
-        self._host.find_board(name, limit_s)
+        self._control_group.find_store(name, limit_s)
         try:
-            board.put(f"at/{self._rank}", name, limit_s=limit_s)
-            note = self._call_the_roll(board, name, watch, limit_s)
-            board.put(f"at/{self._rank}", "", limit_s=limit_s)
+            board.set(f"at/{self._rank}", name, limit_s=limit_s)
+            note = self._call_the_roll(board, name, depends_on, limit_s)
+            board.set(f"at/{self._rank}", "", limit_s=limit_s)
         except OSError as gone:
             self._raise_reason()
-            raise board_is_gone(self._rank, name, gone) from gone
+            raise store_lost_error(self._rank, name, gone) from gone
         except CollectiveError as error:
             if not error.missing:
                 self._raise_reason()
@@ -177,23 +177,23 @@ class HostedBackend(Backend):
         return note
 
     def _raise_reason(self) -> None:
-        """Raise why the board cannot be reached, where the watcher knows."""
-        reason = None if self._watcher is None else self._watcher.news(_REASON_S)
+        """Raise why the board cannot be reached, where the monitor knows."""
+        reason = None if self._monitor is None else self._monitor.failure(_REASON_S)
         if reason is not None:
             raise reason
 
-    def _call_the_roll(self, board: Board, name: str, watch: str | None, timeout_s: float) -> str | None:
+    def _call_the_roll(self, board: KeyValueStore, name: str, depends_on: str | None, timeout_s: float) -> str | None:
         drift = _Drift(board, self._world_size)
 
         def news() -> str | None:
-            bad = None if self._watcher is None else self._watcher.news()
+            bad = None if self._monitor is None else self._monitor.failure()
             if bad is not None:
                 raise bad
-            self._host.refuse_if_given_up(name)
+            self._control_group.refuse_if_given_up(name)
             drift.look(name)
-            return None if watch is None else board.look([f"note/{watch}"], limit_s=_NOTE_S)[0]
+            return None if depends_on is None else board.get_many([f"note/{depends_on}"], limit_s=_NOTE_S)[0]
 
-        return call_the_roll(
+        return store_barrier(
             board,
             f"roll/{name}",
             self._rank,
@@ -214,14 +214,14 @@ class _Drift:
     A rank that has just left a roll is written down there for a moment longer: only what lasts counts.
     """
 
-    def __init__(self, board: Board, world_size: int) -> None:
+    def __init__(self, board: KeyValueStore, world_size: int) -> None:
         self._board = board
         self._keys = [f"at/{rank}" for rank in range(world_size)]
         self._since_s: float | None = None
         self._seen: list[str] = []
 
     def look(self, mine: str) -> None:
-        notes = self._board.look(self._keys, limit_s=_NOTE_S)
+        notes = self._board.get_many(self._keys, limit_s=_NOTE_S)
         places = [note for note in notes if note]
         if len(places) < len(notes) or all(place == mine for place in places) or places != self._seen:
             self._seen, self._since_s = places, time.monotonic()

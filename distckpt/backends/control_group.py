@@ -1,8 +1,7 @@
 """A group of our own for host values, over all ranks of a job.
 
 Owns when the group is formed, how an operation on it is waited for, and how it is found out which ranks did
-not come. How the values travel is a channel's (:mod:`distckpt.backends.transport`): Gloo, Horovod or XLA. Must not know
-what the values mean.
+not come. The values travel by a transport (:mod:`distckpt.backends.transport`): Gloo, Horovod or XLA.
 """
 
 import atexit
@@ -17,21 +16,21 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
-from distckpt.backends.base import Board, TensorOp, Watcher
+from distckpt.backends.base import KeyValueStore, PeerMonitor, TensorOp
 from distckpt.backends.shared_memory import NUM_WORDS, ROOM_BYTES, Meeting, SharedMemory, offer_of
-from distckpt.backends.transport import Channel, NoBoard
+from distckpt.backends.transport import NullKeyValueStore, Transport
 from distckpt.backends.wire import bytes_of
 from distckpt.errors import CollectiveError, CollectiveTimeout, DistckptError
 
-__all__ = ["GIVEN_UP", "SHARED_MEMORY_VARIABLE", "HostGroup", "board_is_gone", "call_the_roll", "given_up_text"]
+__all__ = ["ABORTED", "SHARED_MEMORY_VARIABLE", "ControlGroup", "encode_abort", "store_barrier", "store_lost_error"]
 
 SHARED_MEMORY_VARIABLE = "DISTCKPT_SHARED_MEMORY"
 """``0`` lets ranks of one machine reduce and gather over Gloo too."""
 
 T = TypeVar("T")
-GIVEN_UP = "host/given_up"
+ABORTED = "host/given_up"
 """Where on the board it stands that a rank has given the group up."""
-FindBoard = Callable[[object, float], Board | None]
+FindStore = Callable[[object, float], KeyValueStore | None]
 
 # How long an operation is waited for before this rank writes down that it came, and looks for bad news.
 _PATIENCE_S = 1.0
@@ -48,8 +47,8 @@ _LENGTH_BYTES = 8
 _OFFER_BYTES = 512
 
 
-def call_the_roll(
-    board: Board,
+def store_barrier(
+    board: KeyValueStore,
     prefix: str,
     rank: int,
     world_size: int,
@@ -80,8 +79,8 @@ def call_the_roll(
     pause_s = 0.001
     try:
         # Counted once, however often this rank calls.
-        is_first = board.count(f"{prefix}/here/{rank}", 1, limit_s=timeout_s) == 1
-        num_here = board.count(f"{prefix}/num_here", int(is_first), limit_s=timeout_s)
+        is_first = board.add(f"{prefix}/here/{rank}", 1, limit_s=timeout_s) == 1
+        num_here = board.add(f"{prefix}/num_here", int(is_first), limit_s=timeout_s)
         while True:
             with contextlib.suppress(TimeoutError):  # no news: a silent board is waited for below
                 if (news := watch()) is not None:
@@ -92,10 +91,10 @@ def call_the_roll(
                 break
             time.sleep(min(pause_s, left_s))
             pause_s = min(pause_s * 1.5, 0.05)
-            num_here = board.count(f"{prefix}/num_here", 0, limit_s=max(left_s, _NOTE_S))
+            num_here = board.add(f"{prefix}/num_here", 0, limit_s=max(left_s, _NOTE_S))
         missing = _absent(board, f"{prefix}/here", world_size)
     except OSError as error:
-        raise board_is_gone(rank, what, error) from error
+        raise store_lost_error(rank, what, error) from error
     if not missing:
         return None
     msg = (
@@ -122,32 +121,32 @@ class _Operation:
         return isinstance(self.work, Meeting)
 
 
-class HostGroup:
+class ControlGroup:
     """A group over all ranks of a job, for host values only. Formed by its first operation.
 
     Where all ranks are processes of one machine, the frequent small reduction (:meth:`start_max`) goes through shared
-    memory, if the channel allows it; so does what ranks say in a few bytes (:meth:`gather_bytes`).
+    memory, if the transport allows it; so does what ranks say in a few bytes (:meth:`gather_bytes`).
 
     Either every rank finishes an operation or none does: where some rank waited long, the first of "done" and "given
     up" to be written down on the board holds for all.
 
     Args:
-        channel: how the values travel; of no other group's.
-        find_board: takes what the ranks are doing and a limit in seconds, and returns the job's board for notes, or
+        transport: how the values travel; of no other group's.
+        find_store: takes what the ranks are doing and a limit in seconds, and returns the job's board for notes, or
             None where it has none: nobody can tell then which ranks did not come.
         rank: this rank.
         world_size: number of ranks.
 
     Attributes:
-        watcher: asked while an operation is waited for; None for nobody.
+        monitor: asked while an operation is waited for; None for nobody.
     """
 
-    def __init__(self, channel: Channel, find_board: FindBoard, rank: int, world_size: int) -> None:
-        self.watcher: Watcher | None = None
-        self._channel = channel
-        self._find_board: FindBoard | None = find_board
-        self._board: Board = NoBoard(world_size)
-        self._has_board = False
+    def __init__(self, transport: Transport, find_store: FindStore, rank: int, world_size: int) -> None:
+        self.monitor: PeerMonitor | None = None
+        self._transport = transport
+        self._find_store: FindStore | None = find_store
+        self._board: KeyValueStore = NullKeyValueStore(world_size)
+        self._has_store = False
         self._rank = rank
         self._world_size = world_size
         self._given_up: str | None = None
@@ -156,29 +155,29 @@ class HostGroup:
         self._is_formed = False
         self._memory: SharedMemory | None = None
         self._open: _Operation | None = None  # a reduction that start_max began
-        self._is_board_silent = False
+        self._is_store_silent = False
 
     def close(self) -> None:
-        """Let go of the channel. Rank-local; does nothing the second time.
+        """Let go of the transport. Rank-local; does nothing the second time.
 
         IMPORTANT: before the interpreter ends. A thread of Gloo's that lets go of a tensor then, after the last
         collective, asks for an interpreter that is no more, and the process is aborted.
         """
         self._given_up = self._given_up or "this process left the job"
-        self._channel.close()
+        self._transport.close()
         if self._memory is not None:
             self._memory.close()
 
     def reduce(self, values: torch.Tensor, op: TensorOp, *, what: object, timeout_s: float) -> torch.Tensor:
         """Collective. Reduce a CPU tensor; returns a new one."""
         result = values.detach().clone(memory_format=torch.contiguous_format)
-        self._run(lambda: self._channel.reduce(result, op, timeout_s), what, timeout_s)
+        self._run(lambda: self._transport.reduce(result, op, timeout_s), what, timeout_s)
         return result
 
     def start_max(self, values: Sequence[int], *, what: object, timeout_s: float) -> Callable[[], list[int]]:
         """Collective. Start to reduce up to twelve int64 with MAX; what is returned waits for the end.
 
-        It goes through shared memory where that was found to be there, else by the channel.
+        It goes through shared memory where that was found to be there, else by the transport.
         """
         padded = [*values, *[0] * (NUM_WORDS - len(values))]
         if self._open is not None:
@@ -207,21 +206,21 @@ class HostGroup:
     def _begin_max(self, values: list[int], timeout_s: float) -> Any:
         if self._memory is not None:
             return self._memory.write(self._num_operations, values)
-        return self._channel.maximum(values, timeout_s)
+        return self._transport.maximum(values, timeout_s)
 
     def gather(self, tensor: torch.Tensor, *, what: object, timeout_s: float) -> list[torch.Tensor]:
         """Collective. Give every rank every rank's CPU tensor; shape and dtype are the same on all."""
         mine = _as_bytes(tensor)
         result = [torch.empty_like(mine) for _ in range(self._world_size)]
         if mine.numel():
-            self._run(lambda: self._channel.gather(result, mine, timeout_s), what, timeout_s)
+            self._run(lambda: self._transport.gather(result, mine, timeout_s), what, timeout_s)
         return [_from_bytes(part, tensor) for part in result]
 
     def broadcast(self, tensor: torch.Tensor, src: int, *, what: object, timeout_s: float) -> torch.Tensor:
         """Collective. Give every rank the CPU tensor of rank `src`; returns a new one."""
         result = _as_bytes(tensor).clone()
         if result.numel():
-            self._run(lambda: self._channel.broadcast(result, src, timeout_s), what, timeout_s)
+            self._run(lambda: self._transport.broadcast(result, src, timeout_s), what, timeout_s)
         return _from_bytes(result, tensor)
 
     def gather_bytes(self, data: bytes, num_bytes: int, *, what: object, timeout_s: float) -> list[bytes]:
@@ -241,31 +240,31 @@ class HostGroup:
         return [operation.work.by_rank[rank] for rank in range(self._world_size)]
 
     def carry(self, start: Callable[[Any], Any], *, what: object, timeout_s: float) -> None:
-        """Collective. Run an operation of the channel's own.
+        """Collective. Run an operation of the transport's own.
 
         Args:
-            start: takes the channel, begins the operation and returns its work.
+            start: takes the transport, begins the operation and returns its work.
             what: what the ranks are doing, for error messages; made into text only for them.
             timeout_s: seconds to wait for the other ranks.
         """
-        self._run(lambda: start(self._channel), what, timeout_s)
+        self._run(lambda: start(self._transport), what, timeout_s)
 
-    def find_board(self, what: object, timeout_s: float) -> None:
+    def find_store(self, what: object, timeout_s: float) -> None:
         """Get hold of the job's board, if that was not done before. Rank-local.
 
         Raises:
             CollectiveError: it cannot be found; where that is because a rank did not come, the error names it.
         """
-        if self._find_board is not None:
-            board = self._find_board(what, timeout_s)
-            self._find_board = None
+        if self._find_store is not None:
+            board = self._find_store(what, timeout_s)
+            self._find_store = None
             if board is not None:
-                self._board, self._has_board = board, True
+                self._board, self._has_store = board, True
 
     def _form(self, what: object, timeout_s: float) -> None:
         """Collective. Connect the ranks, after all have come."""
-        self.find_board(what, timeout_s)
-        call_the_roll(
+        self.find_store(what, timeout_s)
+        store_barrier(
             self._board,
             "host/roll",
             self._rank,
@@ -276,8 +275,8 @@ class HostGroup:
         )
         self.refuse_if_given_up(what)
         try:
-            self._channel.connect(timeout_s)
-        except self._channel.untouched:
+            self._transport.connect(timeout_s)
+        except self._transport.passthrough_errors:
             raise
         except RuntimeError as error:
             self._raise_news(_GRACE_S)
@@ -285,7 +284,7 @@ class HostGroup:
             raise CollectiveError(msg) from error
         self._is_formed = True
         atexit.register(_close_if_alive, weakref.ref(self))
-        if self._channel.shares_memory:
+        if self._transport.shares_memory:
             self._share_memory(what, timeout_s)
 
     def _share_memory(self, what: object, timeout_s: float) -> None:
@@ -348,7 +347,7 @@ class HostGroup:
             if self._given_up is None:
                 self._give_up(what, getattr(error, "missing", ()))
             raise
-        except self._channel.untouched:  # the runtime knows how to go on from it
+        except self._transport.passthrough_errors:  # the runtime knows how to go on from it
             # Told where there is a board: Horovod forgets operations that were begun while it was ending.
             if operation is not None:
                 with contextlib.suppress(OSError):
@@ -358,17 +357,17 @@ class HostGroup:
         except OSError as error:
             self._given_up = str(what)
             self._raise_news(_NOTE_S)
-            raise board_is_gone(self._rank, what, error) from error
+            raise store_lost_error(self._rank, what, error) from error
         except RuntimeError as error:
             self._explain(error, what, operation, timeout_s, timed_out=False)
         except BaseException:  # an interrupt: this rank is out of step now
             if operation is not None and operation.work is not None:
-                self._channel.withdraw(operation.work)
+                self._transport.withdraw(operation.work)
             self._give_up(what, ())
             raise
 
     def _wait(self, operation: _Operation) -> bool:
-        """Wait for the channel's work; return whether it took so long that some rank may have given up."""
+        """Wait for the transport's work; return whether it took so long that some rank may have given up."""
         work, what = operation.work, operation.what
         deadline = time.monotonic() + operation.timeout_s
         was_slow = False
@@ -382,7 +381,7 @@ class HostGroup:
                     return was_slow
                 news = self._news()
                 if news is not None or time.monotonic() >= deadline:
-                    if not self._channel.withdraw(work) or self._verdict(operation, "given up") == "done":
+                    if not self._transport.withdraw(work) or self._verdict(operation, "given up") == "done":
                         work.wait(timedelta(seconds=1))  # another rank has just finished it
                         return was_slow
                     if news is not None:
@@ -399,35 +398,35 @@ class HostGroup:
                 return was_slow
 
     def _news(self, wait_s: float = 0.0) -> DistckptError | None:
-        return None if self.watcher is None else self.watcher.news(wait_s)
+        return None if self.monitor is None else self.monitor.failure(wait_s)
 
     def _raise_news(self, wait_s: float) -> None:
-        """Raise the watcher's news, if there is any; with the cause that it has on another rank, not this rank's."""
+        """Raise the monitor's news, if there is any; with the cause that it has on another rank, not this rank's."""
         if (news := self._news(wait_s)) is not None:
             raise news
 
     def _ask(self, call: Callable[[float], T], limit_s: float = _NOTE_S) -> T:
         """Ask the board, within `limit_s`; more briefly if it did not answer the last time."""
         try:
-            answer = call(min(limit_s, _BRIEF_NOTE_S) if self._is_board_silent else limit_s)
+            answer = call(min(limit_s, _BRIEF_NOTE_S) if self._is_store_silent else limit_s)
         except TimeoutError:
-            self._is_board_silent = True
+            self._is_store_silent = True
             raise
-        self._is_board_silent = False
+        self._is_store_silent = False
         return answer
 
     def _verdict(self, operation: _Operation, mine: str) -> str:
         """Write down how this operation ended, unless another rank has; return what stands."""
         key = f"host/verdict/{operation.number}"
         if mine == "done":
-            self._is_board_silent = False  # nobody waits for this rank to end, and it has just heard of all others
+            self._is_store_silent = False  # nobody waits for this rank to end, and it has just heard of all others
         try:
-            return self._ask(lambda limit_s: self._board.claim(key, mine, limit_s=limit_s))
+            return self._ask(lambda limit_s: self._board.set_default(key, mine, limit_s=limit_s))
         except OSError:  # the board's host has ended, or is frozen; there is nobody left to differ with
             return mine
 
     def _who_gave_up(self) -> str | None:
-        return self._ask(lambda limit_s: self._board.look([GIVEN_UP], limit_s=limit_s))[0]
+        return self._ask(lambda limit_s: self._board.get_many([ABORTED], limit_s=limit_s))[0]
 
     def refuse_if_given_up(self, what: object) -> None:
         """Raise where another rank has given the group up. Rank-local.
@@ -440,7 +439,7 @@ class HostGroup:
         except TimeoutError:  # the board is slow, which is no proof of anything
             return
         except OSError as error:
-            raise board_is_gone(self._rank, what, error) from error
+            raise store_lost_error(self._rank, what, error) from error
         if news is None:
             return
         numbers, _, where = news.partition(" ")
@@ -453,15 +452,15 @@ class HostGroup:
         """Make every later operation fail at once, here and on the ranks that come late."""
         self._given_up = str(what)
         with contextlib.suppress(OSError):  # the board may be gone as well
-            text = given_up_text(what, missing)
-            self._ask(lambda limit_s: self._board.put(GIVEN_UP, text, limit_s=limit_s))
+            text = encode_abort(what, missing)
+            self._ask(lambda limit_s: self._board.set(ABORTED, text, limit_s=limit_s))
 
     def _note_that_it_came(self, operation: _Operation) -> None:
         key = f"host/came/{operation.number}/{self._rank}"
-        self._ask(lambda limit_s: self._board.put(key, str(operation.what), limit_s=limit_s))
+        self._ask(lambda limit_s: self._board.set(key, str(operation.what), limit_s=limit_s))
 
     def _tell(self, missing: Sequence[int]) -> str:
-        told = "" if self.watcher is None or not missing else self.watcher.tell(missing)
+        told = "" if self.monitor is None or not missing else self.monitor.describe(missing)
         return f" ({told})" if told else ""
 
     def _explain(
@@ -470,19 +469,19 @@ class HostGroup:
         """Find out who came to the failed operation, give the group up, and raise."""
         self._give_up(what, ())
         missing: list[int] = []
-        if operation is not None and timed_out and operation.is_in_memory and not self._is_board_silent:
+        if operation is not None and timed_out and operation.is_in_memory and not self._is_store_silent:
             # There it can be seen, and nobody needs time to write it down.
             missing = [rank for rank in range(self._world_size) if not self._has_written(rank, operation)]
-        elif operation is not None and self._has_board:
+        elif operation is not None and self._has_store:
             try:
                 missing = self._who_is_missing(operation, _LAST_GRACE_S if timed_out else _GRACE_S)
             except OSError as gone:
                 self._raise_news(_NOTE_S)
-                raise board_is_gone(self._rank, what, gone) from error
+                raise store_lost_error(self._rank, what, gone) from error
             # On a busy machine a rank may have no time to note that it came.
             missing = [rank for rank in missing if not self._has_written(rank, operation)]
         self._give_up(what, missing)
-        who = "the connection broke" if self._has_board or not timed_out else "not all ranks came"
+        who = "the connection broke" if self._has_store or not timed_out else "not all ranks came"
         if missing:
             who = f"{_ranks(missing)} did not come{self._tell(missing)}"
         if timed_out:
@@ -500,11 +499,11 @@ class HostGroup:
     def _who_is_missing(self, operation: _Operation, grace_s: float) -> list[int]:
         """Return who has not come to an operation within `grace_s`.
 
-        While the board does not answer nothing is known of anybody, until it does, or the watcher gives it up.
+        While the board does not answer nothing is known of anybody, until it does, or the monitor gives it up.
 
         Raises:
             OSError: the board is gone, or is silent and nobody watches.
-            DistckptError: the watcher's news.
+            DistckptError: the monitor's news.
         """
         came = f"host/came/{operation.number}"
         silent_until = time.monotonic() + operation.timeout_s
@@ -516,7 +515,7 @@ class HostGroup:
                     until = time.monotonic() + grace_s
                 missing = self._ask(lambda limit_s: _absent(self._board, came, self._world_size, limit_s))
             except TimeoutError:
-                if self.watcher is None or time.monotonic() > silent_until:
+                if self.monitor is None or time.monotonic() > silent_until:
                     raise
             else:
                 if not missing or time.monotonic() > until:
@@ -526,7 +525,7 @@ class HostGroup:
             time.sleep(0.02)
 
 
-def _close_if_alive(group: "weakref.ref[HostGroup]") -> None:
+def _close_if_alive(group: "weakref.ref[ControlGroup]") -> None:
     alive = group()
     if alive is not None:
         alive.close()
@@ -542,8 +541,8 @@ def _from_bytes(data: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return data.view(like.dtype).reshape(like.shape)
 
 
-def _absent(board: Board, key: str, world_size: int, limit_s: float = _NOTE_S) -> list[int]:
-    notes = board.look([f"{key}/{rank}" for rank in range(world_size)], limit_s=limit_s)
+def _absent(board: KeyValueStore, key: str, world_size: int, limit_s: float = _NOTE_S) -> list[int]:
+    notes = board.get_many([f"{key}/{rank}" for rank in range(world_size)], limit_s=limit_s)
     return [rank for rank, note in enumerate(notes) if note is None]
 
 
@@ -551,12 +550,12 @@ def _ranks(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(str(rank) for rank in ranks)}"
 
 
-def given_up_text(what: object, missing: Sequence[int]) -> str:
+def encode_abort(what: object, missing: Sequence[int]) -> str:
     """Return the note by which a rank tells the others that it waits no longer, since `missing` did not come."""
     return f"{','.join(str(rank) for rank in missing)} {what}"
 
 
-def board_is_gone(rank: int, what: object, error: OSError) -> CollectiveError:
+def store_lost_error(rank: int, what: object, error: OSError) -> CollectiveError:
     """Return the error for a board that is gone, or does not answer."""
     msg = (
         f"rank {rank}: lost the job's store during {what}; the process that hosts it (often rank 0, or the launcher) "

@@ -272,9 +272,9 @@ def all_reduce(tensor: torch.Tensor | float, op: TensorOp = "SUM") -> torch.Tens
         msg = f"{op} takes integers or booleans, but given {kind}"
         raise TypeError(msg)
     if isinstance(tensor, torch.Tensor):
-        current().meet(f"all_reduce {op}", timeout_s=None)
+        current().check_in_sync(f"all_reduce {op}", timeout_s=None)
         return current().reduce_tensor(tensor, op)
-    current().meet(f"all_reduce {op}", timeout_s=None)
+    current().check_in_sync(f"all_reduce {op}", timeout_s=None)
     dtype = torch.float64 if isinstance(tensor, float) else torch.int64
     result: int | float = current().reduce_tensor(torch.tensor([tensor], dtype=dtype), op).item()
     return result
@@ -294,7 +294,7 @@ def all_gather(tensor: Any) -> Any:
         TypeError: an object of an unsupported type; on every rank.
     """
     if isinstance(tensor, torch.Tensor):
-        current().meet("all_gather", timeout_s=None)
+        current().check_in_sync("all_gather", timeout_s=None)
         return torch.cat(current().gather_tensor(tensor.reshape(1) if tensor.ndim == 0 else tensor))
     return current().gather_objects(tensor, what="all_gather")
 
@@ -318,7 +318,7 @@ def broadcast(tensor: Any, src: int = 0, safe_mode: bool = False) -> Any:  # noq
     if safe_mode:
         return _broadcast_anything(live, tensor, src)
     if isinstance(tensor, torch.Tensor):
-        live.meet(f"broadcast from rank {src}", timeout_s=None)
+        live.check_in_sync(f"broadcast from rank {src}", timeout_s=None)
         return live.broadcast_tensor(tensor, src)
     return live.broadcast_object(tensor, src)
 

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from distckpt.backends.base import TensorOp
-from distckpt.backends.transport import Channel
+from distckpt.backends.transport import Transport
 
-__all__ = ["TENSOR_OPS", "GlooChannel"]
+__all__ = ["TENSOR_OPS", "GlooTransport"]
 
 TENSOR_OPS = {
     "SUM": dist.ReduceOp.SUM,
@@ -36,7 +36,7 @@ _PAUSE_S = 0.025
 _LATER_S = 1.0
 
 
-class GlooChannel(Channel):
+class GlooTransport(Transport):
     """One rank's end of a Gloo group.
 
     Args:

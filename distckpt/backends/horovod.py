@@ -24,11 +24,11 @@ import torch
 from horovod.common.exceptions import HorovodInternalError, HostsUpdatedInterrupt
 from horovod.common.process_sets import global_process_set
 
-from distckpt.backends.base import Board, TensorOp, default_timeout_s
-from distckpt.backends.control_backend import FOLD, HostedBackend
-from distckpt.backends.key_value_store import StoreBoard
+from distckpt.backends.base import KeyValueStore, TensorOp, default_timeout_s
+from distckpt.backends.control_backend import FOLD, ControlGroupBackend
+from distckpt.backends.key_value_store import TorchKeyValueStore
 from distckpt.backends.rendezvous import Meeting, clear_addresses, rendezvous_server
-from distckpt.backends.transport import Channel
+from distckpt.backends.transport import Transport
 from distckpt.errors import CollectiveTimeout
 
 __all__ = ["HorovodBackend", "current", "join", "launch", "leave"]
@@ -113,7 +113,7 @@ def _is_elastic() -> bool:
     return os.environ.get("HOROVOD_ELASTIC") == "1"
 
 
-class HorovodBackend(HostedBackend):
+class HorovodBackend(ControlGroupBackend):
     """One rank of the live Horovod job."""
 
     name = "horovod"
@@ -122,7 +122,9 @@ class HorovodBackend(HostedBackend):
         super().__init__(int(hvd.rank()), int(hvd.size()))
         self._is_elastic = _is_elastic()
         # Elsewhere it means that a rank is lost, and which one can be said.
-        self.untouched = (HorovodInternalError, HostsUpdatedInterrupt) if self._is_elastic else (HostsUpdatedInterrupt,)
+        self.passthrough_errors = (
+            (HorovodInternalError, HostsUpdatedInterrupt) if self._is_elastic else (HostsUpdatedInterrupt,)
+        )
         self._local_rank, self._node = int(hvd.local_rank()), int(hvd.cross_rank())
         self._mark = _Ranks(global_process_set.ranks or range(self._world_size))
         global_process_set.ranks = self._mark
@@ -153,24 +155,26 @@ class HorovodBackend(HostedBackend):
         if op not in _REDUCES or tensor.dtype not in _REDUCED_DTYPES:
             return functools.reduce(FOLD[op], self.gather_tensor(tensor))
         if tensor.device.type == "cpu":
-            return self._host.reduce(tensor, op, what="all_reduce", timeout_s=default_timeout_s())
+            return self._control_group.reduce(tensor, op, what="all_reduce", timeout_s=default_timeout_s())
         result: torch.Tensor = hvd.allreduce(tensor.detach().contiguous(), op=_REDUCES[op], name="distckpt.tensor")
         return result
 
     def gather_tensor(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Collective. Gather by Horovod, as bytes, through the host."""
-        parts = self._host.gather(tensor.detach().cpu(), what="all_gather", timeout_s=default_timeout_s())
+        parts = self._control_group.gather(tensor.detach().cpu(), what="all_gather", timeout_s=default_timeout_s())
         return [part.to(tensor.device) for part in parts]
 
     def broadcast_tensor(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
         """Collective. Broadcast by Horovod, as bytes, through the host."""
-        sent = self._host.broadcast(tensor.detach().cpu(), src, what="broadcast", timeout_s=default_timeout_s())
+        sent = self._control_group.broadcast(
+            tensor.detach().cpu(), src, what="broadcast", timeout_s=default_timeout_s()
+        )
         return sent.to(tensor.device)
 
-    def _make_channel(self) -> "_HorovodChannel":
-        return _HorovodChannel(self.untouched)
+    def _make_transport(self) -> "_HorovodTransport":
+        return _HorovodTransport(self.passthrough_errors)
 
-    def _make_board(self, what: object, timeout_s: float) -> Board | None:
+    def _make_store(self, what: object, timeout_s: float) -> KeyValueStore | None:
         server = rendezvous_server()
         if server is None or self._is_elastic:
             return None
@@ -186,14 +190,14 @@ class HorovodBackend(HostedBackend):
             )
             raise CollectiveTimeout(msg, (0,))
         mark = self._mark  # not through self, which the board's thread must not keep alive
-        return StoreBoard(store, lambda: bool(hvd.is_initialized()) and global_process_set.ranks is mark)
+        return TorchKeyValueStore(store, lambda: bool(hvd.is_initialized()) and global_process_set.ranks is mark)
 
 
-class _HorovodChannel(Channel):
+class _HorovodTransport(Transport):
     """Host values as operations of Horovod's. One of a kind is under way at a time, so that constant names will do."""
 
-    def __init__(self, untouched: tuple[type[BaseException], ...]) -> None:
-        self.untouched = untouched
+    def __init__(self, passthrough_errors: tuple[type[BaseException], ...]) -> None:
+        self.passthrough_errors = passthrough_errors
 
     def connect(self, timeout_s: float) -> None:
         """Horovod's ranks are connected."""

@@ -23,9 +23,9 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from distckpt._threads import EXIT_LIMIT_S
-from distckpt.backends.base import Board
+from distckpt.backends.base import KeyValueStore
 
-__all__ = ["StoreBoard"]
+__all__ = ["TorchKeyValueStore"]
 
 T = TypeVar("T")
 
@@ -33,8 +33,8 @@ T = TypeVar("T")
 _IDLE_S = 0.2
 
 
-class StoreBoard(Board):
-    """A :class:`~distckpt.backends.base.Board` in a torch.distributed store.
+class TorchKeyValueStore(KeyValueStore):
+    """A :class:`~distckpt.backends.base.KeyValueStore` in a torch.distributed store.
 
     Args:
         store: the job's, under a prefix that is the same on all ranks.
@@ -53,20 +53,20 @@ class StoreBoard(Board):
         # First of all that is registered for this job, so last of it at exit: the watch, for one, asks until then.
         atexit.register(_end_if_alive, weakref.ref(self), os.getpid())
 
-    def put(self, key: str, text: str, *, limit_s: float) -> None:
+    def set(self, key: str, text: str, *, limit_s: float) -> None:
         """Write a note, over an older one."""
         self._ask(lambda store: store.set(key, text), limit_s)
 
-    def claim(self, key: str, text: str, *, limit_s: float) -> str:
+    def set_default(self, key: str, text: str, *, limit_s: float) -> str:
         """Write a note unless there is one; return what stands."""
         stands: bytes = self._ask(lambda store: store.compare_set(key, "", text), limit_s)
         return stands.decode("utf-8")
 
-    def look(self, keys: Sequence[str], *, limit_s: float) -> list[str | None]:
+    def get_many(self, keys: Sequence[str], *, limit_s: float) -> list[str | None]:
         """Read several notes: in two exchanges where all are there, else in two for each."""
         return self._ask(lambda store: _look(store, list(keys)), limit_s)
 
-    def count(self, key: str, amount: int, *, limit_s: float) -> int:
+    def add(self, key: str, amount: int, *, limit_s: float) -> int:
         """Add to a number that begins at 0; return what it is now."""
         return self._ask(lambda store: store.add(key, amount), limit_s)
 
@@ -134,7 +134,7 @@ class StoreBoard(Board):
             return True
 
 
-def _serve(owner: "weakref.ref[StoreBoard]", calls: "queue.SimpleQueue[Any]") -> None:
+def _serve(owner: "weakref.ref[TorchKeyValueStore]", calls: "queue.SimpleQueue[Any]") -> None:
     """Make the calls, one after the other, on the board's worker thread."""
     while True:
         try:
@@ -160,7 +160,7 @@ def _serve(owner: "weakref.ref[StoreBoard]", calls: "queue.SimpleQueue[Any]") ->
         del board, answer, call, order
 
 
-def _end_if_alive(board: "weakref.ref[StoreBoard]", process: int) -> None:
+def _end_if_alive(board: "weakref.ref[TorchKeyValueStore]", process: int) -> None:
     alive = board()
     if alive is not None and os.getpid() == process:  # a forked child has none of its parent's threads
         alive.end(EXIT_LIMIT_S)

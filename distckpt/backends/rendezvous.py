@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from distckpt.backends.base import default_timeout_s
-from distckpt.backends.control_group import GIVEN_UP, given_up_text
+from distckpt.backends.control_group import ABORTED, encode_abort
 
 __all__ = ["Meeting", "Server", "clear_addresses", "rendezvous_server"]
 
@@ -96,7 +96,7 @@ class Meeting:
         _ask(self._server, "PUT", self._address, f"{host} {store.port}")
         given_up = _ask(self._server, "GET", self._given_up)
         if given_up is not None:
-            store.set(GIVEN_UP, given_up)
+            store.set(ABORTED, given_up)
         return store
 
     def find(self) -> dist.Store | None:
@@ -104,10 +104,10 @@ class Meeting:
         deadline = time.monotonic() + self._timeout_s
         while (store := self._connect()) is None:
             if time.monotonic() > deadline:
-                text = given_up_text(self._what, (0,))
+                text = encode_abort(self._what, (0,))
                 _ask(self._server, "PUT", self._given_up, text)
                 if (late := self._connect()) is not None:
-                    late.set(GIVEN_UP, text)
+                    late.set(ABORTED, text)
                 return None
             time.sleep(_ASK_S)
         return store

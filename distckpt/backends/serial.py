@@ -1,17 +1,12 @@
-"""A world of one: every collective is the identity.
-
-Owns the backend of a job without a distributed runtime.
-"""
+"""The backend of a program without a distributed runtime: one rank, on which every collective is the identity."""
 
 import torch
 
 from distckpt.backends.base import Backend, ReduceOp, TensorOp
 
-__all__ = ["SerialBackend"]
-
 
 class SerialBackend(Backend):
-    """The only rank of a job. Nothing is ever waited for."""
+    """The only rank of a job. No method waits."""
 
     name = "serial"
 
@@ -35,17 +30,13 @@ class SerialBackend(Backend):
         """0."""
         return 0
 
-    def device(self) -> torch.device:
-        """Return the current CUDA device if there is one, else the CPU."""
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
     def reduce_host(self, values: torch.Tensor, op: ReduceOp, *, what: object, timeout_s: float | None) -> torch.Tensor:
         """Return a copy of `values`."""
         del op, what, timeout_s
         return values.clone()
 
     def gather_host(self, data: bytes, num_bytes: int, *, what: object, timeout_s: float | None) -> list[bytes]:
-        """Return `data`, alone."""
+        """Return a list of `data`."""
         del num_bytes, what, timeout_s
         return [data]
 
@@ -55,7 +46,7 @@ class SerialBackend(Backend):
         return tensor.detach().clone()
 
     def gather_tensor(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Return a copy of `tensor`, alone."""
+        """Return a list of a copy of `tensor`."""
         return [tensor.detach().clone()]
 
     def broadcast_tensor(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
@@ -63,16 +54,16 @@ class SerialBackend(Backend):
         del src
         return tensor.detach().clone()
 
-    def take_ticket(self, kind: str) -> str | None:
-        """Return None: there is nobody to compare with."""
+    def next_object_id(self, kind: str) -> str | None:
+        """Return None: there are no other ranks."""
         del kind
         return None
 
-    def post_note(self, ticket: str, text: str) -> None:
-        """Leave nothing: there is nobody to read it."""
-        del ticket, text
+    def post_note(self, object_id: str, text: str) -> None:
+        """Do nothing: there are no other ranks."""
+        del object_id, text
 
-    def roll_call(self, name: str, *, watch: str | None, timeout_s: float | None) -> str | None:
-        """Return at once: everybody is here."""
-        del name, watch, timeout_s
+    def store_barrier(self, name: str, *, depends_on: str | None, timeout_s: float | None) -> str | None:
+        """Return None."""
+        del name, depends_on, timeout_s
         return None

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from distckpt.backends.base import TensorOp, default_timeout_s
-from distckpt.backends.control_backend import FOLD, HostedBackend
-from distckpt.backends.control_group import board_is_gone
-from distckpt.backends.gloo import TENSOR_OPS, GlooChannel
-from distckpt.backends.key_value_store import StoreBoard
+from distckpt.backends.control_backend import FOLD, ControlGroupBackend
+from distckpt.backends.control_group import store_lost_error
+from distckpt.backends.gloo import TENSOR_OPS, GlooTransport
+from distckpt.backends.key_value_store import TorchKeyValueStore
 
 __all__ = ["TorchDistBackend"]
 
@@ -30,7 +30,7 @@ _LOCAL_SIZE_VARIABLES = ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "OMPI_COMM
 _NODE_VARIABLES = ("GROUP_RANK", "SLURM_NODEID")
 
 
-class TorchDistBackend(HostedBackend):
+class TorchDistBackend(ControlGroupBackend):
     """One rank of the live default process group.
 
     Args:
@@ -53,21 +53,21 @@ class TorchDistBackend(HostedBackend):
         # The same number on every rank: each counts the backends that it used on this store.
         key, limit_s = f"distckpt/made/{self._rank}", default_timeout_s()
         try:
-            with contextlib.closing(StoreBoard(root, lambda: True, is_guest=True)) as guest:
-                number = guest.count(key, 1, limit_s=limit_s)
+            with contextlib.closing(TorchKeyValueStore(root, lambda: True, is_guest=True)) as guest:
+                number = guest.add(key, 1, limit_s=limit_s)
         except OSError as error:
-            raise board_is_gone(self._rank, "the first use of it", error) from error
+            raise store_lost_error(self._rank, "the first use of it", error) from error
         return dist.PrefixStore(f"distckpt/{number}", root)
 
-    def _make_channel(self) -> GlooChannel:
-        return GlooChannel(dist.PrefixStore("host/gloo", self._store), self._rank, self._world_size)
+    def _make_transport(self) -> GlooTransport:
+        return GlooTransport(dist.PrefixStore("host/gloo", self._store), self._rank, self._world_size)
 
-    def _make_board(self, what: object, timeout_s: float) -> StoreBoard:
+    def _make_store(self, what: object, timeout_s: float) -> TorchKeyValueStore:
         del what, timeout_s  # the launcher keeps the store
         group = self._group  # not through self, which the board's thread must not keep alive
-        return StoreBoard(self._store, lambda: dist.is_initialized() and dist.group.WORLD is group())
+        return TorchKeyValueStore(self._store, lambda: dist.is_initialized() and dist.group.WORLD is group())
 
-    def break_off(self) -> None:
+    def abort(self) -> None:
         """Abort the job's process group. NCCL's collectives end then; Gloo's do not hear of it while they wait."""
         group = self._group()
         if group is not None:
@@ -97,7 +97,7 @@ class TorchDistBackend(HostedBackend):
             return functools.reduce(FOLD[op], self.gather_tensor(tensor))
         if tensor.device.type == "cpu":
             limit_s = default_timeout_s()
-            return self._host.reduce(tensor, op, what="all_reduce", timeout_s=limit_s)
+            return self._control_group.reduce(tensor, op, what="all_reduce", timeout_s=limit_s)
         result = tensor.detach().clone(memory_format=torch.contiguous_format)
         dist.all_reduce(result, TENSOR_OPS[op])
         return result
@@ -106,7 +106,7 @@ class TorchDistBackend(HostedBackend):
         """Collective. Gather over our own group on the CPU, over the job's elsewhere."""
         if tensor.device.type == "cpu":
             limit_s = default_timeout_s()
-            return self._host.gather(tensor, what="all_gather", timeout_s=limit_s)
+            return self._control_group.gather(tensor, what="all_gather", timeout_s=limit_s)
         mine = tensor.detach().contiguous()
         result = [torch.empty_like(mine) for _ in range(self._world_size)]
         dist.all_gather(result, mine)
@@ -116,7 +116,7 @@ class TorchDistBackend(HostedBackend):
         """Collective. Broadcast over our own group on the CPU, over the job's elsewhere."""
         if tensor.device.type == "cpu":
             limit_s = default_timeout_s()
-            return self._host.broadcast(tensor, src, what="broadcast", timeout_s=limit_s)
+            return self._control_group.broadcast(tensor, src, what="broadcast", timeout_s=limit_s)
         result = tensor.detach().clone(memory_format=torch.contiguous_format)
         dist.broadcast(result, src=src)
         return result

@@ -1,6 +1,6 @@
 """How host values travel between the ranks: what a runtime has to offer for a host group.
 
-Owns the contract between :class:`~distckpt.backends.control_group.HostGroup`, which waits and explains, and the
+Owns the contract between :class:`~distckpt.backends.control_group.ControlGroup`, which waits and explains, and the
 runtimes, which carry.
 """
 
@@ -11,9 +11,9 @@ from typing import Protocol
 
 import torch
 
-from distckpt.backends.base import Board, TensorOp
+from distckpt.backends.base import KeyValueStore, TensorOp
 
-__all__ = ["Channel", "MaximumWork", "NoBoard", "Work"]
+__all__ = ["MaxWork", "NullKeyValueStore", "Transport", "Work"]
 
 
 class Work(Protocol):
@@ -30,7 +30,7 @@ class Work(Protocol):
         """Tell whether it has ended, well or not."""
 
 
-class MaximumWork(Work, Protocol):
+class MaxWork(Work, Protocol):
     """A reduction under way."""
 
     @property
@@ -41,16 +41,16 @@ class MaximumWork(Work, Protocol):
         """Tell whether the result is here, without waiting; False also where that is not known."""
 
 
-class Channel(ABC):
+class Transport(ABC):
     """One rank's end of what carries host values. All operations are collective, one at a time, in one order.
 
     Attributes:
         shares_memory: whether what is small and frequent may go through memory that the ranks share instead.
-        untouched: exceptions of the runtime's own that have to reach its user as they are.
+        passthrough_errors: exceptions of the runtime's own that have to reach its user as they are.
     """
 
     shares_memory: bool = False
-    untouched: tuple[type[BaseException], ...] = ()
+    passthrough_errors: tuple[type[BaseException], ...] = ()
 
     @abstractmethod
     def connect(self, timeout_s: float) -> None:
@@ -73,7 +73,7 @@ class Channel(ABC):
         """Fill `result`, uint8 (n,), with that of rank `src`; n the same on all ranks and not 0."""
 
     @abstractmethod
-    def maximum(self, values: list[int], timeout_s: float) -> MaximumWork:
+    def maximum(self, values: list[int], timeout_s: float) -> MaxWork:
         """Reduce twelve int64 with MAX. Nothing is waited for here."""
 
     def withdraw(self, work: Work) -> bool:
@@ -82,29 +82,29 @@ class Channel(ABC):
         return True
 
     def close(self) -> None:  # noqa: B027 - not every runtime has something to end
-        """Let go of threads and connections of the channel's own. Rank-local; does nothing the second time."""
+        """Let go of threads and connections of the transport's own. Rank-local; does nothing the second time."""
 
 
-class NoBoard(Board):
+class NullKeyValueStore(KeyValueStore):
     """What stands for the board where the job has none: nothing is written, and everybody is taken to be there."""
 
     def __init__(self, world_size: int) -> None:
         self._world_size = world_size
 
-    def put(self, key: str, text: str, *, limit_s: float) -> None:
+    def set(self, key: str, text: str, *, limit_s: float) -> None:
         """Write nothing."""
 
-    def claim(self, key: str, text: str, *, limit_s: float) -> str:
+    def set_default(self, key: str, text: str, *, limit_s: float) -> str:
         """Return `text`."""
         del key, limit_s
         return text
 
-    def look(self, keys: Sequence[str], *, limit_s: float) -> list[str | None]:
+    def get_many(self, keys: Sequence[str], *, limit_s: float) -> list[str | None]:
         """Find nothing."""
         del limit_s
         return [None] * len(keys)
 
-    def count(self, key: str, amount: int, *, limit_s: float) -> int:
+    def add(self, key: str, amount: int, *, limit_s: float) -> int:
         """Return the number of ranks."""
         del key, amount, limit_s
         return self._world_size

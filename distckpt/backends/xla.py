@@ -30,11 +30,11 @@ import torch_xla
 import torch_xla.core.xla_model as xm
 import torch_xla.runtime as xr
 
-from distckpt.backends.base import Backend, Board, TensorOp, default_timeout_s
-from distckpt.backends.control_backend import FOLD, HostedBackend
-from distckpt.backends.key_value_store import StoreBoard
+from distckpt.backends.base import Backend, KeyValueStore, TensorOp, default_timeout_s
+from distckpt.backends.control_backend import FOLD, ControlGroupBackend
+from distckpt.backends.key_value_store import TorchKeyValueStore
 from distckpt.backends.serial import SerialBackend
-from distckpt.backends.transport import Channel
+from distckpt.backends.transport import Transport
 
 __all__ = ["XlaBackend", "current", "join", "launch", "leave"]
 
@@ -118,7 +118,7 @@ def _run_replica(
         leave()
 
 
-class XlaBackend(HostedBackend):
+class XlaBackend(ControlGroupBackend):
     """One replica of several.
 
     Args:
@@ -126,7 +126,7 @@ class XlaBackend(HostedBackend):
     """
 
     name = "xla"
-    takes_lazy_numbers = True
+    can_reduce_lazily = True
 
     def __init__(self, life: int) -> None:
         super().__init__(int(xr.global_ordinal()), int(xr.world_size()))
@@ -153,7 +153,7 @@ class XlaBackend(HostedBackend):
     def reduce_tensor(self, tensor: torch.Tensor, op: TensorOp) -> torch.Tensor:
         """Collective. Reduce by XLA where the tensor lies on its device, else through the host group."""
         if tensor.device.type != "xla":
-            return self._host.reduce(tensor, op, what="all_reduce", timeout_s=default_timeout_s())
+            return self._control_group.reduce(tensor, op, what="all_reduce", timeout_s=default_timeout_s())
         if op not in _REDUCES or tensor.dtype not in _REDUCED_DTYPES:
             return functools.reduce(FOLD[op], self.gather_tensor(tensor))
         found: list[torch.Tensor] = []
@@ -162,17 +162,21 @@ class XlaBackend(HostedBackend):
             found.append(_traced(_REDUCES[op], tensor.detach()))
             torch_xla.sync()
 
-        self._host.carry(lambda channel: channel.begin(exchange), what="all_reduce", timeout_s=default_timeout_s())
+        self._control_group.carry(
+            lambda transport: transport.begin(exchange), what="all_reduce", timeout_s=default_timeout_s()
+        )
         return found[0]
 
     def gather_tensor(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Collective. Gather as bytes, through the host group."""
-        parts = self._host.gather(tensor.detach().cpu(), what="all_gather", timeout_s=default_timeout_s())
+        parts = self._control_group.gather(tensor.detach().cpu(), what="all_gather", timeout_s=default_timeout_s())
         return [part.to(tensor.device) for part in parts]
 
     def broadcast_tensor(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
         """Collective. Broadcast as bytes, through the host group."""
-        sent = self._host.broadcast(tensor.detach().cpu(), src, what="broadcast", timeout_s=default_timeout_s())
+        sent = self._control_group.broadcast(
+            tensor.detach().cpu(), src, what="broadcast", timeout_s=default_timeout_s()
+        )
         return sent.to(tensor.device)
 
     def sync_device(self, tree: Any, *, to_host: bool) -> Any:
@@ -183,15 +187,15 @@ class XlaBackend(HostedBackend):
         """Return XLA's random number generator of this replica's device."""
         return {"xla": _Generator(self._device)}
 
-    def _make_channel(self) -> "_XlaChannel":
-        return _XlaChannel(self._rank, self._world_size, self._device, self._place.gate)
+    def _make_transport(self) -> "_XlaTransport":
+        return _XlaTransport(self._rank, self._world_size, self._device, self._place.gate)
 
-    def _make_board(self, what: object, timeout_s: float) -> Board | None:
+    def _make_store(self, what: object, timeout_s: float) -> KeyValueStore | None:
         del what, timeout_s  # it is in this process
         if self._place.num_replicas < self._world_size:
             return None
         has_ended = self._has_ended  # not through self, which the board's thread must not keep alive
-        return StoreBoard(self._place.store, lambda: not has_ended.is_set())
+        return TorchKeyValueStore(self._place.store, lambda: not has_ended.is_set())
 
     def end(self) -> None:
         """Leave this process's other replicas. Rank-local; nothing may be asked of the backend after."""
@@ -221,7 +225,7 @@ class _LoneReplica(SerialBackend):
 # -- how values travel ---------------------------------------------------------------------------------
 
 
-class _XlaChannel(Channel):
+class _XlaTransport(Transport):
     """Host values by all-reduces of int32."""
 
     def __init__(self, rank: int, world_size: int, device: torch.device, gate: "_Gate") -> None:

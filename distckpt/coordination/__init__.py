@@ -1,4 +1,1 @@
-"""Ranks agree: phases in which errors travel, one vote per iteration, and a heartbeat beside the collectives.
-
-This package knows no files.
-"""
+"""How the ranks agree: phases that carry errors, one vote per iteration, and heartbeats beside the collectives."""

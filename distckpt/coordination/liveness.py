@@ -1,8 +1,4 @@
-"""The watch of a job: begun with the first handler that votes, ended with the process.
-
-Owns when a watch begins and ends, and whose end leaves this process an orphan. What a watch does lies in
-:mod:`distckpt.coordination.heartbeat`.
-"""
+"""The start of a job's heartbeat monitor: with the first handler that votes. It ends with the process."""
 
 import atexit
 import multiprocessing
@@ -11,67 +7,56 @@ import os
 import weakref
 
 from distckpt.backends.base import Backend, default_timeout_s
-from distckpt.coordination.heartbeat import Watch
-
-__all__ = ["Watch", "ensure", "listen", "watch_of"]
+from distckpt.coordination.heartbeat import HeartbeatMonitor
 
 
-def ensure(backend: Backend, timeout_s: float | None) -> Watch | None:
-    """Return the watch of this job, begun now if it was not before. Rank-local; the training thread.
+def ensure_heartbeat(backend: Backend, timeout_s: float | None) -> HeartbeatMonitor | None:
+    """Return the job's monitor, and start its heartbeats if they have not started. Rank-local; the training thread.
 
     Args:
-        backend: the job's.
-        timeout_s: of the handler that asks: the shortest one is the limit; None for the default.
+        backend: the job's backend.
+        timeout_s: the handler's time limit; the shortest of all handlers counts. None for the default.
 
     Returns:
-        None in a world of one, and where the runtime has no board.
+        None with one rank, and if the job has no key-value store.
     """
     if backend.world_size == 1:
         return None
     limit_s = default_timeout_s() if timeout_s is None else timeout_s
-    watch = listen(backend, limit_s)
-    if watch is None:
+    monitor = ensure_monitor(backend, limit_s)
+    if monitor is None:
         return None
-    watch.tighten(limit_s)
-    if not watch.is_passive:
-        return watch
-    # Before what was made earlier ends; and by the other one in a process that multiprocessing forked, which runs no
-    # functions of atexit's (Python 3.11).
-    atexit.register(_close_if_alive, weakref.ref(watch))
-    multiprocessing.util.Finalize(None, _close_if_alive, args=(weakref.ref(watch),), exitpriority=0)
-    watch.start(backend)
-    return watch
+    monitor.shorten_limit(limit_s)
+    if monitor.is_passive:
+        # Both: a process that multiprocessing forked runs no functions of atexit's (Python 3.11).
+        atexit.register(_close_if_alive, weakref.ref(monitor))
+        multiprocessing.util.Finalize(None, _close_if_alive, args=(weakref.ref(monitor),), exitpriority=0)
+        monitor.start(backend)
+    return monitor
 
 
-def listen(backend: Backend, timeout_s: float | None) -> Watch | None:
-    """Return the watch of this job; one that is made now does not beat, and only hears of faults where a rank waits.
+def ensure_monitor(backend: Backend, timeout_s: float | None) -> HeartbeatMonitor | None:
+    """Return the job's monitor. A new one is passive: it sends no heartbeats and only reads the job's failure.
 
-    Rank-local; the training thread. The arguments and the result are those of :func:`ensure`.
+    Rank-local; the training thread. The arguments and the result are those of :func:`ensure_heartbeat`.
     """
-    watch = watch_of(backend)
-    if watch is not None or backend.world_size == 1:
-        return watch
+    if isinstance(backend.monitor, HeartbeatMonitor):
+        return backend.monitor
     limit_s = default_timeout_s() if timeout_s is None else timeout_s
-    board = backend.board(timeout_s=limit_s)
-    if board is None:
+    store = None if backend.world_size == 1 else backend.key_value_store(timeout_s=limit_s)
+    if store is None:
         return None
-    watch = Watch(board, backend.rank, backend.world_size, limit_s=limit_s, launcher=_launcher(), is_passive=True)
-    backend.watcher = watch
-    return watch
+    # The end of torchrun, or of the process that spawned this one, leaves this rank an orphan.
+    is_launched = "TORCHELASTIC_RUN_ID" in os.environ or multiprocessing.parent_process() is not None
+    launcher = os.getppid() if is_launched else None
+    monitor = HeartbeatMonitor(
+        store, backend.rank, backend.world_size, limit_s=limit_s, launcher=launcher, is_passive=True
+    )
+    backend.monitor = monitor
+    return monitor
 
 
-def watch_of(backend: Backend) -> Watch | None:
-    """Return the watch of this job if it has begun."""
-    return backend.watcher if isinstance(backend.watcher, Watch) else None
-
-
-def _close_if_alive(watch: "weakref.ref[Watch]") -> None:
-    alive = watch()
+def _close_if_alive(monitor: "weakref.ref[HeartbeatMonitor]") -> None:
+    alive = monitor()
     if alive is not None:
         alive.close()
-
-
-def _launcher() -> int | None:
-    """Return the process whose end leaves this rank an orphan: torchrun, or the process that spawned it."""
-    is_launched = "TORCHELASTIC_RUN_ID" in os.environ or multiprocessing.parent_process() is not None
-    return os.getppid() if is_launched else None

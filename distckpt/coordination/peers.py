@@ -1,22 +1,30 @@
-"""What one rank knows of the others: their heartbeats, whether their processes live, and who hosts the board.
+"""What one rank knows of the others: their heartbeats, their processes, and which of them hosts the key-value store.
 
-Owns what a heartbeat says, and how long one may stay away. Must not know where it is read from.
+The operating system reports the end of a process on this machine at once and for certain. A missing heartbeat proves
+much less, but it is all there is of a rank on another machine.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+import os
+import select
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from distckpt.coordination.processes import Processes
+RUNNING, IDLE, LEFT = "running", "idle", "left"
+"""A rank's state: an engine runs; its run has ended; the rank has left the job, for the reason that follows."""
 
-__all__ = ["IDLE", "LEFT", "RUNS", "BoardHost", "Peer", "Peers", "heartbeat"]
-
-RUNS, IDLE, LEFT = "runs", "idle", "left"
-"""What a rank is at: an engine runs; its run has ended; it has left the job, for the reason that follows."""
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+_NAMESPACE = Path("/proc/self/ns/pid")
 
 
-def heartbeat(number: int, step: int, state: str, *, knows: bool) -> str:
-    """Return a heartbeat's text: its number, the rank's iteration, whether it knows of a fault, what it is at."""
-    return f"{number} {step} {knows:d} {state}"
+def encode_heartbeat(number: int, step: int, state: str, *, knows_failure: bool) -> str:
+    """Return a heartbeat: its number, the rank's iteration, whether it knows of the job's failure, and its state."""
+    return f"{number} {step} {knows_failure:d} {state}"
 
 
 @dataclass(slots=True)
@@ -24,68 +32,64 @@ class Peer:
     """What is known of one rank.
 
     Attributes:
-        beat: number of its last heartbeat; -1 before the first one.
-        step: its iteration then.
-        state: what it was at.
-        knows: whether it knows of the job's fault.
-        stale_s: how long no new one has come.
-        has_ended: its process is no more.
+        heartbeat: number of its last heartbeat; -1 before the first one.
+        step: its iteration at that heartbeat.
+        state: its state at that heartbeat.
+        knows_failure: whether it knows of the job's failure.
+        stale_s: seconds without a new heartbeat.
+        has_ended: whether its process has ended.
     """
 
-    beat: int = -1
+    heartbeat: int = -1
     step: int = 0
-    state: str = RUNS
-    knows: bool = False
+    state: str = RUNNING
+    knows_failure: bool = False
     stale_s: float = 0.0
     has_ended: bool = False
 
     @property
     def has_left(self) -> bool:
-        """Whether it will not come again, which is no fault as long as nobody waits for it."""
+        """Whether it will not come back. This is a failure only if a rank waits for it."""
         return self.state.startswith(LEFT) or (self.state == IDLE and self.has_ended)
 
     @property
     def is_dead(self) -> bool:
-        """Whether it ended in the middle of a run, without a word."""
-        return self.has_ended and self.state == RUNS
+        """Whether its process ended during a run, without a farewell."""
+        return self.has_ended and self.state == RUNNING
 
-    def read(self, text: str, passed_s: float) -> None:
-        """Take over what its last heartbeat says, `passed_s` seconds after it was read the last time."""
-        number, step, knows, state = text.split(" ", 3)
-        if int(number) != self.beat or state != self.state:
-            self.beat, self.step, self.state, self.stale_s = int(number), int(step), state, 0.0
-        elif state == RUNS:
-            self.stale_s += passed_s
-        self.knows = knows == "1"
+    def update(self, text: str, elapsed_s: float) -> None:
+        """Take over its last heartbeat, read `elapsed_s` seconds after the previous reading."""
+        number, step, knows_failure, state = text.split(" ", 3)
+        if int(number) != self.heartbeat or state != self.state:
+            self.heartbeat, self.step, self.state, self.stale_s = int(number), int(step), state, 0.0
+        elif state == RUNNING:
+            self.stale_s += elapsed_s
+        self.knows_failure = knows_failure == "1"
 
-    def tell(self, doubt_s: float) -> str:
-        """Return what is known, as a predicate.
-
-        Args:
-            doubt_s: after how long without a heartbeat it is no longer called alive.
-        """
-        was = f"its last one was at iteration {self.step}"
+    def describe(self, doubt_s: float) -> str:
+        """Return what is known, as a predicate. After `doubt_s` seconds without a heartbeat it is not called alive."""
+        last = f"its last one was at iteration {self.step}"
         if self.state.startswith(LEFT):
-            told = f"has left at iteration {self.step}: {self.state.removeprefix(LEFT).removeprefix(': ')}"
+            text = f"has left at iteration {self.step}: {self.state.removeprefix(LEFT).removeprefix(': ')}"
         elif self.has_ended:
-            where = f"at iteration {self.step}, " if self.beat >= 0 else ""
-            told = f"died: its process has ended, {where}without a word"
-        elif self.beat < 0:
-            told = "has never given a sign of life"
+            where = f"at iteration {self.step}, " if self.heartbeat >= 0 else ""
+            text = f"died: its process has ended, {where}without a farewell"
+        elif self.heartbeat < 0:
+            text = "has never sent a heartbeat"
         elif self.state == IDLE:
-            told = f"is alive but has ended its run, at iteration {self.step}"
+            text = f"is alive but has ended its run, at iteration {self.step}"
         elif self.stale_s > doubt_s:
-            told = f"froze or died: no heartbeat for {self.stale_s:.1f} s, {was}"
+            text = f"froze or died: no heartbeat for {self.stale_s:.1f} s, {last}"
         else:
-            told = f"is alive but late: its heartbeat is fresh, {was}"
-        return told
+            text = f"is alive but late: its heartbeat is fresh, {last}"
+        return text
 
 
 class Peers:
     """What is known of all other ranks.
 
     Args:
-        ranks: the others.
+        ranks: the other ranks.
     """
 
     def __init__(self, ranks: Iterable[int]) -> None:
@@ -96,27 +100,27 @@ class Peers:
     def __getitem__(self, rank: int) -> Peer:
         return self._peers[rank]
 
-    def watch_processes(self, places: Mapping[int, str]) -> None:
-        """Watch the processes of those ranks that are on this machine, from now on."""
+    def watch_processes(self, locations: Mapping[int, str]) -> None:
+        """Watch the processes of the ranks on this machine from now on; see :func:`process_location`."""
         if self._processes is None:
-            self._processes = Processes({rank: place for rank, place in places.items() if place})
+            self._processes = Processes({rank: location for rank, location in locations.items() if location})
 
-    def look_at_processes(self) -> None:
+    def check_processes(self) -> None:
         """Find out which processes have ended.
 
-        IMPORTANT: before the heartbeats are read, so that those of a rank that has ended are its last ones.
+        IMPORTANT: call it before the heartbeats are read. Then those of an ended process are known to be its last.
         """
         for rank in () if self._processes is None else self._processes.ended():
             self._peers[rank].has_ended = True
 
-    def read(self, texts: Iterable[str | None], passed_s: float) -> None:
-        """Take over the heartbeats, in the order of `ranks`."""
+    def update(self, texts: Iterable[str | None], elapsed_s: float) -> None:
+        """Take over the heartbeats, in the order of `ranks`. None stands for a rank that has not sent one yet."""
         for rank, text in zip(self.ranks, texts, strict=True):
-            if text is not None:  # not there yet; whoever waits for it has a limit of its own
-                self._peers[rank].read(text, passed_s)
+            if text is not None:
+                self._peers[rank].update(text, elapsed_s)
 
     def gone(self) -> list[int]:
-        """Return the ranks that will not come again: those that have left, or died."""
+        """Return the ranks that have left or died."""
         return [rank for rank, peer in self._peers.items() if peer.has_left or peer.is_dead]
 
     def dead(self) -> list[int]:
@@ -126,40 +130,39 @@ class Peers:
     def frozen(self, limit_s: float, slack_s: float) -> list[int]:
         """Return the ranks without a heartbeat for `limit_s`.
 
-        With them those that are about to reach it, within `slack_s`: they have probably been lost together, as a host
-        is.
+        If there is one, ranks that reach the limit within `slack_s` are included: all ranks of a lost host are named.
         """
-        stale = [rank for rank, peer in self._peers.items() if peer.state == RUNS and peer.stale_s >= limit_s - slack_s]
-        return stale if any(self._peers[rank].stale_s >= limit_s for rank in stale) else []
+        running = {rank: peer.stale_s for rank, peer in self._peers.items() if peer.state == RUNNING}
+        stale = [rank for rank, stale_s in running.items() if stale_s >= limit_s - slack_s]
+        return stale if any(running[rank] >= limit_s for rank in stale) else []
 
     def unaware(self) -> set[int]:
-        """Return the ranks in a run that do not know of a fault yet."""
+        """Return the running ranks that do not know of a failure yet."""
         return {
             rank
             for rank, peer in self._peers.items()
-            if peer.state == RUNS and peer.beat >= 0 and not peer.knows and not peer.has_ended
+            if peer.state == RUNNING and peer.heartbeat >= 0 and not peer.knows_failure and not peer.has_ended
         }
 
-    def tell(self, ranks: Iterable[int], doubt_s: float) -> str:
-        """Return what is known of some ranks, as a phrase."""
-        return "; ".join(f"rank {rank} {self._peers[rank].tell(doubt_s)}" for rank in ranks if rank in self._peers)
+    def describe(self, ranks: Iterable[int], doubt_s: float) -> str:
+        """Return what is known of some ranks, as text."""
+        return "; ".join(f"rank {rank} {self._peers[rank].describe(doubt_s)}" for rank in ranks if rank in self._peers)
 
     def close(self) -> None:
-        """Let go of the file descriptors."""
+        """Close the file descriptors."""
         if self._processes is not None:
             self._processes.close()
 
 
 @dataclass(slots=True)
-class BoardHost:
-    """What is known of the board's own host.
+class StoreHost:
+    """What is known of the host of the key-value store.
 
     Attributes:
         rank: this rank.
-        silent_s: for how long the board has not answered.
-        is_gone: it has hung up.
-        hosts: what each rank says of where it is kept (:meth:`~distckpt.backends.base.Board.host`); empty until it is
-            known of all.
+        silent_s: seconds without an answer of the store.
+        is_gone: whether the store has closed the connection.
+        hosts: each rank's :meth:`~distckpt.backends.base.KeyValueStore.host`; empty until all are known.
     """
 
     rank: int
@@ -167,13 +170,13 @@ class BoardHost:
     is_gone: bool = False
     hosts: list[str] = field(default_factory=list)
 
-    def lost(self, seen_from_here: Callable[[], str]) -> tuple[tuple[int, ...], str]:
-        """Return which ranks are lost where the board is, and that as text which goes on "the board is gone".
+    def lost(self, get_host: Callable[[], str]) -> tuple[tuple[int, ...], str]:
+        """Return the ranks that are lost with the store, and text that continues "the store is gone".
 
         Args:
-            seen_from_here: tells where it is kept, if that is not known of all ranks.
+            get_host: returns this rank's entry while `hosts` is empty.
         """
-        mine = self.hosts[self.rank] if self.hosts else seen_from_here()
+        mine = self.hosts[self.rank] if self.hosts else get_host()
         kinds = ("this process", "this machine") if mine == "elsewhere" else ("this process",)
         ranks = tuple(rank for rank, host in enumerate(self.hosts) if host in kinds and rank != self.rank)
         if mine == "elsewhere":
@@ -182,3 +185,84 @@ class BoardHost:
             where = "which it hosts: it froze or died" if ranks else "which the launcher hosts: it froze or died"
         who = f", and with it rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}" if ranks else ""
         return ranks, f"{who}, {where}"
+
+
+def process_location() -> str:
+    """Return this process's id, and text that is equal for all processes that can find it by that id."""
+    try:
+        return f"{os.getpid()} {_BOOT.read_text(encoding='ascii').strip()} {_NAMESPACE.readlink()}"
+    except OSError:  # not Linux
+        return f"{os.getpid()} nowhere"
+
+
+class Processes:
+    """Watches the processes of the ranks on this machine.
+
+    Args:
+        locations: for each rank to watch, its :func:`process_location`.
+    """
+
+    def __init__(self, locations: Mapping[int, str]) -> None:
+        self._ended: set[int] = set()
+        self._fds: dict[int, int] = {}
+        _, _, here = process_location().partition(" ")
+        for rank, location in locations.items():
+            pid, _, where = location.partition(" ")
+            if where != here or where == "nowhere":
+                continue
+            try:
+                self._fds[rank] = os.pidfd_open(int(pid))
+            except ProcessLookupError:
+                self._ended.add(rank)
+            except (OSError, AttributeError):  # no such call here: only heartbeats are left
+                return
+
+    def ended(self) -> set[int]:
+        """Return the ranks whose processes have ended. Does not wait."""
+        poll = select.poll()
+        for fd in self._fds.values():
+            poll.register(fd, select.POLLIN)
+        readable = {fd for fd, _ in poll.poll(0)}
+        self._ended |= {rank for rank, fd in self._fds.items() if fd in readable}
+        return self._ended
+
+    def close(self) -> None:
+        """Close the file descriptors."""
+        while self._fds:
+            with contextlib.suppress(OSError):
+                os.close(self._fds.popitem()[1])
+
+
+class TrainingThread:
+    """The training thread, observed from another thread. Constructed on the training thread."""
+
+    def __init__(self) -> None:
+        self._thread = threading.current_thread()
+        self._ident = threading.get_ident()
+        self._stat = Path(f"/proc/self/task/{threading.get_native_id()}/stat")
+        self._position: tuple[Any, ...] = ()
+        self._since_s = time.monotonic()
+
+    def is_alive(self) -> bool:
+        """Return True until the thread has ended."""
+        return self._thread.is_alive()
+
+    def blocked_s(self) -> float:
+        """Return for how many seconds the thread has used no CPU and has not moved. Call it repeatedly."""
+        frame = sys._current_frames().get(self._ident)  # noqa: SLF001 - the documented way to another thread's stack
+        position = (self._cpu_ticks(), None if frame is None else (id(frame), frame.f_lasti))
+        if position != self._position:
+            self._position, self._since_s = position, time.monotonic()
+        return time.monotonic() - self._since_s
+
+    def is_in(self, folders: Sequence[str]) -> bool:
+        """Return True if the innermost Python function is defined in one of `folders`."""
+        frame = sys._current_frames().get(self._ident)  # noqa: SLF001 - as above
+        return frame is not None and any(folder in frame.f_code.co_filename for folder in folders)
+
+    def _cpu_ticks(self) -> int:
+        try:
+            fields = self._stat.read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+        except OSError:  # not Linux: only the position in the program is left
+            return 0
+        return int(fields[11]) + int(fields[12])

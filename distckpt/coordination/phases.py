@@ -1,159 +1,131 @@
-"""Phases that all ranks walk together: errors travel, and one rank's value is everybody's.
+"""Phases: steps that all ranks take together, in which an error on one rank is raised on all.
 
-Owns how a decision is reached from every rank's facts. Must not know what is decided, nor which runtime
-carries it: it stands on the backend contract alone.
+The protocol of a phase:
 
-The protocol of a phase, the same for every kind of phase:
-
-1. (all ranks) do the phase's own work and catch whatever it raises. Nothing is waited for here.
-2. (all ranks) reduce one *header* of twelve int64 with MAX: place and turn, each with its negative, and the
-   length of this rank's answer. Every collective of distckpt's begins with a header, so that ranks which came
-   from different places meet in one and are told so.
-3. (all ranks) if place or turn differ between ranks: gather the places, and raise
+1. (all ranks) do the phase's own work, and catch any exception.
+2. (all ranks) reduce a header of twelve int64 with MAX: the sync point's digest and sequence number, each with its
+   negative, and the length of this rank's answer. Every collective of distckpt begins with such a header.
+3. (all ranks) if digest or sequence number differ between the ranks: gather the sync points, and raise
    :class:`~distckpt.errors.DesyncError`, which names them, on every rank.
 4. (all ranks) gather the answers, padded to the longest.
 5. (all ranks) if any rank failed: raise the same :class:`~distckpt.errors.RemoteRankError` on every rank.
-6. (all ranks) every rank now holds every rank's answer, in rank order. What is computed from them by pure
-   arithmetic is bit-identical everywhere; where one rank decides alone, its answer is picked from the list.
+6. (all ranks) return the answers of all ranks, in rank order. A pure function of them has the same result on every
+   rank. Where one rank decides, the caller picks that rank's answer.
 
-In a world of one no collective is made, and errors pass through as they were raised.
+With one rank no collective is issued, and errors pass through unchanged.
 """
 
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 from distckpt.backends import wire
 from distckpt.backends.base import Backend
 from distckpt.errors import CollectiveError, DesyncError, RankFailure, RemoteRankError, remote_rank_error
 
-__all__ = ["Place", "Seat", "post_failure", "raise_own", "run"]
-
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """Where in the program a rank is.
+class SyncPoint:
+    """A point in the program that all ranks have to reach together.
 
     Attributes:
-        who: the handler, numbered among its like: ``Checkpoint#0``.
-        doing: the phase, and the event that led to it.
-        step: the engine's iteration, for messages. It may differ between ranks where that is no fault: an
-            evaluator's shards can be of unequal length.
-        turn: what has to be equal on all ranks: how often the handler was called, or an iteration.
+        handler: the handler's name and number, as in ``Checkpoint#0``.
+        phase: the phase, and the event that led to it.
+        step: the engine's iteration, for messages. It may differ between ranks: the shards of an evaluator's data can
+            have unequal lengths.
+        sequence: a number that has to be equal on all ranks: the count of the handler's calls, or an iteration.
     """
 
-    who: str
-    doing: str
+    handler: str
+    phase: str
     step: int
-    turn: int = 0
+    sequence: int = 0
 
     def __str__(self) -> str:
-        """Return it as a phrase for messages."""
-        return f"{self.who}, {self.doing}, step {self.step}"
+        """Return the sync point as text for messages."""
+        return f"{self.handler}, {self.phase}, step {self.step}"
 
     @property
     def key(self) -> str:
-        """What has to be equal on all ranks."""
-        return f"{self.who}\0{self.doing}"
+        """Text that has to be equal on all ranks."""
+        return f"{self.handler}\0{self.phase}"
 
 
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """What this rank brings: a value, or the error that kept it from having one."""
+def run(backend: Backend, point: SyncPoint, work: Callable[[], T], *, timeout_s: float | None = None) -> list[T]:
+    """Collective. Call `work` on every rank, and return the results of all ranks.
 
-    value: Any
-    error: BaseException | None
-    data: bytes
-
-
-def _attempt(backend: Backend, work: Callable[[], Any]) -> _Answer:
-    try:
-        value = work()
-        return _Answer(value, None, wire.encode({"value": value}))
-    except BaseException as error:  # noqa: BLE001 - KeyboardInterrupt too: the others must hear of it first
-        failure = RankFailure.from_exception(backend.rank, error, traceback.format_exc())
-        return _Answer(None, error, wire.encode({"failure": asdict(failure)}))
-
-
-def run(backend: Backend, place: Place, work: Callable[[], T], *, timeout_s: float | None = None) -> list[T]:
-    """Collective. Do `work` on every rank and give every rank all the results.
-
-    Steps 1-6 of the module's protocol.
+    Takes steps 1 to 6 of the module's protocol.
 
     Args:
-        backend: the job's.
-        place: where this rank is; must be the same on all.
-        work: returns a small value (see :func:`distckpt.backends.wire.encode`). It may itself be collective, as
-            a user's ``state_dict`` can be, provided that it is so on all ranks.
-        timeout_s: seconds to wait for the other ranks once this one is done; None for the default.
+        backend: the job's backend.
+        point: where this rank is; the same on all ranks.
+        work: returns a small value (see :func:`distckpt.backends.wire.encode`). It may itself be collective, as a
+            user's ``state_dict`` can be, if it is so on all ranks.
+        timeout_s: seconds to wait for the other ranks after `work`; None for the default.
 
     Returns:
-        One result a rank, in rank order; the same list on every rank.
+        One result per rank, in rank order; the same list on every rank.
 
     Raises:
-        RemoteRankError: `work` failed on some rank; alike on every rank.
-        DesyncError: the ranks are not at the same place; on every rank.
-        CollectiveError: some rank did not come, or died.
-        BaseException: what `work` raised here, where the others could not be told of it; it has a note of why.
+        RemoteRankError: `work` failed on some rank; the same error on every rank.
+        DesyncError: the ranks are at different sync points; on every rank.
+        CollectiveError: some rank did not arrive, or died.
+        BaseException: the exception of `work` on this rank, if the other ranks could not be told; a note says why.
 
     Example:
         >>> from distckpt.backends.serial import SerialBackend
-        >>> run(SerialBackend(), Place(who="doc", doing="count", step=0), lambda: 7)
+        >>> run(SerialBackend(), SyncPoint(handler="doc", phase="count", step=0), lambda: 7)
         [7]
     """
     if backend.world_size == 1:
         return [work()]
-    answer = _attempt(backend, work)
+    own_error: BaseException | None = None
     try:
-        num_bytes = _meet(backend, place, answer, timeout_s=timeout_s)
-        parts = backend.gather_host(answer.data, num_bytes, what=str(place), timeout_s=timeout_s)
+        data = wire.encode({"value": work()})
+    except BaseException as error:  # noqa: BLE001 - KeyboardInterrupt too: the other ranks must learn of it first
+        own_error = error
+        data = wire.encode({"failure": asdict(RankFailure.from_exception(backend.rank, error, traceback.format_exc()))})
+    try:
+        num_bytes = backend.check_in_sync(
+            point.key, [len(data)], sequence=point.sequence, description=str(point), timeout_s=timeout_s
+        )[0]
+        parts = backend.gather_host(data, num_bytes, what=str(point), timeout_s=timeout_s)
+    except DesyncError as error:
+        raise error from own_error
     except CollectiveError as lost:
-        if answer.error is not None:
-            raise_own(answer.error, lost)
+        if own_error is not None:
+            raise_unreported(own_error, lost)
         raise
-    return _settle(backend, place, answer, parts)
+    answers = [wire.decode(part) for part in parts]
+    failures = [RankFailure(**answer["failure"]) for answer in answers if "failure" in answer]
+    if own_error is not None and backend.is_passthrough(own_error):
+        raise own_error  # the other ranks raise a RemoteRankError for it
+    is_alike = len(failures) == backend.world_size and len({(one.kinds, one.message) for one in failures}) == 1
+    if isinstance(own_error, RemoteRankError) and is_alike:
+        raise own_error  # a nested phase has already raised it on every rank
+    if failures:
+        raise remote_rank_error(f"{point}, of {backend.world_size} ranks", failures) from own_error
+    return [answer["value"] for answer in answers]
 
 
-def raise_own(own: BaseException, lost: CollectiveError) -> NoReturn:
-    """Raise this rank's own error, with a note of why the other ranks were not told of it."""
+def raise_unreported(own: BaseException, lost: CollectiveError) -> NoReturn:
+    """Raise this rank's own error, with a note that the other ranks could not be told of it."""
     own.add_note(f"The other ranks were not told of it: {lost}")
     context = own.__context__ or lost
     try:
         raise own
     finally:
-        own.__context__ = context  # which `raise` replaces where another error is being handled
+        own.__context__ = context  # `raise` replaces it while another error is handled
 
 
-def _meet(backend: Backend, place: Place, answer: _Answer, *, timeout_s: float | None) -> int:
-    """Collective. Steps 2 and 3: reduce the header; return the length of the longest answer."""
-    try:
-        return backend.meet(place.key, [len(answer.data)], turn=place.turn, told=str(place), timeout_s=timeout_s)[0]
-    except DesyncError as error:
-        raise error from answer.error
+class HandlerId:
+    """The name of one handler, equal on all ranks, and the count of its calls.
 
-
-def _settle(backend: Backend, place: Place, answer: _Answer, parts: list[bytes]) -> list[Any]:
-    """Steps 5 and 6, without any collective: the values of all ranks, or the error of those that failed."""
-    answers = [wire.decode(part) for part in parts]
-    failures = [RankFailure(**said["failure"]) for said in answers if "failure" in said]
-    if answer.error is not None and backend.passes(answer.error):
-        raise answer.error  # the others get it as a RemoteRankError
-    alike = {(one.kinds, one.message) for one in failures}
-    if isinstance(answer.error, RemoteRankError) and len(failures) == backend.world_size and len(alike) == 1:
-        raise answer.error  # of a phase inside this one: every rank has it as it was raised there
-    if failures:
-        raise remote_rank_error(f"{place}, of {backend.world_size} ranks", failures) from answer.error
-    return [said["value"] for said in answers]
-
-
-class Seat:
-    """One handler's seat among its like on the other ranks.
-
-    Constructors issue no collectives, so it is only at a handler's first event that the ranks can find out
-    whether all of them have it. Taken anew when the process group is destroyed and made anew.
+    Constructors issue no collectives: only at a handler's first event can the ranks find out whether all of them have
+    it. After the process group is destroyed and made again, the handler is named and counted anew.
 
     Args:
         kind: the handler's class name.
@@ -163,46 +135,48 @@ class Seat:
         self._kind = kind
         self._backend: Backend | None = None
         self._name = kind
-        self._num_turns = 0
-        self._has_met = False
+        self._sequence = 0
+        self._is_known = False
 
     def __getstate__(self) -> dict[str, str]:
-        """Keep the kind alone: a copy has a seat of its own, and a backend cannot be copied."""
+        """Return the kind alone: a copy is another handler, and a backend cannot be copied."""
         return {"kind": self._kind}
 
     def __setstate__(self, state: dict[str, str]) -> None:
         """Start anew."""
-        self.__init__(state["kind"])  # type: ignore[misc]  # a seat has nothing else
+        self.__init__(state["kind"])  # type: ignore[misc]  # the constructor sets every attribute
 
-    def take(self, backend: Backend, *, watch: str | None = None, timeout_s: float | None = None) -> tuple[str, int]:
-        """All ranks. Return the handler's name and turn; the first time, wait for the other ranks to have it.
+    def advance(
+        self, backend: Backend, *, depends_on: str | None = None, timeout_s: float | None = None
+    ) -> tuple[str, int]:
+        """All ranks. Count a call; return the handler's name and the count. The first call waits for all ranks.
 
         Args:
-            backend: the job's.
-            watch: a ticket (:meth:`~distckpt.backends.base.Backend.take_ticket`) of something that the handler needs
+            backend: the job's backend.
+            depends_on: id (:meth:`~distckpt.backends.base.Backend.next_object_id`) of an object that the handler needs
                 and whose construction may have failed on another rank.
             timeout_s: seconds to wait for the other ranks; None for the default.
 
         Raises:
-            CollectiveTimeout: some ranks do not have the handler; it names them.
-            RemoteRankError: construction failed on another rank; it is of the type that was raised there.
+            CollectiveTimeout: some ranks do not have the handler; the error names them.
+            RemoteRankError: construction failed on another rank; it has the type of the error there.
         """
         if backend is not self._backend:
-            ticket = backend.take_ticket(self._kind) if backend.world_size > 1 else None
-            self._backend, self._name, self._num_turns = backend, ticket or self._kind, 0
-            self._has_met = backend.world_size == 1
-        if not self._has_met:
-            # The name is kept when this fails: a second try must not be taken for a second handler.
-            note = backend.roll_call(f"the first event of {self._name}", watch=watch, timeout_s=timeout_s)
+            object_id = backend.next_object_id(self._kind) if backend.world_size > 1 else None
+            self._backend, self._name, self._sequence = backend, object_id or self._kind, 0
+            self._is_known = backend.world_size == 1
+        if not self._is_known:
+            # The name stays if this fails: a second try must not look like a second handler.
+            note = backend.store_barrier(f"the first event of {self._name}", depends_on=depends_on, timeout_s=timeout_s)
             if note is not None:
-                fields = wire.decode(note.encode("ascii"))
-                raise remote_rank_error(f"constructing {self._name}", [RankFailure(**fields)])
-            self._has_met = True
-        self._num_turns += 1
-        return self._name, self._num_turns
+                failure = RankFailure(**wire.decode(note.encode("ascii")))
+                raise remote_rank_error(f"constructing {self._name}", [failure])
+            self._is_known = True
+        self._sequence += 1
+        return self._name, self._sequence
 
 
-def post_failure(backend: Backend, ticket: str, error: Exception) -> None:
-    """Rank-local. Leave a note that what `ticket` stands for could not be made here; see :meth:`Seat.take`."""
+def post_failure(backend: Backend, object_id: str, error: Exception) -> None:
+    """Rank-local. Publish that the construction of an object failed on this rank; see :meth:`HandlerId.advance`."""
     failure = RankFailure.from_exception(backend.rank, error, "")
-    backend.post_note(ticket, wire.encode(asdict(failure)).decode("ascii"))
+    backend.post_note(object_id, wire.encode(asdict(failure)).decode("ascii"))

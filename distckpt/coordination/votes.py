@@ -1,21 +1,17 @@
-"""One vote per step: what all handlers of an engine have to say in one event, agreed on by one reduction.
-
-Owns the ballot and how it is counted. Must not know about engines, nor what a handler does with the result.
+"""Votes: one reduction per event, in which the ranks agree on what all handlers of an engine report.
 
 The protocol:
 
-1. (all ranks) during an event each handler puts a fact on the ballot: whether it is so on this rank. Nothing is
-   waited for; an error of the handler's is kept.
-2. (all ranks) when the last handler has run, or a save needs the result, reduce one header
-   (:meth:`~distckpt.backends.base.Backend.meet`): event and iteration, each with its negative, whether some handler
-   failed, and a number for each kind of fact. Ranks that are at different iterations, or whose handlers differ, get
-   :class:`~distckpt.errors.DesyncError`.
-3. (all ranks) only when something is so somewhere, or failed: gather which ranks say so, and what they tell of it. Of
-   a quiet fact nobody tells more than that it is so somewhere.
-4. (all ranks) every rank holds the same result.
+1. (all ranks) during an event each handler adds its answer to the round. Nothing is waited for; an exception is kept.
+2. (all ranks) after the last handler, or when a save needs the result, reduce one header
+   (:meth:`~distckpt.backends.base.Backend.check_in_sync`): digest of event and handlers, and iteration, each with its
+   negative; whether a handler failed; one number for each :class:`VoteKind`. If the ranks are at different iterations,
+   or have different handlers, all raise :class:`~distckpt.errors.DesyncError`.
+3. (all ranks) only if a number is not 0: gather the reports. Level-triggered kinds have no reports.
+4. (all ranks) return the same result.
 
-Step 2 can be left to run beside the next iteration: :meth:`Ballot.start` begins it, and what it returns waits for it.
-In a world of one nothing is reduced.
+Step 2 can run beside the next iteration: :meth:`VoteRound.start` starts it and returns a function that waits for it.
+With one rank nothing is reduced.
 """
 
 import functools
@@ -29,369 +25,351 @@ from typing import Any, NoReturn, Protocol
 
 from distckpt.backends import wire
 from distckpt.backends.base import Backend, default_timeout_s
-from distckpt.coordination.phases import raise_own
+from distckpt.coordination.phases import raise_unreported
 from distckpt.errors import CollectiveError, CollectiveTimeout, DesyncError, RankFailure, remote_rank_error
-
-__all__ = ["Answer", "Ballot", "Detail", "Fact", "Later", "Motion", "Pending", "Result", "Scope"]
 
 _POLL_S = 0.0002
 
 
-class Fact(IntEnum):
-    """What a rank can say, in the order in which it is acted on."""
+class VoteKind(IntEnum):
+    """What a handler can report, in the order in which results are acted on."""
 
     NAN = 0
     """The output holds NaN or infinity."""
     SAVE_WANTED = 1
     """A checkpoint is due."""
-    PARTS_PENDING = 2
-    """Not all that was saved in the background is durable on this rank. A quiet one: what counts is where it is so no
-    more."""
+    SAVE_PENDING = 2
+    """A background save is not durable on this rank yet. Level-triggered: reports only when the condition clears."""
     SIGNAL = 3
-    """The process was told to stop."""
+    """The process received a stop signal."""
     TIME_OVER = 4
     """The time limit is reached."""
 
 
-_QUIET = frozenset({Fact.PARTS_PENDING})
+_LEVEL_TRIGGERED = frozenset({VoteKind.SAVE_PENDING})
 
 
-class Later(Protocol):
-    """An answer that is on its way from an accelerator."""
+class DeviceFlag(Protocol):
+    """A bool that an accelerator has not computed yet."""
 
-    def is_here(self) -> bool:
-        """Tell whether it has come. Waits for nothing."""
+    def is_ready(self) -> bool:
+        """Return True if the value has arrived on the host. Does not wait."""
 
     def value(self) -> bool:
-        """Return it, once it is here."""
+        """Return the value. Only after it is ready."""
 
-    def number(self) -> Any:
-        """Return it as a tensor, bool (), on the accelerator, or None if it is not one. Waits for nothing."""
+    def as_tensor(self) -> Any:
+        """Return the value as a tensor on the accelerator, bool (); None if it is not one. Does not wait."""
 
 
 Detail = Callable[[], Any]
-"""What to tell the other ranks of a yes; called when it is counted."""
+"""Returns what the other ranks are told of a yes; called in step 3."""
 
 
 @dataclass(slots=True)
 class Pending:
-    """An answer that is not known yet, and what to tell if it is a yes."""
+    """An answer that is not known yet, and its detail if it is a yes."""
 
-    answer: Later
+    answer: DeviceFlag
     detail: Detail
 
 
 Answer = Detail | Pending | None
-"""A rank's: None for no, for yes what to tell of it."""
+"""One rank's answer: None for no, the detail for yes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Motion:
-    """What one handler asks in a vote, event after event.
+class VoteEntry:
+    """One handler's entry, the same object in every round.
 
     Attributes:
-        who: the handler, by the same name on all ranks.
-        fact: of which kind.
+        handler: the handler's name, equal on all ranks.
+        kind: what the handler reports.
     """
 
-    who: str
-    fact: Fact
+    handler: str
+    kind: VoteKind
 
 
 @dataclass(slots=True)
-class Scope:
+class VoteScope:
     """Where a vote takes place.
 
     Attributes:
-        name: the vote's, the same on all ranks.
-        event: what it belongs to.
+        name: the vote's name, equal on all ranks.
+        event: name of the engine's event.
         step: the engine's iteration.
-        turn: what has to be equal on all ranks: the iteration, or where events do not count iterations the number of
-            the vote.
-        pace: the vote's lag and interval, as a phrase that begins with a comma; empty for the usual ones. It has to be
-            equal on all ranks: they would act in different iterations.
+        sequence: a number that has to be equal on all ranks: the iteration, or the count of votes on events that do
+            not count iterations.
+        schedule: the vote's lag and interval as text that begins with a comma; empty for the defaults. It has to be
+            equal on all ranks, or they would act in different iterations.
     """
 
     name: str
     event: str
     step: int
-    turn: int
-    pace: str = ""
+    sequence: int
+    schedule: str = ""
 
     def __str__(self) -> str:
-        """Return it as a phrase for messages."""
+        """Return the scope as text for messages."""
         return f"{self.name} on {self.event}, step {self.step}"
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class VoteResult:
     """The result of a vote, the same on every rank.
 
     Attributes:
         scope: where it took place.
-        said: for each motion with a yes somewhere, what each rank that said yes tells of it; in the ballot's order.
-        over: the motions of quiet facts that are so nowhere.
+        reports: for each entry with a yes on some rank, in the order of the round: the detail of each such rank.
+        cleared: level-triggered entries that are set on no rank.
     """
 
-    scope: Scope
-    said: Mapping[Motion, Mapping[int, Any]] = field(default_factory=dict)
-    over: tuple[Motion, ...] = ()
+    scope: VoteScope
+    reports: Mapping[VoteEntry, Mapping[int, Any]] = field(default_factory=dict)
+    cleared: tuple[VoteEntry, ...] = ()
 
 
-class Ballot:
-    """One engine's ballot on one rank: facts are put on it, and counted with those of the other ranks."""
+class VoteRound:
+    """Collects one engine's answers on one rank, and starts a vote on them."""
 
     def __init__(self) -> None:
-        self._motions: list[Motion] = []
-        self._answers: dict[Motion, list[Detail | Pending]] = {}
+        self._entries: list[VoteEntry] = []
+        self._answers: dict[VoteEntry, list[Detail | Pending]] = {}
         self._error: BaseException | None = None
         self._failure: RankFailure | None = None
-        self._where: tuple[str, str, str, list[Motion], str] = ("", "", "", [], "")
+        self._last_key: tuple[str, str, str, list[VoteEntry], str] = ("", "", "", [], "")
 
     def __bool__(self) -> bool:
-        """Tell whether something was put on it since the last count."""
-        return bool(self._motions)
+        """Return True if an answer was added since the last vote."""
+        return bool(self._entries)
 
-    def put(self, rank: int, motion: Motion, probe: Callable[[Any], Answer], engine: Any) -> None:
-        """Rank-local. Put a fact on the ballot; an earlier answer to the same motion, not counted yet, is kept.
+    def add(self, rank: int, entry: VoteEntry, probe: Callable[[Any], Answer], engine: Any) -> None:
+        """Rank-local. Add an answer. An earlier yes of the same entry stays.
 
         Args:
-            rank: this one.
-            motion: the same object each time.
-            probe: tells whether it is so; called now, with `engine`. What it raises is raised by the count, on all
-                ranks.
-            engine: for `probe`.
+            rank: this rank.
+            entry: the handler's entry.
+            probe: returns the answer; called now. The vote raises its exception on all ranks.
+            engine: argument of `probe`.
         """
-        if motion not in self._motions:
-            self._motions.append(motion)
+        if entry not in self._entries:
+            self._entries.append(entry)
         if self._error is not None:
             return
         try:
             answer = probe(engine)
-        except BaseException as error:  # noqa: BLE001 - KeyboardInterrupt too: the others must hear of it first
+        except BaseException as error:  # noqa: BLE001 - KeyboardInterrupt too: the other ranks must learn of it first
             self._error = error
             self._failure = RankFailure.from_exception(rank, error, traceback.format_exc())
             return
         if answer is not None:
-            self._answers.setdefault(motion, []).append(answer)
+            self._answers.setdefault(entry, []).append(answer)
 
-    def start(self, backend: Backend, scope: Scope, *, timeout_s: float | None) -> Callable[[], Result]:
-        """Collective. Start to count, and return what waits for the result. The ballot is empty afterwards.
+    def start(self, backend: Backend, scope: VoteScope, *, timeout_s: float | None) -> Callable[[], VoteResult]:
+        """Collective. Start a vote on the answers, and empty the round.
 
-        Where an answer is still on its way from an accelerator, the reduction begins only when the result is asked for:
-        nothing waits for the accelerator here. A backend that takes lazy numbers has them reduced where they are.
+        If an answer is not known yet, the reduction starts only when the result is asked for: this call never waits
+        for the accelerator. A backend with ``can_reduce_lazily`` reduces such answers on the device.
 
         Args:
-            backend: the job's.
+            backend: the job's backend.
             scope: where this rank is.
             timeout_s: seconds to wait for the other ranks; None for the default.
 
         Returns:
-            Waits, and returns the result or raises: RemoteRankError, on every rank, where a probe failed on some rank
-            (in a world of one what it raised); DesyncError; CollectiveError.
+            A function that waits, and returns the result or raises, on every rank: RemoteRankError if a probe failed on
+            some rank (with one rank, the probe's exception), DesyncError or CollectiveError.
         """
-        count = _Count(backend, scope, self._motions, self._answers, self._error, self._failure, timeout_s)
-        count.where = self._place(scope)
-        # New ones: the count keeps these, and may be under way while the next event's facts are put.
-        self._motions, self._answers, self._error, self._failure = [], {}, None, None
-        if not count.waits():
+        vote = _Vote(
+            backend, scope, self._key(scope), self._entries, self._answers, self._error, self._failure, timeout_s
+        )
+        # New containers: the vote keeps these, and the next event may add answers while it runs.
+        self._entries, self._answers, self._error, self._failure = [], {}, None, None
+        if not vote.has_unknown_answers():
             try:
-                count.start()
+                vote.start()
             except CollectiveError as lost:
-                count.raise_own(lost)
-        return count.finish
+                vote.raise_local(lost)
+        return vote.finish
 
-    def _place(self, scope: Scope) -> str:
-        """Return what has to be equal on all ranks, beside the turn. Mostly the same as before."""
-        name, event, pace, motions, where = self._where
-        if name != scope.name or event != scope.event or pace != scope.pace or motions != self._motions:
-            where = "\0".join((scope.name, scope.event, scope.pace, *(motion.who for motion in self._motions)))
-            self._where = scope.name, scope.event, scope.pace, self._motions, where
-        return where
+    def _key(self, scope: VoteScope) -> str:
+        """Return text that has to be equal on all ranks; mostly the same as for the last vote."""
+        name, event, schedule, entries, key = self._last_key
+        if name != scope.name or event != scope.event or schedule != scope.schedule or entries != self._entries:
+            key = "\0".join((scope.name, scope.event, scope.schedule, *(entry.handler for entry in self._entries)))
+            self._last_key = scope.name, scope.event, scope.schedule, self._entries, key
+        return key
 
 
-class _Count:
-    """A count under way."""
+@dataclass(slots=True)
+class _Vote:
+    """One vote, from step 2 on."""
 
-    __slots__ = ("_answers", "_backend", "_error", "_failure", "_motions", "_scope", "_timeout_s", "_wait", "where")
+    backend: Backend
+    scope: VoteScope
+    key: str
+    entries: list[VoteEntry]
+    answers: dict[VoteEntry, list[Detail | Pending]]
+    error: BaseException | None
+    failure: RankFailure | None
+    timeout_s: float | None
+    wait: Callable[[], list[int]] | None = None
 
-    def __init__(
-        self,
-        backend: Backend,
-        scope: Scope,
-        motions: list[Motion],
-        answers: dict[Motion, list[Detail | Pending]],
-        error: BaseException | None,
-        failure: RankFailure | None,
-        timeout_s: float | None,
-    ) -> None:
-        self.where = ""
-        self._motions = motions
-        self._answers = answers
-        self._backend = backend
-        self._scope = scope
-        self._error = error
-        self._failure = failure
-        self._timeout_s = timeout_s
-        self._wait: Callable[[], list[int]] | None = None
-
-    def waits(self) -> bool:
-        """Tell whether some answer has to be known before step 2."""
-        return bool(self._answers) and any(
+    def has_unknown_answers(self) -> bool:
+        """Return True if some answer has to be known before step 2."""
+        return bool(self.answers) and any(
             isinstance(answer, Pending)
-            and not (self._backend.takes_lazy_numbers and answer.answer.number() is not None)
-            for answers in self._answers.values()
+            and not (self.backend.can_reduce_lazily and answer.answer.as_tensor() is not None)
+            for answers in self.answers.values()
             for answer in answers
         )
 
     def start(self) -> None:
-        """Step 2."""
-        if self._backend.world_size == 1:
+        """Start step 2."""
+        if self.backend.world_size == 1:
             return
-        numbers: list[Any] = [0] * (1 + len(Fact))
-        if self._error is not None:
+        numbers: list[Any] = [0] * (1 + len(VoteKind))
+        if self.error is not None:
             numbers[0] = 1
-        by_fact: dict[Fact, list[Detail | Pending]] = {}
-        for motion, answers in self._answers.items():
-            by_fact.setdefault(motion.fact, []).extend(answers)
-        for fact, answers in by_fact.items():
-            numbers[1 + fact] = _number(answers)
-        self._wait = self._backend.start_meeting(
-            self.where,
+        by_kind: dict[VoteKind, list[Detail | Pending]] = {}
+        for entry, answers in self.answers.items():
+            by_kind.setdefault(entry.kind, []).extend(answers)
+        for kind, answers in by_kind.items():
+            numbers[1 + kind] = _combine(answers)
+        self.wait = self.backend.start_sync_check(
+            self.key,
             numbers,
-            turn=self._scope.turn,
-            told=_Told(self._scope, self._motions),
-            timeout_s=self._timeout_s,
+            sequence=self.scope.sequence,
+            description=_Description(self.scope, self.entries),
+            timeout_s=self.timeout_s,
         )
 
-    def raise_own(self, lost: CollectiveError) -> NoReturn:
-        """Raise what a probe raised here, where the other ranks cannot be told of it; without such an error `lost`."""
-        if self._error is None or self._error is lost:
+    def raise_local(self, lost: CollectiveError) -> NoReturn:
+        """Raise the probe's exception, which the other ranks cannot be told of; `lost` if there is none."""
+        if self.error is None or self.error is lost:
             raise lost
-        raise_own(self._error, lost)
+        raise_unreported(self.error, lost)
 
-    def finish(self) -> Result:
-        """Wait for step 2, and walk steps 3 and 4."""
+    def finish(self) -> VoteResult:
+        """Wait for step 2, and take steps 3 and 4."""
         try:
             return self._finish()
         except CollectiveError as lost:
-            self.raise_own(lost)
+            self.raise_local(lost)
 
-    def _finish(self) -> Result:
-        if self._wait is None:
-            self._settle_answers()
+    def _finish(self) -> VoteResult:
+        if self.wait is None:
+            self._wait_answers()
             self.start()
-        if self._wait is None:  # a world of one
-            if self._error is not None:
-                raise self._error
-            said = {motion: {0: detail()} for motion, detail in self._details().items()}
-            return Result(self._scope, said, self._over([bool(self._answers.get(motion)) for motion in self._motions]))
+        if self.wait is None:  # one rank
+            if self.error is not None:
+                raise self.error
+            reports = {entry: {0: detail()} for entry, detail in self._details().items()}
+            return VoteResult(
+                self.scope, reports, self._cleared([bool(self.answers.get(entry)) for entry in self.entries])
+            )
         try:
-            numbers = self._wait()
+            numbers = self.wait()
         except DesyncError as error:
-            raise error from self._error
-        over = self._over([bool(numbers[1 + motion.fact]) for motion in self._motions])
-        if numbers[0] or any(number for fact, number in zip(Fact, numbers[1:], strict=True) if fact not in _QUIET):
-            return self._gather(over)
-        return Result(self._scope, over=over)
+            raise error from self.error
+        cleared = self._cleared([bool(numbers[1 + entry.kind]) for entry in self.entries])
+        kinds = zip(VoteKind, numbers[1:], strict=True)
+        if numbers[0] or any(number for kind, number in kinds if kind not in _LEVEL_TRIGGERED):
+            return self._gather(cleared)
+        return VoteResult(self.scope, cleared=cleared)
 
-    def _over(self, are_so: Sequence[bool]) -> tuple[Motion, ...]:
-        """Return the motions of quiet facts that are so nowhere."""
-        pairs = zip(self._motions, are_so, strict=True)
-        return tuple(motion for motion, is_so in pairs if motion.fact in _QUIET and not is_so)
+    def _cleared(self, are_set: Sequence[bool]) -> tuple[VoteEntry, ...]:
+        pairs = zip(self.entries, are_set, strict=True)
+        return tuple(entry for entry, is_set in pairs if entry.kind in _LEVEL_TRIGGERED and not is_set)
 
-    def _details(self) -> dict[Motion, Detail]:
-        """Return what to tell of each yes: of the first one, where a handler said several; in the ballot's order."""
-        found: dict[Motion, Detail] = {}
-        for motion in self._motions:
-            if motion.fact in _QUIET:
-                continue
-            for answer in self._answers.get(motion, ()):
-                if not isinstance(answer, Pending):
-                    found.setdefault(motion, answer)
+    def _details(self) -> dict[VoteEntry, Detail]:
+        """Return the detail of each yes, in the order of the round: the first one if an entry has several."""
+        found: dict[VoteEntry, Detail] = {}
+        for entry in self.entries:
+            if entry.kind not in _LEVEL_TRIGGERED:
+                for answer in self.answers.get(entry, ()):
+                    if not isinstance(answer, Pending):
+                        found.setdefault(entry, answer)
         return found
 
-    def _settle_answers(self) -> None:
-        """Wait for the answers that are on their way from an accelerator, and keep those that are a yes."""
-        limit_s = default_timeout_s() if self._timeout_s is None else self._timeout_s
+    def _wait_answers(self) -> None:
+        """Wait for the answers that are not known yet, and keep the details of those that are a yes."""
+        limit_s = default_timeout_s() if self.timeout_s is None else self.timeout_s
         deadline = time.monotonic() + limit_s
-        settled: dict[Motion, list[Detail | Pending]] = {}
-        for motion, answers in self._answers.items():
+        known: dict[VoteEntry, list[Detail | Pending]] = {}
+        for entry, answers in self.answers.items():
             for answer in answers:
                 if isinstance(answer, Pending):
-                    self._await(answer.answer, deadline, limit_s)
+                    self._wait_ready(answer.answer, deadline, limit_s)
                     if answer.answer.value():
-                        settled.setdefault(motion, []).append(answer.detail)
+                        known.setdefault(entry, []).append(answer.detail)
                 else:
-                    settled.setdefault(motion, []).append(answer)
-        self._answers = settled
+                    known.setdefault(entry, []).append(answer)
+        self.answers = known
 
-    def _await(self, answer: Later, deadline: float, limit_s: float) -> None:
-        while not answer.is_here():
-            news = None if self._backend.watcher is None else self._backend.watcher.news()
-            if news is not None:
-                raise news
+    def _wait_ready(self, flag: DeviceFlag, deadline: float, limit_s: float) -> None:
+        while not flag.is_ready():
+            failure = None if self.backend.monitor is None else self.backend.monitor.failure()
+            if failure is not None:
+                raise failure
             if time.monotonic() > deadline:
                 msg = (
-                    f"rank {self._backend.rank}: waited {limit_s:g} s for this rank's own accelerator in "
-                    f"{self._scope}: does a collective of the job's hang there?"
+                    f"rank {self.backend.rank}: waited {limit_s:g} s for this rank's own accelerator in "
+                    f"{self.scope}: does a collective of the job's hang there?"
                 )
                 raise CollectiveTimeout(msg)
             time.sleep(_POLL_S)
 
-    def _gather(self, over: tuple[Motion, ...]) -> Result:
-        """Step 3: what each rank says, or the error of those that failed."""
-        failure = self._failure
-        mine: dict[str, Any] = {"said": {}, "failure": None}
+    def _gather(self, cleared: tuple[VoteEntry, ...]) -> VoteResult:
+        """Collective. Take step 3: gather the reports, or raise the error of the ranks that failed."""
+        failure = self.failure
+        mine: dict[str, Any] = {"reports": {}, "failure": None}
         try:
             if failure is None:
-                self._settle_answers()
-                mine["said"] = {motion.who: detail() for motion, detail in self._details().items()}
-        except Exception as error:  # noqa: BLE001 - as in a probe
-            self._error, failure = error, RankFailure.from_exception(self._backend.rank, error, traceback.format_exc())
+                self._wait_answers()
+                mine["reports"] = {entry.handler: detail() for entry, detail in self._details().items()}
+        except Exception as error:  # noqa: BLE001 - all ranks raise it, as they do the exception of a probe
+            self.error, failure = error, RankFailure.from_exception(self.backend.rank, error, traceback.format_exc())
         mine["failure"] = None if failure is None else asdict(failure)
-        what = f"counting {self._scope.name} on {self._scope.event}"  # its step may differ where turn is no iteration
-        answers = self._backend.gather_objects(_plain(mine), what=what, timeout_s=self._timeout_s)
+        try:
+            wire.encode(mine)
+        except (TypeError, ValueError):  # a detail that cannot be sent must not keep this rank from the collective
+            mine["reports"] = {handler: str(detail) for handler, detail in mine["reports"].items()}
+        # Without the step: it may differ between ranks on events that do not count iterations.
+        what = f"counting {self.scope.name} on {self.scope.event}"
+        answers = self.backend.gather_objects(mine, what=what, timeout_s=self.timeout_s)
         failures = [RankFailure(**answer["failure"]) for answer in answers if answer["failure"] is not None]
-        if self._error is not None and self._backend.passes(self._error):
-            raise self._error  # the others get it as a RemoteRankError
+        if self.error is not None and self.backend.is_passthrough(self.error):
+            raise self.error  # the other ranks raise a RemoteRankError for it
         if failures:
-            told = _Told(self._scope, self._motions)
-            raise remote_rank_error(f"{told}, of {self._backend.world_size} ranks", failures) from self._error
-        said: dict[Motion, dict[int, Any]] = {}
-        for motion in self._motions:  # in the order of the ballot, which is the same on all ranks
+            description = _Description(self.scope, self.entries)
+            raise remote_rank_error(f"{description}, of {self.backend.world_size} ranks", failures) from self.error
+        reports: dict[VoteEntry, dict[int, Any]] = {}
+        for entry in self.entries:  # in the round's order, which is the same on all ranks
             for rank, answer in enumerate(answers):
-                if motion.who in answer["said"]:
-                    said.setdefault(motion, {})[rank] = answer["said"][motion.who]
-        return Result(self._scope, said, over)
+                if entry.handler in answer["reports"]:
+                    reports.setdefault(entry, {})[rank] = answer["reports"][entry.handler]
+        return VoteResult(self.scope, reports, cleared)
 
 
-def _number(answers: Sequence[Detail | Pending]) -> Any:
-    """Return 1 where a yes is known, else whether one is on its way, as a tensor that is not computed yet."""
-    pending = [answer.answer.number() for answer in answers if isinstance(answer, Pending)]
+def _combine(answers: Sequence[Detail | Pending]) -> Any:
+    """Return 1 if a yes is known, else the disjunction of the unknown answers, as a tensor on the device."""
+    pending = [answer.answer.as_tensor() for answer in answers if isinstance(answer, Pending)]
     return functools.reduce(operator.or_, pending) if len(pending) == len(answers) else 1
 
 
-class _Told:
-    """Where a rank is, for people; made into text only for an error."""
+class _Description:
+    """Where a rank is, for messages; formatted only for an error."""
 
-    __slots__ = ("_motions", "_scope")
+    __slots__ = ("_entries", "_scope")
 
-    def __init__(self, scope: Scope, motions: Sequence[Motion]) -> None:
+    def __init__(self, scope: VoteScope, entries: Sequence[VoteEntry]) -> None:
         self._scope = scope
-        self._motions = motions
+        self._entries = entries
 
     def __str__(self) -> str:
-        handlers = ", ".join(motion.who for motion in self._motions)
+        handlers = ", ".join(entry.handler for entry in self._entries)
         scope = self._scope
-        return f"{handlers}, on {scope.event}, voting ({scope.name}{scope.pace}), step {scope.step}"
-
-
-def _plain(value: Any) -> Any:
-    """Return `value` with what cannot be sent as text: a detail must not keep a rank from the gathering."""
-    try:
-        wire.encode(value)
-    except (TypeError, ValueError):
-        said = {who: str(detail) for who, detail in value["said"].items()}
-        return {**value, "said": said}
-    return value
+        return f"{handlers}, on {scope.event}, voting ({scope.name}{scope.schedule}), step {scope.step}"

@@ -12,8 +12,8 @@ from ignite.engine import Engine
 
 from distckpt.backends.base import default_timeout_s
 from distckpt.backends.detect import current
-from distckpt.coordination.phases import Seat
-from distckpt.coordination.votes import Answer, Fact
+from distckpt.coordination.phases import HandlerId
+from distckpt.coordination.votes import Answer, VoteKind
 from distckpt.errors import RemoteRankError
 from distckpt.handlers.engine_events import get_firing_engines
 from distckpt.handlers.engine_votes import Poller, count_votes, start_polling, stop_polling
@@ -37,13 +37,13 @@ class Flights(Poller):
         timeout_s: seconds to wait for the other ranks; None for the default.
     """
 
-    fact = Fact.PARTS_PENDING
+    vote_kind = VoteKind.SAVE_PENDING
     lag = None
     every = None
 
     def __init__(self, timeout_s: float | None) -> None:
         self.timeout_s = timeout_s
-        self._handler_id = Seat("Checkpoint in the background")
+        self._handler_id = HandlerId("Checkpoint in the background")
         self._flight: PendingSave | None = None
         self._voted_on: PendingSave | None = None
         self._engine: Engine | None = None

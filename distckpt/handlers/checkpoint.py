@@ -13,8 +13,8 @@ from ignite.engine import Engine, Events, State
 
 from distckpt._values import is_numpy_scalar, plain_score
 from distckpt.backends.detect import current
-from distckpt.coordination.phases import Seat
-from distckpt.coordination.votes import Answer, Fact
+from distckpt.coordination.phases import HandlerId
+from distckpt.coordination.votes import Answer, VoteKind
 from distckpt.handlers import arguments
 from distckpt.handlers.background_saves import Flights
 from distckpt.handlers.checkpoint_helpers import CheckpointHelpers
@@ -134,7 +134,7 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
     """
 
     SAVED_CHECKPOINT = CheckpointEvents.SAVED_CHECKPOINT
-    fact = Fact.SAVE_WANTED
+    vote_kind = VoteKind.SAVE_WANTED
     may_run_early = False  # what it saves is the state of its own call
     lag = None
     every = None
@@ -216,7 +216,7 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
         self._unsaved = (Moment(), "")
         self._is_early = self._is_forced = False
         self._flights = Flights(timeout_s)
-        self._handler_id = Seat("Checkpoint")
+        self._handler_id = HandlerId("Checkpoint")
         self._warned: set[str] = set()
 
     # -- saving ------------------------------------------------------------------------------------

@@ -23,8 +23,9 @@ from distckpt._messages import log_level
 from distckpt._values import is_nan
 from distckpt.backends.base import Backend
 from distckpt.backends.detect import current
-from distckpt.coordination import liveness, phases
-from distckpt.coordination.phases import Place, Seat
+from distckpt.coordination import phases
+from distckpt.coordination.liveness import ensure_monitor
+from distckpt.coordination.phases import HandlerId, SyncPoint
 from distckpt.errors import CommitNotDurable
 from distckpt.handlers.background_saves import Flights
 from distckpt.handlers.build_manifest import about
@@ -53,7 +54,7 @@ __all__ = ["CheckpointSaving"]
 
 _logger = logging.getLogger(__name__)
 
-PlaceOf = Callable[[str], Place]
+PlaceOf = Callable[[str], SyncPoint]
 
 
 class CheckpointSaving(CheckpointHistory):
@@ -66,7 +67,7 @@ class CheckpointSaving(CheckpointHistory):
     score_rule: Any
     timeout_s: float | None
     last_save_s: float
-    _handler_id: Seat
+    _handler_id: HandlerId
     _flights: Flights
     _saved_at: Moment
     _unsaved: tuple[Moment, str]
@@ -118,10 +119,12 @@ class CheckpointSaving(CheckpointHistory):
                 return
             self._flights.land()
         backend = current()
-        watch = liveness.listen(backend, self.timeout_s)
-        if watch is not None:
-            watch.forget_caught()
-        place = next_sync_point(self._handler_id, backend, engine, watch=self._object_id(), timeout_s=self.timeout_s)
+        monitor = ensure_monitor(backend, self.timeout_s)
+        if monitor is not None:
+            monitor.clear_caught_failure()
+        place = next_sync_point(
+            self._handler_id, backend, engine, depends_on=self._object_id(), timeout_s=self.timeout_s
+        )
         agreed = protocol.decide(
             backend,
             place("deciding what to save"),
@@ -240,8 +243,8 @@ class CheckpointSaving(CheckpointHistory):
     def _decide_and_save_alone(self, engine: Engine, alone: RankAlone, intend: Callable[[], SaveIntent]) -> None:
         log, name = SaveLog(), getattr(engine.last_event_name, "name", engine.last_event_name)
 
-        def place(doing: str) -> Place:
-            return Place(who="Checkpoint", doing=f"on {name}, {doing}", step=engine.state.iteration)
+        def place(doing: str) -> SyncPoint:
+            return SyncPoint(handler="Checkpoint", phase=f"on {name}, {doing}", step=engine.state.iteration)
 
         intent = dataclasses.replace(intend(), save_on_rank=0)  # of a world of one
         agreed = protocol.decide(alone, place("deciding what to save"), lambda: intent, timeout_s=self.timeout_s)
@@ -476,7 +479,7 @@ class CheckpointSaving(CheckpointHistory):
     def _remove(
         self,
         backend: Backend,
-        place: Place,
+        place: SyncPoint,
         evicted: tuple[str, ...],
         decision: SaveDecision | None = None,
         written: WrittenFiles | None = None,

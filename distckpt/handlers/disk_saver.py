@@ -18,7 +18,7 @@ from ignite.handlers.checkpoint import DiskSaver as _IgniteDiskSaver
 from distckpt._threads import get_num_threads
 from distckpt.backends.base import Backend
 from distckpt.backends.detect import current
-from distckpt.coordination.phases import Place, post_failure
+from distckpt.coordination.phases import SyncPoint, post_failure
 from distckpt.handlers.arguments import check_choice, check_rank
 from distckpt.handlers.build_manifest import about
 from distckpt.handlers.save_handler import BaseSaveHandler, refuse_overrides
@@ -154,12 +154,12 @@ class DiskSaver(BaseSaveHandler):
         self._kept = frozenset[tuple[int, int]]()
         backend = current()
         # What fails here on some ranks only reaches the others at the handler's first event, through a note.
-        self._ticket = backend.take_ticket(type(self).__name__)
+        self._object_id = backend.next_object_id(type(self).__name__)
         try:
             self._look(backend, create_dir=bool(create_dir), require_empty=bool(require_empty))
         except (ValueError, OSError) as error:
-            if self._ticket is not None:
-                post_failure(backend, self._ticket, error)
+            if self._object_id is not None:
+                post_failure(backend, self._object_id, error)
             raise
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -186,7 +186,7 @@ class DiskSaver(BaseSaveHandler):
     @property
     def ticket(self) -> str | None:
         """What notes about this saver's construction stand under, if the runtime has a place for them."""
-        return self._ticket
+        return self._object_id
 
     def _look(self, backend: Backend, *, create_dir: bool, require_empty: bool) -> None:
         if self._writes_on(backend):
@@ -332,7 +332,7 @@ class DiskSaver(BaseSaveHandler):
         return not self._shares or self._sharers.of(backend, self.storage, self.save_on_rank) is not None
 
     def writer_group(
-        self, backend: Backend, place: Callable[[str], Place], *, is_known: bool, timeout_s: float | None
+        self, backend: Backend, place: Callable[[str], SyncPoint], *, is_known: bool, timeout_s: float | None
     ) -> WriterGroup:
         """Find out who writes. The same on every rank; collective unless `is_known`, on every rank."""
         writers: tuple[int, ...] = (self.save_on_rank,)

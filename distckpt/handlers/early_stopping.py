@@ -132,7 +132,7 @@ class EarlyStopping(Serializable, ResettableHandler):
         self.counter = 0
         self.best_score: float | None = None
         self.logger = logging.getLogger(f"{__name__}.{type(self).__name__}")
-        self._handler_id = phases.Seat(type(self).__name__)
+        self._handler_id = phases.HandlerId(type(self).__name__)
         self._warned = False
 
     def __call__(self, engine: Engine | None) -> None:

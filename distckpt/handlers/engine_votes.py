@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Literal
 from ignite.engine import Engine, Events
 
 from distckpt.backends.base import Backend
-from distckpt.coordination.phases import Place, Seat
-from distckpt.coordination.votes import Answer, Fact
+from distckpt.coordination.phases import HandlerId, SyncPoint
+from distckpt.coordination.votes import Answer, VoteKind
 from distckpt.handlers.engine_events import (
     TrackedHandler,
     get_attachments,
@@ -40,14 +40,14 @@ class Voter(TrackedHandler, ABC):
         timeout_s: seconds to wait for the other ranks; None for the default.
     """
 
-    fact: ClassVar[Fact]
+    vote_kind: ClassVar[VoteKind]
     """What its answer is to."""
     may_run_early: ClassVar[bool] = True
     detects_nan: ClassVar[bool] = False
     lag: int | None
     every: int | None
     timeout_s: float | None
-    _handler_id: Seat
+    _handler_id: HandlerId
 
     @abstractmethod
     def _probe(self, engine: Engine) -> Answer:
@@ -63,7 +63,7 @@ class Voter(TrackedHandler, ABC):
         """
 
     def _object_id(self) -> str | None:
-        """Return the `watch` of :meth:`~distckpt.coordination.phases.Seat.take`."""
+        """Return the `watch` of :meth:`~distckpt.coordination.phases.HandlerId.advance`."""
         return None
 
     def _vote(self, engine: Engine, backend: Backend) -> None:
@@ -115,36 +115,36 @@ def stop_polling(engine: Engine, poller: Poller) -> None:
 
 
 def next_sync_point(
-    seat: Seat,
+    handler_id: HandlerId,
     backend: Backend,
     engine: Engine | None,
     *,
-    watch: str | None = None,
+    depends_on: str | None = None,
     timeout_s: float | None = None,
-) -> Callable[[str], Place]:
+) -> Callable[[str], SyncPoint]:
     """All ranks. Take the handler's seat for this call, and return what makes its places.
 
     Ranks have to be at the same iteration on events that count iterations. On others only the number of calls has to
     agree: at the end of an evaluation the ranks may have seen shards of unequal length.
 
     Args:
-        seat: the handler's.
+        handler_id: the handler's.
         backend: the job's.
         engine: on which the handler is called; None when a user calls it.
-        watch: see :meth:`Seat.take`.
+        depends_on: see :meth:`HandlerId.advance`.
         timeout_s: seconds to wait for the other ranks; None for the default.
 
     Returns:
         Makes a place from what is done there.
     """
-    who, turn = seat.take(backend, watch=watch, timeout_s=timeout_s)
+    handler, sequence = handler_id.advance(backend, depends_on=depends_on, timeout_s=timeout_s)
     if engine is None:
-        return lambda doing: Place(who=who, doing=doing, step=0, turn=turn)
+        return lambda doing: SyncPoint(handler=handler, phase=doing, step=0, sequence=sequence)
     event, step = engine.last_event_name, engine.state.iteration
     name = getattr(event, "name", event)
     if is_iteration_event(engine):
-        turn = step
-    return lambda doing: Place(who=who, doing=f"on {name}, {doing}", step=step, turn=turn)
+        sequence = step
+    return lambda doing: SyncPoint(handler=handler, phase=f"on {name}, {doing}", step=step, sequence=sequence)
 
 
 def check_schedule(lag: int | None, every: int | None) -> None:

@@ -153,7 +153,7 @@ class FastForward:
             fitted.append(self._fit(start, engine, data, epoch_length))
             return False
 
-        place = phases.Place(who="resume", doing="finding where the run goes on", step=0)
+        place = phases.SyncPoint(handler="resume", phase="finding where the run goes on", step=0)
         are_at_end = phases.run(backend, place, look, timeout_s=self._timeout_s)
         if start.is_end_due:
             _logger.log(

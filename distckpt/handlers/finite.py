@@ -36,7 +36,7 @@ class PendingFlag:
 
     Example:
         >>> flag = PendingFlag(torch.tensor(True))
-        >>> flag.is_here() and flag.value()
+        >>> flag.is_ready() and flag.value()
         True
     """
 
@@ -52,7 +52,7 @@ class PendingFlag:
         else:
             self._host = flag
 
-    def is_here(self) -> bool:
+    def is_ready(self) -> bool:
         """Return True if the value has arrived on the host. Does not wait."""
         return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]  # as above
 
@@ -60,7 +60,7 @@ class PendingFlag:
         """Return the value. Only after it is ready."""
         return bool(self._host)
 
-    def number(self) -> torch.Tensor:
+    def as_tensor(self) -> torch.Tensor:
         """Return the value on its own device, bool (). Does not wait."""
         return self._flag
 

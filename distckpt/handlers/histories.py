@@ -69,7 +69,7 @@ def take_histories(
             for one in handlers
         ]
 
-    place = phases.Place(who="resume", doing="looking for what the handlers have saved", step=0)
+    place = phases.SyncPoint(handler="resume", phase="looking for what the handlers have saved", step=0)
     answers = phases.run(backend, place, look, timeout_s=timeout_s)
     told = ""
     for at, handler in enumerate(handlers):

@@ -230,7 +230,7 @@ def _consolidate(self: Metric, to: int) -> Any:
         _call(self, keep)
         return len(states)
 
-    nums = phases.run(backend, phases.Place(who=name, doing="asking the metric for its state", step=0), look)
+    nums = phases.run(backend, phases.SyncPoint(handler=name, phase="asking the metric for its state", step=0), look)
     if len(set(nums)) > 1:
         msg = f"{name}.state_dict() gathers another number of states on each rank: {nums}, by rank"
         raise RuntimeError(msg)
@@ -241,7 +241,7 @@ def _consolidate(self: Metric, to: int) -> Any:
         rest = iter(gathered)
         found.append(_call(self, lambda _: next(rest)))
 
-    phases.run(backend, phases.Place(who=name, doing="putting the metric's state together", step=0), take)
+    phases.run(backend, phases.SyncPoint(handler=name, phase="putting the metric's state together", step=0), take)
     return found[0]
 
 

@@ -14,8 +14,8 @@ from ignite.engine import Engine, Events
 
 from distckpt._messages import log_level
 from distckpt.backends.detect import current
-from distckpt.coordination.phases import Seat
-from distckpt.coordination.votes import Answer, Fact, Pending
+from distckpt.coordination.phases import HandlerId
+from distckpt.coordination.votes import Answer, Pending, VoteKind
 from distckpt.handlers.arguments import check_timeout
 from distckpt.handlers.checkpoint import Checkpoint
 from distckpt.handlers.deadline import Deadline
@@ -90,7 +90,7 @@ class Preemption(Voter):
         >>> preemption.close()
     """
 
-    fact = Fact.SIGNAL
+    vote_kind = VoteKind.SIGNAL
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class Preemption(Voter):
         self._savers = savers
         self._has_trained = False
         self._has_answered = False
-        self._handler_id = Seat(type(self).__name__)
+        self._handler_id = HandlerId(type(self).__name__)
         self._catcher = SignalReceiver(numbers)
         if not self._catcher.install():
             self.logger.warning(
@@ -315,11 +315,11 @@ class _WhenCounted:
     def __init__(self, catcher: "SignalReceiver") -> None:
         self._catcher = catcher
 
-    def is_here(self) -> bool:
+    def is_ready(self) -> bool:
         return True
 
     def value(self) -> bool:
         return self._catcher.received is not None
 
-    def number(self) -> None:
+    def as_tensor(self) -> None:
         """Nothing on an accelerator."""

@@ -91,12 +91,12 @@ class Restored:
         for one in self._handlers:
             one.keeps_history = False
         backend = current()
-        place = phases.Place(who="resume", doing=f"looking for what {where} has changed", step=0)
+        place = phases.SyncPoint(handler="resume", phase=f"looking for what {where} has changed", step=0)
         found = phases.run(backend, place, self._changed, timeout_s=self._timeout_s)
         names = [name for name in self._notes if any(name in one for one in found)]
         if not names:
             return
-        place = phases.Place(who="resume", doing=f"putting back what {where} has changed", step=0)
+        place = phases.SyncPoint(handler="resume", phase=f"putting back what {where} has changed", step=0)
         phases.run(backend, place, lambda: self._load(names), timeout_s=self._timeout_s)
         _logger.log(
             log_level(backend.rank, {0}), "resume: handlers of %s changed %s: put back", where, ", ".join(names)

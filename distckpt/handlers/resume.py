@@ -137,7 +137,7 @@ def resume(
         source.append(_source_of(dirname_or_handler))
         return source[0].listed(backend.rank, path_to(engine, to_load), to_load)
 
-    place = phases.Place(who="resume", doing="looking for checkpoints", step=0)
+    place = phases.SyncPoint(handler="resume", phase="looking for checkpoints", step=0)
     answers = phases.run(backend, place, look, timeout_s=timeout_s)
     coordinator = _coordinator_of([answer["coordinator"] for answer in answers])
     listing, level = answers[coordinator], log_level(backend.rank, {coordinator})
@@ -175,7 +175,7 @@ def resume(
     with chosen.file:
         load_again = _loader_of(chosen, to_load, kwargs)
         for doing, work in (("fitting", fit_here), ("loading", load_here)):
-            place = phases.Place(who="resume", doing=f"{doing} {chosen.name}", step=0)
+            place = phases.SyncPoint(handler="resume", phase=f"{doing} {chosen.name}", step=0)
             phases.run(backend, place, work, timeout_s=patience_s)
     beside = found[0][0]
     for what in beside.warnings:

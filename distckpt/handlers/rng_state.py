@@ -100,7 +100,7 @@ class RngState:
         """
         del to
         backend = current()
-        place = phases.Place(who="RngState", doing="gathering the random number generators' states", step=0)
+        place = phases.SyncPoint(handler="RngState", phase="gathering the random number generators' states", step=0)
         states = phases.run(backend, place, self._capture, timeout_s=self.timeout_s)
         return {"world_size": backend.world_size, "ranks": dict(enumerate(states))}
 

@@ -8,8 +8,8 @@ from ignite.engine import Engine
 
 from distckpt._messages import log_level
 from distckpt.backends.detect import current
-from distckpt.coordination.phases import Seat
-from distckpt.coordination.votes import Answer, Fact, Pending
+from distckpt.coordination.phases import HandlerId
+from distckpt.coordination.votes import Answer, Pending, VoteKind
 from distckpt.handlers.arguments import check_timeout
 from distckpt.handlers.engine_votes import Voter, check_schedule, mark_nonfinite, stop_reason, stop_run
 from distckpt.handlers.finite import PendingFlag, all_finite, describe_nonfinite, nonfinite_flag
@@ -42,7 +42,7 @@ class TerminateOnNan(Voter):
         3
     """
 
-    fact = Fact.NAN
+    vote_kind = VoteKind.NAN
     detects_nan = True
 
     def __init__(
@@ -64,7 +64,7 @@ class TerminateOnNan(Voter):
         self.logger = logging.getLogger(f"{__name__}.{type(self).__name__}")
         self._output_transform = output_transform
         self._nonfinite_output: Any = None
-        self._handler_id = Seat(type(self).__name__)
+        self._handler_id = HandlerId(type(self).__name__)
 
     def __call__(self, engine: Engine) -> None:
         """Collective, after the event: one reduction with all handlers that vote.
@@ -82,7 +82,7 @@ class TerminateOnNan(Voter):
 
     def _probe(self, engine: Engine) -> Answer:
         output = self._output_transform(engine.state.output)
-        if self.lag or current().takes_lazy_numbers:
+        if self.lag or current().can_reduce_lazily:
             flag: Any = nonfinite_flag(output)
         else:
             flag = not all_finite(output)

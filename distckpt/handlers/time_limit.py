@@ -9,8 +9,8 @@ from ignite.engine import Engine
 
 from distckpt._messages import log_level
 from distckpt.backends.detect import current
-from distckpt.coordination.phases import Seat
-from distckpt.coordination.votes import Answer, Fact
+from distckpt.coordination.phases import HandlerId
+from distckpt.coordination.votes import Answer, VoteKind
 from distckpt.handlers.arguments import check_timeout
 from distckpt.handlers.engine_votes import Voter, check_schedule, is_off_schedule, stop_reason, stop_run
 
@@ -41,7 +41,7 @@ class TimeLimit(Voter):
         >>> trainer.add_event_handler(Events.ITERATION_COMPLETED, TimeLimit(3600)) and None
     """
 
-    fact = Fact.TIME_OVER
+    vote_kind = VoteKind.TIME_OVER
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class TimeLimit(Voter):
         self.start_time = time.monotonic()
         self.timeout_s = timeout_s
         self.logger = logging.getLogger(f"{__name__}.{type(self).__name__}")
-        self._handler_id = Seat(type(self).__name__)
+        self._handler_id = HandlerId(type(self).__name__)
 
     def __call__(self, engine: Engine) -> None:
         """Collective, after the event: one reduction with all handlers that vote."""

@@ -17,8 +17,9 @@ from ignite.engine import Engine, Events
 from distckpt._messages import log_level
 from distckpt.backends.base import Backend, default_timeout_s
 from distckpt.backends.detect import current
-from distckpt.coordination import liveness
-from distckpt.coordination.votes import Ballot, Motion, Result, Scope
+from distckpt.coordination.heartbeat import HeartbeatMonitor
+from distckpt.coordination.liveness import ensure_heartbeat
+from distckpt.coordination.votes import VoteEntry, VoteResult, VoteRound, VoteScope
 from distckpt.errors import CollectiveError, DesyncError, RemoteRankError
 from distckpt.handlers.engine_events import after_event, get_firing_engines, get_hooks, is_iteration_event
 
@@ -51,7 +52,7 @@ class EngineVotes:
         self.pollers: list[Poller] = []
         self.announces_errors = self.has_uncaught_error = False
         self._backend: Backend | None = None
-        self._watch: liveness.Watch | None = None
+        self._monitor: HeartbeatMonitor | None = None
         self._name = ""
         self._start_anew(None)
 
@@ -66,54 +67,54 @@ class EngineVotes:
     def _start_anew(self, backend: Backend | None) -> None:
         self._backend = backend
         self._rank = 0 if backend is None else backend.rank
-        self._ballot = Ballot()
-        self._pending: Callable[[], Result] | None = None
+        self._ballot = VoteRound()
+        self._pending: Callable[[], VoteResult] | None = None
         self._num_votes = 0
         self.is_scheduled = False
         self._default_timeout_s = default_timeout_s()  # once: it reads the environment
-        self._scope: Scope | None = None
+        self._scope: VoteScope | None = None
         self._counts_iterations = True
         self._event: tuple[Any, str, bool] = (None, "", False)
         self._forget_voters()
 
     def _forget_voters(self) -> None:
         # By the identity of the handler, which is kept alive beside it: some handlers compare by value.
-        self._motions: dict[int, tuple[Motion, Voter]] = {}
-        self._voters: dict[Motion, Voter] = {}
+        self._motions: dict[int, tuple[VoteEntry, Voter]] = {}
+        self._voters: dict[VoteEntry, Voter] = {}
         self._pace: dict[str, tuple[int, str]] = {}
         self._lag, self._every, self._pace_told = 0, 1, ""
         self._timeout_s: float | None = None
 
     # -- during an event ---------------------------------------------------------------------------
 
-    def motion_of(self, voter: "Voter", backend: Backend) -> Motion | None:
+    def motion_of(self, voter: "Voter", backend: Backend) -> VoteEntry | None:
         """Return what the handler asks in this job; None if it is new to it. Rank-local."""
         found = self._motions.get(id(voter))
         return None if found is None or backend is not self._backend else found[0]
 
-    def welcome(self, voter: "Voter", engine: Engine, backend: Backend) -> Motion:
+    def welcome(self, voter: "Voter", engine: Engine, backend: Backend) -> VoteEntry:
         """All ranks. Let a handler take part, after all ranks have it."""
         if backend is not self._backend:  # another job than before
             self._start_anew(backend)
-            ticket = backend.take_ticket("vote") if backend.world_size > 1 else None
+            ticket = backend.next_object_id("vote") if backend.world_size > 1 else None
             self._name = ticket or "vote"
         if voter.may_run_early:  # a Checkpoint by itself starts no heartbeats
-            self._watch = liveness.ensure(backend, voter.timeout_s)
-        if self._watch is not None:
-            self._watch.enter(engine.state.iteration)
-        watch = voter._object_id()  # noqa: SLF001 - it is a voter's
-        who, _ = voter._handler_id.take(backend, watch=watch, timeout_s=voter.timeout_s)  # noqa: SLF001 - as above
+            self._monitor = ensure_heartbeat(backend, voter.timeout_s)
+        if self._monitor is not None:
+            self._monitor.enter_run(engine.state.iteration)
+        depends_on = voter._object_id()  # noqa: SLF001 - it is a voter's
+        who, _ = voter._handler_id.advance(backend, depends_on=depends_on, timeout_s=voter.timeout_s)  # noqa: SLF001 - as above
         self._agree_on_pace(voter, who)
-        motion = Motion(who, voter.fact)
+        motion = VoteEntry(who, voter.vote_kind)
         self._motions[id(voter)] = motion, voter
         self._voters[motion] = voter
         return motion
 
-    def put(self, motion: Motion, voter: "Voter", engine: Engine) -> None:
+    def put(self, motion: VoteEntry, voter: "Voter", engine: Engine) -> None:
         """Rank-local. Put a handler's answer on the ballot."""
-        if self._watch is not None:
-            self._watch.enter(engine.state.iteration)
-        self._ballot.put(self._rank, motion, voter._probe, engine)  # noqa: SLF001 - it is a voter's
+        if self._monitor is not None:
+            self._monitor.enter_run(engine.state.iteration)
+        self._ballot.add(self._rank, motion, voter._probe, engine)  # noqa: SLF001 - it is a voter's
         if not self.is_scheduled:
             self.is_scheduled = True
             # Said now: a handler of the user's may fire events of its own before this one is over.
@@ -126,7 +127,7 @@ class EngineVotes:
             self._event = event, str(getattr(event, "name", event)), is_iteration_event(engine)
         _, name, self._counts_iterations = self._event
         self._num_votes += 1
-        self._scope = Scope(self._name, name, step, step if self._counts_iterations else self._num_votes)
+        self._scope = VoteScope(self._name, name, step, step if self._counts_iterations else self._num_votes)
 
     def _agree_on_pace(self, voter: "Voter", who: str) -> None:
         """Take a handler's wishes; two that differ are a mistake.
@@ -166,7 +167,7 @@ class EngineVotes:
         if engine.state.iteration % self._every and self._counts_iterations:
             return  # what is on the ballot stays there
         before = self._finish_pending()
-        if self._lag and self._counts_iterations and not (before is not None and (before.said or before.over)):
+        if self._lag and self._counts_iterations and not (before is not None and (before.reports or before.cleared)):
             self._pending = self._start()
         else:
             self._act(engine, before, self._start()())
@@ -180,26 +181,26 @@ class EngineVotes:
         before = self._finish_pending()
         self._act(engine, before, self._start()() if self._ballot else None)
 
-    def _start(self) -> Callable[[], Result]:
+    def _start(self) -> Callable[[], VoteResult]:
         if self._backend is None or self._scope is None:  # nothing was brought
             msg = "a vote without a ballot"
             raise AssertionError(msg)
-        self._scope.pace = self._pace_told  # of all handlers; the scope was made with the event's first one
+        self._scope.schedule = self._pace_told  # of all handlers; the scope was made with the event's first one
         timeout_s = self._default_timeout_s if self._timeout_s is None else self._timeout_s
         return self._ballot.start(self._backend, self._scope, timeout_s=timeout_s)
 
-    def _finish_pending(self) -> Result | None:
+    def _finish_pending(self) -> VoteResult | None:
         pending, self._pending = self._pending, None
         return None if pending is None else pending()
 
-    def _act(self, engine: Engine, *results: Result | None) -> None:
-        """Let each handler act on the results, in the order of :class:`Fact`, then of the ballot."""
-        said = [(motion, answers) for result in results if result for motion, answers in result.said.items()]
-        said += [(motion, {}) for result in results if result for motion in result.over]
+    def _act(self, engine: Engine, *results: VoteResult | None) -> None:
+        """Let each handler act on the results, in the order of :class:`VoteKind`, then of the ballot."""
+        said = [(motion, answers) for result in results if result for motion, answers in result.reports.items()]
+        said += [(motion, {}) for result in results if result for motion in result.cleared]
         if not said:
             return
         event = engine.last_event_name
-        for motion, answers in sorted(said, key=lambda one: one[0].fact):
+        for motion, answers in sorted(said, key=lambda one: one[0].kind):
             # A handler that saves asks for the event's name; another one may have fired events since.
             engine.last_event_name = event
             self._voters[motion]._act(engine, answers)  # noqa: SLF001 - it is a voter's
@@ -258,44 +259,44 @@ class EngineVotes:
     def _tell_others(self, engine: Engine, error: BaseException) -> BaseException:
         self._forget_open_votes()
         backend = current()
-        watch = self._watch_of(backend)
-        if watch is None:
+        monitor = self._monitor_of(backend)
+        if monitor is None:
             return error
-        if vars(error).get(_TOLD) and not watch.in_run:
+        if vars(error).get(_TOLD) and not monitor.in_run:
             return error  # ignite says it twice: where the exception is raised, and around the run
         if any(get_hooks(one) is not None for one in get_firing_engines()):
             return error  # the engine around this one may catch it; if not, it will tell
-        watch.step = engine.state.iteration
+        monitor.step = engine.state.iteration
         vars(error)[_TOLD] = True
         try:
             if isinstance(error, RemoteRankError | DesyncError):
                 return error  # raised on every rank alike
-            is_runtimes = isinstance(error, backend.untouched) or is_peer_error(error)
+            is_runtimes = isinstance(error, backend.passthrough_errors) or is_peer_error(error)
             if not isinstance(error, CollectiveError) and is_runtimes:
-                news = watch.suspect()
-                if news is not None:
-                    return news
-            watch.report(error, "".join(traceback.format_exception(error)))
+                failure = monitor.find_lost_ranks()
+                if failure is not None:
+                    return failure
+            monitor.report_error(error, "".join(traceback.format_exception(error)))
         finally:
             if not get_firing_engines():
-                watch.leave()
+                monitor.leave_run()
         return error
 
-    def _watch_of(self, backend: Backend) -> liveness.Watch | None:
-        """Return the job's watch. Where no handler votes it begins with an error that is to be announced."""
-        watch = self._watch if self._backend is backend else None
-        if watch is None and self.announces_errors:
+    def _monitor_of(self, backend: Backend) -> HeartbeatMonitor | None:
+        """Return the job's monitor. Where no handler votes it begins with an error that is to be announced."""
+        monitor = self._monitor if self._backend is backend else None
+        if monitor is None and self.announces_errors:
             with contextlib.suppress(CollectiveError):  # the store is lost: no rank can be told
-                watch = liveness.ensure(backend, self._timeout_s)
-        return watch
+                monitor = ensure_heartbeat(backend, self._timeout_s)
+        return monitor
 
     def _forget_open_votes(self) -> None:
         self._pending, self.is_scheduled = None, False
-        self._ballot = Ballot()
+        self._ballot = VoteRound()
 
     def _leave(self) -> None:
-        if self._watch is not None and not get_firing_engines():
-            self._watch.leave()
+        if self._monitor is not None and not get_firing_engines():
+            self._monitor.leave_run()
 
 
 # What Gloo, NCCL, Horovod and the store say when a peer is gone; they raise bare RuntimeErrors.

@@ -108,7 +108,7 @@ class Candidate:
             except OSError as error:
                 return {"value": None, "unseen": False, "problem": f"it cannot be read: {error}"}
 
-        place = phases.Place(who="resume", doing=f"{doing} {self._name}", step=0)
+        place = phases.SyncPoint(handler="resume", phase=f"{doing} {self._name}", step=0)
         return phases.run(self._backend, place, attempt, timeout_s=self._timeout_s)
 
     def _open(self) -> dict[str, Any]:

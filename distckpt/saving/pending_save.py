@@ -70,7 +70,7 @@ class PendingSave:
     def __init__(
         self,
         backend: Backend,
-        place: Callable[[str], phases.Place],
+        place: Callable[[str], phases.SyncPoint],
         agreed: AgreedSave,
         part: RankWriter,
         *,
@@ -102,9 +102,9 @@ class PendingSave:
         self._receipts: WriteCompletions | None = None
         if part.in_background and not self._is_finishing and token is not None:
             with contextlib.suppress(CollectiveError):  # then the votes tell
-                board = backend.board(timeout_s=timeout_s)
+                board = backend.key_value_store(timeout_s=timeout_s)
                 if board is not None:
-                    self._receipts = WriteCompletions(board, place("").who, token)
+                    self._receipts = WriteCompletions(board, place("").handler, token)
         self._begin(self._write, has_work=part.writes)
 
     @property
@@ -198,7 +198,7 @@ class PendingSave:
             DistckptError: a rank is lost.
         """
         while self._receipts is not None and self._task is not None and not self._task.is_done(within_s=_LOOK_S):
-            news = None if self.backend.watcher is None else self.backend.watcher.news()
+            news = None if self.backend.monitor is None else self.backend.monitor.failure()
             if news is not None:
                 self._receipts.call_off()
                 raise news
@@ -248,7 +248,7 @@ class PendingSave:
 
 def start_save(
     backend: Backend,
-    place: Callable[[str], phases.Place],
+    place: Callable[[str], phases.SyncPoint],
     agreed: AgreedSave,
     *,
     consolidate: Callable[[], None] | None,

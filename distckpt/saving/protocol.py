@@ -67,7 +67,7 @@ class StillNeeded(Exception):  # noqa: N818 - it is no error, but an answer
 
 
 def decide(
-    backend: Backend, place: phases.Place, intend: Callable[[], SaveIntent], *, timeout_s: float | None
+    backend: Backend, place: phases.SyncPoint, intend: Callable[[], SaveIntent], *, timeout_s: float | None
 ) -> AgreedSave:
     """Collective. Steps 1 and 2 of the protocol.
 
@@ -94,7 +94,7 @@ def _intent(fields: Mapping[str, Any]) -> SaveIntent:
 
 def commit(
     backend: Backend,
-    place: Callable[[str], phases.Place],
+    place: Callable[[str], phases.SyncPoint],
     agreed: AgreedSave,
     *,
     consolidate: Callable[[], None],
@@ -173,7 +173,7 @@ def with_context(error: SaveError, rank: int, step: int, filename: str, history:
 
 def remove(
     backend: Backend,
-    place: phases.Place,
+    place: phases.SyncPoint,
     filenames: Sequence[str],
     remove_one: Callable[[str], None],
     *,

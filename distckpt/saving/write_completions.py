@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from distckpt.backends.base import Board
+from distckpt.backends.base import KeyValueStore
 from distckpt.saving.snapshot import Checked
 
 __all__ = ["WriteCompletions"]
@@ -30,7 +30,7 @@ class WriteCompletions:
         token: of the save; the same on all ranks, and no other save's.
     """
 
-    def __init__(self, board: Board, who: str, token: str) -> None:
+    def __init__(self, board: KeyValueStore, who: str, token: str) -> None:
         self._board = board
         self._who = who
         self._token = token
@@ -46,7 +46,7 @@ class WriteCompletions:
 
     def _put(self, key: str, checked: Checked | None) -> None:
         try:
-            self._board.put(key, json.dumps([self._token, checked]), limit_s=_LIMIT_S)
+            self._board.set(key, json.dumps([self._token, checked]), limit_s=_LIMIT_S)
         except (OSError, TimeoutError):
             self._is_off.set()
 
@@ -83,7 +83,7 @@ class WriteCompletions:
         """
         while not is_over() and not self._is_off.is_set():
             try:
-                notes = self._board.look(keys, limit_s=_LIMIT_S)
+                notes = self._board.get_many(keys, limit_s=_LIMIT_S)
             except (OSError, TimeoutError):
                 self._is_off.set()  # it is asked no more
                 return None

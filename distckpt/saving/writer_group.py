@@ -26,7 +26,7 @@ _NUM_BYTES = 16
 
 def find_writers(
     backend: Backend,
-    place: Callable[[str], phases.Place],
+    place: Callable[[str], phases.SyncPoint],
     storage: Storage,
     *,
     coordinator: int,
@@ -86,7 +86,7 @@ class WriterCache:
     def find(
         self,
         backend: Backend,
-        place: Callable[[str], phases.Place],
+        place: Callable[[str], phases.SyncPoint],
         storage: Storage,
         *,
         coordinator: int,

@@ -122,7 +122,7 @@ def test_job_is_detected_anew_after_each_process_group() -> None:
         backend = current()
         assert (backend.rank, backend.world_size) == (mine, 2)
         assert backend.gather_objects(rank) == ([0, 1] if mine == rank else [1, 0])
-        assert backend.take_ticket("Checkpoint") == "Checkpoint#0", "counted anew"
+        assert backend.next_object_id("Checkpoint") == "Checkpoint#0", "counted anew"
         dist.destroy_process_group()
         assert (current().rank, current().world_size, current().name) == (0, 1, "serial")
 

@@ -68,7 +68,7 @@ def test_one_rank_alone_may_build_every_handler(tmp_path: Path) -> None:
         distckpt.Timer().attach(trainer)
         distckpt.global_step_from_engine(trainer)
         assert isinstance(current(), type(backend))
-        assert not backend._host._is_formed, "a constructor has formed the group"  # type: ignore[attr-defined]
+        assert not backend._control_group._is_formed, "a constructor has formed the group"  # type: ignore[attr-defined]
     total = job.all_reduce(torch.ones(1, device=job.device()))  # would pair with a constructor's collective
     assert total.item() == 2
     assert list(tmp_path.iterdir()) == []
@@ -77,7 +77,7 @@ def test_one_rank_alone_may_build_every_handler(tmp_path: Path) -> None:
 
 @clause()
 def test_tickets_number_the_objects_of_a_kind(backend: Backend) -> None:
-    tickets = [backend.take_ticket(kind) for kind in ("Checkpoint", "Checkpoint", "TimeLimit")]
+    tickets = [backend.next_object_id(kind) for kind in ("Checkpoint", "Checkpoint", "TimeLimit")]
     if backend.world_size == 1 and backend.name == "serial":
         assert tickets == [None] * 3
     else:
@@ -86,8 +86,8 @@ def test_tickets_number_the_objects_of_a_kind(backend: Backend) -> None:
 
 @clause()
 def test_the_roll_is_called_without_a_collective(backend: Backend) -> None:
-    assert backend.roll_call("the first event of Checkpoint#0", watch=None, timeout_s=10.0) is None
-    assert backend.roll_call("the first event of Checkpoint#1", watch="a ticket", timeout_s=10.0) is None
+    assert backend.store_barrier("the first event of Checkpoint#0", depends_on=None, timeout_s=10.0) is None
+    assert backend.store_barrier("the first event of Checkpoint#1", depends_on="a ticket", timeout_s=10.0) is None
 
 
 @clause(SEVERAL_RANKS)
@@ -95,7 +95,7 @@ def test_ranks_missing_from_the_roll_are_named(backend: Backend) -> None:
     if backend.rank == 0:
         absent = tuple(range(1, backend.world_size))
         with pytest.raises(CollectiveTimeout, match=r"waited 0\.25 s for the first event of TimeLimit#0") as caught:
-            backend.roll_call("the first event of TimeLimit#0", watch=None, timeout_s=0.25)
+            backend.store_barrier("the first event of TimeLimit#0", depends_on=None, timeout_s=0.25)
         assert caught.value.missing == absent
 
 
@@ -104,7 +104,7 @@ def test_a_rank_that_answers_the_roll_twice_does_not_stand_for_two(backend: Back
     if backend.rank == 0:
         for _ in range(3):
             with pytest.raises(CollectiveTimeout) as caught:
-                backend.roll_call("the first event of TimeLimit#0", watch=None, timeout_s=0.25)
+                backend.store_barrier("the first event of TimeLimit#0", depends_on=None, timeout_s=0.25)
             assert caught.value.missing == tuple(range(1, backend.world_size))
 
 
@@ -115,7 +115,7 @@ def test_a_note_ends_the_roll_on_ranks_that_watch_for_it(backend: Backend) -> No
         thread.start()
         thread.join()
     else:
-        news = backend.roll_call("the first event of Checkpoint#0", watch="DiskSaver#0", timeout_s=10.0)
+        news = backend.store_barrier("the first event of Checkpoint#0", depends_on="DiskSaver#0", timeout_s=10.0)
         assert news == "über full"
 
 
@@ -126,4 +126,4 @@ def test_a_note_about_something_else_is_not_heard(backend: Backend) -> None:
         backend.post_note("DiskSaver#1", "not about yours")
         store.set("posted", "1")
     store.wait(["posted"], timedelta(seconds=10))
-    assert backend.roll_call("the first event of Checkpoint#0", watch="DiskSaver#0", timeout_s=10.0) is None
+    assert backend.store_barrier("the first event of Checkpoint#0", depends_on="DiskSaver#0", timeout_s=10.0) is None

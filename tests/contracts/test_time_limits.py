@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import pytest
+import torch
 
 from distckpt import CollectiveError, CollectiveTimeout
 from distckpt.backends import control_group
@@ -26,9 +27,10 @@ FORMED = (False, True)
 
 COLLECTIVES: dict[str, Callable[[Backend], object]] = {
     "reduction of ints": lambda backend: backend.all_reduce_ints([1], timeout_s=LIMIT_S),
-    "reduction of floats": lambda backend: backend.all_reduce_floats([1.0], timeout_s=LIMIT_S),
-    "any": lambda backend: backend.any(True, timeout_s=LIMIT_S),  # noqa: FBT003 - the value is the vote
-    "all": lambda backend: backend.all(True, timeout_s=LIMIT_S),  # noqa: FBT003
+    "reduction of floats": lambda backend: backend.reduce_host(
+        torch.tensor([1.0], dtype=torch.float64), "SUM", what="floats", timeout_s=LIMIT_S
+    ),
+    "flag": lambda backend: backend.check_in_sync("flag", [1], timeout_s=LIMIT_S),
     "gather": lambda backend: backend.gather_objects("mine", timeout_s=LIMIT_S),
     "broadcast": lambda backend: backend.broadcast_object("mine", timeout_s=LIMIT_S),
     "barrier": lambda backend: backend.barrier(timeout_s=LIMIT_S),
@@ -37,9 +39,9 @@ COLLECTIVES: dict[str, Callable[[Backend], object]] = {
 
 def wait_for_note(backend: Backend, key: str) -> None:
     """Wait until the ranks' host group has written something down."""
-    board, deadline = backend.board(), time.monotonic() + 10.0
+    board, deadline = backend.key_value_store(), time.monotonic() + 10.0
     assert board is not None
-    while board.look([key], limit_s=5.0) == [None]:
+    while board.get_many([key], limit_s=5.0) == [None]:
         assert time.monotonic() < deadline, f"no {key}"
         time.sleep(0.001)
 
@@ -156,7 +158,7 @@ def test_a_rank_that_comes_late_but_in_time_is_waited_for(backend: Backend) -> N
     backend.barrier()
     with host_group_with(_PATIENCE_S=0.02):
         if backend.rank == 1:  # comes once rank 0 has begun to wonder, and written down that it came itself
-            number = backend._host._num_operations + 1  # type: ignore[attr-defined]  # notes are kept under it
+            number = backend._control_group._num_operations + 1  # type: ignore[attr-defined]  # notes are kept under it
             wait_for_note(backend, f"host/came/{number}/0")
         assert backend.all_reduce_ints([1], timeout_s=20.0) == [backend.world_size]
 

@@ -75,7 +75,7 @@ def test_a_distributed_optimizer_is_saved_and_restored(tmp_path: Path) -> None:
 @run_distributed(world_size=2)
 def test_a_job_may_be_left_and_begun_again() -> None:
     first = current()
-    assert (first.name, first.take_ticket("Checkpoint")) == ("horovod", "Checkpoint#0")
+    assert (first.name, first.next_object_id("Checkpoint")) == ("horovod", "Checkpoint#0")
     assert distckpt.all_reduce(1) == 2
     for _ in range(2):
         distckpt.finalize()
@@ -83,7 +83,7 @@ def test_a_job_may_be_left_and_begun_again() -> None:
         distckpt.initialize("horovod")
         again = current()
         assert again is not first
-        assert again.take_ticket("Checkpoint") == "Checkpoint#0", "counted anew"
+        assert again.next_object_id("Checkpoint") == "Checkpoint#0", "counted anew"
         assert distckpt.all_gather(distckpt.get_rank()) == [0, 1]
 
 

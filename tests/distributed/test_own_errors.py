@@ -23,9 +23,9 @@ class OwnError(Exception):
     """A program's own."""
 
 
-def place(doing: str) -> phases.Place:
+def place(doing: str) -> phases.SyncPoint:
     """Return a place."""
-    return phases.Place(who="test", doing=doing, step=0)
+    return phases.SyncPoint(handler="test", phase=doing, step=0)
 
 
 def failing(error: BaseException) -> Callable[[], None]:

@@ -44,7 +44,7 @@ def votes_of(trainer: Engine) -> Iterator[dict[int, int]]:
     """Count the votes that begin in each of the trainer's iterations."""
     begun: dict[int, int] = {}
     backend = current()
-    start = backend.start_meeting
+    start = backend.start_sync_check
 
     def start_and_count(*args: Any, **kwargs: Any) -> Any:
         if ", voting (" in str(kwargs.get("told")):
@@ -52,7 +52,7 @@ def votes_of(trainer: Engine) -> Iterator[dict[int, int]]:
         return start(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend, "start_meeting", start_and_count)
+        patch.setattr(backend, "start_sync_check", start_and_count)
         yield begun
 
 

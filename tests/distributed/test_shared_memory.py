@@ -25,7 +25,7 @@ WORLDS = pytest.mark.parametrize("world_size", [2, 3])
 def shares_memory() -> bool:
     backend = current()
     assert isinstance(backend, TorchDistBackend)
-    return backend._host._memory is not None
+    return backend._control_group._memory is not None
 
 
 def meet_often(without_it: list[int]) -> tuple[bool, list[list[int]]]:
@@ -37,7 +37,7 @@ def meet_often(without_it: list[int]) -> tuple[bool, list[list[int]]]:
         backend = current()
         found = []
         for turn in range(100):
-            begun = backend.start_meeting("place", [turn * (rank + 1), rank, -turn], turn=turn, timeout_s=20.0)
+            begun = backend.start_sync_check("place", [turn * (rank + 1), rank, -turn], sequence=turn, timeout_s=20.0)
             if turn % 7 == rank:
                 time.sleep(0.002)
             found.append(begun())
@@ -61,8 +61,8 @@ def test_a_meeting_that_is_given_up_before_its_end_does_no_harm_to_the_next() ->
     backend = current()
     backend.barrier()
     for turn in range(10):
-        backend.start_meeting("dropped", [turn], turn=turn, timeout_s=20.0)
-    assert backend.start_meeting("kept", [job.rank()], timeout_s=20.0)() == [1]
+        backend.start_sync_check("dropped", [turn], sequence=turn, timeout_s=20.0)
+    assert backend.start_sync_check("kept", [job.rank()], timeout_s=20.0)() == [1]
 
 
 @run_distributed(world_size=2)
@@ -107,7 +107,7 @@ def gather_in_all_lengths() -> bool:
     for turn, longest in enumerate([0, 1, 7, 100, ROOM_BYTES - 1, ROOM_BYTES, ROOM_BYTES + 1, 3 * ROOM_BYTES] * 5):
         lengths = [max(longest - 3 * abs(one - turn % backend.world_size), 0) for one in range(backend.world_size)]
         brought = [bytes([one + turn]) * length for one, length in enumerate(lengths)]
-        vote = backend.start_meeting("place", [turn + rank], turn=turn, timeout_s=20.0)
+        vote = backend.start_sync_check("place", [turn + rank], sequence=turn, timeout_s=20.0)
         if turn % 5 == rank:
             time.sleep(0.003)
         before = len(over_gloo)
@@ -121,14 +121,14 @@ def gather_in_all_lengths() -> bool:
 def told_of_gatherings_over_gloo() -> list[int]:
     backend = current()
     assert isinstance(backend, TorchDistBackend)
-    channel, told = backend._host._channel, []
-    gather = channel.gather
+    transport, told = backend._control_group._transport, []
+    gather = transport.gather
 
     def gather_and_tell(result: Any, mine: Any, timeout_s: float) -> Any:
         told.append(mine.numel())
         return gather(result, mine, timeout_s)
 
-    channel.gather = gather_and_tell  # type: ignore[method-assign]
+    transport.gather = gather_and_tell  # type: ignore[method-assign]
     return told
 
 
@@ -147,7 +147,7 @@ def vote_while_much_goes_over_gloo() -> bool:
     backend.barrier()
     assert shares_memory()
     for turn in range(3):
-        vote = backend.start_meeting("place", [rank], turn=turn, timeout_s=20.0)
+        vote = backend.start_sync_check("place", [rank], sequence=turn, timeout_s=20.0)
         for number in range(3):  # the fourth operation after the vote takes its place
             values = torch.tensor([number + rank])
             assert backend.reduce_host(values, "MAX", what="one", timeout_s=20.0).item() == number + rank_above(backend)
@@ -168,7 +168,7 @@ def fail_in_a_vote_that_a_gathering_ends() -> bool:
     assert shares_memory()
     if job.rank() == 1:
         return bool(gather("late"))
-    vote = backend.start_meeting("place", [5], timeout_s=0.5)
+    vote = backend.start_sync_check("place", [5], timeout_s=0.5)
     assert isinstance(raised(lambda: backend.gather_host(b"x", 1, what="a gather", timeout_s=20.0)), CollectiveError)
     assert isinstance(raised(vote), CollectiveError), "this rank's own numbers are no result"
     return bool(gather("done"))

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distckpt import Checkpoint, DiskSaver, RemoteRankError, ReplicasDiffer, RngState
 from distckpt.backends.detect import current
-from distckpt.coordination.phases import Place
+from distckpt.coordination.phases import SyncPoint
 from distckpt.ptformat.torch_format import verify
 from distckpt.saving.capture import find_replicas
 from distckpt.saving.snapshot import Snapshot
@@ -277,14 +277,14 @@ def test_without_a_board_the_votes_tell(tmp_path: Path, *, fails: bool) -> None:
     one = Job()
     handler = Checkpoint(one.to_save(), DiskSaver(tmp_path, share_write="node", background=True))
     backend = current()
-    vars(backend)["board"] = lambda **_: None
+    vars(backend)["key_value_store"] = lambda **_: None
     try:
         error = OSError(errno.EDQUOT, "Disk quota exceeded") if fails and job.rank() == 1 else None
         with noted_writes(error):
             handler(one.trainer)
             raised_here = raised(handler.wait_until_finished)
     finally:
-        del vars(backend)["board"]
+        del vars(backend)["key_value_store"]
     job.barrier()
     assert isinstance(raised_here, RemoteRankError) == fails
     assert sorted(os.listdir(tmp_path)) == ([] if fails else ["checkpoint_0.pt"])
@@ -311,8 +311,8 @@ def test_the_ranks_that_see_a_directory_are_found_by_a_probe(tmp_path: Path) -> 
     alias = tmp_path / f"alias{job.rank()}"
     alias.symlink_to(folder)
 
-    def place(doing: str) -> Place:
-        return Place(who="test", doing=doing, step=0)
+    def place(doing: str) -> SyncPoint:
+        return SyncPoint(handler="test", phase=doing, step=0)
 
     found = find_writers(current(), place, LocalStorage(alias), coordinator=2, is_node_enough=True, timeout_s=None)
     assert gather(list(found)) == [[0, 2]] * 3

@@ -437,7 +437,7 @@ def test_ranks_at_different_iterations_are_told_so_at_once(
         for one in range(world_size):
             step = came if one == rank else missed
             vote = "".join(["vote#0", *(f", {name}={value}" for name, value in pace.items())])
-            place = f"TerminateOnNan#0, on ITERATION_COMPLETED, voting ({vote}), step {step} (turn {step})"
+            place = f"TerminateOnNan#0, on ITERATION_COMPLETED, voting ({vote}), step {step} (sequence {step})"
             assert f"rank {one} is at: {place}" in message
         assert max(seconds for _, seconds in results) < SOON_S
 
@@ -446,7 +446,7 @@ def test_ranks_at_different_iterations_are_told_so_at_once(
 def test_ranks_with_different_paces_are_told_so_at_once(paces: tuple[dict[str, Any], dict[str, Any]]) -> None:
     results = run_ranks(_run_at_its_own_pace, 2, paces)
     (message,) = {message for message, _ in results}
-    assert "came to one collective from different places" in message
+    assert "entered one collective at different points" in message
     for pace in paces:
         for name, value in pace.items():
             assert not value or f"{name}={value}" in message

@@ -11,7 +11,7 @@ import torch
 from ignite.engine import Engine, Events
 
 from distckpt import Checkpoint, Preemption, TerminateOnNan, TimeLimit
-from distckpt.backends.control_backend import HostedBackend
+from distckpt.backends.control_backend import ControlGroupBackend
 from distckpt.backends.detect import current
 from tests.support import job
 
@@ -61,10 +61,10 @@ def counted() -> Iterator[list[str]]:
     # On this rank's own objects: ranks may be threads of one process.
     backend = current()
     with pytest.MonkeyPatch.context() as patch:
-        if isinstance(backend, HostedBackend):
-            patch.setattr(backend._host, "start_max", started(backend._host.start_max))
+        if isinstance(backend, ControlGroupBackend):
+            patch.setattr(backend._control_group, "start_max", started(backend._control_group.start_max))
             for name in ("reduce", "gather", "broadcast"):
-                patch.setattr(backend._host, name, told(name, getattr(backend._host, name)))
+                patch.setattr(backend._control_group, name, told(name, getattr(backend._control_group, name)))
         else:
             patch.setattr(backend, "reduce_host", told("reduce", backend.reduce_host))
             patch.setattr(backend, "gather_host", told("gather", backend.gather_host))
@@ -76,8 +76,8 @@ def operations() -> Iterator[list[Any]]:
     """Collect what stands for each vote of this rank that was begun: it tells whether it `is_completed`."""
     works: list[Any] = []
     backend = current()
-    assert isinstance(backend, HostedBackend)
-    host, start = backend._host, backend._host.start_max
+    assert isinstance(backend, ControlGroupBackend)
+    host, start = backend._control_group, backend._control_group.start_max
 
     def start_and_keep(*args: Any, **kwargs: Any) -> Any:
         finish = start(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""HostGroup, and rolls, over a board that does not answer: it may a moment later, and costs no seconds until then."""
+"""ControlGroup and store barriers over a store that does not answer for a while, and costs no seconds meanwhile."""
 
 import gc
 import weakref
@@ -11,14 +11,14 @@ import torch.distributed as dist
 
 from distckpt import CollectiveError, CollectiveTimeout, DistckptError, RankLost
 from distckpt.backends import control_group, gloo
-from distckpt.backends.base import Board, Watcher
-from distckpt.backends.control_backend import HostedBackend
-from distckpt.backends.control_group import HostGroup, call_the_roll
-from distckpt.backends.gloo import GlooChannel
+from distckpt.backends.base import KeyValueStore, PeerMonitor
+from distckpt.backends.control_backend import ControlGroupBackend
+from distckpt.backends.control_group import ControlGroup, store_barrier
+from distckpt.backends.gloo import GlooTransport
 from distckpt.backends.torch_dist import TorchDistBackend
 
 
-class Notes(Board):
+class Notes(KeyValueStore):
     """A board in memory that can be silent for a while.
 
     Attributes:
@@ -31,20 +31,20 @@ class Notes(Board):
         self.num_silent = num_silent
         self.limits_s: list[float] = []
 
-    def put(self, key: str, text: str, *, limit_s: float) -> None:
+    def set(self, key: str, text: str, *, limit_s: float) -> None:
         self._answer(limit_s)
         self.notes[key] = text
 
-    def claim(self, key: str, text: str, *, limit_s: float) -> str:
+    def set_default(self, key: str, text: str, *, limit_s: float) -> str:
         self._answer(limit_s)
         self.notes[key] = self.notes.get(key) or text
         return self.notes[key]
 
-    def look(self, keys: Sequence[str], *, limit_s: float) -> list[str | None]:
+    def get_many(self, keys: Sequence[str], *, limit_s: float) -> list[str | None]:
         self._answer(limit_s)
         return [self.notes.get(key) for key in keys]
 
-    def count(self, key: str, amount: int, *, limit_s: float) -> int:
+    def add(self, key: str, amount: int, *, limit_s: float) -> int:
         self._answer(limit_s)
         self.notes[key] = str(int(self.notes.get(key, "0")) + amount)
         return int(self.notes[key])
@@ -62,8 +62,8 @@ class Notes(Board):
             raise TimeoutError("no answer")
 
 
-class Told(Watcher):
-    """A watcher that knows something after it was asked a few times.
+class Told(PeerMonitor):
+    """A monitor that knows something after it was asked a few times.
 
     Args:
         error: what it knows.
@@ -73,12 +73,12 @@ class Told(Watcher):
     def __init__(self, error: DistckptError | None = None, num_asked: int = 0) -> None:
         self._error, self._num_asked = error, num_asked
 
-    def news(self, wait_s: float = 0.0) -> DistckptError | None:
+    def failure(self, wait_s: float = 0.0) -> DistckptError | None:
         del wait_s
         self._num_asked -= 1
         return self._error if self._num_asked < 0 else None
 
-    def tell(self, ranks: Sequence[int]) -> str:
+    def describe(self, ranks: Sequence[int]) -> str:
         return "" if ranks else "nobody"
 
 
@@ -89,10 +89,10 @@ def board() -> Notes:
 
 
 @pytest.fixture
-def group(board: Notes) -> HostGroup:
+def group(board: Notes) -> ControlGroup:
     """Return rank 0 of two, not connected."""
-    group = HostGroup(GlooChannel(dist.HashStore(), 0, 2), lambda _what, _limit_s: board, 0, 2)
-    group.find_board("a test", 1.0)
+    group = ControlGroup(GlooTransport(dist.HashStore(), 0, 2), lambda _what, _limit_s: board, 0, 2)
+    group.find_store("a test", 1.0)
     return group
 
 
@@ -103,14 +103,14 @@ def operation(*, timeout_s: float = 5.0) -> Any:
 
 
 def lost() -> RankLost:
-    """Return what a watcher says."""
+    """Return what a monitor says."""
     return RankLost("rank 1 is lost", [1])
 
 
 # -- a board that does not answer --------------------------------------------------------------------
 
 
-def test_a_board_that_did_not_answer_is_asked_briefly_until_it_does(group: HostGroup, board: Notes) -> None:
+def test_a_board_that_did_not_answer_is_asked_briefly_until_it_does(group: ControlGroup, board: Notes) -> None:
     board.num_silent = 2
     for _ in range(2):
         with pytest.raises(TimeoutError):
@@ -120,7 +120,7 @@ def test_a_board_that_did_not_answer_is_asked_briefly_until_it_does(group: HostG
     assert board.limits_s == [1.0, 0.25, 0.25, 1.0]
 
 
-def test_giving_up_costs_little_where_the_board_is_silent(group: HostGroup, board: Notes) -> None:
+def test_giving_up_costs_little_where_the_board_is_silent(group: ControlGroup, board: Notes) -> None:
     board.num_silent = 100
     with pytest.raises(TimeoutError):
         group._who_gave_up()
@@ -129,7 +129,7 @@ def test_giving_up_costs_little_where_the_board_is_silent(group: HostGroup, boar
     assert sum(board.limits_s) == 1.5
 
 
-def test_whether_an_operation_is_done_is_asked_with_patience(group: HostGroup, board: Notes) -> None:
+def test_whether_an_operation_is_done_is_asked_with_patience(group: ControlGroup, board: Notes) -> None:
     board.num_silent = 1
     with pytest.raises(TimeoutError):
         group._who_gave_up()
@@ -138,31 +138,31 @@ def test_whether_an_operation_is_done_is_asked_with_patience(group: HostGroup, b
     assert board.limits_s == [1.0, 1.0]
 
 
-def test_who_is_missing_is_found_out_when_the_board_answers_again(group: HostGroup, board: Notes) -> None:
-    group.watcher = Told()
+def test_who_is_missing_is_found_out_when_the_board_answers_again(group: ControlGroup, board: Notes) -> None:
+    group.monitor = Told()
     board.num_silent = 3
     assert group._who_is_missing(operation(), 0.1) == [1]
     assert board.notes["host/came/1/0"] == "counting"
 
 
-def test_the_watchers_news_ends_the_wait_for_a_silent_board(group: HostGroup, board: Notes) -> None:
+def test_the_watchers_news_ends_the_wait_for_a_silent_board(group: ControlGroup, board: Notes) -> None:
     error = lost()
-    group.watcher = Told(error, num_asked=3)
+    group.monitor = Told(error, num_asked=3)
     board.num_silent = 1000
     with pytest.raises(RankLost) as caught:
         group._who_is_missing(operation(), 60.0)
     assert caught.value is error
 
 
-@pytest.mark.parametrize("watcher", [None, Told()], ids=["nobody watches", "nothing is known"])
+@pytest.mark.parametrize("monitor", [None, Told()], ids=["nobody watches", "nothing is known"])
 def test_a_board_that_stays_silent_ends_the_wait_in_the_end(
-    group: HostGroup, board: Notes, watcher: Told | None
+    group: ControlGroup, board: Notes, monitor: Told | None
 ) -> None:
-    group.watcher = watcher
+    group.monitor = monitor
     board.num_silent = 1000
     with pytest.raises(TimeoutError):
         group._who_is_missing(operation(timeout_s=0.1), 60.0)
-    assert (board.num_silent == 999) == (watcher is None)
+    assert (board.num_silent == 999) == (monitor is None)
 
 
 # -- rolls -------------------------------------------------------------------------------------------
@@ -173,20 +173,20 @@ def test_a_roll_outlasts_news_that_cannot_be_read(board: Notes) -> None:
 
     def watch() -> str | None:
         for error in answers:
-            board.count("roll/num_here", 1, limit_s=1.0)
+            board.add("roll/num_here", 1, limit_s=1.0)
             raise error
         return None
 
-    assert call_the_roll(board, "roll", 0, 2, what="a meeting", timeout_s=5.0, watch=watch) is None
+    assert store_barrier(board, "roll", 0, 2, what="a meeting", timeout_s=5.0, watch=watch) is None
 
 
-def backend_over(board: Notes, watcher: Watcher | None) -> TorchDistBackend:
+def backend_over(board: Notes, monitor: PeerMonitor | None) -> TorchDistBackend:
     """Return rank 0 of two, without a process group."""
     backend = TorchDistBackend.__new__(TorchDistBackend)
-    HostedBackend.__init__(backend, 0, 2)
-    host = SimpleNamespace(refuse_if_given_up=lambda _what: None, find_board=lambda _what, _limit_s: None, watcher=None)
-    vars(backend).update(_make_board=lambda _what, _limit_s: board, _host=host)
-    backend.watcher = watcher
+    ControlGroupBackend.__init__(backend, 0, 2)
+    host = SimpleNamespace(refuse_if_given_up=lambda _what: None, find_store=lambda _what, _limit_s: None, monitor=None)
+    vars(backend).update(_make_store=lambda _what, _limit_s: board, _control_group=host)
+    backend.monitor = monitor
     return backend
 
 
@@ -202,19 +202,19 @@ def test_a_roll_that_loses_the_board_says_what_the_watcher_knows(board: Notes, n
 
     vars(board)["_answer"] = answer
     with pytest.raises(RankLost) as caught:
-        backend.roll_call("a meeting", watch=None, timeout_s=0.2)
+        backend.store_barrier("a meeting", depends_on=None, timeout_s=0.2)
     assert caught.value is error
 
 
 def test_a_roll_that_loses_the_board_says_so_where_nobody_watches(board: Notes) -> None:
     board.num_silent = 1000
     with pytest.raises(CollectiveError, match="lost the job's store during a meeting"):
-        backend_over(board, None).roll_call("a meeting", watch=None, timeout_s=0.2)
+        backend_over(board, None).store_barrier("a meeting", depends_on=None, timeout_s=0.2)
 
 
 def test_a_rank_that_does_not_come_to_a_roll_is_named_without_the_watcher(board: Notes) -> None:
     with pytest.raises(CollectiveTimeout) as caught:
-        backend_over(board, Told()).roll_call("a meeting", watch=None, timeout_s=0.1)
+        backend_over(board, Told()).store_barrier("a meeting", depends_on=None, timeout_s=0.1)
     assert caught.value.missing == (1,)
 
 
@@ -230,12 +230,12 @@ def test_a_group_is_not_let_go_while_something_is_under_way(
     board: Notes, monkeypatch: pytest.MonkeyPatch, *, is_stuck: bool
 ) -> None:
     monkeypatch.setattr(gloo, "_LEAVE_S", 0.05)
-    channel, connected = GlooChannel(dist.HashStore(), 0, 2), Connected()
+    transport, connected = GlooTransport(dist.HashStore(), 0, 2), Connected()
     seen = weakref.ref(connected)
-    channel._group = connected
-    channel._under_way.append(SimpleNamespace(is_completed=lambda: not is_stuck))
+    transport._group = connected
+    transport._under_way.append(SimpleNamespace(is_completed=lambda: not is_stuck))
     del connected
-    HostGroup(channel, lambda _what, _limit_s: board, 0, 2).close()
+    ControlGroup(transport, lambda _what, _limit_s: board, 0, 2).close()
     gc.collect()
     assert (seen() is not None) == is_stuck
-    assert channel._group is None
+    assert transport._group is None

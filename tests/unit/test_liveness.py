@@ -1,4 +1,4 @@
-"""Watch: who is missing, found out beside the collectives. With a board in memory and a clock turned by hand."""
+"""HeartbeatMonitor: finds out which ranks are missing. With a store in memory and a clock that the tests turn."""
 
 import contextlib
 import faulthandler
@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import pytest
 
 from distckpt import CollectiveError, CollectiveTimeout, DistckptError, RankLost, RemoteRankError
-from distckpt.backends.base import Board
+from distckpt.backends.base import KeyValueStore
 from distckpt.backends.serial import SerialBackend
 from distckpt.coordination import heartbeat as watching
-from distckpt.coordination.heartbeat import EXIT_CODE, Watch
-from distckpt.coordination.job_failure import Fault
-from distckpt.coordination.processes import TrainingThread
+from distckpt.coordination.heartbeat import EXIT_CODE, HeartbeatMonitor
+from distckpt.coordination.job_failure import JobFailure
+from distckpt.coordination.peers import TrainingThread
 from distckpt.errors import RankFailure, RemoteTraceback
 
 LIMIT_S = 12.0  # beats once a second
@@ -38,7 +38,7 @@ class Clock:
         self.on_sleep()
 
 
-class Notes(Board):
+class Notes(KeyValueStore):
     """One rank's board, over notes that all ranks share.
 
     Args:
@@ -51,20 +51,20 @@ class Notes(Board):
         self._notes, self._clock, self._host = notes, clock, host
         self.is_silent = self.is_gone = self.is_closed = False
 
-    def put(self, key: str, text: str, *, limit_s: float) -> None:
+    def set(self, key: str, text: str, *, limit_s: float) -> None:
         self._answer(limit_s)
         self._notes[key] = text
 
-    def claim(self, key: str, text: str, *, limit_s: float) -> str:
+    def set_default(self, key: str, text: str, *, limit_s: float) -> str:
         self._answer(limit_s)
         self._notes[key] = self._notes.get(key) or text
         return self._notes[key]
 
-    def look(self, keys: Sequence[str], *, limit_s: float) -> list[str | None]:
+    def get_many(self, keys: Sequence[str], *, limit_s: float) -> list[str | None]:
         self._answer(limit_s)
         return [self._notes.get(key) for key in keys]
 
-    def count(self, key: str, amount: int, *, limit_s: float) -> int:
+    def add(self, key: str, amount: int, *, limit_s: float) -> int:
         self._answer(limit_s)
         self._notes[key] = str(int(self._notes.get(key, "0")) + amount)
         return int(self._notes[key])
@@ -94,17 +94,18 @@ class Job:
         hosts = hosts or [""] * world_size
         self.boards = [Notes(self.notes, clock, host) for host in hosts]
         self.watches = [
-            Watch(board, rank, world_size, limit_s=LIMIT_S, launcher=launcher) for rank, board in enumerate(self.boards)
+            HeartbeatMonitor(board, rank, world_size, limit_s=LIMIT_S, launcher=launcher)
+            for rank, board in enumerate(self.boards)
         ]
         for rank, host in enumerate(hosts):
-            self.notes[f"watch/host/{rank}"] = host or "nowhere"
+            self.notes[f"heartbeat/host/{rank}"] = host or "nowhere"
 
     def look(self, ranks: Sequence[int] | None = None, *, times: int = 1, every_s: float = 1.0) -> None:
         """Let some ranks beat and look, several times."""
         for _ in range(times):
             self.clock.now_s += every_s
             for rank in range(len(self.watches)) if ranks is None else ranks:
-                self.watches[rank]._look(every_s)
+                self.watches[rank]._check(every_s)
 
 
 class Rank(SerialBackend):
@@ -134,9 +135,9 @@ def end_process(job: Job, ended: int) -> None:
             vars(watch._peers)["_processes"] = SimpleNamespace(ended=lambda: {ended}, close=lambda: None)
 
 
-def error_of(watch: Watch) -> DistckptError:
+def error_of(watch: HeartbeatMonitor) -> DistckptError:
     """Return the error that a waiting rank is told."""
-    error = watch.news()
+    error = watch.failure()
     assert error is not None
     return error
 
@@ -146,14 +147,14 @@ def error_of(watch: Watch) -> DistckptError:
 
 def test_ranks_that_beat_are_left_in_peace(job: Job) -> None:
     job.look(times=50)
-    assert [watch.news() for watch in job.watches] == [None] * 3
+    assert [watch.failure() for watch in job.watches] == [None] * 3
 
 
 def test_a_rank_whose_beat_stands_still_for_the_limit_is_lost_for_all(job: Job) -> None:
     job.watches[2].step = 7
     job.look()
     job.look([0, 1], times=11)
-    assert job.watches[0].news() is None
+    assert job.watches[0].failure() is None
     job.look([0, 1], times=2)
     for watch in job.watches[:2]:
         error = error_of(watch)
@@ -182,7 +183,7 @@ def test_several_frozen_ranks_are_named_together(job: Job) -> None:
 def test_ranks_that_are_about_to_reach_the_limit_are_named_with_those_that_have(job: Job) -> None:
     job.look([0, 1])
     job.look([0], times=11)
-    assert "watch/fault" not in job.notes
+    assert "heartbeat/failure/0" not in job.notes
     job.look([0])
     assert isinstance(error := error_of(job.watches[0]), RankLost)
     assert error.missing == (1, 2), "rank 1 has beaten once more than rank 2"
@@ -217,22 +218,22 @@ def test_a_rank_that_was_frozen_itself_does_not_accuse_the_others(clock: Clock) 
     job = Job(clock, 2)
     watch, num_looks = job.watches[0], 0
     vars(watch)["_wake"] = Pause(clock)
-    beat = watch._look
+    beat = watch._check
 
     def look(passed_s: float) -> None:
         nonlocal num_looks
         num_looks += 1
         if num_looks != 6:  # the other one's next beat is read one look late
-            job.watches[1]._look(1.0)
+            job.watches[1]._check(1.0)
         beat(passed_s)
         if num_looks == 5:
             clock.now_s += 100.0 * LIMIT_S
         job.boards[0].is_closed = num_looks == 12
 
-    vars(watch)["_look"] = look
+    vars(watch)["_check"] = look
     watch._run()
     assert num_looks == 12
-    assert watch.news() is None
+    assert watch.failure() is None
 
 
 def test_what_is_known_of_ranks_is_told_apart(clock: Clock) -> None:
@@ -241,27 +242,27 @@ def test_what_is_known_of_ranks_is_told_apart(clock: Clock) -> None:
     job.look([0, 1, 2, 3])
     job.watches[3].close()
     job.look([0, 1], times=5)
-    told = job.watches[0].tell(range(5)).split("; ")
+    told = job.watches[0].describe(range(5)).split("; ")
     assert [phrase.partition(":")[0] for phrase in told] == [
         "rank 1 is alive but late",
         "rank 2 froze or died",
         "rank 3 has left at iteration 9",
-        "rank 4 has never given a sign of life",
+        "rank 4 has never sent a heartbeat",
     ]
     assert "no heartbeat for 4.0 s" in told[1]
     assert all("iteration 9" in phrase for phrase in told[:2])
-    assert job.watches[0].tell([]) == ""
+    assert job.watches[0].describe([]) == ""
 
 
 def test_a_rank_that_left_is_a_fault_only_to_those_that_wait_for_it(job: Job) -> None:
     job.watches[1].close()
     job.look([0, 2], times=50)
-    assert "watch/fault" not in job.notes
+    assert "heartbeat/failure/0" not in job.notes
     assert isinstance(error := error_of(job.watches[0]), RankLost)
     assert error.missing == (1,)
     assert "left" in str(error)
     job.look([2])
-    assert "watch/fault" in job.notes
+    assert "heartbeat/failure/0" in job.notes
 
 
 def test_only_the_process_that_made_a_watch_says_that_it_leaves(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,7 +270,7 @@ def test_only_the_process_that_made_a_watch_says_that_it_leaves(job: Job, monkey
         child.setattr(os, "getpid", lambda: -1)
         job.watches[1].close()
     job.look([0])
-    assert "left" not in job.watches[0].tell([1])
+    assert "left" not in job.watches[0].describe([1])
 
 
 def test_leaving_twice_or_without_a_board_is_no_error(job: Job) -> None:
@@ -290,31 +291,31 @@ def test_a_rank_whose_process_has_ended_in_a_run_is_lost_at_once(job: Job) -> No
 
 
 def test_a_rank_whose_process_has_ended_after_its_run_is_missed_by_those_that_wait_alone(job: Job) -> None:
-    job.watches[1].leave()
+    job.watches[1].leave_run()
     end_process(job, 1)
     job.look([0, 2], times=30)
-    assert "watch/fault" not in job.notes
+    assert "heartbeat/failure/0" not in job.notes
     assert isinstance(error := error_of(job.watches[0]), RankLost)
     assert error.missing == (1,)
 
 
 def test_a_rank_that_has_ended_its_run_need_not_beat(job: Job) -> None:
     job.watches[1].step = 20
-    job.watches[1].leave()
+    job.watches[1].leave_run()
     job.look([0, 2], times=30)
-    assert job.watches[0].news() is None
-    assert job.watches[0].tell([1]) == "rank 1 is alive but has ended its run, at iteration 20"
-    job.watches[1].enter(1)
+    assert job.watches[0].failure() is None
+    assert job.watches[0].describe([1]) == "rank 1 is alive but has ended its run, at iteration 20"
+    job.watches[1].enter_run(1)
     job.look()
     job.look([0, 2], times=13)
     assert isinstance(error_of(job.watches[0]), RankLost)
 
 
 def test_a_rank_that_does_not_wait_hears_of_a_fault_in_its_next_iteration(job: Job) -> None:
-    job.watches[1].report(KeyError("bad batch"), "")
+    job.watches[1].report_error(KeyError("bad batch"), "")
     job.look([0])
     with pytest.raises(KeyError, match="bad batch"):
-        job.watches[0].enter(31)
+        job.watches[0].enter_run(31)
 
 
 # -- a rank that raises ------------------------------------------------------------------------------
@@ -322,7 +323,7 @@ def test_a_rank_that_does_not_wait_hears_of_a_fault_in_its_next_iteration(job: J
 
 def test_an_exception_is_told_to_the_others_as_of_its_type(job: Job) -> None:
     job.watches[1].step = 5
-    job.watches[1].report(KeyError("bad batch"), "Traceback: in the step")
+    job.watches[1].report_error(KeyError("bad batch"), "Traceback: in the step")
     job.look([0])
     error = error_of(job.watches[0])
     assert isinstance(error, RemoteRankError)
@@ -340,27 +341,27 @@ def test_an_exception_whose_text_cannot_be_made_is_told_nevertheless(job: Job) -
         def __str__(self) -> str:
             raise RuntimeError("no text")
 
-    job.watches[1].report(Mute(), "")
+    job.watches[1].report_error(Mute(), "")
     job.look([0])
     assert "Mute on rank 1" in str(error_of(job.watches[0]))
 
 
 def test_a_rank_that_gave_up_waiting_tells_whom_it_missed(job: Job) -> None:
-    job.watches[0].report(CollectiveTimeout("waited", [2]), "")
+    job.watches[0].report_error(CollectiveTimeout("waited", [2]), "")
     job.look([1])
     assert isinstance(error := error_of(job.watches[1]), RankLost)
     assert error.missing == (2,)
 
 
 def test_a_broken_collective_without_a_culprit_is_no_fault_of_its_rank(job: Job) -> None:
-    job.watches[0].report(CollectiveError("broke off"), "")
+    job.watches[0].report_error(CollectiveError("broke off"), "")
     job.look()
-    assert job.watches[1].news() is None
+    assert job.watches[1].failure() is None
 
 
 def test_the_first_fault_stands_for_all(job: Job) -> None:
-    job.watches[1].report(ValueError("first"), "")
-    job.watches[2].report(ValueError("second"), "")
+    job.watches[1].report_error(ValueError("first"), "")
+    job.watches[2].report_error(ValueError("second"), "")
     job.look()
     assert "first" in str(error_of(job.watches[0]))
     assert isinstance(error_of(job.watches[1]), RankLost), "itself: it has raised its own"
@@ -370,57 +371,57 @@ def test_the_first_fault_stands_for_all(job: Job) -> None:
 def test_a_fault_travels_as_text() -> None:
     failure = RankFailure.from_exception(3, OSError(28, "No space left"), "Traceback")
     for fault in (
-        Fault(ranks=(1, 3), text="gone", by=0, step=4),
-        Fault(ranks=(3,), text="\N{BUG} \0", by=3, step=0, failure=failure),
+        JobFailure(ranks=(1, 3), text="gone", by=0, step=4),
+        JobFailure(ranks=(3,), text="\N{BUG} \0", by=3, step=0, failure=failure),
     ):
-        assert Fault.decode(fault.encode()) == fault
+        assert JobFailure.decode(fault.encode()) == fault
 
 
 def test_a_rank_waits_for_news_as_long_as_it_wants(job: Job) -> None:
     begin_s = job.clock.now_s
-    assert job.watches[0].news(2.0) is None
+    assert job.watches[0].failure(2.0) is None
     assert 2.0 <= job.clock.now_s - begin_s < 2.5
 
     def tell() -> None:
         if job.clock.now_s > begin_s + 3.0:
-            job.watches[1].report(ValueError("news"), "")
+            job.watches[1].report_error(ValueError("news"), "")
             job.look([0], every_s=0.0)
 
     job.clock.on_sleep = tell
-    assert isinstance(job.watches[0].news(20.0), RemoteRankError)
+    assert isinstance(job.watches[0].failure(20.0), RemoteRankError)
     assert job.clock.now_s - begin_s < 4.0
 
 
 def test_ranks_that_raised_and_run_again_begin_without_a_fault(job: Job) -> None:
     for watch in job.watches:
-        watch.report(ValueError("all alike"), "")
+        watch.report_error(ValueError("all alike"), "")
         watch.in_run = False
     job.look(times=2)
     for watch in job.watches:
-        watch.enter(1)
+        watch.enter_run(1)
         job.look()
     job.look(times=20)
-    assert [watch.news() for watch in job.watches] == [None] * 3
+    assert [watch.failure() for watch in job.watches] == [None] * 3
 
 
 def test_a_rank_that_raised_late_does_not_spoil_the_run_of_those_that_began_anew(job: Job) -> None:
-    job.watches[0].report(ValueError("all alike"), "")
+    job.watches[0].report_error(ValueError("all alike"), "")
     job.watches[0].in_run = False
-    job.watches[0].enter(1)  # before the others have looked
-    job.watches[1].report(ValueError("all alike"), "")
+    job.watches[0].enter_run(1)  # before the others have looked
+    job.watches[1].report_error(ValueError("all alike"), "")
     job.watches[1].in_run = False
     job.look()
-    job.watches[1].enter(1)
+    job.watches[1].enter_run(1)
     job.look()
-    assert job.watches[0].news() is None
+    assert job.watches[0].failure() is None
 
 
 def test_running_again_brings_no_lost_rank_back(job: Job) -> None:
     job.look([0, 1], times=13)
-    assert isinstance(job.watches[0].news(), RankLost)
-    job.watches[0].leave()
+    assert isinstance(job.watches[0].failure(), RankLost)
+    job.watches[0].leave_run()
     with pytest.raises(RankLost):
-        job.watches[0].enter(1)
+        job.watches[0].enter_run(1)
 
 
 # -- a collective of the job's own that broke --------------------------------------------------------
@@ -439,14 +440,14 @@ def looking(job: Job) -> Iterator[Callable[..., None]]:
 
 def test_a_collective_that_broke_while_all_are_alive_is_nobodys_death(job: Job, looking: Callable[..., None]) -> None:
     looking(0, 1, 2)
-    assert job.watches[0].suspect() is None
-    assert "watch/fault" not in job.notes
+    assert job.watches[0].find_lost_ranks() is None
+    assert "heartbeat/failure/0" not in job.notes
 
 
 def test_a_rank_that_does_not_beat_any_more_is_why_a_collective_broke(job: Job, looking: Callable[..., None]) -> None:
     looking(0, 2)
     begin_s = job.clock.now_s
-    assert isinstance(error := job.watches[0].suspect(), RankLost)
+    assert isinstance(error := job.watches[0].find_lost_ranks(), RankLost)
     assert error.missing == (1,)
     assert job.clock.now_s - begin_s < LIMIT_S, "long before the limit: the broken connection says enough"
 
@@ -455,21 +456,21 @@ def test_a_rank_that_has_never_beaten_is_why_a_collective_broke(clock: Clock) ->
     job = Job(clock)
     job.look([0, 2], times=2)
     clock.on_sleep = lambda: job.look([0, 2], every_s=0.0)
-    assert isinstance(error := job.watches[0].suspect(), RankLost)
+    assert isinstance(error := job.watches[0].find_lost_ranks(), RankLost)
     assert error.missing == (1,)
 
 
 def test_a_rank_that_left_is_why_a_collective_broke(job: Job, looking: Callable[..., None]) -> None:
     job.watches[1].close()
     looking(0, 2)
-    assert isinstance(error := job.watches[0].suspect(), RankLost)
+    assert isinstance(error := job.watches[0].find_lost_ranks(), RankLost)
     assert error.missing == (1,)
 
 
 def test_an_exception_elsewhere_is_why_a_collective_broke(job: Job, looking: Callable[..., None]) -> None:
     looking(0, 1, 2)
-    job.watches[1].report(KeyError("bad batch"), "")
-    assert isinstance(job.watches[0].suspect(), KeyError)
+    job.watches[1].report_error(KeyError("bad batch"), "")
+    assert isinstance(job.watches[0].find_lost_ranks(), KeyError)
 
 
 def test_nobody_is_accused_while_the_board_does_not_answer(clock: Clock) -> None:
@@ -477,7 +478,7 @@ def test_nobody_is_accused_while_the_board_does_not_answer(clock: Clock) -> None
     job.look(times=2)
     job.boards[1].is_silent = True
     clock.on_sleep = lambda: job.look([1], every_s=2.0)
-    assert isinstance(error := job.watches[1].suspect(), RankLost)
+    assert isinstance(error := job.watches[1].find_lost_ranks(), RankLost)
     assert error.missing == (0,), "which hosts the board"
 
 
@@ -514,13 +515,13 @@ def test_who_hosts_the_board_is_known_once_the_ranks_have_met(clock: Clock) -> N
     hosts = ["this process", "this machine", "elsewhere"]
     job = Job(clock, hosts=hosts)
     for rank in range(3):
-        del job.notes[f"watch/host/{rank}"]
+        del job.notes[f"heartbeat/host/{rank}"]
     for watch in job.watches:
-        assert watch.news() is None, "not all have come"
+        assert watch.failure() is None, "not all have come"
         vars(watch)["_thread"] = SimpleNamespace(start=lambda: None)
         watch.start(Rank())
-    assert [job.notes[f"watch/host/{rank}"].partition("|")[0] for rank in range(3)] == hosts
-    assert job.watches[2].news() is None
+    assert [job.notes[f"heartbeat/host/{rank}"].partition("|")[0] for rank in range(3)] == hosts
+    assert job.watches[2].failure() is None
     job.boards[2].is_gone = True
     job.look([2])
     assert isinstance(error := error_of(job.watches[2]), RankLost)
@@ -546,7 +547,7 @@ def hosted(clock: Clock) -> Job:
 
 
 def test_the_boards_host_leaves_when_the_others_have_read_why(hosted: Job) -> None:
-    hosted.watches[0].report(KeyError("bad batch"), "")
+    hosted.watches[0].report_error(KeyError("bad batch"), "")
     hosted.clock.on_sleep = lambda: hosted.look([1, 2], every_s=0.0)
     begin_s = hosted.clock.now_s
     hosted.watches[0].close()
@@ -593,7 +594,7 @@ def test_a_board_whose_host_has_left_is_not_missed_where_nothing_runs(
     watch._run()
     assert caplog.records == []
     hosted.boards[1].is_closed = False
-    watch.enter(1)
+    watch.enter_run(1)
     assert isinstance(error := error_of(watch), RankLost)
     assert 0 in error.missing
 
@@ -604,12 +605,12 @@ def test_a_board_that_answers_again_in_time_is_no_fault(job: Job) -> None:
         job.look([0], times=4)
         job.boards[0].is_silent = False
         job.look(times=2)
-    assert job.watches[0].news() is None
+    assert job.watches[0].failure() is None
 
 
 def test_a_fault_is_raised_where_it_could_not_be_written_down(job: Job) -> None:
     job.boards[0].is_gone = True
-    job.watches[0].report(CollectiveTimeout("waited", [2]), "")
+    job.watches[0].report_error(CollectiveTimeout("waited", [2]), "")
     assert isinstance(error := error_of(job.watches[0]), RankLost)
     assert error.missing == (2,)
 
@@ -617,7 +618,7 @@ def test_a_fault_is_raised_where_it_could_not_be_written_down(job: Job) -> None:
 def test_a_board_of_a_job_that_is_over_is_not_missed(job: Job, caplog: pytest.LogCaptureFixture) -> None:
     job.boards[0].is_closed = job.boards[0].is_gone = True
     job.look([0], times=5)
-    assert job.watches[0].news() is None
+    assert job.watches[0].failure() is None
     assert caplog.records == []
 
 
@@ -625,7 +626,7 @@ def test_a_watch_that_left_misses_no_board(job: Job, caplog: pytest.LogCaptureFi
     job.watches[0].close()
     job.boards[0].is_gone = True
     job.look([0], times=5)
-    assert job.watches[0].news() is None
+    assert job.watches[0].failure() is None
     assert caplog.records == []
 
 
@@ -635,7 +636,7 @@ def test_a_watch_that_left_misses_no_board(job: Job, caplog: pytest.LogCaptureFi
 def test_the_end_of_the_launcher_is_the_end_of_the_job(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job(clock, launcher=os.getppid())
     job.look(times=20)
-    assert job.watches[0].news() is None
+    assert job.watches[0].failure() is None
     monkeypatch.setattr(os, "getppid", lambda: 1)
     job.look()
     for watch in job.watches:
@@ -643,10 +644,10 @@ def test_the_end_of_the_launcher_is_the_end_of_the_job(clock: Clock, monkeypatch
 
 
 def test_the_shortest_limit_counts(job: Job) -> None:
-    job.watches[0].tighten(2.0 * LIMIT_S)
-    job.watches[1].tighten(3.0)
+    job.watches[0].shorten_limit(2.0 * LIMIT_S)
+    job.watches[1].shorten_limit(3.0)
     job.look([0, 1], times=5, every_s=0.5)
-    assert "watch/fault" not in job.notes
+    assert "heartbeat/failure/0" not in job.notes
     job.look([1], times=2, every_s=0.5)
     assert isinstance(error := error_of(job.watches[1]), RankLost)
     assert 2 in error.missing
@@ -662,7 +663,7 @@ def test_beats_come_a_dozen_times_in_a_limit(limit_s: float, world_size: int, in
 def test_a_fault_is_logged_once(job: Job, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR):
         job.look([0, 1], times=30)
-        job.watches[0].news()
+        job.watches[0].failure()
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 2, "once on each rank"
     assert all("rank 2" in text for text in told)
@@ -689,14 +690,14 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return codes
 
 
-def hang(watch: Watch, *, still_s: float, in_torch: bool) -> None:
+def hang(watch: HeartbeatMonitor, *, still_s: float, in_torch: bool) -> None:
     """Let the training thread stand still, as the watch sees it, and look whether the process has to end."""
-    vars(watch)["_training"] = SimpleNamespace(stands_still_s=lambda: still_s, is_in=lambda _folders: in_torch)
+    vars(watch)["_training"] = SimpleNamespace(blocked_s=lambda: still_s, is_in=lambda _folders: in_torch)
     with contextlib.suppress(Left):
         watch._end_if_blocked()
 
 
-def lose(job: Job) -> Watch:
+def lose(job: Job) -> HeartbeatMonitor:
     """Lose rank 2; return the watch of rank 0, which knows."""
     job.look([0, 1], times=13)
     return job.watches[0]
@@ -716,7 +717,7 @@ def test_a_process_whose_thread_hangs_in_a_lost_collective_says_why_and_ends(
     assert "rank 2" in said
     assert f"exit code {EXIT_CODE}" in said
     job.look([1])
-    assert "left" in job.watches[1].tell([0]), "the others need not wait for it"
+    assert "left" in job.watches[1].describe([0]), "the others need not wait for it"
 
 
 def test_a_thread_that_waits_elsewhere_gets_the_whole_limit(job: Job, ends: list[int]) -> None:
@@ -728,7 +729,7 @@ def test_a_thread_that_waits_elsewhere_gets_the_whole_limit(job: Job, ends: list
 
 
 def test_the_remote_traceback_is_said_as_well(job: Job, ends: list[int], capsys: pytest.CaptureFixture[str]) -> None:
-    job.watches[1].report(KeyError("bad batch"), "Traceback: in the step")
+    job.watches[1].report_error(KeyError("bad batch"), "Traceback: in the step")
     job.look([0])
     hang(job.watches[0], still_s=9.0, in_torch=True)
     assert ends == [EXIT_CODE]
@@ -741,7 +742,7 @@ def test_a_process_is_not_ended_without_need(
 ) -> None:
     watch = job.watches[0] if why == "no fault" else lose(job)
     if why == "told":
-        assert watch.news() is not None
+        assert watch.failure() is not None
     elif why == "no run":
         watch.in_run = False
     elif why == "variable":
@@ -752,10 +753,10 @@ def test_a_process_is_not_ended_without_need(
 
 def test_a_thread_that_computes_does_not_stand_still() -> None:
     training = TrainingThread()
-    assert training.stands_still_s() < 1.0
+    assert training.blocked_s() < 1.0
     training._since_s -= 100.0
     sum(range(3_000_000))  # some ticks of the CPU
-    assert training.stands_still_s() < 1.0
+    assert training.blocked_s() < 1.0
 
 
 def test_where_a_thread_stands_is_told_by_its_innermost_function() -> None:

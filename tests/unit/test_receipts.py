@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 import torch.distributed as dist
 
-from distckpt.backends.key_value_store import StoreBoard
+from distckpt.backends.key_value_store import TorchKeyValueStore
 from distckpt.saving.write_completions import WriteCompletions
 
 CHECKED = [(0, 5, 8), (1, 2**32 - 1, 2**40)]
@@ -15,8 +15,8 @@ AS_LISTS = [[0, 5, 8], [1, 2**32 - 1, 2**40]]
 
 
 @pytest.fixture
-def board() -> Iterator[StoreBoard]:
-    made = StoreBoard(dist.HashStore(), lambda: True, is_guest=True)
+def board() -> Iterator[TorchKeyValueStore]:
+    made = TorchKeyValueStore(dist.HashStore(), lambda: True, is_guest=True)
     yield made
     made.close()
 
@@ -35,7 +35,7 @@ def word_of(one: WriteCompletions, ranks: Sequence[int], limit_s: float = 0.3) -
         timer.cancel()
 
 
-def test_word_comes_as_it_was_left_and_is_no_receipt(board: StoreBoard) -> None:
+def test_word_comes_as_it_was_left_and_is_no_receipt(board: TorchKeyValueStore) -> None:
     one = receipts(board)
     receipts(board).publish_checksums(1, CHECKED)
     receipts(board).publish_checksums(2, [])
@@ -44,7 +44,7 @@ def test_word_comes_as_it_was_left_and_is_no_receipt(board: StoreBoard) -> None:
     assert one.wait_for([1, 2]) is None
 
 
-def test_a_receipt_is_no_word_and_of_another_save_neither_counts(board: StoreBoard) -> None:
+def test_a_receipt_is_no_word_and_of_another_save_neither_counts(board: TorchKeyValueStore) -> None:
     receipts(board).leave(1, CHECKED)
     assert word_of(receipts(board), [1]) is None
     assert receipts(board).wait_for([1]) == [AS_LISTS]
@@ -52,14 +52,14 @@ def test_a_receipt_is_no_word_and_of_another_save_neither_counts(board: StoreBoa
     assert word_of(receipts(board), [1]) is None
 
 
-def test_word_that_comes_late_is_waited_for(board: StoreBoard) -> None:
+def test_word_that_comes_late_is_waited_for(board: TorchKeyValueStore) -> None:
     timer = threading.Timer(0.2, lambda: receipts(board).publish_checksums(1, CHECKED))
     timer.start()
     assert word_of(receipts(board), [1], 30.0) == [AS_LISTS]
     timer.join()
 
 
-def test_who_is_called_off_waits_no_more(board: StoreBoard) -> None:
+def test_who_is_called_off_waits_no_more(board: TorchKeyValueStore) -> None:
     one = receipts(board)
     one.call_off()
     assert word_of(one, [1], 30.0) is None
@@ -70,7 +70,7 @@ class Silent:
 
     looks = 0
 
-    def look(self, keys: Sequence[str], *, limit_s: float) -> list[str | None]:
+    def get_many(self, keys: Sequence[str], *, limit_s: float) -> list[str | None]:
         self.looks += 1
         msg = f"{keys} within {limit_s} s"
         raise TimeoutError(msg)

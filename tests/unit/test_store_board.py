@@ -1,4 +1,4 @@
-"""StoreBoard over real stores: no call waits longer than it wants to, and none is lost once the store answers again."""
+"""TorchKeyValueStore over real stores: no call waits longer than its limit, and none is lost once the store answers."""
 
 import contextlib
 import gc
@@ -18,8 +18,9 @@ import pytest
 import torch.distributed as dist
 
 from distckpt.backends import key_value_store
-from distckpt.backends.key_value_store import StoreBoard
+from distckpt.backends.key_value_store import TorchKeyValueStore
 
+DeadHost = tuple[TorchKeyValueStore, TorchKeyValueStore]
 LIMIT_S = 0.3
 SLACK_S = 1.0
 """By how much a call may overrun its limit on a busy machine; a hang is a minute."""
@@ -34,10 +35,10 @@ sys.stdin.read()
 """
 
 # Not `put`: the store acknowledges no note, so one is sent into a frozen host's socket and is read when it wakes.
-CALLS: dict[str, Callable[[StoreBoard, float], object]] = {
-    "claim": lambda board, limit_s: board.claim("note", "text", limit_s=limit_s),
-    "look": lambda board, limit_s: board.look(["note", "none"], limit_s=limit_s),
-    "count": lambda board, limit_s: board.count("number", 1, limit_s=limit_s),
+CALLS: dict[str, Callable[[TorchKeyValueStore, float], object]] = {
+    "claim": lambda board, limit_s: board.set_default("note", "text", limit_s=limit_s),
+    "look": lambda board, limit_s: board.get_many(["note", "none"], limit_s=limit_s),
+    "count": lambda board, limit_s: board.add("number", 1, limit_s=limit_s),
 }
 
 
@@ -92,10 +93,10 @@ def store(server: Server, request: pytest.FixtureRequest) -> dist.Store:
 
 
 @pytest.fixture
-def board(store: dist.Store) -> Iterator[StoreBoard]:
+def board(store: dist.Store) -> Iterator[TorchKeyValueStore]:
     """Return a board whose job ends with the test."""
     is_open = True
-    yield StoreBoard(store, lambda: is_open)
+    yield TorchKeyValueStore(store, lambda: is_open)
     is_open = False
 
 
@@ -116,7 +117,7 @@ def wait_until(condition: Callable[[], bool], limit_s: float = 10.0) -> None:
 
 
 @pytest.fixture(params=["tcp", "file", "hash"])
-def any_board(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StoreBoard]:
+def any_board(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[TorchKeyValueStore]:
     """Return a board over each kind of store."""
     stores: dict[str, Callable[[], dist.Store]] = {
         "tcp": lambda: request.getfixturevalue("store"),
@@ -124,48 +125,48 @@ def any_board(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StoreB
         "hash": lambda: dist.PrefixStore("p", dist.HashStore()),
     }
     is_open = True
-    yield StoreBoard(stores[request.param](), lambda: is_open)
+    yield TorchKeyValueStore(stores[request.param](), lambda: is_open)
     is_open = False
 
 
-def test_a_note_is_read_as_it_was_written_last(any_board: StoreBoard) -> None:
-    any_board.put("a", "one", limit_s=5.0)
-    any_board.put("a", "two \N{BUG}", limit_s=5.0)
-    any_board.put("empty", "", limit_s=5.0)
-    assert any_board.look(["a", "none", "empty"], limit_s=5.0) == ["two \N{BUG}", None, ""]
-    assert any_board.look(["a"], limit_s=5.0) == ["two \N{BUG}"]
-    assert any_board.look(["a", "empty"], limit_s=5.0) == ["two \N{BUG}", ""]
-    assert any_board.look(["none"], limit_s=5.0) == [None]
-    assert any_board.look([], limit_s=5.0) == []
+def test_a_note_is_read_as_it_was_written_last(any_board: TorchKeyValueStore) -> None:
+    any_board.set("a", "one", limit_s=5.0)
+    any_board.set("a", "two \N{BUG}", limit_s=5.0)
+    any_board.set("empty", "", limit_s=5.0)
+    assert any_board.get_many(["a", "none", "empty"], limit_s=5.0) == ["two \N{BUG}", None, ""]
+    assert any_board.get_many(["a"], limit_s=5.0) == ["two \N{BUG}"]
+    assert any_board.get_many(["a", "empty"], limit_s=5.0) == ["two \N{BUG}", ""]
+    assert any_board.get_many(["none"], limit_s=5.0) == [None]
+    assert any_board.get_many([], limit_s=5.0) == []
 
 
-def test_the_first_claim_stands(any_board: StoreBoard) -> None:
-    assert any_board.claim("a", "mine", limit_s=5.0) == "mine"
-    assert any_board.claim("a", "yours", limit_s=5.0) == "mine"
-    assert any_board.look(["a"], limit_s=5.0) == ["mine"]
+def test_the_first_claim_stands(any_board: TorchKeyValueStore) -> None:
+    assert any_board.set_default("a", "mine", limit_s=5.0) == "mine"
+    assert any_board.set_default("a", "yours", limit_s=5.0) == "mine"
+    assert any_board.get_many(["a"], limit_s=5.0) == ["mine"]
 
 
-def test_what_was_taken_back_can_be_claimed_again(any_board: StoreBoard) -> None:
-    any_board.claim("a", "mine", limit_s=5.0)
-    any_board.put("a", "", limit_s=5.0)
-    assert any_board.claim("a", "yours", limit_s=5.0) == "yours"
+def test_what_was_taken_back_can_be_claimed_again(any_board: TorchKeyValueStore) -> None:
+    any_board.set_default("a", "mine", limit_s=5.0)
+    any_board.set("a", "", limit_s=5.0)
+    assert any_board.set_default("a", "yours", limit_s=5.0) == "yours"
 
 
-def test_numbers_begin_at_nothing(any_board: StoreBoard) -> None:
-    assert [any_board.count("n", amount, limit_s=5.0) for amount in (0, 1, 0, 41)] == [0, 1, 1, 42]
+def test_numbers_begin_at_nothing(any_board: TorchKeyValueStore) -> None:
+    assert [any_board.add("n", amount, limit_s=5.0) for amount in (0, 1, 0, 41)] == [0, 1, 1, 42]
 
 
 def test_one_of_many_claims_stands_for_all(server: Server) -> None:
-    boards = [StoreBoard(server.connect("contest"), lambda: True) for _ in range(4)]
+    boards = [TorchKeyValueStore(server.connect("contest"), lambda: True) for _ in range(4)]
     with ThreadPoolExecutor(len(boards)) as ranks:
-        stands = list(ranks.map(lambda one: boards[one].claim("a", f"rank {one}", limit_s=20.0), range(len(boards))))
+        stands = list(ranks.map(lambda at: boards[at].set_default("a", f"rank {at}", limit_s=20.0), range(4)))
     assert len(set(stands)) == 1
-    assert boards[0].look(["a"], limit_s=5.0) == stands[:1]
+    assert boards[0].get_many(["a"], limit_s=5.0) == stands[:1]
 
 
-def test_any_thread_may_ask(board: StoreBoard) -> None:
+def test_any_thread_may_ask(board: TorchKeyValueStore) -> None:
     with ThreadPoolExecutor(8) as threads:
-        counted = list(threads.map(lambda _: board.count("n", 1, limit_s=20.0), range(200)))
+        counted = list(threads.map(lambda _: board.add("n", 1, limit_s=20.0), range(200)))
     assert sorted(counted) == list(range(1, 201))
 
 
@@ -175,10 +176,10 @@ def test_any_thread_may_ask(board: StoreBoard) -> None:
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("was_used", [True, False], ids=["used before", "new"])
 def test_a_call_ends_within_its_limit_while_the_host_is_frozen(
-    server: Server, board: StoreBoard, call: str, *, was_used: bool
+    server: Server, board: TorchKeyValueStore, call: str, *, was_used: bool
 ) -> None:
     if was_used:
-        board.put("note", "before", limit_s=5.0)
+        board.set("note", "before", limit_s=5.0)
     with server.frozen():
         for _ in range(3):
             begin_s = time.monotonic()
@@ -188,73 +189,77 @@ def test_a_call_ends_within_its_limit_while_the_host_is_frozen(
             assert time.monotonic() - begin_s < LIMIT_S + SLACK_S
 
 
-def test_calls_of_several_threads_end_while_the_host_is_frozen(server: Server, board: StoreBoard) -> None:
+def test_calls_of_several_threads_end_while_the_host_is_frozen(server: Server, board: TorchKeyValueStore) -> None:
     def ask(_number: int) -> float:
         begin_s = time.monotonic()
         with pytest.raises(TimeoutError):
-            board.look(["note"], limit_s=LIMIT_S)
+            board.get_many(["note"], limit_s=LIMIT_S)
         return time.monotonic() - begin_s
 
     with server.frozen(), ThreadPoolExecutor(6) as threads:
         assert max(threads.map(ask, range(6))) < LIMIT_S + SLACK_S
 
 
-def test_a_board_works_again_once_its_host_does(server: Server, board: StoreBoard) -> None:
-    board.put("note", "before", limit_s=5.0)
+def test_a_board_works_again_once_its_host_does(server: Server, board: TorchKeyValueStore) -> None:
+    board.set("note", "before", limit_s=5.0)
     for number in range(3):
         with server.frozen():
             for _ in range(2):
                 with pytest.raises(TimeoutError):
-                    board.look(["note"], limit_s=0.1)
-        board.put("note", f"after {number}", limit_s=5.0)
-        assert board.look(["note"], limit_s=5.0) == [f"after {number}"]
+                    board.get_many(["note"], limit_s=0.1)
+        board.set("note", f"after {number}", limit_s=5.0)
+        assert board.get_many(["note"], limit_s=5.0) == [f"after {number}"]
 
 
-def test_what_was_given_up_before_it_began_is_not_done_later(server: Server, board: StoreBoard) -> None:
-    board.count("n", 1, limit_s=5.0)
+def test_what_was_given_up_before_it_began_is_not_done_later(server: Server, board: TorchKeyValueStore) -> None:
+    board.add("n", 1, limit_s=5.0)
     with server.frozen():
         with pytest.raises(TimeoutError):
-            board.look(["note"], limit_s=0.1)  # holds the connection
+            board.get_many(["note"], limit_s=0.1)  # holds the connection
         for _ in range(3):
             with pytest.raises(TimeoutError):
-                board.count("n", 1, limit_s=0.1)
-    assert board.count("n", 0, limit_s=5.0) == 1
+                board.add("n", 1, limit_s=0.1)
+    assert board.add("n", 0, limit_s=5.0) == 1
 
 
-def test_a_note_to_a_frozen_host_is_read_when_it_wakes(server: Server, board: StoreBoard) -> None:
-    board.put("note", "before", limit_s=5.0)
+def test_a_note_to_a_frozen_host_is_read_when_it_wakes(server: Server, board: TorchKeyValueStore) -> None:
+    board.set("note", "before", limit_s=5.0)
     with server.frozen():
         begin_s = time.monotonic()
         with contextlib.suppress(TimeoutError):
-            board.put("note", "meanwhile", limit_s=LIMIT_S)
+            board.set("note", "meanwhile", limit_s=LIMIT_S)
         assert time.monotonic() - begin_s < LIMIT_S + SLACK_S
-    assert board.look(["note"], limit_s=5.0) == ["meanwhile"]
+    assert board.get_many(["note"], limit_s=5.0) == ["meanwhile"]
 
 
 @pytest.fixture
-def dead_host() -> Iterator[tuple[StoreBoard, StoreBoard]]:
+def dead_host() -> Iterator[tuple[TorchKeyValueStore, TorchKeyValueStore]]:
     """Return two boards of a host that has died: one that had been used before, and a new one."""
     host = Server()
     try:
-        used, new = (StoreBoard(host.connect("p"), lambda: True) for _ in range(2))
-        used.put("note", "before", limit_s=5.0)
-        used.look(["note"], limit_s=5.0)
+        used, new = (TorchKeyValueStore(host.connect("p"), lambda: True) for _ in range(2))
+        used.set("note", "before", limit_s=5.0)
+        used.get_many(["note"], limit_s=5.0)
     finally:
         host.end()
     yield used, new  # noqa: PT022 - the boards live as long as the test
 
 
-def test_a_host_that_died_is_told_from_one_that_is_frozen(dead_host: tuple[StoreBoard, StoreBoard]) -> None:
+def test_a_host_that_died_is_told_from_one_that_is_frozen(
+    dead_host: DeadHost,
+) -> None:
     begin_s = time.monotonic()
     for call in (*CALLS.values(), *CALLS.values()):
         with pytest.raises(ConnectionError, match="the job's store is gone"):
             call(dead_host[0], 20.0)
     with pytest.raises(ConnectionError, match="the job's store is gone"):
-        dead_host[0].put("note", "text", limit_s=20.0)
+        dead_host[0].set("note", "text", limit_s=20.0)
     assert time.monotonic() - begin_s < 5.0
 
 
-def test_a_first_call_to_a_host_that_died_ends_within_its_limit(dead_host: tuple[StoreBoard, StoreBoard]) -> None:
+def test_a_first_call_to_a_host_that_died_ends_within_its_limit(
+    dead_host: DeadHost,
+) -> None:
     for call in CALLS.values():
         begin_s = time.monotonic()
         with pytest.raises(OSError, match="the job's store"):  # it cannot tell yet: a host may be slow to start
@@ -265,13 +270,13 @@ def test_a_first_call_to_a_host_that_died_ends_within_its_limit(dead_host: tuple
 def test_a_guest_on_a_connection_hears_at_once_that_its_host_died() -> None:
     host = Server()
     try:
-        board = StoreBoard(host.connect("p"), lambda: True, is_guest=True)
-        assert board.count("n", 1, limit_s=5.0) == 1
+        board = TorchKeyValueStore(host.connect("p"), lambda: True, is_guest=True)
+        assert board.add("n", 1, limit_s=5.0) == 1
     finally:
         host.end()
     begin_s = time.monotonic()
     with pytest.raises(ConnectionError, match="the job's store is gone"):
-        board.count("n", 1, limit_s=20.0)
+        board.add("n", 1, limit_s=20.0)
     assert time.monotonic() - begin_s < 5.0
 
 
@@ -282,7 +287,7 @@ def test_the_place_of_a_store_is_known(store: dist.Store, tmp_path: Path) -> Non
     own = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     guest = dist.TCPStore("127.0.0.1", own.port, is_master=False)
     places = [
-        StoreBoard(one, lambda: True).host()
+        TorchKeyValueStore(one, lambda: True).host()
         for one in (
             own,
             dist.PrefixStore("p", guest),
@@ -306,7 +311,7 @@ def test_an_address_is_known_as_ones_own() -> None:
 
 def test_a_board_that_nobody_asks_has_no_thread(store: dist.Store) -> None:
     before = board_threads()
-    board = StoreBoard(store, lambda: True)
+    board = TorchKeyValueStore(store, lambda: True)
     assert board_threads() == before
     assert board.is_open()
 
@@ -314,40 +319,40 @@ def test_a_board_that_nobody_asks_has_no_thread(store: dist.Store) -> None:
 def test_its_thread_ends_with_the_job_and_comes_back_when_it_is_asked(store: dist.Store) -> None:
     before = set(board_threads())
     is_open = True
-    board = StoreBoard(store, lambda: is_open)
-    board.put("note", "text", limit_s=5.0)
+    board = TorchKeyValueStore(store, lambda: is_open)
+    board.set("note", "text", limit_s=5.0)
     assert len(set(board_threads()) - before) == 1
     is_open = False
     assert not board.is_open()
     wait_until(lambda: not set(board_threads()) - before)
-    assert board.look(["note"], limit_s=5.0) == ["text"]
+    assert board.get_many(["note"], limit_s=5.0) == ["text"]
     wait_until(lambda: not set(board_threads()) - before)
 
 
 def test_its_thread_ends_with_the_board(store: dist.Store) -> None:
     before = set(board_threads())
-    board = StoreBoard(store, lambda: True)
-    board.put("note", "text", limit_s=5.0)
+    board = TorchKeyValueStore(store, lambda: True)
+    board.set("note", "text", limit_s=5.0)
     assert len(set(board_threads()) - before) == 1
     del board
     gc.collect()
     wait_until(lambda: not set(board_threads()) - before)
 
 
-def test_a_closed_board_refuses_as_one_whose_store_is_gone(board: StoreBoard) -> None:
-    board.put("note", "text", limit_s=5.0)
+def test_a_closed_board_refuses_as_one_whose_store_is_gone(board: TorchKeyValueStore) -> None:
+    board.set("note", "text", limit_s=5.0)
     board.close()
     for call in CALLS.values():
         with pytest.raises(ConnectionError, match="this process has left the job"):
             call(board, 5.0)
 
 
-def test_the_end_of_a_board_waits_for_a_call_that_was_given_up(server: Server, board: StoreBoard) -> None:
+def test_the_end_of_a_board_waits_for_a_call_that_was_given_up(server: Server, board: TorchKeyValueStore) -> None:
     before = set(board_threads())
-    board.put("note", "text", limit_s=5.0)
+    board.set("note", "text", limit_s=5.0)
     with server.frozen():
         with pytest.raises(TimeoutError):
-            board.look(["note"], limit_s=0.1)
+            board.get_many(["note"], limit_s=0.1)
         begin_s = time.monotonic()
         board.end(LIMIT_S)
         assert LIMIT_S <= time.monotonic() - begin_s + 0.01 < LIMIT_S + SLACK_S, "a frozen host holds it no longer"
@@ -356,7 +361,7 @@ def test_the_end_of_a_board_waits_for_a_call_that_was_given_up(server: Server, b
     assert not set(board_threads()) - before
 
 
-def test_the_end_of_a_board_that_nobody_asked_waits_for_nothing(board: StoreBoard) -> None:
+def test_the_end_of_a_board_that_nobody_asked_waits_for_nothing(board: TorchKeyValueStore) -> None:
     board.end(10.0)
     board.end(10.0)
 
@@ -367,7 +372,7 @@ _BEGIN = """
 import atexit, contextlib, os, sys, threading, time
 from datetime import timedelta
 import torch.distributed as dist
-from distckpt.backends.key_value_store import StoreBoard
+from distckpt.backends.key_value_store import TorchKeyValueStore
 from distckpt._threads import join_at_exit, start_thread
 
 store = dist.TCPStore("127.0.0.1", int(sys.argv[1]), is_master=False)
@@ -385,23 +390,24 @@ class SlowEnd:  # takes time once the interpreter is being taken down
 slow = SlowEnd()
 """
 _GIVEN_UP = """
-board = StoreBoard(store, lambda: True)
+board = TorchKeyValueStore(store, lambda: True)
 with contextlib.suppress(TimeoutError):
     board._ask(call_slowly, 0.1)
 """
 _AS_GUEST = """
-with contextlib.suppress(TimeoutError), contextlib.closing(StoreBoard(store, lambda: True, is_guest=True)) as board:
+board = TorchKeyValueStore(store, lambda: True, is_guest=True)
+with contextlib.suppress(TimeoutError), contextlib.closing(board):
     board._ask(call_slowly, 0.1)
 """
 _IN_A_FUNCTION_AT_EXIT = """
-board = StoreBoard(store, lambda: True)
+board = TorchKeyValueStore(store, lambda: True)
 def leave():
     with contextlib.suppress(TimeoutError):
         board._ask(call_slowly, 0.1)
 atexit.register(leave)
 """
 _ENDS = {
-    "idle": "board = StoreBoard(store, lambda: True); board.put('leaving', 'now', limit_s=20.0)",
+    "idle": "board = TorchKeyValueStore(store, lambda: True); board.set('leaving', 'now', limit_s=20.0)",
     "given up": _GIVEN_UP,
     "given up, by a guest": _AS_GUEST,
     "given up, the board dropped": f"{_GIVEN_UP}\ndel board",
@@ -434,13 +440,13 @@ def test_control_a_daemon_thread_in_the_store_aborts_the_process(server: Server)
 
 def test_a_store_that_does_not_answer_holds_a_process_no_longer_than_the_limit(server: Server) -> None:
     program = f"""{_BEGIN}
-from distckpt.backends import store_board
-store_board.EXIT_LIMIT_S = 0.5
-board = StoreBoard(store, lambda: True)
-board.put("note", "text", limit_s=20.0)
+from distckpt.backends import key_value_store
+key_value_store.EXIT_LIMIT_S = 0.5
+board = TorchKeyValueStore(store, lambda: True)
+board.set("note", "text", limit_s=20.0)
 os.kill({server.process.pid}, {int(signal.SIGSTOP)})
 with contextlib.suppress(TimeoutError):
-    board.look(["note"], limit_s=0.1)
+    board.get_many(["note"], limit_s=0.1)
 """
     begin_s = time.monotonic()
     try:
