@@ -17,7 +17,7 @@ from torch import nn
 from distckpt import Checkpoint, CorruptCheckpointError, DiskSaver, PartialLoadError
 from distckpt.loading.inplace import Claim, read_into, without_overlap
 from distckpt.ptformat.reader import OpenCheckpoint
-from tests.unit.test_skeleton import KINDS, bits, other_state
+from tests.unit.loading.test_dry_run import KINDS, bits, other_state
 from tests.unit.toys import Notebook, Refuses, equal, linear, snapshot
 
 load = Checkpoint.load_objects

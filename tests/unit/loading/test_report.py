@@ -13,7 +13,7 @@ from torch import nn
 
 from distckpt import Checkpoint, DiskSaver, LoadError, LoadReport, StateMismatchError, resume
 from distckpt.loading.report import all_in_one
-from tests.unit.test_restore_modules import Hooked
+from tests.unit.loading.test_dry_run_modules import Hooked
 from tests.unit.toys import Notebook, equal, linear, run_epochs, snapshot
 
 load = Checkpoint.load_objects
