@@ -43,7 +43,7 @@ from distckpt.errors import (
     UnsafeCheckpoint,
     UnsupportedCheckpoint,
 )
-from distckpt.loading.api import LoadReport
+from distckpt.loading.api import LoadReport, latest, load
 from distckpt.samplers import ResumableSampler
 
 if TYPE_CHECKING:
@@ -110,6 +110,8 @@ __all__ = [
     "global_step_from_engine",
     "hostname",
     "initialize",
+    "latest",
+    "load",
     "one_rank_only",
     "resume",
     "spawn",

@@ -1,4 +1,4 @@
-"""Numbers from users and libraries as plain Python numbers, which travel exactly and load under ``weights_only``."""
+"""Numbers from users and libraries: checked, and as plain Python numbers, which load under ``weights_only``."""
 
 import math
 import numbers
@@ -48,3 +48,19 @@ def plain_score(score: Any) -> int | float:
 def is_nan(score: float | None) -> bool:
     """Return True if a score is NaN; None is not."""
     return isinstance(score, float) and math.isnan(score)
+
+
+def check_timeout(timeout_s: object) -> None:
+    """Check the argument ``timeout_s``: a positive number of seconds, or None.
+
+    Raises:
+        TypeError: it is neither a number nor None.
+        ValueError: it is not positive, or not finite.
+    """
+    if timeout_s is None:
+        return
+    is_number = isinstance(timeout_s, int | float) and not isinstance(timeout_s, bool)
+    if not is_number or not 0 < timeout_s < math.inf:  # type: ignore[operator]  # a number
+        given = repr(timeout_s) if is_number else type(timeout_s)
+        msg = f"Argument timeout_s should be a positive number of seconds or None, but given {given}"
+        raise ValueError(msg) if is_number else TypeError(msg)

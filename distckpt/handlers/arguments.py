@@ -3,7 +3,6 @@
 Owns the errors of their constructors: they name the argument, what was given and what is expected.
 """
 
-import math
 import numbers
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from distckpt.handlers.save_handler import BaseSaveHandler
 from distckpt.saving.capture import check_objects
 
-__all__ = ["check_callables", "check_include_self", "check_rank", "check_timeout", "check_values"]
+__all__ = ["check_callables", "check_include_self", "check_rank", "check_values"]
 
 
 def check_values(
@@ -92,23 +91,6 @@ def check_rank(rank: object, name: str = "save_on_rank") -> None:
         raise TypeError(msg)
     if rank < 0:
         msg = f"Argument {name} should be a non-negative integer, but given {rank}"
-        raise ValueError(msg)
-
-
-def check_timeout(timeout_s: object) -> None:
-    """Check the argument ``timeout_s``.
-
-    Raises:
-        TypeError: it is neither a number nor None.
-        ValueError: it is not positive.
-    """
-    if timeout_s is None:
-        return
-    if not isinstance(timeout_s, int | float) or isinstance(timeout_s, bool):
-        msg = f"Argument timeout_s should be a positive number of seconds or None, but given {type(timeout_s)}"
-        raise TypeError(msg)
-    if not 0 < timeout_s < math.inf:
-        msg = f"Argument timeout_s should be a positive number of seconds or None, but given {timeout_s!r}"
         raise ValueError(msg)
 
 

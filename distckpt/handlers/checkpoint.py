@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ignite.engine import Engine, Events, State
 
-from distckpt._values import is_numpy_scalar, plain_score
+from distckpt._values import check_timeout, is_numpy_scalar, plain_score
 from distckpt.backends.detect import current
 from distckpt.coordination.phases import HandlerId
 from distckpt.coordination.votes import Answer, VoteKind
@@ -166,7 +166,7 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
         arguments.check_callables(score_function, global_step_transform)
         arguments.check_include_self(to_save, include_self=include_self)
         arguments.check_rank(save_on_rank)
-        arguments.check_timeout(timeout_s)
+        check_timeout(timeout_s)
         self.score_rule = check_rule(score_rule)
         if archived is not None:
             deprecated(

@@ -12,10 +12,9 @@ from ignite.base.mixins import ResettableHandler, Serializable
 from ignite.engine import Engine, Events
 
 from distckpt._messages import log_level
-from distckpt._values import is_nan, plain_score
+from distckpt._values import check_timeout, is_nan, plain_score
 from distckpt.backends.detect import current
 from distckpt.coordination import phases
-from distckpt.handlers.arguments import check_timeout
 from distckpt.handlers.compat import deprecated
 from distckpt.handlers.engine_votes import next_sync_point, stop_reason, stop_run
 from distckpt.policy.scores import agreed_score, check_rule

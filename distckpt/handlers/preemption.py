@@ -13,10 +13,10 @@ from typing import Any
 from ignite.engine import Engine, Events
 
 from distckpt._messages import log_level
+from distckpt._values import check_timeout
 from distckpt.backends.detect import current
 from distckpt.coordination.phases import HandlerId
 from distckpt.coordination.votes import Answer, Pending, VoteKind
-from distckpt.handlers.arguments import check_timeout
 from distckpt.handlers.checkpoint import Checkpoint
 from distckpt.handlers.deadline import Deadline
 from distckpt.handlers.engine_events import after_event, is_iteration_event

@@ -17,11 +17,11 @@ from ignite.engine import Engine
 from ignite.handlers.checkpoint import DiskSaver as _IgniteDiskSaver
 
 from distckpt._messages import log_level
-from distckpt.backends.base import Backend, default_timeout_s
+from distckpt._values import check_timeout
+from distckpt.backends.base import Backend
 from distckpt.backends.detect import current
 from distckpt.coordination import phases
 from distckpt.errors import LoadError
-from distckpt.handlers.arguments import check_timeout
 from distckpt.handlers.checkpoint import Checkpoint, name_of
 from distckpt.handlers.disk_saver import DiskSaver
 from distckpt.handlers.fast_forward import FastForward
@@ -34,7 +34,8 @@ from distckpt.handlers.resume_point import StartPoint, start_of_record, start_of
 from distckpt.handlers.resumed import Facts, Resumed
 from distckpt.loading import api, select
 from distckpt.loading.api import LoadReport
-from distckpt.loading.restore import Prepared, check_complete, prepare
+from distckpt.loading.restore import PreparedLoad, check_complete, prepare
+from distckpt.loading.verify_on_ranks import LoadContext
 from distckpt.ptformat.reader import OpenCheckpoint
 from distckpt.ptformat.records import parse_record, survey
 
@@ -42,8 +43,6 @@ __all__ = ["resume"]
 
 _logger = logging.getLogger(__name__)
 _ON_DISK = (DiskSaver, _IgniteDiskSaver)
-_READ_TIMEOUT_S = 1800.0
-"""Ranks that have read a large checkpoint wait for those whose disk takes its time."""
 
 
 def resume(
@@ -125,7 +124,6 @@ def resume(
     """
     begin_s = time.monotonic()
     backend = current()
-    patience_s = max(_READ_TIMEOUT_S, default_timeout_s()) if timeout_s is None else timeout_s
     source: list[_Source] = []
 
     def look() -> dict[str, Any]:
@@ -145,16 +143,11 @@ def resume(
     if not names:
         _tell_of_nothing(directory, listing["num_others"], level=level)
         return None
-    chosen = select.first_whole(
-        backend,
-        directory,
-        names,
-        coordinator=coordinator,
-        check=lambda state: check_complete(to_load, state),
-        timeout_s=patience_s,
-        verify=verify,
+    context = LoadContext(backend=backend, name="resume", coordinator=coordinator, timeout_s=timeout_s)
+    chosen = select.select_checkpoint(
+        context, directory, names, check=lambda state: check_complete(to_load, state), verify=verify
     )
-    found: list[tuple[Beside, Prepared]] = []
+    found: list[tuple[Beside, PreparedLoad]] = []
     record: dict[str, Any] = {}
 
     def fit_here() -> None:
@@ -175,8 +168,7 @@ def resume(
     with chosen.file:
         load_again = _loader_of(chosen, to_load, kwargs)
         for doing, work in (("fitting", fit_here), ("loading", load_here)):
-            place = phases.SyncPoint(handler="resume", phase=f"{doing} {chosen.name}", step=0)
-            phases.run(backend, place, work, timeout_s=patience_s)
+            context.run_phase(f"{doing} {chosen.name}", work)
     beside = found[0][0]
     for what in beside.warnings:
         warnings.warn(f"resume: {what}", stacklevel=2)
@@ -187,7 +179,7 @@ def resume(
         parse_record(record),
         chosen.path,
         {directory / name for name in chosen.refused},
-        timeout_s=patience_s,
+        timeout_s=context.limit_s,
     )
     start = None
     if engine is not None and beside.is_engine_known:
@@ -210,7 +202,7 @@ def resume(
     return Resumed(chosen.path, facts)
 
 
-def _record_of(chosen: select.Chosen) -> Mapping[str, Any]:
+def _record_of(chosen: select.SelectedCheckpoint) -> Mapping[str, Any]:
     head = chosen.file.head()
     return {} if head is None or head.record is None else head.record
 
@@ -251,7 +243,7 @@ def _named(to_load: Mapping[str, Any], beside: Beside) -> dict[str, Any]:
 
 
 def _loader_of(
-    chosen: select.Chosen, to_load: Mapping[str, Any], options: Mapping[str, Any]
+    chosen: select.SelectedCheckpoint, to_load: Mapping[str, Any], options: Mapping[str, Any]
 ) -> Callable[[Sequence[Any]], None]:
     """Return what loads some objects again, from the file that was chosen."""
     fingerprint = [*chosen.file.fingerprint(), *chosen.file.inode()]
@@ -273,7 +265,7 @@ def _loader_of(
 
 
 def _facts_of(
-    chosen: select.Chosen, engine: Engine | None, start: StartPoint | None, record: Mapping[str, Any]
+    chosen: select.SelectedCheckpoint, engine: Engine | None, start: StartPoint | None, record: Mapping[str, Any]
 ) -> Facts:
     run = record.get("run")
     passed_over = tuple(chosen.refused.items())
@@ -319,18 +311,13 @@ class _Source:
         ext = "pt" if self.handler is None else self.handler.ext
         files = survey(self.directory, ext, is_nested=own is not None and own.is_nested)
         names = list(files) if own is None else own.candidates(files)
-        ordered = select.newest_first(
-            [self.directory / name for name in names],
-            lambda state: select.iteration_of(state, engine_at),
-            {self.directory / name: record.order for name, record in files.items() if record is not None},
-        )
-        answer["names"] = [path.relative_to(self.directory).as_posix() for path in ordered]
+        answer["names"] = select.sort_newest_first(self.directory, {name: files[name] for name in names}, engine_at)
         answer["provable"] = [] if own is None else [name for name in names if own.is_own(name, files)]
         answer["num_others"] = len(files) - len(names)
         return answer
 
 
-def _log_left_out(chosen: select.Chosen, report: LoadReport, level: int) -> None:
+def _log_left_out(chosen: select.SelectedCheckpoint, report: LoadReport, level: int) -> None:
     """Say which keys a load that is not strict has passed over."""
     kinds = {"lacks": report.missing, "has, and no object takes,": report.unexpected}
     for verb, keys in kinds.items():
@@ -367,7 +354,7 @@ def _tell_of_nothing(directory: Path, num_others: int, *, level: int) -> None:
 
 
 def _tell(
-    chosen: select.Chosen,
+    chosen: select.SelectedCheckpoint,
     to_load: Mapping[str, Any],
     engine: Engine | None,
     beside: Beside,

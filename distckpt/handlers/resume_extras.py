@@ -38,7 +38,7 @@ class Beside:
 
 def find_beside(
     handler: Checkpoint | None,
-    chosen: select.Chosen,
+    chosen: select.SelectedCheckpoint,
     names: Sequence[str],
     to_load: Mapping[str, Any],
     engine: Engine | None,
@@ -59,7 +59,7 @@ def find_beside(
     pairs: list[tuple[Any, Any]] = []
     told: list[str] = []
     objects = dict(leaves(to_load))
-    states = dict(select.engine_states(chosen.state))
+    states = dict(select.find_engine_states(chosen.state))
     is_engine_known = engine is not None and any(one is engine for one in objects.values())
     its_state = None
     if engine is not None and not is_engine_known:
@@ -86,7 +86,7 @@ def find_beside(
 
 def _history_of(
     handler: Checkpoint,
-    chosen: select.Chosen,
+    chosen: select.SelectedCheckpoint,
     names: Sequence[str],
     engine_state: Mapping[str, Any] | None,
 ) -> tuple[Mapping[str, Any] | None, str]:
@@ -95,7 +95,7 @@ def _history_of(
     if isinstance(saved, Mapping) and ("_saved" in saved or "saved" in saved):
         return saved, "the handler's history is the checkpoint's"
     if engine_state is None:
-        found = dict(select.engine_states(chosen.state))
+        found = dict(select.find_engine_states(chosen.state))
         engine_state = next(iter(found.values())) if len(found) == 1 else {}
     length = engine_state.get("epoch_length")
     is_mid_epoch = bool(length and engine_state["iteration"] % length)

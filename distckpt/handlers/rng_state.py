@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 
 from ignite.engine import Engine, Events
 
+from distckpt._values import check_timeout
 from distckpt.backends.detect import current
 from distckpt.coordination import phases
 from distckpt.handlers import rng_generators
-from distckpt.handlers.arguments import check_timeout
 from distckpt.handlers.data_loaders import begins_by_reset, generators_in, is_of_data
 from distckpt.handlers.engine_events import after_event
 from distckpt.handlers.ignite_hooks import get_iterator
@@ -159,7 +159,7 @@ class RngState:
         self._mine = mine
         self._pass = mine.get("pass")
 
-    def distckpt_undo(self) -> Callable[[], None]:
+    def distckpt_rollback(self) -> Callable[[], None]:
         """Note what the generators are, before a load. Rank-local.
 
         Returns:

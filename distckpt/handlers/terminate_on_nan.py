@@ -7,10 +7,10 @@ from typing import Any
 from ignite.engine import Engine
 
 from distckpt._messages import log_level
+from distckpt._values import check_timeout
 from distckpt.backends.detect import current
 from distckpt.coordination.phases import HandlerId
 from distckpt.coordination.votes import Answer, Pending, VoteKind
-from distckpt.handlers.arguments import check_timeout
 from distckpt.handlers.engine_votes import Voter, check_schedule, mark_nonfinite, stop_reason, stop_run
 from distckpt.handlers.finite import PendingFlag, all_finite, describe_nonfinite, nonfinite_flag
 

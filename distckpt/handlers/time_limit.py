@@ -8,10 +8,10 @@ from typing import Any
 from ignite.engine import Engine
 
 from distckpt._messages import log_level
+from distckpt._values import check_timeout
 from distckpt.backends.detect import current
 from distckpt.coordination.phases import HandlerId
 from distckpt.coordination.votes import Answer, VoteKind
-from distckpt.handlers.arguments import check_timeout
 from distckpt.handlers.engine_votes import Voter, check_schedule, is_off_schedule, stop_reason, stop_run
 
 

@@ -1,92 +1,202 @@
-"""One load: the order of its hops.
+"""Load checkpoints into live objects: on all ranks together (:func:`load`, :func:`latest`), or on one rank alone.
 
-Owns the way from a path or a mapping to live objects. Must not know about engines.
+A load from a file:
 
-1. the file is opened once: what is verified is what is read.
-2. while it comes from storage its pickle is read, and tried on the objects; then all of it is compared with its
-   checksums. Nothing live is touched.
-3. what does not go straight into live tensors, and is still referred to, is read into memory of its own.
-4. the objects are loaded, and the rest is read into the live tensors' memory.
+1. open the file once, so that the bytes that are verified are the bytes that are read.
+2. verify the file, and meanwhile read its pickle and try it on the objects. No object is changed.
+3. read the data that does not go straight into live tensors.
+4. load the objects, and read the rest straight into their tensors.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from distckpt._threads import get_num_threads
+from distckpt._values import check_timeout
 from distckpt.backends.detect import current
 from distckpt.loading.report import LoadReport
-from distckpt.loading.restore import Prepared, prepare
+from distckpt.loading.restore import PreparedLoad, prepare
+from distckpt.loading.select import select_checkpoint, sort_newest_first
+from distckpt.loading.verify_on_ranks import LoadContext, RefusedCheckpoint, verify_on_all_ranks
 from distckpt.ptformat.reader import OpenCheckpoint
+from distckpt.ptformat.records import survey
 from distckpt.saving.capture import check_objects, refuse_sharded
 
-__all__ = ["LoadReport", "check_to_load", "load_objects"]
+__all__ = ["LoadReport", "check_to_load", "latest", "load", "load_objects"]
+
+
+def load(
+    objects: Mapping[str, Any],
+    path: str | os.PathLike[str],
+    *,
+    strict: bool = True,
+    verify: bool = True,
+    timeout_s: float | None = None,
+) -> LoadReport:
+    """Collective. Load a checkpoint into the objects of all ranks: on each rank all objects, or none.
+
+    1. (all ranks) verify the file; the ranks of a machine share the reading.
+    2. (all ranks) try the state on the objects. If it does not fit on one rank, no rank changes an object.
+    3. (all ranks) load the objects.
+
+    Args:
+        objects: objects with ``load_state_dict``, in nested mappings and lists. DistributedDataParallel, DataParallel
+            and torch.compile are unwrapped.
+        path: a file that distckpt or ``torch.save`` wrote; rank 0's counts.
+        strict: False to pass over missing and unexpected keys of modules.
+        verify: compare the file with its checksums. False if that was just done, as by :func:`latest`.
+        timeout_s: seconds to wait for the other ranks; None for ``DISTCKPT_TIMEOUT_S``, but at least 1800.
+
+    Returns:
+        The keys that were passed over on this rank; none if the load is strict.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        LoadError: the file is damaged, unsafe or unsupported, or does not fit; see its subclasses. On several ranks it
+            is a :class:`~distckpt.RemoteRankError` too, alike on every rank.
+        OSError: the file cannot be read.
+        PartialLoadError: the load failed in its last step; the objects that it names have to be loaded again.
+
+    Example:
+        >>> import tempfile
+        >>> import distckpt, torch
+        >>> model, twin = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save({"model": model.state_dict()}, f"{folder}/a.pt")
+        ...     distckpt.load({"model": twin}, f"{folder}/a.pt")
+        LoadReport(missing=(), unexpected=(), mismatched=())
+        >>> torch.equal(model.weight, twin.weight)
+        True
+    """
+    context = LoadContext(backend=current(), name="load", timeout_s=timeout_s)
+
+    def check_arguments() -> str:
+        check_timeout(timeout_s)
+        check_to_load(objects)
+        return str(Path(os.fspath(path)).expanduser())
+
+    location = Path(context.run_phase("checking the arguments", check_arguments)[0])
+    try:
+        file, state = verify_on_all_ranks(context, location, verify=verify)
+    except RefusedCheckpoint as refusal:
+        raise refusal.error from refusal.error.__cause__
+    states, prepared = [state], list[PreparedLoad]()
+    del state
+
+    def fit() -> None:
+        prepared.append(prepare(objects, states.pop(), {"strict": strict}, file if file.look() else None))
+        prepared[0].fill()
+
+    reports: list[LoadReport] = []
+    with file:
+        context.run_phase(f"fitting {location.name}", fit)
+        context.run_phase(f"loading {location.name}", lambda: reports.append(prepared[0].load()))
+    return reports[0]
+
+
+def latest(
+    directory: str | os.PathLike[str], *, ext: str = "pt", verify: bool = True, timeout_s: float | None = None
+) -> Path | None:
+    """Collective. Return the newest checkpoint in a directory that is whole, the same one on all ranks.
+
+    1. (rank 0) list the files, the newest first, as :func:`distckpt.resume` does: in the order of their saves, whatever
+       their names and modification times are.
+    2. (all ranks) verify one after another. A file that is damaged on some rank, or is not the same on all ranks, is
+       passed over on all ranks; a warning in the log says why.
+
+    Args:
+        directory: rank 0's counts. It need not exist.
+        ext: the files' extension, without the dot.
+        verify: compare the files with their checksums.
+        timeout_s: seconds to wait for the other ranks; None for ``DISTCKPT_TIMEOUT_S``, but at least 1800.
+
+    Returns:
+        The path; None if there are no files.
+
+    Raises:
+        LoadError: there are files, but none is whole; or a rank does not have a file that rank 0 has. Alike on every
+            rank.
+        OSError: the directory cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> import distckpt, torch
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     before = distckpt.latest(folder)
+        ...     torch.save({"model": {}}, f"{folder}/a.pt")
+        ...     before, distckpt.latest(folder).name
+        (None, 'a.pt')
+    """
+    context = LoadContext(backend=current(), name="latest", timeout_s=timeout_s)
+
+    def list_files() -> dict[str, Any]:
+        check_timeout(timeout_s)
+        folder = Path(os.fspath(directory)).expanduser()
+        files = survey(folder, ext, is_nested=False) if context.backend.rank == 0 else {}
+        return {"directory": str(folder), "names": sort_newest_first(folder, files)}
+
+    listing = context.run_phase("listing checkpoints", list_files)[0]
+    if not listing["names"]:
+        return None
+    selected = select_checkpoint(context, Path(listing["directory"]), listing["names"], verify=verify)
+    selected.file.close()
+    return selected.path
 
 
 def load_objects(
     to_load: Mapping[str, Any], checkpoint: str | Path | Mapping[str, Any], *, verify: bool = True, **kwargs: Any
 ) -> LoadReport:
-    """Load a checkpoint into live objects: all of them, or none. Rank-local; issues no collectives.
+    """Load a checkpoint into the objects of this rank: all of them, or none. Rank-local; issues no collectives.
 
     Args:
-        to_load: objects with ``load_state_dict``, in mappings and lists nested at will. DistributedDataParallel,
-            DataParallel and torch.compile are seen through.
+        to_load: objects with ``load_state_dict``, in nested mappings and lists.
         checkpoint: a path, or the mapping that was saved.
         verify: compare a file with its checksums first.
         kwargs: for ``nn.Module.load_state_dict``; modules only.
 
     Returns:
-        The keys that were left as they were; none, if the load is strict.
+        The keys that were passed over; none if the load is strict.
 
     Raises:
         TypeError: `checkpoint` is neither, or an object has no ``load_state_dict``.
-        ShardedStateError: an object holds sharded tensors, or the checkpoint does.
+        ShardedStateError: an object or the checkpoint holds sharded tensors.
         OSError: the file cannot be read.
         CorruptCheckpointError: the file is no checkpoint, is truncated or damaged.
-        UnsafeCheckpoint: the file holds objects that only execution could restore.
-        StateMismatchError: the checkpoint lacks an object, or an optimizer's groups differ (a ValueError too); a
-            module's keys or shapes differ (a RuntimeError too). It lists them all.
-        PartialLoadError: storage failed in the midst of reading into live tensors, or an object refused its state and
-            another one could not be put back.
+        UnsafeCheckpoint: loading the file would execute code.
+        StateMismatchError: the checkpoint lacks an object, or an optimizer's groups differ (a ValueError too); or a
+            module's keys or shapes differ (a RuntimeError too). It lists all of them.
+        PartialLoadError: storage failed while live tensors were read, or an object refused its state and another one
+            could not be restored.
     """
     if not isinstance(checkpoint, Mapping | str | Path):
-        msg = f"Argument checkpoint should be a string or a dictionary, but given {type(checkpoint)}"
-        raise TypeError(msg)
+        raise TypeError(f"Argument checkpoint should be a string or a dictionary, but given {type(checkpoint)}")
     check_to_load(to_load)
     if isinstance(checkpoint, Mapping):
         return prepare(to_load, checkpoint, kwargs).load()
-    with OpenCheckpoint(Path(checkpoint), num_threads=get_num_threads(current().world_size)) as file:
-        prepared = _prepared_and_verified(file, to_load, kwargs) if verify else None
+    backend = current()
+    with OpenCheckpoint(Path(checkpoint), num_threads=get_num_threads(backend.world_size)) as file:
+        prepared = None
+        if verify:
+            # Ranks of a machine that load at once begin at different offsets: each reads what the others have not.
+            with file.readahead_staggered(_spread(backend.local_rank)) as ahead:
+                try:
+                    prepared = prepare(to_load, file.state(), kwargs, file) if file.look() else None
+                except Exception:
+                    file.verify(ahead)  # damage is reported before a mismatch
+                    raise
+                file.verify(ahead)
         if prepared is None:
             prepared = prepare(to_load, file.state(), kwargs, file if file.look() else None)
         return prepared.load()
 
 
-def _prepared_and_verified(
-    file: OpenCheckpoint, to_load: Mapping[str, Any], options: Mapping[str, Any]
-) -> Prepared | None:
-    """Verify a file, and prepare its load while it comes from storage; None where the load has to wait for the check.
-
-    What is wrong with the file is told before what does not fit. Each rank of a machine begins at places of its own,
-    so that ranks that load at once read different bytes from storage, and find the others' in the page cache.
-    """
-    prepared = None
-    with file.readahead_staggered(_fraction_of(current().local_rank)) as ahead:
-        try:
-            if file.look():
-                prepared = prepare(to_load, file.state(), options, file)
-        except Exception:
-            file.verify(ahead)
-            raise
-        file.verify(ahead)
-    return prepared
-
-
-def _fraction_of(number: int) -> float:
-    """Return a place between 0 and 1, such that those of the first n numbers are spread evenly, whatever n is.
+def _spread(number: int) -> float:
+    """Return a fraction below 1, so that those of the first n numbers are spread evenly for every n.
 
     Example:
-        >>> [_fraction_of(number) for number in range(5)]
+        >>> [_spread(number) for number in range(5)]
         [0.0, 0.5, 0.25, 0.75, 0.125]
     """
     fraction, step = 0.0, 0.5
@@ -99,11 +209,10 @@ def check_to_load(to_load: object) -> None:
     """Check the argument ``to_load``.
 
     Raises:
-        TypeError: it is no mapping, or an object has no ``load_state_dict``.
+        TypeError: `to_load` is not a mapping, or an object has no ``load_state_dict``.
         ShardedStateError: an object holds sharded tensors.
     """
     if not isinstance(to_load, Mapping):
-        msg = f"Argument to_load should be a dictionary, but given {type(to_load)}"
-        raise TypeError(msg)
+        raise TypeError(f"Argument to_load should be a dictionary, but given {type(to_load)}")
     check_objects(dict(to_load), "load_state_dict")
     refuse_sharded(to_load)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from distckpt.loading.rollback import copied, is_same, load_own_state, own_state
+from distckpt.loading.rollback import copy_state, is_same, load_own_state, own_state
 
 __all__ = ["StateNote"]
 
@@ -64,11 +64,11 @@ class StateNote:
 def _noted(value: Any) -> Any:
     num_bytes = getattr(value, "nbytes", 0)
     is_large = isinstance(num_bytes, int) and num_bytes > _SMALL_BYTES
-    return _Mark(value) if is_large and (isinstance(value, torch.Tensor) or _is_array(value)) else copied(value)
+    return _Mark(value) if is_large and (isinstance(value, torch.Tensor) or _is_array(value)) else copy_state(value)
 
 
 def _live(value: Any) -> Any:
-    return value.value if isinstance(value, _Mark) else copied(value)
+    return value.value if isinstance(value, _Mark) else copy_state(value)
 
 
 def _map_leaves(value: Any, function: Any) -> Any:

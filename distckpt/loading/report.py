@@ -1,24 +1,22 @@
-"""What of a checkpoint fitted the objects, and what did not.
+"""Which keys a load passed over, and how the mismatches of several objects become one report or error.
 
-Owns the report of a load, and how several objects' misfits become one error. Must not know how they were found.
+A module of its own because both the dry run and the load need it.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from distckpt.errors import StateMismatchError, state_mismatch_error
-
-__all__ = ["LoadReport", "all_in_one", "joined"]
+from distckpt.errors import StateMismatchError, state_mismatch_error, type_names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadReport:
-    """What was left as it was by a load that is not strict.
+    """The keys that a load with ``strict=False`` passed over; false if there are none.
 
     Attributes:
-        missing: keys that an object has and the checkpoint lacks, behind the object's name: ``model.layer.bias``.
-        unexpected: keys that the checkpoint has for an object which lacks them.
-        mismatched: keys whose shape or kind is another one; torch refuses them, strict or not.
+        missing: keys that an object has and the checkpoint lacks, after the object's name: ``model.layer.bias``.
+        unexpected: keys that the checkpoint has and the object lacks.
+        mismatched: keys whose shape or type differs. torch refuses them, strict or not.
 
     Example:
         >>> LoadReport(missing=("model.bias",))
@@ -30,18 +28,18 @@ class LoadReport:
     mismatched: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        """Tell whether there is anything to report."""
+        """Return True if any key was passed over."""
         return bool(self.missing or self.unexpected or self.mismatched)
 
-    def under(self, name: str) -> "LoadReport":
-        """Return the same report, with an object's name before its keys."""
+    def with_prefix(self, name: str) -> "LoadReport":
+        """Return the report with an object's name before its keys."""
         kinds = (self.missing, self.unexpected, self.mismatched)
         missing, unexpected, mismatched = (tuple(f"{name}.{key}" if name else key for key in keys) for keys in kinds)
         return LoadReport(missing=missing, unexpected=unexpected, mismatched=mismatched)
 
 
-def joined(reports: Sequence[LoadReport | StateMismatchError]) -> LoadReport:
-    """Return one report of all."""
+def join_reports(reports: Sequence[LoadReport | StateMismatchError]) -> LoadReport:
+    """Return one report with the keys of all."""
     return LoadReport(
         missing=tuple(key for one in reports for key in one.missing),
         unexpected=tuple(key for one in reports for key in one.unexpected),
@@ -49,19 +47,16 @@ def joined(reports: Sequence[LoadReport | StateMismatchError]) -> LoadReport:
     )
 
 
-def all_in_one(found: Sequence[tuple[str, StateMismatchError]]) -> StateMismatchError:
-    """Make one error of all misfits.
+def join_mismatches(mismatches: Sequence[tuple[str, StateMismatchError]]) -> StateMismatchError:
+    """Return one error for one or more objects' errors, each given with the object's name.
 
-    Args:
-        found: at least one; each with the name of its object.
-
-    Returns:
-        The only one as it is; else an error that begins as the first does, lists all, and is of all their types.
+    A single error is returned as it is. The error of several begins as the first does, and is of all their types.
     """
-    (name, first), *others = found
+    (name, first), *others = mismatches
     if not others:
         return first
     lines = [f"{first} (that is {name!r})", *(f"{other!r}: {error}" for other, error in others)]
-    kinds = [base.__name__ for _, error in found for base in type(error).__mro__]
-    total = joined([error for _, error in found])
+    errors = [error for _, error in mismatches]
+    total = join_reports(errors)
+    kinds = [kind for error in errors for kind in type_names(error)]
     return state_mismatch_error("\n".join(lines), kinds, total.missing, total.unexpected, total.mismatched)

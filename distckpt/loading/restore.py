@@ -1,29 +1,28 @@
-"""State -> live objects: all of them, or none.
+"""Load a state into live objects: all of them, or none.
 
-Owns the order in which objects are loaded and how a failed load is undone. Must not know where the state came
-from.
+:func:`prepare` changes no object. It pairs each object with its state. Plain modules try theirs in a dry run, plain
+optimizers compare their groups. One error lists everything that does not fit. Then live tensors that can take their
+bytes straight from the file replace those of the state.
 
-:func:`prepare` touches nothing live: every object is paired with its state; plain modules (see
-:mod:`distckpt.loading.dry_run`) try theirs on a skeleton, plain optimizers compare their groups. All that does not fit
-is told in one error. Tensors of theirs that can take their bytes straight from a file stand in the state's place.
-:meth:`Prepared.fill` reads the rest, and :meth:`Prepared.load` changes the objects:
+:meth:`PreparedLoad.load` changes the objects:
 
-1. a copy is taken of the own state of every object that is not plain.
-2. these are loaded by their own ``load_state_dict``, then plain optimizers, then objects that gave no copy. If one
-   refuses, all that were loaded get back what they had.
-3. plain modules are loaded: they are known to fit, and no copy of them is made.
-4. the bytes that go straight into live tensors are read.
+1. copy the state of every object that is not plain, for a rollback.
+2. load these by their own ``load_state_dict``, then plain optimizers, then objects that gave no copy. If one refuses,
+   all objects that were loaded are rolled back.
+3. load plain modules: they are known to fit, so they need no copy.
+4. read the bytes that go straight into live tensors.
 """
 
 import functools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any
 
 import torch
 from torch import nn
 
-from distckpt._unwrap import unwrap
+from distckpt._unwrap import rename_for_module, unwrap
 from distckpt.errors import (
     LoadError,
     PartialLoadError,
@@ -32,58 +31,112 @@ from distckpt.errors import (
     state_mismatch_error,
     type_names,
 )
-from distckpt.loading.dry_run import Unsure, try_on_skeleton
+from distckpt.loading.dry_run import NotPredictable, try_load
 from distckpt.loading.inplace import (
-    Claim,
-    Unread,
-    claims_of_module,
-    claims_of_optimizer,
+    InplaceTarget,
+    drop_overlapping,
+    find_module_targets,
+    find_optimizer_targets,
     read_into,
-    with_tensors,
-    without_overlap,
+    replace_tensors,
 )
-from distckpt.loading.pairing import Misfits, Pair, check_complete, pair_up
 from distckpt.loading.plain_objects import is_plain_optimizer
-from distckpt.loading.report import LoadReport, all_in_one, joined
-from distckpt.loading.rollback import Undo, undo_of
+from distckpt.loading.report import LoadReport, join_mismatches, join_reports
+from distckpt.loading.rollback import make_rollback, own_state
+from distckpt.ptformat.reader import OpenCheckpoint
 from distckpt.saving.capture import whole_state
 from distckpt.saving.optimizer_guard import wait_for_deferred_copies
 from distckpt.saving.whole_objects import to_dtensors_like
 
-__all__ = ["Prepared", "check_complete", "prepare"]
+Mismatches = list[tuple[str, StateMismatchError]]
+"""Errors of objects that do not fit, each with the object's name."""
 
-_OWN_WAY, _OPTIMIZER, _NOT_COPIED, _PLAIN = range(4)
-"""When an object is loaded: the surest last, but for those that could not be put back."""
+
+class _Order(IntEnum):
+    """The order of loading: the surer a load is to succeed, the later, except for objects without a rollback."""
+
+    OWN_WAY = 0
+    OPTIMIZER = 1
+    WITHOUT_ROLLBACK = 2
+    PLAIN_MODULE = 3
 
 
 @dataclass(slots=True)
-class _Turn:
-    """One object, how it is loaded, what of its state is read straight into it, and what puts it back."""
+class _ObjectLoad:
+    """One object, its state under the object's own names, and how it is loaded.
+
+    Attributes:
+        name: the keys that lead to the object.
+        obj: the live object, unwrapped.
+        state: its state.
+        order: when it is loaded.
+        targets: its tensors that are read straight from the file.
+        report: keys that the dry run passed over.
+        rollback: restores the object; None if it cannot be restored, or need not be.
+    """
 
     name: str
     obj: Any
     state: Any
-    when: int
-    claims: list[Claim] = field(default_factory=list)
+    order: _Order = _Order.OWN_WAY
+    targets: list[InplaceTarget] = field(default_factory=list)
     report: LoadReport = field(default_factory=LoadReport)
-    undo: Undo | None = None
+    rollback: Callable[[], None] | None = None
 
-    def note(self, options: Mapping[str, Any]) -> None:
-        """Note what puts the object back; a plain module needs nothing, since its load does not fail."""
-        if self.when == _OPTIMIZER:  # its ``load_state_dict`` makes new ones: keeping the old is enough
+    def examine(self, options: dict[str, Any]) -> None:
+        """Find out whether the state fits, as far as that can be known.
+
+        Raises:
+            StateMismatchError: it does not fit.
+        """
+        if isinstance(self.obj, nn.Module):
+            try:
+                self.report = try_load(self.obj, self.state, options).with_prefix(self.name)
+            except NotPredictable:
+                return
+            except StateMismatchError as error:
+                keys = join_reports([error]).with_prefix(self.name)
+                raise state_mismatch_error(
+                    str(error), type_names(error), keys.missing, keys.unexpected, keys.mismatched
+                ) from error.__cause__
+            self.order = _Order.PLAIN_MODULE
+        elif isinstance(self.obj, torch.optim.Optimizer) and is_plain_optimizer(self.obj):
+            _check_groups(self.name, self.obj, self.state)
+            self.order = _Order.OPTIMIZER
+
+    def find_targets(self, file: OpenCheckpoint) -> list[InplaceTarget]:
+        if self.order is _Order.PLAIN_MODULE:
+            return find_module_targets(self.obj, self.state, file)
+        return find_optimizer_targets(self.obj, self.state, file) if self.order is _Order.OPTIMIZER else []
+
+    def prepare_rollback(self, options: Mapping[str, Any]) -> None:
+        if self.order is _Order.OPTIMIZER:  # its ``load_state_dict`` makes new containers: keep the old ones
             held = {"state": self.obj.state, "param_groups": self.obj.param_groups}
-            self.undo = functools.partial(vars(self.obj).update, held)
-        elif self.when == _OWN_WAY:
-            self.undo = undo_of(self.obj, options if isinstance(self.obj, nn.Module) else {})
-            self.when = _OWN_WAY if self.undo else _NOT_COPIED
+            self.rollback = functools.partial(vars(self.obj).update, held)
+        elif self.order is _Order.OWN_WAY:
+            self.rollback = make_rollback(self.obj, options if isinstance(self.obj, nn.Module) else {})
+            self.order = _Order.OWN_WAY if self.rollback else _Order.WITHOUT_ROLLBACK
 
-    def put_back(self) -> str:
-        """Give the object what it held; return why that is impossible, if it is."""
-        if self.undo is None:
-            return "its state_dict() gave no copy" if self.when == _NOT_COPIED else "it was not expected to refuse"
+    def load(self, options: Mapping[str, Any]) -> LoadReport:
+        if self.order is _Order.PLAIN_MODULE:
+            self.obj.load_state_dict(self.state, **options)
+            return self.report
+        state = to_dtensors_like(self.obj, self.state)
+        if not isinstance(self.obj, nn.Module):
+            self.obj.load_state_dict(state)
+            return LoadReport()
+        keys: Any = self.obj.load_state_dict(state, **options)
+        missing, unexpected = getattr(keys, "missing_keys", ()), getattr(keys, "unexpected_keys", ())
+        return LoadReport(missing=tuple(missing), unexpected=tuple(unexpected)).with_prefix(self.name)
+
+    def roll_back(self) -> str:
+        """Restore the object; return why that failed, or an empty string."""
+        if self.rollback is None:
+            is_module = self.order is _Order.PLAIN_MODULE
+            return "it was not expected to refuse" if is_module else "its state_dict() gave no copy"
         try:
-            self.undo()
-        except BaseException as error:  # noqa: BLE001 - a user's, or an interrupt: the others are put back all the same
+            self.rollback()
+        except BaseException as error:  # noqa: BLE001 - a user's code, or an interrupt: the others are rolled back too
             return f"{type(error).__name__}: {error}"
         return ""
 
@@ -92,195 +145,230 @@ def prepare(
     to_load: Mapping[str, Any],
     state: Any,
     module_options: Mapping[str, Any],
-    unread: Unread | None = None,
+    file: OpenCheckpoint | None = None,
     others: Iterable[tuple[Any, Any]] = (),
     only: Collection[Any] | None = None,
-) -> "Prepared":
-    """Find out whether `state` fits, and how it is to be loaded. Rank-local; issues no collectives, touches no object.
+) -> "PreparedLoad":
+    """Find out whether `state` fits, and how to load it. Rank-local; issues no collectives, changes no object.
 
     Args:
-        to_load: live objects, in mappings and lists nested at will.
-        state: their states, in a tree of the same shape; it may hold more. A single object's bare state dict
-            is accepted as it is.
-        module_options: keyword arguments of ``nn.Module.load_state_dict``, e.g. ``strict``.
-        unread: where the bytes are that the state's tensors do not hold yet; None if they hold all. The caller lets go
-            of the state before the load: what is still referred to is read.
+        to_load: live objects, in nested mappings and lists.
+        state: their states, in a tree of the same shape; it may hold more. A single object's bare state dict works too.
+        module_options: keyword arguments of ``nn.Module.load_state_dict``, such as ``strict``.
+        file: the file that holds the data of the state's tensors; None if they have it. The caller must drop its
+            reference to the state before the load: what nothing refers to is not read.
         others: more objects, each with its state; no modules or optimizers.
-        only: which objects of `to_load` are to be loaded; None for all.
+        only: the objects of `to_load` to load; None for all.
 
     Raises:
-        ShardedStateError: a state holds a tensor of which this rank has a part.
-        StateMismatchError: an object has no state, a list another length, an optimizer other groups (a ValueError
-            too), or a module other keys or shapes, or tensors that cannot be written to (a RuntimeError too). It tells
-            of all of them.
-        Exception: what else a module's ``load_state_dict`` raises.
+        ShardedStateError: a state holds a tensor that is sharded over ranks.
+        StateMismatchError: one or more objects have no state, or one that does not fit; it lists all of them. Also a
+            ValueError for missing objects, list lengths and optimizer groups, a RuntimeError for a module.
+        Exception: any other error of a module's ``load_state_dict``.
     """
     options = dict(module_options)
-    pairs, misfits = pair_up(to_load, state)
+    loads, mismatches = _pair_objects(to_load, state)
     if only is not None:
         wanted = {id(unwrap(obj)) for obj in only}
-        pairs = [one for one in pairs if id(one.obj) in wanted]
-    pairs = [*(Pair(type(obj).__name__, obj, its_state) for obj, its_state in others), *pairs]
-    pairs = [Pair(one.name, one.obj, whole_state(one.state, f"the checkpoint's {one.name!r}")) for one in pairs]
-    turns = [_examine(pair, options, misfits) for pair in pairs]
-    if misfits:
-        raise all_in_one(misfits)
-    if unread is not None and not options.get("assign"):
-        _claim(turns, unread)
-    return Prepared(turns, options, unread)
+        loads = [one for one in loads if id(one.obj) in wanted]
+    loads = [*(_ObjectLoad(type(obj).__name__, obj, its_state) for obj, its_state in others), *loads]
+    for one in loads:
+        one.state = whole_state(one.state, f"the checkpoint's {one.name!r}")
+    for one in loads:
+        try:
+            one.examine(options)
+        except StateMismatchError as error:
+            mismatches.append((one.name, error))
+    if mismatches:
+        raise join_mismatches(mismatches)
+    if file is not None and not options.get("assign"):
+        _use_targets(loads, file)
+    return PreparedLoad(loads, options, file)
 
 
-class Prepared:
-    """A load of which all is known that can be known. Made by :func:`prepare`; used once."""
+def _use_targets(loads: Sequence[_ObjectLoad], file: OpenCheckpoint) -> None:
+    """Let live tensors that take their bytes straight from the file replace the tensors of the states."""
+    proposed = [(one, target) for one in loads for target in one.find_targets(file)]
+    kept = {id(target) for target in drop_overlapping([target for _, target in proposed])}
+    for one in loads:
+        one.targets = [target for owner, target in proposed if owner is one and id(target) in kept]
+        if one.targets:
+            one.state = replace_tensors(one.state, ((target.path, target.live) for target in one.targets))
 
-    def __init__(self, turns: list[_Turn], options: dict[str, Any], unread: Unread | None) -> None:
-        self._turns = turns
+
+class PreparedLoad:
+    """A load that fits, as far as that can be known. Made by :func:`prepare`; used once."""
+
+    def __init__(self, loads: list[_ObjectLoad], options: dict[str, Any], file: OpenCheckpoint | None) -> None:
+        self._loads = loads
         self._options = options
-        self._unread = unread
+        self._file = file
 
     def fill(self) -> None:
-        """Read what is not to go straight into live tensors. Touches no object.
+        """Read the data that does not go straight into live tensors. Changes no object.
 
         Raises:
-            OSError: it cannot be read.
+            OSError: the file cannot be read.
         """
-        if self._unread is not None:
-            self._unread.fill()
+        if self._file is not None:
+            self._file.fill()
 
     def load(self) -> LoadReport:
         """Load all objects, or none.
 
         Returns:
-            What was left as it was; nothing, if the load is strict.
+            The keys that were passed over; none if the load is strict.
 
         Raises:
-            PartialLoadError: the bytes of live tensors could not be read, twice, or an object refused and others
-                cannot be put back. The objects that it names have to be loaded again.
-            Exception: what an object's own ``load_state_dict`` raises. No live object is left changed.
+            PartialLoadError: reading into live tensors failed twice, or an object refused its state and others could
+                not be rolled back. The objects that it names have to be loaded again.
+            Exception: an object's ``load_state_dict`` raised it. No object was changed.
         """
         self.fill()
-        wait_for_deferred_copies()  # what is being saved is the state of before
-        for turn in self._turns:  # a metric of somebody's may gather here: before any object can refuse
-            turn.note(self._options)
-        self._turns.sort(key=lambda turn: turn.when)
-        begun: list[_Turn] = []
+        wait_for_deferred_copies()  # a save under way gets the state of before
+        for one in self._loads:  # before any object can refuse: a user's metric may gather here
+            one.prepare_rollback(self._options)
+        self._loads.sort(key=lambda one: one.order)
+        begun: list[_ObjectLoad] = []
         reports = []
         try:
-            for turn in self._turns:
-                begun.append(turn)
-                reports.append(self._load_one(turn))
-            self._read_the_rest()
+            for one in self._loads:
+                begun.append(one)
+                reports.append(one.load(self._options))
+            self._read_in_place()
         except BaseException as error:
-            lost = [(turn.name, why) for turn in reversed(begun) if (why := turn.put_back())]
-            back = [repr(turn.name) for turn in begun if turn.when == _OWN_WAY and turn.name not in dict(lost)]
-            if back:
-                error.add_note(
-                    f"Put back by their own load_state_dict(): {', '.join(back)}. What their state_dict() does not "
-                    "mention is as that left it."
-                )
-            if lost and not isinstance(error, PartialLoadError):
-                _tell_lost(error, lost)
+            _roll_back(begun, error)
             raise
-        return joined(reports)
+        return join_reports(reports)
 
-    def _load_one(self, turn: _Turn) -> LoadReport:
-        state = turn.state if turn.when == _PLAIN else to_dtensors_like(turn.obj, turn.state)
-        if not isinstance(turn.obj, nn.Module):
-            turn.obj.load_state_dict(state)
-            return LoadReport()
-        told = turn.obj.load_state_dict(state, **self._options)
-        if turn.when == _PLAIN:
-            return turn.report
-        missing, unexpected = getattr(told, "missing_keys", ()), getattr(told, "unexpected_keys", ())
-        return LoadReport(missing=tuple(missing), unexpected=tuple(unexpected)).under(turn.name)
-
-    def _read_the_rest(self) -> None:
-        claims = [claim for turn in self._turns for claim in turn.claims]
-        if not claims or self._unread is None:
+    def _read_in_place(self) -> None:
+        targets = [target for one in self._loads for target in one.targets]
+        if not targets or self._file is None:
             return
-        for is_last in (False, True):  # the same bytes were read a moment ago
+        for is_last in (False, True):  # a second try: the same bytes could be read a moment ago
             try:
                 with torch.no_grad():
-                    read_into(claims, self._unread)
+                    read_into(targets, self._file)
             except (OSError, LoadError) as error:
                 if is_last:
-                    names = ", ".join(turn.name for turn in self._turns if turn.claims or turn.when == _PLAIN)
+                    names = ", ".join(
+                        one.name for one in self._loads if one.targets or one.order is _Order.PLAIN_MODULE
+                    )
                     msg = (
                         f"reading failed after everything had been verified: {error}. Of {names} some tensors hold the "
-                        "old values and some the new ones: load them again, from this or another checkpoint. All else "
-                        "is as it was."
+                        "old values and some the new ones: load them again, from this or another checkpoint. All other "
+                        "objects are unchanged."
                     )
                     raise partial_load_error(msg, type_names(error)) from error
             else:
                 return
 
 
-def _tell_lost(error: BaseException, lost: Sequence[tuple[str, str]]) -> None:
-    """Say which objects could not be put back.
+def _roll_back(begun: Sequence[_ObjectLoad], error: BaseException) -> None:
+    """Restore the objects whose load has begun, and say in the error which ones.
 
     Raises:
-        PartialLoadError: of the type of `error` too; unless that is an interrupt, which gets a note.
+        PartialLoadError: some could not be restored; also of the type of `error`. An interrupt gets a note instead.
     """
-    told = "; ".join(f"{name!r} could not be put back ({why})" for name, why in lost)
-    msg = f"{error}. {told}: load it again, from this or another checkpoint. All else is as it was."
-    if not isinstance(error, Exception):
-        error.add_note(msg)
+    failed = {one.name: why for one in reversed(begun) if (why := one.roll_back())}
+    restored = [repr(one.name) for one in begun if one.order is _Order.OWN_WAY and one.name not in failed]
+    if restored:
+        error.add_note(
+            f"Restored by their own load_state_dict(): {', '.join(restored)}. Their attributes that state_dict() does "
+            "not return may have changed."
+        )
+    if not failed or isinstance(error, PartialLoadError):
         return
-    raise partial_load_error(msg, type_names(error)) from error
+    reasons = "; ".join(f"{name!r} could not be restored ({why})" for name, why in failed.items())
+    msg = f"{error}. {reasons}: load it again, from this or another checkpoint. All other objects are unchanged."
+    if isinstance(error, Exception):
+        raise partial_load_error(msg, type_names(error)) from error
+    error.add_note(msg)
 
 
-def _examine(pair: Pair, options: dict[str, Any], misfits: Misfits) -> _Turn:
-    """Find out whether a state fits, as far as that can be known."""
-    turn = _Turn(pair.name, pair.obj, pair.state, _OWN_WAY)
+def check_complete(to_load: Mapping[str, Any], state: Any) -> None:
+    """Refuse a state that lacks some of the objects. Rank-local; issues no collectives, changes no object.
+
+    Raises:
+        StateMismatchError: an object has no state, or a list another length; a ValueError too.
+    """
+    _, mismatches = _pair_objects(to_load, state)
+    if mismatches:
+        raise join_mismatches(mismatches)
+
+
+def _pair_objects(to_load: Mapping[str, Any], state: Any) -> tuple[list[_ObjectLoad], Mismatches]:
+    """Find each object's state; return the pairs, and an error for each object or list without one."""
+    loads: list[_ObjectLoad] = []
+    mismatches: Mismatches = []
+    if len(to_load) == 1:
+        ((key, obj),) = to_load.items()
+        if not isinstance(state, Mapping) or key not in state or _is_bare(obj, state, key):
+            _walk(key, obj, state, loads, mismatches)
+            return loads, mismatches
+    _walk("", dict(to_load), state, loads, mismatches)
+    return loads, mismatches
+
+
+def _is_bare(obj: Any, state: Mapping[str, Any], key: str) -> bool:
+    """Return True if `state` is a single object's bare state that happens to hold `key`, not a mapping of states."""
+    inner = state[key]
+    if isinstance(obj, Mapping):
+        is_inner = isinstance(inner, Mapping) and obj.keys() <= inner.keys()
+        return obj.keys() <= state.keys() and not is_inner
+    if isinstance(obj, torch.optim.Optimizer):
+        return "param_groups" in state and not (isinstance(inner, Mapping) and "param_groups" in inner)
+    if isinstance(inner, Mapping) or not hasattr(obj, "load_state_dict"):
+        return False
+    if isinstance(obj, nn.Module):
+        return True
     try:
-        if isinstance(pair.obj, nn.Module):
-            turn.report = try_on_skeleton(pair.obj, pair.state, options).under(pair.name)
-            turn.when = _PLAIN
-        elif isinstance(pair.obj, torch.optim.Optimizer) and is_plain_optimizer(pair.obj):
-            _check_groups(pair)
-            turn.when = _OPTIMIZER
-    except Unsure:
-        pass
-    except StateMismatchError as error:
-        its = joined([error]).under(pair.name)
-        kinds = [base.__name__ for base in type(error).__mro__]
-        named = state_mismatch_error(str(error), kinds, its.missing, its.unexpected, its.mismatched)
-        named.__cause__ = error.__cause__
-        misfits.append((pair.name, named))
-    return turn
+        return isinstance(own_state(obj), Mapping)  # else the item at the key is such a state
+    except Exception:  # noqa: BLE001 - a user's code; ignite takes the item at the key
+        return False
 
 
-def _claim(turns: Sequence[_Turn], unread: Unread) -> None:
-    """Find out which tensors are read straight into live ones, and put these in their place."""
-    proposed: list[tuple[_Turn, Claim]] = []
-    for turn in turns:
-        if turn.when == _PLAIN:
-            proposed += [(turn, claim) for claim in claims_of_module(turn.obj, turn.state, unread)]
-        elif turn.when == _OPTIMIZER:
-            proposed += [(turn, claim) for claim in claims_of_optimizer(turn.obj, turn.state, unread)]
-    good = {id(claim) for claim in without_overlap([claim for _, claim in proposed])}
-    for turn, claim in proposed:
-        if id(claim) in good:
-            turn.claims.append(claim)
-    for turn in turns:
-        if turn.claims:
-            turn.state = with_tensors(turn.state, ((claim.path, claim.live) for claim in turn.claims))
+def _walk(name: str, obj: Any, state: Any, loads: list[_ObjectLoad], mismatches: Mismatches) -> None:
+    if hasattr(obj, "load_state_dict"):
+        inner = unwrap(obj)
+        state = rename_for_module(inner, state) if isinstance(inner, nn.Module) else state
+        loads.append(_ObjectLoad(name, inner, state))
+        return
+    if isinstance(obj, Mapping) and isinstance(state, Mapping):
+        for key, item in obj.items():
+            path = f"{name}.{key}".lstrip(".")
+            if key in state:
+                _walk(path, item, state[key], loads, mismatches)
+                continue
+            msg = f"Key '{key}' from x is not found in y: {state.keys()}"
+            mismatches.append((path, state_mismatch_error(msg, ["ValueError"], missing=[path])))
+        return
+    if isinstance(obj, Sequence) and isinstance(state, Sequence) and not isinstance(state, str | bytes):
+        if len(obj) == len(state):
+            for index, (item, its_state) in enumerate(zip(obj, state, strict=True)):
+                _walk(f"{name}[{index}]", item, its_state, loads, mismatches)
+            return
+        msg = f"Size of y: {len(state)} does not match the size of x: '{len(obj)}'"
+    else:
+        where = repr(name or "its top")
+        msg = f"Argument to_load holds {type(obj)} at {where}, but the checkpoint holds {type(state)} there"
+    mismatches.append((name, state_mismatch_error(msg, ["ValueError"], mismatched=[name])))
 
 
-def _check_groups(pair: Pair) -> None:
+def _check_groups(name: str, optimizer: torch.optim.Optimizer, state: Any) -> None:
     """Compare what ``Optimizer.load_state_dict`` compares, before anything is changed.
 
     Raises:
         StateMismatchError: it would refuse the state; a ValueError too.
     """
-    groups = pair.state.get("param_groups") if isinstance(pair.state, Mapping) else None
-    if not isinstance(groups, Sequence) or not isinstance(pair.state.get("state"), Mapping):
-        msg = f"the checkpoint's {pair.name!r} is no optimizer's state: it lacks 'state' or 'param_groups'"
-        raise state_mismatch_error(msg, ["ValueError"], mismatched=["param_groups"])
-    ours, theirs = ([len(group["params"]) for group in one] for one in (pair.obj.param_groups, groups))
-    if ours != theirs:
-        told = "has a different number of parameter groups"
-        if len(ours) == len(theirs):
-            told = "contains a parameter group that doesn't match the size of optimizer's group"
-        msg = f"loaded state dict {told} ({pair.name!r}: the checkpoint's hold {theirs}, the optimizer's {ours})"
-        raise state_mismatch_error(msg, ["ValueError"], mismatched=["param_groups"])
+    groups = state.get("param_groups") if isinstance(state, Mapping) else None
+    if not isinstance(groups, Sequence) or not isinstance(state.get("state"), Mapping):
+        msg = f"the checkpoint's {name!r} is not an optimizer's state: it lacks 'state' or 'param_groups'"
+        raise state_mismatch_error(msg, ["ValueError"], mismatched=[f"{name}.param_groups".lstrip(".")])
+    own, given = ([len(group["params"]) for group in one] for one in (optimizer.param_groups, groups))
+    if own != given:
+        what = "has a different number of parameter groups"
+        if len(own) == len(given):
+            what = "contains a parameter group that doesn't match the size of optimizer's group"
+        msg = f"loaded state dict {what} ({name!r}: the checkpoint's groups hold {given}, the optimizer's {own})"
+        raise state_mismatch_error(msg, ["ValueError"], mismatched=[f"{name}.param_groups".lstrip(".")])

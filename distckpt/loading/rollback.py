@@ -1,7 +1,6 @@
-"""What an object's own ``state_dict()`` said before it was loaded, to be put back by its own ``load_state_dict``.
+"""Rollback of a failed load: a copy of an object's ``state_dict()``, which its ``load_state_dict()`` restores.
 
-Owns the copy of a state, and the way back. Taking a copy never fails: what has none cannot be put back, and is loaded
-when little is left that can fail. Must not know what is loaded, or in which order.
+Making the copy never fails. An object without a copy cannot be restored, so it is loaded when little can fail any more.
 """
 
 import array
@@ -16,87 +15,66 @@ from torch import nn
 
 from distckpt.loading.plain_objects import has_memory
 
-__all__ = ["Undo", "copied", "is_same", "load_own_state", "own_state", "undo_of"]
-
-Undo = Callable[[], None]
-
 _RANK_LOCAL = ("_state_dict_per_rank", "_load_state_dict_per_rank")
-"""An ignite metric's own: its ``state_dict()`` gathers them, which only all ranks together can do."""
-_KINDS = (torch.Tensor, nn.Parameter, nn.Buffer)
+"""An ignite metric's methods. Its ``state_dict()`` gathers the ranks' states, which only all ranks together can do."""
+_TENSOR_TYPES = (torch.Tensor, nn.Parameter, nn.Buffer)
 _COMPARED = (bool, int, float, complex, str, bytes, set)
 _CONTAINERS = (dict, list, deque, set, bytearray, array.array)
 
 
-def undo_of(obj: Any, options: Mapping[str, Any]) -> Undo | None:
-    """Copy what an object's ``state_dict()`` says; costs a copy of its tensors.
+def make_rollback(obj: Any, options: Mapping[str, Any]) -> Callable[[], None] | None:
+    """Copy an object's state, and return the function that restores it; None if no copy can be made.
 
     Args:
-        obj: the object; one whose class has ``distckpt_undo()`` has a way of its own.
-        options: keyword arguments for its ``load_state_dict``.
-
-    Returns:
-        What puts it back, and raises if it cannot; None if there is no copy.
+        obj: the object; its class may have a method ``distckpt_rollback()`` that returns such a function.
+        options: keyword arguments of its ``load_state_dict``.
     """
     try:
-        if hasattr(type(obj), "distckpt_undo"):  # what it loads lies outside of it, as with RngState
-            undo: Undo = obj.distckpt_undo()
-            return undo
-        states = [(_copy(own_state(obj), {}), {key: options[key] for key in options if key != "assign"})]
-        if options.get("assign"):  # before what they held, the tensors themselves: an optimizer may have them
+        if hasattr(type(obj), "distckpt_rollback"):  # it loads state that is not its own, as RngState does
+            rollback: Callable[[], None] = obj.distckpt_rollback()
+            return rollback
+        states = [(copy_state(own_state(obj)), {key: options[key] for key in options if key != "assign"})]
+        if options.get("assign"):  # first assign the former tensors themselves: an optimizer may hold them
             states.insert(0, (obj.state_dict(keep_vars=True), dict(options)))
-        return functools.partial(_put_back, obj, states)
-    except Exception:  # noqa: BLE001 - it is a user's; the load itself may well succeed
+        return functools.partial(_restore, obj, states)
+    except Exception:  # noqa: BLE001 - a user's code; the load itself may succeed
         return None
 
 
 def own_state(obj: Any) -> Any:
-    """Return an object's state as this rank has it. Rank-local where that can be known."""
+    """Return an object's state of this rank. Rank-local where that can be known."""
     return getattr(obj, _RANK_LOCAL[0])() if _is_gathered(obj) else obj.state_dict()
 
 
-def load_own_state(obj: Any, state: Any) -> None:
-    """Load what :func:`own_state` returned. Rank-local where that can be known."""
-    getattr(obj, _RANK_LOCAL[1] if _is_gathered(obj) else "load_state_dict")(state)
-
-
-def copied(value: Any) -> Any:
-    """Copy tensors, arrays and containers; keep all other objects as they are.
-
-    Raises:
-        ValueError: a tensor has no memory.
-    """
-    return _copy(value, {})
-
-
-def is_same(one: Any, other: Any) -> bool:
-    """Compare dense tensors, containers and numbers; of other objects nothing is known, and they are taken as equal."""
-    return _is_same(one, other, {})
+def load_own_state(obj: Any, state: Any, **options: Any) -> None:
+    """Load a state that :func:`own_state` returned. Rank-local where that can be known."""
+    getattr(obj, _RANK_LOCAL[1] if _is_gathered(obj) else "load_state_dict")(state, **options)
 
 
 def _is_gathered(obj: Any) -> bool:
     return all(hasattr(type(obj), name) for name in _RANK_LOCAL)
 
 
-def _put_back(obj: Any, states: Sequence[tuple[Any, Mapping[str, Any]]]) -> None:
-    load, refused = getattr(obj, _RANK_LOCAL[1] if _is_gathered(obj) else "load_state_dict"), None
+def _restore(obj: Any, states: Sequence[tuple[Any, Mapping[str, Any]]]) -> None:
+    refusal = None
     for state, options in states:
         try:
-            load(state, **options)
-        except Exception as error:  # noqa: BLE001 - it may have refused what it had not changed
-            refused = error
-    if not _is_same(own_state(obj), states[-1][0], {}):
-        msg = "its load_state_dict() does not restore what its state_dict() said"
-        raise refused or ValueError(msg)
+            load_own_state(obj, state, **options)
+        except Exception as error:  # noqa: BLE001 - it may refuse a state that is unchanged
+            refusal = error
+    if not is_same(own_state(obj), states[-1][0]):
+        raise refusal or ValueError("its load_state_dict() does not restore what its state_dict() returned")
 
 
-def _is_same(one: Any, other: Any, done: dict[tuple[int, int], Any]) -> bool:
-    """Compare dense tensors, containers and numbers; of other objects nothing is known.
+def is_same(one: Any, other: Any, done: dict[tuple[int, int], Any] | None = None) -> bool:
+    """Return True if two states are equal. Objects of unknown types count as equal.
 
     Args:
-        one: an object.
-        other: another one.
-        done: pairs of containers that are compared already, or now: they may stand in many places, or in themselves.
+        one: dense tensors, containers and numbers.
+        other: the state to compare with.
+        done: pairs of containers that are compared already, or now: a container may contain itself.
     """
+    done = {} if done is None else done
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and one is not other:
         if one.shape != other.shape or one.layout is not torch.strided or one.is_nested:
             return one.shape == other.shape
@@ -104,50 +82,60 @@ def _is_same(one: Any, other: Any, done: dict[tuple[int, int], Any]) -> bool:
     if isinstance(one, Mapping | list | tuple | deque):
         if (id(one), id(other)) in done:
             return True
-        done[id(one), id(other)] = one, other  # so that no other gets their identities
+        done[id(one), id(other)] = one, other  # keeps both alive, so that no other object gets their identity
         if isinstance(one, Mapping) and isinstance(other, Mapping):
-            return one.keys() == other.keys() and all(_is_same(one[key], other[key], done) for key in one)
+            return one.keys() == other.keys() and all(is_same(one[key], other[key], done) for key in one)
         if isinstance(one, list | tuple | deque):
             pairs = zip(one, other, strict=False)
-            return len(one) == len(other) and all(_is_same(its, others, done) for its, others in pairs)
+            return len(one) == len(other) and all(is_same(first, second, done) for first, second in pairs)
     return one is other or type(one) not in _COMPARED or bool(one == other or (one != one and other != other))  # noqa: PLR0124
 
 
-def _copy(value: Any, done: dict[int, Any]) -> Any:
-    """Copy tensors, arrays and containers; keep all other objects as they are."""
+def copy_state(value: Any, done: dict[int, Any] | None = None) -> Any:
+    """Copy tensors, arrays and containers; keep other objects as they are.
+
+    Args:
+        value: a state.
+        done: what was copied already, by identity.
+
+    Raises:
+        ValueError: a tensor has no memory.
+    """
+    done = {} if done is None else done
     if id(value) not in done:
-        done[id(value)] = value, _new(value, done)  # the value too, so that no other gets its identity
+        done[id(value)] = value, _copy_new(value, done)  # keeps the value alive too, for its identity
     return done[id(value)][1]
 
 
-def _new(value: Any, done: dict[int, Any]) -> Any:
+def _copy_new(value: Any, done: dict[int, Any]) -> Any:
     if isinstance(value, torch.Tensor):
-        return _copy_of_tensor(value)
+        return _copy_tensor(value)
     if isinstance(value, tuple):
-        items = [_copy(item, done) for item in value]
+        items = [copy_state(item, done) for item in value]
         return value._make(items) if hasattr(value, "_make") else type(value)(items)
     if not isinstance(value, _CONTAINERS) and not hasattr(type(value), "__array_interface__"):
         return value
-    twin: Any = copy.copy(value)  # with its attributes, such as a module's ``_metadata``
-    done[id(value)] = value, twin  # it may hold itself
-    its: Any = value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list | deque) else ())
-    for key, item in its:
-        twin[key] = _copy(item, done)
+    twin: Any = copy.copy(value)  # keeps attributes, such as a module's ``_metadata``
+    done[id(value)] = value, twin  # it may contain itself
+    pairs: Any = value.items() if isinstance(value, dict) else ()
+    if isinstance(value, list | deque):
+        pairs = enumerate(value)
+    for key, item in pairs:
+        twin[key] = copy_state(item, done)
     return twin
 
 
-def _copy_of_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Copy a tensor, but not all of a storage that it is a small part of, nor one element many times.
+def _copy_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor's elements: not a whole storage of which it is a part, and no expanded element twice.
 
     Raises:
         ValueError: there is nothing to copy.
     """
-    is_strided = type(tensor) in _KINDS and tensor.layout is torch.strided and not tensor.is_nested
+    is_strided = type(tensor) in _TENSOR_TYPES and tensor.layout is torch.strided and not tensor.is_nested
     if nn.parameter.is_lazy(tensor) or (is_strided and not has_memory(tensor)):
-        msg = "it has no shape yet, or no memory any more"
-        raise ValueError(msg)
+        raise ValueError("the tensor has no shape yet, or no memory any more")
     if not is_strided or tensor.is_quantized:
-        return copy.deepcopy(tensor) if type(tensor) not in _KINDS or is_strided else tensor.detach().clone()
+        return copy.deepcopy(tensor) if type(tensor) not in _TENSOR_TYPES or is_strided else tensor.detach().clone()
     repeated = [size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
     part = tensor.detach()[tuple(slice(0, 1) if one else slice(None) for one in repeated)]
     twin = part.clone().expand(tensor.shape)

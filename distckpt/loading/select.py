@@ -1,17 +1,10 @@
-"""Which checkpoint to go on from: the newest that is whole, the same one on all ranks.
+"""Select the newest checkpoint that is whole, the same one on all ranks.
 
-Owns the order of candidates, and what is said when none will do. How one is looked at lies in
-:mod:`distckpt.loading.verify_on_ranks`. Must not know about engines (but for the keys of their states) or handlers.
-
-The protocol, after the coordinator has listed the candidates:
-
-1. (coordinator) :func:`newest_first` orders them. Those whose manifests have a record come in the order in which they
-   were saved; names, iterations and modification times have no part in it. After them come those without a record, the
-   highest iteration recorded inside first; modification times decide between equals only, since copies (``cp``,
-   ``rsync``, a restored backup) change them. What cannot be looked into comes before all others, so that a damaged
-   newest one is never passed over without a word.
-2. (all ranks) :func:`first_whole`: all ranks look at each one in turn, and hear what is wrong with it, and where; it is
-   refused, or taken, on all of them alike.
+1. (coordinator) :func:`sort_newest_first` orders the files. Unreadable files come first, so that a damaged newest file
+   is never skipped silently. Then come files whose manifests have a record, in the order of their saves; names,
+   iterations and modification times do not count. Then come files without a record, the highest iteration first.
+   Modification times break ties only, because copies (``cp``, ``rsync``, a restored backup) change them.
+2. (all ranks) :func:`select_checkpoint` verifies one file after another on all ranks, until one is whole on all.
 """
 
 import contextlib
@@ -20,36 +13,32 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from distckpt._messages import ignore_warnings, log_level
-from distckpt.backends.base import Backend
 from distckpt.errors import LoadError
-from distckpt.loading.verify_on_ranks import Candidate
+from distckpt.loading.verify_on_ranks import LoadContext, RefusedCheckpoint, verify_on_all_ranks
 from distckpt.ptformat.reader import OpenCheckpoint
+from distckpt.ptformat.records import Record
 from distckpt.ptformat.torch_format import read_pt
 
-__all__ = ["Chosen", "engine_states", "first_whole", "iteration_of", "newest_first"]
-
 _logger = logging.getLogger(__name__)
-_LEVELS = 4
+_MAX_DEPTH = 4
 
 
 @dataclass(slots=True, kw_only=True)
-class Chosen:
-    """The checkpoint to go on from.
+class SelectedCheckpoint:
+    """The checkpoint to load.
 
     Attributes:
-        path: where it lies.
-        name: the path in the directory that was searched.
-        file: the same, held open: what was verified is what is read. To be closed by who takes it.
-        state: what it holds, on the CPU; its tensors may be unread. None once the objects have been paired with it:
-            what is still referred to is read.
-        iteration: how far the run was; -1 where that is unknown.
-        refused: the names of the newer ones that are not whole, each with the reason.
+        path: the file's path.
+        name: the path within the directory that was searched.
+        file: the open file, which the caller has to close: the bytes that were verified are the bytes that are read.
+        state: the state, on the CPU; its tensors may have no data yet. None once the objects are paired with it.
+        iteration: the engine's iteration; -1 if it is unknown.
+        refused: the newer files that are not whole, by name, each with the reason.
     """
 
     path: Path
@@ -60,14 +49,11 @@ class Chosen:
     refused: Mapping[str, str]
 
 
-def engine_states(state: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Mapping[str, Any]]]:
-    """Find what looks like the state of an engine: a mapping with ``iteration`` and ``epoch_length``.
-
-    Yields:
-        Where in the checkpoint it lies, and the mapping.
+def find_engine_states(state: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Mapping[str, Any]]]:
+    """Yield the path and the mapping of each engine's state: a mapping with ``iteration`` and ``epoch_length``.
 
     Example:
-        >>> [path for path, _ in engine_states({"model": {}, "trainer": {"iteration": 7, "epoch_length": 5}})]
+        >>> [path for path, _ in find_engine_states({"model": {}, "trainer": {"iteration": 7, "epoch_length": 5}})]
         [('trainer',)]
     """
     if isinstance(state, Mapping):
@@ -79,118 +65,104 @@ def engine_states(state: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tupl
         items = list(enumerate(state))
     else:
         return
-    if len(path) < _LEVELS:
+    if len(path) < _MAX_DEPTH:
         for key, item in items:
-            yield from engine_states(item, (*path, key))
+            yield from find_engine_states(item, (*path, key))
 
 
-def iteration_of(state: Any, path: tuple[Any, ...] | None = None) -> int:
-    """Return how far the run was that a checkpoint is of; -1 where that is unknown.
-
-    Args:
-        state: the checkpoint.
-        path: where the state of the engine that counts is to be found; else the one that is furthest counts.
-    """
-    found = {where: int(one["iteration"]) for where, one in engine_states(state)}
+def get_iteration(state: Any, path: tuple[Any, ...] | None = None) -> int:
+    """Return a checkpoint's iteration: the engine's at `path`, else the highest of all engines; -1 if there is none."""
+    found = {where: int(engine["iteration"]) for where, engine in find_engine_states(state)}
     if path is not None and path in found:
         return found[path]
     return max(found.values(), default=-1)
 
 
-def newest_first(
-    paths: Sequence[Path],
-    progress: Callable[[Any], int],
-    recorded: Mapping[Path, tuple[float, str, int]] = MappingProxyType({}),
-) -> list[Path]:
-    """Order checkpoints, newest first. Rank-local; issues no collectives.
+def sort_newest_first(
+    directory: Path, files: Mapping[str, Record | None], engine_path: tuple[Any, ...] | None = None
+) -> list[str]:
+    """Return the names of `files` in `directory`, newest first; see step 1 above. Rank-local; issues no collectives.
 
     Args:
-        paths: the candidates.
-        progress: takes what a file holds (its tensors not read), returns the iteration.
-        recorded: of the files that have a record, by what they are ordered: the highest is the newest.
+        directory: the checkpoints' directory.
+        files: the names, each with the file's record.
+        engine_path: the keys of the trainer's state; None if they are unknown.
     """
-    mtimes_ns: dict[Path, int] = {}
-    for path in paths:
+    mtimes_ns: dict[str, int] = {}
+    for name in files:
         with contextlib.suppress(FileNotFoundError):  # removed since it was listed
-            mtimes_ns[path] = path.stat().st_mtime_ns
-    if len(mtimes_ns) < 2:  # noqa: PLR2004 - nothing to order
+            mtimes_ns[name] = (directory / name).stat().st_mtime_ns
+    if len(mtimes_ns) <= 1:
         return list(mtimes_ns)
-    others = {path: (_peek(path, progress), at, path.name) for path, at in mtimes_ns.items() if path not in recorded}
-    unread = [path for path, key in others.items() if key[0] == math.inf]
-    known = sorted(recorded.keys() & mtimes_ns.keys(), key=lambda path: recorded[path], reverse=True)
-    return [
-        *sorted(unread, key=lambda path: others[path], reverse=True),
-        *known,
-        *sorted(others.keys() - set(unread), key=lambda path: others[path], reverse=True),
-    ]
+    orders = {name: record.order for name, record in files.items() if record is not None and name in mtimes_ns}
+    keys = {
+        name: (_read_iteration(directory / name, engine_path), mtime_ns, Path(name).name)
+        for name, mtime_ns in mtimes_ns.items()
+        if name not in orders
+    }
+    unrecorded = sorted(keys, key=lambda name: keys[name], reverse=True)
+    num_unreadable = sum(iteration == math.inf for iteration, _, _ in keys.values())
+    recorded = sorted(orders, key=lambda name: orders[name], reverse=True)
+    return [*unrecorded[:num_unreadable], *recorded, *unrecorded[num_unreadable:]]
 
 
-def _peek(path: Path, progress: Callable[[Any], int]) -> float:
-    """Return the iteration that a file tells of; infinity where it cannot be read."""
+def _read_iteration(path: Path, engine_path: tuple[Any, ...] | None) -> float:
+    """Return a file's iteration; infinity if the file cannot be read."""
     try:
         with OpenCheckpoint(path) as file:
             if file.has_damaged_head():
                 return math.inf
-            if file.look():  # its tensors are not read
-                return progress(file.state())
-        with ignore_warnings():  # reading it will say so again
+            if file.look():  # without the tensors
+                return get_iteration(file.state(), engine_path)
+        with ignore_warnings():  # reading it repeats them
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # noqa: BLE001 - it is read in the sure way, then; the older format cannot be mapped
+    except Exception:  # noqa: BLE001 - torch cannot map its older format
         try:
             state = read_pt(path)
         except (LoadError, OSError):
             return math.inf
-    return progress(state)
+    return get_iteration(state, engine_path)
 
 
-def first_whole(
-    backend: Backend,
+def select_checkpoint(
+    context: LoadContext,
     directory: Path,
     names: Sequence[str],
     *,
-    coordinator: int,
-    check: Callable[[Any], None],
-    timeout_s: float | None,
+    check: Callable[[Any], None] | None = None,
     verify: bool = True,
-) -> Chosen:
-    """Collective. Step 2 of the protocol.
+) -> SelectedCheckpoint:
+    """Collective. Return the first file that is whole, complete and the same on all ranks. Step 2 of this module.
 
     Args:
-        backend: the job's.
-        directory: where the candidates lie; the same on every rank.
-        names: the candidates, newest first; the same on every rank.
-        coordinator: the rank that listed them.
-        check: raises ValueError if a checkpoint lacks what is to be loaded.
-        timeout_s: seconds to wait for the other ranks; None for the default.
+        context: the operation that needs a checkpoint.
+        directory: the checkpoints' directory; the same on every rank.
+        names: at least one, newest first; the same on every rank.
+        check: raises ValueError if a state lacks objects.
         verify: compare the files with their checksums.
 
-    Returns:
-        The first that is whole, has everything, and is the same file on all ranks. Its file is open.
-
     Raises:
-        LoadError: there is none, or a rank does not see what the coordinator sees; on every rank.
+        LoadError: no file will do, or a rank does not have a file that the coordinator has; on every rank.
     """
-    reasons: list[str] = []
+    refused: dict[str, str] = {}
     for name in names:
-        with contextlib.ExitStack() as closing:
-            candidate = Candidate(backend, directory / name, name, timeout_s=timeout_s)
-            closing.callback(candidate.close)
-            problem = candidate.look(check, coordinator=coordinator, verify=verify)
-            if problem is None:
-                closing.pop_all()
-                return Chosen(
-                    path=candidate.path,
-                    name=name,
-                    file=candidate.file,
-                    state=candidate.state,
-                    iteration=iteration_of(candidate.state),
-                    refused=dict(zip(names, reasons, strict=False)),
-                )
-        reasons.append(problem)
-        _logger.log(log_level(backend.rank, {coordinator}), "resume: %s It is passed over.", problem)
-    told = "".join(f"\n- {reason}" for reason in reasons)
-    msg = (
-        f"None of the {len(names)} checkpoints in {directory} can be resumed from. To start afresh, move them away or "
-        f"use another directory.{told}"
+        try:
+            file, state = verify_on_all_ranks(context, directory / name, check=check, verify=verify)
+        except RefusedCheckpoint as refusal:
+            refused[name] = str(refusal)
+            level = log_level(context.backend.rank, {context.coordinator})
+            _logger.log(level, "%s: %s It is passed over.", context.name, refusal)
+        else:
+            return SelectedCheckpoint(
+                path=directory / name,
+                name=name,
+                file=file,
+                state=state,
+                iteration=get_iteration(state),
+                refused=refused,
+            )
+    reasons = "".join(f"\n- {reason}" for reason in refused.values())
+    raise LoadError(
+        f"None of the {len(names)} checkpoints in {directory} can be loaded. To start afresh, move them away or "
+        f"use another directory.{reasons}"
     )
-    raise LoadError(msg)

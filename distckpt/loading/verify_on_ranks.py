@@ -1,177 +1,194 @@
-"""One checkpoint that might be resumed from, as all ranks look at it.
+"""Verify one checkpoint on all ranks, with each byte read from storage once per machine.
 
-Owns how it is verified by all ranks together, and what is said of one that is refused. Must not know which others there
-are.
+1. (all ranks) open the file, and say which file it is. Ranks of one machine that have the same file share its page
+   cache: they form a group.
+2. (all ranks) compare a range of the file with its checksums, one of as many as the group has ranks. Read the pickle
+   meanwhile.
+3. (all ranks) combine the group's results. Then apply the caller's check to the state.
 
-The protocol:
-
-1. (all ranks) open it, and tell which file it is. Ranks of one machine that see one file have one page cache before it:
-   they are a group.
-2. (all ranks) check a share of the bytes, one of as many as the group has ranks: each byte is read from storage once a
-   machine. The pickle is read beside that.
-3. (all ranks) put together what the group has found in all shares, and look for what is to be loaded.
-
-After each step all ranks hear what is wrong, and where; it is refused on all alike.
+After each step all ranks know what failed on which rank, and refuse the file alike.
 """
 
 import contextlib
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from distckpt._threads import get_num_threads
-from distckpt.backends.base import Backend
+from distckpt.backends.base import Backend, default_timeout_s
 from distckpt.coordination import phases
-from distckpt.errors import LoadError
+from distckpt.errors import LoadError, RankFailure, remote_rank_error
 from distckpt.ptformat.reader import OpenCheckpoint
 
-__all__ = ["Candidate"]
+_MAX_REASON_CHARS = 400
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_READ_TIMEOUT_S = 1800.0
+"""The default while files are read: one rank's storage may be slow."""
 
-_LONGEST_REASON = 400
-_BOOT = Path("/proc/sys/kernel/random/boot_id")
 
-
-class Candidate:
-    """A checkpoint that all ranks look at.
-
-    Args:
-        backend: the job's.
-        path: where it lies, the same on every rank.
-        name: what it is called in messages; the same on every rank.
-        timeout_s: seconds to wait for the other ranks; None for the default.
+class RefusedCheckpoint(Exception):  # noqa: N818 - not raised to users: `error` is
+    """A checkpoint was refused, alike on all ranks. Its text says why.
 
     Attributes:
-        path: see above.
-        state: what it holds, once :meth:`look` has found nothing wrong.
+        error: the error for a caller that has no other checkpoint.
     """
 
-    def __init__(self, backend: Backend, path: Path, name: str, *, timeout_s: float | None) -> None:
-        self.path = path
-        self.state: Any = None
-        self._backend = backend
-        self._name = name
-        self._timeout_s = timeout_s
-        self._opened: list[OpenCheckpoint] = []
+    def __init__(self, reason: str, error: Exception) -> None:
+        super().__init__(reason)
+        self.error = error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadContext:
+    """A collective operation that reads checkpoints.
+
+    Attributes:
+        backend: the job's.
+        name: the operation's name in messages, such as ``resume``.
+        coordinator: the rank that lists the checkpoints.
+        timeout_s: seconds to wait for the other ranks; None for the default, and at least 1800.
+    """
+
+    backend: Backend
+    name: str
+    coordinator: int = 0
+    timeout_s: float | None = None
+
+    def run_phase(self, phase: str, work: Callable[[], Any]) -> list[Any]:
+        """Collective. Run `work` on all ranks; see :func:`distckpt.coordination.phases.run`."""
+        return phases.run(self.backend, self._sync_point(phase), work, timeout_s=self.limit_s)
 
     @property
-    def file(self) -> OpenCheckpoint:
-        """The open file."""
-        return self._opened[0]
+    def limit_s(self) -> float:
+        """Seconds to wait for the other ranks."""
+        return max(_READ_TIMEOUT_S, default_timeout_s()) if self.timeout_s is None else self.timeout_s
 
-    def close(self) -> None:
-        """Let go of the file, if it was opened."""
-        for file in self._opened:
-            file.close()
+    def _sync_point(self, phase: str) -> phases.SyncPoint:
+        return phases.SyncPoint(handler=self.name, phase=phase, step=0)
 
-    def look(self, check: Callable[[Any], None], *, coordinator: int, verify: bool) -> str | None:
-        """Collective. Walk the protocol.
-
-        Args:
-            check: raises ValueError if a state lacks what is to be loaded.
-            coordinator: the rank that listed it.
-            verify: compare it with its checksums.
-
-        Returns:
-            What is wrong with it, the same on every rank; None for nothing.
+    def collect(self, path: Path, phase: str, work: Callable[[], Any]) -> list[Any]:
+        """Collective. Run `work` on all ranks; refuse the checkpoint if the file made it fail on some rank.
 
         Raises:
-            LoadError: some ranks do not see it, and the coordinator does; on every rank.
+            RefusedCheckpoint: a LoadError or OSError on some rank; on every rank.
+            LoadError: the coordinator has the file, and some other rank has not; on every rank.
         """
-        opened = self._ask("opening", self._open)
-        self._refuse_if_unseen(opened, coordinator)
-        problem = _problem_of(self.path, opened)
-        if problem is not None:
-            return problem
-        seen = [answer["value"] for answer in opened]
-        group = [rank for rank, one in enumerate(seen) if one == seen[self._backend.rank]]
-        share = (group.index(self._backend.rank), len(group)) if verify else None
-        checked = self._ask("reading", lambda: self._check(share))
-        problem = _problem_of(self.path, checked)
-        if problem is not None:
-            return problem
-        shares = [checked[rank]["value"] for rank in group] if verify else None
-        judged = self._ask("looking into", lambda: self._judge(shares, check))
-        problem = _problem_of(self.path, judged)
-        return problem or _difference_of(self.path, [one["file"] for one in seen], coordinator)
-
-    def _ask(self, doing: str, work: Callable[[], Any]) -> list[dict[str, Any]]:
-        """Collective. Do a step on all ranks; an error that the file is the reason of becomes part of the answer."""
+        own: list[Exception] = []
 
         def attempt() -> dict[str, Any]:
             try:
-                return {"value": work(), "unseen": False, "problem": None}
-            except (FileNotFoundError, NotADirectoryError):
-                return {"value": None, "unseen": True, "problem": "it is not there"}
-            except LoadError as error:
-                return {"value": None, "unseen": False, "problem": str(error)}
-            except OSError as error:
-                return {"value": None, "unseen": False, "problem": f"it cannot be read: {error}"}
+                return {"value": work(), "failure": None}
+            except (LoadError, OSError) as error:
+                own.append(error)
+                return {"value": None, "failure": asdict(RankFailure.from_exception(self.backend.rank, error, ""))}
 
-        place = phases.SyncPoint(handler="resume", phase=f"{doing} {self._name}", step=0)
-        return phases.run(self._backend, place, attempt, timeout_s=self._timeout_s)
-
-    def _open(self) -> dict[str, Any]:
-        file = OpenCheckpoint(self.path, num_threads=get_num_threads(self._backend.world_size))
-        self._opened.append(file)
-        return {"file": file.fingerprint(), "inode": file.inode(), "machine": _this_machine()}
-
-    def _check(self, share: tuple[int, int] | None) -> list[list[int]]:
-        ranges = [] if share is None else self.file.share(*share)
-        with self.file.readahead(ranges) as ahead:
-            self.file.look()
-            return [list(one) for one in self.file.check(ranges, ahead)]
-
-    def _judge(self, shares: Sequence[Sequence[Sequence[int]]] | None, check: Callable[[Any], None]) -> None:
-        if shares is not None:
-            checked = [[(number, crc, num_bytes) for number, crc, num_bytes in share] for share in shares]
-            self.file.refuse(self.file.faults(checked))
-        self.state = self.file.state()
-        try:
-            check(self.state)
-        except ValueError as error:
-            msg = f"it lacks what is to be loaded: {error}"
-            raise LoadError(msg) from error
-
-    def _refuse_if_unseen(self, answers: Sequence[Mapping[str, Any]], coordinator: int) -> None:
-        unseen = [rank for rank, answer in enumerate(answers) if answer["unseen"]]
-        if unseen and coordinator not in unseen:
-            msg = (
-                f"{self.path} is there for rank {coordinator}, which lists the checkpoints, but not for rank "
-                f"{', '.join(map(str, unseen))}. All ranks have to see the same directory, on a shared file system. "
+        answers = self.run_phase(f"{phase} {path.name}", attempt)
+        failures = [RankFailure(**answer["failure"]) for answer in answers if answer["failure"] is not None]
+        if not failures:
+            return [answer["value"] for answer in answers]
+        absent = [one.rank for one in failures if _is_absent(one)]
+        if absent and self.coordinator not in absent:
+            raise LoadError(
+                f"{path} exists for rank {self.coordinator}, which lists the checkpoints, but not for rank "
+                f"{', '.join(map(str, absent))}. All ranks must have the same directory, on a shared file system. "
                 "Nothing was loaded."
             )
-            raise LoadError(msg)
+        error = own[0] if len(answers) == 1 else remote_rank_error(f"{self._sync_point(phase)}, {path}", failures)
+        error.__cause__ = own[0] if own and own[0] is not error else error.__cause__
+        raise RefusedCheckpoint(_describe(path, failures, len(answers)), error)
 
 
-def _this_machine() -> str:
-    """Return what is equal for processes that have one page cache."""
+def verify_on_all_ranks(
+    context: LoadContext, path: Path, *, check: Callable[[Any], None] | None = None, verify: bool = True
+) -> tuple[OpenCheckpoint, Any]:
+    """Collective. Open a file, verify it on all ranks, and read its state. Steps 1 to 3 of this module.
+
+    Args:
+        context: the operation that needs the file.
+        path: the file; the same on every rank.
+        check: raises ValueError if the state lacks objects.
+        verify: compare the file with its checksums.
+
+    Returns:
+        The open file, which the caller has to close, and its state. The state's tensors may have no data yet.
+
+    Raises:
+        RefusedCheckpoint: the file is missing, damaged, not the same on all ranks, or incomplete; on every rank.
+        LoadError: some ranks do not have the file, but the coordinator has; on every rank.
+    """
+    rank = context.backend.rank
+    with contextlib.ExitStack() as stack:
+        opened: list[OpenCheckpoint] = []
+
+        def open_file() -> dict[str, Any]:
+            file = OpenCheckpoint(path, num_threads=get_num_threads(context.backend.world_size))
+            opened.append(stack.enter_context(file))
+            return {"file": file.fingerprint(), "inode": file.inode(), "machine": _machine_id()}
+
+        identities = context.collect(path, "opening", open_file)
+        file = opened[0]
+        group = [other for other, identity in enumerate(identities) if identity == identities[rank]]
+
+        def check_range() -> list[list[int]]:
+            ranges = file.share(group.index(rank), len(group)) if verify else []
+            with file.readahead(ranges) as ahead:
+                file.look()
+                return [list(one) for one in file.check(ranges, ahead)]
+
+        results = context.collect(path, "reading", check_range)
+        states: list[Any] = []
+
+        def read_state() -> None:
+            if verify:
+                file.refuse(file.faults([[(number, crc, size) for number, crc, size in results[one]] for one in group]))
+            states.append(file.state())
+            try:
+                if check is not None:
+                    check(states[0])
+            except ValueError as error:
+                raise LoadError(f"it lacks what is to be loaded: {error}") from error
+
+        context.collect(path, "checking", read_state)
+        _refuse_different_files(path, [identity["file"] for identity in identities], context.coordinator)
+        stack.pop_all()
+        return file, states.pop()
+
+
+def _machine_id() -> str:
+    """Return a text that is equal for processes with one page cache."""
     with contextlib.suppress(OSError):
-        return _BOOT.read_text(encoding="ascii").strip()
+        return _BOOT_ID.read_text(encoding="ascii").strip()
     return socket.gethostname()
 
 
-def _problem_of(path: Path, answers: Sequence[Mapping[str, Any]]) -> str | None:
-    """Say what is wrong with a candidate, from all ranks' answers. Pure: the same on every rank."""
-    problems = {rank: _short(answer["problem"]) for rank, answer in enumerate(answers) if answer["problem"] is not None}
-    if not problems:
-        return None
-    if len(problems) == len(answers) and len(set(problems.values())) == 1:
-        told = problems[0] if len(answers) == 1 else f"on every rank: {problems[0]}"
+def _is_absent(failure: RankFailure) -> bool:
+    return not {"FileNotFoundError", "NotADirectoryError"}.isdisjoint(failure.kinds)
+
+
+def _describe(path: Path, failures: Sequence[RankFailure], num_ranks: int) -> str:
+    """Return why a checkpoint is refused, from all ranks' failures: the same text on every rank."""
+    reasons = {failure.rank: _reason_of(failure) for failure in failures}
+    if len(failures) == num_ranks and len(set(reasons.values())) == 1:
+        text = reasons[0] if num_ranks == 1 else f"on every rank: {reasons[0]}"
     else:
-        told = "; ".join(f"on rank {rank}: {problem}" for rank, problem in problems.items())
-    return f"{path} cannot be resumed from: {told.rstrip('.')}."
+        text = "; ".join(f"on rank {rank}: {reason}" for rank, reason in reasons.items())
+    return f"{path} cannot be loaded: {text.rstrip('.')}."
 
 
-def _difference_of(path: Path, files: Sequence[Sequence[int]], coordinator: int) -> str | None:
-    """Say which ranks see another file than the coordinator. Pure: the same on every rank."""
+def _reason_of(failure: RankFailure) -> str:
+    if _is_absent(failure):
+        return "the file does not exist"
+    reason = failure.message if "LoadError" in failure.kinds else f"it cannot be read: {failure.message}"
+    return reason if len(reason) <= _MAX_REASON_CHARS else f"{reason[:_MAX_REASON_CHARS]}..."
+
+
+def _refuse_different_files(path: Path, files: Sequence[Sequence[int]], coordinator: int) -> None:
+    """Raise RefusedCheckpoint if some ranks have another file than the coordinator; the same text on every rank."""
     others = [rank for rank, file in enumerate(files) if file != files[coordinator]]
-    if not others:
-        return None
-    sizes = ", ".join(f"rank {rank}: {file[0]} bytes" for rank, file in enumerate(files))
-    ranks = ", ".join(map(str, others))
-    return f"{path} is not the same file on all ranks: rank {ranks} sees another than rank {coordinator} ({sizes})."
-
-
-def _short(problem: str) -> str:
-    return problem if len(problem) <= _LONGEST_REASON else f"{problem[:_LONGEST_REASON]}..."
+    if others:
+        sizes = ", ".join(f"rank {rank}: {file[0]} bytes" for rank, file in enumerate(files))
+        ranks = ", ".join(map(str, others))
+        msg = f"{path} is not the same file on all ranks: rank {ranks} has another than rank {coordinator} ({sizes})."
+        raise RefusedCheckpoint(msg, LoadError(msg))

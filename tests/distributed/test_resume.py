@@ -128,7 +128,7 @@ def test_a_truncated_newest_is_passed_over_on_all_ranks(tmp_path: Path, world_si
     assert all_equal(ends)
     assert ends[0]["path"] == tmp_path / "checkpoint_4.pt"
     (told,) = ends[0]["told"]
-    assert told.startswith(f"resume: {tmp_path / 'checkpoint_8.pt'} cannot be resumed from: on every rank: ")
+    assert told.startswith(f"resume: {tmp_path / 'checkpoint_8.pt'} cannot be loaded: on every rank: ")
     assert "truncated" in told
 
 
@@ -143,7 +143,7 @@ def test_a_flipped_bit_is_passed_over_on_all_ranks(tmp_path: Path, writer: str) 
     assert all_equal(ends)
     assert (ends[0]["path"], ends[0]["weight"]) == (tmp_path / "checkpoint_4.pt", 4.0)
     (told,) = ends[0]["told"]
-    assert told.startswith(f"resume: {newest} cannot be resumed from: on every rank: ")
+    assert told.startswith(f"resume: {newest} cannot be loaded: on every rank: ")
     assert "has checksum" in told
 
 
@@ -161,7 +161,7 @@ def test_one_that_is_damaged_on_one_rank_is_passed_over_on_all(tmp_path: Path, w
     assert all_equal(ends)
     assert ends[0]["path"] == Path("checkpoints/checkpoint_4.pt")
     (told,) = ends[0]["told"]
-    assert "checkpoint_8.pt cannot be resumed from: on rank 1: " in told
+    assert "checkpoint_8.pt cannot be loaded: on rank 1: " in told
 
 
 @process_ranks_only
@@ -176,7 +176,7 @@ def test_another_file_of_the_same_name_is_passed_over_on_all_ranks(tmp_path: Pat
     assert all_equal(ends)
     assert ends[0]["path"] == Path("checkpoints/checkpoint_4.pt")
     (told,) = ends[0]["told"]
-    assert f"is not the same file on all ranks: rank {world_size - 1} sees another than rank 0" in told
+    assert f"is not the same file on all ranks: rank {world_size - 1} has another than rank 0" in told
 
 
 @process_ranks_only
@@ -203,7 +203,7 @@ def test_when_none_is_whole_all_ranks_hear_why(tmp_path: Path, world_size: int) 
     assert all_equal(ends)
     assert LoadError.__name__ in ends[0]["kinds"]
     assert len(ends[0]["told"]) == 3
-    for name in ("checkpoint_4.pt", "checkpoint_8.pt", "other.pt cannot be resumed from: on every rank: it lacks"):
+    for name in ("checkpoint_4.pt", "checkpoint_8.pt", "other.pt cannot be loaded: on every rank: it lacks"):
         assert name in ends[0]["error"]
 
 
@@ -214,7 +214,7 @@ def test_one_that_lacks_an_object_is_passed_over_on_all_ranks(tmp_path: Path, wo
     ends = run_ranks(resumed_from, world_size, tmp_path)
     assert all_equal(ends)
     assert ends[0]["path"] == tmp_path / "checkpoint_4.pt"
-    assert "checkpoint_8.pt cannot be resumed from: on every rank: it lacks" in ends[0]["told"][0]
+    assert "checkpoint_8.pt cannot be loaded: on every rank: it lacks" in ends[0]["told"][0]
 
 
 @WORLDS

@@ -83,7 +83,7 @@ SEEN = [
     "Preemption: told to stop (rank 0: SIGTERM); the run ends at iteration 3",
     "The run was preempted: the program ends, exit code 75",
     "resume: going on from preempted/checkpoint_3.pt of iteration 3, epoch 0: loaded model, trainer in ",
-    "resume: preempted/checkpoint_5.pt cannot be resumed from: ",
+    "resume: preempted/checkpoint_5.pt cannot be loaded: ",
     "Checkpoint: iteration 0 is not saved: its step is not above that of model_100.pt, 100, the lowest of those kept. ",
     "Checkpoint: while removing older checkpoints: rank 0: model_2.pt was already gone.",
 ]

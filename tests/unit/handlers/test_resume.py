@@ -116,7 +116,7 @@ def test_a_damaged_newest_one_is_passed_over_with_a_warning(tmp_path: Path, capl
     live = objects()
     assert resume(live, tmp_path) == good
     (told,) = passed_over(caplog)
-    assert re.search(r"a_8.pt cannot be resumed from: .*truncated", told)
+    assert re.search(r"a_8.pt cannot be loaded: .*truncated", told)
     assert str(bad) in told
     assert live["trainer"].state.iteration == 4
 
@@ -126,7 +126,7 @@ def test_a_newer_one_that_lacks_an_object_is_passed_over(tmp_path: Path, caplog:
     torch.save({"trainer": engine_state(8)}, tmp_path / "a_8.pt")
     assert resume(objects(), tmp_path) == good
     (told,) = passed_over(caplog)
-    assert re.search(r"a_8.pt cannot be resumed from: it lacks .*'note'", told)
+    assert re.search(r"a_8.pt cannot be loaded: it lacks .*'note'", told)
 
 
 def test_one_that_only_execution_could_load_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -144,7 +144,7 @@ def test_when_none_is_whole_nobody_starts_over_in_silence(tmp_path: Path) -> Non
     with pytest.raises(LoadError) as caught:
         resume(live, tmp_path)
     told = str(caught.value)
-    assert told.startswith(f"None of the 2 checkpoints in {tmp_path} can be resumed from.")
+    assert told.startswith(f"None of the 2 checkpoints in {tmp_path} can be loaded.")
     assert "a_4.pt" in told
     assert "truncated" in told
     assert "'note'" in told

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 
 from distckpt.loading import dry_run
 from distckpt.loading.api import load_objects
-from distckpt.loading.dry_run import try_on_skeleton
+from distckpt.loading.dry_run import try_load
 
 
 class Noted(nn.Module):
@@ -240,8 +240,8 @@ def test_state_of_an_older_batch_norm_loads() -> None:
 
 def test_skeleton_refuses_what_the_module_would_and_warns_of_nothing() -> None:
     with pytest.raises(RuntimeError, match="size mismatch for weight"):
-        try_on_skeleton(nn.Linear(2, 2), {"weight": torch.ones(3, 3), "bias": torch.ones(2)}, {})
-    try_on_skeleton(nn.Linear(2, 2), {}, {"strict": False})
+        try_load(nn.Linear(2, 2), {"weight": torch.ones(3, 3), "bias": torch.ones(2)}, {})
+    try_load(nn.Linear(2, 2), {}, {"strict": False})
 
 
 def dotted() -> tuple[nn.Module, Any]:
@@ -304,7 +304,7 @@ def test_a_comparison_finds_what_the_twin_would(
     told: list[Any] = []
     for _ in range(2):
         try:
-            told.append(try_on_skeleton(module, state, options))
+            told.append(try_load(module, state, options))
         except Exception as error:  # noqa: BLE001 - what it raises is what is compared
             told.append((type(error).__name__, str(error)))
         monkeypatch.setattr(dry_run, "loads_by_name", lambda _: False)
@@ -313,7 +313,7 @@ def test_a_comparison_finds_what_the_twin_would(
 
 def test_a_state_of_the_same_keys_and_shapes_needs_no_twin(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
-    monkeypatch.setattr(dry_run, "_twin_of", made.append)
+    monkeypatch.setattr(dry_run, "_make_twin", made.append)
     module, state = with_a_pair()
-    try_on_skeleton(module, state, {})
+    try_load(module, state, {})
     assert made == []

@@ -258,14 +258,14 @@ def test_tied_weights_stay_tied() -> None:
 
 def test_trying_costs_no_memory_for_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     devices: list[str] = []
-    real = dry_run._twin_of
+    real = dry_run._make_twin
 
     def watched(*args: Any) -> nn.Module:
         twin = real(*args)
         devices.extend(tensor.device.type for tensor in twin.parameters())
         return twin
 
-    monkeypatch.setattr(dry_run, "_twin_of", watched)
+    monkeypatch.setattr(dry_run, "_make_twin", watched)
     states = {"a": {**linear(2).state_dict(), "more": 1}, "b": {**linear(3).state_dict(), "more": 1}}
     Checkpoint.load_objects({"a": linear(0), "b": linear(1)}, states, strict=False)
     assert devices == ["meta"] * 4

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from distckpt import Checkpoint, CorruptCheckpointError, DiskSaver, PartialLoadError
-from distckpt.loading.inplace import Claim, read_into, without_overlap
+from distckpt.loading.inplace import InplaceTarget, drop_overlapping, read_into
 from distckpt.ptformat.reader import OpenCheckpoint
 from tests.unit.loading.test_dry_run import KINDS, bits, other_state
 from tests.unit.toys import Notebook, Refuses, equal, linear, snapshot
@@ -400,18 +400,18 @@ def test_a_file_that_shrinks_in_the_last_step_is_told(tmp_path: Path, monkeypatc
         load(live, path)
 
 
-def test_claims_on_one_memory_exclude_each_other() -> None:
+def test_targets_that_share_memory_exclude_each_other() -> None:
     base = torch.zeros(10)
 
-    def claim(live: torch.Tensor, at: int | None) -> Claim:
-        return Claim((), live, live.stride(), live.dtype, at)
+    def target(live: torch.Tensor, offset: int | None) -> InplaceTarget:
+        return InplaceTarget((), live, live.stride(), live.dtype, offset)
 
-    first, same, part, apart = claim(base[:4], 8), claim(base[:4], 8), claim(base[2:5], 16), claim(base[6:], 32)
-    assert without_overlap([first, same, apart]) == [first, same, apart]
-    assert without_overlap([first, part, apart]) == [apart]
-    assert without_overlap([first, claim(base[:4], 12), apart]) == [apart]
-    assert without_overlap([first, claim(base[3:5], None), apart]) == [apart]
-    assert without_overlap([claim(torch.zeros(0), None)]) == []
+    first, same, part, apart = target(base[:4], 8), target(base[:4], 8), target(base[2:5], 16), target(base[6:], 32)
+    assert drop_overlapping([first, same, apart]) == [first, same, apart]
+    assert drop_overlapping([first, part, apart]) == [apart]
+    assert drop_overlapping([first, target(base[:4], 12), apart]) == [apart]
+    assert drop_overlapping([first, target(base[3:5], None), apart]) == [apart]
+    assert drop_overlapping([target(torch.zeros(0), None)]) == []
     read: list[Any] = []
     reader: Any = Notebook()
     reader.read = read.extend

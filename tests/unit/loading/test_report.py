@@ -12,7 +12,7 @@ from ignite.handlers import Checkpoint as Ignites
 from torch import nn
 
 from distckpt import Checkpoint, DiskSaver, LoadError, LoadReport, StateMismatchError, resume
-from distckpt.loading.report import all_in_one
+from distckpt.loading.report import join_mismatches
 from tests.unit.loading.test_dry_run_modules import Hooked
 from tests.unit.toys import Notebook, equal, linear, run_epochs, snapshot
 
@@ -144,7 +144,7 @@ def test_the_error_of_several_survives_a_journey() -> None:
 
 def test_one_misfit_stays_what_it_is() -> None:
     error = StateMismatchError("no")
-    assert all_in_one([("a", error)]) is error
+    assert join_mismatches([("a", error)]) is error
 
 
 def test_reload_objects_reports_too(tmp_path: Path) -> None:

@@ -325,7 +325,7 @@ def test_an_object_that_cannot_tell_its_state_is_loaded_when_nothing_else_can_re
     assert book.state == {"page": 2}
 
 
-def test_an_error_notes_which_objects_were_put_back_by_their_own_method() -> None:
+def test_an_error_notes_which_objects_their_own_method_restored() -> None:
     class Keeps(Notebook):
         """Its ``load_state_dict`` changes more than its ``state_dict`` mentions."""
 
@@ -342,7 +342,7 @@ def test_an_error_notes_which_objects_were_put_back_by_their_own_method() -> Non
     assert keeps.scratch == 9  # as the note says
     (note,) = caught.value.__notes__
     assert "'keeps'" in note
-    assert "does not mention" in note
+    assert "does not return" in note
 
 
 def test_what_cannot_be_put_back_is_named_and_all_else_is() -> None:
@@ -354,7 +354,7 @@ def test_what_cannot_be_put_back_is_named_and_all_else_is() -> None:
     book, half, other = Notebook({"page": 1}), Half({"page": 1}), linear(0)
     before = snapshot({"other": other})
     states = {"book": {"page": 2}, "half": {"page": 2}, "other": linear(1).state_dict()}
-    with pytest.raises(PartialLoadError, match=r"absent.*'half' could not be put back.*load it again") as caught:
+    with pytest.raises(PartialLoadError, match=r"absent.*'half' could not be restored.*load it again") as caught:
         Checkpoint.load_objects({"book": book, "half": half, "other": other}, states)
     assert isinstance(caught.value, KeyError)
     assert book.state == {"page": 1}
@@ -362,7 +362,7 @@ def test_what_cannot_be_put_back_is_named_and_all_else_is() -> None:
 
 
 def test_an_object_that_does_not_restore_what_it_told_is_named() -> None:
-    with pytest.raises(PartialLoadError, match=r"it refuses. 'adds' could not be put back \(.*its load_state_dict\(\)"):
+    with pytest.raises(PartialLoadError, match=r"it refuses. 'adds' could not be restored \(.*its load_state_dict\(\)"):
         Checkpoint.load_objects({"adds": Adds(), "bad": Refuses()}, {"adds": {"number": 2}, "bad": {}})
 
 
