@@ -37,20 +37,6 @@ class EngineHooks(Protocol):
         """Run before an exception leaves the run; return the exception that leaves instead."""
 
 
-class RunHook(Protocol):
-    """Callback at the start of an engine's run; kept on the engine."""
-
-    def begin(self, engine: Engine) -> None:
-        """Run before the handlers of STARTED."""
-
-
-class StartHook(Protocol):
-    """Callback before an engine's next run; kept on the engine."""
-
-    def before_run(self, engine: Engine, *args: Any, **kwargs: Any) -> State | None:
-        """Receive the arguments of ``run()``; return a state that ``run()`` returns at once, or None to run."""
-
-
 class TrackedHandler:
     """Base of handlers whose attachments an engine records.
 
@@ -187,17 +173,20 @@ def set_hooks(engine: Engine, hooks: EngineHooks) -> None:
 
 
 def get_run(engine: Engine) -> Any:
-    """Return the engine's :class:`RunHook`, or None."""
+    """Return the object set by :func:`set_run`, or None."""
     return vars(engine).get(_RUN)
 
 
-def set_run(engine: Engine, run: RunHook) -> None:
-    """Set the engine's run hook."""
+def set_run(engine: Engine, run: Any) -> None:
+    """Call ``run.begin(engine)`` before the handlers of STARTED."""
     vars(engine)[_RUN] = run
 
 
-def set_start_hook(engine: Engine, hook: StartHook | None) -> None:
-    """Set the hook of the engine's next ``run()``; None removes it."""
+def set_start_hook(engine: Engine, hook: Any) -> None:
+    """Call ``hook.before_run(engine, ...)`` with the arguments of the engine's next ``run()``; None removes the hook.
+
+    If the hook returns a state, ``run()`` returns it at once.
+    """
     vars(engine)[START_HOOK] = hook
 
 

@@ -1,7 +1,7 @@
-"""The vote of an engine: facts of its handlers during an event, one count of them, and what follows from it.
+"""Votes of an engine's handlers: the base classes of handlers that vote, and what handlers tell their engine.
 
-Owns what a handler needs for it, the engine's stop reason, and which iteration a NaN was found in. When a vote is held
-lies in :mod:`distckpt.handlers.vote_rounds`, how it is counted in :mod:`distckpt.coordination.votes`.
+During an event each of these handlers adds its answer to one round. The round is counted after the event's last
+handler, or earlier where a save calls :func:`count_votes`. :mod:`distckpt.handlers.vote_rounds` decides when.
 """
 
 from abc import ABC, abstractmethod
@@ -35,13 +35,13 @@ class Voter(TrackedHandler, ABC):
     """Mixin of handlers that vote.
 
     Attributes:
-        lag: 0 to act in the iteration that caused it, 1 to act one iteration later; None for no wish.
-        every: hold the vote on each so-many-th iteration; None for no wish.
+        lag: 0 to act in the iteration that caused it, 1 to act one iteration later; None for no preference.
+        every: count the vote every N iterations; None for no preference.
         timeout_s: seconds to wait for the other ranks; None for the default.
     """
 
     vote_kind: ClassVar[VoteKind]
-    """What its answer is to."""
+    """What the handler reports."""
     may_run_early: ClassVar[bool] = True
     detects_nan: ClassVar[bool] = False
     lag: int | None
@@ -51,38 +51,34 @@ class Voter(TrackedHandler, ABC):
 
     @abstractmethod
     def _probe(self, engine: Engine) -> Answer:
-        """Rank-local. Tell whether it is so on this rank, and what the other ranks should know of it."""
+        """Rank-local. Return this rank's answer."""
 
     @abstractmethod
-    def _act(self, engine: Engine, said: Mapping[int, Any]) -> None:
-        """All ranks, where one said yes. Act on it.
+    def _act(self, engine: Engine, reports: Mapping[int, Any]) -> None:
+        """All ranks, if a rank said yes. Act on it.
 
         Args:
-            engine: whose event it is.
-            said: what each rank that said yes tells of it.
+            engine: the engine whose event it is.
+            reports: the detail of each rank that said yes.
         """
 
     def _object_id(self) -> str | None:
-        """Return the `watch` of :meth:`~distckpt.coordination.phases.HandlerId.advance`."""
+        """Return `depends_on` for :meth:`~distckpt.coordination.phases.HandlerId.advance`."""
         return None
 
     def _vote(self, engine: Engine, backend: Backend) -> None:
-        """All ranks. Put a fact on the engine's ballot; :func:`count_votes` or the event's end counts it.
+        """All ranks. Add this handler's answer to the engine's round.
 
         Args:
-            engine: whose event it is.
-            backend: the job's.
+            engine: the engine whose event it is.
+            backend: the job's backend.
         """
         restore_event_name(engine)
-        vote = _vote_of(engine)
-        motion = vote.motion_of(self, backend)
-        if motion is None:
-            motion = vote.welcome(self, engine, backend)
-        vote.put(motion, self, engine)
+        _votes_of(engine).vote(self, engine, backend)
 
 
 class Poller(Voter):
-    """A voter that nobody attaches: it votes after each iteration for as long as it has something in flight."""
+    """A voter that is not attached: it votes after each iteration while background work is open."""
 
     @abstractmethod
     def poll(self, engine: Engine) -> None:
@@ -90,26 +86,26 @@ class Poller(Voter):
 
     @abstractmethod
     def wait_all(self, engine: Engine) -> None:
-        """Collective. End what is in flight, for the engine's run ends."""
+        """Collective. Finish the background work before the engine's run ends."""
 
     @abstractmethod
     def abort(self, error: BaseException) -> None:
-        """End what is in flight, for an exception leaves the engine's run.
+        """End the background work because an exception leaves the engine's run.
 
-        Collective where all ranks are bound to come here.
+        Collective if all ranks raise the error.
         """
 
 
 def start_polling(engine: Engine, poller: Poller) -> None:
     """All ranks. Let a poller vote from now on."""
-    pollers = _vote_of(engine).pollers
+    pollers = _votes_of(engine).pollers
     if poller not in pollers:
         pollers.append(poller)
 
 
 def stop_polling(engine: Engine, poller: Poller) -> None:
-    """All ranks. Let it vote no more."""
-    pollers = _vote_of(engine).pollers
+    """All ranks. Stop the poller's votes."""
+    pollers = _votes_of(engine).pollers
     if poller in pollers:
         pollers.remove(poller)
 
@@ -122,33 +118,33 @@ def next_sync_point(
     depends_on: str | None = None,
     timeout_s: float | None = None,
 ) -> Callable[[str], SyncPoint]:
-    """All ranks. Take the handler's seat for this call, and return what makes its places.
+    """All ranks. Count a call of the handler, and return a function that makes the call's sync points.
 
-    Ranks have to be at the same iteration on events that count iterations. On others only the number of calls has to
-    agree: at the end of an evaluation the ranks may have seen shards of unequal length.
+    On events that count iterations, ranks have to be at the same iteration. On other events only the number of calls
+    has to agree: after an evaluation the ranks may have seen data shards of unequal length.
 
     Args:
-        handler_id: the handler's.
-        backend: the job's.
-        engine: on which the handler is called; None when a user calls it.
+        handler_id: the handler's id.
+        backend: the job's backend.
+        engine: the engine that calls the handler; None if a user calls it.
         depends_on: see :meth:`HandlerId.advance`.
         timeout_s: seconds to wait for the other ranks; None for the default.
 
     Returns:
-        Makes a place from what is done there.
+        Takes the name of a phase and returns its sync point.
     """
     handler, sequence = handler_id.advance(backend, depends_on=depends_on, timeout_s=timeout_s)
     if engine is None:
-        return lambda doing: SyncPoint(handler=handler, phase=doing, step=0, sequence=sequence)
+        return lambda phase: SyncPoint(handler=handler, phase=phase, step=0, sequence=sequence)
     event, step = engine.last_event_name, engine.state.iteration
     name = getattr(event, "name", event)
     if is_iteration_event(engine):
         sequence = step
-    return lambda doing: SyncPoint(handler=handler, phase=f"on {name}, {doing}", step=step, sequence=sequence)
+    return lambda phase: SyncPoint(handler=handler, phase=f"on {name}, {phase}", step=step, sequence=sequence)
 
 
 def check_schedule(lag: int | None, every: int | None) -> None:
-    """Refuse a lag or an interval that makes no sense.
+    """Check a vote's lag and interval.
 
     Raises:
         ValueError: `lag` is neither 0 nor 1, or `every` is not positive.
@@ -161,18 +157,41 @@ def check_schedule(lag: int | None, every: int | None) -> None:
         raise ValueError(msg)
 
 
+def is_off_schedule(engine: Engine, voter: Voter) -> bool:
+    """Return True if the voter listens to iterations, and the present one is not one of every N.
+
+    A run does not stop there: gradients of several batches may be accumulated, and a checkpoint does not hold them.
+    Trained iterations count: a save may count the vote as an iteration begins.
+    """
+    if not any(one.tracked is voter for one in get_attachments(engine, Events.ITERATION_COMPLETED)):
+        return False  # its events may not meet such an iteration for many epochs
+    if _is_last_iteration(engine):
+        return False  # the run ends here anyway
+    every = max((one.every or 1 for one in get_tracked_handlers(engine) if isinstance(one, Voter)), default=1)
+    return progress_of(engine).trained % every > 0
+
+
+def _is_last_iteration(engine: Engine) -> bool:
+    state = engine.state  # ignite's own check takes the whole last epoch for the end
+    if state.max_iters is not None:
+        return bool(state.iteration >= state.max_iters)
+    if state.max_epochs is None or state.epoch_length is None:
+        return False
+    return bool(state.iteration >= state.max_epochs * state.epoch_length)
+
+
 def stop_run(engine: Engine, reason: StopReason) -> None:
-    """Rank-local. Stop the engine's run, and remember why; the first reason stands."""
-    vote = _vote_of(engine)
-    if vote.reason is None:
-        vote.reason = reason
+    """Rank-local. Stop the engine's run and record why; the first reason stays."""
+    votes = _votes_of(engine)
+    if votes.stop_reason is None:
+        votes.stop_reason = reason
     engine.terminate()
 
 
 def stop_reason(engine: Engine) -> StopReason | None:
-    """Return why a handler of distckpt's stopped the engine's last run; None where none did. Rank-local.
+    """Return why a handler of distckpt stopped the engine's last run; None if no handler did. Rank-local.
 
-    It is the same on every rank.
+    The reason is the same on every rank.
 
     Example:
         >>> from ignite.engine import Events
@@ -183,66 +202,43 @@ def stop_reason(engine: Engine) -> StopReason | None:
         >>> stop_reason(trainer)
         'nan'
     """
-    vote = get_hooks(engine)
-    return None if vote is None else vote.reason
-
-
-def is_off_schedule(engine: Engine, voter: Voter) -> bool:
-    """Return True if a handler of iterations is between two on which the engine's handlers vote, by their ``every``.
-
-    A run is not stopped there: gradients of several batches may be accumulated, and are no part of a checkpoint. The
-    trained iterations count: a save may have the vote held as an iteration begins, which is not trained yet.
-    """
-    if not any(one.tracked is voter for one in get_attachments(engine, Events.ITERATION_COMPLETED)):
-        return False  # it may not come to such an iteration for many epochs
-    if _is_last_iteration(engine):
-        return False  # the run ends here by itself: nothing is lost
-    every = max((one.every or 1 for one in get_tracked_handlers(engine) if isinstance(one, Voter)), default=1)
-    return progress_of(engine).trained % every > 0
-
-
-def _is_last_iteration(engine: Engine) -> bool:
-    state = engine.state  # ignite's own question takes all of the last epoch for its end
-    if state.max_iters is not None:
-        return bool(state.iteration >= state.max_iters)
-    if state.max_epochs is None or state.epoch_length is None:
-        return False
-    return bool(state.iteration >= state.max_epochs * state.epoch_length)
+    votes = get_hooks(engine)
+    return None if votes is None else votes.stop_reason
 
 
 def get_run_number(engine: Engine) -> int:
-    """Return a number that tells one run of the engine from the next, once a handler has voted or stopped it."""
-    vote = get_hooks(engine)
-    return 0 if vote is None else int(vote.num_runs)
+    """Return the number of the engine's run; 0 until a handler has voted or stopped a run."""
+    votes = get_hooks(engine)
+    return 0 if votes is None else int(votes.num_runs)
 
 
 def announce_errors(engine: Engine, *, is_uncaught: bool) -> None:
-    """Rank-local. Let the other ranks hear of the exception under way, should it leave the engine's run.
+    """Rank-local. Report the present exception to the other ranks if it leaves the engine's run.
 
     Args:
-        engine: which handles an exception.
-        is_uncaught: whether it leaves the run though its handlers do not raise.
+        engine: the engine that handles the exception.
+        is_uncaught: whether the exception leaves the run though its handlers do not raise.
     """
     for one in (engine, *get_firing_engines()):
-        _vote_of(one).announces_errors = True
-    _vote_of(engine).has_uncaught_error = is_uncaught
+        _votes_of(one).announces_errors = True
+    _votes_of(engine).has_uncaught_error = is_uncaught
 
 
 def exit_after_run(engine: Engine, code: int) -> None:
-    """Rank-local. Let the program end with an exit code when the engine's run is over."""
-    _vote_of(engine).exit_code = code
+    """Rank-local. End the program with an exit code after the engine's run."""
+    _votes_of(engine).exit_code = code
 
 
 def mark_nonfinite(engine: Engine) -> None:
-    """Rank-local. Remember that the engine's present iteration was voted NaN."""
-    _vote_of(engine).nonfinite_at = engine.state.iteration
+    """Rank-local. Record that the engine's present iteration was voted NaN."""
+    _votes_of(engine).nonfinite_at = engine.state.iteration
 
 
 def is_nonfinite(engine: Engine) -> bool:
-    """Return True if the engine's present iteration was voted NaN, or that of an engine around its event."""
+    """Return True if the present iteration of the engine, or of one that fires an event around it, was voted NaN."""
     for one in (engine, *get_firing_engines()):
-        vote = get_hooks(one)
-        if vote is not None and vote.nonfinite_at is not None and vote.nonfinite_at == one.state.iteration:
+        votes = get_hooks(one)
+        if votes is not None and votes.nonfinite_at is not None and votes.nonfinite_at == one.state.iteration:
             return True
     return False
 
@@ -250,38 +246,38 @@ def is_nonfinite(engine: Engine) -> bool:
 def count_votes(
     engine: Engine, saver: Voter | None = None, backend: Backend | None = None, *, asks: bool = False
 ) -> None:
-    """Collective where a vote is open or looks for NaN. Count the votes of the engine and of those around its event.
+    """Collective if a vote is open or a handler detects NaN. Count the votes of all engines that fire an event.
 
-    1. (all ranks) where something is on an engine's ballot, or a handler that looks for NaN is still to be called in
-       its event, or `saver` asks: put `saver` on it, and call the handlers that are still to be called. They are
-       skipped at their own place. In an event of each iteration of the engine's own all that vote are called, so that
-       one reduction counts them. Elsewhere much may happen until the event is over: there only those that look for NaN.
-    2. (all ranks) count: what lags, and what is on the ballot. Act on both.
+    Only where all ranks call it, as in a save.
 
-    Only where all ranks are bound to come, as in a save.
+    1. (all ranks) for each engine with an open vote, a NaN detector still to be called, or a question by `saver`: let
+       `saver` vote, and call the handlers that may run early. The event then skips them. In an iteration event of
+       `engine` all voters are called, so that one reduction counts them; in others only the NaN detectors are, since
+       much may happen before the event ends.
+    2. (all ranks) count the pending and the present round, and act on both.
 
     Args:
-        engine: the engine on whose event something is saved.
+        engine: the engine on whose event the save runs.
         saver: the handler that saves, in a job of several ranks.
-        backend: the job's; for `saver`.
-        asks: whether it has something to ask on the engine's ballot.
+        backend: the job's backend, for `saver`.
+        asks: whether `saver` has a question for `engine`'s vote.
     """
     for one in dict.fromkeys((*get_firing_engines(), engine)):
-        vote, is_own = get_hooks(one), one is engine
-        to_come = [voter for voter in get_early_handlers(one) if voter.detects_nan]
-        if to_come or (asks and is_own) or (vote is not None and vote.has_ballot):
+        votes, is_own = get_hooks(one), one is engine
+        detectors = [handler for handler in get_early_handlers(one) if handler.detects_nan]
+        if detectors or (asks and is_own) or (votes is not None and votes.has_votes):
             if saver is not None and backend is not None:
-                saver._vote(one, backend)  # noqa: SLF001 - it is a voter's
-            run_early(one, None if is_own and is_iteration_event(one) else to_come)
-            vote = vote or get_hooks(one)
-        if vote is not None:
+                saver._vote(one, backend)  # noqa: SLF001 - Voter's method
+            run_early(one, None if is_own and is_iteration_event(one) else detectors)
+            votes = votes or get_hooks(one)
+        if votes is not None:
             restore_event_name(one)
-            vote.settle(one)
+            votes.flush(one)
 
 
-def _vote_of(engine: Engine) -> EngineVotes:
-    vote: EngineVotes | None = get_hooks(engine)
-    if vote is None:
-        vote = EngineVotes()
-        set_hooks(engine, vote)
-    return vote
+def _votes_of(engine: Engine) -> EngineVotes:
+    votes: EngineVotes | None = get_hooks(engine)
+    if votes is None:
+        votes = EngineVotes()
+        set_hooks(engine, votes)
+    return votes

@@ -1,7 +1,6 @@
-"""The votes of one engine on one rank: when they are held, and what an engine's run does around them.
+"""The vote rounds of one engine on one rank: when they are counted, and what the engine's run does around them.
 
-Owns the ballot of an engine, and what follows from a count. What handlers see of it lies in
-:mod:`distckpt.handlers.engine_votes`.
+Handlers use :mod:`distckpt.handlers.engine_votes`. :mod:`distckpt.coordination.votes` counts.
 """
 
 import contextlib
@@ -17,8 +16,7 @@ from ignite.engine import Engine, Events
 from distckpt._messages import log_level
 from distckpt.backends.base import Backend, default_timeout_s
 from distckpt.backends.detect import current
-from distckpt.coordination.heartbeat import HeartbeatMonitor
-from distckpt.coordination.liveness import ensure_heartbeat
+from distckpt.coordination.heartbeat import HeartbeatMonitor, ensure_heartbeat
 from distckpt.coordination.votes import VoteEntry, VoteResult, VoteRound, VoteScope
 from distckpt.errors import CollectiveError, DesyncError, RemoteRankError
 from distckpt.handlers.engine_events import after_event, get_firing_engines, get_hooks, is_iteration_event
@@ -27,189 +25,187 @@ if TYPE_CHECKING:
     from distckpt.handlers.engine_votes import Poller, StopReason, Voter
 
 _logger = logging.getLogger(__name__)
-_TOLD = "_distckpt_told"  # on an exception that the other ranks have been told of
+_REPORTED = "_distckpt_reported"  # set on an exception that was reported to the other ranks
+# Gloo, NCCL, Horovod and the store raise a bare RuntimeError with one of these words if a peer is gone.
+_PEER_ERROR_WORDS = ("gloo", "nccl", "peer", "connection", "socket", "process group", "timed out", "horovod")
 
 
 class EngineVotes:
-    """The votes of one engine on one rank; kept on the engine.
+    """The votes of one engine on one rank; the engine's :class:`~distckpt.handlers.engine_events.EngineHooks`.
 
     Attributes:
-        reason: why the last run was stopped.
-        exit_code: with which to end the program after this run; 0 to go on.
-        num_runs: how many runs have begun since there is this object.
-        nonfinite_at: the iteration that was voted NaN.
-        is_scheduled: whether somebody has voted on the event under way, and the count is still to come.
-        pollers: those who vote after each iteration without being attached.
-        announces_errors: whether the other ranks are told of an exception that leaves a run, though no handler votes.
-        has_uncaught_error: whether the exception under way leaves the run though its handlers do not raise.
+        stop_reason: why the last run was stopped; None if no handler stopped it.
+        exit_code: exit code of the program after this run; 0 to continue.
+        num_runs: number of runs begun since this object was made.
+        nonfinite_at: the iteration that was voted NaN; None for none.
+        pollers: voters that vote after each iteration without being attached.
+        announces_errors: whether an exception that leaves a run is reported to other ranks even if no handler votes.
+        has_uncaught_error: whether the present exception leaves the run though its handlers do not raise.
     """
 
     def __init__(self) -> None:
-        self.reason: StopReason | None = None
+        self.stop_reason: StopReason | None = None
         self.exit_code = 0
         self.num_runs = 0
         self.nonfinite_at: int | None = None
         self.pollers: list[Poller] = []
         self.announces_errors = self.has_uncaught_error = False
-        self._backend: Backend | None = None
         self._monitor: HeartbeatMonitor | None = None
         self._name = ""
         self._start_anew(None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "EngineVotes":
-        """Return a new one: a copy of an engine votes for itself."""
+        """Return a new object: a copy of an engine votes for itself."""
         return EngineVotes()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Start anew in another process."""
+        """Return a new object in another process."""
         return (EngineVotes, ())
 
     def _start_anew(self, backend: Backend | None) -> None:
         self._backend = backend
         self._rank = 0 if backend is None else backend.rank
-        self._ballot = VoteRound()
-        self._pending: Callable[[], VoteResult] | None = None
         self._num_votes = 0
-        self.is_scheduled = False
         self._default_timeout_s = default_timeout_s()  # once: it reads the environment
         self._scope: VoteScope | None = None
-        self._counts_iterations = True
+        self._is_iteration_event = True
         self._event: tuple[Any, str, bool] = (None, "", False)
+        self._forget_open_votes()
         self._forget_voters()
 
+    def _forget_open_votes(self) -> None:
+        self._pending: Callable[[], VoteResult] | None = None
+        self._is_scheduled = False  # whether a count is due after the present event
+        self._round = VoteRound()
+
     def _forget_voters(self) -> None:
-        # By the identity of the handler, which is kept alive beside it: some handlers compare by value.
-        self._motions: dict[int, tuple[VoteEntry, Voter]] = {}
+        # By the handler's id, and the handler is kept alive: some handlers compare by value.
+        self._entries: dict[int, tuple[VoteEntry, Voter]] = {}
         self._voters: dict[VoteEntry, Voter] = {}
-        self._pace: dict[str, tuple[int, str]] = {}
-        self._lag, self._every, self._pace_told = 0, 1, ""
+        self._schedule: dict[str, tuple[int, str]] = {}
+        self._lag, self._every, self._schedule_text = 0, 1, ""
         self._timeout_s: float | None = None
 
     # -- during an event ---------------------------------------------------------------------------
 
-    def motion_of(self, voter: "Voter", backend: Backend) -> VoteEntry | None:
-        """Return what the handler asks in this job; None if it is new to it. Rank-local."""
-        found = self._motions.get(id(voter))
-        return None if found is None or backend is not self._backend else found[0]
+    def vote(self, voter: "Voter", engine: Engine, backend: Backend) -> None:
+        """All ranks. Add a handler's answer to the round; the first time, wait until all ranks have the handler."""
+        known = self._entries.get(id(voter))
+        entry = self._register(voter, engine, backend) if known is None or backend is not self._backend else known[0]
+        if self._monitor is not None:
+            self._monitor.enter_run(engine.state.iteration)
+        self._round.add(self._rank, entry, voter._probe, engine)  # noqa: SLF001 - Voter's method
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self._set_scope(engine)  # now: a user's handler may fire other events before this event ends
+            after_event(engine, self._count_after_event)
 
-    def welcome(self, voter: "Voter", engine: Engine, backend: Backend) -> VoteEntry:
-        """All ranks. Let a handler take part, after all ranks have it."""
+    def _register(self, voter: "Voter", engine: Engine, backend: Backend) -> VoteEntry:
         if backend is not self._backend:  # another job than before
             self._start_anew(backend)
-            ticket = backend.next_object_id("vote") if backend.world_size > 1 else None
-            self._name = ticket or "vote"
-        if voter.may_run_early:  # a Checkpoint by itself starts no heartbeats
+            object_id = backend.next_object_id("vote") if backend.world_size > 1 else None
+            self._name = object_id or "vote"
+        if voter.may_run_early:  # a Checkpoint alone starts no heartbeats
             self._monitor = ensure_heartbeat(backend, voter.timeout_s)
         if self._monitor is not None:
             self._monitor.enter_run(engine.state.iteration)
-        depends_on = voter._object_id()  # noqa: SLF001 - it is a voter's
-        who, _ = voter._handler_id.advance(backend, depends_on=depends_on, timeout_s=voter.timeout_s)  # noqa: SLF001 - as above
-        self._agree_on_pace(voter, who)
-        motion = VoteEntry(who, voter.vote_kind)
-        self._motions[id(voter)] = motion, voter
-        self._voters[motion] = voter
-        return motion
+        depends_on = voter._object_id()  # noqa: SLF001 - Voter's method; so below
+        handler, _ = voter._handler_id.advance(backend, depends_on=depends_on, timeout_s=voter.timeout_s)  # noqa: SLF001
+        self._merge_schedule(voter, handler)
+        entry = VoteEntry(handler, voter.vote_kind)
+        self._entries[id(voter)] = entry, voter
+        self._voters[entry] = voter
+        return entry
 
-    def put(self, motion: VoteEntry, voter: "Voter", engine: Engine) -> None:
-        """Rank-local. Put a handler's answer on the ballot."""
-        if self._monitor is not None:
-            self._monitor.enter_run(engine.state.iteration)
-        self._ballot.add(self._rank, motion, voter._probe, engine)  # noqa: SLF001 - it is a voter's
-        if not self.is_scheduled:
-            self.is_scheduled = True
-            # Said now: a handler of the user's may fire events of its own before this one is over.
-            self._look_where(engine)
-            after_event(engine, self._end_of_event)
-
-    def _look_where(self, engine: Engine) -> None:
+    def _set_scope(self, engine: Engine) -> None:
         event, step = engine.last_event_name, engine.state.iteration
         if event is not self._event[0]:
             self._event = event, str(getattr(event, "name", event)), is_iteration_event(engine)
-        _, name, self._counts_iterations = self._event
+        _, name, self._is_iteration_event = self._event
         self._num_votes += 1
-        self._scope = VoteScope(self._name, name, step, step if self._counts_iterations else self._num_votes)
+        self._scope = VoteScope(self._name, name, step, step if self._is_iteration_event else self._num_votes)
 
-    def _agree_on_pace(self, voter: "Voter", who: str) -> None:
-        """Take a handler's wishes; two that differ are a mistake.
+    def _merge_schedule(self, voter: "Voter", handler: str) -> None:
+        """Apply a handler's lag, interval and time-out.
 
         Raises:
-            ValueError: another handler of this engine wishes for something else.
+            ValueError: another handler of this engine asks for a different lag or interval.
         """
         for name in ("lag", "every"):
             value = getattr(voter, name)
             if value is None:
                 continue
-            before, other = self._pace.setdefault(name, (value, who))
+            before, other = self._schedule.setdefault(name, (value, handler))
             if before != value:
                 msg = (
-                    f"The handlers of one engine share one vote, but {who} has {name}={value} and {other} has "
+                    f"The handlers of one engine share one vote, but {handler} has {name}={value} and {other} has "
                     f"{name}={before}. Give it to one of them, or the same to all."
                 )
                 raise ValueError(msg)
-        self._lag, self._every = self._pace.get("lag", (0, ""))[0], self._pace.get("every", (1, ""))[0]
-        paces = ((name, value) for name, (value, _) in sorted(self._pace.items(), reverse=True))
-        self._pace_told = "".join(f", {name}={value}" for name, value in paces if value > (name == "every"))
+        self._lag, self._every = self._schedule.get("lag", (0, ""))[0], self._schedule.get("every", (1, ""))[0]
+        text = "" if self._lag == 0 else f", lag={self._lag}"
+        self._schedule_text = text if self._every == 1 else f"{text}, every={self._every}"
         if voter.timeout_s is not None:
             self._timeout_s = voter.timeout_s if self._timeout_s is None else min(self._timeout_s, voter.timeout_s)
 
-    # -- at its end, or where a save needs to know --------------------------------------------------
+    # -- after an event, or when a save needs the result -------------------------------------------
 
     @property
-    def has_ballot(self) -> bool:
-        """Whether a handler has voted, and the count is still to come."""
-        return bool(self._ballot)
+    def has_votes(self) -> bool:
+        """Whether the present round has answers that are not counted."""
+        return bool(self._round)
 
-    def _end_of_event(self, engine: Engine) -> None:
-        """Collective. Hold the vote, or leave it to run, and act on what is known."""
-        self.is_scheduled = False
-        if not self._ballot:
-            return  # a save has had it counted
-        if engine.state.iteration % self._every and self._counts_iterations:
-            return  # what is on the ballot stays there
+    def _count_after_event(self, engine: Engine) -> None:
+        """Collective. Count the round, or start to count it, and act on the known results."""
+        self._is_scheduled = False
+        if not self._round:
+            return  # a save has counted it
+        if engine.state.iteration % self._every and self._is_iteration_event:
+            return  # the answers stay in the round
         before = self._finish_pending()
-        if self._lag and self._counts_iterations and not (before is not None and (before.reports or before.cleared)):
+        if self._lag and self._is_iteration_event and not (before is not None and (before.reports or before.cleared)):
             self._pending = self._start()
         else:
             self._act(engine, before, self._start()())
 
-    def settle(self, engine: Engine) -> None:
-        """Collective where something is open: finish the vote under way, and hold the one that is due later.
+    def flush(self, engine: Engine) -> None:
+        """Collective if a vote is open: finish the pending count, count the round, and act on both.
 
-        Only where all ranks are bound to ask, as in a save.
+        Only where all ranks call it, as in a save.
         """
-        self.is_scheduled = False
+        self._is_scheduled = False
         before = self._finish_pending()
-        self._act(engine, before, self._start()() if self._ballot else None)
+        self._act(engine, before, self._start()() if self._round else None)
 
     def _start(self) -> Callable[[], VoteResult]:
-        if self._backend is None or self._scope is None:  # nothing was brought
-            msg = "a vote without a ballot"
+        if self._backend is None or self._scope is None:
+            msg = "a vote without an answer"
             raise AssertionError(msg)
-        self._scope.schedule = self._pace_told  # of all handlers; the scope was made with the event's first one
+        self._scope.schedule = self._schedule_text  # of all handlers: the event's first one has made the scope
         timeout_s = self._default_timeout_s if self._timeout_s is None else self._timeout_s
-        return self._ballot.start(self._backend, self._scope, timeout_s=timeout_s)
+        return self._round.start(self._backend, self._scope, timeout_s=timeout_s)
 
     def _finish_pending(self) -> VoteResult | None:
         pending, self._pending = self._pending, None
         return None if pending is None else pending()
 
     def _act(self, engine: Engine, *results: VoteResult | None) -> None:
-        """Let each handler act on the results, in the order of :class:`VoteKind`, then of the ballot."""
-        said = [(motion, answers) for result in results if result for motion, answers in result.reports.items()]
-        said += [(motion, {}) for result in results if result for motion in result.cleared]
-        if not said:
+        """Let each handler act on the results, in the order of :class:`VoteKind`, then of the round."""
+        found = [item for result in results if result for item in result.reports.items()]
+        found += [(entry, {}) for result in results if result for entry in result.cleared]
+        if not found:
             return
         event = engine.last_event_name
-        for motion, answers in sorted(said, key=lambda one: one[0].kind):
-            # A handler that saves asks for the event's name; another one may have fired events since.
+        for entry, reports in sorted(found, key=lambda item: item[0].kind):
+            # A handler that saves reads the event's name, but the handler before may have fired other events.
             engine.last_event_name = event
-            self._voters[motion]._act(engine, answers)  # noqa: SLF001 - it is a voter's
+            self._voters[entry]._act(engine, reports)  # noqa: SLF001 - Voter's method
         engine.last_event_name = event
 
     # -- around a run ------------------------------------------------------------------------------
 
     def after_iteration(self, engine: Engine) -> None:
-        """All ranks. Let the pollers vote, with the iteration's other voters."""
+        """All ranks. Let the pollers vote, in the round of the iteration's other voters."""
         for poller in tuple(self.pollers):
             poller.poll(engine)
 
@@ -218,23 +214,24 @@ class EngineVotes:
             poller.wait_all(engine)
 
     def before_event(self, engine: Engine, event: Any) -> None:
-        """Begin a run with a clean slate, and end it with nothing open."""
+        """Reset the state before STARTED; before COMPLETED, count open votes and wait for background work."""
         if event is Events.STARTED:
-            self.reason, self.exit_code = None, 0
+            self.stop_reason, self.exit_code = None, 0
             self.num_runs += 1
             self._forget_open_votes()
-            self._forget_voters()  # handlers may have been removed, or be another's with another pace
+            self._forget_voters()  # handlers may have been removed, or replaced by some with another schedule
             if self.nonfinite_at != engine.state.iteration:
-                self.nonfinite_at = None  # a run that begins anew comes to the same iteration again
+                self.nonfinite_at = None  # a run that begins anew reaches the same iteration again
         else:
             if self._backend is not None and self._backend is current():
-                self.settle(engine)
+                self.flush(engine)
             self._wait_all(engine)
 
     def after_run(self, engine: Engine) -> None:
-        """End what is in flight, and the program where a handler asked for an exit code."""
+        """Wait for background work, and end the program if a handler asked for an exit code."""
         self._wait_all(engine)
-        self._leave()
+        if self._monitor is not None and not get_firing_engines():
+            self._monitor.leave_run()
         if self.exit_code:
             code, self.exit_code = self.exit_code, 0
             _logger.log(log_level(current().rank, {0}), "The run was preempted: the program ends, exit code %d", code)
@@ -243,36 +240,35 @@ class EngineVotes:
     def is_uncaught(self, engine: Engine) -> bool:
         """Return True if an exception leaves the run though no handler of EXCEPTION_RAISED has raised."""
         del engine
-        is_so, self.has_uncaught_error = self.has_uncaught_error, False
-        return is_so
+        is_uncaught, self.has_uncaught_error = self.has_uncaught_error, False
+        return is_uncaught
 
     def on_exception(self, engine: Engine, error: BaseException) -> BaseException:
-        """Tell the other ranks, or find out whether it is another's death that is felt here; end what is in flight."""
+        """Report the error to the other ranks, or find the lost rank that caused it; abort background work."""
         self.has_uncaught_error = False
         if isinstance(error, GeneratorExit):
-            return error  # an interrupted run is thrown away, at any time: `run` has returned, nothing is in flight
-        leaving = self._tell_others(engine, error)
+            return error  # an interrupted run is discarded after `run` has returned: nothing is open
+        leaving = self._report_error(engine, error)
         for poller in tuple(self.pollers):
             poller.abort(leaving)
         return leaving
 
-    def _tell_others(self, engine: Engine, error: BaseException) -> BaseException:
+    def _report_error(self, engine: Engine, error: BaseException) -> BaseException:
         self._forget_open_votes()
         backend = current()
-        monitor = self._monitor_of(backend)
+        monitor = self._find_monitor(backend)
         if monitor is None:
             return error
-        if vars(error).get(_TOLD) and not monitor.in_run:
-            return error  # ignite says it twice: where the exception is raised, and around the run
+        if vars(error).get(_REPORTED) and not monitor.in_run:
+            return error  # ignite handles it twice: where it is raised, and around the run
         if any(get_hooks(one) is not None for one in get_firing_engines()):
-            return error  # the engine around this one may catch it; if not, it will tell
+            return error  # the engine around this one may catch it; otherwise it reports it
         monitor.step = engine.state.iteration
-        vars(error)[_TOLD] = True
+        vars(error)[_REPORTED] = True
         try:
             if isinstance(error, RemoteRankError | DesyncError):
-                return error  # raised on every rank alike
-            is_runtimes = isinstance(error, backend.passthrough_errors) or is_peer_error(error)
-            if not isinstance(error, CollectiveError) and is_runtimes:
+                return error  # every rank raises it
+            if not isinstance(error, CollectiveError) and _is_peer_error(error, backend):
                 failure = monitor.find_lost_ranks()
                 if failure is not None:
                     return failure
@@ -282,39 +278,18 @@ class EngineVotes:
                 monitor.leave_run()
         return error
 
-    def _monitor_of(self, backend: Backend) -> HeartbeatMonitor | None:
-        """Return the job's monitor. Where no handler votes it begins with an error that is to be announced."""
+    def _find_monitor(self, backend: Backend) -> HeartbeatMonitor | None:
+        """Return the job's monitor; without a vote, start it for an error that is to be announced."""
         monitor = self._monitor if self._backend is backend else None
         if monitor is None and self.announces_errors:
             with contextlib.suppress(CollectiveError):  # the store is lost: no rank can be told
                 monitor = ensure_heartbeat(backend, self._timeout_s)
         return monitor
 
-    def _forget_open_votes(self) -> None:
-        self._pending, self.is_scheduled = None, False
-        self._ballot = VoteRound()
 
-    def _leave(self) -> None:
-        if self._monitor is not None and not get_firing_engines():
-            self._monitor.leave_run()
-
-
-# What Gloo, NCCL, Horovod and the store say when a peer is gone; they raise bare RuntimeErrors.
-_WORDS_OF_A_BROKEN_COLLECTIVE = (
-    "gloo",
-    "nccl",
-    "peer",
-    "connection",
-    "socket",
-    "process group",
-    "timed out",
-    "horovod",
-)
-
-
-def is_peer_error(error: BaseException) -> bool:
-    """Tell whether an exception is what a runtime raises when a peer is gone."""
-    if isinstance(error, dist.DistError):
+def _is_peer_error(error: BaseException, backend: Backend) -> bool:
+    """Return True if a runtime may raise this exception because a peer is gone."""
+    if isinstance(error, (*backend.passthrough_errors, dist.DistError)):
         return True
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(word in text for word in _WORDS_OF_A_BROKEN_COLLECTIVE)
+    return isinstance(error, RuntimeError) and any(word in text for word in _PEER_ERROR_WORDS)

@@ -104,9 +104,9 @@ def test_a_preemption_and_the_resume_after_it_are_logged_once(tmp_path: Path) ->
     assert told == [
         [
             f"resume: nothing to resume from in {tmp_path}: starting afresh",
-            "Preemption: told to stop (rank 1: SIGUSR1); the run ends at iteration 2",
+            "Preemption: received a signal (rank 1: SIGUSR1); the run ends at iteration 2",
         ],
-        ["Preemption: told to stop (rank 1: SIGUSR1); the run ends at iteration 2"],
+        ["Preemption: received a signal (rank 1: SIGUSR1); the run ends at iteration 2"],
         [],
     ]
     coordinator, *others = heard(lambda: program(is_told=False))

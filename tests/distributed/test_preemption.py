@@ -159,7 +159,7 @@ def _run_plan(folder: str, plan: Plan, pids: Sequence[int]) -> Ended:
         requested=preemption.requested,
         evaluated=evaluator.state.iteration,
         history=checkpoint.state_dict()["_saved"],
-        told=[line for line in told if "told to stop" in line],
+        told=[line for line in told if "received a signal" in line],
     )
 
 
@@ -212,9 +212,9 @@ def test_signals_on_several_ranks_are_answered_together(tmp_path: Path, world_si
     assert [end.iteration for end in ends] == [4, 5, 5, 4, 4]
     assert [stored(tmp_path / str(number)) for number in range(5)] == [[4], [5], [5], [4], [4]]
     assert ends[0].told == [
-        f"Preemption: told to stop (rank 0: SIGTERM, rank {last}: SIGUSR1); the run ends at iteration 4"
+        f"Preemption: received a signal (rank 0: SIGTERM, rank {last}: SIGUSR1); the run ends at iteration 4"
     ]
-    assert ends[4].told == ["Preemption: told to stop (rank 0: SIGTERM); the run ends at iteration 4"]
+    assert ends[4].told == ["Preemption: received a signal (rank 0: SIGTERM); the run ends at iteration 4"]
 
 
 @WORLDS

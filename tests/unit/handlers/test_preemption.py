@@ -27,7 +27,6 @@ from distckpt import (
     global_step_from_engine,
     stop_reason,
 )
-from distckpt.handlers import deadline, signals
 from distckpt.handlers import preemption as module
 from tests.unit.toys import InMemory, Notebook, idle_engine
 
@@ -150,7 +149,7 @@ def test_sigterm_and_sigusr1_end_the_run_by_default(number: int, caplog: pytest.
     assert (trainer.state.iteration, saver.steps) == (3, [3])
     assert (preemption.requested, preemption.preempted, stop_reason(trainer)) == (True, True, "preempted")
     name = signal.Signals(number).name
-    assert f"Preemption: told to stop (rank 0: {name}); the run ends at iteration 3" in caplog.messages
+    assert f"Preemption: received a signal (rank 0: {name}); the run ends at iteration 3" in caplog.messages
 
 
 @pytest.mark.parametrize("number", [USR2, signal.SIGINT, signal.SIGRTMIN + 1])
@@ -163,7 +162,7 @@ def test_other_signals_are_taken_where_they_are_named(number: int, caplog: pytes
     preemption.close()
     assert trainer.state.iteration == 2, "SIGINT raises no KeyboardInterrupt"
     assert signal.getsignal(number) == before
-    assert "told to stop (rank 0: " in caplog.text
+    assert "received a signal (rank 0: " in caplog.text
 
 
 def test_a_run_without_a_signal_is_left_alone() -> None:
@@ -294,7 +293,7 @@ def test_made_in_a_thread_it_hears_nothing_and_says_so(caplog: pytest.LogCapture
     thread.start()
     thread.join(LIMIT_S)
     assert signal.getsignal(TERM) == signal.SIG_DFL
-    assert "Preemption: made outside the main thread" in caplog.text
+    assert "Preemption: constructed outside the main thread" in caplog.text
     assert trainer.run([0] * 3).iteration == 3
     made[0].close()
 
@@ -321,7 +320,7 @@ def test_a_signal_before_the_run_ends_it_at_its_start_and_saves_nothing(caplog: 
     trainer.run([0] * 5)
     assert (trainer.state.iteration, saver.steps, ended.steps) == (0, [], [0])
     assert (preemption.preempted, stop_reason(trainer)) == (True, "preempted")
-    assert "Preemption: iteration 0 is where this run began: nothing is saved" in caplog.messages
+    assert "Preemption: iteration 0 is the run's start: nothing is saved" in caplog.messages
 
 
 @pytest.mark.parametrize("lag", [None, 1])
@@ -365,7 +364,7 @@ def test_an_attached_evaluation_is_shortened(lag: int | None, caplog: pytest.Log
     assert evaluator.state.iteration == (3 if lag else 2)
     assert ended.steps == []
     assert (trainer.state.iteration, saver.steps, preemption.preempted) == (3, [3], True)
-    assert "Preemption: told to stop (rank 0: SIGTERM); the evaluation ends" in caplog.messages
+    assert "Preemption: received a signal (rank 0: SIGTERM); the evaluation ends" in caplog.messages
 
 
 def test_lag_ends_the_run_one_iteration_later() -> None:
@@ -380,7 +379,7 @@ def test_lag_at_the_end_of_an_epoch_does_not_save_twice(caplog: pytest.LogCaptur
     Preemption(trainer, saver, lag=1)
     trainer.run([0] * 3, max_epochs=4)
     assert (trainer.state.iteration, saver.steps) == (6, [6])
-    assert caplog.text.count("told to stop") == 1
+    assert caplog.text.count("received a signal") == 1
 
 
 @pytest.mark.parametrize("other", [False, True])
@@ -469,7 +468,7 @@ def test_a_run_in_which_nothing_happens_was_not_preempted_though_the_one_before_
     trainer = trainer_that({3: send})
     preemption = Preemption(trainer)
     trainer.run([0] * 5, max_epochs=2)
-    preemption._catcher.received = None
+    preemption._receiver.received = None
     trainer.run([0] * 5, max_epochs=2)
     assert (preemption.preempted, stop_reason(trainer)) == (False, None)
 
@@ -686,7 +685,7 @@ def test_a_score_that_is_no_better_saves_nothing_and_the_log_says_so(caplog: pyt
     Preemption(trainer, best)
     trainer.run([0] * 3, max_epochs=5)
     assert saver.saves() == ["best_trainer_0.5000.pt"]
-    assert "Preemption: a Checkpoint found nothing to save at iteration 5" in caplog.text
+    assert "Preemption: a Checkpoint had nothing to save at iteration 5" in caplog.text
 
 
 @pytest.mark.parametrize("lag", [None, 1])
@@ -751,8 +750,7 @@ def test_a_save_in_time_is_told_with_what_was_left(
     monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
     now = [100.0]
-    for one in (module, signals, deadline):
-        monkeypatch.setattr(one, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
 
     def pass_by(seconds: float) -> Callable[[], None]:
         return lambda: now.__setitem__(0, now[0] + seconds)
@@ -793,7 +791,7 @@ def test_a_save_that_has_not_ended_in_time_is_told_when_the_time_is_over(log: py
     trainer.run([0] * 5)
     preemption.logger.removeFilter(hold_up)
     late, ended = log.messages[-2:]
-    assert late.startswith("Preemption: the time that was left is over and the save of iteration 3 has not ended")
+    assert late.startswith("Preemption: no time is left, and the save of iteration 3 has not ended")
     assert ended.startswith("Preemption: the save of iteration 3 took ")
     assert ended.endswith(" after the deadline")
 
@@ -806,7 +804,7 @@ def test_without_a_deadline_or_without_a_save_nothing_is_said_of_time(
     Preemption(trainer, checkpoint, grace_s=30 if checkpoint is None else None)
     trainer.run([0] * 5)
     assert [record.getMessage() for record in log.records if record.name.startswith("distckpt")] == [
-        "Preemption: told to stop (rank 0: SIGTERM); the run ends at iteration 3"
+        "Preemption: received a signal (rank 0: SIGTERM); the run ends at iteration 3"
     ]
 
 
@@ -841,10 +839,10 @@ def test_a_copy_of_the_trainer_hears_the_signal_too() -> None:
 def test_what_is_unpickled_receives_nothing_until_it_is_made_anew() -> None:
     preemption = Preemption(idle_engine())
     send()
-    unpickled = pickle.loads(pickle.dumps(preemption._catcher))  # noqa: S301 - our own
+    unpickled = pickle.loads(pickle.dumps(preemption._receiver))  # noqa: S301 - our own
     assert unpickled.received is None
     unpickled.remove()
-    assert signal.getsignal(TERM) == preemption._catcher._catch
+    assert signal.getsignal(TERM) == preemption._receiver._catch
 
 
 def test_a_checkpoint_that_has_saved_can_be_pickled_and_its_copy_has_saved_nothing_here() -> None:
