@@ -18,7 +18,7 @@ A subclass may do more in ``state_dict()``, since the collective runs outside of
 import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ignite.distributed as idist
@@ -149,6 +149,7 @@ def register_xla_model() -> bool:
         return False
     old = xla._XlaDistModel  # noqa: SLF001 - ignite has no public name
     models: Any = tuple(_XlaModel if one is old else one for one in idist_utils.registered_computation_models)
+    module: Any
     for module in (idist_utils, comp_models, idist):
         module.registered_computation_models = models
     return True
@@ -205,7 +206,7 @@ def _consolidate(self: Metric, to: int) -> Any:
     if len(set(counts)) > 1:
         msg = f"{name}.state_dict() gathers a different number of states on each rank: {counts}, by rank"
         raise RuntimeError(msg)
-    gathered = iter([idist.all_gather(state) for state in states])
+    gathered: Iterator[Any] = iter([idist.all_gather(state) for state in states])
     found: list[Any] = []
     point = phases.SyncPoint(handler=name, phase="combining the metric's state", step=0)
     phases.run(backend, point, lambda: found.append(_call_state_dict(self, lambda _: next(gathered))))

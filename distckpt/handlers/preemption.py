@@ -288,7 +288,7 @@ def _check_numbers(grace_s: object, exit_code: object) -> None:
 
 def _check_signals(signals: object) -> list[int]:
     """Return the signals' numbers, each once."""
-    given = list(signals) if isinstance(signals, Iterable) else [None]
+    given: list[Any] = list(signals) if isinstance(signals, Iterable) else [None]
     if not all(isinstance(one, int) and not isinstance(one, bool) for one in given):
         msg = f"Argument signals should be several signals' numbers, as (signal.SIGTERM,), but given {signals!r}"
         raise TypeError(msg)

@@ -16,7 +16,8 @@ from ignite.engine import Engine, Events
 from distckpt._messages import log_level
 from distckpt.backends.base import Backend, default_timeout_s
 from distckpt.backends.detect import current
-from distckpt.coordination.heartbeat import HeartbeatMonitor, ensure_heartbeat
+from distckpt.coordination.heartbeat import HeartbeatMonitor
+from distckpt.coordination.liveness import ensure_heartbeat
 from distckpt.coordination.votes import VoteEntry, VoteResult, VoteRound, VoteScope
 from distckpt.errors import CollectiveError, DesyncError, RemoteRankError
 from distckpt.handlers.engine_events import after_event, get_firing_engines, get_hooks, is_iteration_event

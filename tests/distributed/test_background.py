@@ -264,7 +264,7 @@ def test_a_preempted_job_ends_with_its_last_iteration_durable(tmp_path: Path) ->
     @trainer.on(Events.ITERATION_STARTED(once=4))
     def tell() -> None:
         if job.rank() == 1:
-            preemption._catcher.received = ("SIGUSR1", 0.0)
+            preemption._receiver.received = ("SIGUSR1", 0.0)
 
     with contextlib.closing(preemption):
         trainer.run([0] * 9)

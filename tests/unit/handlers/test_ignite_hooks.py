@@ -200,7 +200,7 @@ def test_events_that_count_iterations_are_those_of_each_iteration() -> None:
 
 
 def test_ignites_computation_models_have_the_methods_of_ours() -> None:
-    ours = idist_bridge.XlaModel
+    ours = idist_bridge._XlaModel
     assert not inspect.isabstract(ours)
     for name, function in vars(ours).items():
         if inspect.isfunction(function) and name != "__init__":
@@ -210,6 +210,6 @@ def test_ignites_computation_models_have_the_methods_of_ours() -> None:
 
 
 def test_ignites_metrics_have_the_private_names() -> None:
-    assert hasattr(Metric, idist_bridge._KEY)
+    assert hasattr(Metric, idist_bridge._STATES_KEY)
     assert callable(Metric._state_dict_per_rank)
     assert hasattr(Metric, "distckpt_consolidate")

@@ -842,7 +842,7 @@ def test_what_is_unpickled_receives_nothing_until_it_is_made_anew() -> None:
     unpickled = pickle.loads(pickle.dumps(preemption._receiver))  # noqa: S301 - our own
     assert unpickled.received is None
     unpickled.remove()
-    assert signal.getsignal(TERM) == preemption._receiver._catch
+    assert signal.getsignal(TERM) == preemption._receiver._receive
 
 
 def test_a_checkpoint_that_has_saved_can_be_pickled_and_its_copy_has_saved_nothing_here() -> None:
