@@ -1,9 +1,9 @@
-"""The order of a data set in which a run can go on anywhere, on any number of ranks.
+"""A sampler whose epochs can be continued at any sample, on any number of ranks.
 
-The order of an epoch is a pure function of seed and epoch, and any place in it is computed on its own: a Feistel
-network over the numbers of the data set, walked along its cycle until it is back among them (J. Black and P. Rogaway,
-"Ciphers with Arbitrary Finite Domains", CT-RSA 2002). Ranks take turns in the order, so that what all ranks have
-trained is a prefix of it, and one number says how long the prefix is. Rank-local; issues no collectives.
+An epoch's order is a pure function of seed and epoch, and each of its positions is computed on its own. The function is
+a Feistel network over the data set's indices, applied again while its result is no index (J. Black and P. Rogaway,
+"Ciphers with Arbitrary Finite Domains", CT-RSA 2002). Ranks take the order's samples in turn. So the samples that all
+ranks have trained are a prefix of the order, and its length is the state. Rank-local; issues no collectives.
 """
 
 import hashlib
@@ -17,46 +17,44 @@ from torch.utils.data import BatchSampler, DistributedSampler
 
 from distckpt.backends.detect import current
 
-__all__ = ["ResumableSampler", "batches_left", "find_resumable", "permuted"]
+__all__ = ["ResumableSampler"]
 
 _KIND = "ResumableSampler"
 _NUM_ROUNDS = 8
 _MIN_BITS = 4
-"""A network of fewer bits has too few keys to reach most permutations; walking along the cycle costs little there."""
+"""A network of fewer bits has too few keys to reach most permutations. Repeated application costs little there."""
 _BLOCK = 8192
-"""Indices computed at a time: some milliseconds' work."""
+"""Indices computed at a time."""
 _FIRST_BLOCK = 256
-"""The first block is small, so that the first batch is there at once."""
+"""A small first block, so that the first batch does not wait."""
 
 
 class ResumableSampler(DistributedSampler[int]):
-    """Give each rank its share of a map-style data set, in an order that goes on anywhere, on any number of ranks.
+    """Split a map-style data set among the ranks, in an order that can be continued anywhere on any number of ranks.
 
     Use it as ``DataLoader(dataset, sampler=ResumableSampler(dataset))``, or inside torch's ``BatchSampler``. Each pass
-    over the loader is the next epoch of the sampler, so ``set_epoch`` is not needed; it works as
-    ``DistributedSampler``'s does.
+    over the loader is the sampler's next epoch, so ``set_epoch`` is not needed; it works as ``DistributedSampler``'s.
 
     Rank r of W ranks takes the samples r, r + W, r + 2 * W, ... of the epoch's order. The state is the number of
-    samples that all ranks have trained together. From there any number of ranks, with any batch size, deals out the
-    rest of the epoch anew: each of its samples once. Going on draws and drops nothing, and no order of the whole data
-    set is ever made.
+    samples that all ranks have trained together. Any number of ranks, with any batch size, continues from there: each
+    remaining sample of the epoch comes once. No batch is drawn and dropped, and no list of all indices is made.
 
-    :func:`~distckpt.resume` goes on where the checkpoint's run was. It counts what was trained, not what workers have
-    drawn ahead; the sampler need not be among the objects. Without an engine of ignite's, put the sampler into the
-    checkpoint. Its state then counts what was drawn, which is more than what was trained if the loader has workers.
+    :func:`~distckpt.resume` continues where the checkpoint's run was. It counts trained samples, not those that workers
+    have drawn already; the sampler need not be among the objects. Without an ignite engine, save the sampler's state
+    with the other objects. It then counts drawn samples, which may be more than trained ones if the loader has workers.
 
     Args:
         dataset_or_length: the data set, or its number of samples.
-        num_replicas: the number of ranks; None for the job's.
+        num_replicas: number of ranks; None for the job's.
         rank: this rank; None for the job's.
-        shuffle: whether the order is random. Otherwise it is that of the data set.
-        seed: which random orders; the same on all ranks. A loaded state brings its own.
-        drop_last: where the ranks do not divide what is left of the epoch: True leaves out its very last samples, False
-            repeats the epoch's first ones after them, so that all ranks have equally many.
+        shuffle: True for a random order, False for the data set's.
+        seed: selects the random orders; the same on all ranks. A loaded state replaces it.
+        drop_last: where the ranks do not divide the rest of the epoch, True leaves out its last samples. False repeats
+            its first samples, so that all ranks have equally many.
 
     Raises:
-        TypeError: an argument is of the wrong type.
-        ValueError: a number is negative, or there is no such rank.
+        TypeError: an argument has the wrong type.
+        ValueError: a number is negative, or `rank` does not exist.
 
     Example:
         >>> two = [ResumableSampler(10, num_replicas=2, rank=rank) for rank in range(2)]
@@ -85,7 +83,7 @@ class ResumableSampler(DistributedSampler[int]):
         backend = current()
         num_replicas = backend.world_size if num_replicas is None else num_replicas
         rank = backend.rank if rank is None else rank
-        for name, value, least in (
+        for name, value, minimum in (
             ("dataset_or_length", dataset_or_length if isinstance(dataset_or_length, int) else 0, 0),
             ("num_replicas", num_replicas, 1),
             ("rank", rank, 0),
@@ -94,18 +92,18 @@ class ResumableSampler(DistributedSampler[int]):
             if not _is_int(value):
                 msg = f"Argument {name} should be an integer, but given {type(value)}"
                 raise TypeError(msg)
-            if least is not None and value < least:
-                msg = f"Argument {name} should be {least} or more, but given {value}"
+            if minimum is not None and value < minimum:
+                msg = f"Argument {name} should be {minimum} or more, but given {value}"
                 raise ValueError(msg)
         for name, flag in (("shuffle", shuffle), ("drop_last", drop_last)):
             if not isinstance(flag, bool):
                 msg = f"Argument {name} should be a bool, but given {type(flag)}"
                 raise TypeError(msg)
-        self._pending: _Place | None = None  # a pass that was begun by another run
-        self._pass: _Place | None = None  # the one under way
+        self._loaded: _Position | None = None  # where the next pass starts, if a state was loaded
+        self._start: _Position | None = None  # where the pass under way started
         self._next_epoch = 0
         self._num_drawn = 0  # of the pass under way, by this rank
-        self._count: Callable[[], int | None] | None = None
+        self._num_trained: Callable[[], int | None] | None = None
         super().__init__(
             dataset,  # type: ignore[arg-type]  # torch asks for a Dataset, and uses its length
             num_replicas=num_replicas,
@@ -117,19 +115,19 @@ class ResumableSampler(DistributedSampler[int]):
         self.length = len(dataset)
 
     def __iter__(self) -> Iterator[int]:
-        """Begin a pass: of the next epoch, or where a loaded state says.
+        """Yield this rank's indices of the next epoch, or of the rest of a loaded one.
 
-        The pass begins as its first index is drawn: a loader makes two iterators for its workers, and uses one.
+        The epoch counts from the first index on: a loader makes two iterators for its workers, and uses one.
         """
-        place = self._begin()
-        first = place.position + self.rank
-        left, size = self._num_left(place), _FIRST_BLOCK
-        key = f"{self.seed}:{place.epoch}"
+        start = self._begin_pass()
+        first = start.num_samples + self.rank
+        left, size = self._num_left(start), _FIRST_BLOCK
+        key = f"{self.seed}:{start.epoch}"
         while left > 0:
             num = min(left, size)
             positions = torch.arange(first, first + num * self.num_replicas, self.num_replicas, device="cpu")
             positions %= self.length
-            indices = permuted(positions, self.length, key) if self.shuffle else positions
+            indices = permute(positions, self.length, key) if self.shuffle else positions
             for index in indices.tolist():
                 self._num_drawn += 1
                 yield index
@@ -138,52 +136,48 @@ class ResumableSampler(DistributedSampler[int]):
 
     @property
     def epoch(self) -> int:
-        """The epoch of the pass under way; before the first pass, that of the first one."""
-        place = self._pending or self._pass
-        return self._next_epoch if place is None else place.epoch
+        """Return the epoch of the pass under way; before the first pass, the first epoch."""
+        position = self._loaded or self._start
+        return self._next_epoch if position is None else position.epoch
 
     @epoch.setter
     def epoch(self, epoch: int) -> None:
         self.set_epoch(epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the next pass.
-
-        A pass that goes on in the middle, by a loaded state, has its epoch already: then it is for the pass after.
+        """Set the epoch of the next pass. If that pass continues a loaded epoch, set the one after it.
 
         Args:
             epoch: any integer, the same on all ranks.
         """
-        if self._pending is not None and self._pending.position:
-            self._next_epoch = self._pending.epoch + 1 if epoch == self._pending.epoch else epoch
+        if self._loaded is not None and self._loaded.num_samples:
+            self._next_epoch = self._loaded.epoch + 1 if epoch == self._loaded.epoch else epoch
             return
-        self._pending = None
+        self._loaded = None
         self._next_epoch = epoch
 
     # -- state -------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place in the data, the same for any number of ranks. Rank-local.
+        """Return the position in the data, the same on all ranks. Rank-local.
 
         Returns:
-            ``epoch``, ``position`` (samples of it that all ranks have trained together), ``length``, ``seed``,
-            ``shuffle`` and ``kind``: numbers, text and a bool.
+            ``epoch``, ``position`` (the number of its samples that all ranks have trained together), ``length``,
+            ``seed``, ``shuffle`` and ``kind``: numbers, text and a bool.
         """
-        if self._pending is not None:
-            return self._state(self._pending)
-        if self._pass is None:
-            return self._state(_Place(self._next_epoch, 0))
-        return self.distckpt_position(self._num_drawn if self._count is None else self._count())
+        if self._loaded is not None or self._start is None:
+            return self._state_at(self._loaded or _Position(self._next_epoch))
+        return self.distckpt_position(self._num_drawn if self._num_trained is None else self._num_trained())
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Let the next pass begin where a state says. Rank-local.
+        """Let the next pass start at a saved position. Rank-local.
 
         Args:
-            state_dict: what :meth:`state_dict` returned, on any rank of any number of ranks.
+            state_dict: as :meth:`state_dict` returned it, on any rank of any number of ranks.
 
         Raises:
-            TypeError: it is no mapping.
-            ValueError: it is of a data set of another length, of another order, or no state of a sampler.
+            TypeError: `state_dict` is no mapping.
+            ValueError: it belongs to a data set of another length or to another order, or is no sampler's state.
         """
         if not isinstance(state_dict, Mapping):
             msg = f"Argument state_dict should be a dictionary, but given {type(state_dict)}"
@@ -192,15 +186,18 @@ class ResumableSampler(DistributedSampler[int]):
         if state_dict.get("kind") != _KIND or not all(_is_int(number) for number in numbers):
             msg = f"Argument state_dict is no state of a {_KIND}: it has the keys {list(state_dict)}"
             raise ValueError(msg)
-        place = _Place(state_dict["epoch"], state_dict["position"])
-        if not 0 <= place.position <= state_dict["length"]:
-            msg = f"Argument state_dict is no state of a {_KIND}: position {place.position} of {state_dict['length']}"
-            raise ValueError(msg)
-        if place.position and state_dict["length"] != self.length:
+        position = _Position(state_dict["epoch"], state_dict["position"])
+        if not 0 <= position.num_samples <= state_dict["length"]:
             msg = (
-                f"rank {self.rank}: the state is of {state_dict['length']} samples, {place.position} of them trained, "
-                f"and this data set has {self.length}: go on with the same data set, or begin the epoch anew by "
-                f"leaving the sampler's state out"
+                f"Argument state_dict is no state of a {_KIND}: position {position.num_samples} of "
+                f"{state_dict['length']}"
+            )
+            raise ValueError(msg)
+        if position.num_samples and state_dict["length"] != self.length:
+            msg = (
+                f"rank {self.rank}: the state is of {state_dict['length']} samples, {position.num_samples} of them "
+                f"trained, and this data set has {self.length}. Continue with the same data set, or restart the epoch "
+                f"by leaving the sampler's state out"
             )
             raise ValueError(msg)
         if bool(state_dict.get("shuffle")) is not self.shuffle:
@@ -210,64 +207,64 @@ class ResumableSampler(DistributedSampler[int]):
             )
             raise ValueError(msg)
         self.seed = state_dict["seed"]
-        if place.position and not self._num_left(place):
-            place = _Place(place.epoch + 1, 0)
-        self._pending = place
-        self._next_epoch = place.epoch + 1
+        is_complete = position.num_samples and not self._num_left(position)
+        self._loaded = _Position(position.epoch + 1) if is_complete else position
+        self._next_epoch = self._loaded.epoch + 1
 
     # -- for resume --------------------------------------------------------------------------------
 
     @property
     def distckpt_is_positioned(self) -> bool:
-        """Whether a state was loaded, and no pass has begun since."""
-        return self._pending is not None
-
-    def distckpt_follow(self, count: Callable[[], int | None]) -> None:
-        """Let the state count what was trained.
-
-        Args:
-            count: returns what :meth:`distckpt_position` is given.
-        """
-        self._count = count
-
-    def distckpt_position(self, num_trained: int | None) -> dict[str, Any]:
-        """Return the state after this rank, as each other one, has trained so many samples of the iterator under way.
-
-        Args:
-            num_trained: by this rank; what was trained before the iterator was made does not count. None if the loader
-                has no batch left in the pass, though some samples may be.
-        """
-        place = self._pending or self._pass or _Place(self._next_epoch, 0)
-        if num_trained is None:
-            return self._state(place if place is self._pending else _Place(self._next_epoch, 0))
-        rest = _Place(place.epoch, min(place.position + num_trained * self.num_replicas, self.length))
-        is_over = num_trained > 0 and not self._num_left(rest)
-        return self._state(_Place(self._next_epoch, 0) if is_over else rest)
+        """Return True if a state was loaded, and no pass has started since."""
+        return self._loaded is not None
 
     @property
     def distckpt_num_left(self) -> int:
-        """The number of samples that the next pass has for each rank."""
-        return self._num_left(self._pending or _Place(0, 0))
+        """Return the number of samples that the next pass has for each rank."""
+        return self._num_left(self._loaded or _Position(0))
 
-    def _begin(self) -> "_Place":
-        if self._pending is None:
-            place = _Place(self._next_epoch, 0)
+    def distckpt_set_counter(self, num_trained: Callable[[], int | None]) -> None:
+        """Let :meth:`state_dict` count trained samples instead of drawn ones.
+
+        Args:
+            num_trained: returns the argument of :meth:`distckpt_position`.
+        """
+        self._num_trained = num_trained
+
+    def distckpt_position(self, num_trained: int | None) -> dict[str, Any]:
+        """Return the state after each rank has trained a number of samples of its present iterator.
+
+        Args:
+            num_trained: by this rank, since the iterator was made. None if the loader has no batch left in the pass,
+                even if some samples are left.
+        """
+        following = _Position(self._next_epoch)
+        start = self._loaded or self._start or following
+        if num_trained is None:
+            return self._state_at(start if start is self._loaded else following)
+        trained = min(start.num_samples + num_trained * self.num_replicas, self.length)
+        position = _Position(start.epoch, trained)
+        return self._state_at(following if num_trained > 0 and not self._num_left(position) else position)
+
+    def _begin_pass(self) -> "_Position":
+        if self._loaded is None:
+            self._start = _Position(self._next_epoch)
             self._next_epoch += 1
         else:
-            place, self._pending = self._pending, None
-        self._pass, self._num_drawn = place, 0
-        return place
+            self._start, self._loaded = self._loaded, None
+        self._num_drawn = 0
+        return self._start
 
-    def _num_left(self, place: "_Place") -> int:
-        """Return how many samples each rank has from a place to the end of its epoch."""
-        left = self.length - place.position
+    def _num_left(self, position: "_Position") -> int:
+        """Return the number of samples that each rank has from a position to the end of its epoch."""
+        left = self.length - position.num_samples
         return left // self.num_replicas if self.drop_last else -(-left // self.num_replicas)
 
-    def _state(self, place: "_Place") -> dict[str, Any]:
+    def _state_at(self, position: "_Position") -> dict[str, Any]:
         return {
             "kind": _KIND,
-            "epoch": place.epoch,
-            "position": place.position,
+            "epoch": position.epoch,
+            "position": position.num_samples,
             "length": self.length,
             "seed": self.seed,
             "shuffle": self.shuffle,
@@ -275,17 +272,17 @@ class ResumableSampler(DistributedSampler[int]):
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """A place in the data: so many samples of an epoch are behind it, over all ranks."""
+class _Position:
+    """A position in the data: an epoch, and the number of its samples before the position, on all ranks together."""
 
     epoch: int
-    position: int
+    num_samples: int = 0
 
 
 def find_resumable(loader: Any) -> ResumableSampler | None:
-    """Return the sampler of ours whose indices a loader makes into batches in the order drawn; None if there is none.
+    """Return the ResumableSampler whose indices a loader batches in the order drawn; None if there is none.
 
-    One inside a sampler or batch sampler of another kind does not count: it may draw ahead, or twice.
+    One inside another kind of sampler does not count: that sampler may draw ahead, or twice.
     """
     outer = getattr(loader, "batch_sampler", None)
     inner = getattr(loader, "sampler", None) if outer is None else outer
@@ -295,7 +292,7 @@ def find_resumable(loader: Any) -> ResumableSampler | None:
 
 
 def batches_left(loader: Any) -> int | None:
-    """Return how many batches the next iterator over a loader gives on each rank; None without a sampler of ours."""
+    """Return the number of batches of a loader's next iterator on each rank; None without a ResumableSampler."""
     sampler = find_resumable(loader)
     if sampler is None:
         return None
@@ -306,45 +303,35 @@ def batches_left(loader: Any) -> int | None:
     return left // size if outer.drop_last else -(-left // size)
 
 
-def permuted(positions: torch.Tensor, length: int, key: str) -> torch.Tensor:
-    """Return what stands at positions of a random order of the numbers below a length.
+def permute(positions: torch.Tensor, length: int, key: str) -> torch.Tensor:
+    """Return the numbers at some positions of a random permutation, which `key` selects, of all numbers below `length`.
 
-    Args:
-        positions: int64 (n,), each in [0, length).
-        length: below 2 ** 62.
-        key: which order.
-
-    Returns:
-        int64 (n,). Over all positions each number below `length` comes once.
-
-    Example:
-        >>> permuted(torch.arange(8), 8, "a").sort().values.tolist()
-        [0, 1, 2, 3, 4, 5, 6, 7]
+    `positions` and the result are int64 (n,); `length` is below 2 ** 62.
     """
     num_bits = max((length - 1).bit_length(), _MIN_BITS)
     low_bits = num_bits // 2
     digest = hashlib.blake2b(key.encode(), digest_size=4 * _NUM_ROUNDS).digest()
     keys = struct.unpack(f"<{_NUM_ROUNDS}I", digest)
-    values = _encrypted(positions, low_bits, num_bits - low_bits, keys)
+    values = _encrypt(positions, low_bits, num_bits - low_bits, keys)
     (outside,) = torch.nonzero(values >= length, as_tuple=True)
     while len(outside):
-        walked = _encrypted(values[outside], low_bits, num_bits - low_bits, keys)
-        values[outside] = walked
-        outside = outside[walked >= length]
+        again = _encrypt(values[outside], low_bits, num_bits - low_bits, keys)
+        values[outside] = again
+        outside = outside[again >= length]
     return values
 
 
-def _encrypted(values: torch.Tensor, low_bits: int, high_bits: int, keys: tuple[int, ...]) -> torch.Tensor:
-    """Return the network's image of numbers of ``low_bits + high_bits`` bits: a permutation of all of them."""
+def _encrypt(values: torch.Tensor, low_bits: int, high_bits: int, keys: tuple[int, ...]) -> torch.Tensor:
+    """Permute the numbers of ``low_bits + high_bits`` bits by a Feistel network."""
     widths = (high_bits, low_bits)
     high, low = values >> low_bits, values & ((1 << low_bits) - 1)
     for number, key in enumerate(keys):
-        high, low = low, (high ^ _hashed(low, key)) & ((1 << widths[number % 2]) - 1)
-    return (high << low_bits) | low  # after an even number of rounds the halves are back in their places
+        high, low = low, (high ^ _hash(low, key)) & ((1 << widths[number % 2]) - 1)
+    return (high << low_bits) | low  # after an even number of rounds the halves have their first widths again
 
 
-def _hashed(values: torch.Tensor, key: int) -> torch.Tensor:
-    """Return 32 random bits for each number of at most 32 bits, and a key of 32."""
+def _hash(values: torch.Tensor, key: int) -> torch.Tensor:
+    """Return 32 pseudo-random bits for each number of at most 32 bits."""
     mixed = values ^ key
     for _ in range(2):  # T. Mueller's integer hash, stackoverflow.com/a/12996028; no product reaches 2 ** 63
         mixed = (((mixed >> 16) ^ mixed) * 0x45D9F3B) & 0xFFFFFFFF

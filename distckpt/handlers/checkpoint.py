@@ -31,7 +31,7 @@ from distckpt.handlers.engine_events import (
 )
 from distckpt.handlers.engine_votes import Voter, announce_errors, count_votes, is_nonfinite
 from distckpt.handlers.ignite_hooks import CheckpointEvents, get_handlers
-from distckpt.handlers.progress import epochs_over, position_of
+from distckpt.handlers.progress import num_completed_epochs, position_of
 from distckpt.handlers.runs import Origin, num_saved
 from distckpt.handlers.save_handler import BaseSaveHandler, refuse_overrides
 from distckpt.policy import retention
@@ -300,7 +300,7 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
         step, epoch = facts.global_step, outermost.state.epoch
         # Outside of a run the state may have been made by hand: what was trained is not known.
         is_whole = bool(get_firing_engines()) and type(step) in (int, float) and step == epoch
-        return self._is_early or (is_whole and epochs_over(outermost) < epoch)
+        return self._is_early or (is_whole and num_completed_epochs(outermost) < epoch)
 
     def _object_id(self) -> str | None:
         return self.save_handler.ticket if isinstance(self.save_handler, DiskSaver) else None

@@ -26,6 +26,7 @@ from distckpt.handlers.engine_events import (
     set_hooks,
 )
 from distckpt.handlers.progress import progress_of
+from distckpt.handlers.resume_point import is_last_iteration
 from distckpt.handlers.vote_rounds import EngineVotes
 
 StopReason = Literal["nan", "early_stop", "time_limit", "preempted"]
@@ -165,19 +166,11 @@ def is_off_schedule(engine: Engine, voter: Voter) -> bool:
     """
     if not any(one.tracked is voter for one in get_attachments(engine, Events.ITERATION_COMPLETED)):
         return False  # its events may not meet such an iteration for many epochs
-    if _is_last_iteration(engine):
+    state = engine.state
+    if is_last_iteration(state.iteration, state.epoch_length, state.max_epochs, state.max_iters):
         return False  # the run ends here anyway
     every = max((one.every or 1 for one in get_tracked_handlers(engine) if isinstance(one, Voter)), default=1)
     return progress_of(engine).trained % every > 0
-
-
-def _is_last_iteration(engine: Engine) -> bool:
-    state = engine.state  # ignite's own check takes the whole last epoch for the end
-    if state.max_iters is not None:
-        return bool(state.iteration >= state.max_iters)
-    if state.max_epochs is None or state.epoch_length is None:
-        return False
-    return bool(state.iteration >= state.max_epochs * state.epoch_length)
 
 
 def stop_run(engine: Engine, reason: StopReason) -> None:

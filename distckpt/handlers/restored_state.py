@@ -1,15 +1,20 @@
-"""What was restored, until the first batch is trained: handlers that run before it do not undo or repeat it.
+"""Keep what a resume restored until the first batch is trained, whatever handlers change before it.
 
-The handlers of STARTED run again in a resumed run, and in an epoch that had begun those of EPOCH_STARTED do. They reset
-metrics and counters, step schedulers, initialise models: all that is in the restored state already. So the state is
-noted before them, and what they have changed is put back after them.
+In a resumed run the handlers of STARTED run again, and in an interrupted epoch those of EPOCH_STARTED. They reset
+metrics and counters, step schedulers, initialise models: the restored state holds the results already. So the state is
+captured before these handlers, and what they have changed is restored after them.
+
+A large tensor is not copied. A fingerprint tells whether it was changed; if so, it is loaded from the checkpoint again.
 """
 
 import contextlib
+import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from ignite.engine import Engine
 
 from distckpt._messages import log_level
@@ -17,20 +22,20 @@ from distckpt.backends.detect import current
 from distckpt.coordination import phases
 from distckpt.handlers.checkpoint import Checkpoint
 from distckpt.handlers.rng_state import RngState
-from distckpt.loading.noted import StateNote
-
-__all__ = ["Restored"]
+from distckpt.loading.rollback import copy_state, is_same, load_own_state, own_state
 
 _logger = logging.getLogger(__name__)
+_SMALL_BYTES = 64 << 10
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class Restored:
+class RestoredState:
     """The restored objects of one resume.
 
     Args:
-        objects: by name, as the checkpoint was loaded into them; the same names on all ranks.
-        handlers: whose history was restored.
-        load_again: loads some of them again. Rank-local.
+        objects: the objects, by name; the same names on all ranks.
+        handlers: the handlers whose history was restored.
+        load_again: loads some of the objects from the checkpoint again. Rank-local.
         timeout_s: seconds to wait for the other ranks; None for the default.
 
     Attributes:
@@ -46,77 +51,77 @@ class Restored:
     ) -> None:
         self.objects = list(objects.values())
         self._objects = {
-            name: _UserKeys(one) if isinstance(one, Engine) else one
-            for name, one in objects.items()
-            if not isinstance(one, Checkpoint | RngState)
+            name: _UserKeys(obj) if isinstance(obj, Engine) else obj
+            for name, obj in objects.items()
+            if not isinstance(obj, Checkpoint | RngState)
         }
         self._handlers = handlers
         self._load_again = load_again
         self._timeout_s = timeout_s
-        self._notes: dict[str, StateNote | None] = {}
+        self._captured: dict[str, _CapturedState | None] = {}
 
-    def note(self, left_alone: Sequence[Any]) -> None:
-        """Note what the objects are. Rank-local where their ``state_dict`` is.
+    def capture(self, excluded: Sequence[Any]) -> None:
+        """Capture the objects' states. Rank-local where their ``state_dict`` is.
 
         Args:
-            left_alone: objects that are not to be asked for their state, as a loader that would begin to draw.
+            excluded: objects whose ``state_dict`` is not called; a loader's may start to draw.
         """
-        self._notes = {}
-        for name, one in self._objects.items():
-            if any(one is other for other in left_alone):
+        self._captured = {}
+        for name, obj in self._objects.items():
+            if any(obj is other for other in excluded):
                 continue
-            if not isinstance(one, _UserKeys):
-                self._notes[name] = None
-            with contextlib.suppress(Exception):  # it is a user's; then it is loaded again
-                self._notes[name] = StateNote(one)
-        self.hold_histories()
+            if not isinstance(obj, _UserKeys):
+                self._captured[name] = None
+            with contextlib.suppress(Exception):  # the user's state_dict raised: the object is loaded again
+                self._captured[name] = _CapturedState(obj)
+        self.keep_histories()
 
-    def hold_histories(self) -> None:
-        """Let ``reset()`` of the handlers forget nothing, until :meth:`put_back`."""
-        for one in self._handlers:
-            one.keeps_history = True
+    def keep_histories(self) -> None:
+        """Let ``reset()`` of the handlers keep their histories until :meth:`restore_changed`."""
+        for handler in self._handlers:
+            handler.keeps_history = True
 
-    def put_back(self, where: str) -> None:
-        """Collective. Load again what was changed since it was noted.
+    def restore_changed(self, event_name: str) -> None:
+        """Collective. Restore the objects that were changed since :meth:`capture`.
 
-        1. (all ranks) find out what was changed; what is on any rank is loaded again on all.
-        2. (all ranks) load it: from what was noted, or from the checkpoint.
+        1. (all ranks) find the changed objects. An object that was changed on any rank is restored on all.
+        2. (all ranks) load each one: what was captured, or the checkpoint again.
 
         Args:
-            where: the event whose handlers have run.
+            event_name: the event whose handlers have run.
 
         Raises:
-            RemoteRankError: something failed on some rank; alike on every rank.
+            RemoteRankError: a rank failed; on every rank.
         """
-        for one in self._handlers:
-            one.keeps_history = False
+        for handler in self._handlers:
+            handler.keeps_history = False
         backend = current()
-        place = phases.SyncPoint(handler="resume", phase=f"looking for what {where} has changed", step=0)
-        found = phases.run(backend, place, self._changed, timeout_s=self._timeout_s)
-        names = [name for name in self._notes if any(name in one for one in found)]
+        sync_point = phases.SyncPoint(handler="resume", phase=f"finding what {event_name} has changed", step=0)
+        answers = phases.run(backend, sync_point, self._find_changed, timeout_s=self._timeout_s)
+        names = [name for name in self._captured if any(name in answer for answer in answers)]
         if not names:
             return
-        place = phases.SyncPoint(handler="resume", phase=f"putting back what {where} has changed", step=0)
-        phases.run(backend, place, lambda: self._load(names), timeout_s=self._timeout_s)
+        sync_point = phases.SyncPoint(handler="resume", phase=f"restoring what {event_name} has changed", step=0)
+        phases.run(backend, sync_point, lambda: self._restore(names), timeout_s=self._timeout_s)
         _logger.log(
-            log_level(backend.rank, {0}), "resume: handlers of %s changed %s: put back", where, ", ".join(names)
+            log_level(backend.rank, {0}), "resume: handlers of %s changed %s: restored", event_name, ", ".join(names)
         )
 
-    def _changed(self) -> list[str]:
-        return [name for name, note in self._notes.items() if note is None or note.is_changed()]
+    def _find_changed(self) -> list[str]:
+        return [name for name, captured in self._captured.items() if captured is None or captured.is_changed()]
 
-    def _load(self, names: Sequence[str]) -> None:
+    def _restore(self, names: Sequence[str]) -> None:
         lost = []
         for name in names:
-            note = self._notes[name]
-            if note is None or not note.put_back():
+            captured = self._captured[name]
+            if captured is None or not captured.restore():
                 lost.append(self._objects[name])
         if lost:
             self._load_again(lost)
 
 
 class _UserKeys:
-    """What an engine's state holds under the keys that its program has added."""
+    """The entries of an engine's state that the program has added."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -127,3 +132,100 @@ class _UserKeys:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for key, value in state.items():
             setattr(self._engine.state, key, value)
+
+
+class _CapturedState:
+    """An object's state: copies of small values, fingerprints of large ones."""
+
+    def __init__(self, obj: Any) -> None:
+        self._obj = obj
+        self._state = _map_leaves(own_state(obj), _capture_leaf)
+        self._is_lost = False
+
+    def is_changed(self) -> bool:
+        """Return True if the object's state differs now."""
+        changed = list(_find_differences(self._state, own_state(self._obj)))
+        self._is_lost = any(isinstance(one, _Fingerprint) for one in changed)
+        return bool(changed)
+
+    def restore(self) -> bool:
+        """Load the captured state, as of the last :meth:`is_changed`.
+
+        Returns:
+            False if a large value was changed, of which there is no copy; then nothing is loaded.
+        """
+        if not self._is_lost:
+            load_own_state(self._obj, _map_leaves(self._state, _restore_leaf))
+        return not self._is_lost
+
+
+class _Fingerprint:
+    """A large tensor or array, its memory, and a sum of its bytes."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self._fingerprint = _fingerprint_of(value)
+
+    def matches(self, value: Any) -> bool:
+        return type(value) is type(self.value) and _fingerprint_of(value) == self._fingerprint
+
+
+def _capture_leaf(value: Any) -> Any:
+    num_bytes = getattr(value, "nbytes", 0)
+    is_large = isinstance(num_bytes, int) and num_bytes > _SMALL_BYTES
+    is_memory = isinstance(value, torch.Tensor) or hasattr(type(value), "__array_interface__")
+    return _Fingerprint(value) if is_large and is_memory else copy_state(value)
+
+
+def _restore_leaf(value: Any) -> Any:
+    return value.value if isinstance(value, _Fingerprint) else copy_state(value)
+
+
+def _map_leaves(value: Any, function: Callable[[Any], Any]) -> Any:
+    if type(value) in (list, tuple, deque):
+        return type(value)(_map_leaves(item, function) for item in value)
+    if isinstance(value, dict):
+        twin = copy.copy(value)  # of its own type, with its attributes, such as a module's ``_metadata``
+        for key, item in value.items():
+            twin[key] = _map_leaves(item, function)
+        return twin
+    return function(value)
+
+
+def _find_differences(captured: Any, value: Any) -> Iterator[Any]:
+    """Yield the captured leaves that differ from a state, and the containers whose keys or length differ."""
+    if isinstance(captured, _Fingerprint):
+        if not captured.matches(value):
+            yield captured
+    elif isinstance(captured, Mapping):
+        others = value if isinstance(value, Mapping) else {}
+        if others is not value or list(captured) != list(others):
+            yield captured
+        for key, item in captured.items():
+            yield from _find_differences(item, others.get(key))
+    elif isinstance(captured, list | tuple | deque):
+        items = list(value) if isinstance(value, list | tuple | deque) else None
+        if items is None or len(items) != len(captured):
+            yield captured
+        items = [*(items or ()), *[None] * len(captured)]
+        for item, other in zip(captured, items, strict=False):
+            yield from _find_differences(item, other)
+    elif type(captured) is not type(value) or not is_same(captured, value):
+        yield captured
+
+
+def _fingerprint_of(value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, torch.Tensor):
+        return (value.shape, str(value.dtype), hash(value.tobytes()))
+    kind = (tuple(value.shape), value.dtype, str(value.device))
+    if (
+        value.layout is not torch.strided
+        or value.is_quantized
+        or value.is_nested
+        or value.device.type in ("meta", "xla")
+    ):
+        return (*kind, id(value), value._version)  # noqa: SLF001 - torch's count of writes to it
+    with torch.no_grad():
+        plain = torch.view_as_real(value.detach()) if value.is_complex() else value.detach()
+        words = plain.view(_WORDS[plain.element_size()]) if plain.dtype is not torch.bool else plain
+        return (*kind, int(words.sum(dtype=torch.int64)))

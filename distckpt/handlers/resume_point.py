@@ -1,8 +1,8 @@
-"""Where a resumed run goes on: which iteration of which epoch comes first, and which batch of the data.
+"""Where a resumed run continues: its next iteration and epoch, and the next batch of its data.
 
-A checkpoint's record says what was trained (see :func:`~distckpt.handlers.progress.position_of`). A file without a
-record has the engine's ``iteration`` alone: there a pass over the data is taken for an epoch. Once the data of the
-resumed run are known, :func:`fit_to_data` says what that means for them. Rank-local; issues no collectives.
+A checkpoint's record holds the resume point (see :func:`~distckpt.handlers.progress.position_of`). A file without a
+record has the engine's ``iteration`` alone; a pass over the data is then taken to be an epoch. :func:`fit_to_data`
+translates a resume point for data in other batches or a job of another size. Rank-local; issues no collectives.
 """
 
 from collections.abc import Mapping
@@ -13,17 +13,41 @@ from ignite.engine import Engine
 from torch.utils.data import BatchSampler, IterableDataset, RandomSampler, Sampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from distckpt.handlers.progress import batch_size_of, length_of, num_samples_of, samplers_of
+from distckpt.handlers.data_loaders import batch_size_of, num_batches_of, num_samples_of, samplers_of
+from distckpt.handlers.object_trees import leaves, path_to
 
-__all__ = ["StartPoint", "fit_to_data", "start_of_record", "start_of_state"]
+_INTEGERS = ("trained", "epoch", "in_epoch", "batches", "scale")
+_OPTIONAL = ("epoch_length", "samples", "length", "batch_size", "num_samples", "seed", "world_size")
+_FLAGS = ("epoch_begun", "pass_begun", "iteration_begun", "is_drawn", "is_end_due")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StartPoint:
-    """What a run has behind it; see :func:`~distckpt.handlers.progress.position_of` for the attributes' meaning.
+class ResumePoint:
+    """What a run has trained. The names are those of a manifest's record.
+
+    A pass is one iterator over the data; it may be longer or shorter than an epoch.
 
     Attributes:
-        batches: batches of the pass to leave out; None where they follow from `trained` and the data's length.
+        trained: iterations trained in the run. The engine's own ``iteration`` may be one more.
+        epoch: completed epochs.
+        in_epoch: iterations trained in the epoch under way; 0 between two epochs.
+        epoch_begun: True if an epoch is under way, even if none of its iterations is trained.
+        epoch_length: the engine's, in iterations; None if unknown.
+        batches: batches trained in the pass under way; 0 if the next batch starts a pass. None: to be computed from
+            `trained` and the data's length.
+        samples: samples trained in the pass under way; None if the loader has no batch size.
+        length: batches in a pass; None if unknown.
+        batch_size: samples in a batch; None if unknown.
+        num_samples: samples in a pass; None if unknown.
+        pass_begun: True if a pass is under way and has more batches.
+        iteration_begun: True if an iteration was started and not trained.
+        is_drawn: True if the next batch was already drawn from the data.
+        is_end_due: True if the last batch of an epoch is trained, and EPOCH_COMPLETED has not been fired.
+        event: the event of the save; None outside of a run.
+        scale: number of resumes that changed the number of samples in an iteration.
+        seed: the seed of a DeterministicEngine's run; else None.
+        world_size: number of ranks; None if unknown.
+        sampler: the state of a ResumableSampler; None if the loader has none.
     """
 
     trained: int
@@ -46,112 +70,143 @@ class StartPoint:
     world_size: int | None = None
     sampler: Mapping[str, Any] | None = None
 
-    def is_at_end(self, max_epochs: int | None, max_iters: int | None) -> bool:
-        """Return True if a run up to one of these ends has nothing left to do."""
-        if max_iters is not None:
-            return self.trained >= max_iters
-        if max_epochs is None:
-            return False
-        length = self.epoch_length
-        return self.epoch >= max_epochs or (length is not None and self.trained >= length * max_epochs)
+    @classmethod
+    def from_record(cls, position: Any) -> "ResumePoint | None":
+        """Return the resume point that a manifest's record holds; None if it is malformed."""
+        if not isinstance(position, Mapping):
+            return None
+        numbers = {name: position.get(name) for name in (*_INTEGERS, *_OPTIONAL)}
+        flags = {name: position.get(name) for name in _FLAGS}
+        is_sound = (
+            all(_is_count(numbers[name]) for name in _INTEGERS)
+            and all(numbers[name] is None or _is_count(numbers[name]) for name in _OPTIONAL)
+            and all(isinstance(flag, bool) for flag in flags.values())
+        )
+        if not is_sound:
+            return None
+        event, sampler = position.get("event"), position.get("sampler")
+        fields: dict[str, Any] = {**numbers, **flags}
+        fields["event"] = event if isinstance(event, str) else None
+        fields["sampler"] = sampler if isinstance(sampler, Mapping) else None
+        return cls(**fields)
+
+    @classmethod
+    def from_engine(cls, engine: Engine) -> "ResumePoint":
+        """Return the resume point that follows from an engine's state alone."""
+        trained, length = engine.state.iteration, engine.state.epoch_length
+        in_epoch = trained % length if length else trained
+        return cls(
+            trained=trained,
+            epoch=engine.state.epoch,
+            in_epoch=in_epoch,
+            epoch_begun=in_epoch > 0,
+            epoch_length=length,
+        )
+
+    def is_run_complete(self, max_epochs: int | None, max_iters: int | None) -> bool:
+        """Return True if a run with these limits has nothing left to train."""
+        if max_iters is None and max_epochs is not None and self.epoch >= max_epochs:
+            return True
+        return is_last_iteration(self.trained, self.epoch_length, max_epochs, max_iters)
 
     @property
     def is_mid_pass(self) -> bool:
-        """Whether the iterator over the data was made, and has more to give."""
+        """Return True if a pass is under way and has more batches."""
         return self.pass_begun or (bool(self.batches) and self.batches != self.length)
 
 
-_INTEGERS = ("trained", "epoch", "in_epoch", "batches", "scale")
-_OPTIONAL = ("epoch_length", "samples", "length", "batch_size", "num_samples", "seed", "world_size")
-_FLAGS = ("epoch_begun", "pass_begun", "iteration_begun", "is_drawn", "is_end_due")
+def find_engine(to_load: Mapping[str, Any], record: Mapping[str, Any]) -> Engine | None:
+    """Return the only engine in `to_load`, or the one that ran during the save."""
+    engines = {path: obj for path, obj in leaves(to_load) if isinstance(obj, Engine)}
+    if len({id(engine) for engine in engines.values()}) == 1:
+        return next(iter(engines.values()))
+    return engines.get(_engine_key(record) or ())
 
 
-def start_of_record(position: Any) -> StartPoint | None:
-    """Return what a record's position says; None if it is none."""
-    if not isinstance(position, Mapping):
-        return None
-    numbers = {name: position.get(name) for name in (*_INTEGERS, *_OPTIONAL)}
-    flags = {name: position.get(name) for name in _FLAGS}
-    is_sound = (
-        all(_is_count(numbers[name]) for name in _INTEGERS)
-        and all(numbers[name] is None or _is_count(numbers[name]) for name in _OPTIONAL)
-        and all(isinstance(flag, bool) for flag in flags.values())
-    )
-    if not is_sound:
-        return None
-    event, sampler = position.get("event"), position.get("sampler")
-    known: dict[str, Any] = {**numbers, **flags}
-    known["event"] = event if isinstance(event, str) else None
-    known["sampler"] = sampler if isinstance(sampler, Mapping) else None
-    return StartPoint(**known)
+def _engine_key(record: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """Return the path to the state of the engine that ran during the save; None if unknown."""
+    engine = record.get("engine")
+    key = engine.get("key") if isinstance(engine, Mapping) else None
+    return tuple(key) if isinstance(key, list) else None
 
 
-def start_of_state(engine: Engine) -> StartPoint:
-    """Return what an engine's own state says: passes are taken to be epochs."""
-    trained, length = engine.state.iteration, engine.state.epoch_length
-    in_epoch = trained % length if length else trained
-    return StartPoint(
-        trained=trained,
-        epoch=engine.state.epoch,
-        in_epoch=in_epoch,
-        epoch_begun=in_epoch > 0,
-        epoch_length=length,
-    )
+def find_resume_point(
+    engine: Engine, to_load: Mapping[str, Any], record: Mapping[str, Any], rank: int, world_size: int
+) -> ResumePoint:
+    """Return the resume point that this rank recorded, else the one that follows from the engine's state."""
+    recorded, key = record.get("engine"), _engine_key(record)
+    path = path_to(engine, to_load)
+    is_of_engine = key is None or path is None or key == path
+    if is_of_engine and isinstance(recorded, Mapping) and recorded.get("iteration") == engine.state.iteration:
+        data = record.get("data")
+        positions = data if isinstance(data, list) else [data]
+        position = positions[rank] if len(positions) == world_size else positions[0]
+        point = ResumePoint.from_record(position)
+        if point is not None:
+            return point
+    return ResumePoint.from_engine(engine)
+
+
+def is_last_iteration(iteration: int, epoch_length: int | None, max_epochs: int | None, max_iters: int | None) -> bool:
+    """Return True if a run with these limits ends with an iteration. ignite's own check is true for a whole epoch."""
+    if max_iters is not None:
+        return iteration >= max_iters
+    return max_epochs is not None and epoch_length is not None and iteration >= max_epochs * epoch_length
 
 
 def fit_to_data(
-    start: StartPoint,
+    point: ResumePoint,
     data: Any,
     epoch_length: int | None,
     *,
     knows_pass: bool,
     counts_epochs: bool,
     world_size: int,
-    left: int | None = None,
-) -> StartPoint:
-    """Return the same place in the data of the resumed run, whose batches may be others.
+    num_left: int | None = None,
+) -> ResumePoint:
+    """Translate a resume point for the resumed run's data, which may come in other batches.
 
     Args:
-        start: what the run has behind it.
-        data: what ``engine.run()`` was given.
-        epoch_length: likewise; None if it was not.
-        knows_pass: whether the generators are known as they were when the pass began.
-        counts_epochs: whether the run's end is given in epochs; else in iterations, which keep their number.
-        world_size: the number of ranks.
-        left: batches that the data give until the pass ends, where they go on by themselves; else None.
+        point: as recorded; `batches` is known.
+        data: as given to ``engine.run()``.
+        epoch_length: likewise; None if it was not given.
+        knows_pass: True if the generators' states from the start of the pass are known.
+        counts_epochs: True if the run's limit is in epochs. Iterations keep their numbers otherwise.
+        world_size: number of ranks.
+        num_left: batches left in the pass, where the data continue by themselves; else None.
 
     Raises:
-        ValueError: a pass had begun, and its place in the new batches cannot be told.
+        ValueError: the position in the new batches cannot be determined.
     """
-    length, size, total = length_of(data), batch_size_of(data), num_samples_of(data)
-    before = (start.length, start.batch_size, start.num_samples)
-    pairs = zip(before, (length, size, total), strict=True)
-    if left is None and all(one is None or other is None or one == other for one, other in pairs):
-        return start
-    is_pass_an_epoch = start.epoch_length == start.length or (left is not None and start.length is None)
-    new_length = epoch_length or (length if is_pass_an_epoch else start.epoch_length) or start.epoch_length
+    length, size, total = num_batches_of(data), batch_size_of(data), num_samples_of(data)
+    pairs = ((point.length, length), (point.batch_size, size), (point.num_samples, total))
+    if num_left is None and all(before is None or now is None or before == now for before, now in pairs):
+        return point
+    is_pass_an_epoch = point.epoch_length == point.length or (num_left is not None and point.length is None)
+    new_length = epoch_length or (length if is_pass_an_epoch else point.epoch_length) or point.epoch_length
     batches = 0
-    if left is not None and length is not None:
-        if not left and length:
-            raise ValueError(_refusal(start, length, size, "fewer samples are left than a batch has"))
-        batches = max(0, length - left)
-    elif start.is_mid_pass:
-        problem = _why_unknown(start, data, world_size, knows_pass=knows_pass)
+    if num_left is not None and length is not None:
+        if not num_left and length:
+            raise ValueError(_refusal(point, length, size, "fewer samples are left than a batch has"))
+        batches = max(0, length - num_left)
+    elif point.is_mid_pass:
+        problem = _why_unknown(point, data, world_size, knows_pass=knows_pass)
         if problem:
-            raise ValueError(_refusal(start, length, size, problem))
-        batches = (start.samples or 0) // (size or 1)
-        if _is_shared(data):
-            batches = (start.samples or 0) * (start.world_size or world_size) // ((size or 1) * world_size)
-    in_epoch = start.in_epoch
+            raise ValueError(_refusal(point, length, size, problem))
+        batches = (point.samples or 0) // (size or 1)
+        if _distributed_sampler_of(data) is not None:
+            batches = (point.samples or 0) * (point.world_size or world_size) // ((size or 1) * world_size)
+    in_epoch = point.in_epoch
     if is_pass_an_epoch and in_epoch:
         in_epoch = batches
-    elif in_epoch and new_length != start.epoch_length:
-        raise ValueError(_refusal(start, length, size, f"an epoch of {start.epoch_length} iterations had begun"))
-    trained = start.trained - start.in_epoch + in_epoch
-    if new_length is not None and new_length != start.epoch_length and counts_epochs:
-        trained = start.epoch * new_length + in_epoch
+    elif in_epoch and new_length != point.epoch_length:
+        problem = f"an epoch of {point.epoch_length} iterations is under way"
+        raise ValueError(_refusal(point, length, size, problem))
+    trained = point.trained - point.in_epoch + in_epoch
+    if new_length is not None and new_length != point.epoch_length and counts_epochs:
+        trained = point.epoch * new_length + in_epoch
     return replace(
-        start,
+        point,
         trained=trained,
         in_epoch=in_epoch,
         epoch_length=new_length,
@@ -159,27 +214,52 @@ def fit_to_data(
         length=length,
         batch_size=size,
         num_samples=total,
-        scale=start.scale + (trained != start.trained),
+        scale=point.scale + (trained != point.trained),
     )
 
 
-def _is_shared(data: Any) -> bool:
-    """Return True if torch's DistributedSampler lets the ranks take turns in one order."""
-    return any(type(one) is DistributedSampler for one in samplers_of(data))
+def _distributed_sampler_of(data: Any) -> Any:
+    """Return torch's DistributedSampler, which deals one order out to the ranks in turn; None if there is none."""
+    return next((sampler for sampler in samplers_of(data) if type(sampler) is DistributedSampler), None)
 
 
-def _why_unknown_on_ranks(start: StartPoint, data: Any, size: int, world_size: int) -> str:
-    """Return why the place is unknown where ranks take turns in one order; empty if it is known.
+def _why_unknown(  # noqa: PLR0911 - one return for each reason
+    point: ResumePoint, data: Any, world_size: int, *, knows_pass: bool
+) -> str:
+    """Return why the position in the new batches is unknown; empty if it is known."""
+    size, total, samplers = batch_size_of(data), num_samples_of(data), list(samplers_of(data))
+    inner = samplers[-1] if samplers else None
+    if point.samples is None or size is None:
+        return "the number of samples in a batch is not known"
+    if len(samplers) > 1 and type(samplers[0]) is not BatchSampler:
+        return f"{type(samplers[0]).__name__} makes batches of its own"
+    if isinstance(getattr(data, "dataset", None), IterableDataset) and getattr(data, "num_workers", 0) > 1:
+        return "the batches come from several workers in turn"
+    distributed = _distributed_sampler_of(data)
+    if distributed is not None:
+        return _why_unknown_on_ranks(point, distributed, num_batches_of(data), size, world_size)
+    is_in_sequence = inner is None or isinstance(inner, SequentialSampler) or not isinstance(inner, Sampler)
+    if total != point.num_samples and point.num_samples is not None and not is_in_sequence:
+        return f"the data had {point.num_samples} samples and have {total} now, in another order"
+    if isinstance(inner, RandomSampler) and not knows_pass:
+        return "the sample order is not known without an RngState(trainer) in the checkpoint"
+    if not is_in_sequence and not isinstance(inner, RandomSampler | DistributedSampler) and not knows_pass:
+        return f"the order of {type(inner).__name__} is not known without an RngState(trainer) in the checkpoint"
+    if point.samples % size:
+        return f"{point.samples} samples are no whole number of batches of {size}"
+    return ""
 
-    What all ranks have trained is the beginning of the order. On any number of ranks so many whole steps are left out.
+
+def _why_unknown_on_ranks(point: ResumePoint, sampler: Any, length: int | None, size: int, world_size: int) -> str:
+    """Return why the position in a DistributedSampler's order is unknown; empty if it is known.
+
+    The samples that all ranks have trained are a prefix of the order. It must be a whole number of steps of all ranks.
     """
-    inner: Any
-    (inner,) = [one for one in samplers_of(data) if type(one) is DistributedSampler]
-    before, num_samples = start.world_size or world_size, len(inner.dataset)
-    num_each = num_samples // before if inner.drop_last else -(-num_samples // before)
-    if start.num_samples != num_each:
-        return f"{before} ranks had {start.num_samples} samples each, and the data have {num_samples} now"
-    trained, length = (start.samples or 0) * before, length_of(data)
+    before, num_samples = point.world_size or world_size, len(sampler.dataset)
+    num_each = num_samples // before if sampler.drop_last else -(-num_samples // before)
+    if point.num_samples != num_each:
+        return f"{before} ranks had {point.num_samples} samples each, and the data have {num_samples} now"
+    trained = (point.samples or 0) * before
     if trained % (size * world_size):
         return f"the {trained} samples of {before} ranks are no whole number of steps of {world_size} x {size}"
     if length is not None and trained // (size * world_size) >= length:
@@ -187,43 +267,17 @@ def _why_unknown_on_ranks(start: StartPoint, data: Any, size: int, world_size: i
     return ""
 
 
-def _why_unknown(  # noqa: PLR0911 - one a reason
-    start: StartPoint, data: Any, world_size: int, *, knows_pass: bool
-) -> str:
-    """Return why the place in the new batches is unknown; empty if it is known."""
-    size, total, samplers = batch_size_of(data), num_samples_of(data), list(samplers_of(data))
-    inner = samplers[-1] if samplers else None
-    if start.samples is None or size is None:
-        return "how many samples are in a batch is not known"
-    if len(samplers) > 1 and type(samplers[0]) is not BatchSampler:
-        return f"{type(samplers[0]).__name__} makes batches of its own"
-    if isinstance(getattr(data, "dataset", None), IterableDataset) and getattr(data, "num_workers", 0) > 1:
-        return "several workers give batches in turns"
-    if _is_shared(data):
-        return _why_unknown_on_ranks(start, data, size, world_size)
-    is_in_sequence = inner is None or isinstance(inner, SequentialSampler) or not isinstance(inner, Sampler)
-    if total != start.num_samples and start.num_samples is not None and not is_in_sequence:
-        return f"the data had {start.num_samples} samples and have {total}, in another order"
-    if isinstance(inner, RandomSampler) and not knows_pass:
-        return "the order is not known without an RngState(trainer) in the checkpoint"
-    if not is_in_sequence and not isinstance(inner, RandomSampler | DistributedSampler) and not knows_pass:
-        return f"the order of {type(inner).__name__} is not known without an RngState(trainer) in the checkpoint"
-    if start.samples % size:
-        return f"{start.samples} samples are no whole number of batches of {size}"
-    return ""
+def _refusal(point: ResumePoint, length: int | None, size: int | None, problem: str) -> str:
+    def in_batches(num: int | None, batch_size: int | None) -> str:
+        return f"{num} batches" + (f" of {batch_size}" if batch_size is not None else "")
 
-
-def _refusal(start: StartPoint, length: int | None, size: int | None, problem: str) -> str:
-    def told(batches: int | None, batch_size: int | None) -> str:
-        return f"{batches} batches" + (f" of {batch_size}" if batch_size is not None else "")
-
-    trained = f"{start.batches} of {told(start.length, start.batch_size)}"
-    if start.samples is not None:
-        trained += f" ({start.samples} samples)"
+    trained = f"{point.batches} of {in_batches(point.length, point.batch_size)}"
+    if point.samples is not None:
+        trained += f" ({point.samples} samples)"
     return (
-        f"resume: the run had trained {trained} of a pass over its data, which have {told(length, size)} now. It "
-        f"cannot go on there: {problem}. Nothing was trained. Finish the epoch with the batches of before, or use a "
-        f"distckpt.ResumableSampler, which goes on at any sample"
+        f"resume: the run had trained {trained} of a pass over its data, which have {in_batches(length, size)} now. It "
+        f"cannot continue there: {problem}. Nothing was trained. Finish the epoch with the batches of before, or use a "
+        f"distckpt.ResumableSampler, which continues at any sample"
     )
 
 

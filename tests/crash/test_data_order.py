@@ -106,7 +106,7 @@ def end_of(cell: Cell, worlds: tuple[int, int], alone: list[Part], parts: list[l
         for rank, part in enumerate(alone):
             assert [batch for ranks in parts for batch in ranks[rank].batches] == part.batches
         warned = [what for part in resumed for what in part.warned]
-        assert all("workers begin anew" in what for what in warned)
+        assert all("the loader starts new workers" in what for what in warned)
         return "as alone"
     assert all(any(f"a job of {before} ranks" in what for what in part.warned) for part in parts[1]), "of the numbers"
     if cell.sampler in SHARING:

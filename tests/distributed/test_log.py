@@ -112,8 +112,8 @@ def test_a_preemption_and_the_resume_after_it_are_logged_once(tmp_path: Path) ->
     coordinator, *others = heard(lambda: program(is_told=False))
     assert others == [[], []]
     assert [one.split(": loaded")[0] for one in coordinator] == [
-        f"resume: going on from {tmp_path / 'checkpoint_2.pt'} of iteration 2, epoch 0",
-        "resume: dropped 2 batches of epoch 1 that were trained before",
+        f"resume: continuing from {tmp_path / 'checkpoint_2.pt'} of iteration 2, epoch 0",
+        "resume: skipped 2 batches of epoch 1 that were trained before",
     ]
 
 
@@ -125,7 +125,7 @@ def test_a_candidate_that_is_passed_over_is_logged_once(tmp_path: Path) -> None:
     job.barrier()
     coordinator, other = heard(lambda: resume({"model": model_of(0.0)}, tmp_path))
     assert other == []
-    assert [one.split(":")[1].split()[0] for one in coordinator] == [str(tmp_path / "a.pt"), "going"]
+    assert [one.split(":")[1].split()[0] for one in coordinator] == [str(tmp_path / "a.pt"), "continuing"]
 
 
 @pytest.mark.parametrize("options", [{}, {"background": True}, {"share_write": "node"}], ids=str)

@@ -108,7 +108,7 @@ def test_all_ranks_take_the_newest(tmp_path: Path, world_size: int) -> None:
     assert ends[0]["path"] == tmp_path / "checkpoint_12.pt"
     assert (ends[0]["weight"], ends[0]["iteration"], ends[0]["told"]) == (12.0, 12, [])
     assert ends[0]["said"] == [
-        f"resume: going on from {tmp_path / 'checkpoint_12.pt'} of iteration 12, epoch 3: loaded model, trainer"
+        f"resume: continuing from {tmp_path / 'checkpoint_12.pt'} of iteration 12, epoch 3: loaded model, trainer"
     ]
 
 

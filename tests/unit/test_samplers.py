@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, TensorDataset
 
 from distckpt import Checkpoint, ResumableSampler
-from distckpt.samplers import batches_left, find_resumable, permuted
+from distckpt.samplers import batches_left, find_resumable, permute
 
 ORDER_OF_TEN = [6, 2, 9, 5, 7, 1, 3, 0, 8, 4]
 """Of seed 0 and epoch 0. An order that changes loses the place of every run under way."""
@@ -35,24 +35,24 @@ def turns(samplers: list[ResumableSampler]) -> Iterator[int]:
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 7, 8, 63, 64, 65, 127, 128, 129, 1000, 4095, 4096, 4097, 100_003])
 def test_an_order_has_each_number_once(length: int) -> None:
     for key in ("0:0", "0:1", "7:0"):
-        assert torch.equal(permuted(torch.arange(length), length, key).sort().values, torch.arange(length))
+        assert torch.equal(permute(torch.arange(length), length, key).sort().values, torch.arange(length))
 
 
 def test_any_place_of_an_order_is_computed_alone() -> None:
-    whole = permuted(torch.arange(5000), 5000, "a")
+    whole = permute(torch.arange(5000), 5000, "a")
     places = torch.randint(5000, (300,))
-    assert torch.equal(permuted(places, 5000, "a"), whole[places])
+    assert torch.equal(permute(places, 5000, "a"), whole[places])
 
 
 def test_an_order_stays_what_it_was_when_it_was_released() -> None:
-    assert permuted(torch.arange(10), 10, "0:0").tolist() == ORDER_OF_TEN
+    assert permute(torch.arange(10), 10, "0:0").tolist() == ORDER_OF_TEN
     assert list(ResumableSampler(10, num_replicas=1, rank=0)) == ORDER_OF_TEN
 
 
 @pytest.mark.parametrize(("length", "num_orders"), [(3, 6), (4, 24)])
 def test_all_orders_of_a_few_samples_come_about_equally_often(length: int, num_orders: int) -> None:
     num, expected = 30 * num_orders, 30
-    seen = Counter(tuple(permuted(torch.arange(length), length, f"0:{epoch}").tolist()) for epoch in range(num))
+    seen = Counter(tuple(permute(torch.arange(length), length, f"0:{epoch}").tolist()) for epoch in range(num))
     assert len(seen) == num_orders
     chi_square = sum((count - expected) ** 2 / expected for count in seen.values())
     assert chi_square < num_orders + 5 * (2 * num_orders) ** 0.5
@@ -62,8 +62,8 @@ def test_all_orders_of_a_few_samples_come_about_equally_often(length: int, num_o
 def test_an_order_mixes_as_a_random_one_does(length: int) -> None:
     places = torch.arange(length, dtype=torch.float64)
     for epoch in range(5):
-        order = permuted(torch.arange(length), length, f"3:{epoch}").double()
-        other = permuted(torch.arange(length), length, f"3:{epoch + 1}").double()
+        order = permute(torch.arange(length), length, f"3:{epoch}").double()
+        other = permute(torch.arange(length), length, f"3:{epoch + 1}").double()
         for pair in ((order, places), (order[1:], order[:-1]), (order, other)):
             correlation = torch.corrcoef(torch.stack(pair))[0, 1].item()
             assert abs(correlation) * length**0.5 < 5.0
@@ -141,9 +141,9 @@ def test_what_is_trained_counts_where_it_is_known() -> None:
     drawn = iter(sampler)
     for _ in range(30):
         next(drawn)
-    sampler.distckpt_follow(lambda: 8)
+    sampler.distckpt_set_counter(lambda: 8)
     assert sampler.state_dict()["position"] == 16
-    sampler.distckpt_follow(lambda: None)
+    sampler.distckpt_set_counter(lambda: None)
     assert (sampler.state_dict()["epoch"], sampler.state_dict()["position"]) == (1, 0)
 
 

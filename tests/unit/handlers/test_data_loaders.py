@@ -25,7 +25,8 @@ from torch.utils.data import (
 )
 
 from distckpt import Checkpoint, DiskSaver, ResumableSampler, RngState, resume
-from distckpt.handlers.data_loaders import generators_in, sampler_that_draws, warn_of_ranks
+from distckpt.handlers.data_loaders import find_generators, find_random_sampler
+from distckpt.handlers.sample_order import warn_if_ranks_changed
 
 LENGTH = 20
 DATA = TensorDataset(torch.arange(LENGTH))
@@ -182,7 +183,7 @@ def test_with_an_rng_state_a_loader_goes_on_as_if_it_had_been_left_alone(tmp_pat
         batches, told = in_parts(tmp_path / "-".join(map(str, stops)), make, *stops)
         assert batches == alone, stops
         assert torch.equal(torch.rand(3), next_alone), "what is drawn after the run is the same too"
-        assert all("workers begin anew" in one for one in told)
+        assert all("the loader starts new workers" in one for one in told)
         assert not told or "persistent" in name
 
 
@@ -211,7 +212,7 @@ def test_a_resumable_sampler_goes_on_with_another_batch_size(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["shuffle", "subset", "weights", "batch sampler", "nested", "Python's generator"])
-@pytest.mark.parametrize(("stop", "what"), [(10, "the epochs that follow"), (13, "the begun epoch")])
+@pytest.mark.parametrize(("stop", "what"), [(10, "the following epochs"), (13, "the interrupted epoch")])
 def test_without_an_rng_state_a_warning_comes_before_the_first_batch(
     tmp_path: Path, name: str, stop: int, what: str
 ) -> None:
@@ -273,24 +274,26 @@ class Endless(IterableDataset[Any]):
 
 def test_samplers_that_draw_are_known() -> None:
     drawing = RandomSampler(DATA)
-    assert sampler_that_draws(DataLoader(DATA, sampler=drawing)) is drawing
-    assert isinstance(sampler_that_draws(DataLoader(DATA, batch_sampler=Grouped())), Grouped)
-    assert sampler_that_draws(DataLoader(Endless())) is None
-    assert sampler_that_draws([1, 2]) is None
+    assert find_random_sampler(DataLoader(DATA, sampler=drawing)) is drawing
+    assert isinstance(find_random_sampler(DataLoader(DATA, batch_sampler=Grouped())), Grouped)
+    assert find_random_sampler(DataLoader(Endless())) is None
+    assert find_random_sampler([1, 2]) is None
 
 
 def test_generators_are_found_where_they_hang_and_data_are_not_searched() -> None:
     generator = own()
     data: Any = [object()] * 1000
     loader: Any = DataLoader(data, shuffle=True, generator=generator)
-    assert generators_in(loader) == {"state.dataloader.generator": generator}
-    assert generators_in(None) == {}
+    assert find_generators(loader) == {"state.dataloader.generator": generator}
+    assert find_generators(None) == {}
 
 
 def test_a_batch_sampler_over_a_distributed_sampler_shares_the_data_among_the_ranks() -> None:
     inner: Any = DistributedSampler(DATA, num_replicas=2, rank=0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_ranks(DataLoader(DATA, batch_sampler=BatchSampler(inner, 2, drop_last=False)), 1, 2, is_mid_pass=True)
-    with pytest.warns(UserWarning, match="no sampler that shares them"):
-        warn_of_ranks(DataLoader(DATA, batch_size=2), 1, 2, is_mid_pass=True)
+        warn_if_ranks_changed(
+            DataLoader(DATA, batch_sampler=BatchSampler(inner, 2, drop_last=False)), 1, 2, is_mid_pass=True
+        )
+    with pytest.warns(UserWarning, match="no sampler that splits them"):
+        warn_if_ranks_changed(DataLoader(DATA, batch_size=2), 1, 2, is_mid_pass=True)

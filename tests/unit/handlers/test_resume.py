@@ -340,7 +340,7 @@ def test_an_engine_beside_to_load_gets_the_state_that_looks_like_its(tmp_path: P
 def test_a_checkpoint_without_an_engine_is_loaded_with_a_warning(tmp_path: Path) -> None:
     torch.save({"note": {"a": 1}}, tmp_path / "a.pt")
     note, trainer = Notebook(), idle_engine()
-    with pytest.warns(UserWarning, match="a.pt holds no state of an engine: the engine begins at iteration 0"):
+    with pytest.warns(UserWarning, match="a.pt holds no state of an engine: the engine starts at iteration 0"):
         resume({"note": note}, tmp_path, engine=trainer)
     assert note.state == {"a": 1}
     assert trainer.state.iteration == 0
@@ -402,7 +402,7 @@ def test_it_says_what_it_did(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     (record,) = [one for one in caplog.records if one.name == LOGGER]
     said = record.getMessage()
     assert said.startswith(
-        f"resume: going on from {tmp_path / 'a.pt'} of iteration 6, epoch 1: loaded note, the engine"
+        f"resume: continuing from {tmp_path / 'a.pt'} of iteration 6, epoch 1: loaded note, the engine"
     )
     assert record.levelname == "WARNING"
 
@@ -410,7 +410,7 @@ def test_it_says_what_it_did(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
 def test_a_run_that_had_ended_is_told_apart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.save({"trainer": engine_state(8, max_epochs=2)}, tmp_path / "a.pt")
     resume({}, tmp_path, engine=idle_engine())
-    assert "had come to its end: engine.run() returns at once" in caplog.text
+    assert "that run was complete: engine.run() returns at once" in caplog.text
 
 
 # -- how the begun epoch goes on -------------------------------------------------------------------
@@ -546,7 +546,7 @@ def test_what_the_beginning_of_an_epoch_draws_is_drawn_as_it_was() -> None:
 
 
 def test_an_order_that_cannot_be_known_is_told() -> None:
-    with pytest.warns(UserWarning, match="the order of the begun epoch is not known"):
+    with pytest.warns(UserWarning, match="the sample order of the interrupted epoch is not known"):
         interrupted(lambda: Program(shuffled, notes_passes=False, max_epochs=3), [13], last=30)
     interrupted(lambda: Program(shuffled, notes_passes=False, max_epochs=3), [10], last=30)
     interrupted(lambda: Program(shuffled, max_epochs=3), [13], last=30)
@@ -582,7 +582,7 @@ def test_nothing_is_left_on_the_engine_after_the_first_batch() -> None:
     for _ in range(2):  # the second takes the place of the first
         resume_from(program, {"trainer": engine_state(13, epoch_length=10), "rng": program.rng.state_dict()})
         assert count() == [number + 1 for number in before]
-    with pytest.warns(UserWarning, match="the order of the begun epoch is not known"):
+    with pytest.warns(UserWarning, match="the sample order of the interrupted epoch is not known"):
         program.run()
     assert count() == before
     assert iterations(program.seen)[0][0] == 14

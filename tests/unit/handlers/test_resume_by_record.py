@@ -358,7 +358,7 @@ def test_damage_anywhere_in_a_small_file_is_told_of_before_an_older_one_is_taken
         found = resume(objects, saver(tmp_path, n_saved=2)(objects, trainer), engine=trainer)
         assert found is not None
         assert found.name == f"checkpoint_{LENGTH}.pt", at
-        assert [name for name, _ in found.passed_over] == [path.name], at
+        assert [name for name, _ in found.skipped] == [path.name], at
         assert "It is passed over." in caplog.text
 
 
@@ -374,4 +374,4 @@ def test_a_damaged_record_neither_hides_a_file_nor_changes_its_place(tmp_path: P
     found = resume({"note": Notebook({"run": 0})}, tmp_path)
     assert found is not None
     assert found.name == f"checkpoint_{2 * LENGTH}.pt"
-    assert [name for name, _ in found.passed_over] == [path.name]
+    assert [name for name, _ in found.skipped] == [path.name]

@@ -155,7 +155,7 @@ def test_a_rank_that_is_new_gets_numbers_of_its_own_each_time_the_same(monkeypat
 
 def test_a_state_without_this_ranks_part_is_a_warning() -> None:
     mine = RngState().state_dict()["ranks"][0]
-    with pytest.warns(UserWarning, match="of rank 1 were saved, and none of rank 0: left as they are"):
+    with pytest.warns(UserWarning, match="of rank 1, and none of rank 0: not set"):
         RngState().load_state_dict({"world_size": 1, "ranks": {1: mine}})
 
 
@@ -288,13 +288,13 @@ def test_cuda_is_asked_only_where_it_is_in_use(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(torch.cuda, "set_rng_state", put.append)
     captured = rng_generators.capture()
     assert ("cuda" in captured) is is_initialized
-    assert rng_generators.put(captured) == []
+    assert rng_generators.restore(captured) == []
     assert put == ([state] if is_initialized else [])
 
 
 def test_a_state_of_a_cuda_device_is_left_alone_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert rng_generators.put({**rng_generators.capture(), "cuda": torch.zeros(16, dtype=torch.uint8)}) == [
+    assert rng_generators.restore({**rng_generators.capture(), "cuda": torch.zeros(16, dtype=torch.uint8)}) == [
         "there is no CUDA device here"
     ]
 
@@ -331,9 +331,9 @@ def test_generators_that_the_data_hold_are_saved_without_being_named() -> None:
     orders = [list(sampler) for _ in range(3)]
     draw()
     noted.load_state_dict(state)
-    noted.put_back()
+    noted.restore_loaded()
     assert [list(sampler) for _ in range(3)] == orders
-    assert noted.missing_of(loader) == []
+    assert noted.missing_generators(loader) == []
     found = set(state["ranks"][0]["now"]["generators"])
     way = "state.dataloader.sampler"
     assert found == {f"{way}.torch", f"{way}.nested.0.python", f"{way}.numpy", f"{way}.older"}

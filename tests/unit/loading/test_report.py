@@ -167,8 +167,8 @@ def test_resume_says_what_it_has_passed_over(tmp_path: Path, caplog: pytest.LogC
     with caplog.at_level(logging.WARNING, logger="distckpt"):
         assert resume({"m": linear(0)}, tmp_path, strict=False) == tmp_path / "a.pt"
     *told, went_on = [record.getMessage() for record in caplog.records]
-    assert went_on.startswith("resume: going on from ")
+    assert went_on.startswith("resume: continuing from ")
     assert told == [
         f"resume: {tmp_path / 'a.pt'} lacks m.bias",
-        f"resume: {tmp_path / 'a.pt'} has, and no object takes, m.more",
+        f"resume: {tmp_path / 'a.pt'} has unused keys: m.more",
     ]
