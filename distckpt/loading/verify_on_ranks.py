@@ -75,6 +75,7 @@ class LoadContext:
             RefusedCheckpoint: a LoadError or OSError on some rank; on every rank.
             LoadError: the coordinator has the file, and some other rank has not; on every rank.
         """
+        phase = f"{phase} {path.name}"
         own: list[Exception] = []
 
         def attempt() -> dict[str, Any]:
@@ -84,7 +85,7 @@ class LoadContext:
                 own.append(error)
                 return {"value": None, "failure": asdict(RankFailure.from_exception(self.backend.rank, error, ""))}
 
-        answers = self.run_phase(f"{phase} {path.name}", attempt)
+        answers = self.run_phase(phase, attempt)
         failures = [RankFailure(**answer["failure"]) for answer in answers if answer["failure"] is not None]
         if not failures:
             return [answer["value"] for answer in answers]
@@ -95,8 +96,11 @@ class LoadContext:
                 f"{', '.join(map(str, absent))}. All ranks must have the same directory, on a shared file system. "
                 "Nothing was loaded."
             )
-        error = own[0] if len(answers) == 1 else remote_rank_error(f"{self._sync_point(phase)}, {path}", failures)
-        error.__cause__ = own[0] if own and own[0] is not error else error.__cause__
+        if len(answers) == 1:
+            error = own[0]
+        else:
+            error = remote_rank_error(f"{self._sync_point(phase)}, of {len(answers)} ranks", failures)
+            error.__cause__ = own[0] if own else None
         raise RefusedCheckpoint(_describe(path, failures, len(answers)), error)
 
 

@@ -189,7 +189,7 @@ def test_a_rank_that_does_not_see_the_file_is_named_on_all(tmp_path: Path, world
     others = ", ".join(str(rank) for rank in range(1, world_size))
     assert LoadError.__name__ in ends[0]["kinds"]
     assert ends[0]["error"].startswith(
-        f"checkpoints/checkpoint_8.pt is there for rank 0, which lists the checkpoints, but not for rank {others}."
+        f"checkpoints/checkpoint_8.pt exists for rank 0, which lists the checkpoints, but not for rank {others}."
     )
     assert ends[0]["weight"] == 0.0
 
