@@ -45,6 +45,8 @@ from distckpt.errors import (
 )
 from distckpt.loading.api import LoadReport, latest, load
 from distckpt.samplers import ResumableSampler
+from distckpt.saving.api import async_save, save
+from distckpt.saving.pending_save import PendingSave
 
 if TYPE_CHECKING:
     from distckpt.handlers import (
@@ -81,6 +83,7 @@ __all__ = [
     "ModelCheckpoint",
     "Parallel",
     "PartialLoadError",
+    "PendingSave",
     "Preemption",
     "RankLost",
     "RemoteRankError",
@@ -97,6 +100,7 @@ __all__ = [
     "UnsupportedCheckpoint",
     "all_gather",
     "all_reduce",
+    "async_save",
     "available_backends",
     "backend",
     "barrier",
@@ -114,6 +118,7 @@ __all__ = [
     "load",
     "one_rank_only",
     "resume",
+    "save",
     "spawn",
     "stop_reason",
 ]

@@ -106,7 +106,7 @@ class Flights(Poller):
         if flight is None:
             return
         try:
-            is_over = flight.advance(patience_s=patience_s)
+            is_over = flight.advance(timeout_s=patience_s)
         except BaseException as error:
             self._end(flight, error)
             raise

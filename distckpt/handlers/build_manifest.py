@@ -14,16 +14,10 @@ The manifest's ``record`` is what a later run goes on from:
 * ``data``: which data was trained: one mapping where it is equal on all ranks, else a list by rank.
 """
 
-import functools
 import numbers
-import sys
-import time
 from collections.abc import Mapping
-from importlib import metadata
 from typing import Any
 
-import ignite
-import torch
 from ignite.engine import Engine
 
 from distckpt.backends.base import Backend
@@ -31,10 +25,9 @@ from distckpt.handlers.engine_events import get_firing_engines
 from distckpt.handlers.object_trees import path_to
 from distckpt.policy.decision import AgreedSave
 from distckpt.ptformat.manifest import Manifest
+from distckpt.saving.api import describe_job
 
 __all__ = ["about"]
-
-_RUNTIMES = {"horovod": "horovod", "xla": "torch_xla"}
 
 
 def about(
@@ -59,10 +52,7 @@ def about(
         score=None if agreed is None else agreed.score,
         priority=None if decision is None else decision.priority,
         reason=None if event is None else str(getattr(event, "name", event)),
-        world_size=backend.world_size,
-        backend=backend.name,
-        versions=_versions(backend.name),
-        wall_time_s=time.time(),
+        **describe_job(backend),
         record=None if engine is None or agreed is None else _record(engine, agreed, to_save or {}),
     )
 
@@ -90,19 +80,3 @@ def _record(engine: Engine, agreed: AgreedSave, to_save: Mapping[str, Any]) -> d
 
 def _count(value: object) -> int | None:
     return int(value) if isinstance(value, numbers.Integral) else None  # a manifest that cannot be made fails a save
-
-
-def _versions(backend: str) -> Mapping[str, str]:
-    found = {"distckpt": _version_of("distckpt"), "torch": str(torch.__version__), "pytorch-ignite": ignite.__version__}
-    found["python"] = ".".join(map(str, sys.version_info[:3]))
-    if backend in _RUNTIMES:  # the live one, not what could be imported
-        found[_RUNTIMES[backend]] = _version_of(_RUNTIMES[backend])
-    return found
-
-
-@functools.cache
-def _version_of(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:  # run from its source folder
-        return "unknown"

@@ -47,7 +47,7 @@ from distckpt.ptformat.manifest import Manifest
 from distckpt.ptformat.records import Record, Run, read_record, survey
 from distckpt.saving import protocol
 from distckpt.saving.capture import capture, consolidate, find_optimizer_storages, find_replicas, refuse_unconsolidated
-from distckpt.saving.pending_save import PendingSave, start_save
+from distckpt.saving.pending_save import PendingSave
 from distckpt.storage.written_files import WrittenFiles
 
 __all__ = ["CheckpointSaving"]
@@ -276,7 +276,7 @@ class CheckpointSaving(CheckpointHistory):
             return removed
 
         try:
-            protocol.commit(
+            protocol.save_by_handler(
                 backend,
                 place,
                 agreed,
@@ -312,10 +312,12 @@ class CheckpointSaving(CheckpointHistory):
         gathered: dict[int, Any] = {}
         is_removed_early = saver.writes_on_one_rank and agreed.removal == RemovalOrder.AFTER
         written = self._files_to_be_written(agreed, decision)
-        flight = start_save(
+        point = place("")
+        flight = protocol.start_save(
             backend,
             place,
-            agreed,
+            filename=decision.filename,
+            coordinator=agreed.coordinator,
             consolidate=(lambda: gathered.update(consolidate(self.to_save, save_on_rank=agreed.coordinator)))
             if agreed.needs_consolidation
             else None,
@@ -326,9 +328,16 @@ class CheckpointSaving(CheckpointHistory):
                 backend, decision.filename, about(backend, engine, agreed, self.to_save), group, self._only_key()
             ),
             group=group,
-            remove_one=functools.partial(_remove_own, saver, decision, self._owner(get_firing_engines()))
+            remove_replaced=functools.partial(
+                protocol.remove_local,
+                decision.evicted,
+                functools.partial(_remove_own, saver, decision, self._owner(get_firing_engines())),
+            )
             if is_removed_early
             else None,
+            annotate=lambda error: protocol.add_context(
+                error, backend.rank, point.step, decision.filename, agreed.history
+            ),
             timeout_s=self.timeout_s,
         )
         self._saved_at = Moment(engine)
@@ -345,7 +354,7 @@ class CheckpointSaving(CheckpointHistory):
                     self._log_saved(backend, agreed, log)
                 return
             if self._saved is history:  # else it was loaded or reset meanwhile: the file stays, and is not ours
-                self._take_over(agreed, took_s=flight.took_s)
+                self._take_over(agreed, took_s=flight.duration_s)
             problems = (
                 self._told(protocol.merge_removals(decision.evicted, flight.problems))
                 if is_removed_early
@@ -378,16 +387,16 @@ class CheckpointSaving(CheckpointHistory):
         if not flight.has_committed:
             self._note_failure(agreed, error)
             return
-        self._take_over(agreed, took_s=flight.took_s)
+        self._take_over(agreed, took_s=flight.duration_s)
         if is_removed:
             self._told(protocol.merge_removals(_made(agreed.decision).evicted, [flight.own_problems]))
 
     def _warn_of_difference(self, flight: PendingSave) -> None:
-        if flight.difference is not None:
+        if flight.layout_difference is not None:
             self._warn_once(
                 "shares",
-                f"the ranks cannot write {flight.filename} together: {flight.difference}. Rank "
-                f"{flight.agreed.coordinator} writes all of it.",
+                f"the ranks cannot write {flight.filename} together: {flight.layout_difference}. Rank "
+                f"{flight.coordinator} writes all of it.",
             )
 
     def _note_failure(self, agreed: AgreedSave, error: BaseException) -> None:

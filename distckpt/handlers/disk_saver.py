@@ -7,7 +7,6 @@ import contextlib
 import errno
 import functools
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -26,13 +25,13 @@ from distckpt.policy.naming import check_name
 from distckpt.ptformat.loadable import Refused, paths_of_refused
 from distckpt.ptformat.manifest import Manifest
 from distckpt.ptformat.torch_format import check_save_options, is_loadable, is_ordinary, what_loading_refuses
-from distckpt.saving.capture import whole_state
-from distckpt.saving.pending_save import WriterGroup
+from distckpt.saving.api import warn_of_refused
+from distckpt.saving.capture import plain_state
 from distckpt.saving.protocol import StillNeeded
-from distckpt.saving.rank_writer import RankWriter
-from distckpt.saving.snapshot import WHOLE, WriteRange, write_file
+from distckpt.saving.rank_writer import RankWriter, write_file
+from distckpt.saving.snapshot import WHOLE
 from distckpt.saving.staging import HostMemory, thread_memory
-from distckpt.saving.writer_group import WriterCache
+from distckpt.saving.writer_group import WriterCache, WriterGroup, find_writers
 from distckpt.storage.local import LocalFile, LocalStorage, make_directory
 from distckpt.storage.written_files import identity_of
 
@@ -146,7 +145,7 @@ class DiskSaver(BaseSaveHandler):
         self.kwargs = kwargs
         self.overlap_copy = bool(overlap_copy)
         self._memory = HostMemory() if own_memory else None
-        self._sharers = WriterCache()
+        self._writers = WriterCache()
         self._atomic = bool(atomic)
         self._key = ""
         self._unloadable: set[str] = set()  # what this saver wrote and loading refuses
@@ -240,7 +239,7 @@ class DiskSaver(BaseSaveHandler):
             CommitNotDurable: it is there, but may not survive a power cut.
         """
         del metadata
-        self.save_with(whole_state(checkpoint, "the checkpoint"), filename, about(current()))
+        self.save_with(plain_state(checkpoint, "the checkpoint", convert_numpy=False), filename, about(current()))
 
     def save_with(self, checkpoint: Mapping[str, Any], filename: str, manifest: Manifest, key: str = "") -> None:
         """Save `checkpoint` with what its manifest is to say, but for the tensors; else as a call does.
@@ -329,7 +328,7 @@ class DiskSaver(BaseSaveHandler):
 
     def knows_writers(self, backend: Backend) -> bool:
         """Tell whether this rank knows who writes. Rank-local."""
-        return not self._shares or self._sharers.of(backend, self.storage, self.save_on_rank) is not None
+        return not self._shares or self._writers.get(backend, self.storage, self.save_on_rank) is not None
 
     def writer_group(
         self, backend: Backend, place: Callable[[str], SyncPoint], *, is_known: bool, timeout_s: float | None
@@ -337,18 +336,19 @@ class DiskSaver(BaseSaveHandler):
         """Find out who writes. The same on every rank; collective unless `is_known`, on every rank."""
         writers: tuple[int, ...] = (self.save_on_rank,)
         if self._shares:
-            if not is_known:
-                self._sharers.find(
+            found = self._writers.get(backend, self.storage, self.save_on_rank) if is_known else None
+            if found is None:
+                found = find_writers(
                     backend,
                     place,
                     self.storage,
                     coordinator=self.save_on_rank,
-                    is_node_enough=self.share_write == "node",
+                    same_node=self.share_write == "node",
                     timeout_s=timeout_s,
                 )
-            ranks = self._sharers.of(backend, self.storage, self.save_on_rank) or ()
-            writers = (*(rank for rank in ranks if rank != self.save_on_rank), self.save_on_rank)  # its share: the last
-        return WriterGroup(writers=writers, check_replicas=self.check_replicas)
+                self._writers.put(backend, self.storage, self.save_on_rank, found)
+            writers = found
+        return WriterGroup(ranks=writers, check_replicas=self.check_replicas)
 
     @property
     def _shares(self) -> bool:
@@ -367,21 +367,17 @@ class DiskSaver(BaseSaveHandler):
         check_save_options(options)
         check_name(filename)
         self._unloadable.discard(filename)
-        write_range = None
-        if len(group.writers) > 1:
-            if backend.rank in group.writers:
-                write_range = WriteRange(group.writers.index(backend.rank), len(group.writers), len(group.writers) - 1)
-        elif self._writes_on(backend):
-            write_range = WHOLE
+        is_writer = self._writes_on(backend)
+        write_range = group.range_of(backend.rank) if len(group.ranks) > 1 else WHOLE if is_writer else None
         return RankWriter(
             self.storage,
             filename,
             manifest=manifest,
             memory=self._staging_memory(),
             write_range=write_range,
-            is_coordinator=self._writes_on(backend),
+            is_coordinator=is_writer,
             in_background=self.background,
-            protocol=options.get("pickle_protocol", 2),
+            pickle_protocol=options.get("pickle_protocol", 2),
             num_threads=get_num_threads(backend.world_size),
             deferred_devices=self._deferred_devices if self.overlap_copy else (),
             check_replicas=group.check_replicas,
@@ -391,14 +387,7 @@ class DiskSaver(BaseSaveHandler):
     def _on_refused(self, filename: str, key: str, refused: Sequence[Refused]) -> None:
         """Warn of what loading will refuse, and note that it is in the file."""
         self._unloadable.add(filename)
-        where = [".".join(filter(None, (key, path))) for path, _ in refused]
-        told = ", ".join(f"{at!r} ({one.what})" if at else one.what for at, one in zip(where, refused, strict=True))
-        warnings.warn(
-            f"{self.dirname / filename}: load_objects will refuse it, since it never executes code: {told}. Save plain "
-            "tensors, numbers, text and containers of them, or allow the class by "
-            "torch.serialization.add_safe_globals wherever it is loaded.",
-            stacklevel=2,
-        )
+        warn_of_refused(self.dirname / filename, key, refused)
 
     def spare(self, filename: str, *, written: str, kept: Sequence[str]) -> None:
         """Refuse to remove the newest file that loads, where the one just written does not. Rank-local. Any thread.

@@ -44,9 +44,9 @@ from distckpt.loading.plain_objects import is_plain_optimizer
 from distckpt.loading.report import LoadReport, join_mismatches, join_reports
 from distckpt.loading.rollback import make_rollback, own_state
 from distckpt.ptformat.reader import OpenCheckpoint
-from distckpt.saving.capture import whole_state
-from distckpt.saving.optimizer_guard import wait_for_deferred_copies
-from distckpt.saving.whole_objects import to_dtensors_like
+from distckpt.saving.capture import plain_state
+from distckpt.saving.sharded_objects import to_dtensors_like
+from distckpt.saving.staging import wait_for_deferred_copies
 
 Mismatches = list[tuple[str, StateMismatchError]]
 """Errors of objects that do not fit, each with the object's name."""
@@ -173,7 +173,7 @@ def prepare(
         loads = [one for one in loads if id(one.obj) in wanted]
     loads = [*(_ObjectLoad(type(obj).__name__, obj, its_state) for obj, its_state in others), *loads]
     for one in loads:
-        one.state = whole_state(one.state, f"the checkpoint's {one.name!r}")
+        one.state = plain_state(one.state, f"the checkpoint's {one.name!r}", convert_numpy=False)
     for one in loads:
         try:
             one.examine(options)

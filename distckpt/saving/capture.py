@@ -1,11 +1,8 @@
-"""to_save -> state dicts.
-
-Owns the capture: which objects give which state, on which rank. Must not know about files.
-"""
+"""Capture: from live objects to a state of plain values, and what is known about its storages."""
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,44 +11,22 @@ from torch import nn
 from distckpt._unwrap import unwrap, unwrap_once
 from distckpt._values import has_python_value, is_numpy_scalar
 from distckpt.ptformat.sharded import needs_a_look, refusal, shard_of, whole
-from distckpt.saving.optimizer_guard import has_step_hook
-from distckpt.saving.whole_objects import refuse_sharded_object
-
-__all__ = [
-    "capture",
-    "check_objects",
-    "consolidate",
-    "find_optimizer_storages",
-    "find_replicas",
-    "map_named",
-    "map_tree",
-    "needs_consolidation",
-    "plain_state",
-    "refuse_sharded",
-    "refuse_unconsolidated",
-    "whole_state",
-]
-
+from distckpt.saving.sharded_objects import refuse_sharded_object
+from distckpt.saving.staging import has_step_hook
 
 _PLAIN = frozenset({torch.Tensor, str, int, float, bool, type(None)})
 
 
 def map_tree(func: Callable[[Any], Any], tree: Any) -> Any:
-    """Apply `func` to the leaves of nested mappings and sequences; returns plain dicts and lists of the same shape.
+    """Apply `func` to the leaves of nested mappings and sequences; return dicts and lists of the same shape.
 
-    A mapping or sequence that has a ``state_dict`` of its own (``nn.ModuleDict``, ``nn.ModuleList``) is a leaf.
+    A container that has a ``state_dict`` of its own (``nn.ModuleDict``, ``nn.ModuleList``) is a leaf.
     """
     return map_named(lambda _, leaf: func(leaf), tree)
 
 
 def map_named(func: Callable[[str, Any], Any], tree: Any, name: str = "") -> Any:
-    """Apply `func` to the leaves of a tree as :func:`map_tree` does, with the name of each.
-
-    Args:
-        func: takes a leaf's name, e.g. ``nets[0]`` or ``pair.model``, and the leaf.
-        tree: nested mappings and sequences.
-        name: of the tree itself.
-    """
+    """Apply `func` to the name (``nets[0]``, ``pair.model``) and value of each leaf, as :func:`map_tree` does."""
     if hasattr(tree, "state_dict") or hasattr(tree, "load_state_dict"):
         return func(name, tree)
     if isinstance(tree, Mapping):
@@ -61,19 +36,18 @@ def map_named(func: Callable[[str, Any], Any], tree: Any, name: str = "") -> Any
     return func(name, tree)
 
 
+def _leaves(tree: Any) -> list[Any]:
+    leaves: list[Any] = []
+    map_tree(leaves.append, tree)
+    return leaves
+
+
 def check_objects(tree: Any, method: str) -> None:
-    """Refuse objects that cannot be saved or loaded.
-
-    Raises:
-        TypeError: some object lacks `method`.
-    """
-
-    def check(obj: Any) -> None:
+    """Raise TypeError if an object of a tree has no method of that name."""
+    for obj in _leaves(tree):
         if not hasattr(obj, method):
             msg = f"Object {type(obj)} should have `{method}` method"
             raise TypeError(msg)
-
-    map_tree(check, tree)
 
 
 def capture(
@@ -81,24 +55,20 @@ def capture(
 ) -> dict[str, Any]:
     """Call ``state_dict()`` on every object. All ranks.
 
-    Whatever is collective about it has been done by :func:`consolidate`. Ranks that do not save hold ``{}`` for a
-    ZeroRedundancyOptimizer.
-
     Args:
-        to_save: mappings and lists of objects, nested at will.
+        to_save: objects in nested mappings and lists.
         rank: this rank.
-        save_on_rank: the rank that saves.
-        gathered: what :func:`consolidate` returned; None where it was not called.
+        save_on_rank: the coordinator. Other ranks get ``{}`` for a ZeroRedundancyOptimizer.
+        gathered: what :func:`consolidate` returned; None if it was not called.
 
     Returns:
-        The same tree with states in place of objects. Tensors are the live ones, not copies. NumPy scalars that Python
-        has an equal of become that, since ``torch.load(weights_only=True)`` refuses them. Fully replicated DTensors
-        become the plain tensors that they stand for.
+        The same tree with states in place of objects. Its tensors are the live ones. Replicated DTensors are replaced
+        by plain tensors, NumPy scalars by Python's: ``torch.load(weights_only=True)`` refuses them.
 
     Raises:
         ShardedStateError: an object or its state is sharded.
     """
-    known = {} if gathered is None else gathered
+    known = gathered or {}
 
     def state_of(name: str, obj: Any) -> Any:
         if id(obj) in known:
@@ -109,78 +79,57 @@ def capture(
                 return {}
             refuse_sharded_object(name, obj, save_on_rank=save_on_rank)
             state = obj.state_dict()
-        return plain_state(state, f"to_save[{name!r}]") if _holds_more_than_plain(state) else state
+        return plain_state(state, f"to_save[{name!r}]")
 
     captured: dict[str, Any] = map_named(state_of, dict(to_save))
     return captured
 
 
 def refuse_sharded(to_load: Mapping[str, Any]) -> None:
-    """Refuse objects that hold sharded tensors, before anything is loaded. Rank-local; issues no collectives.
-
-    Args:
-        to_load: mappings and lists of objects, nested at will.
-
-    Raises:
-        ShardedStateError: there is one.
-    """
+    """Raise ShardedStateError if an object to load into holds sharded tensors. Rank-local; issues no collectives."""
     map_named(lambda name, obj: refuse_sharded_object(name, unwrap(obj)), dict(to_load))
 
 
 def consolidate(to_save: Mapping[str, Any], *, save_on_rank: int) -> dict[int, Any]:
-    """Collective where an object's state is spread over the ranks. Gather it on the rank that saves.
+    """Collective. Gather state that is sharded over the ranks on the coordinator.
 
-    Apart from :func:`capture`, whose calls of users' code may fail on one rank while the others would wait here.
-
-    Two kinds of objects are such: a ZeroRedundancyOptimizer, and one whose class has a method
-    ``distckpt_consolidate(to)``, as :class:`~distckpt.RngState` has. It is called on every rank, in the same order,
-    and may be collective. It returns the state to save, or None where the ``state_dict()`` that follows does. An object
-    of anybody's that merely has a ``consolidate_state_dict`` is left alone: nobody knows what that one waits for.
+    It is apart from :func:`capture`, since user code there may fail on one rank while the others would wait here. It
+    handles ZeroRedundancyOptimizer, and classes with a method ``distckpt_consolidate(to)``, such as
+    :class:`~distckpt.RngState`. That method may be collective: it is called on every rank, in the same order. It
+    returns the state to save, or None if ``state_dict()`` returns it afterwards.
 
     Returns:
-        The states that were returned, by the identities of their objects, for :func:`capture`.
+        The returned states by the ids of their objects, for :func:`capture`.
     """
     gathered: dict[int, Any] = {}
-
-    def gather(obj: Any) -> None:
+    for obj in _leaves(dict(to_save)):
         if _is_sharded_optimizer(obj):
             obj.consolidate_state_dict(to=save_on_rank)
-        elif hasattr(type(obj), "distckpt_consolidate"):  # of the class: a mock has every attribute
+        elif _has_consolidate(obj):
             state = obj.distckpt_consolidate(save_on_rank)
             if state is not None:
                 gathered[id(obj)] = state
-
-    map_tree(gather, dict(to_save))
     return gathered
 
 
 def needs_consolidation(to_save: Mapping[str, Any]) -> bool:
-    """Tell whether some object's state is spread over the ranks, so that :func:`consolidate` has something to do."""
-    found: list[bool] = []
-    map_tree(
-        lambda obj: found.append(_is_sharded_optimizer(obj) or hasattr(type(obj), "distckpt_consolidate")),
-        dict(to_save),
-    )
-    return any(found)
+    """Return True if :func:`consolidate` has something to do."""
+    return any(_is_sharded_optimizer(obj) or _has_consolidate(obj) for obj in _leaves(dict(to_save)))
 
 
 def refuse_unconsolidated(to_save: Mapping[str, Any], *, rank: int) -> None:
     """Refuse objects whose state one rank cannot capture alone. Rank-local; issues no collectives.
 
-    These are what :func:`consolidate` gathers, unless the class says by ``distckpt_saves_alone = True`` that its
-    ``state_dict()`` is worth saving without that; and modules in FullyShardedDataParallel.
-
-    Args:
-        to_save: mappings and lists of objects, nested at will.
-        rank: this rank, for the error.
+    These are FullyShardedDataParallel modules and what :func:`consolidate` gathers, unless the class sets
+    ``distckpt_saves_alone = True``.
 
     Raises:
-        ValueError: there is one; the message names it.
+        ValueError: the message names the object.
     """
 
-    def look(name: str, obj: Any) -> None:
+    def check(name: str, obj: Any) -> None:
         kind = type(obj)
-        is_gathered = hasattr(kind, "distckpt_consolidate") and not getattr(kind, "distckpt_saves_alone", False)
+        is_gathered = _has_consolidate(obj) and not getattr(kind, "distckpt_saves_alone", False)
         if is_gathered or _is_sharded_optimizer(obj) or _has_fsdp(unwrap(obj)):
             msg = (
                 f"rank {rank}: the state of to_save[{name!r}] ({kind.__name__}) is spread over the ranks, and a save "
@@ -188,87 +137,70 @@ def refuse_unconsolidated(to_save: Mapping[str, Any], *, rank: int) -> None:
             )
             raise ValueError(msg)
 
-    map_named(look, dict(to_save))
-
-
-def _has_fsdp(obj: Any) -> bool:
-    fsdp = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
-    if fsdp is None or not isinstance(obj, nn.Module):
-        return False
-    return any(isinstance(module, fsdp.FullyShardedDataParallel) for module in obj.modules())
+    map_named(check, dict(to_save))
 
 
 def find_replicas(to_save: Mapping[str, Any], *, world_size: int) -> frozenset[int]:
-    """Find the storages that are known to be equal on all ranks, bit for bit. Rank-local; issues no collectives.
+    """Find the storages that are known to be bit-equal on all ranks. Rank-local; issues no collectives.
 
-    These are the parameters of modules that are wrapped in DistributedDataParallel over all ranks, and what an
-    optimizer keeps for these parameters. Buffers are each rank's own; so is what belongs to nobody known. A job that
-    averages parameters now and then (post-local SGD) has no replicas in between.
-
-    Args:
-        to_save: mappings and lists of objects, nested at will.
-        world_size: number of ranks of the job.
+    These are the parameters of modules wrapped in DistributedDataParallel over all ranks, and their optimizers' state.
+    Buffers may differ. With post-local SGD there are none: it averages parameters only now and then.
 
     Returns:
-        torch's identities of the storages (``UntypedStorage._cdata``). Valid as long as the objects live.
+        torch's identities of the storages (``UntypedStorage._cdata``), valid while the objects live.
     """
+    objects = _leaves(dict(to_save))
     parameters: set[torch.Tensor] = set()
-    optimizers: list[torch.optim.Optimizer] = []
-
-    def look(obj: Any) -> None:
-        module = _data_parallel(obj, world_size)
-        if module is not None:
-            ignored = getattr(module, "parameters_to_ignore", ())
-            named = module.module.named_parameters()
-            parameters.update(parameter for name, parameter in named if name not in ignored)
-        elif isinstance(obj, torch.optim.Optimizer) and not _is_sharded_optimizer(obj):
-            optimizers.append(obj)
-
-    map_tree(look, dict(to_save))
-    found = {_whole_storage(parameter) for parameter in parameters}
-    for optimizer in optimizers:
-        states = optimizer.state
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter in parameters and parameter in states:
-                    kept = states[parameter].values()
-                    found.update(_whole_storage(one) for one in kept if isinstance(one, torch.Tensor))
+    for module in filter(None, (_data_parallel(obj, world_size) for obj in objects)):
+        ignored = getattr(module, "parameters_to_ignore", ())
+        parameters.update(parameter for name, parameter in module.module.named_parameters() if name not in ignored)
+    found = {_storage_id(parameter) for parameter in parameters}
+    for optimizer in _plain_optimizers(objects):
+        for parameter, kept in _tensors_of(optimizer):
+            if parameter in parameters:
+                found.update(map(_storage_id, kept))
     return frozenset(identity for identity in found if identity is not None)
 
 
 def find_optimizer_storages(to_save: Mapping[str, Any]) -> dict[int, str]:
-    """Find the storages that nothing but an optimizer's step changes, and only where a hook can tell of it. Rank-local.
+    """Find the storages that only an optimizer's step changes, if a hook can delay it. Rank-local.
 
     Returns:
-        torch's identities of the storages, with their devices' types.
+        torch's identities of the storages, with the types of their devices.
     """
     found: dict[int, str] = {}
-
-    def look(obj: Any) -> None:
-        if not isinstance(obj, torch.optim.Optimizer) or _is_sharded_optimizer(obj) or not has_step_hook(obj):
-            return
-        for group in obj.param_groups:
-            for parameter in group["params"]:
-                kept = (one for one in obj.state.get(parameter, {}).values() if isinstance(one, torch.Tensor))
-                for tensor in (parameter, *kept):
-                    identity = _whole_storage(tensor)
-                    if identity is not None:
-                        found[identity] = tensor.device.type
-
-    map_tree(look, dict(to_save))
+    for optimizer in filter(has_step_hook, _plain_optimizers(_leaves(dict(to_save)))):
+        for parameter, kept in _tensors_of(optimizer):
+            for tensor in (parameter, *kept):
+                identity = _storage_id(tensor)
+                if identity is not None:
+                    found[identity] = tensor.device.type
     return found
 
 
-def _whole_storage(tensor: torch.Tensor) -> int | None:
-    """Return torch's identity of a tensor's storage, if nothing else lies in it; else None."""
+def _plain_optimizers(objects: Sequence[Any]) -> list[torch.optim.Optimizer]:
+    return [obj for obj in objects if isinstance(obj, torch.optim.Optimizer) and not _is_sharded_optimizer(obj)]
+
+
+def _tensors_of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
+    """Yield each parameter of an optimizer, and the tensors that the optimizer keeps for it."""
+    states = optimizer.state
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            kept = states[parameter].values() if parameter in states else ()
+            yield parameter, [one for one in kept if isinstance(one, torch.Tensor)]
+
+
+def _storage_id(tensor: torch.Tensor) -> int | None:
+    """Return torch's identity of a tensor's storage; None if the tensor does not fill it."""
     if tensor.layout is not torch.strided:
         return None
     storage = tensor.untyped_storage()
-    return storage._cdata if storage.nbytes() == tensor.nbytes else None  # noqa: SLF001 - whatever Python wraps it
+    return storage._cdata if storage.nbytes() == tensor.nbytes else None  # noqa: SLF001 - equal for all Python wrappers
 
 
 def _data_parallel(obj: Any, world_size: int) -> Any:
-    """Return the DistributedDataParallel that `obj` is, or wraps, if it keeps replicas on all ranks; else None."""
+    """Return the DistributedDataParallel that `obj` is or wraps, if it keeps replicas on all ranks; else None."""
     while not isinstance(obj, nn.parallel.DistributedDataParallel):
         inner = unwrap_once(obj)
         if inner is obj:
@@ -280,105 +212,46 @@ def _data_parallel(obj: Any, world_size: int) -> Any:
     return obj if torch.distributed.get_world_size(obj.process_group) == world_size else None
 
 
-def plain_state(state: Any, where: str = "the state") -> Any:
-    """Replace NumPy scalars by Python's, and fully replicated DTensors by plain tensors.
+def _has_consolidate(obj: Any) -> bool:
+    return hasattr(type(obj), "distckpt_consolidate")  # of the class: a mock has every attribute
+
+
+def _is_sharded_optimizer(obj: Any) -> bool:
+    zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")  # not imported: then there is none
+    return zero is not None and isinstance(obj, zero.ZeroRedundancyOptimizer)
+
+
+def _has_fsdp(obj: Any) -> bool:
+    fsdp = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
+    if fsdp is None or not isinstance(obj, nn.Module):
+        return False
+    return any(isinstance(module, fsdp.FullyShardedDataParallel) for module in obj.modules())
+
+
+def plain_state(state: Any, where: str = "the state", *, convert_numpy: bool = True) -> Any:
+    """Replace fully replicated DTensors by plain tensors, and NumPy scalars by Python's.
 
     Args:
-        state: of one object.
-        where: what it is of, for messages.
+        state: the state of one object.
+        where: name of the state, for messages.
+        convert_numpy: whether NumPy scalars are replaced.
 
     Returns:
-        The state. Containers in which nothing is replaced are handed back as they are.
+        The state. Containers in which nothing is replaced are returned as they are.
 
     Raises:
-        ShardedStateError: it holds a tensor of which this rank has a part.
+        ShardedStateError: the state holds a tensor of which this rank has a shard.
     """
-    return _Plain(where).of(state, ())
+    return _Replacement(where, convert_numpy=convert_numpy).of(state, ()) if _may_need_replacement(state) else state
 
 
-def whole_state(state: Any, where: str) -> Any:
-    """Replace fully replicated DTensors by plain tensors, as :func:`plain_state` does; NumPy scalars stay.
+def _may_need_replacement(state: Any) -> bool:
+    """Return False if a state holds only plain values: a quick check, which most states pass.
 
-    Raises:
-        ShardedStateError: the state holds a tensor of which this rank has a part.
-    """
-    return _Plain(where, are_scalars_replaced=False).of(state, ()) if _holds_more_than_plain(state) else state
-
-
-class _Plain:
-    """One walk over a state. A tensor that stands in it twice is replaced by one tensor."""
-
-    def __init__(self, where: str, *, are_scalars_replaced: bool = True) -> None:
-        self._where = where
-        self._are_scalars_replaced = are_scalars_replaced
-        self._wholes: dict[int, torch.Tensor] = {}
-        self._done: dict[int, tuple[Any, Any]] = {}  # what a container is replaced by; it too, to keep its identity
-
-    def of(self, state: Any, path: tuple[Any, ...]) -> Any:
-        kind = type(state)
-        if kind in _PLAIN:
-            return state
-        if needs_a_look(kind):
-            return self._tensor(state, path)
-        if is_numpy_scalar(state):
-            return state.item() if self._are_scalars_replaced and has_python_value(state) else state
-        if not isinstance(state, dict | list | tuple | set | frozenset):
-            return state
-        if id(state) not in self._done:
-            self._done[id(state)] = state, state  # for one that contains itself
-            self._done[id(state)] = state, self._container(state, path)
-        return self._done[id(state)][1]
-
-    def _container(self, state: Any, path: tuple[Any, ...]) -> Any:
-        if type(state) in (dict, OrderedDict):
-            return self._mapping(state, path)
-        if isinstance(state, list | tuple):
-            return self._sequence(state, path)
-        base = next(kind for kind in (dict, set, frozenset) if isinstance(state, kind))  # a subclass's own may raise
-        for key, item in dict.items(state) if base is dict else enumerate(base.__iter__(state)):
-            self.of(item, (*path, key))  # looked into; the pickler replaces what is there
-        return state
-
-    def _sequence(self, state: Any, path: tuple[Any, ...]) -> Any:
-        kind = type(state)
-        olds = list((list if isinstance(state, list) else tuple).__iter__(state))  # a subclass's own may raise
-        items = [self.of(item, (*path, number)) for number, item in enumerate(olds)]
-        if all(new is old for new, old in zip(items, olds, strict=True)):
-            return state
-        if kind in (list, tuple):
-            return kind(items)
-        return kind._make(items) if hasattr(kind, "_make") else state  # a named tuple; else the pickler replaces it
-
-    def _tensor(self, tensor: torch.Tensor, path: tuple[Any, ...]) -> torch.Tensor:
-        problem = shard_of(tensor)
-        if problem is not None:
-            at = f", key {'.'.join(map(str, path))!r}," if path else ""
-            raise refusal(f"{self._where}{at}", problem)
-        if id(tensor) not in self._wholes:
-            self._wholes[id(tensor)] = whole(tensor)
-        return self._wholes[id(tensor)]
-
-    def _mapping(self, state: Any, path: tuple[Any, ...]) -> Any:
-        replaced = {self.of(key, path): self.of(item, (*path, key)) for key, item in state.items()}
-        attributes = vars(state) if type(state) is OrderedDict else {}  # a module's `_metadata`
-        others = self.of(attributes, path) if attributes else attributes
-        pairs = zip(replaced.items(), state.items(), strict=False)
-        is_same = len(replaced) == len(state) and all(new[0] is old[0] and new[1] is old[1] for new, old in pairs)
-        if is_same and others is attributes:
-            return state
-        fresh = type(state)(replaced)
-        if attributes:
-            vars(fresh).update(others)
-        return fresh
-
-
-def _holds_more_than_plain(state: Any) -> bool:
-    """Return True if a state may hold what is to be replaced or refused: a quick look, for all the states that do not.
-
-    A module's ``_metadata`` is as long as the module; what stands in it is left to the pickler.
+    A module's ``_metadata`` is skipped, since it is as long as the module. The pickler converts what it holds.
     """
     todo = [state]
-    seen: set[int] = set()  # a container may stand in many places, or contain itself
+    seen: set[int] = set()  # a container may be referenced many times, or contain itself
     while todo:
         one = todo.pop()
         kind = type(one)
@@ -398,7 +271,69 @@ def _holds_more_than_plain(state: Any) -> bool:
     return False
 
 
-def _is_sharded_optimizer(obj: Any) -> bool:
-    # Not imported here: there is none before somebody else imported it.
-    zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
-    return zero is not None and isinstance(obj, zero.ZeroRedundancyOptimizer)
+class _Replacement:
+    """One walk over a state. A tensor that it holds twice is replaced by one tensor."""
+
+    def __init__(self, where: str, *, convert_numpy: bool) -> None:
+        self._where = where
+        self._convert_numpy = convert_numpy
+        self._tensors: dict[int, torch.Tensor] = {}
+        self._done: dict[int, tuple[Any, Any]] = {}  # container and replacement, by the container's id
+
+    def of(self, state: Any, path: tuple[Any, ...]) -> Any:
+        kind = type(state)
+        if kind in _PLAIN:
+            return state
+        if needs_a_look(kind):
+            return self._tensor(state, path)
+        if is_numpy_scalar(state):
+            return state.item() if self._convert_numpy and has_python_value(state) else state
+        if not isinstance(state, dict | list | tuple | set | frozenset):
+            return state
+        if id(state) not in self._done:
+            self._done[id(state)] = state, state  # for a container that contains itself
+            self._done[id(state)] = state, self._container(state, path)
+        return self._done[id(state)][1]
+
+    def _container(self, state: Any, path: tuple[Any, ...]) -> Any:
+        if type(state) in (dict, OrderedDict):
+            return self._mapping(state, path)
+        if isinstance(state, list | tuple):
+            return self._sequence(state, path)
+        # A subclass's own methods may raise. Nothing is replaced in it: the pickler does that.
+        base = next(kind for kind in (dict, set, frozenset) if isinstance(state, kind))
+        for key, item in dict.items(state) if base is dict else enumerate(base.__iter__(state)):
+            self.of(item, (*path, key))
+        return state
+
+    def _sequence(self, state: Any, path: tuple[Any, ...]) -> Any:
+        kind = type(state)
+        olds = list((list if isinstance(state, list) else tuple).__iter__(state))  # a subclass's own may raise
+        items = [self.of(item, (*path, index)) for index, item in enumerate(olds)]
+        if all(new is old for new, old in zip(items, olds, strict=True)):
+            return state
+        if kind in (list, tuple):
+            return kind(items)
+        return kind._make(items) if hasattr(kind, "_make") else state  # a named tuple; the pickler converts others
+
+    def _tensor(self, tensor: torch.Tensor, path: tuple[Any, ...]) -> torch.Tensor:
+        problem = shard_of(tensor)
+        if problem is not None:
+            at = f", key {'.'.join(map(str, path))!r}," if path else ""
+            raise refusal(f"{self._where}{at}", problem)
+        if id(tensor) not in self._tensors:
+            self._tensors[id(tensor)] = whole(tensor)
+        return self._tensors[id(tensor)]
+
+    def _mapping(self, state: Any, path: tuple[Any, ...]) -> Any:
+        replaced = {self.of(key, path): self.of(item, (*path, key)) for key, item in state.items()}
+        attributes = vars(state) if type(state) is OrderedDict else {}  # a module's `_metadata`
+        others = self.of(attributes, path) if attributes else attributes
+        pairs = zip(replaced.items(), state.items(), strict=False)
+        is_same = len(replaced) == len(state) and all(new[0] is old[0] and new[1] is old[1] for new, old in pairs)
+        if is_same and others is attributes:
+            return state
+        fresh = type(state)(replaced)
+        if attributes:
+            vars(fresh).update(others)
+        return fresh

@@ -1,116 +1,115 @@
-"""One save that goes on beside training, or that several ranks write together: the order of its hops.
+"""A save between the return of ``start_save`` and the commit: steps 5 to 8 of :mod:`distckpt.saving.protocol`.
 
-Owns the way from a decision to a committed file in steps that the ranks hear of each other in between. Must not know
-about engines.
-
-The protocol, once it is decided what to save (steps 1 and 2 of :mod:`distckpt.saving.protocol`):
-
-3. (all ranks) where somebody's state is spread over the ranks: consolidate.
-4. (all ranks) capture and :meth:`~distckpt.saving.rank_writer.RankWriter.prepare`. Then training may go on.
-   Where ranks write together, their images have to be of one form. Ranks whose pickles are equal know that they are;
-   the others compare form by form, and where they differ the saving rank stages and writes everything.
-5. (each rank that writes, on a thread of its own or at once) write its share, and sync it. No collectives.
-6. (all ranks) hear of all. An error is raised on every rank, and the file is given up.
-7. (saving rank, again on a thread or at once) finish the file with everybody's checksums, commit it, remove what it
-   replaces. A rank that writes alone has done so in 5; so has one that found the others' receipts on the job's board.
-8. (all ranks) hear of it.
-
-IMPORTANT: what is replaced is removed only after the commit; and where several ranks save each a file of its own, not
-before 8.
+Threads of a pending save issue no collectives. The ranks learn of each other's work in :meth:`PendingSave.advance`,
+which is collective, or, where several ranks write one file, through the job's key-value store
+(:class:`WriteCompletions`): the coordinator can then commit while all ranks train.
 """
 
 import contextlib
 import functools
+import json
+import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.util import Finalize
+from pathlib import Path
 from typing import Any
 
-from distckpt.backends.base import Backend, default_timeout_s
+from distckpt.backends.base import Backend, KeyValueStore, default_timeout_s
 from distckpt.coordination import phases
-from distckpt.errors import CollectiveError, ReplicasDiffer, SaveError
-from distckpt.policy.decision import AgreedSave
-from distckpt.saving.protocol import WRITE_TIMEOUT_S, remove_local, with_context
-from distckpt.saving.rank_writer import Checked, RankWriter, Task
-from distckpt.saving.write_completions import WriteCompletions
+from distckpt.errors import CollectiveError, SaveError
+from distckpt.saving.rank_writer import BackgroundTask, RankWriter
+from distckpt.saving.snapshot import Checksums
 
-__all__ = ["PendingSave", "WriterGroup", "start_save"]
+_logger = logging.getLogger(__name__)
 
-_LOOK_S = 0.2
-"""How often a rank that waits looks whether another is lost."""
+WRITE_TIMEOUT_S = 1800.0
+"""Seconds to wait for a rank that writes: a disk may be slow, and the checkpoint large."""
 
+_POLL_LOST_RANK_S = 0.2
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WriterGroup:
-    """Who writes, the same on every rank.
+SyncPointFactory = Callable[[str], phases.SyncPoint]
+"""Makes the sync point of a phase from the phase's description."""
 
-    Attributes:
-        writers: the ranks that write one file together, in the order of their shares; of one that saves alone, itself.
-        check_replicas: whether replicas are compared first.
-    """
-
-    writers: tuple[int, ...]
-    check_replicas: bool = False
+Problems = dict[str, list[Any]]
+"""For each file that was not removed: whether it is gone all the same, and a message."""
 
 
 class PendingSave:
-    """A save under way. All methods but the properties are called on all ranks alike.
+    """A save that may still be writing; :func:`distckpt.async_save` returns it.
+
+    :meth:`wait` and :meth:`result` are collective: call them on all ranks. A process that ends earlier waits for its
+    own part of the save, and warns if the file was not saved.
 
     Attributes:
-        agreed: what is saved.
-        difference: why the saving rank writes all, where ranks were to write together; else None.
-        problems: of all ranks, what became of the files to remove that were not removed; empty before the end.
-        has_committed: whether this rank has committed a file, whatever became of the others.
-        committed_at_s: when it has, on the monotonic clock, in seconds; None before, and on ranks that commit none.
-        own_problems: of this rank, as `problems`.
-        took_s: from the beginning to the end, in seconds.
+        path: of the file on the coordinator; None in a save of a handler's.
+        filename: name of the file.
+        coordinator: rank that commits the file.
+        layout_difference: why the coordinator writes the whole file though several ranks were to; None if it does not.
+        problems: of each rank, the files that it could not remove; empty before the end.
+        own_problems: of this rank.
+        has_committed: whether this rank has committed the file, whatever happened on other ranks.
+        committed_at_s: time of that on the monotonic clock, in seconds; None before, and on other ranks.
+        duration_s: seconds from the start to the end; 0.0 before.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from distckpt import async_save
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     pending = async_save({"model": torch.nn.Linear(2, 1)}, f"{folder}/model.pt")
+        ...     # ... train on ...
+        ...     pending.result(timeout_s=60.0).name, pending.done()
+        ('model.pt', True)
     """
 
     def __init__(
         self,
         backend: Backend,
-        place: Callable[[str], phases.SyncPoint],
-        agreed: AgreedSave,
-        part: RankWriter,
+        sync_point: SyncPointFactory,
+        writer: RankWriter,
         *,
+        coordinator: int,
         writers: Sequence[int],
-        temp: str | None,
-        token: str | None,
-        difference: str | None,
-        remove_one: Callable[[str], None] | None,
+        file_token: str | None,
+        save_id: str | None,
+        layout_difference: str | None,
+        remove_replaced: Callable[[], Problems] | None,
+        annotate: Callable[[SaveError], SaveError],
         timeout_s: float | None,
     ) -> None:
         self.backend = backend
-        self.agreed = agreed
-        self.difference = difference
+        self.path: Path | None = None
+        self.filename = writer.name
+        self.coordinator = coordinator
+        self.layout_difference = layout_difference
         self.problems: list[Mapping[str, Sequence[Any]]] = []
+        self.own_problems: Problems = {}
         self.has_committed = False
         self.committed_at_s: float | None = None
-        self.own_problems: dict[str, list[Any]] = {}
-        self.took_s = 0.0
-        self._place = place
-        self._part = part
+        self.duration_s = 0.0
+        self._sync_point = sync_point
+        self._writer = writer
         self._writers = tuple(writers)
-        self._temp = temp
-        self._remove_one = remove_one
-        self._patience_s = max(default_timeout_s() if timeout_s is None else timeout_s, WRITE_TIMEOUT_S)
+        self._file_token = file_token
+        self._remove_replaced = remove_replaced
+        self._annotate = annotate
+        self._timeout_s = max(default_timeout_s() if timeout_s is None else timeout_s, WRITE_TIMEOUT_S)
         self._begin_s = time.monotonic()
-        self._task: Task | None = None
-        self._checked: list[Sequence[Sequence[int]]] = []
-        self._is_finishing = len(self._writers) == 1
-        self._receipts: WriteCompletions | None = None
-        if part.in_background and not self._is_finishing and token is not None:
-            with contextlib.suppress(CollectiveError):  # then the votes tell
-                board = backend.key_value_store(timeout_s=timeout_s)
-                if board is not None:
-                    self._receipts = WriteCompletions(board, place("").handler, token)
-        self._begin(self._write, has_work=part.writes)
-
-    @property
-    def filename(self) -> str:
-        """What is saved."""
-        return "" if self.agreed.decision is None else self.agreed.decision.filename
+        self._task: BackgroundTask | None = None
+        self._checksums: list[Checksums] = []
+        self._is_committing = len(self._writers) == 1
+        self._is_over = False
+        self._error: BaseException | None = None
+        self._at_exit: Finalize | None = None
+        self._completions: WriteCompletions | None = None
+        if writer.in_background and not self._is_committing and save_id is not None:
+            with contextlib.suppress(CollectiveError):  # then advance() does without
+                store = backend.key_value_store(timeout_s=timeout_s)
+                if store is not None:
+                    self._completions = WriteCompletions(store, sync_point("").handler, save_id)
+        self._start(self._write, has_work=writer.writes)
 
     @property
     def writes(self) -> bool:
@@ -119,239 +118,294 @@ class PendingSave:
 
     @property
     def is_pending(self) -> bool:
-        """Whether this rank is still at work. Rank-local; waits for nothing."""
+        """Whether this rank is at work. Rank-local; does not block."""
         return self._task is not None and not self._task.is_done()
 
-    def advance(self, *, patience_s: float | None = None) -> bool:
-        """Collective. Wait for all ranks' present step, and begin the next one.
+    def done(self) -> bool:
+        """Return True if this rank has nothing left to do. Rank-local; does not block.
+
+        On the coordinator it means that the file is committed, or that the save failed; on other ranks, that their
+        bytes are written. Ranks may see it at different times, so it must not decide whether to call :meth:`wait`.
+        """
+        if self._is_over:
+            return True
+        is_waiting_for_ranks = self._writer.is_coordinator and not self.has_committed and self._failure() is None
+        return not self.is_pending and not is_waiting_for_ranks
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Collective. Block until the file is committed.
+
+        1. (all ranks) block until this rank's work has ended.
+        2. (all ranks) exchange errors. An error on one rank ends the save on all.
+        3. (coordinator) if several ranks write and the coordinator did not hear of them while they trained: commit.
+        4. (all ranks) hear of the commit.
+
+        Afterwards it returns at once, or raises the same error.
 
         Args:
-            patience_s: seconds to wait for the other ranks; None for as long as a disk may take.
-
-        Returns:
-            Whether the file is committed, and nothing is left to do.
+            timeout_s: seconds to wait; None for no limit other than that for a slow disk (half an hour).
 
         Raises:
-            RemoteRankError: it failed on some rank; on every rank. In a world of one what was raised.
-            CommitNotDurable: the file is in place, but may not survive a power cut.
+            TimeoutError: the save is not over; on every rank. It goes on, and can be waited for again.
+            RemoteRankError: the save failed on some rank; on every rank, with the type of the error there.
+            SaveError: with one rank, the file could not be written. A file that `path` named before is untouched.
         """
-        doing = "committing" if self._is_finishing else "writing"
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while not self._is_over:
+            if deadline is not None:
+                self._wait_for_ranks(deadline)
+            self.advance()
+        if self._error is not None:
+            raise self._error
+
+    def result(self, timeout_s: float | None = None) -> Path:
+        """Collective. Block until the file is committed, as :meth:`wait` does, and return its path.
+
+        Args:
+            timeout_s: see :meth:`wait`.
+
+        Returns:
+            The path that was given to :func:`distckpt.async_save`.
+        """
+        self.wait(timeout_s)
+        return Path(self.filename) if self.path is None else self.path
+
+    def advance(self, *, timeout_s: float | None = None) -> bool:
+        """Collective. Wait for the current step on all ranks, and start the next one.
+
+        Args:
+            timeout_s: seconds to wait for the other ranks; None for half an hour.
+
+        Returns:
+            Whether the save is over.
+
+        Raises:
+            RemoteRankError: the save failed on some rank; on every rank. With one rank: that rank's error.
+            CommitNotDurable: the file has its name, but may not survive a power cut.
+        """
+        step = "committing" if self._is_committing else "writing"
+        point = self._sync_point(f"{step} {self.filename}")
         try:
-            answers = phases.run(
-                self.backend,
-                self._place(f"{doing} {self.filename}"),
-                self._outcome,
-                timeout_s=patience_s or self._patience_s,
-            )
-        except BaseException:
+            answers = phases.run(self.backend, point, self._outcome, timeout_s=timeout_s or self._timeout_s)
+        except BaseException as error:
             self.give_up()
+            self._end(error)
             raise
-        if self._is_finishing or answers[self.agreed.coordinator]["is_finished"]:
+        if self._is_committing or answers[self.coordinator]["is_finished"]:
             self.problems = [answer["problems"] for answer in answers]
-            self.took_s = time.monotonic() - self._begin_s
+            self.duration_s = time.monotonic() - self._begin_s
+            self._end(None)
             return True
-        self._checked = [answers[rank]["checked"] for rank in self._writers]
-        self._is_finishing = True
-        self._begin(self._finish, has_work=self._part.is_coordinator)
+        self._checksums = [answers[rank]["checksums"] for rank in self._writers]
+        self._is_committing = True
+        self._start(self._commit, has_work=self._writer.is_coordinator)
         return False
 
-    def wait_local(self) -> None:
-        """Rank-local. Wait for this rank's present step; its error is kept."""
-        if self._receipts is not None:
-            self._receipts.call_off()
+    def join(self) -> None:
+        """Rank-local. Block until this rank's current step has ended; its error is kept."""
         if self._task is not None:
             self._task.wait()
 
-    def give_up(self) -> None:
-        """Rank-local. Let go of what is not committed, once this rank's step is done."""
-        if self._receipts is not None:
-            self._receipts.call_off()
-        if self._task is not None:
-            self._task.then(self._part.abandon)
-        else:
-            self._part.abandon()
+    def wait_local(self) -> None:
+        """Rank-local. Block until this rank's current step has ended, and no longer for other writers."""
+        if self._completions is not None:
+            self._completions.cancel()
+        self.join()
 
-    def _begin(self, work: Callable[[], dict[str, Any]], *, has_work: bool) -> None:
-        """Begin a step: on a thread, or, in the foreground, where its outcome is asked for."""
+    def give_up(self) -> None:
+        """Rank-local. Delete what is not committed, once this rank's step has ended. Does not block."""
+        if self._completions is not None:
+            self._completions.cancel()
+        if self._task is not None:
+            self._task.add_done_callback(self._writer.abort)
+        else:
+            self._writer.abort()
+
+    def report_errors(self) -> None:
+        """Rank-local. Log this rank's error as it occurs, and warn at exit of a file that was not saved."""
+        if self._task is not None:
+            self._at_exit = Finalize(None, self._report_at_exit, exitpriority=0)
+            self._task.add_done_callback(self._report_task)
+
+    def _report_task(self) -> None:
+        failure = self._failure()
+        if failure is not None:
+            _logger.error("rank %d: %s was not saved: %s", self.backend.rank, self._where(), failure)
+        elif self.done() and self._at_exit is not None:
+            self._at_exit.cancel()
+
+    def _report_at_exit(self) -> None:
+        self.join()
+        failure: object = self._failure()
+        if failure is None and not self.done():
+            failure = "the process ended before wait() was called on all ranks"
+        if failure is not None:
+            self._writer.abort()
+            text = f"rank {self.backend.rank}: {self._where()} was not saved: {failure}"
+            warnings.warn(text, RuntimeWarning, stacklevel=1)
+
+    def _where(self) -> str:
+        return self.filename if self.path is None else str(self.path)
+
+    def _failure(self) -> BaseException | None:
+        return self._error or (None if self._task is None else self._task.error())
+
+    def _end(self, error: BaseException | None) -> None:
+        self._is_over, self._error = True, error
+        if self._at_exit is not None:
+            self._at_exit.cancel()
+
+    def _wait_for_ranks(self, deadline: float) -> None:
+        """Collective. Wait until every rank's step has ended; raise TimeoutError on all ranks if one is late."""
+
+        def is_done() -> bool:
+            return self._task is None or self._task.is_done(within_s=max(deadline - time.monotonic(), 0.0))
+
+        point = self._sync_point(f"waiting for {self.filename}")
+        answers = phases.run(self.backend, point, is_done, timeout_s=self._timeout_s)
+        late = [str(rank) for rank, answer in enumerate(answers) if not answer]
+        if late:
+            msg = f"{self._where()} is not saved yet: rank {', '.join(late)} is still writing. The save goes on"
+            raise TimeoutError(msg)
+
+    def _start(self, work: Callable[[], dict[str, Any]], *, has_work: bool) -> None:
+        """Start a step: on a thread in a background save, otherwise in the next call of :meth:`advance`."""
         self._work = work
-        self._task = Task(work) if self._part.in_background and has_work else None
+        self._task = BackgroundTask(work) if self._writer.in_background and has_work else None
         if self._task is not None:
             try:
                 self._task.start()
             except BaseException:
-                self._task.then(self._part.abandon)
+                self._task.add_done_callback(self._writer.abort)
                 raise
 
     def _outcome(self) -> dict[str, Any]:
         try:
-            self._heed_news()
-            found: dict[str, Any] = self._work() if self._task is None else self._task.outcome()
+            self._raise_if_rank_lost()
+            answer: dict[str, Any] = self._work() if self._task is None else self._task.result()
         except SaveError as error:
-            step = self._place("").step
-            raise with_context(error, self.backend.rank, step, self.filename, self.agreed.history) from error
-        return found
+            raise self._annotate(error) from error
+        return answer
 
-    def _heed_news(self) -> None:
-        """Wait for this rank's step, but no longer than until a rank is known to be lost whose receipt it waits for.
-
-        Raises:
-            DistckptError: a rank is lost.
-        """
-        while self._receipts is not None and self._task is not None and not self._task.is_done(within_s=_LOOK_S):
-            news = None if self.backend.monitor is None else self.backend.monitor.failure()
-            if news is not None:
-                self._receipts.call_off()
-                raise news
+    def _raise_if_rank_lost(self) -> None:
+        """Wait for this rank's step, but no longer than until a rank is lost whose completion it waits for."""
+        while (
+            self._completions is not None
+            and self._task is not None
+            and not self._task.is_done(within_s=_POLL_LOST_RANK_S)
+        ):
+            failure = None if self.backend.monitor is None else self.backend.monitor.failure()
+            if failure is not None:
+                self._completions.cancel()
+                raise failure
 
     def _write(self) -> dict[str, Any]:
-        others = [rank for rank in self._writers if rank != self.agreed.coordinator]
-        is_other = self.backend.rank in others
-        meet = None if self._receipts is None else functools.partial(self._meet, self._receipts, others)
+        """Write this rank's range. The coordinator goes on to the commit if all other ranks complete in time."""
+        others = [rank for rank in self._writers if rank != self.coordinator]
+        completions, rank, is_other = self._completions, self.backend.rank, self.backend.rank in others
+        exchange = None if completions is None else functools.partial(self._exchange_checksums, completions, others)
+        checksums: Checksums | None = None
         try:
-            checked = self._part.write(self._temp, meet)
-        except BaseException:
-            if self._receipts is not None and is_other:
-                self._receipts.leave(self.backend.rank, None)
-            raise
-        if self._receipts is not None and is_other:
-            self._receipts.leave(self.backend.rank, checked)
-        if self._receipts is not None and self._part.is_coordinator:
-            found = self._receipts.wait_for(others)
+            checksums = self._writer.write(self._file_token, exchange)
+        finally:
+            if completions is not None and is_other:
+                completions.publish(rank, checksums)  # None after an error
+        if completions is not None and self._writer.is_coordinator:
+            found = completions.collect(others)
             if found is not None:
-                self._checked = [*found, checked]
-                return self._finish()
-        if not self._is_finishing:
-            return {"checked": checked, "is_finished": False, "problems": {}}
-        self._checked = [checked]
-        return self._finish()
+                self._checksums = [*found, checksums]
+                return self._commit()
+        if not self._is_committing:
+            return {"checksums": checksums, "is_finished": False, "problems": {}}
+        self._checksums = [checksums]
+        return self._commit()
 
-    def _meet(
-        self, receipts: WriteCompletions, others: Sequence[int], checked: Checked, is_over: threading.Event
-    ) -> list[Checked] | None:
-        """Tell the saving rank what this one has checked; there: return what the others have."""
-        if self._part.is_coordinator:
-            return receipts.collect_checksums(others, is_over)
-        receipts.publish_checksums(self.backend.rank, checked)
+    def _exchange_checksums(
+        self, completions: "WriteCompletions", others: Sequence[int], checksums: Checksums, is_written: threading.Event
+    ) -> list[Checksums] | None:
+        if self._writer.is_coordinator:
+            return completions.collect_checksums(others, is_written)
+        completions.publish_checksums(self.backend.rank, checksums)
         return None
 
-    def _finish(self) -> dict[str, Any]:
-        self._part.finish(self._checked)
-        self.has_committed = self._part.is_coordinator
+    def _commit(self) -> dict[str, Any]:
+        self._writer.finish(self._checksums)
+        self.has_committed = self._writer.is_coordinator
         if self.has_committed:
             self.committed_at_s = time.monotonic()
-        decision = self.agreed.decision
-        found: dict[str, Any] = {"checked": [], "is_finished": True, "problems": {}}
-        if self._remove_one is not None and self._part.is_coordinator and decision is not None:
-            found["problems"] = self.own_problems = remove_local(decision.evicted, self._remove_one)
-        return found
+            if self._remove_replaced is not None:
+                self.own_problems = self._remove_replaced()
+        return {"checksums": [], "is_finished": True, "problems": self.own_problems}
 
 
-def start_save(
-    backend: Backend,
-    place: Callable[[str], phases.SyncPoint],
-    agreed: AgreedSave,
-    *,
-    consolidate: Callable[[], None] | None,
-    capture: Callable[[], Any],
-    replicas: Callable[[], Collection[int]],
-    optimizer_storages: Callable[[], Mapping[int, str]],
-    make_writer: Callable[[], RankWriter],
-    group: WriterGroup,
-    remove_one: Callable[[str], None] | None,
-    timeout_s: float | None,
-) -> PendingSave:
-    """Collective. Steps 3 and 4 of the protocol, and the beginning of 5.
+class WriteCompletions:
+    """Notes in the job's key-value store by which the writers of one file tell the coordinator of their work.
+
+    First a writer publishes its checksums, so that the coordinator can make the file's tail during the write; then that
+    its bytes are durable. Notes are an optimization: if the store fails, the ranks exchange the same in a collective.
+    All methods may be called from any thread.
 
     Args:
-        backend: the job's.
-        place: makes the place of a phase from what is done in it.
-        agreed: what :func:`distckpt.saving.protocol.decide` returned; it holds a decision.
-        consolidate: gathers what is sharded over the ranks; None where nothing is.
-        capture: returns the checkpoint on this rank.
-        replicas: returns the identities of the storages that are equal on all ranks.
-        optimizer_storages: returns those that only an optimizer's step changes, with their devices' types.
-        make_writer: returns this rank's part.
-        group: who writes.
-        remove_one: removes a file that is replaced, on the saving rank; None where the caller does it.
-        timeout_s: seconds to wait for the other ranks; None for the default.
-
-    Raises:
-        RemoteRankError: something failed on some rank; on every rank. In a world of one what was raised.
-        ReplicasDiffer: what was to be equal on all ranks is not; on every rank.
+        store: the job's key-value store.
+        handler: name of the saving handler, the same on all ranks.
+        save_id: id of the save, unique and the same on all ranks. Notes of other saves are ignored.
     """
-    filename = "" if agreed.decision is None else agreed.decision.filename
-    patience_s = max(default_timeout_s() if timeout_s is None else timeout_s, WRITE_TIMEOUT_S)
-    writers, difference = group.writers, None
 
-    parts: list[RankWriter] = []
+    _STORE_TIMEOUT_S = 10.0
+    _POLL_S = 0.005
+    _POLL_CHECKSUMS_S = 0.02
+    _MAX_WAIT_S = 60.0
 
-    def prepare() -> dict[str, Any]:
-        part = make_writer()
-        parts.append(part)
-        state = backend.sync_device(capture(), to_host=part.is_coordinator or part.is_shared)
-        return part.prepare(state, replicas=replicas, optimizer_storages=optimizer_storages)
+    def __init__(self, store: KeyValueStore, handler: str, save_id: str) -> None:
+        self._store = store
+        self._handler = handler
+        self._save_id = save_id
+        self._is_cancelled = threading.Event()
 
-    try:
-        if consolidate is not None:
-            phases.run(backend, place(f"consolidating {filename}"), consolidate, timeout_s=timeout_s)
-        # Patient: a rank may wait until another save's bytes are written, for its place in memory.
-        answers = phases.run(backend, place(f"staging {filename}"), prepare, timeout_s=patience_s)
-        if group.check_replicas:
-            prints = phases.run(
-                backend, place(f"comparing replicas for {filename}"), parts[0].fingerprints, timeout_s=patience_s
-            )
-            _check(prints, agreed.coordinator)
-        if len(writers) > 1 and len({answers[rank]["form"] for rank in writers}) > 1:
-            forms = phases.run(backend, place(f"comparing forms of {filename}"), parts[0].forms, timeout_s=timeout_s)
-            difference = _difference({rank: forms[rank] for rank in writers}, agreed.coordinator)
-            if difference is not None:
-                phases.run(backend, place(f"staging all of {filename}"), parts[0].take_all, timeout_s=patience_s)
-                writers = (agreed.coordinator,)
-    except BaseException:
-        for part in parts:
-            part.abandon()
-        raise
-    return PendingSave(
-        backend,
-        place,
-        agreed,
-        parts[0],
-        writers=writers,
-        temp=answers[agreed.coordinator]["temp"],
-        token=answers[agreed.coordinator]["token"],
-        difference=difference,
-        remove_one=remove_one,
-        timeout_s=timeout_s,
-    )
+    def publish(self, rank: int, checksums: Checksums | None) -> None:
+        """Publish that a rank's bytes are durable; None if its write failed."""
+        self._set(self._key(rank, "receipt"), checksums)
 
+    def publish_checksums(self, rank: int, checksums: Checksums) -> None:
+        """Publish the checksums of bytes that a rank has yet to write."""
+        self._set(self._key(rank, "checked"), checksums)
 
-def _check(prints: Sequence[Sequence[Sequence[Any]]], coordinator: int) -> None:
-    """Compare fingerprints, the same on every rank.
+    def collect(self, ranks: Sequence[int]) -> list[Checksums] | None:
+        """Block until all `ranks` have published; return None if one failed, or within a minute did not."""
+        deadline = time.monotonic() + self._MAX_WAIT_S
+        keys = [self._key(rank, "receipt") for rank in ranks]
+        return self._get(keys, lambda: time.monotonic() >= deadline, poll_s=self._POLL_S)
 
-    Raises:
-        ReplicasDiffer: they are not equal.
-    """
-    ours = [tuple(one) for one in prints[coordinator]]
-    for rank, found in enumerate(prints):
-        theirs = [tuple(one) for one in found]
-        if theirs == ours:
-            continue
-        names = [one[0] for one, other in zip(ours, theirs, strict=False) if one != other]
-        what = f"the first tensor that differs is {names[0]}" if names else f"{len(theirs)} tensors against {len(ours)}"
-        msg = (
-            f"what should be equal on all ranks is not: {what}, on rank {rank} other than on rank {coordinator}. "
-            "Nothing was saved. Was a parameter changed on one rank alone, or a gradient not reduced?"
-        )
-        raise ReplicasDiffer(msg)
+    def collect_checksums(self, ranks: Sequence[int], is_written: threading.Event) -> list[Checksums] | None:
+        """Block until all `ranks` have published checksums; return None once the event is set."""
+        keys = [self._key(rank, "checked") for rank in ranks]
+        return self._get(keys, lambda: is_written.wait(timeout=self._POLL_CHECKSUMS_S), poll_s=0.0)
 
+    def cancel(self) -> None:
+        """Let every method return at once."""
+        self._is_cancelled.set()
 
-def _difference(forms: Mapping[int, Sequence[str]], coordinator: int) -> str | None:
-    """Return a phrase about the first thing in which the ranks' images differ; None where they may be shared."""
-    ours = forms[coordinator]
-    for rank, theirs in forms.items():
-        for one, other in zip(ours, theirs, strict=False):
-            if one != other:
-                return f"rank {coordinator} has {one!r}, rank {rank} has {other!r}"
-        if len(ours) != len(theirs):
-            return f"rank {coordinator} has {len(ours) - 1} replicas, rank {rank} has {len(theirs) - 1}"
-    return None
+    def _set(self, key: str, checksums: Checksums | None) -> None:
+        try:
+            self._store.set(key, json.dumps([self._save_id, checksums]), limit_s=self._STORE_TIMEOUT_S)
+        except (OSError, TimeoutError):
+            self.cancel()
+
+    def _get(self, keys: Sequence[str], is_late: Callable[[], bool], *, poll_s: float) -> list[Checksums] | None:
+        while not is_late() and not self._is_cancelled.is_set():
+            try:
+                notes = self._store.get_many(keys, limit_s=self._STORE_TIMEOUT_S)
+            except (OSError, TimeoutError):
+                self.cancel()
+                return None
+            read = [json.loads(note) for note in notes if note is not None]
+            found: list[Checksums | None] = [checksums for save_id, checksums in read if save_id == self._save_id]
+            if None in found:
+                return None
+            if len(found) == len(keys):
+                return [checksums for checksums in found if checksums is not None]
+            self._is_cancelled.wait(timeout=poll_s)
+        return None
+
+    def _key(self, rank: int, what: str) -> str:
+        return f"distckpt/{what}/{self._handler}/{rank}"

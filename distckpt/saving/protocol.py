@@ -1,88 +1,55 @@
-"""One save: the order of its hops.
+"""The protocol of one save.
 
-Owns the way from a handler's intent to a committed file and the removal of what it replaces. Must not know about
-engines, nor how a decision travels between ranks.
+1. (all ranks) make a ``SaveIntent``: this rank's step, score and history. User code runs here.
+2. (all ranks) compute the ``SaveDecision`` from all intents, by pure functions: :func:`decide`.
+3. (all ranks) consolidate state that is sharded over the ranks, then capture: call ``state_dict()``.
+4. (all ranks) plan the file's image. If several ranks write the file, compare their plans; if these differ, the
+   coordinator writes the whole file. In a background save, copy the state to host memory: training may continue.
+5. (each writer) write and sync a range of the image. In a background save this runs on a thread, without collectives.
+6. (all ranks) hear of all writers. An error on one rank is raised on every rank, and the file is deleted.
+7. (coordinator) write the tail and commit the file; then remove what it replaces. Runs on a thread as well.
+8. (all ranks) hear of the commit, and take over the new history.
 
-The protocol of one save, in the foreground:
+:func:`start_save` runs steps 3 to 5; :class:`~distckpt.saving.pending_save.PendingSave` runs the rest. A coordinator
+that writes alone takes step 7 right after step 5; so does one that learns of the other writers from the job's key-value
+store.
 
-1. (all ranks) :class:`SaveIntent`: this rank's step, score and history. User code runs here.
-2. (all ranks) from all intents, by pure functions: :class:`SaveDecision`, identical on every rank. The names and
-   numbers to decide by are the coordinator's; so is the history.
-3. (all ranks) consolidate what is sharded; then capture: call ``state_dict()``, which may be collective itself, and
-   compute what is pending where the runtime computes late (XLA), once and on all ranks. For a save handler that may
-   keep several names in one place, do 6 here.
-4. (all ranks) write: the save handler is called. A DiskSaver writes on the coordinator alone, and returns when the
-   file is durable under its name. This is the commit.
-5. (all ranks) the handler takes over the new history.
-6. (all ranks) remove what was evicted.
+:func:`save_by_handler` replaces steps 4 to 7 where a save handler writes: its call returns when the file is durable.
+:func:`remove` removes what is replaced.
 
-IMPORTANT: with a :class:`~distckpt.DiskSaver` or a subclass 6 never comes before 4 has succeeded on all ranks. An error
-in 1, 3 or 4, on any rank, is raised on every rank, and what was committed before is untouched, but for what 6 removed.
+IMPORTANT: nothing is removed before the new file is committed; where several ranks each commit a file of their own, not
+before step 8. The exception is a save handler that may store several names in one place: there the removal comes first.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from distckpt.backends.base import Backend, default_timeout_s
 from distckpt.coordination import phases
-from distckpt.errors import CommitNotDurable, SaveError, save_error
+from distckpt.errors import CommitNotDurable, ReplicasDiffer, SaveError, save_error
 from distckpt.policy.decision import AgreedSave, SaveIntent, SavePolicy, decide_from
 from distckpt.policy.naming import printable
 from distckpt.policy.retention import Entry
-
-__all__ = [
-    "WRITE_TIMEOUT_S",
-    "Removal",
-    "StillNeeded",
-    "commit",
-    "decide",
-    "merge_removals",
-    "remove",
-    "remove_local",
-    "with_context",
-]
-
-WRITE_TIMEOUT_S = 1800.0
-"""Ranks that write nothing wait for the one that does; a disk may take its time over a large checkpoint."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Removal:
-    """What became of one evicted file.
-
-    Attributes:
-        filename: which.
-        problem: None when it is removed.
-        gone: whether it had been removed by somebody else; otherwise a later save tries again.
-    """
-
-    filename: str
-    problem: str | None
-    gone: bool
-
-
-class StillNeeded(Exception):  # noqa: N818 - it is no error, but an answer
-    """Raised in place of removing a file that is still needed; a later save tries again."""
+from distckpt.saving.pending_save import WRITE_TIMEOUT_S, PendingSave, Problems, SyncPointFactory
+from distckpt.saving.rank_writer import RankWriter
+from distckpt.saving.writer_group import WriterGroup
 
 
 def decide(
-    backend: Backend, place: phases.SyncPoint, intend: Callable[[], SaveIntent], *, timeout_s: float | None
+    backend: Backend, point: phases.SyncPoint, intend: Callable[[], SaveIntent], *, timeout_s: float | None
 ) -> AgreedSave:
-    """Collective. Steps 1 and 2 of the protocol.
+    """Collective. Run steps 1 and 2.
 
     Raises:
         RemoteRankError: user code failed on some rank; on every rank.
         ValueError: the ranks name different coordinators, or one that does not exist; on every rank.
-        KeyError: the pattern names an unknown field; on every rank.
+        KeyError: the filename pattern has an unknown field; on every rank.
     """
     if backend.world_size == 1:
-        intents = [intend()]
-    else:
-        intents = [
-            _intent(fields) for fields in phases.run(backend, place, lambda: asdict(intend()), timeout_s=timeout_s)
-        ]
-    return decide_from(intents)
+        return decide_from([intend()])
+    answers = phases.run(backend, point, lambda: asdict(intend()), timeout_s=timeout_s)
+    return decide_from([_intent(fields) for fields in answers])
 
 
 def _intent(fields: Mapping[str, Any]) -> SaveIntent:
@@ -92,9 +59,121 @@ def _intent(fields: Mapping[str, Any]) -> SaveIntent:
     return SaveIntent(policy=policy, history=history, **values)
 
 
-def commit(
+def start_save(
     backend: Backend,
-    place: Callable[[str], phases.SyncPoint],
+    sync_point: SyncPointFactory,
+    *,
+    filename: str,
+    coordinator: int,
+    consolidate: Callable[[], None] | None,
+    capture: Callable[[], Any],
+    replicas: Callable[[], Collection[int]],
+    optimizer_storages: Callable[[], Mapping[int, str]],
+    make_writer: Callable[[], RankWriter],
+    group: WriterGroup,
+    remove_replaced: Callable[[], Problems] | None,
+    annotate: Callable[[SaveError], SaveError],
+    timeout_s: float | None,
+) -> PendingSave:
+    """Collective. Run steps 3 and 4, and start step 5.
+
+    Args:
+        backend: the job's backend.
+        sync_point: makes a phase's sync point from its description.
+        filename: name of the file.
+        coordinator: rank that commits it.
+        consolidate: gathers sharded state on the coordinator; None if there is none. Collective, and apart from
+            `capture`, whose user code may fail on one rank.
+        capture: returns the checkpoint on this rank.
+        replicas: returns the identities of the storages that are equal on all ranks.
+        optimizer_storages: returns those of the storages that only an optimizer's step changes, with device types.
+        make_writer: returns this rank's writer.
+        group: the ranks that write.
+        remove_replaced: removes what the file replaces, on the coordinator; None if the caller removes it.
+        annotate: adds rank, step and what is intact to an error.
+        timeout_s: seconds to wait for the other ranks; None for the default.
+
+    Raises:
+        RemoteRankError: a step failed on some rank; on every rank. With one rank: that rank's error.
+        ReplicasDiffer: replicas differ between ranks; on every rank.
+    """
+    write_timeout_s = max(default_timeout_s() if timeout_s is None else timeout_s, WRITE_TIMEOUT_S)
+    writers, layout_difference = group.ranks, None
+    prepared: list[RankWriter] = []
+
+    def prepare() -> dict[str, Any]:
+        writer = make_writer()
+        prepared.append(writer)
+        state = backend.sync_device(capture(), to_host=writer.is_coordinator or writer.is_shared)
+        return writer.prepare(state, replicas=replicas, optimizer_storages=optimizer_storages)
+
+    try:
+        if consolidate is not None:
+            phases.run(backend, sync_point(f"consolidating {filename}"), consolidate, timeout_s=timeout_s)
+        # The long timeout: a rank may wait for staging memory until another save has written its bytes.
+        answers = phases.run(backend, sync_point(f"staging {filename}"), prepare, timeout_s=write_timeout_s)
+        (writer,) = prepared
+        if group.check_replicas:
+            point = sync_point(f"comparing replicas for {filename}")
+            checksums = phases.run(backend, point, writer.replica_checksums, timeout_s=write_timeout_s)
+            _check_replicas(checksums, coordinator)
+        if len(writers) > 1 and len({answers[rank]["layout"] for rank in writers}) > 1:
+            point = sync_point(f"comparing layouts of {filename}")
+            layouts = phases.run(backend, point, writer.describe_layout, timeout_s=timeout_s)
+            layout_difference = _layout_difference({rank: layouts[rank] for rank in writers}, coordinator)
+            if layout_difference is not None:
+                point = sync_point(f"staging all of {filename}")
+                phases.run(backend, point, writer.write_alone, timeout_s=write_timeout_s)
+                writers = (coordinator,)
+    except BaseException:
+        for writer in prepared:
+            writer.abort()
+        raise
+    return PendingSave(
+        backend,
+        sync_point,
+        writer,
+        coordinator=coordinator,
+        writers=writers,
+        file_token=answers[coordinator]["file_token"],
+        save_id=answers[coordinator]["save_id"],
+        layout_difference=layout_difference,
+        remove_replaced=remove_replaced,
+        annotate=annotate,
+        timeout_s=timeout_s,
+    )
+
+
+def _check_replicas(checksums: Sequence[Sequence[Sequence[Any]]], coordinator: int) -> None:
+    ours = [tuple(one) for one in checksums[coordinator]]
+    for rank, found in enumerate(checksums):
+        theirs = [tuple(one) for one in found]
+        if theirs == ours:
+            continue
+        names = [one[0] for one, other in zip(ours, theirs, strict=False) if one != other]
+        what = f"the first tensor that differs is {names[0]}" if names else f"{len(theirs)} tensors against {len(ours)}"
+        msg = (
+            f"what should be equal on all ranks is not: {what}, on rank {rank} other than on rank {coordinator}. "
+            "Nothing was saved. Was a parameter changed on one rank alone, or a gradient not reduced?"
+        )
+        raise ReplicasDiffer(msg)
+
+
+def _layout_difference(layouts: Mapping[int, Sequence[str]], coordinator: int) -> str | None:
+    """Return the first difference between the ranks' layouts as a phrase; None if they can write one file together."""
+    ours = layouts[coordinator]
+    for rank, theirs in layouts.items():
+        for one, other in zip(ours, theirs, strict=False):
+            if one != other:
+                return f"rank {coordinator} has {one!r}, rank {rank} has {other!r}"
+        if len(ours) != len(theirs):
+            return f"rank {coordinator} has {len(ours) - 1} replicas, rank {rank} has {len(theirs) - 1}"
+    return None
+
+
+def save_by_handler(
+    backend: Backend,
+    sync_point: SyncPointFactory,
     agreed: AgreedSave,
     *,
     consolidate: Callable[[], None],
@@ -104,107 +183,108 @@ def commit(
     all_write: bool,
     timeout_s: float | None,
 ) -> None:
-    """Collective. Steps 3 and 4 of the protocol.
+    """Collective. Run step 3, then let a save handler write and commit.
 
     Args:
-        backend: the job's.
-        place: makes the place of a phase from what is done in it.
-        agreed: what :func:`decide` returned; it holds a decision.
-        consolidate: gathers what is sharded over the ranks; collective, and apart so that no user code can keep a
-            rank from it.
+        backend: the job's backend.
+        sync_point: makes a phase's sync point from its description.
+        agreed: what :func:`decide` returned; nothing is saved if it holds no decision.
+        consolidate: gathers sharded state on the coordinator; collective.
         capture: returns the checkpoint on this rank.
-        remove_first: removes what has to go before the write, and returns which files these were; collective.
-        write: hands the checkpoint to the save handler on this rank.
-        all_write: whether every rank may take long over it. Else the ranks that write nothing are patient, and
-            the coordinator waits for them no longer than `timeout_s`.
+        remove_first: removes what has to go before the write, and returns the removed names; collective.
+        write: passes the checkpoint to the save handler on this rank.
+        all_write: whether every rank may take long. Otherwise the coordinator waits `timeout_s` for the other ranks.
         timeout_s: seconds to wait for the other ranks; None for the default.
 
     Raises:
-        RemoteRankError: capture or write failed on some rank; on every rank. In a world of one: what they raised.
-        CommitNotDurable: the file is in place, but may not survive a power cut.
+        RemoteRankError: capture or write failed on some rank; on every rank. With one rank: that rank's error.
+        CommitNotDurable: the file has its name, but may not survive a power cut.
     """
     if agreed.decision is None:
         return
     filename = agreed.decision.filename
-    phases.run(backend, place(f"consolidating {filename}"), consolidate, timeout_s=timeout_s)
+    phases.run(backend, sync_point(f"consolidating {filename}"), consolidate, timeout_s=timeout_s)
     captured: list[Any] = []
-    to_host = all_write or backend.rank == agreed.coordinator
+    writes = all_write or backend.rank == agreed.coordinator
 
     def capture_here() -> None:
-        captured.append(backend.sync_device(capture(), to_host=to_host))
+        captured.append(backend.sync_device(capture(), to_host=writes))
 
-    phases.run(backend, place(f"capturing {filename}"), capture_here, timeout_s=timeout_s)
+    phases.run(backend, sync_point(f"capturing {filename}"), capture_here, timeout_s=timeout_s)
     removed = remove_first()
-    here = place(f"saving {filename}")
+    point = sync_point(f"saving {filename}")
 
     def write_here() -> None:
         try:
             write(captured[0])
         except SaveError as error:
-            history = [entry for entry in agreed.history if entry[1] not in removed]
-            raise with_context(error, backend.rank, here.step, filename, history) from error
+            kept = [entry for entry in agreed.history if entry[1] not in removed]
+            raise add_context(error, backend.rank, point.step, filename, kept) from error
 
-    patience_s = default_timeout_s() if timeout_s is None else timeout_s
+    write_timeout_s = default_timeout_s() if timeout_s is None else timeout_s
     if all_write or backend.rank != agreed.coordinator:
-        patience_s = max(patience_s, WRITE_TIMEOUT_S)
-    phases.run(backend, here, write_here, timeout_s=patience_s)
+        write_timeout_s = max(write_timeout_s, WRITE_TIMEOUT_S)
+    phases.run(backend, point, write_here, timeout_s=write_timeout_s)
 
 
-def with_context(error: SaveError, rank: int, step: int, filename: str, history: Sequence[Entry]) -> SaveError:
-    """Say on which rank and step it happened, and what stands. A file of the same name is not vouched for.
+def add_context(error: SaveError, rank: int, step: int, filename: str, history: Sequence[Entry]) -> SaveError:
+    """Return the error with rank and step, and with a checkpoint of `history` that is intact.
 
-    Args:
-        error: what went wrong.
-        rank: where.
-        step: the engine's iteration.
-        filename: what was to be saved.
-        history: what was kept before.
+    A file with the name of the failed one is not called intact.
     """
     others = [name for _, name in history if name != filename]
     is_renamed = isinstance(error, CommitNotDurable)
     if isinstance(error, FileNotFoundError | NotADirectoryError):
-        stands = ""  # with the directory gone nothing is vouched for
+        intact = ""  # the directory is missing, and the older checkpoints may be
     elif others:
-        stands = f" {others[-1]} {'was kept for that reason' if is_renamed else 'is intact'}."
+        intact = f" {others[-1]} {'was kept for that reason' if is_renamed else 'is intact'}."
     else:
-        stands = "" if history else " There is no earlier checkpoint."
-    return save_error(f"rank {rank}, step {step}: {error}.{stands}", error, renamed=is_renamed)
+        intact = "" if history else " There is no earlier checkpoint."
+    return save_error(f"rank {rank}, step {step}: {error}.{intact}", error, renamed=is_renamed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Removal:
+    """The outcome for one file to remove.
+
+    Attributes:
+        filename: name of the file.
+        problem: why it was not removed; None if it was.
+        gone: whether something else had removed it. A later save tries again if not.
+    """
+
+    filename: str
+    problem: str | None
+    gone: bool
+
+
+class StillNeeded(Exception):  # noqa: N818 - a reason to keep the file, not an error
+    """Raised in place of the removal of a file that is still needed. A later save tries again."""
 
 
 def remove(
     backend: Backend,
-    place: phases.SyncPoint,
+    point: phases.SyncPoint,
     filenames: Sequence[str],
     remove_one: Callable[[str], None],
     *,
     timeout_s: float | None,
 ) -> list[Removal]:
-    """Collective. Step 6 of the protocol.
-
-    Args:
-        backend: the job's.
-        place: where this rank is.
-        filenames: what to remove, the same on every rank.
-        remove_one: the save handler's ``remove``.
-        timeout_s: seconds to wait for the other ranks; None for the default.
+    """Collective. Remove files by the save handler's `remove_one` on all ranks.
 
     Returns:
-        One entry for each of `filenames`; the same on every rank. A file that is gone or cannot be removed is no
-        error: the new checkpoint is committed.
+        One outcome for each file, the same on every rank. A file that could not be removed is no error: the new
+        checkpoint is committed.
     """
     if not filenames:
         return []
-    answers = phases.run(backend, place, lambda: remove_local(filenames, remove_one), timeout_s=timeout_s)
+    answers = phases.run(backend, point, lambda: remove_local(filenames, remove_one), timeout_s=timeout_s)
     return merge_removals(filenames, answers)
 
 
-def remove_local(filenames: Sequence[str], remove_one: Callable[[str], None]) -> dict[str, list[Any]]:
-    """Remove files on this rank. Any thread; issues no collectives.
-
-    Returns:
-        For each that was not removed whether it is gone all the same, and why.
-    """
-    problems: dict[str, list[Any]] = {}
+def remove_local(filenames: Sequence[str], remove_one: Callable[[str], None]) -> Problems:
+    """Remove files on this rank. Rank-local; issues no collectives. Callable from any thread."""
+    problems: Problems = {}
     for filename in filenames:
         try:
             remove_one(filename)
@@ -212,7 +292,7 @@ def remove_local(filenames: Sequence[str], remove_one: Callable[[str], None]) ->
             gone, problem = True, f"{filename} was already gone"
         except StillNeeded as error:
             gone, problem = False, str(error)
-        except ValueError as error:  # a name from a loaded history that would leave the directory
+        except ValueError as error:  # a name in a loaded history that points outside the directory
             gone, problem = True, f"{filename} is left alone: {error}"
         except Exception as error:  # noqa: BLE001 - a custom handler's; the new checkpoint is committed
             gone, problem = False, f"{filename} could not be removed: {type(error).__name__}: {error}"
@@ -223,10 +303,10 @@ def remove_local(filenames: Sequence[str], remove_one: Callable[[str], None]) ->
 
 
 def merge_removals(filenames: Sequence[str], answers: Sequence[Mapping[str, Sequence[Any]]]) -> list[Removal]:
-    """Return what became of each file, from what :func:`remove_local` told on each rank, in rank order. Pure."""
+    """Return the outcome for each file, from the :func:`remove_local` of each rank, in rank order."""
     removals = []
     for filename in filenames:
-        told = [f"rank {rank}: {answer[filename][1]}" for rank, answer in enumerate(answers) if filename in answer]
+        texts = [f"rank {rank}: {answer[filename][1]}" for rank, answer in enumerate(answers) if filename in answer]
         gone = all(answer[filename][0] for answer in answers if filename in answer)
-        removals.append(Removal(filename=filename, problem="; ".join(told) or None, gone=gone))
+        removals.append(Removal(filename=filename, problem="; ".join(texts) or None, gone=gone))
     return removals

@@ -1,58 +1,52 @@
-"""What one rank does of one save, step by step, so that ranks may agree in between.
+"""One rank's work for one file, in steps between which the ranks can agree.
 
-Owns the life of a rank's part: its file, its place in the staging memory, the thread that writes it. Must not know how
-ranks agree.
+1. :meth:`RankWriter.prepare`: plan the image, create the file (coordinator), and in a background save copy the state
+   to host memory. Training may continue afterwards.
+2. :meth:`RankWriter.write`: write and sync this rank's range. Callable from any thread.
+3. :meth:`RankWriter.finish`: write the tail and commit the file (coordinator). Callable from any thread.
 
-The steps of a part, of which the ranks hear of each other's in between:
-
-1. :meth:`RankWriter.prepare`: plan the image, make the temporary file (saving rank), and, where the save goes on in the
-   background, stage. Afterwards training may go on.
-2. :meth:`RankWriter.write`: write the bytes, and sync them. Any thread.
-3. :meth:`RankWriter.finish`: what comes after the image, and the commit (saving rank). Any thread.
-
-:meth:`RankWriter.abandon` ends it between any two of them.
+:meth:`RankWriter.abort` ends the work between any two steps. Nothing here issues collectives.
 """
 
+import contextlib
 import functools
 import os
 import secrets
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 from distckpt._threads import PendingWrite
-from distckpt.ptformat.loadable import Refused
+from distckpt.ptformat.loadable import Refused, paths_of_refused
 from distckpt.ptformat.manifest import Manifest
+from distckpt.ptformat.torch_format import is_ordinary, what_loading_refuses, write_pt
 from distckpt.ptformat.verify import check_whole
-from distckpt.saving.snapshot import WHOLE, Checked, ExchangeChecksums, Snapshot, WriteRange
+from distckpt.saving.snapshot import WHOLE, Checksums, ExchangeChecksums, Snapshot, WriteRange
 from distckpt.saving.staging import HostMemory
 from distckpt.storage.base import NewFile, Storage
+from distckpt.storage.direct_io import BufferedWriter
 
-__all__ = ["Checked", "RankWriter", "Task"]
-
-_T = TypeVar("_T")
-_MOST_WRITERS = 64
-"""A handler has one save under way; replicas may be threads of one process."""
+_MAX_THREADS = 64
+"""More than saves can be pending: replicas may be threads of one process."""
 
 
 class RankWriter:
-    """One rank's part of one file. Rank-local; issues no collectives.
+    """Stages and writes one rank's range of one file.
 
     Args:
         storage: where the file goes.
-        name: the file's, there.
-        manifest: the manifest, but for its tensors.
-        memory: where to stage.
-        share: what this rank writes; None for nothing.
-        is_coordinator: whether this rank commits the file.
-        in_background: whether :meth:`prepare` stages, for :meth:`write` to run beside training.
-        protocol: pickle's.
-        deferred_devices: types of the devices whose tensors may be copied after :meth:`prepare` has returned.
-        num_threads: how many threads copy.
-        check_replicas: whether :meth:`fingerprints` will be asked for.
-        on_refused: called by :meth:`prepare`, where this rank commits the file, with what loading will refuse, if there
-            is anything.
+        name: the file's name in the storage.
+        manifest: the manifest without tensors.
+        memory: the staging memory.
+        write_range: the range to write; None if this rank writes nothing.
+        is_coordinator: whether this rank creates and commits the file.
+        in_background: whether :meth:`prepare` copies to host memory, so that :meth:`write` can run beside training.
+        pickle_protocol: version of the pickle format.
+        deferred_devices: types of the devices whose optimizer storages may be copied after :meth:`prepare` returned.
+        num_threads: number of threads that copy.
+        check_replicas: whether :meth:`replica_checksums` will be called.
+        on_refused: called by the coordinator's :meth:`prepare` with the objects that loading will refuse, if any.
     """
 
     def __init__(
@@ -62,10 +56,10 @@ class RankWriter:
         *,
         manifest: Manifest,
         memory: HostMemory,
-        write_range: WriteRange | None,
-        is_coordinator: bool,
-        in_background: bool,
-        protocol: int = 2,
+        write_range: WriteRange | None = WHOLE,
+        is_coordinator: bool = True,
+        in_background: bool = False,
+        pickle_protocol: int = 2,
         deferred_devices: Collection[str] = ("cuda",),
         num_threads: int = 1,
         check_replicas: bool = False,
@@ -78,19 +72,19 @@ class RankWriter:
         self._manifest = manifest
         self._memory = memory
         self._write_range = write_range
-        self._protocol = protocol
+        self._pickle_protocol = pickle_protocol
         self._deferred_devices = deferred_devices
         self._num_threads = num_threads
         self._check_replicas = check_replicas
         self._on_refused = on_refused
-        self._late: Collection[int] = ()
+        self._deferred: Collection[int] = ()
         self._snapshot: Snapshot | None = None
-        self._new: NewFile | None = None
-        self._holds_memory = False
+        self._file: NewFile | None = None
+        self._has_memory = False
 
     @property
     def is_shared(self) -> bool:
-        """Whether other ranks write into the same file."""
+        """Whether other ranks write the same file."""
         return self._write_range is not None and self._write_range.num_writers > 1
 
     @property
@@ -102,36 +96,34 @@ class RankWriter:
         self,
         state: Any,
         *,
-        replicas: Callable[[], Collection[int]],
-        optimizer_storages: Callable[[], Mapping[int, str]],
+        replicas: Callable[[], Collection[int]] = frozenset,
+        optimizer_storages: Callable[[], Mapping[int, str]] = dict,
     ) -> dict[str, Any]:
-        """Step 1.
+        """Run step 1.
 
         Args:
             state: what ``torch.save`` takes.
             replicas: returns the identities of the storages that are equal on all ranks.
-            optimizer_storages: returns those that only an optimizer's step changes, with their devices' types.
+            optimizer_storages: returns the identities of the storages that only an optimizer's step changes, and the
+                types of their devices.
 
         Returns:
-            What the other ranks should know: ``form``, which has to be equal on all that write (see
-            :meth:`~distckpt.saving.snapshot.Snapshot.form`), and of the saving rank ``temp``, the name to find its
-            file by, and ``token``, which no other save has.
+            What other ranks need: ``layout``, the image's digest. On the coordinator also ``file_token``, by which
+            they join the file, and ``save_id``, which is unique.
 
         Raises:
-            ValueError: the name would leave the directory, or a symlink is in the way.
-            SaveError: the operating system refused.
-            MemoryError: there is none to stage in.
+            ValueError: the name points outside the storage.
+            SaveError: the storage failed.
+            MemoryError: there is not enough host memory.
         """
-        answer: dict[str, Any] = {"form": None, "temp": None, "token": None}
+        answer: dict[str, Any] = {"layout": None, "file_token": None, "save_id": None}
         if self._write_range is None and not self._check_replicas:
             return answer
-        write_range = self._write_range or WHOLE
-        replicated = replicas() if self.is_shared or self._check_replicas else ()
         snapshot = self._snapshot = Snapshot(
             state,
-            write_range=write_range,
-            replicated=replicated,
-            protocol=self._protocol,
+            write_range=self._write_range or WHOLE,
+            replicated=replicas() if self.is_shared or self._check_replicas else (),
+            pickle_protocol=self._pickle_protocol,
             num_threads=self._num_threads,
         )
         if self._write_range is None:
@@ -139,194 +131,241 @@ class RankWriter:
         if self.is_coordinator and snapshot.refused and self._on_refused is not None:
             self._on_refused(snapshot.refused)
         if self.in_background and not snapshot.devices.isdisjoint(self._deferred_devices):
-            self._late = {identity for identity, kind in optimizer_storages().items() if kind in self._deferred_devices}
-        answer["form"] = snapshot.form() if self.is_shared else None
+            found = optimizer_storages()
+            self._deferred = {identity for identity, device in found.items() if device in self._deferred_devices}
+        answer["layout"] = snapshot.layout_digest() if self.is_shared else None
         if self.is_coordinator:
-            self._new = self._storage.create(self.name)
-            answer |= {"temp": self._new.token, "token": secrets.token_hex(8)}
-        self._take(whole=False)
+            self._file = self._storage.create(self.name)
+            answer |= {"file_token": self._file.token, "save_id": secrets.token_hex(8)}
+        self._stage(snapshot)
         return answer
 
-    def forms(self) -> list[str]:
-        """Return what has to be equal for the file to be written in shares; nothing on a rank that does not write."""
-        return [] if self._snapshot is None or self._write_range is None else self._snapshot.forms()
+    def describe_layout(self) -> list[str]:
+        """Return phrases that must be equal on all writers; none if this rank writes nothing."""
+        return [] if self._snapshot is None or self._write_range is None else self._snapshot.describe_layout()
 
-    def fingerprints(self) -> list[tuple[str, int]]:
-        """Return the name and the checksum of each storage that is to be equal on all ranks."""
-        return [] if self._snapshot is None else self._snapshot.fingerprints()
+    def replica_checksums(self) -> list[tuple[str, int]]:
+        """Return name and checksum of each storage that should be equal on all ranks."""
+        return [] if self._snapshot is None else self._snapshot.replica_checksums()
 
-    def take_all(self) -> None:
-        """Let the saving rank write everything after all, and the others nothing. After :meth:`prepare`.
+    def write_alone(self) -> None:
+        """Let the coordinator write the whole file, and the other ranks nothing. Call it after :meth:`prepare`.
 
         Raises:
-            MemoryError: there is none to stage in.
+            MemoryError: there is not enough host memory.
         """
         self._write_range = WHOLE if self.is_coordinator else None
-        if self.is_coordinator:
-            self._take(whole=True)
+        if self.is_coordinator and self._snapshot is not None:
+            self._stage(self._snapshot, whole=True)
         else:
-            self._let_go_of_memory()
+            self._release_memory()
 
-    def _take(self, *, whole: bool) -> None:
-        snapshot = _made(self._snapshot)
-        if not self._holds_memory:
+    def _stage(self, snapshot: Snapshot, *, whole: bool = False) -> None:
+        if not self._has_memory:
             self._memory.reserve()
-            self._holds_memory = True
-        snapshot.settle()
-        snapshot.take(self._memory, whole=whole, late=self._late)
+            self._has_memory = True
+        snapshot.wait_copied()
+        snapshot.bind_buffer(self._memory, whole=whole, deferred=self._deferred)
         if self.in_background:
-            snapshot.stage()
+            snapshot.copy_to_host()
 
-    def write(self, temp: str | None, meet: ExchangeChecksums | None = None) -> list[tuple[int, int, int]]:
-        """Step 2.
+    def write(
+        self, file_token: str | None = None, exchange: ExchangeChecksums | None = None
+    ) -> list[tuple[int, int, int]]:
+        """Run step 2.
 
         Args:
-            temp: what :meth:`prepare` told on the saving rank.
-            meet: tells others what was checked, and hears of them; see
-            :meth:`~distckpt.saving.snapshot.Snapshot.write_image`.
+            file_token: what the coordinator's :meth:`prepare` returned.
+            exchange: see :meth:`~distckpt.saving.snapshot.Snapshot.write_image`.
 
         Returns:
-            What was checked, for :meth:`finish` on the saving rank.
+            The range's checksums, for the coordinator's :meth:`finish`.
 
         Raises:
-            SaveError: the operating system refused.
+            SaveError: the storage failed.
         """
-        if self._write_range is None:
+        if self._write_range is None or self._snapshot is None:
             return []
-        snapshot = _made(self._snapshot)
-        if self._new is None:
-            if temp is None:
-                msg = "a file to join that nobody has begun"
-                raise AssertionError(msg)
-            self._new = self._storage.join(self.name, temp)
+        snapshot = self._snapshot
+        if self._file is None:
+            self._file = self._storage.join(self.name, file_token or "")
         try:
             if self.is_shared and self.is_coordinator:
-                self._new.allocate(snapshot.num_bytes)
-            if self.in_background:
-                checked = snapshot.write_image(self._new, self._manifest, meet)
-            else:
-                with snapshot.staging_beside():
-                    checked = snapshot.write_image(self._new, self._manifest, meet)
+                self._file.allocate(snapshot.num_bytes)  # else the writers extend the file in turns
+            with contextlib.nullcontext() if self.in_background else snapshot.copying_to_host():
+                checksums = snapshot.write_image(self._file, self._manifest, exchange)
             if self.is_shared:
-                self._new.sync()
-                snapshot.check_written(self._new)
+                self._file.sync()
+                snapshot.verify_written(self._file)
         finally:
-            self._let_go_of_memory()
+            self._release_memory()
         if not self.is_coordinator:
-            self.abandon()
-        return checked
+            self.abort()
+        return checksums
 
-    def finish(self, checked: Sequence[Checked]) -> None:
-        """Step 3; on a rank that does not save nothing.
+    def finish(self, checksums: Sequence[Checksums]) -> None:
+        """Run step 3. It does nothing on other ranks than the coordinator.
 
         Args:
-            checked: of all writers, in the order of their shares.
+            checksums: of all writers, in the order of their ranges.
 
         Raises:
-            SaveError: the operating system refused; what was there before is untouched.
-            CommitNotDurable: the file is there, but may not survive a power cut.
+            SaveError: the storage failed; the previous file of that name is untouched.
+            CommitNotDurable: the file has its name, but may not survive a power cut.
         """
-        if not self.is_coordinator:
-            return
-        new = _made(self._new)
-        new.commit(_made(self._snapshot).write_tail(new, checked, self._manifest), check_whole)
-        self.abandon()
+        if self.is_coordinator and self._file is not None and self._snapshot is not None:
+            num_bytes = self._snapshot.write_tail(self._file, checksums, self._manifest)
+            self._file.commit(num_bytes, check_whole)
+            self.abort()
 
-    def abandon(self) -> None:
-        """Let go of everything; a file that was not committed is removed. Does nothing a second time."""
-        self._let_go_of_memory()
-        if self._new is not None:
-            self._new.abort()
+    def abort(self) -> None:
+        """Release memory and file; delete the file unless it is committed. Callable more than once."""
+        self._release_memory()
+        if self._file is not None:
+            self._file.abort()
         self._snapshot = None
 
-    def _let_go_of_memory(self) -> None:
-        if self._holds_memory:
-            self._holds_memory = False
+    def _release_memory(self) -> None:
+        if self._has_memory:
+            self._has_memory = False
             try:
                 if self._snapshot is not None:
-                    self._snapshot.settle()
+                    self._snapshot.wait_copied()
             finally:
                 self._memory.release()
 
 
-@functools.cache
-def _writers(process: int) -> ThreadPoolExecutor:
-    """Return threads that wait for work: to start one keeps training until that has run for a while.
-
-    A program that ends waits for what they are doing. A process that was forked has none of its parent's.
-    """
-    del process
-    return ThreadPoolExecutor(_MOST_WRITERS, thread_name_prefix="distckpt-writer")
-
-
-class Task:
-    """Work on a thread of its own, beside training. It must issue no collectives.
-
-    A program that ends waits for it.
+def write_file(
+    storage: Storage,
+    name: str,
+    state: Any,
+    *,
+    memory: HostMemory,
+    manifest: Manifest,
+    options: Mapping[str, Any],
+    num_threads: int = 1,
+    on_refused: Callable[[Sequence[Refused]], None] | None = None,
+) -> None:
+    """Write a state as a file, and return when it is durable. Rank-local; issues no collectives.
 
     Args:
-        work: what to do.
+        storage: where the file goes.
+        name: the file's name in the storage.
+        state: what ``torch.save`` takes.
+        memory: the staging memory.
+        manifest: the manifest without tensors.
+        options: keyword arguments of ``torch.save``. torch's own writer is used if they choose another format.
+        num_threads: number of threads that copy.
+        on_refused: called with the objects that loading will refuse, if any.
+
+    Raises:
+        ValueError: the name points outside the storage.
+        SaveError: the storage failed; the previous file of that name is untouched.
+        CommitNotDurable: the file has its name, but may not survive a power cut.
+    """
+    if is_ordinary(options):
+        writer = RankWriter(
+            storage,
+            name,
+            manifest=manifest,
+            memory=memory,
+            pickle_protocol=options.get("pickle_protocol", 2),
+            num_threads=num_threads,
+            on_refused=on_refused,
+        )
+        try:
+            writer.prepare(state)
+            writer.finish([writer.write()])
+        finally:
+            writer.abort()
+        return
+    with storage.create(name) as file:
+        buffer = BufferedWriter(file.write)
+        write_pt(state, buffer, options)
+        buffer.flush()
+        file.commit(buffer.num_bytes)
+    with storage.open(name) as written:
+        names = what_loading_refuses(written)
+    if names and on_refused is not None:
+        on_refused(paths_of_refused(state, names))
+
+
+@functools.cache
+def _threads(process: int) -> ThreadPoolExecutor:
+    """Return the process's writing threads, kept since starting one delays training.
+
+    An exiting program waits for their work. The key makes a forked process start its own.
+    """
+    del process
+    return ThreadPoolExecutor(_MAX_THREADS, thread_name_prefix="distckpt-writer")
+
+
+class BackgroundTask:
+    """Work on another thread. It must not issue collectives. An exiting program waits for it.
+
+    Args:
+        work: the function to call.
     """
 
     def __init__(self, work: Callable[[], Any]) -> None:
         self._work = work
         self._value: Any = None
         self._error: BaseException | None = None
-        self._after: list[Callable[[], None]] = []
+        self._callbacks: list[Callable[[], None]] = []
         self._lock = threading.Lock()
-        # Not Thread.join: one that a signal interrupts takes the thread for ended (CPython 3.11, threading.py).
-        self._ended = threading.Event()
+        # Not Thread.join: after an interrupt it takes the thread for finished (CPython 3.11, threading.py).
+        self._has_ended = threading.Event()
         self._mark: PendingWrite | None = None
 
     def start(self) -> None:
-        """Begin.
+        """Start the work.
 
         Raises:
-            RuntimeError: there can be no thread; it counts as ended.
+            RuntimeError: no thread can be started; the task counts as ended.
         """
         self._mark = PendingWrite()
         try:
-            _writers(os.getpid()).submit(self._run)
+            _threads(os.getpid()).submit(self._run)
         except BaseException as error:
             self._end(error)
             raise
 
     def is_done(self, *, within_s: float = 0.0) -> bool:
-        """Tell whether it has ended, well or not.
-
-        Args:
-            within_s: how long to wait for it, in seconds.
-        """
-        return self._ended.wait(timeout=within_s) if within_s else self._ended.is_set()
+        """Wait up to `within_s` seconds, and return True if the work has ended, well or not."""
+        return self._has_ended.wait(timeout=within_s) if within_s else self._has_ended.is_set()
 
     def wait(self) -> None:
-        """Wait until it has ended, well or not."""
-        while not self._ended.wait(timeout=1.0):  # not for ever: a signal handler may want its turn
+        """Block until the work has ended, well or not."""
+        while not self._has_ended.wait(timeout=1.0):  # a timeout lets signal handlers run
             pass
 
-    def outcome(self) -> Any:
-        """Wait, and return what the work returned.
+    def result(self) -> Any:
+        """Block until the work has ended, and return its value.
 
         Raises:
-            BaseException: what it raised.
+            BaseException: the work's error.
         """
         self.wait()
         if self._error is not None:
             raise self._error
         return self._value
 
-    def then(self, action: Callable[[], None]) -> None:
-        """Do something when it has ended: now, or on its thread."""
+    def error(self) -> BaseException | None:
+        """Return the work's error; None if there is none (yet)."""
+        return self._error if self._has_ended.is_set() else None
+
+    def add_done_callback(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once the work has ended, on its thread, or now if it has."""
         with self._lock:
-            if not self._ended.is_set():
-                self._after.append(action)
+            if not self._has_ended.is_set():
+                self._callbacks.append(callback)
                 return
-        action()
+        callback()
 
     def _run(self) -> None:
         try:
             self._value = self._work()
-        except BaseException as error:  # noqa: BLE001 - raised where the outcome is asked for
+        except BaseException as error:  # noqa: BLE001 - raised by result()
             self._end(error)
         else:
             self._end(None)
@@ -334,17 +373,10 @@ class Task:
     def _end(self, error: BaseException | None) -> None:
         self._error = error
         with self._lock:
-            self._ended.set()
+            self._has_ended.set()
         try:
-            for action in self._after:
-                action()
+            for callback in self._callbacks:
+                callback()
         finally:
             if self._mark is not None:
                 self._mark.end()
-
-
-def _made(one: _T | None) -> _T:
-    if one is None:
-        msg = "a part of a save that was not prepared"
-        raise AssertionError(msg)
-    return one

@@ -1,9 +1,12 @@
-"""Device -> host: the bytes of a state into memory that is laid out as the file will be.
+"""Copy the storages of a state into host memory that is laid out as the file.
 
-Owns that memory, and the copying. Must not know about files, nor why a byte goes where it goes.
+:class:`HostMemory` is page-aligned and reused by later saves, so its pages are faulted in once. Copies release the GIL:
+several threads may share them (:class:`Staging`). Storages in host memory are checksummed during the copy where that
+costs no extra time.
 
-The memory is page-aligned, touched once, and kept for the next save. Copying lets go of Python's lock, and may use
-several threads. Where that costs nothing, the bytes of the host's own memory are checked while they are copied.
+In a background save, parameters and optimizer states on an accelerator may be copied while training continues: only an
+optimizer's step changes them, and :class:`OptimizerStepGuard` delays that step. Everything else (buffers change in the
+forward pass, averaged weights in user code) is copied before training continues.
 """
 
 import contextlib
@@ -11,30 +14,28 @@ import ctypes
 import itertools
 import mmap
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from distckpt._checksum import copy_with_crc32, kernel_name
 from distckpt._threads import helper_threads, start_thread, wait_all
-from distckpt.saving.from_device import Fetcher, pin, unpin
-
-__all__ = ["Copy", "HostMemory", "Staging", "in_strides", "thread_memory"]
 
 _CPU = torch.device("cpu")
-_STRIDE_BYTES = 4 << 20
-"""What one thread copies before it tells how far it is."""
+_ITEM_BYTES = 4 << 20
+"""Bytes that one thread copies before it reports progress."""
 
 
-class Copy(NamedTuple):
-    """Bytes to be copied.
+class CopyItem(NamedTuple):
+    """A range of bytes to copy.
 
     Attributes:
-        storage: number of the storage they come from.
-        begin: where in the storage they begin.
-        at: where they go; offsets count from what :class:`Staging` is told.
-        num_bytes: how many.
+        storage: index of the source storage.
+        begin: offset in the storage.
+        at: offset in the image.
+        num_bytes: length of the range.
     """
 
     storage: int
@@ -43,16 +44,27 @@ class Copy(NamedTuple):
     num_bytes: int
 
 
+def split_copies(copies: Iterable[CopyItem]) -> tuple[CopyItem, ...]:
+    """Split copies into items of at most 4 MiB, so that threads can share them."""
+    return tuple(
+        CopyItem(storage, begin + done, at + done, min(_ITEM_BYTES, num_bytes - done))
+        for storage, begin, at, num_bytes in copies
+        for done in range(0, num_bytes, _ITEM_BYTES)
+    )
+
+
 class HostMemory:
-    """Page-aligned host memory that is kept and used again. One user at a time: :meth:`reserve` it first.
+    """Page-aligned host memory for snapshots, reused by one save after another.
+
+    One save uses it at a time, between :meth:`reserve` and :meth:`release`. A copy of the object has memory of its own.
 
     Attributes:
-        num_bytes: how much there is.
+        num_bytes: allocated bytes.
 
     Example:
         >>> memory = HostMemory()
-        >>> len(memory.view(10)), memory.view(10_000) is not None, memory.num_bytes
-        (10, True, 12288)
+        >>> len(memory.view(10)), len(memory.view(10_000)), memory.num_bytes
+        (10, 10000, 12288)
     """
 
     def __init__(self) -> None:
@@ -62,17 +74,17 @@ class HostMemory:
         self.num_bytes = 0
 
     def reserve(self) -> None:
-        """Wait until nobody uses it, and use it. Whatever it waits for needs no other rank: bytes that are written."""
-        while not self._in_use.acquire(timeout=1.0):  # not for ever: a signal handler may want its turn
+        """Wait until no save uses the memory, and take it. The wait depends on no other rank."""
+        while not self._in_use.acquire(timeout=1.0):  # a timeout lets signal handlers run
             pass
 
     def release(self) -> None:
-        """Let the next one use it. Any thread; views of it must not be used any more."""
+        """Return the memory. Callable from any thread. Views of it must not be used afterwards."""
         self._in_use.release()
 
     @contextlib.contextmanager
     def reserved(self) -> Iterator[None]:
-        """Have it reserved while the body runs."""
+        """Reserve the memory for the body of a ``with`` statement."""
         self.reserve()
         try:
             yield
@@ -80,22 +92,20 @@ class HostMemory:
             self.release()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "HostMemory":
-        """Return a new one: what a copy of its owner stages, goes elsewhere."""
         return HostMemory()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Start anew in another process."""
         return (HostMemory, ())
 
     def view(self, num_bytes: int, *, pinned: bool = False) -> memoryview:
-        """Return `num_bytes` of it, with what the last user left there.
+        """Return the first `num_bytes` bytes, with undefined content; allocate them if needed.
 
         Args:
-            num_bytes: how much; the memory grows where it has less.
-            pinned: whether a device is to write into it; then all of it stays where it is, if the driver lets us.
+            num_bytes: length of the view.
+            pinned: page-lock the memory for a CUDA device, where the driver allows it.
 
         Raises:
-            MemoryError: there is not that much.
+            MemoryError: the operating system has not enough memory.
         """
         if self._map is None or num_bytes > self.num_bytes:
             self.free()
@@ -105,230 +115,287 @@ class HostMemory:
             except OSError as error:
                 msg = f"no host memory for a snapshot of {num_bytes} bytes: {error}"
                 raise MemoryError(msg) from error
-            with contextlib.suppress(OSError):  # larger pages: fewer to touch, and to pin for the disk
+            with contextlib.suppress(OSError):  # fewer pages to fault in, and to pin for direct I/O
                 self._map.madvise(mmap.MADV_HUGEPAGE)
             self.num_bytes = size
         if pinned and not self._is_pinned:
-            self._is_pinned = pin(_address_of(memoryview(self._map)), self.num_bytes)
+            self._is_pinned = _pin(_address_of(memoryview(self._map)), self.num_bytes)
         return memoryview(self._map)[:num_bytes]
 
     def free(self) -> None:
-        """Give it back. Views of it that somebody still holds keep theirs."""
+        """Free the memory. Existing views keep theirs."""
         if self._is_pinned and self._map is not None:
-            unpin(_address_of(memoryview(self._map)))
+            _unpin(_address_of(memoryview(self._map)))
         self._map, self._is_pinned, self.num_bytes = None, False, 0
 
 
-class _Kept(threading.local):
-    """The memory of each thread that saves: replicas may be threads of one process."""
+class _ThreadMemory(threading.local):
+    """Per thread, since XLA replicas may be threads of one process."""
 
     def __init__(self) -> None:
         self.memory = HostMemory()
 
 
-_KEPT = _Kept()
+_THREAD_MEMORY = _ThreadMemory()
 
 
 def thread_memory() -> HostMemory:
-    """Return the memory that all savers of this thread use, one after the other."""
-    return _KEPT.memory
+    """Return the memory that all saves of the calling thread share."""
+    return _THREAD_MEMORY.memory
 
 
 class Staging:
-    """A copying under way: any number of threads may take part, and any thread may wait for it.
+    """Copies storages into host memory on any number of threads.
 
-    On an accelerator, of what this thread's streams have computed by now, or are still computing.
+    Copies from an accelerator see what the constructing thread's current streams have computed, or are computing.
 
     Args:
-        storages: what is copied from.
-        copies: what goes where, in ascending order of ``at``; see :func:`in_strides`.
-        memory: what is copied into.
-        begin: the offset of the memory's first byte.
+        storages: the sources.
+        copies: the ranges to copy, in ascending order of ``at``; see :func:`split_copies`.
+        memory: the target.
+        begin: offset in the image of the target's first byte.
     """
 
     def __init__(
-        self, storages: Sequence[torch.UntypedStorage], copies: Sequence[Copy], memory: memoryview, begin: int
+        self, storages: Sequence[torch.UntypedStorage], copies: Sequence[CopyItem], memory: memoryview, begin: int
     ) -> None:
         self._storages = storages
         self._memory = memory
         self._address = _address_of(memory)
         self._begin = begin
-        self._todo = copies
+        self._copies = copies
         devices = [storage.device for storage in storages]
-        elsewhere = set(devices) - {_CPU}
+        accelerators = set(devices) - {_CPU}
         pairs = zip(storages, devices, strict=True)
-        self._sources = [None if device in elsewhere else storage.data_ptr() for storage, device in pairs]
-        self._fetcher = Fetcher(elsewhere)
-        self._is_checking = kernel_name() is not None
+        self._sources = [None if device in accelerators else storage.data_ptr() for storage, device in pairs]
+        self._fetcher = _DeviceFetcher(accelerators)
+        self._computes_crcs = kernel_name() is not None
         self._crcs: list[int | None] = [None] * len(copies)
-        self._numbers: dict[int, int] = {}  # of the copies, by where they go
+        self._index_of: dict[int, int] = {}  # of each copy, by its offset in the image
         self._next = itertools.count()
-        self._is_done = bytearray(len(self._todo))
-        self._num_done = 0  # from the first on, without a gap
-        self._change = threading.Condition()
+        self._is_done = bytearray(len(copies))
+        self._num_done = 0  # without a gap
+        self._changed = threading.Condition()
         self._num_waiting = 0
         self._error: BaseException | None = None
         self._threads: list[threading.Event] = []
 
     def run(self) -> None:
-        """Take part until there is nothing left to begin.
+        """Copy items until none is left to start.
 
         Raises:
-            Exception: copying failed, here or on another thread.
+            Exception: a copy failed, on this or another thread.
         """
         try:
-            for number in self._next:
-                if number >= len(self._todo) or self._error is not None:
+            for index in self._next:
+                if index >= len(self._copies) or self._error is not None:
                     break
-                self._copy(number)
-                self._is_done[number] = 1
-                if self._num_waiting or number == self._num_done:
-                    self._look_how_far()
+                self._copy(index)
+                self._is_done[index] = 1
+                if self._num_waiting or index == self._num_done:
+                    self._update_progress()
         except BaseException as error:
-            with self._change:
+            with self._changed:
                 self._error = error
-                self._change.notify_all()
+                self._changed.notify_all()
             raise
 
-    def stop(self) -> None:
-        """Begin nothing more: whoever waits for the rest gets an error."""
-        if self._num_done < len(self._todo):
-            self._error = self._error or RuntimeError("the copying was stopped")
+    def run_on(self, num_threads: int) -> None:
+        """Copy everything on `num_threads` threads, including the calling one; return when all is copied.
+
+        Raises:
+            Exception: a copy failed.
+        """
+        if num_threads == 1 and None not in self._sources:
+            for index in range(len(self._copies)):
+                self._copy(index)
+            self._is_done = bytearray(b"\1") * len(self._copies)
+            self._update_progress()
+            return
+        with self.running(num_threads - 1):
+            self.run()
+            self.wait_until(None)
 
     @contextlib.contextmanager
-    def beside(self, num_threads: int) -> Iterator[None]:
-        """Copy on so many other threads while the body runs; what is not copied at its end stays so."""
-        with helper_threads(self._help, num_threads=num_threads):
+    def running(self, num_threads: int) -> Iterator[None]:
+        """Copy on `num_threads` other threads during the body; stop at its end."""
+        with helper_threads(self._run_quietly, num_threads=num_threads):
             try:
                 yield
             finally:
                 self.stop()
 
-    def begin(self, num_threads: int) -> None:
-        """Copy all of it on so many other threads; :meth:`wait_for` tells when it is done, :meth:`settle` waits for it.
+    def start(self, num_threads: int) -> None:
+        """Start to copy on `num_threads` other threads; see :meth:`wait_until` and :meth:`join`.
 
         Raises:
             RuntimeError: a thread cannot be started.
         """
         try:
             for _ in range(num_threads):
-                self._threads.append(start_thread(self._help))
+                self._threads.append(start_thread(self._run_quietly))
         except BaseException:
             self.stop()
             raise
 
-    def settle(self) -> None:
-        """Wait until none of the threads of :meth:`begin` is left, whatever interrupts that. Any thread."""
+    def stop(self) -> None:
+        """Start no further copy; a thread that waits for one gets an error."""
+        if self._num_done < len(self._copies):
+            self._error = self._error or RuntimeError("the copying was stopped")
+
+    def join(self) -> None:
+        """Wait for the threads of :meth:`start`, through any interrupt. Callable from any thread."""
         wait_all(self._threads)
 
-    def run_on(self, num_threads: int) -> None:
-        """Copy all of it, with so many threads, this one among them; return when it is done.
+    def wait_until(self, offset: int | None) -> None:
+        """Block until all bytes before `offset` are copied; None for all bytes. Callable from any thread.
 
         Raises:
-            Exception: copying failed.
-        """
-        if num_threads == 1 and None not in self._sources:
-            self._run_alone()
-            return
-        with self.beside(num_threads - 1):
-            self.run()
-            self.wait_for(None)
-
-    def _run_alone(self) -> None:
-        """Copy all of it from the host's memory, with nobody who takes part or looks meanwhile."""
-        for number in range(len(self._todo)):
-            self._copy(number)
-        self._is_done = bytearray(b"\1") * len(self._todo)
-        self._look_how_far()
-
-    def checked(self, begin: int, end: int) -> list[tuple[int, int]] | None:
-        """Return the checksums of what was copied to a range, in its order. Any thread, once it is copied.
-
-        Args:
-            begin: where a copy goes.
-            end: where one ends.
-
-        Returns:
-            CRC-32 and number of bytes of each of the range's pieces; None where they are not known.
-        """
-        if not self._numbers:
-            self._numbers = {one.at: number for number, one in enumerate(self._todo)}
-        parts = []
-        while begin < end:
-            number = self._numbers.get(begin)
-            crc = None if number is None else self._crcs[number]
-            if number is None or crc is None:
-                return None
-            num_bytes = self._todo[number].num_bytes
-            parts.append((crc, num_bytes))
-            begin += num_bytes
-        return parts
-
-    def wait_for(self, offset: int | None) -> None:
-        """Return when all bytes up to an offset are copied; None for all there are.
-
-        Raises:
-            Exception: copying failed.
+            Exception: a copy failed.
         """
         while not self._is_past(offset):
-            with self._change:
+            with self._changed:
                 self._num_waiting += 1
                 try:
-                    self._look_how_far()
+                    self._update_progress()
                     if not self._is_past(offset):
-                        self._change.wait(timeout=1.0)  # not for ever: a signal handler may want its turn
+                        self._changed.wait(timeout=1.0)  # a timeout lets signal handlers run
                 finally:
                     self._num_waiting -= 1
             if self._error is not None:
                 raise self._error
 
+    def checksums(self, begin: int, end: int) -> list[tuple[int, int]] | None:
+        """Return the checksums of copied bytes. Callable from any thread, once they are copied.
+
+        Args:
+            begin: offset in the image at which a copy begins.
+            end: offset at which one ends.
+
+        Returns:
+            CRC-32 and number of bytes of each copy in the range; None where these are not known.
+        """
+        if not self._index_of:
+            self._index_of = {item.at: index for index, item in enumerate(self._copies)}
+        found = []
+        while begin < end:
+            index = self._index_of.get(begin)
+            crc = None if index is None else self._crcs[index]
+            if index is None or crc is None:
+                return None
+            num_bytes = self._copies[index].num_bytes
+            found.append((crc, num_bytes))
+            begin += num_bytes
+        return found
+
     def _is_past(self, offset: int | None) -> bool:
-        num_done = self._num_done  # once: another thread may end the last copy meanwhile
-        if num_done == len(self._todo):
+        num_done = self._num_done  # read once: another thread may increase it
+        if num_done == len(self._copies):
             return True
-        return offset is not None and self._todo[num_done].at >= offset
+        return offset is not None and self._copies[num_done].at >= offset
 
-    def _look_how_far(self) -> None:
-        with self._change:
-            far = self._is_done.find(0, self._num_done)
-            self._num_done = len(self._todo) if far < 0 else far
-            self._change.notify_all()
+    def _update_progress(self) -> None:
+        with self._changed:
+            first = self._is_done.find(0, self._num_done)
+            self._num_done = len(self._copies) if first < 0 else first
+            self._changed.notify_all()
 
-    def _help(self) -> None:
-        with contextlib.suppress(BaseException):  # kept, and raised where it is waited for
+    def _run_quietly(self) -> None:
+        with contextlib.suppress(BaseException):  # kept in _error, raised by wait_until
             self.run()
 
-    def _copy(self, which: int) -> None:
-        number, begin, at, num_bytes = piece = self._todo[which]
-        source, to = self._sources[number], self._address + at - self._begin
+    def _copy(self, index: int) -> None:
+        storage, begin, at, num_bytes = self._copies[index]
+        source, offset = self._sources[storage], at - self._begin
         if source is None:
-            self._fetch(piece)
-        elif self._is_checking:
-            self._crcs[which] = copy_with_crc32(to, source + begin, num_bytes)
+            target = torch.frombuffer(self._memory, dtype=torch.uint8, offset=offset, count=num_bytes)
+            self._fetcher.fetch(self._storages[storage], begin, target)
+        elif self._computes_crcs:
+            self._crcs[index] = copy_with_crc32(self._address + offset, source + begin, num_bytes)
         else:
-            ctypes.memmove(to, source + begin, num_bytes)
-
-    def _fetch(self, piece: Copy) -> None:
-        at = piece.at - self._begin
-        target = torch.frombuffer(self._memory, dtype=torch.uint8, offset=at, count=piece.num_bytes)
-        self._fetcher.fetch(self._storages[piece.storage], piece.begin, target)
+            ctypes.memmove(self._address + offset, source + begin, num_bytes)
 
 
-def in_strides(copies: Iterable[Copy]) -> tuple[Copy, ...]:
-    """Cut copies into pieces such that several threads may share them, and others take what is copied."""
-    found: list[Copy] = []
-    for one in copies:
-        if one.num_bytes <= _STRIDE_BYTES:
-            found.append(one)
-            continue
-        found += [
-            Copy(one.storage, one.begin + done, one.at + done, min(_STRIDE_BYTES, one.num_bytes - done))
-            for done in range(0, one.num_bytes, _STRIDE_BYTES)
-        ]
-    return tuple(found)
+class _DeviceFetcher:
+    """Copies from CUDA devices on streams of its own. Callable from any thread."""
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._computed = {device: torch.cuda.current_stream(device).record_event() for device in devices}
+        self._per_thread = threading.local()
+
+    def fetch(self, storage: torch.UntypedStorage, begin: int, target: torch.Tensor) -> None:
+        """Copy bytes of `storage` from offset `begin` into `target`: uint8 (bytes,), on the host."""
+        stream = self._stream(storage.device)
+        with torch.cuda.stream(stream):
+            source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+            target.copy_(source[begin : begin + target.numel()], non_blocking=True)
+        stream.synchronize()
+
+    def _stream(self, device: torch.device) -> torch.cuda.Stream:
+        streams: dict[torch.device, torch.cuda.Stream] = self._per_thread.__dict__.setdefault("streams", {})
+        if device not in streams:
+            streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch ships it without types
+            streams[device].wait_event(self._computed[device])
+        return streams[device]
+
+
+def _pin(address: int, num_bytes: int) -> bool:
+    with contextlib.suppress(RuntimeError):
+        return int(torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0)) == 0  # type: ignore[no-untyped-call]  # as above
+    return False
+
+
+def _unpin(address: int) -> None:
+    with contextlib.suppress(RuntimeError):
+        torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]  # as above
 
 
 def _address_of(memory: memoryview) -> int:
-    if not len(memory):
-        return 0
-    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory)) if len(memory) else 0
+
+
+class OptimizerStepGuard:
+    """Delays the next step of every optimizer in the process until a deferred copy is done.
+
+    Args:
+        wait: blocks until it is done. The guard ignores its errors.
+    """
+
+    def __init__(self, wait: Callable[[], None]) -> None:
+        self._wait = wait
+        with _GUARD_LOCK:
+            if not _IS_HOOKED:  # never removed: torch iterates over its hooks while it calls them
+                register_optimizer_step_pre_hook(lambda *_: wait_for_deferred_copies())
+                _IS_HOOKED.append(True)
+            _GUARDS.append(self)
+
+    def wait(self) -> None:
+        """Block until the copy is done, then remove the guard."""
+        with contextlib.suppress(Exception):
+            self._wait()
+        self.remove()
+
+    def remove(self) -> None:
+        """Let optimizers step. Callable from any thread, more than once."""
+        with _GUARD_LOCK, contextlib.suppress(ValueError):
+            _GUARDS.remove(self)
+
+
+_GUARD_LOCK = threading.Lock()
+_GUARDS: list[OptimizerStepGuard] = []
+_IS_HOOKED: list[bool] = []
+
+
+def wait_for_deferred_copies() -> None:
+    """Block until no copy is deferred. Call it before changing parameters without an optimizer."""
+    if _GUARDS:
+        for guard in tuple(_GUARDS):
+            guard.wait()
+
+
+def has_step_hook(optimizer: torch.optim.Optimizer) -> bool:
+    """Return True if every step of an optimizer calls Python hooks, i.e. cannot be replayed by a CUDA graph.
+
+    Adam and its like refuse to be captured unless ``capturable`` is set. Others (SGD) may be captured at any time.
+    """
+    return all(group.get("capturable") is False for group in optimizer.param_groups)

@@ -22,8 +22,8 @@ from distckpt.backends.detect import current
 from distckpt.coordination.phases import SyncPoint
 from distckpt.ptformat.torch_format import verify
 from distckpt.saving.capture import find_replicas
+from distckpt.saving.pending_save import WriteCompletions
 from distckpt.saving.snapshot import Snapshot
-from distckpt.saving.write_completions import WriteCompletions
 from distckpt.saving.writer_group import find_writers
 from distckpt.storage.direct_io import DirectFile
 from distckpt.storage.local import LocalStorage
@@ -229,7 +229,7 @@ def test_a_file_is_committed_before_the_next_vote(tmp_path: Path) -> None:
 def slow_writes_and_noted_tails() -> Iterator[tuple[list[float], list[float]]]:
     """Let each large write take its time; note when they end, and when what comes after them was made."""
     ends, tails = list[float](), list[float]()
-    write, tail_of = DirectFile.write, Snapshot._tail_of
+    write, tail_of = DirectFile.write, Snapshot._make_tail
 
     def slowly(self: DirectFile, data: memoryview, offset: int) -> None:
         write(self, data, offset)
@@ -243,7 +243,7 @@ def slow_writes_and_noted_tails() -> Iterator[tuple[list[float], list[float]]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DirectFile, "write", slowly)
-        patch.setattr(Snapshot, "_tail_of", noting)
+        patch.setattr(Snapshot, "_make_tail", noting)
         yield ends, tails
 
 
@@ -314,7 +314,7 @@ def test_the_ranks_that_see_a_directory_are_found_by_a_probe(tmp_path: Path) -> 
     def place(doing: str) -> SyncPoint:
         return SyncPoint(handler="test", phase=doing, step=0)
 
-    found = find_writers(current(), place, LocalStorage(alias), coordinator=2, is_node_enough=True, timeout_s=None)
+    found = find_writers(current(), place, LocalStorage(alias), coordinator=2, same_node=True, timeout_s=None)
     assert gather(list(found)) == [[0, 2]] * 3
     job.barrier()
     assert sorted(os.listdir(tmp_path)) == ["alias0", "alias1", "alias2", "elsewhere"]

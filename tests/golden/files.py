@@ -55,8 +55,8 @@ def write(folder: Path, *, num_writers: int) -> Path:
     name = name_of(num_writers)
     with LocalStorage(folder).create(name) as new:
         for writer in (*writers[1:], writers[0]):  # in the order of the image
-            writer.take(HostMemory())
-            with writer.staging_beside():
+            writer.bind_buffer(HostMemory())
+            with writer.copying_to_host():
                 checked.append(writer.write_image(new))
         new.commit(writers[0].write_tail(new, checked, ABOUT))
     return folder / name

@@ -19,7 +19,7 @@ from distckpt._checksum import crc32
 from distckpt.ptformat.image import ImagePlan, Part, crcs_of, plan_image, tail_of
 from distckpt.ptformat.layout import FOLDER, Slot, directory, local_header, place
 from distckpt.ptformat.pickler import pickle_exactly, pickle_state
-from distckpt.saving.staging import Copy, HostMemory, Staging
+from distckpt.saving.staging import CopyItem, HostMemory, Staging
 from distckpt.storage.base import BLOCK_BYTES
 from tests.unit.storages import bytes_of, storages_of
 
@@ -33,11 +33,11 @@ def parts_of(
     found = []
     for begin, end in sorted(plan.shares(num_ranks, saving_rank)):
         memory = HostMemory().view(end - begin)
-        staging = Staging(storages, [Copy(*piece) for piece in plan.pieces(begin, end)], memory, begin)
+        staging = Staging(storages, [CopyItem(*piece) for piece in plan.pieces(begin, end)], memory, begin)
         staging.run()
         part = Part(plan, memory, begin, end)
         written = b""
-        part.check(staging.wait_for)
+        part.check(staging.wait_until)
         for at, chunk in part.chunks():
             assert at == begin + len(written)
             written += bytes(chunk)

@@ -12,10 +12,9 @@ from torch import nn
 
 from distckpt import Checkpoint, DiskSaver
 from distckpt.ptformat.torch_format import verify
-from distckpt.saving import optimizer_guard
+from distckpt.saving import staging as guards
 from distckpt.saving.capture import find_optimizer_storages
-from distckpt.saving.optimizer_guard import OptimizerStepGuard, has_step_hook
-from distckpt.saving.staging import Staging
+from distckpt.saving.staging import OptimizerStepGuard, Staging, has_step_hook
 from tests.unit.directories import names_in
 
 
@@ -74,13 +73,13 @@ def test_each_file_holds_the_state_of_its_iteration_though_it_is_copied_late(
         state = torch.load(path, weights_only=True)
         states = (value for one in state["optimizer"]["state"].values() for value in one.values())
         assert all(map(torch.equal, [*state["model"].values(), *state["average"].values(), *states], held)), iteration
-    assert optimizer_guard._UP == []
+    assert guards._GUARDS == []
 
 
 def test_without_the_fence_the_same_loop_tears_its_checkpoints(
     tmp_path: Path, slow_copies: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(OptimizerStepGuard, "hold", OptimizerStepGuard.take_down)
+    monkeypatch.setattr(OptimizerStepGuard, "wait", OptimizerStepGuard.remove)
     model = nn.Linear(60, 60)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
 
@@ -110,7 +109,7 @@ def test_nothing_is_late_where_that_is_asked_for(tmp_path: Path) -> None:
     saver = Late(tmp_path, background=True, overlap_copy=False)
     handler, before = Checkpoint({"model": model, "optimizer": optimizer}, saver), model.weight.detach().clone()
     handler(trainer)
-    assert optimizer_guard._UP == []
+    assert guards._GUARDS == []
     with torch.no_grad():
         model.weight.zero_()
     handler.wait_until_finished()
@@ -127,7 +126,7 @@ def test_a_load_waits_for_what_is_copied_late(tmp_path: Path, slow_copies: list[
     handler.wait_until_finished()
     assert "distckpt-staging" in slow_copies
     assert torch.equal(torch.load(tmp_path / "checkpoint_0.pt", weights_only=True)["model"]["weight"], before)
-    assert optimizer_guard._UP == []
+    assert guards._GUARDS == []
 
 
 def test_a_copy_that_cannot_begin_holds_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,10 +138,10 @@ def test_a_copy_that_cannot_begin_holds_nobody(tmp_path: Path, monkeypatch: pyte
     objects = {"model": model, "optimizer": torch.optim.AdamW(model.parameters())}
     handler = Checkpoint(objects, Late(tmp_path, background=True))
     with monkeypatch.context() as patch:
-        patch.setattr(Staging, "begin", fail)
+        patch.setattr(Staging, "start", fail)
         with pytest.raises(RuntimeError, match="can't start"):
             handler(Engine(lambda _engine, _batch: None))
-    assert optimizer_guard._UP == []
+    assert guards._GUARDS == []
     handler(Engine(lambda _engine, _batch: None))
     handler.wait_until_finished()
     assert names_in(tmp_path) == ["checkpoint_0.pt"]
@@ -178,4 +177,4 @@ def test_a_copy_that_fails_keeps_no_optimizer() -> None:
     OptimizerStepGuard(fail)
     optimizer.step()
     assert parameter.item() == 0.0
-    assert optimizer_guard._UP == []
+    assert guards._GUARDS == []

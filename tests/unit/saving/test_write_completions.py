@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from distckpt.backends.key_value_store import TorchKeyValueStore
-from distckpt.saving.write_completions import WriteCompletions
+from distckpt.saving.pending_save import WriteCompletions
 
 CHECKED = [(0, 5, 8), (1, 2**32 - 1, 2**40)]
 AS_LISTS = [[0, 5, 8], [1, 2**32 - 1, 2**40]]
@@ -40,14 +40,14 @@ def test_word_comes_as_it_was_left_and_is_no_receipt(board: TorchKeyValueStore) 
     receipts(board).publish_checksums(1, CHECKED)
     receipts(board).publish_checksums(2, [])
     assert word_of(one, [1, 2], 30.0) == [AS_LISTS, []]
-    one.call_off()
-    assert one.wait_for([1, 2]) is None
+    one.cancel()
+    assert one.collect([1, 2]) is None
 
 
 def test_a_receipt_is_no_word_and_of_another_save_neither_counts(board: TorchKeyValueStore) -> None:
-    receipts(board).leave(1, CHECKED)
+    receipts(board).publish(1, CHECKED)
     assert word_of(receipts(board), [1]) is None
-    assert receipts(board).wait_for([1]) == [AS_LISTS]
+    assert receipts(board).collect([1]) == [AS_LISTS]
     receipts(board, "the one before").publish_checksums(1, CHECKED)
     assert word_of(receipts(board), [1]) is None
 
@@ -61,7 +61,7 @@ def test_word_that_comes_late_is_waited_for(board: TorchKeyValueStore) -> None:
 
 def test_who_is_called_off_waits_no_more(board: TorchKeyValueStore) -> None:
     one = receipts(board)
-    one.call_off()
+    one.cancel()
     assert word_of(one, [1], 30.0) is None
 
 
@@ -70,7 +70,7 @@ class Silent:
 
     looks = 0
 
-    def get_many(self, keys: Sequence[str], *, limit_s: float) -> list[str | None]:
+    def look(self, keys: Sequence[str], *, limit_s: float) -> list[str | None]:
         self.looks += 1
         msg = f"{keys} within {limit_s} s"
         raise TimeoutError(msg)
@@ -80,5 +80,5 @@ def test_a_board_that_does_not_answer_is_asked_once() -> None:
     silent = Silent()
     one = receipts(cast("Any", silent))
     assert word_of(one, [1], 30.0) is None
-    assert one.wait_for([1]) is None
+    assert one.collect([1]) is None
     assert silent.looks == 1

@@ -17,7 +17,7 @@ import torch
 
 from distckpt import DiskSaver
 from distckpt._checksum import combine_crc32
-from distckpt.saving.staging import Copy, HostMemory, Staging, in_strides, thread_memory
+from distckpt.saving.staging import CopyItem, HostMemory, Staging, split_copies, thread_memory
 from distckpt.storage.direct_io import DirectFile
 from tests.unit.storages import bytes_of, storages_of
 
@@ -29,7 +29,7 @@ def test_every_byte_goes_where_it_should(num_threads: int) -> None:
     storages = storages_of(20 * MIB + 3, 5, 9 * MIB)
     copies, at = [], 1000
     for number, storage in enumerate(storages):
-        copies.append(Copy(number, 0, at, storage.nbytes()))
+        copies.append(CopyItem(number, 0, at, storage.nbytes()))
         at += storage.nbytes() + 77
     memory = HostMemory().view(at - 1000)
     Staging(storages, copies, memory, 1000).run_on(num_threads)
@@ -44,41 +44,41 @@ def test_bytes_are_checked_as_they_are_copied_where_that_costs_nothing(
 ) -> None:
     monkeypatch.setattr("distckpt.saving.staging.kernel_name", lambda: "avx2" if is_free else None)
     storages = storages_of(9 * MIB + 3, 20)
-    copies = in_strides([Copy(0, 0, 100, 9 * MIB + 3), Copy(1, 5, 10 * MIB, 15)])
+    copies = split_copies([CopyItem(0, 0, 100, 9 * MIB + 3), CopyItem(1, 5, 10 * MIB, 15)])
     memory = HostMemory().view(11 * MIB)
     one = Staging(storages, copies, memory, 100)
-    assert one.checked(10 * MIB, 10 * MIB + 15) is None
+    assert one.checksums(10 * MIB, 10 * MIB + 15) is None
     one.run_on(num_threads)
     end = 100 + 9 * MIB + 3
     if not is_free:
-        assert one.checked(100, end) is None
+        assert one.checksums(100, end) is None
         return
-    assert one.checked(10 * MIB, 10 * MIB + 15) == [(zlib.crc32(bytes_of(storages[1])[5:]), 15)]
-    parts = one.checked(100, end)
+    assert one.checksums(10 * MIB, 10 * MIB + 15) == [(zlib.crc32(bytes_of(storages[1])[5:]), 15)]
+    parts = one.checksums(100, end)
     assert parts is not None
     assert [num_bytes for _, num_bytes in parts] == [4 * MIB, 4 * MIB, MIB + 3]
     assert combine_crc32(parts) == zlib.crc32(bytes_of(storages[0]))
     for begin in (99, 101, end, 11 * MIB):
-        assert one.checked(begin, begin + 1) is None, "it is no copy's place"
-    assert one.checked(100, 100) == []
+        assert one.checksums(begin, begin + 1) is None, "it is no copy's place"
+    assert one.checksums(100, 100) == []
 
 
 def test_whoever_waits_goes_on_as_soon_as_his_bytes_are_there() -> None:
     storages = storages_of(10, 10)
-    staging = Staging(storages, [Copy(0, 0, 0, 10), Copy(1, 0, 10, 10)], HostMemory().view(20), 0)
+    staging = Staging(storages, [CopyItem(0, 0, 0, 10), CopyItem(1, 0, 10, 10)], HostMemory().view(20), 0)
     gate, seen = threading.Event(), list[int]()
 
-    def stop_at_the_second(which: int) -> None:
-        if which:
+    def stop_at_the_second(index: int) -> None:
+        if index:
             gate.wait(timeout=10.0)
 
     staging._copy = stop_at_the_second  # type: ignore[method-assign]
     thread = threading.Thread(target=staging.run)
     thread.start()
-    staging.wait_for(10)
+    staging.wait_until(10)
     seen.append(10)
     gate.set()
-    staging.wait_for(None)
+    staging.wait_until(None)
     thread.join(timeout=10.0)
     assert seen == [10]
 
@@ -98,13 +98,13 @@ class Overtaken(Staging):
 
 
 def test_copies_that_end_while_somebody_looks_do_no_harm() -> None:
-    staging = Overtaken(storages_of(10), [Copy(0, 0, 5, 10)], HostMemory().view(15), 0)
+    staging = Overtaken(storages_of(10), [CopyItem(0, 0, 5, 10)], HostMemory().view(15), 0)
     staging.looks = iter([0, 1, 1])
-    staging.wait_for(5)
+    staging.wait_until(5)
 
 
 def test_an_interrupt_waits_until_nobody_writes_into_the_memory_any_more() -> None:
-    staging = Staging(storages_of(10), [Copy(0, 0, 0, 10)], HostMemory().view(10), 0)
+    staging = Staging(storages_of(10), [CopyItem(0, 0, 0, 10)], HostMemory().view(10), 0)
     began, gate, has_ended = threading.Event(), threading.Event(), threading.Event()
 
     def copy_slowly(_which: int) -> None:
@@ -115,30 +115,30 @@ def test_an_interrupt_waits_until_nobody_writes_into_the_memory_any_more() -> No
     staging._copy = copy_slowly  # type: ignore[assignment, method-assign]
     threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
     threading.Timer(0.4, gate.set).start()
-    with pytest.raises(KeyboardInterrupt), staging.beside(1):
+    with pytest.raises(KeyboardInterrupt), staging.running(1):
         began.wait(timeout=10.0)
     assert has_ended.is_set()
 
 
 def test_an_error_of_one_thread_reaches_all() -> None:
-    copies = [Copy(0, 0, 0, 10)]
+    copies = [CopyItem(0, 0, 0, 10)]
     staging = Staging(storages_of(10), copies, HostMemory().view(10), 0)
 
-    def fail(which: int) -> None:
-        raise ValueError(copies[which].num_bytes)
+    def fail(index: int) -> None:
+        raise ValueError(copies[index].num_bytes)
 
     staging._copy = fail  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="10"):
         staging.run_on(3)
     with pytest.raises(ValueError, match="10"):
-        staging.wait_for(1)
+        staging.wait_until(1)
 
 
 def test_who_waits_for_a_copying_that_was_stopped_gets_an_error() -> None:
-    staging = Staging(storages_of(10), [Copy(0, 0, 0, 10)], HostMemory().view(10), 0)
+    staging = Staging(storages_of(10), [CopyItem(0, 0, 0, 10)], HostMemory().view(10), 0)
     staging.stop()
     with pytest.raises(RuntimeError, match="stopped"):
-        staging.wait_for(None)
+        staging.wait_until(None)
 
 
 def test_memory_is_on_a_page_and_used_again() -> None:
