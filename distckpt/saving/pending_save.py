@@ -231,7 +231,7 @@ class PendingSave:
         failure = self._failure()
         if failure is not None:
             _logger.error("rank %d: %s was not saved: %s", self.backend.rank, self._where(), failure)
-        elif self.done() and self._at_exit is not None:
+        elif (self.has_committed or not self._writer.is_coordinator) and self._at_exit is not None:
             self._at_exit.cancel()
 
     def _report_at_exit(self) -> None:

@@ -313,6 +313,7 @@ class BackgroundTask:
         self._error: BaseException | None = None
         self._callbacks: list[Callable[[], None]] = []
         self._lock = threading.Lock()
+        self._is_ending = False
         # Not Thread.join: after an interrupt it takes the thread for finished (CPython 3.11, threading.py).
         self._has_ended = threading.Event()
         self._mark: PendingWrite | None = None
@@ -352,12 +353,12 @@ class BackgroundTask:
 
     def error(self) -> BaseException | None:
         """Return the work's error; None if there is none (yet)."""
-        return self._error if self._has_ended.is_set() else None
+        return self._error
 
     def add_done_callback(self, callback: Callable[[], None]) -> None:
-        """Call `callback` once the work has ended, on its thread, or now if it has."""
+        """Call `callback` after the work, on its thread and before :meth:`wait` returns; now if the work has ended."""
         with self._lock:
-            if not self._has_ended.is_set():
+            if not self._is_ending:
                 self._callbacks.append(callback)
                 return
         callback()
@@ -373,10 +374,11 @@ class BackgroundTask:
     def _end(self, error: BaseException | None) -> None:
         self._error = error
         with self._lock:
-            self._has_ended.set()
+            self._is_ending = True
         try:
             for callback in self._callbacks:
                 callback()
         finally:
+            self._has_ended.set()
             if self._mark is not None:
                 self._mark.end()

@@ -277,7 +277,7 @@ def test_an_error_is_raised_after_an_iteration_and_the_one_before_stands(tmp_pat
         gate.is_open.set()
         handler._flights._flight.wait_local()  # type: ignore[union-attr]
 
-    with pytest.raises(SaveError, match=r"rank 0, step 4: cannot save obj_4.pt .*obj_2.pt is intact") as caught:
+    with pytest.raises(SaveError, match=r"rank 0, step 4: cannot save .*obj_4.pt: .*obj_2.pt is intact") as caught:
         trainer.run([0, 1], max_epochs=4)
     assert caught.value.errno == errno.ENOSPC
     assert trainer.state.iteration == 5
@@ -295,7 +295,7 @@ def test_an_error_is_raised_at_the_end_of_the_run_at_the_latest(tmp_path: Path, 
     on_iterations(trainer, handler)
     gate.error = OSError(errno.EIO, "Input/output error")
     gate.is_open.set()
-    with pytest.raises(SaveError, match=r"cannot save obj_1\.pt"):
+    with pytest.raises(SaveError, match=r"cannot save .*obj_1\.pt"):
         trainer.run([0])
     assert names_in(tmp_path) == []
     assert not handler.is_in_flight
