@@ -250,10 +250,10 @@ def main() -> int:
     parser.add_argument("--iterations", type=int, default=300, help="of a loop that does nothing else")
     parser.add_argument("--steps", type=int, default=60, help="of 5 ms")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--quick", action="store_true", help="5 rounds")
+    parser.add_argument("--quick", action="store_true", help="2 rounds")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.rounds = 5
+        arguments.rounds = 2
     found = []
     for world_size in (2, 3):
         with tempfile.TemporaryDirectory() as folder:

@@ -20,12 +20,12 @@ from tests.crash.lost_jobs import Jobs, Table
 from tests.support.selection import is_full
 
 _COUNTS = {
-    "KILLS": (25, 1000),
-    "RANK_KILLS": (12, 1000),
-    "CUTS": (8, 200),
-    "STATES": (14, 500),
-    "EXITS": (8, 200),
-    "PROGRAMS": (32, 500),
+    "KILLS": (15, 1000),
+    "RANK_KILLS": (6, 1000),
+    "CUTS": (4, 200),
+    "STATES": (8, 500),
+    "EXITS": (6, 200),
+    "PROGRAMS": (16, 500),
 }
 """Number of trials for each way of saving, in the quick selection and in all."""
 _LIMITS_S = (170.0, 3000.0)

@@ -99,7 +99,8 @@ def run_part(folder: Path, cells: Sequence[tuple[str, Cell, tuple[int, int] | No
 
 
 def _train_all(folder: Path, cells: list[tuple[str, Cell, tuple[int, int] | None]]) -> list[Part]:
-    multiprocessing.set_forkserver_preload(["torch"])
+    # A worker unpickles a data set that distckpt has wrapped: without this each one imports torch, ignite and distckpt.
+    multiprocessing.set_forkserver_preload(["torch", "distckpt.handlers", "tests.support"])
     return [_train(folder / name, cell, stop) for name, cell, stop in cells]
 
 

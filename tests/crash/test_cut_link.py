@@ -15,6 +15,7 @@ import pytest
 
 from tests.crash.hosts import CUTS, Cut, Hosts
 from tests.crash.lost_jobs import End, Job, Jobs, Table
+from tests.support.selection import full_only, quick
 
 WORLD = 4
 SIDES = {"host A": (0, 1), "host B": (2, 3)}
@@ -100,6 +101,7 @@ def check_end(job: Job, end: End, lost: tuple[int, ...]) -> None:
         assert all(re.search(rf"\b{rank}\b", end.text) for rank in lost), job.story()
 
 
+@quick(1)
 @pytest.mark.parametrize("how", CUTS)
 def test_all_ranks_name_those_beyond_the_cut_in_time(jobs: Jobs, hosts: Hosts, table: Table, how: Cut) -> None:
     plans: list[dict[str, Any]] = [
@@ -128,6 +130,7 @@ def test_all_ranks_name_those_beyond_the_cut_in_time(jobs: Jobs, hosts: Hosts, t
     pytest.fail(f"{ATTEMPTS} cuts did not meet both jobs in DistributedDataParallel's own collective: {stories}")
 
 
+@full_only
 def test_ranks_of_the_real_torchrun_name_those_beyond_the_cut_in_time(jobs: Jobs, hosts: Hosts, table: Table) -> None:
     started = start(jobs, hosts, "silent loss", [{"launcher": "torchrun"}])
     try:
@@ -137,6 +140,7 @@ def test_ranks_of_the_real_torchrun_name_those_beyond_the_cut_in_time(jobs: Jobs
         jobs.end(started)
 
 
+@full_only
 def test_a_cut_while_one_rank_writes_or_evaluates_is_noticed_in_time(jobs: Jobs, hosts: Hosts, table: Table) -> None:
     plans: list[dict[str, Any]] = [
         {"program": "save", "victim": 0},
@@ -156,6 +160,7 @@ def test_a_cut_while_one_rank_writes_or_evaluates_is_noticed_in_time(jobs: Jobs,
         jobs.end(started)
 
 
+@full_only
 def test_a_cut_shorter_than_the_limit_is_survived(jobs: Jobs) -> None:
     plans = [{"step": "vote", "launcher": "agent"}, {"step": "ddp"}]
     started: list[Job] = []

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.crash.data_order import BATCH_SIZE, LENGTH, MAX_EPOCHS, SAMPLERS, STOPS, WORKERS, Cell, Part, run_part
-from tests.support.selection import only_on
+from tests.support.selection import only_on, quick
 
 WORLDS = [(1, 1), (2, 2), (2, 1), (1, 2), (3, 2), (2, 3)]
 QUICK = {"ResumableSampler", "DistributedSampler", "RandomSampler with a generator", "BatchSampler of a RandomSampler"}
@@ -56,6 +56,7 @@ def cells_of(sampler: str, worlds: tuple[int, int], *, is_whole: bool) -> list[C
     return [Cell(sampler, "no workers", "in an epoch")] if worlds == (1, 1) else []
 
 
+@quick(60)
 @pytest.mark.parametrize("worlds", WORLDS, ids=lambda worlds: "{} to {}".format(*worlds))
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_resumed_run_trains_the_samples_of_the_run_left_alone(
@@ -63,7 +64,10 @@ def test_a_resumed_run_trains_the_samples_of_the_run_left_alone(
 ) -> None:
     cells = cells_of(sampler, worlds, is_whole=is_whole)
     before, after = worlds
-    alone = run_part(tmp_path, [(f"alone {number}", cell, None) for number, cell in enumerate(cells)], before)
+    # A run left alone does not depend on the stops: one for each kind of workers.
+    kinds = list(dict.fromkeys(cell.workers for cell in cells))
+    runs = run_part(tmp_path, [(f"alone, {kind}", Cell(sampler, kind, "in an epoch"), None) for kind in kinds], before)
+    alone = dict(zip(kinds, runs, strict=True))
     parts: list[list[list[Part]]] = [[] for _ in cells]
     for leg in range(1 + max(map(len, STOPS.values()))):
         # A run that stops twice stops the first time on `before` ranks, and goes on on `after` ones both times.
@@ -82,9 +86,9 @@ def test_a_resumed_run_trains_the_samples_of_the_run_left_alone(
             parts[number].append(ranks)
     for number, cell in enumerate(cells):
         try:
-            end = end_of(cell, worlds, alone[number], parts[number])
+            end = end_of(cell, worlds, alone[cell.workers], parts[number])
         except AssertionError as error:
-            error.add_note(f"{cell}, {worlds}\nalone: {alone[number]}\nparts: {parts[number]}")
+            error.add_note(f"{cell}, {worlds}\nalone: {alone[cell.workers]}\nparts: {parts[number]}")
             raise
         counts.ends.setdefault(worlds, Counter())[end] += 1
 

@@ -18,6 +18,7 @@ import pytest
 
 import distckpt
 from tests.crash.resumed_programs import BREAKAGES, program_of
+from tests.support.selection import quick
 
 pytestmark = pytest.mark.crash
 
@@ -82,6 +83,7 @@ def test_no_program_loses_a_file_or_takes_anothers(counts: Counts, programs: int
     assert not found, f"{program_of(f'{counts.seed}/{shown}')}\nrepeat it with DISTCKPT_CRASH_SEED={counts.seed}"
 
 
+@quick(2)
 @pytest.mark.parametrize("breakage", BREAKAGES)
 def test_the_same_programs_find_what_is_broken(counts: Counts, breakage: str) -> None:
     results = results_of(*CONTROL, breakage)

@@ -1,9 +1,10 @@
 """The training script under its launchers: real processes, real data, a real SIGKILL.
 
-Owns what a user of ``launch/`` counts on. A new launcher is a line in ``LAUNCHERS`` and a name in the first test.
+A new launcher needs an entry in ``LAUNCHERS``, and its name in ``OF_THIS_RUNTIME``.
 """
 
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -21,7 +22,7 @@ import pytest
 import torch
 
 from tests.support.runtime import RUNTIME
-from tests.support.selection import torch_only
+from tests.support.selection import full_only, quick, torch_only
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
@@ -45,7 +46,7 @@ LAUNCHERS = {
     "horovodrun": Launcher(["bash", str(LAUNCH / "horovodrun.sh")], 2),
     "xla_spawn": Launcher(["bash", str(LAUNCH / "xla_spawn.sh")], 2),
 }
-OF_THIS_RUNTIME = {"gloo": ["python", "torchrun"], "horovod": ["horovodrun"], "xla": ["xla_spawn"]}[RUNTIME]
+OF_THIS_RUNTIME = {"gloo": ["torchrun", "python"], "horovod": ["horovodrun"], "xla": ["xla_spawn"]}[RUNTIME]
 
 
 @contextlib.contextmanager
@@ -91,14 +92,26 @@ def unfinished_in(directory: Path) -> list[Path]:
     return [path for path in directory.iterdir() if path.suffix not in {".pt", ".json"}]
 
 
+@pytest.fixture(scope="module")
+def run_undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[str, dict[str, Any]]]:
+    """Return a function that runs four epochs under a launcher, once, and returns the output and the summary."""
+
+    @functools.cache
+    def run(name: str) -> tuple[str, dict[str, Any]]:
+        directory = tmp_path_factory.mktemp("undisturbed")
+        return train(LAUNCHERS[name].command, directory, "--epochs", "4"), summary_in(directory)
+
+    return run
+
+
+@quick(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OF_THIS_RUNTIME)
-def test_run_killed_in_the_middle_of_a_save_resumes_to_the_same_parameters(name: str, tmp_path: Path) -> None:
-    launcher = LAUNCHERS[name]
-    alone, killed = tmp_path / "alone", tmp_path / "killed"
-
-    shown = train(launcher.command, alone, "--epochs", "4")
-    expected = summary_in(alone)
+def test_run_killed_in_the_middle_of_a_save_resumes_to_the_same_parameters(
+    name: str, tmp_path: Path, run_undisturbed: Callable[[str], tuple[str, dict[str, Any]]]
+) -> None:
+    launcher, killed = LAUNCHERS[name], tmp_path / "killed"
+    shown, expected = run_undisturbed(name)
     assert expected["stopped"] == "all 4 epochs done"
     assert expected["stopped"] in shown
     assert expected["world_size"] == launcher.world_size
@@ -127,6 +140,7 @@ def test_run_killed_in_the_middle_of_a_save_resumes_to_the_same_parameters(name:
         assert resumed[key] == expected[key], key
 
 
+@full_only
 @torch_only
 def test_two_nodes_train_as_one_job_and_have_nothing_to_resume_from(tmp_path: Path) -> None:
     with socket.socket() as probe:
@@ -150,6 +164,7 @@ def test_two_nodes_train_as_one_job_and_have_nothing_to_resume_from(tmp_path: Pa
     assert summary["val_acc"] > 0.85
 
 
+@full_only
 @torch_only
 def test_job_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
     train(LAUNCHERS["spawn"].command, tmp_path, "--epochs", "2")
@@ -161,11 +176,12 @@ def test_job_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
 
 
 @torch_only
-def test_rank_that_is_killed_costs_the_steps_since_the_last_checkpoint(tmp_path: Path) -> None:
-    train(TORCHRUN, tmp_path / "alone", "--epochs", "3")
-    expected = summary_in(tmp_path / "alone")
+def test_rank_that_is_killed_costs_the_steps_since_the_last_checkpoint(
+    tmp_path: Path, run_undisturbed: Callable[[str], tuple[str, dict[str, Any]]]
+) -> None:
+    _, expected = run_undisturbed("torchrun")
     shown = train(
-        TORCHRUN, tmp_path / "killed", "--epochs", "3", "--fault", "sigkill@50:1", environment={"MAX_RESTARTS": "1"}
+        TORCHRUN, tmp_path / "killed", "--epochs", "4", "--fault", "sigkill@50:1", environment={"MAX_RESTARTS": "1"}
     )
     assert "resuming from latest_checkpoint_2.pt" in shown
     again = summary_in(tmp_path / "killed")
@@ -174,12 +190,14 @@ def test_rank_that_is_killed_costs_the_steps_since_the_last_checkpoint(tmp_path:
         assert again[key] == expected[key], key
 
 
+@quick(1)
 @torch_only
 @pytest.mark.parametrize("code", [0, 75])
-def test_rank_that_is_told_to_stop_stops_all_after_a_save_and_the_run_goes_on(code: int, tmp_path: Path) -> None:
-    train(LAUNCHERS["spawn"].command, tmp_path / "alone", "--epochs", "3")
-    expected = summary_in(tmp_path / "alone")
-    command = (*LAUNCHERS["spawn"].command, "--epochs", "3")
+def test_rank_that_is_told_to_stop_stops_all_after_a_save_and_the_run_goes_on(
+    code: int, tmp_path: Path, run_undisturbed: Callable[[str], tuple[str, dict[str, Any]]]
+) -> None:
+    _, expected = run_undisturbed("spawn")
+    command = (*LAUNCHERS["spawn"].command, "--epochs", "4")
     told = ("--fault", "sigterm@30:1", "--preempted-exit-code", str(code))
     shown = train(command, tmp_path / "told", *told, succeeds=code == 0)
     stopped = summary_in(tmp_path / "told")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.selection import torch_only
+from tests.support.selection import quick, torch_only
 
 pytestmark = torch_only
 
@@ -40,6 +40,7 @@ def pod_of(manifest: str) -> tuple[dict[str, Any], int]:
     return job["template"]["spec"], job["parallelism"]
 
 
+@quick(1)
 @pytest.mark.parametrize("manifest", PODS)
 def test_a_manifest_starts_one_job_on_all_its_pods(manifest: str, tmp_path: Path) -> None:
     pod, num_pods = pod_of(manifest)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from distckpt import Checkpoint, DiskSaver, Preemption, RngState, global_step_from_engine, resume, stop_reason
 from tests.support import run_ranks
-from tests.support.selection import only_on
+from tests.support.selection import only_on, quick
 from tests.unit.toys import equal
 
 MAX_EPOCHS = 3
@@ -184,6 +184,7 @@ def alone(data: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str,
 MIDDLE, END = ("step", 13), ("end of epoch", 8)
 
 
+@quick(3)
 @pytest.mark.parametrize(
     ("data", "interruptions"),
     [

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from distckpt.ptformat.torch_format import verify
-from tests.support.selection import torch_only
+from tests.support.selection import quick, torch_only
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -125,6 +125,7 @@ def test_every_page_that_should_have_an_example_has_one() -> None:
     assert pages >= {"README", "quickstart", "what-to-save", "background", "stop-and-resume", "notebooks-and-tests"}
 
 
+@quick(6)
 @pytest.mark.parametrize(("name", "world_size"), RUNS, ids=[f"{name} on {number}" for name, number in RUNS])
 def test_example_runs_and_its_checkpoints_are_whole(
     installed: Installed, name: str, world_size: int, tmp_path: Path
@@ -136,6 +137,7 @@ def test_example_runs_and_its_checkpoints_are_whole(
         verify(path)
 
 
+@quick(1)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_example_of_the_readme_starts_a_second_time(installed: Installed, world_size: int, tmp_path: Path) -> None:
     example = BLOCKS["README 1"]

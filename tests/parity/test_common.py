@@ -16,6 +16,7 @@ import distckpt
 from distckpt.handlers import common
 from tests.parity.ignite_sdist import rewrite_imports, run_pytest, unpack
 from tests.parity.libraries import IGNITE, Library, Training, run_with_both, same
+from tests.support.selection import full_only
 
 FUNCTIONS = [
     "setup_common_training_handlers",
@@ -134,6 +135,7 @@ def test_wrong_arguments_raise_what_ignite_raises(options: dict[str, Any], messa
             module.setup_common_training_handlers(Engine(lambda _engine, _batch: None), with_pbars=False, **options)
 
 
+@full_only
 @pytest.mark.slow
 def test_ignites_own_tests_of_its_helpers_pass(tmp_path: Path) -> None:
     root = unpack(tmp_path)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.parity.ignite_sdist import Outcome, replace_clock, rewrite_imports, run_pytest, unpack
+from tests.support.selection import full_only
 
 FILES = (
     "tests/ignite/handlers/test_checkpoint.py",
@@ -89,6 +90,7 @@ def test_ignites_tests_pass_in_a_world_of_one(tmp_path: Path) -> None:
     _check(run_pytest(root, FILES, ("-n0", "-k", SELECTION), {}), DELIBERATE, num_tests=152)
 
 
+@full_only
 @pytest.mark.slow
 def test_ignites_distributed_tests_pass_with_two_ranks(tmp_path: Path) -> None:
     root = _copy_that_imports_distckpt(tmp_path, ONLY_ON_RANK_0)

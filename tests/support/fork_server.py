@@ -1,7 +1,7 @@
 """Start rank processes by forking one that has imported torch: some 20 ms a rank, where a new Python takes 2 s.
 
 The server runs one thread and computes nothing, so that its children start without locks that another thread holds. It
-ends with the process that started it, and its children end with it. Run as a program, this module is the server.
+ends with the process that started it, and its children end with it.
 
 A request is a pickled `Request` with descriptors: first a status pipe, then the rank's own. On the status pipe the
 server writes the child's process id, and its exit code when it has ended.
@@ -33,6 +33,13 @@ _PRELOAD = {
 """Modules that the server imports, by runtime."""
 _NOT_INHERITED = ("LD_", "PYTHON", "OMP_", "MKL_", "OPENBLAS_", "GLIBC_", "MALLOC_", "TORCH_")
 """Prefixes of variables that take effect only when a process starts or imports torch."""
+# A child's program is called at the bottom of the stack, so that it ends as any program does.
+_PROGRAM = f"""
+import sys
+sys.path[0] = {str(_ROOT)!r}
+from tests.support.fork_server import serve
+sys.exit(serve(sys.argv[1], int(sys.argv[2]))())
+"""
 _NUMBER = struct.Struct("<q")
 _PR_SET_PDEATHSIG = 1
 _MAX_DESCRIPTORS = 64
@@ -112,7 +119,8 @@ class ForkServer:
         if runtime == "xla":
             environment["PJRT_DEVICE"] = "CPU"
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.fork_server", runtime, str(theirs.fileno())],
+            # Not with -m: multiprocessing would import the main module again in each process that a rank starts.
+            [sys.executable, "-c", _PROGRAM, runtime, str(theirs.fileno())],
             cwd=_ROOT,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -234,9 +242,3 @@ def serve(runtime: str, descriptor: int) -> Callable[[], int]:
             os.close(passed)
         children[pid] = status
         os.write(status, _NUMBER.pack(pid))
-
-
-if __name__ == "__main__":
-    # Imported by name, because a pickled `Request` names its class's module. A child's program is called
-    # here, at the bottom of the stack, so that it ends as any program does.
-    sys.exit(importlib.import_module("tests.support.fork_server").serve(sys.argv[1], int(sys.argv[2]))())

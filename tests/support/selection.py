@@ -1,15 +1,16 @@
 """Select the tests of a run: those of this process's runtime, and with `--full` all of them.
 
-Without `--full`, a test marked `quick(num)` runs on `num` of its cases, spread evenly over them; a test marked
-`full_only` does not run. On Horovod and torch_xla, which repeat the tests of `tests/distributed` and `tests/contracts`,
-every test runs on `_MAX_CASES_ELSEWHERE` cases at most. A test named on the command line (`FILE::TEST`) runs whole.
+Without `--full`, a parametrised test runs on a few cases, in which every value of every parameter occurs: `cover` picks
+them. At most `_MAX_CASES` of a test are picked, on Horovod and torch_xla `_MAX_CASES_ELSEWHERE`, since these runtimes
+repeat tests of torch.distributed's run. `quick(num)` sets another limit for a test; a `full_only` test does not run. A
+test named on the command line (`FILE::TEST`) runs on all its cases.
 
-Tests that are left out are no skips: nothing is missing. The summary counts them by reason.
+A test that is left out is not reported as skipped. The summary counts such tests by reason.
 """
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Hashable, Sequence
 
 import pytest
 
@@ -18,6 +19,7 @@ from tests.support.runtime import OWN, RUNTIME
 
 _OPTION = "--full"
 _MAX_RANKS_ELSEWHERE = 2
+_MAX_CASES = 24
 _MAX_CASES_ELSEWHERE = 2
 num_left_out: dict[str, int] = {}
 """Number of tests left out of this run, by reason."""
@@ -41,10 +43,10 @@ process_ranks_only = only_on("gloo", "horovod", why="each rank is a process of i
 
 
 def quick(num_cases: int) -> pytest.MarkDecorator:
-    """Mark a parametrised test of which a run without `--full` takes only some cases.
+    """Mark a parametrised test with the number of cases that a run without `--full` takes.
 
     Args:
-        num_cases: how many, spread evenly over the cases in their order.
+        num_cases: this many, even if fewer contain every value of every parameter.
     """
     return pytest.mark.quick(num_cases)
 
@@ -72,8 +74,7 @@ def deselect(items: list[pytest.Item], config: pytest.Config) -> None:
             if item not in left_out:
                 cases[item.parent, getattr(item, "originalname", item.name)].append(item)
         for group in cases.values():
-            kept = spread(group, _max_cases(group[0]))
-            left_out |= dict.fromkeys(set(group) - set(kept), f"only with {_OPTION}")
+            left_out |= dict.fromkeys(set(group) - set(_select_cases(group)), f"only with {_OPTION}")
     num_left_out.update(Counter(left_out.values()))
     if left_out:
         config.hook.pytest_deselected(items=list(left_out))
@@ -85,19 +86,34 @@ def summary() -> list[str]:
     return [f"{RUNTIME}: {num} tests left out: {why}" for why, num in sorted(num_left_out.items())]
 
 
-def spread(cases: Sequence[pytest.Item], num: int | None) -> Sequence[pytest.Item]:
-    """Return `num` of the cases, the first among them and the others evenly spread; all if None."""
-    if num is None or num >= len(cases):
-        return cases
-    return [cases[number * len(cases) // num] for number in range(num)]
+def cover(cases: Sequence[Collection[Hashable]]) -> list[int]:
+    """Return the indices of a few cases that together contain every value that occurs in `cases`.
+
+    Greedy: each pick is the first case with the most values that no earlier pick contains.
+    """
+    missing = {value for case in cases for value in case}
+    picked = []
+    while missing:
+        best = max(range(len(cases)), key=lambda index: len(missing.intersection(cases[index])))
+        picked.append(best)
+        missing.difference_update(cases[best])
+    return picked
 
 
-def _max_cases(item: pytest.Item) -> int | None:
-    mark = item.get_closest_marker("quick")
-    limits = [int(mark.args[0])] if mark is not None else []
+def _select_cases(group: Sequence[pytest.Item]) -> list[pytest.Item]:
+    """Return the cases of one test that a run without `--full` takes."""
+    mark = group[0].get_closest_marker("quick")
+    limit = _MAX_CASES if mark is None else int(mark.args[0])
     if RUNTIME != OWN:
-        limits.append(_MAX_CASES_ELSEWHERE)
-    return min(limits, default=None)
+        limit = min(limit, _MAX_CASES_ELSEWHERE)
+    # One id for each `parametrize` mark: a row of several parameters is one value.
+    values = [set(enumerate(item.callspec._idlist)) if hasattr(item, "callspec") else {(0, "")} for item in group]
+    picked = cover(values)
+    if mark is not None and len(picked) < limit:
+        picked += [index for index in range(len(group)) if index not in picked]
+    elif len(picked) > limit:  # among many values, not the first ones only
+        picked = [picked[number * len(picked) // limit] for number in range(limit)]
+    return [group[index] for index in picked[:limit]]
 
 
 def _why_not_here(item: pytest.Item) -> str | None:

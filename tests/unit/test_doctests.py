@@ -7,6 +7,7 @@ import pkgutil
 import pytest
 
 import distckpt
+from tests.support.selection import quick
 
 MODULES = sorted({"distckpt", *(found.name for found in pkgutil.walk_packages(distckpt.__path__, prefix="distckpt."))})
 OPTIONAL = {"distckpt.backends.horovod": "horovod", "distckpt.backends.xla": "torch_xla"}
@@ -24,6 +25,7 @@ def examples_of(name: str) -> list[doctest.DocTest]:
     return [test for test in found if test.examples]
 
 
+@quick(1000)
 @pytest.mark.parametrize("name", present())
 def test_examples_of_a_module_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)

@@ -1,4 +1,4 @@
-"""The tests' own machinery: ranks report, hang, fail and are replaced as `tests.support` promises."""
+"""`run_distributed` and `run_ranks`: results, failures, hangs and replaced processes."""
 
 import importlib.util
 import os
