@@ -22,9 +22,10 @@ from distckpt.handlers.arguments import check_choice, check_rank
 from distckpt.handlers.build_manifest import about
 from distckpt.handlers.save_handler import BaseSaveHandler, refuse_overrides
 from distckpt.policy.naming import check_name
-from distckpt.ptformat.loadable import Refused, paths_of_refused
+from distckpt.ptformat.loadable import RefusedObject, locate_refused
 from distckpt.ptformat.manifest import Manifest
-from distckpt.ptformat.torch_format import check_save_options, is_loadable, is_ordinary, what_loading_refuses
+from distckpt.ptformat.reader import find_refused_names, is_loadable
+from distckpt.ptformat.torch_format import check_save_options, uses_default_format
 from distckpt.saving.api import warn_of_refused
 from distckpt.saving.capture import plain_state
 from distckpt.saving.protocol import StillNeeded
@@ -305,9 +306,9 @@ class DiskSaver(BaseSaveHandler):
         else:
             func(checkpoint, path, **self.kwargs)
         with LocalFile(path) as written:
-            names = what_loading_refuses(written)
+            names = find_refused_names(written)
         if names:
-            self._on_refused(name, self._key, paths_of_refused(checkpoint, names))
+            self._on_refused(name, self._key, locate_refused(checkpoint, names))
 
     def _options(self) -> dict[str, Any]:
         is_xla = current().name == "xla"
@@ -324,7 +325,7 @@ class DiskSaver(BaseSaveHandler):
         knows no such steps: those saves are in the foreground.
         """
         is_asked_for = self.background or self.share_write is not None or self.check_replicas
-        return is_asked_for and is_ordinary(self.kwargs) and is_own(self, "__call__", "_save_func")
+        return is_asked_for and uses_default_format(self.kwargs) and is_own(self, "__call__", "_save_func")
 
     def knows_writers(self, backend: Backend) -> bool:
         """Tell whether this rank knows who writes. Rank-local."""
@@ -384,7 +385,7 @@ class DiskSaver(BaseSaveHandler):
             on_refused=functools.partial(self._on_refused, filename, key),
         )
 
-    def _on_refused(self, filename: str, key: str, refused: Sequence[Refused]) -> None:
+    def _on_refused(self, filename: str, key: str, refused: Sequence[RefusedObject]) -> None:
         """Warn of what loading will refuse, and note that it is in the file."""
         self._unloadable.add(filename)
         warn_of_refused(self.dirname / filename, key, refused)

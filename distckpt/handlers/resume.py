@@ -327,7 +327,7 @@ def _load(
         record = {} if head is None or head.record is None else head.record
         nameless = handler if parse_record(record) is None else None
         loaded = _find_extras(nameless, chosen, names, to_load, engine or find_engine(to_load, record), record)
-        unread = chosen.file if chosen.file.look() else None
+        unread = chosen.file if chosen.file.read_structure() else None
         fitted.append((loaded, prepare(to_load, chosen.state, options, unread, loaded.extras)))
         chosen.state = None  # what nothing refers to is not read
         fitted[0][1].fill()
@@ -409,18 +409,18 @@ def _make_reloader(
     chosen: select.SelectedCheckpoint, to_load: Mapping[str, Any], options: Mapping[str, Any]
 ) -> Callable[[Sequence[Any]], None]:
     """Return a function that loads some objects again from the chosen file."""
-    fingerprint = [*chosen.file.fingerprint(), *chosen.file.inode()]
+    fingerprint = [*chosen.file.fingerprint(), *chosen.file.identity()]
 
     def load_again(objects: Sequence[Any]) -> None:
         with OpenCheckpoint(chosen.path) as file:
-            if [*file.fingerprint(), *file.inode()] != fingerprint:
+            if [*file.fingerprint(), *file.identity()] != fingerprint:
                 msg = (
                     f"{chosen.path} was replaced by another file after the resume. What handlers of STARTED or "
                     f"EPOCH_STARTED have changed cannot be restored. Leave the file in place until the first batch"
                 )
                 raise LoadError(msg)
             state = file.state()
-            prepared = prepare(to_load, state, options, file if file.look() else None, only=objects)
+            prepared = prepare(to_load, state, options, file if file.read_structure() else None, only=objects)
             del state  # what nothing refers to is not read
             prepared.load()
 

@@ -86,7 +86,7 @@ def load(
     del state
 
     def fit() -> None:
-        prepared.append(prepare(objects, states.pop(), {"strict": strict}, file if file.look() else None))
+        prepared.append(prepare(objects, states.pop(), {"strict": strict}, file if file.read_structure() else None))
         prepared[0].fill()
 
     reports: list[LoadReport] = []
@@ -182,13 +182,13 @@ def load_objects(
             # Ranks of a machine that load at once begin at different offsets: each reads what the others have not.
             with file.readahead_staggered(_spread(backend.local_rank)) as ahead:
                 try:
-                    prepared = prepare(to_load, file.state(), kwargs, file) if file.look() else None
+                    prepared = prepare(to_load, file.state(), kwargs, file) if file.read_structure() else None
                 except Exception:
                     file.verify(ahead)  # damage is reported before a mismatch
                     raise
                 file.verify(ahead)
         if prepared is None:
-            prepared = prepare(to_load, file.state(), kwargs, file if file.look() else None)
+            prepared = prepare(to_load, file.state(), kwargs, file if file.read_structure() else None)
         return prepared.load()
 
 

@@ -104,7 +104,7 @@ def _make_target(
     target = InplaceTarget(path, live, (), given.dtype, None)
     if not (_takes_bytes(live) and _takes_bytes(given) and live.shape == given.shape and given.is_cpu):
         return target
-    begin = file.place_of(given)
+    begin = file.offset_of(given)
     if begin is None or not given.numel() or not (_is_dense(given) and _is_dense(live)):
         return target
     has_same_layout = live.dtype == given.dtype and _strides(live) == _strides(given)

@@ -20,9 +20,8 @@ import torch
 from distckpt._messages import ignore_warnings, log_level
 from distckpt.errors import LoadError
 from distckpt.loading.verify_on_ranks import LoadContext, RefusedCheckpoint, verify_on_all_ranks
-from distckpt.ptformat.reader import OpenCheckpoint
+from distckpt.ptformat.reader import OpenCheckpoint, read_pt
 from distckpt.ptformat.records import Record
-from distckpt.ptformat.torch_format import read_pt
 
 _logger = logging.getLogger(__name__)
 _MAX_DEPTH = 4
@@ -112,7 +111,7 @@ def _read_iteration(path: Path, engine_path: tuple[Any, ...] | None) -> float:
         with OpenCheckpoint(path) as file:
             if file.has_damaged_head():
                 return math.inf
-            if file.look():  # without the tensors
+            if file.read_structure():  # without the tensors
                 return get_iteration(file.state(), engine_path)
         with ignore_warnings():  # reading it repeats them
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

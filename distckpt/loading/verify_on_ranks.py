@@ -129,16 +129,16 @@ def verify_on_all_ranks(
         def open_file() -> dict[str, Any]:
             file = OpenCheckpoint(path, num_threads=get_num_threads(context.backend.world_size))
             opened.append(stack.enter_context(file))
-            return {"file": file.fingerprint(), "inode": file.inode(), "machine": _machine_id()}
+            return {"file": file.fingerprint(), "inode": file.identity(), "machine": _machine_id()}
 
         identities = context.collect(path, "opening", open_file)
         file = opened[0]
         group = [other for other, identity in enumerate(identities) if identity == identities[rank]]
 
         def check_range() -> list[list[int]]:
-            ranges = file.share(group.index(rank), len(group)) if verify else []
+            ranges = file.range_for(group.index(rank), len(group)) if verify else []
             with file.readahead(ranges) as ahead:
-                file.look()
+                file.read_structure()
                 return [list(one) for one in file.check(ranges, ahead)]
 
         results = context.collect(path, "reading", check_range)
@@ -146,7 +146,9 @@ def verify_on_all_ranks(
 
         def read_state() -> None:
             if verify:
-                file.refuse(file.faults([[(number, crc, size) for number, crc, size in results[one]] for one in group]))
+                file.raise_for_faults(
+                    file.faults([[(number, crc, size) for number, crc, size in results[one]] for one in group])
+                )
             states.append(file.state())
             try:
                 if check is not None:

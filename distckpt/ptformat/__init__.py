@@ -1,4 +1,1 @@
-"""The bytes of a ``.pt`` file.
-
-This package knows no ranks.
-"""
+"""The bytes of a ``.pt`` file."""

@@ -1,13 +1,11 @@
-"""A plain state -> its pickle, in one walk that also notes every storage and every tensor's form.
+"""Pickle a plain state in one walk, and note its storages: tensors, numbers and text in dicts, lists and tuples.
 
-Owns the fast way for what most checkpoints are: tensors, numbers and text in dicts, lists and tuples. What is not plain
-is another's business (:mod:`distckpt.ptformat.pickler`). Must not know where the storages come to lie.
+Other states are left to :mod:`distckpt.ptformat.pickler`. Python's pickler needs about ten microseconds a tensor, while
+training waits; this one needs two. It keeps what tensors have in common in the pickle's memo, and tensors of one form
+share their bytes.
 
-A tensor costs Python's own pickler some ten microseconds, of each save's time, with training standing still. Here it
-costs two: what tensors have in common is kept in the pickle's memo, and tensors of one form share their bytes.
-
-Source: ``pickletools`` of Python 3.11, of protocol 2; ``torch._weights_only_unpickler`` of torch 2.9 to 2.13, which
-knows no other opcodes than are used here.
+Source: ``pickletools`` of Python 3.11, protocol 2. ``torch._weights_only_unpickler`` of torch 2.9 to 2.13 knows all
+opcodes that are used here.
 """
 
 import struct
@@ -16,8 +14,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
 import torch
-
-__all__ = ["TYPES", "Emitted", "Form", "NotPlain", "TensorAt", "emit", "is_plain"]
 
 TYPES: Final[Mapping[torch.dtype, Any]] = {
     torch.float64: torch.DoubleStorage,
@@ -33,7 +29,7 @@ TYPES: Final[Mapping[torch.dtype, Any]] = {
     torch.complex64: torch.ComplexFloatStorage,
     torch.complex128: torch.ComplexDoubleStorage,
 }
-"""The dtypes whose storages have a type of their own, by which a pickle names them."""
+"""The storage types by which a pickle names dtypes. Other dtypes have none."""
 
 _STRIDED, _COMPLEX = torch.strided, frozenset({torch.complex64, torch.complex128})
 
@@ -43,20 +39,20 @@ _EMPTY_DICT, _EMPTY_LIST, _EMPTY_TUPLE = b"}", b"]", b")"
 _NONE, _TRUE, _FALSE = b"N", b"\x88", b"\x89"
 _SHORT_TUPLES = {1: b"\x85", 2: b"\x86", 3: b"\x87"}
 _LEVELS: Final = 64
-"""How deep a plain state may be."""
+"""Most levels of a plain state."""
 
 
-class NotPlain(Exception):  # noqa: N818 - it is no error, but an answer
-    """The state holds something that this way does not know, or one object twice."""
+class NotPlain(Exception):  # noqa: N818 - a reason, always caught
+    """The state holds an object that is not plain, or one object twice."""
 
 
 class Form(NamedTuple):
     """What tensors of one form have in common.
 
     Attributes:
-        dtype: theirs.
-        shape: their sizes.
-        offset: where in its storage each one's first element lies, in elements.
+        dtype: of the elements.
+        shape: sizes.
+        offset: of the first element in its storage, in elements.
     """
 
     dtype: torch.dtype
@@ -64,16 +60,16 @@ class Form(NamedTuple):
     offset: int
 
 
-class TensorAt(NamedTuple):
-    """One tensor of a state, as the manifest names it.
+class TensorLocation(NamedTuple):
+    """A tensor of a state, for the manifest.
 
     Attributes:
         name: the keys that lead to it, joined by dots.
-        dtype: e.g. ``float32``.
+        dtype: such as ``float32``.
         shape: its sizes.
-        storage: which of the storages it views.
-        begin_bytes: where in that storage its first element lies.
-        num_bytes: of its elements.
+        storage: number of its storage.
+        begin_bytes: offset of its first element in that storage.
+        num_bytes: length of its elements.
     """
 
     name: str
@@ -84,13 +80,13 @@ class TensorAt(NamedTuple):
     num_bytes: int
 
 
-class Emitted(NamedTuple):
-    """What a walk brought.
+class PlainPickle(NamedTuple):
+    """A pickled state.
 
     Attributes:
         data: the pickle.
-        storages: by number; shared ones once. The live ones, not copies.
-        tensors: of each tensor the name, the form, and the number of its storage.
+        storages: the live storages, by number; each once.
+        tensors: name, form and number of the storage of each tensor.
     """
 
     data: bytes
@@ -98,8 +94,8 @@ class Emitted(NamedTuple):
     tensors: Iterator[tuple[str, Form, int]]
 
 
-def emit(state: Any) -> Emitted:
-    """Pickle a plain state in protocol 2. Rank-local; issues no collectives.
+def pickle_plain(state: Any) -> PlainPickle:
+    """Pickle a plain state by protocol 2. Rank-local; issues no collectives.
 
     Args:
         state: what ``torch.save`` takes.
@@ -109,22 +105,18 @@ def emit(state: Any) -> Emitted:
         RuntimeError: two storages view the same memory as different types.
 
     Example:
-        >>> emitted = emit({"a": torch.ones(2), "b": 1})
-        >>> len(emitted.storages), [name for name, _, _ in emitted.tensors]
+        >>> pickled = pickle_plain({"a": torch.ones(2), "b": 1})
+        >>> len(pickled.storages), [name for name, _, _ in pickled.tensors]
         (1, ['a'])
     """
     walk = _Walk()
     walk.put(state, "", 0)
     tensors = zip(walk.names, walk.forms, walk.numbers, strict=True)
-    return Emitted(b"".join((_PROTOCOL, *walk.out, _STOP)), walk.storages, tensors)
+    return PlainPickle(b"".join((_PROTOCOL, *walk.out, _STOP)), walk.storages, tensors)
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Tell whether nothing of a tensor is left out where its storage, sizes and strides are kept.
-
-    Args:
-        tensor: of one of `TYPES`: then it is not quantised, and conjugate only if it is complex.
-    """
+    """Return True if storage, sizes and strides say everything about a tensor whose dtype is in `TYPES`."""
     return (
         tensor.layout is _STRIDED
         and (tensor.is_cpu or tensor.is_cuda)
@@ -137,21 +129,19 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 
 class _Walk:
-    """One walk over a state."""
-
     def __init__(self) -> None:
         self.out: list[bytes] = []
         self.storages: list[torch.UntypedStorage] = []
-        # Of each tensor. No tuples: so many new objects would have the garbage collector look through all there are.
+        # One item a tensor. No tuples: many new objects make the garbage collector examine all.
         self.names: list[str] = []
         self.forms: list[Form] = []
         self.numbers: list[int] = []
-        self._memo: dict[Any, bytes] = {}  # what is written once -> how it is referred to
+        self._memo: dict[Any, bytes] = {}  # what is written once -> the bytes that refer to it
         self._seen: set[int] = set()  # containers and tensors
         self._numbers: dict[int, int] = {}  # torch's identity of a storage -> its number
-        self._dtypes: dict[int, torch.dtype] = {}  # where its data lie -> their dtype
+        self._dtypes: dict[int, torch.dtype] = {}  # address of the data -> dtype
         self._forms: dict[Any, tuple[bytes, bytes, Form]] = {}
-        self._keys: dict[str, bytes] = {}  # mappings have the same ones again and again
+        self._keys: dict[str, bytes] = {}  # many mappings have the same keys
 
     def put(self, value: Any, path: str, level: int) -> None:
         kind = type(value)
@@ -174,7 +164,7 @@ class _Walk:
             self.out.append(_scalar(value, kind))
 
     def _see(self, value: Any, level: int) -> None:
-        """Refuse what pickle would write once and refer to later, and what contains itself."""
+        """Raise NotPlain for an object that pickle would write once and refer to later, or that contains itself."""
         if id(value) in self._seen or level > _LEVELS:
             raise NotPlain
         self._seen.add(id(value))
@@ -186,7 +176,7 @@ class _Walk:
     def _put_tuple(self, value: tuple[Any, ...], path: str, level: int) -> None:
         if level > _LEVELS:
             raise NotPlain
-        if tuple in map(type, value):  # else many, as an optimizer's betas, may be one
+        if tuple in map(type, value):  # a flat tuple may occur twice, as the betas of an optimizer do
             self._see(value, level)
         if not value:
             self.out.append(_EMPTY_TUPLE)
@@ -246,10 +236,10 @@ class _Walk:
         form = (dtype, storage.nbytes(), device, offset, shape, tensor.stride(), tensor.requires_grad)
         found = self._forms.get(form)
         if found is None:
-            # Twice: what is new in it is written in full now, and is referred to by all that come after it.
+            # Twice: the first tensor writes its parts in full, and later ones refer to them.
             found = (*self._form_of(*form, storage), Form(dtype, tuple(shape), offset))
             self._forms[form] = (*self._form_of(*form, storage), found[2])
-        self.out += (found[0], _key_of(number), found[1])
+        self.out += (found[0], _storage_key(number), found[1])
         self.names.append(path)
         self.forms.append(found[2])
         self.numbers.append(number)
@@ -262,27 +252,27 @@ class _Walk:
         offset: int,
         shape: tuple[int, ...],
         stride: tuple[int, ...],
-        requires_grad: bool,  # noqa: FBT001 - one of a form's fields, as they stand in it
+        requires_grad: bool,  # noqa: FBT001 - a field of a form
         storage: torch.UntypedStorage,
     ) -> tuple[bytes, bytes]:
-        """Return the bytes of such tensors: those before the number of the storage, and those after it."""
+        """Return a tensor's bytes before and after the number of its storage."""
         kind = TYPES[dtype]
         location = "cpu" if device is None else torch.serialization.location_tag(storage)
         before = (
             self._global("torch._utils", "_rebuild_tensor_v2")
-            + _MARK + _MARK + self._word("storage") + self._global(kind.__module__, kind.__name__)
+            + _MARK + _MARK + self._text_once("storage") + self._global(kind.__module__, kind.__name__)
         )  # fmt: skip
         after = (
-            self._word(location) + _integer(num_bytes // dtype.itemsize) + _TUPLE + _PERSISTENT_ID
+            self._text_once(location) + _integer(num_bytes // dtype.itemsize) + _TUPLE + _PERSISTENT_ID
             + _integer(offset) + self._integers(shape) + self._integers(stride) + (_TRUE if requires_grad else _FALSE)
-            + _NONE + _TUPLE + _REDUCE  # no hooks: torch writes an empty dict of them, for a reader of long ago
+            + _NONE + _TUPLE + _REDUCE  # no hooks; torch writes an empty dict for very old readers
         )  # fmt: skip
         return before, after
 
     def _global(self, module: str, name: str) -> bytes:
         return self._once((module, name), f"c{module}\n{name}\n".encode())
 
-    def _word(self, text: str) -> bytes:
+    def _text_once(self, text: str) -> bytes:
         return self._once(text, _text(text))
 
     def _integers(self, values: tuple[int, ...]) -> bytes:
@@ -292,7 +282,7 @@ class _Walk:
         return self._once(values, _MARK + data + _TUPLE if short is None else data + short)
 
     def _once(self, what: Any, data: bytes) -> bytes:
-        """Return bytes the first time, what refers to them afterwards."""
+        """Return `data` the first time, and then bytes that refer to it."""
         found = self._memo.get(what)
         if found is not None:
             return found
@@ -314,8 +304,7 @@ def _text(value: str) -> bytes:
     return b"X" + _LENGTH.pack(len(data)) + data
 
 
-def _key_of(number: int) -> bytes:
-    """Return a storage's name in the pickle."""
+def _storage_key(number: int) -> bytes:
     digits = b"%d" % number
     return b"X%c\0\0\0" % len(digits) + digits
 

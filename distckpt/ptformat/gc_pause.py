@@ -1,9 +1,7 @@
-"""Python's garbage collector, told to wait while many objects are made that are all kept.
+"""A pause of Python's garbage collector, for code that creates many objects and keeps all of them.
 
-Owns the pause. Must not know what is made.
-
-The collector looks through all objects that there are each time their number has grown by a quarter. Reading a file of
-50,000 tensors made that a third of its time, and nothing was ever found.
+The collector examines all objects each time their number has grown by a quarter. That was a third of the time to read a
+file of 50,000 tensors, and found nothing.
 """
 
 import contextlib
@@ -11,23 +9,19 @@ import gc
 import threading
 from collections.abc import Iterator
 
-__all__ = ["collector_paused"]
-
 _LOCK = threading.Lock()
 _PAUSES: list[bool] = []
-"""For each body that runs, whether its beginning stopped the collector."""
+"""One entry for each running body: True if its beginning disabled the collector."""
 
 
 @contextlib.contextmanager
-def collector_paused() -> Iterator[None]:
-    """Keep the garbage collector from running by itself while the body runs. Any thread.
+def gc_paused() -> Iterator[None]:
+    """Disable the garbage collector while the body runs. Any thread.
 
     Example:
-        >>> with collector_paused():
+        >>> with gc_paused():
         ...     gc.isenabled()
         False
-        >>> gc.isenabled()
-        True
     """
     with _LOCK:
         _PAUSES.append(gc.isenabled())
@@ -38,6 +32,6 @@ def collector_paused() -> Iterator[None]:
         with _LOCK:
             was_enabled = _PAUSES.pop()
             if _PAUSES:
-                _PAUSES[0] |= was_enabled  # the last body that ends lets it run again
+                _PAUSES[0] |= was_enabled  # the last body to end enables it
             elif was_enabled:
                 gc.enable()

@@ -1,14 +1,13 @@
-"""``data.pkl`` -> the state, its tensors in memory that nothing was read into yet.
+"""Read a state from ``data.pkl`` with its tensors in memory that nothing was read into yet.
 
-Owns which pickles are read so, and where in the file each storage stands. Must not know who fills it, nor how.
+Memory that is never touched costs nothing. So a tensor whose bytes are read straight into a live tensor needs no memory
+of its own, and the others are filled where they are.
 
-Memory that is never touched costs nothing. So a tensor whose bytes go elsewhere, straight into a live one, needs no
-memory of its own; the others are filled where they are, and the tree around them stays as it was unpickled.
+The pickle is read by torch's ``weights_only`` unpickler, which executes nothing. It calls functions by name; only those
+in `_KNOWN` are let through, because none of them reads a tensor's values. Files with other names (sparse or quantised
+tensors, or what the program has added to torch's list) are left to ``torch.load``.
 
-The unpickler is torch's own for ``weights_only``: it executes nothing. What it builds by looking at a tensor's values
-(sparse, quantised, those of a device), and what anybody has added to its list, is left to ``torch.load``.
-
-Source: ``torch.serialization._load`` of torch 2.9 to 2.13, with what it asks of a file.
+Source: ``torch.serialization._load`` of torch 2.9 to 2.13.
 """
 
 import contextlib
@@ -21,25 +20,18 @@ from typing import Any
 import torch
 
 from distckpt._messages import ignore_warnings
-from distckpt.ptformat.gc_pause import collector_paused
-from distckpt.ptformat.layout import FOLDER, Slot
-from distckpt.ptformat.numpy_arrays import NAMES, is_left_to_us, numpy_allowed
-from distckpt.ptformat.verify import Archive, record_bytes
+from distckpt.ptformat.archive import Archive, read_record
+from distckpt.ptformat.gc_pause import gc_paused
+from distckpt.ptformat.layout import FOLDER, RecordLocation
+from distckpt.ptformat.numpy_arrays import NAMES, allow_numpy, may_allow_numpy
 from distckpt.storage.base import Readable
-
-__all__ = ["Hollow", "NotPlain", "read_hollow"]
 
 _PICKLE, _VERSION, _BYTEORDER = "data.pkl", "version", "byteorder"
 _VERSIONS = (b"2\n", b"3\n")
 _KNOWN = frozenset(
     {
         "_codecs.encode",
-        "builtins.bytearray",
-        "builtins.complex",
-        "builtins.set",
-        "__builtin__.bytearray",
-        "__builtin__.complex",
-        "__builtin__.set",
+        *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("bytearray", "complex", "set")),
         "collections.Counter",
         "collections.OrderedDict",
         "torch.Size",
@@ -50,92 +42,89 @@ _KNOWN = frozenset(
         "torch.storage.UntypedStorage",
     }
 )
-"""What may be called by name: none of them looks at what a storage holds."""
 
 
-class NotPlain(Exception):  # noqa: N818 - a reason, always caught
-    """The file is to be read by ``torch.load``."""
+class NeedsTorchLoad(Exception):  # noqa: N818 - a reason, always caught
+    """The file has to be read by ``torch.load``."""
 
 
 @dataclass(frozen=True, slots=True)
-class Hollow:
-    """A state, and where its bytes are to be found.
+class LazyState:
+    """A state whose tensors hold nothing yet.
 
     Attributes:
-        state: what was saved; its tensors are on the CPU, and hold nothing yet.
-        slots: where each storage's bytes stand in the file, by torch's identity of the storage.
-        storages: all of them, by the same; they live as long as this.
+        state: what was saved; its tensors are on the CPU.
+        storages: by torch's identity of a storage (``_cdata``), where its bytes are, and the storage.
     """
 
     state: Any
-    slots: Mapping[int, Slot]
-    storages: Mapping[int, torch.UntypedStorage]
+    storages: Mapping[int, tuple[RecordLocation, torch.UntypedStorage]]
 
 
-@collector_paused()
-def read_hollow(archive: Archive, file: Readable) -> Hollow:
+@gc_paused()
+def read_lazy_state(archive: Archive, file: Readable) -> LazyState:
     """Read the pickle of a file, and nothing of its tensors. Any thread.
 
     Args:
-        archive: what the file's directory says.
+        archive: the file's directory.
         file: open for reading.
 
     Raises:
-        NotPlain: the file is to be read in torch's own way; or it is damaged, and that way will say how.
+        NeedsTorchLoad: ``torch.load`` has to read the file, or to report its damage.
         OSError: it cannot be read.
     """
     try:
-        records = _records(archive, file)
-        return _unpickled(record_bytes(file, records[_PICKLE]), records)
-    except (NotPlain, OSError, MemoryError):
+        records = _records_by_name(archive, file)
+        return _unpickle(read_record(file, records[_PICKLE]), records)
+    except (NeedsTorchLoad, OSError, MemoryError):
         raise
     except Exception as error:
-        raise NotPlain(str(error)) from error
+        raise NeedsTorchLoad(str(error)) from error
 
 
-def _records(archive: Archive, file: Readable) -> dict[str, Slot]:
-    """Return the records by their names in the folder that all of them are in.
+def _records_by_name(archive: Archive, file: Readable) -> dict[str, RecordLocation]:
+    """Return the records by their names in the archive's folder.
 
     Raises:
-        NotPlain: they are in several, or the file is another machine's, or a program, or deflated.
+        NeedsTorchLoad: the archive has several folders, another byte order, deflated records, or is a program.
     """
     if archive.inflated:
-        raise NotPlain
-    folders = {FOLDER} if archive.is_own else {slot.name.partition("/")[0] for slot in archive.slots}
-    names = [slot.name if archive.is_own else slot.name.partition("/")[2] for slot in archive.slots]
+        raise NeedsTorchLoad
+    folders = {FOLDER} if archive.is_own else {record.name.partition("/")[0] for record in archive.records}
+    names = [record.name if archive.is_own else record.name.partition("/")[2] for record in archive.records]
     if len(folders) != 1 or len(set(names)) != len(names) or "constants.pkl" in names:
-        raise NotPlain
-    records = dict(zip(names, archive.slots, strict=True))
-    order = record_bytes(file, records[_BYTEORDER]) if _BYTEORDER in records else sys.byteorder.encode()
-    if record_bytes(file, records[_VERSION]) not in _VERSIONS or order != sys.byteorder.encode():
-        raise NotPlain
+        raise NeedsTorchLoad
+    records = dict(zip(names, archive.records, strict=True))
+    order = read_record(file, records[_BYTEORDER]) if _BYTEORDER in records else sys.byteorder.encode()
+    if read_record(file, records[_VERSION]) not in _VERSIONS or order != sys.byteorder.encode():
+        raise NeedsTorchLoad
     return records
 
 
-def _unpickled(data: bytes, records: Mapping[str, Slot]) -> Hollow:
+def _unpickle(data: bytes, records: Mapping[str, RecordLocation]) -> LazyState:
     unpickling: Any = torch._weights_only_unpickler  # noqa: SLF001 - torch.load's own, without its reading of storages
-    made: dict[str, Any] = {}
-    has_arrays = (b"numpy" in data or b"bytes\n" in data) and is_left_to_us()
+    typed: dict[str, Any] = {}
+    has_arrays = (b"numpy" in data or b"bytes\n" in data) and may_allow_numpy()
     with ignore_warnings(), contextlib.ExitStack() as stack:
-        restored = stack.enter_context(numpy_allowed()) if has_arrays else None
-        unpickler = unpickling.Unpickler(_Pickle(data, NAMES if has_arrays else frozenset()), encoding="utf-8")
-        unpickler.persistent_load = _storages_from(records, made)
+        restored = stack.enter_context(allow_numpy()) if has_arrays else None
+        unpickler = unpickling.Unpickler(_CheckedPickle(data, NAMES if has_arrays else frozenset()), encoding="utf-8")
+        unpickler.persistent_load = _storage_maker(records, typed)
         state = unpickler.load()
         if restored is not None:
             state = restored(state)
-    slots, storages = {}, {}
-    for key, typed in made.items():
-        storage, slot = typed._untyped_storage, records[f"data/{key}"]  # noqa: SLF001 - its own accessor warns
-        if storage.nbytes() != slot.num_bytes:  # a tensor reached beyond its end
-            raise NotPlain
-        slots[storage._cdata], storages[storage._cdata] = slot, storage  # noqa: SLF001 - torch's identity of it
-    return Hollow(state, slots, storages)
+    storages = {}
+    for key, one in typed.items():
+        storage, record = one._untyped_storage, records[f"data/{key}"]  # noqa: SLF001 - its own accessor warns
+        if storage.nbytes() != record.num_bytes:  # a tensor has resized it
+            raise NeedsTorchLoad
+        storages[storage._cdata] = record, storage  # noqa: SLF001 - torch's identity of a storage
+    return LazyState(state, storages)
 
 
-class _Pickle(io.BytesIO):
-    """A pickle that ends where something is called by name that is not known.
+class _CheckedPickle(io.BytesIO):
+    """A pickle that raises where it calls an unknown name.
 
-    The unpickler reads lines for such names alone: a module, then what is in it.
+    The unpickler reads lines for names only: a module, then a name in it.
     """
 
     def __init__(self, data: bytes, also_known: Collection[str]) -> None:
@@ -151,7 +140,7 @@ class _Pickle(io.BytesIO):
             return line
         name = f"{self._module}.{text}"
         if not _is_known(name) and name not in self._also_known:
-            raise NotPlain(name)
+            raise NeedsTorchLoad(name)
         self._module = None
         return line
 
@@ -164,21 +153,21 @@ def _is_known(name: str) -> bool:
     return isinstance(found, torch.dtype) or (isinstance(found, type) and last.endswith("Storage"))
 
 
-def _storages_from(records: Mapping[str, Slot], made: dict[str, Any]) -> Callable[[Any], Any]:
-    """Return what gives the unpickler a storage for what stands in its place in the pickle."""
+def _storage_maker(records: Mapping[str, RecordLocation], typed: dict[str, Any]) -> Callable[[Any], Any]:
+    """Return the unpickler's ``persistent_load``: it creates storages, and notes them in `typed` by key."""
 
     def make(pid: Any) -> Any:
         kind, storage_type, key, _location, numel = pid
         if kind not in ("storage", b"storage"):
-            raise NotPlain
-        if key not in made:
+            raise NeedsTorchLoad
+        if key not in typed:
             dtype = torch.uint8 if storage_type is torch.UntypedStorage else storage_type.dtype
             num_bytes = numel * dtype.itemsize
             if records[f"data/{key}"].num_bytes != num_bytes:
-                raise NotPlain
+                raise NeedsTorchLoad
             storages: Any = torch.storage  # its constructors have no types
             untyped = storages.UntypedStorage(num_bytes)
-            made[key] = storages.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)
-        return made[key]
+            typed[key] = storages.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)
+        return typed[key]
 
     return make

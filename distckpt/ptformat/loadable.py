@@ -1,9 +1,9 @@
-"""What loading refuses: found while a state is pickled, or in a file.
+"""Find the objects of a state that loading will refuse.
 
-Loading calls nothing by name but what torch's ``weights_only`` allows, what the program added to that by
-``torch.serialization.add_safe_globals``, and NumPy's arrays and scalars. Saving and loading share that list here.
+Loading calls by name only what torch's ``weights_only`` allows, what the program has added by
+``torch.serialization.add_safe_globals``, and NumPy's arrays and scalars.
 
-The pickler notes the types that it meets, which costs nothing. A pickle is read only where one of them is not known.
+The pickler notes the types of all objects, which costs nothing. The pickle is examined only if one of them is unknown.
 """
 
 import io
@@ -19,8 +19,6 @@ from torch import nn
 from distckpt.ptformat.numpy_arrays import NAMES, holds_objects
 from distckpt.ptformat.sharded import find_paths
 
-__all__ = ["CALLED", "Refused", "find_refused", "names_refused", "paths_of_refused"]
-
 _HARMLESS: Final = frozenset(
     {
         *(dict, OrderedDict, Counter, list, tuple, set),
@@ -28,18 +26,18 @@ _HARMLESS: Final = frozenset(
         *(torch.Tensor, nn.Parameter, torch.Size, torch.device, torch.dtype, torch.layout),
     }
 )
-"""The types whose pickles call nothing but what every ``weights_only`` allows."""
+"""Types whose pickles call only what ``weights_only`` always allows."""
 CALLED: Final = (type, types.FunctionType, types.BuiltinFunctionType)
-"""The types of what a pickle calls by name."""
+"""Types of what a pickle calls by name."""
 _LONG: Final = b"\x8b"
-"""The opcode of an integer of more than 255 bytes, which ``weights_only`` does not know."""
+"""Opcode of an integer of more than 255 bytes, which ``weights_only`` does not know."""
 _LONG_BITS: Final = 255 * 8
 _NEWEST_PROTOCOL: Final = 3
 _MOST: Final = 3
 
 
-class Refused(NamedTuple):
-    """An object in a state that loading refuses.
+class RefusedObject(NamedTuple):
+    """An object of a state that loading refuses.
 
     Attributes:
         path: the keys that lead to it, joined by dots; empty for the state itself.
@@ -52,29 +50,29 @@ class Refused(NamedTuple):
 
 def find_refused(
     state: Any, data: bytes, *, kinds: Iterable[type], called: Iterable[Any], protocol: int
-) -> tuple[Refused, ...]:
-    """Return what loading refuses of a state that was just pickled: a few of them. Any thread.
+) -> tuple[RefusedObject, ...]:
+    """Return the first objects that loading will refuse of a state. Any thread.
 
     Args:
         state: what was pickled.
         data: its pickle.
-        kinds: the types of the objects in it that pickle has no opcodes for.
-        called: the classes and functions that it names.
+        kinds: types of its objects that pickle has no opcodes for.
+        called: classes and functions that the pickle names.
         protocol: the pickle's.
     """
     if protocol > _NEWEST_PROTOCOL:
-        return (Refused("", f"pickle_protocol={protocol}, above {_NEWEST_PROTOCOL}"),)
+        return (RefusedObject("", f"pickle_protocol={protocol}, above {_NEWEST_PROTOCOL}"),)
     odd = [*called, *(kind for kind in kinds if kind not in _HARMLESS)]
     has_arrays = any(kind.__module__.partition(".")[0] == "numpy" for kind in odd if isinstance(kind, type))
-    if not names_refused(map(_name_of, odd)) and _LONG not in data and not (has_arrays and holds_objects(data)):
+    if not refused_names(map(_name_of, odd)) and _LONG not in data and not (has_arrays and holds_objects(data)):
         return ()
     names = _refused_in(data)
-    return paths_of_refused(state, names) if names else ()
+    return locate_refused(state, names) if names else ()
 
 
-def paths_of_refused(state: Any, names: Collection[str]) -> tuple[Refused, ...]:
-    """Return where in a state the first objects are that pickle to some of the refused names. Slow: for messages."""
-    found: list[Refused] = []
+def locate_refused(state: Any, names: Collection[str]) -> tuple[RefusedObject, ...]:
+    """Return the first objects of a state that pickle to one of the refused names. Slow: for messages."""
+    found: list[RefusedObject] = []
     whats: list[str] = []
 
     def is_refused(one: Any) -> bool:
@@ -82,8 +80,8 @@ def paths_of_refused(state: Any, names: Collection[str]) -> tuple[Refused, ...]:
         is_odd = (kind is int and one.bit_length() >= _LONG_BITS) or (kind is bytes and not one)
         if kind in _HARMLESS and not is_odd:
             return False
-        refused = _refused_alone(one)
-        if refused is None:  # another pickler can pickle it, by names of its own
+        refused = _refused_names_of(one)
+        if refused is None:  # only another pickler can pickle it, with its own names
             whats.append(_name_of(kind))
             return True
         if not refused.intersection(names):
@@ -93,12 +91,12 @@ def paths_of_refused(state: Any, names: Collection[str]) -> tuple[Refused, ...]:
         return True
 
     paths = find_paths(state, is_refused, most=_MOST)
-    found.extend(Refused(path, what) for path, what in zip(paths, whats, strict=True))
-    return tuple(found) or tuple(Refused("", name) for name in sorted(names))
+    found.extend(RefusedObject(path, what) for path, what in zip(paths, whats, strict=True))
+    return tuple(found) or tuple(RefusedObject("", name) for name in sorted(names))
 
 
-def names_refused(names: Iterable[str]) -> list[str]:
-    """Return those of the names in a pickle that loading does not call."""
+def refused_names(names: Iterable[str]) -> list[str]:
+    """Return those of a pickle's names that loading refuses to call."""
     unpickling: Any = torch._weights_only_unpickler  # noqa: SLF001 - as torch's get_unsafe_globals_in_checkpoint
     allowed = {*unpickling._get_allowed_globals(), *unpickling._get_user_allowed_globals(), *NAMES}  # noqa: SLF001
     return sorted(set(names) - allowed)
@@ -108,24 +106,22 @@ def _refused_in(data: bytes) -> list[str]:
     unpickling: Any = torch._weights_only_unpickler  # noqa: SLF001 - as above
     try:
         called = unpickling.get_globals_in_pkl(io.BytesIO(data))
-        return names_refused(called | {"numpy.object_"} if called & NAMES and holds_objects(data) else called)
+        return refused_names(called | {"numpy.object_"} if called & NAMES and holds_objects(data) else called)
     except (pickle.UnpicklingError, EOFError) as error:
         return [str(error).splitlines()[0] if str(error) else type(error).__name__]
 
 
-def _refused_alone(one: Any) -> set[str] | None:
-    """Return the refused names in the pickle of one object; None where it cannot be pickled."""
+def _refused_names_of(one: Any) -> set[str] | None:
+    """Return the refused names in the pickle of one object; None if it cannot be pickled."""
     buffer = io.BytesIO()
     try:
-        _Alone(buffer, 2).dump(one)
+        _WithoutStorages(buffer, 2).dump(one)
     except Exception:  # noqa: BLE001 - a user's own method
         return None
     return set(_refused_in(buffer.getvalue()))
 
 
-class _Alone(pickle.Pickler):
-    """A pickler that leaves storages out."""
-
+class _WithoutStorages(pickle.Pickler):
     def persistent_id(self, obj: Any) -> Any:
         is_storage = isinstance(obj, torch.storage.TypedStorage) or torch.is_storage(obj)
         return "storage" if is_storage else None

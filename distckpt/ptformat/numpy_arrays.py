@@ -1,14 +1,11 @@
-"""NumPy arrays and scalars in a checkpoint, read without executing anything.
+"""Read NumPy arrays and scalars from a pickle without executing code.
 
-Owns what stands for NumPy's own names in a pickle. Must not know where the pickle comes from.
+torch's ``weights_only`` unpickler knows no NumPy names. NumPy's own functions must not be added to its list: a crafted
+``dtype`` state makes NumPy use numbers as addresses of objects. So functions of this module are added instead. They
+check their arguments, and build arrays by NumPy's public functions, from a dtype without objects and the right number
+of bytes. An array is pickled as a call followed by a state; until all is read, placeholders replace the arrays.
 
-torch's unpickler for ``weights_only`` knows none of NumPy's names. Its list can be added to for a while, but NumPy's
-own functions must not be on it: a crafted ``dtype`` state makes NumPy take numbers for addresses of objects. So
-functions of this module stand there. They check what they are given, and build arrays by NumPy's public functions, of a
-dtype without objects and as many bytes as it needs. An array's pickle is a call and then a state; so until all is read,
-placeholders stand where arrays go.
-
-NumPy is imported where a file has arrays, and only there. Bytes of no length are pickled as a call, too.
+NumPy is imported only for a file that has arrays. Empty bytes are pickled as a call too.
 
 Source: ``array_reduce`` and ``arraydescr_reduce`` of NumPy 1.26 and 2.3 (``numpy/_core/src/multiarray``).
 """
@@ -26,40 +23,38 @@ import torch
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["NAMES", "NumpyRefused", "holds_objects", "is_left_to_us", "numpy_allowed"]
-
 _MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
-"""Of NumPy 1 and 2."""
+"""In NumPy 1 and NumPy 2."""
 NAMES = frozenset(
     {"numpy.dtype", "numpy.ndarray", "numpy.memmap", "builtins.bytes", "__builtin__.bytes"}
     | {f"{one}.{name}" for one in _MODULES for name in ("_reconstruct", "scalar")}
 )
-"""What may be called by name."""
+"""Names that a pickle may call."""
 
 _OBJECTS = re.compile(rb"X\x02\x00\x00\x00O[48](?:q.|r.{4})?(?:\x89|K\x00)(?:\x88|K\x01)\x87", re.DOTALL)
-"""The arguments of the dtype of objects in a pickle of protocol 2 or 3."""
+"""Arguments of the object dtype in a pickle of protocol 2 or 3."""
 _CODE = re.compile(r"(?:b1|[iufcSUVMm]\d{1,9})\Z")
 _UNIT = re.compile(r"[A-Za-z]{1,7}\Z")
 _STATE_FIELDS = 8
 _ARRAY_FIELDS = 5
 _ALIGNED = 0x80
-"""NumPy's flag of a dtype whose fields stand where C would have them."""
+"""NumPy's flag of a dtype whose fields are aligned as in C."""
 _UNSPELLABLE = "\n"
-"""Begins names that stand in torch's list and that no pickle can name: it reads them by the line."""
+"""Prefix of names that no pickle can call, because the unpickler reads names by the line."""
 _LOCK = threading.Lock()
 _NDARRAY = object()
-"""Stands for the class, which is only passed on. A memmap is pickled with its data, and loads as an array."""
+"""Replaces NumPy's array class. A memmap is pickled with its data, and loads as an array."""
 
 
 class NumpyRefused(Exception):  # noqa: N818 - a reason, always caught
-    """What NumPy wrote there is not read; the text says why."""
+    """A NumPy object cannot be read; the text says why."""
 
 
 class _Placeholder:
-    """Stands for what its state will tell of."""
+    """Replaces an object whose state follows in the pickle."""
 
     __slots__ = ("is_built", "value")
-    __hash__ = None  # type: ignore[assignment]  # as an array: it is no key, and in no set
+    __hash__ = None  # type: ignore[assignment]  # not hashable, as an array
 
     def __init__(self, value: Any = None) -> None:
         self.value = value
@@ -67,13 +62,12 @@ class _Placeholder:
 
     def build(self, value: Any) -> None:
         if self.is_built:
-            msg = "its state is given twice"
-            raise NumpyRefused(msg)
+            raise NumpyRefused("its state is given twice")
         self.is_built, self.value = True, value
 
 
 class _DType(_Placeholder):
-    """A dtype: of its name at first."""
+    """Replaces a dtype; holds the dtype of its name until its state is set."""
 
     __slots__ = ()
 
@@ -82,7 +76,7 @@ class _DType(_Placeholder):
 
 
 class _Array(_Placeholder):
-    """An array that is to come."""
+    """Replaces an array."""
 
     __slots__ = ()
 
@@ -102,14 +96,14 @@ class _Array(_Placeholder):
 
 
 @contextlib.contextmanager
-def numpy_allowed() -> Iterator[Callable[[Any], Any]]:
-    """Have torch's ``weights_only`` unpickler read NumPy's arrays while the body runs.
+def allow_numpy() -> Iterator[Callable[[Any], Any]]:
+    """Let torch's ``weights_only`` unpickler read NumPy arrays while the body runs.
 
     Yields:
-        What puts the arrays where their placeholders stand in what was read; takes and returns the tree.
+        A function that takes what was read and returns it with arrays in place of the placeholders.
 
     Raises:
-        NumpyRefused: in the body: something is no array, or one of objects.
+        NumpyRefused: in the body, for an array of objects or a malformed one.
     """
     arrays: list[_Array] = []
 
@@ -122,63 +116,49 @@ def numpy_allowed() -> Iterator[Callable[[Any], Any]]:
     allowed += [(_NDARRAY, "numpy.ndarray"), (_NDARRAY, "numpy.memmap")]
     for module in _MODULES:
         allowed += [(reconstruct, f"{module}._reconstruct"), (_scalar, f"{module}.scalar")]
-    allowed += [(kind, _UNSPELLABLE + kind.__name__) for kind in (_Array, _DType)]  # their states may be set
+    allowed += [(kind, _UNSPELLABLE + kind.__name__) for kind in (_Array, _DType)]  # the unpickler may set their states
     with _LOCK, torch.serialization.safe_globals(allowed):
         yield lambda tree: _restored(tree, arrays)
 
 
-def is_left_to_us() -> bool:
-    """Return True if the program has not told torch of a way of its own to read NumPy's arrays."""
-    told = torch.serialization.get_safe_globals()
-    names = [one[1] if isinstance(one, tuple) else getattr(one, "__module__", "") for one in told]
+def may_allow_numpy() -> bool:
+    """Return True unless the program has added NumPy names to torch's list itself."""
+    added = torch.serialization.get_safe_globals()
+    names = [one[1] if isinstance(one, tuple) else getattr(one, "__module__", "") for one in added]
     return not any(isinstance(name, str) and name.split(".")[0] == "numpy" for name in names)
 
 
 def holds_objects(data: bytes) -> bool:
-    """Return True if a pickle that holds NumPy's arrays holds one of objects.
-
-    Args:
-        data: of protocol 2 or 3.
-    """
+    """Return True if a pickle with NumPy arrays, of protocol 2 or 3, has an array of objects."""
     return _OBJECTS.search(data) is not None
 
 
 def _numpy() -> Any:
     try:
-        import numpy as np  # noqa: PLC0415 - only where a file has arrays
+        import numpy as np  # noqa: PLC0415 - only for a file that has arrays
     except ImportError as error:
-        msg = "NumPy arrays, and NumPy is not installed here"
-        raise NumpyRefused(msg) from error
+        raise NumpyRefused("NumPy arrays, and NumPy is not installed here") from error
     return np
 
 
 def _restored(tree: Any, arrays: list[_Array]) -> Any:
-    """Put arrays where their placeholders stand.
-
-    Raises:
-        NumpyRefused: one of them stands in something that is not looked into.
-    """
+    """Replace placeholders by their arrays; raise NumpyRefused if one is in an object that is not searched."""
     filling = _Filling()
-    found = filling.filled(tree)
+    found = filling.fill(tree)
     if len(filling.met) != len(arrays):
-        msg = "a NumPy array stands in an object that is no mapping, list or tuple"
-        raise NumpyRefused(msg)
+        raise NumpyRefused("a NumPy array stands in an object that is no mapping, list or tuple")
     return found
 
 
 class _Filling:
-    """One walk over a tree that puts arrays where their placeholders stand.
-
-    Attributes:
-        met: the placeholders that it has come to, by their identity.
-    """
+    """A walk over a tree that replaces placeholders; `met` has the identities of those it has found."""
 
     def __init__(self) -> None:
         self.met: set[int] = set()
-        self._seen: dict[int, Any] = {}  # a container's identity -> what is in its place
+        self._seen: dict[int, Any] = {}  # a container's identity -> its replacement
 
-    def filled(self, value: Any) -> Any:
-        """Return what is to be in a value's place: a container is the same one, but for tuples."""
+    def fill(self, value: Any) -> Any:
+        """Return a value's replacement. Containers are changed in place, except tuples."""
         kind = type(value)
         if kind is _Array:
             _require(value.is_built, "an array without a state")
@@ -189,35 +169,34 @@ class _Filling:
         if kind not in (dict, OrderedDict, Counter, list, tuple):
             return value
         if id(value) not in self._seen:
-            self._fill(value, kind)
+            self._fill_container(value, kind)
         return self._seen[id(value)]
 
-    def _fill(self, value: Any, kind: type) -> None:
+    def _fill_container(self, value: Any, kind: type) -> None:
         if kind is tuple:
-            items = [self.filled(item) for item in value]
+            items = [self.fill(item) for item in value]
             is_same = all(one is other for one, other in zip(items, value, strict=True))
             self._seen[id(value)] = value if is_same else tuple(items)
             return
         self._seen[id(value)] = value
         for key, item in list(enumerate(value) if kind is list else value.items()):
-            new = self.filled(item)
+            new = self.fill(item)
             if new is not item:
                 value[key] = new
         if kind is OrderedDict:
-            vars(value).update({key: self.filled(item) for key, item in vars(value).items()})
+            vars(value).update({key: self.fill(item) for key, item in vars(value).items()})
 
 
 def _dtype(code: Any, _align: Any = False, _copy: Any = False) -> _DType:  # noqa: FBT002 - as NumPy's pickles call it
     np = _numpy()
     if code in ("O", "O4", "O8"):
-        msg = "a NumPy array of Python objects"
-        raise NumpyRefused(msg)
+        raise NumpyRefused("a NumPy array of Python objects")
     _require(type(code) is str and _CODE.match(code) is not None, "a dtype's name")
     return _DType(np.dtype(code))
 
 
 def _dtype_of(base: "np.dtype[Any]", state: Any) -> Any:
-    """Return the dtype that a state makes of a plain one; it says nothing else that counts."""
+    """Return the dtype that a state makes of a plain one."""
     np = _numpy()
     _require(type(state) is tuple and len(state) >= _STATE_FIELDS, "a dtype's state")
     _, order, part, names, fields, num_bytes, _, flags, *_ = state
@@ -229,13 +208,13 @@ def _dtype_of(base: "np.dtype[Any]", state: Any) -> Any:
         return np.dtype((_without_objects(part[0]), shape))
     if names is not None:
         _require(type(names) is tuple and type(fields) is dict, "a dtype's fields")
-        told = [fields[name] for name in names]
+        given = [fields[name] for name in names]
         return np.dtype(
             {
                 "names": list(names),
-                "formats": [_without_objects(one[0]) for one in told],
-                "offsets": [one[1] for one in told],
-                "titles": [one[2] if len(one) > 2 else None for one in told],  # noqa: PLR2004 - dtype, offset, title
+                "formats": [_without_objects(one[0]) for one in given],
+                "offsets": [one[1] for one in given],
+                "titles": [one[2] if len(one) > 2 else None for one in given],  # noqa: PLR2004 - dtype, offset, title
                 "itemsize": num_bytes,
             },
             align=type(flags) is int and bool(flags & _ALIGNED),
@@ -249,7 +228,7 @@ def _dtype_of(base: "np.dtype[Any]", state: Any) -> Any:
 
 
 def _no_bytes() -> bytes:
-    """Stand for the class, which pickle calls without arguments for the bytes of an empty array."""
+    """Replace the class ``bytes``, which a pickle calls without arguments for empty bytes."""
     return b""
 
 
@@ -264,12 +243,10 @@ def _without_objects(dtype: Any) -> "np.dtype[Any]":
     _require(type(dtype) is _DType, "a dtype")
     found: np.dtype[Any] = dtype.value
     if found.hasobject:
-        msg = "a NumPy array of Python objects"
-        raise NumpyRefused(msg)
+        raise NumpyRefused("a NumPy array of Python objects")
     return found
 
 
 def _require(is_so: bool, what: str) -> None:  # noqa: FBT001 - a condition
     if not is_so:
-        msg = f"{what} is not what NumPy writes"
-        raise NumpyRefused(msg)
+        raise NumpyRefused(f"{what} is not what NumPy writes")

@@ -1,10 +1,9 @@
-"""State -> ``data.pkl`` and the storages that it refers to, without a byte of theirs being copied.
+"""Make a state's ``data.pkl`` and the list of its storages, without copying them.
 
-Owns the pickle inside a ``.pt``: made in one walk where the state is plain (:mod:`distckpt.ptformat.fast_pickle`),
-else the same bytes that ``torch.save`` writes there, a few times faster for plain tensors. Must not know where the
-storages come to lie.
+A plain state is pickled by :mod:`distckpt.ptformat.fast_pickle`. Any other gets the bytes that ``torch.save`` writes, a
+few times as fast for plain tensors.
 
-Source: ``torch.serialization._save`` and ``torch.Tensor.__reduce_ex__`` of torch 2.9 to 2.13, whose format this is.
+Source: ``torch.serialization._save`` and ``torch.Tensor.__reduce_ex__`` of torch 2.9 to 2.13.
 """
 
 import contextlib
@@ -19,107 +18,103 @@ from typing import Any
 import torch
 
 from distckpt.errors import ShardedStateError
-from distckpt.ptformat.fast_pickle import TYPES, Form, NotPlain, TensorAt, emit, is_plain
-from distckpt.ptformat.loadable import CALLED, Refused, find_refused
-from distckpt.ptformat.sharded import find_paths, needs_a_look, refusal, shard_of, text_of_key, whole
+from distckpt.ptformat.fast_pickle import TYPES, Form, NotPlain, TensorLocation, is_plain, pickle_plain
+from distckpt.ptformat.loadable import CALLED, RefusedObject, find_refused
+from distckpt.ptformat.sharded import as_whole, describe_shard, find_paths, key_to_text, may_be_sharded, sharded_error
 
-__all__ = ["Pickled", "TensorAt", "pickle_exactly", "pickle_state"]
-
-_EMITTED_PROTOCOL = 2
+_FAST_PROTOCOL = 2
 _NEVER_STORAGES = frozenset(
     {str, int, float, bool, type(None), tuple, list, dict, OrderedDict, torch.Tensor, torch.Size}
 )
 _LEVELS = 16
-"""How far down the state's tensors are named."""
+"""Tensors below this level get no name in the manifest."""
 
 
 @dataclass(frozen=True, slots=True)
-class Pickled:
-    """A state, with its storages apart.
+class PickledState:
+    """A pickled state and its storages.
 
     Attributes:
         data: the pickle.
-        storages: what it refers to, by number; shared ones once. They are the live ones, not copies.
-        forms: of the tensors that stand in nested mappings and sequences: name, form, number of the storage.
-        refused: a few of the objects that loading will refuse; empty where it will refuse none.
+        storages: the live storages, by number; each once.
+        forms: name, form and number of the storage of each tensor in nested mappings and sequences.
+        refused: the first objects that loading will refuse; empty if there are none.
     """
 
     data: bytes
     storages: tuple[torch.UntypedStorage, ...]
     forms: Sequence[tuple[str, Form, int]]
-    refused: Sequence[Refused] = ()
+    refused: Sequence[RefusedObject] = ()
 
-    def tensors(self) -> Iterator[TensorAt]:
-        """Yield what the manifest says of the named tensors. Any thread."""
+    def tensors(self) -> Iterator[TensorLocation]:
+        """Yield the tensors that have names. Any thread."""
         known: dict[Form, tuple[str, tuple[int, ...], int, int]] = {}
         for name, form, number in self.forms:
-            told = known.get(form)
-            if told is None:
+            found = known.get(form)
+            if found is None:
                 size, text = form.dtype.itemsize, str(form.dtype).removeprefix("torch.")
-                told = known[form] = (text, form.shape, form.offset * size, math.prod(form.shape) * size)
-            text, shape, begin_bytes, num_bytes = told
-            yield TensorAt(name, text, shape, number, begin_bytes, num_bytes)
+                found = known[form] = (text, form.shape, form.offset * size, math.prod(form.shape) * size)
+            text, shape, begin_bytes, num_bytes = found
+            yield TensorLocation(name, text, shape, number, begin_bytes, num_bytes)
 
 
-def pickle_state(state: Any, *, protocol: int = 2) -> Pickled:
-    """Pickle `state`: what ``torch.load`` gets from it is what it would get from ``torch.save``'s.
-
-    Rank-local; issues no collectives.
+def pickle_state(state: Any, *, protocol: int = 2) -> PickledState:
+    """Pickle `state` so that ``torch.load`` returns what it would return from ``torch.save``'s. Rank-local.
 
     Args:
         state: what ``torch.save`` takes.
-        protocol: pickle's; torch's readers without code know 2 alone.
+        protocol: pickle's; ``torch.load(weights_only=True)`` reads 2 alone.
 
     Raises:
-        ShardedStateError: it holds a tensor of which this rank has a part.
+        ShardedStateError: it holds a tensor of which this rank has a shard.
         RuntimeError: two storages view the same memory as different types.
-        Exception: whatever pickling an object of the user's raises.
+        Exception: the error of a user's object that cannot be pickled.
 
     Example:
         >>> pickled = pickle_state({"a": torch.ones(2), "b": 1})
         >>> [storage.nbytes() for storage in pickled.storages], [tensor.name for tensor in pickled.tensors()]
         ([8], ['a'])
     """
-    if protocol == _EMITTED_PROTOCOL:
+    if protocol == _FAST_PROTOCOL:
         with contextlib.suppress(NotPlain):
-            data, storages, forms = emit(state)
-            return Pickled(data, tuple(storages), tuple(forms))
-    return pickle_exactly(state, protocol=protocol)
+            data, storages, forms = pickle_plain(state)
+            return PickledState(data, tuple(storages), tuple(forms))
+    return pickle_like_torch(state, protocol=protocol)
 
 
-def pickle_exactly(state: Any, *, protocol: int = 2) -> Pickled:
-    """Pickle `state` to the very bytes of ``torch.save``; else as :func:`pickle_state` does."""
+def pickle_like_torch(state: Any, *, protocol: int = 2) -> PickledState:
+    """Pickle `state` to the bytes of ``torch.save``; else as :func:`pickle_state` does."""
     buffer = io.BytesIO()
     pickler = _Pickler(buffer, protocol)
-    with naming_what_is_sharded(state):
+    with name_sharded_tensor(state):
         pickler.dump(state)
     data = buffer.getvalue()
     kinds, called = pickler.kinds.values(), pickler.called.values()
     refused = find_refused(state, data, kinds=kinds, called=called, protocol=protocol)
-    return Pickled(data, tuple(pickler.storages), tuple(_named(state, pickler.numbers)), refused)
+    return PickledState(data, tuple(pickler.storages), tuple(_named(state, pickler.numbers)), refused)
 
 
 @contextlib.contextmanager
-def naming_what_is_sharded(state: Any) -> Iterator[None]:
-    """Give the error of a sharded tensor that is met in the body the key that it stands at in `state`."""
+def name_sharded_tensor(state: Any) -> Iterator[None]:
+    """Add the key of the tensor in `state` to a ShardedStateError of the body."""
     try:
         yield
     except ShardedStateError as error:
         sharded: list[str] = []
 
         def is_sharded(one: Any) -> bool:
-            problem = shard_of(one) if isinstance(one, torch.Tensor) else None
+            problem = describe_shard(one) if isinstance(one, torch.Tensor) else None
             sharded.extend([problem] if problem is not None else [])
             return problem is not None
 
         paths = find_paths(state, is_sharded, most=1)
         if not paths:
             raise
-        raise refusal(f"Key {paths[0]!r} of the state", sharded[0]) from error
+        raise sharded_error(f"Key {paths[0]!r} of the state", sharded[0]) from error
 
 
 class _Storage:
-    """A plain tensor's storage in the pickle, in the place of torch's wrapper, which takes longer to make."""
+    """Stands for a plain tensor's storage; torch's wrapper takes longer to create."""
 
     __slots__ = ("pid",)
 
@@ -132,13 +127,13 @@ class _Pickler(pickle.Pickler):
         super().__init__(buffer, protocol)
         self.storages: list[torch.UntypedStorage] = []
         self.numbers: dict[int, str] = {}  # torch's identity of a storage -> its number
-        self.kinds: dict[int, type] = {}  # the types of objects that pickle has no opcodes for
-        self.called: dict[int, Any] = {}  # classes and functions that are named
-        self._dtypes: dict[int, torch.dtype] = {}  # where its data lie -> their dtype
+        self.kinds: dict[int, type] = {}  # types without opcodes of their own
+        self.called: dict[int, Any] = {}  # classes and functions
+        self._dtypes: dict[int, torch.dtype] = {}  # address of the data -> dtype
 
     def persistent_id(self, obj: Any) -> Any:
         kind = type(obj)
-        if kind in _NEVER_STORAGES:  # the pickler asks of every object there is
+        if kind in _NEVER_STORAGES:  # called for every object
             return None
         if kind is _Storage:
             return obj.pid
@@ -153,14 +148,14 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
-        if kind is OrderedDict and not obj and not vars(obj):  # each tensor has one, of hooks
+        if kind is OrderedDict and not obj and not vars(obj):  # each tensor has one, for hooks
             return OrderedDict, ()
         if kind is not torch.Tensor:
-            if needs_a_look(kind):
-                plain: Any = whole(obj)
+            if may_be_sharded(kind):
+                plain: Any = as_whole(obj)
                 if plain is not obj:
                     found = self.reducer_override(plain)
-                    return plain.__reduce_ex__(_EMITTED_PROTOCOL) if found is NotImplemented else found
+                    return plain.__reduce_ex__(_FAST_PROTOCOL) if found is NotImplemented else found
             if isinstance(obj, CALLED):
                 self.called[id(obj)] = obj
             else:
@@ -180,7 +175,7 @@ class _Pickler(pickle.Pickler):
             obj.requires_grad,
             OrderedDict(),
         )
-        return torch._utils._rebuild_tensor_v2, args  # noqa: SLF001 - by this name every .pt calls it
+        return torch._utils._rebuild_tensor_v2, args  # noqa: SLF001 - the name that every .pt file calls
 
     def _pid_of(self, storage: torch.UntypedStorage, dtype: torch.dtype, kind: Any, numel: int) -> tuple[Any, ...]:
         device = storage.device
@@ -189,7 +184,7 @@ class _Pickler(pickle.Pickler):
             if at != 0 and self._dtypes.setdefault(at, dtype) is not dtype:
                 msg = "Cannot save multiple tensors or storages that view the same data as different types"
                 raise RuntimeError(msg)
-        identity = storage._cdata  # noqa: SLF001 - torch's identity of a storage, whatever Python wraps it
+        identity = storage._cdata  # noqa: SLF001 - torch's identity of a storage
         key = self.numbers.get(identity)
         if key is None:
             key = self.numbers[identity] = str(len(self.numbers))
@@ -199,13 +194,12 @@ class _Pickler(pickle.Pickler):
 
 
 def _named(state: Any, numbers: Mapping[int, str]) -> Iterator[tuple[str, Form, int]]:
-    """Yield what the manifest says of the tensors that can be named.
+    """Yield name, form and number of the storage of the tensors.
 
-    The state is saved whatever it holds. So what raises when it is asked for its keys, its shape or its storage has no
-    name; the objects are the user's, and may raise anything.
+    A user's object may raise anything when its keys, shape or storage are read. It is saved, but has no names.
     """
     todo: list[tuple[str, Any, int]] = [("", state, 0)]
-    seen: set[int] = set()  # a container is named where it is first met; it may hold itself
+    seen: set[int] = set()  # a container may hold itself
     while todo:
         path, item, level = todo.pop()
         try:
@@ -218,7 +212,7 @@ def _named(state: Any, numbers: Mapping[int, str]) -> Iterator[tuple[str, Form, 
                 pairs = list(item.items() if isinstance(item, dict) else enumerate(item))
                 lead = f"{path}." if path else ""
                 todo += [
-                    (f"{lead}{text_of_key(key)}", value, level + 1)
+                    (f"{lead}{key_to_text(key)}", value, level + 1)
                     for key, value in reversed(pairs)
                     if isinstance(value, torch.Tensor | dict | list | tuple)
                 ]
@@ -227,12 +221,8 @@ def _named(state: Any, numbers: Mapping[int, str]) -> Iterator[tuple[str, Form, 
 
 
 def _form_of(tensor: torch.Tensor) -> tuple[Form, int]:
-    """Return a tensor's form, and torch's identity of its storage.
-
-    Raises:
-        Exception: it has none.
-    """
-    with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - what the pickler sees, no subclass's own answers
+    """Return a tensor's form and torch's identity of its storage; raise an exception if it has none."""
+    with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - as the pickler sees it, without a subclass's methods
         if tensor.layout is not torch.strided or tensor.device.type == "meta":
             raise NotPlain
         form = Form(tensor.dtype, tuple(map(int, tensor.shape)), int(tensor.storage_offset()))

@@ -1,124 +1,118 @@
-"""A checkpoint that is held open: what is verified is what is read, whatever comes in the file's place meanwhile.
+"""A checkpoint file that stays open: what is verified is what is read, even if another file takes its name.
 
-Owns the file's descriptor, and the way of its bytes: checked in shares or whole, then into memory that others name.
-Must not know what the memory is of.
-
-Everything goes through the page cache, which all ranks of a machine share: what one of them has had read from storage
-to check it, the others, and the reading that follows, find there. The file is not mapped: one that shrinks while it is
-read would end the process.
+All bytes go through the page cache, which the ranks of a machine share: a byte that one rank has read to check it is
+not read from the disk again. The file is not mapped into memory, because a mapped file that shrinks ends the process.
 """
 
 import ctypes
 import itertools
 import operator
+import pickle
+import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from distckpt._checksum import crc32
-from distckpt.errors import CorruptCheckpointError, UnsupportedCheckpoint
-from distckpt.ptformat.foreign import format_of
-from distckpt.ptformat.gc_pause import collector_paused
-from distckpt.ptformat.layout import Slot
-from distckpt.ptformat.lazy_state import Hollow, NotPlain, read_hollow
-from distckpt.ptformat.manifest import SCHEMA, Head
-from distckpt.ptformat.record_heads import head_of
-from distckpt.ptformat.torch_reader import load_by_torch
-from distckpt.ptformat.verify import (
+from distckpt.errors import CorruptCheckpointError, LoadError, UnsafeCheckpoint, UnsupportedCheckpoint
+from distckpt.ptformat.archive import (
     Archive,
-    Checked,
     NewerSchema,
     NotAnArchive,
-    UnsupportedArchive,
-    begins_as_archive,
-    check_range,
-    find_faults,
+    is_archive,
     read_archive,
-    shares_of,
+    read_manifest_head,
 )
+from distckpt.ptformat.gc_pause import gc_paused
+from distckpt.ptformat.layout import RecordLocation, UnsupportedArchive
+from distckpt.ptformat.lazy_state import LazyState, NeedsTorchLoad, read_lazy_state
+from distckpt.ptformat.loadable import refused_names
+from distckpt.ptformat.manifest import SCHEMA, Head
+from distckpt.ptformat.torch_format import describe_format, load_by_torch
+from distckpt.ptformat.verify import Checksum, check_range, find_faults, split_ranges
 from distckpt.storage.base import StoredFile, SupportsReadInto
 from distckpt.storage.local import LocalFile
 from distckpt.storage.readahead import staggered_ranges
 
-__all__ = ["OpenCheckpoint"]
-
 _STRIDE_BYTES = 4 << 20
 _SMALL_BYTES = 64 << 10
-"""What is less than that is read together with what stands near it: a call costs as much as a copy of this."""
+"""Requests below this are read together with their neighbours: a call costs as much as a copy of this length."""
 _TOGETHER_BYTES = 1 << 20
-"""Small parts are read so many bytes at once: these stay in a core's own cache until they are copied on."""
+"""Length of such a read: fits into a core's own cache until it is copied."""
 _FEW = 32
-"""So many small parts, or less, are not worth a memory of their own on the way."""
+"""Up to this many small requests are read one by one, without a buffer."""
 _TAIL_BYTES = 64 * 1024
-"""What a fingerprint is of, and the zip's directory: there are the checksums of all records."""
+"""Covered by a fingerprint, with the central directory, which has the checksums of all records."""
 _MOST_FAULTS = 3
-"""What a message names of them."""
-
 
 Ranges = list[tuple[int, int]]
-"""Where each of some pieces of a file begins and ends."""
+"""Begin and end of parts of a file."""
 
 
-class Part(NamedTuple):
-    """Bytes of a file, and the memory that they are for."""
+class ReadRequest(NamedTuple):
+    """Bytes of a file to read into memory.
+
+    Attributes:
+        address: of the memory.
+        num_bytes: length.
+        offset: in the file.
+    """
 
     address: int
     num_bytes: int
-    at: int
+    offset: int
 
 
-class _Unread:
-    """The storages of what a file holds that were not read yet. They live as long as somebody refers to them.
+class _UnreadStorages:
+    """Storages that were handed out and hold nothing yet. They live as long as the caller refers to them.
 
     Attributes:
-        is_known: whether the file could be read in this way.
-        trees: what was read of it and not handed out yet.
-        storages: where the bytes of each stand, and a weak reference, by torch's identity of the storage, which is
-            none other's as long as the weak reference lives.
+        is_known: True if the file could be read in this way.
+        states: read and not handed out yet.
+        storages: location and weak reference by torch's identity of the storage (``_cdata``). The identity is not
+            reused while the weak reference lives.
     """
 
     def __init__(self) -> None:
         self.is_known = False
-        self.trees: list[Any] = []
-        self.storages: dict[int, tuple[Slot, StorageWeakRef]] = {}
+        self.states: list[Any] = []
+        self.storages: dict[int, tuple[RecordLocation, StorageWeakRef]] = {}
 
-    @collector_paused()
-    def add(self, hollow: Hollow) -> None:
-        """Take over what was read."""
+    @gc_paused()
+    def add(self, lazy: LazyState) -> None:
         self.is_known = True
-        self.trees.append(hollow.state)
-        for identity, storage in hollow.storages.items():
-            self.storages[identity] = hollow.slots[identity], StorageWeakRef(storage)  # type: ignore[no-untyped-call]  # torch ships it without types
+        self.states.append(lazy.state)
+        for identity, (record, storage) in lazy.storages.items():
+            self.storages[identity] = record, StorageWeakRef(storage)  # type: ignore[no-untyped-call]  # torch ships it without types
 
-    def left(self) -> list[tuple[Slot, torch.UntypedStorage]]:
-        """Return those that somebody still refers to, in the order of the file."""
-        again: Any = torch.UntypedStorage._new_with_weak_ptr  # noqa: SLF001 - what its own sharing between processes uses
-        held = [(slot, again(reference.cdata)) for slot, reference in self.storages.values()]
-        return sorted(((slot, one) for slot, one in held if one is not None), key=lambda pair: pair[0].offset)
+    def alive(self) -> list[tuple[RecordLocation, torch.UntypedStorage]]:
+        """Return the storages that the caller still refers to, in the order of the file."""
+        revive: Any = torch.UntypedStorage._new_with_weak_ptr  # noqa: SLF001 - what its own sharing between processes uses
+        held = [(record, revive(reference.cdata)) for record, reference in self.storages.values()]
+        return sorted(((record, one) for record, one in held if one is not None), key=lambda pair: pair[0].offset)
 
 
 class OpenCheckpoint:
-    """A checkpoint's file, open for reading; a context.
+    """A checkpoint file, open for reading. A context.
 
     Args:
-        file: the path of a file that ``torch.save`` or distckpt wrote, or such a file, open for reading.
-        num_threads: how many read into memory, at most.
+        file: path of a file that ``torch.save`` or distckpt wrote, or such a file, which this object then closes.
+        num_threads: most threads that read into memory.
 
     Attributes:
-        path: of the file.
+        path: of the file, for messages.
         num_bytes: its length when it was opened.
 
     Raises:
-        OSError: it cannot be opened or read.
+        OSError: the file cannot be opened or read.
         CorruptCheckpointError: it is empty.
-        UnsupportedCheckpoint: it is of a newer schema, or an archive that is encrypted or compressed in a rare way.
+        UnsupportedCheckpoint: it has a newer schema, or is encrypted or compressed by a rare method.
     """
 
     def __init__(self, file: Path | StoredFile, *, num_threads: int = 1) -> None:
@@ -127,206 +121,206 @@ class OpenCheckpoint:
         self._num_threads = num_threads
         self._archive: Archive | None = None
         self._fault: str | None = None
-        self._unread = _Unread()
+        self._unread = _UnreadStorages()
         try:
             self.num_bytes = self._file.num_bytes
-            self._open()
+            self._read_archive()
         except BaseException:
             self._file.close()
             raise
 
-    def _open(self) -> None:
+    def _read_archive(self) -> None:
         if not self._file.read(0, 1):
-            msg = f"{self.path} is no checkpoint: it is empty"
-            raise CorruptCheckpointError(msg)
-        if begins_as_archive(self._file):  # else the older format, or no checkpoint at all: who reads it will say so
-            try:
-                self._archive = read_archive(self._file)
-            except NotAnArchive as error:
-                self._fault = str(error)
-            except NewerSchema as error:
-                raise UnsupportedCheckpoint(_newer(self.path, error.head)) from error
-            except UnsupportedArchive as error:
-                msg = f"{self.path} cannot be read: {error}. Write it anew, with its records stored or deflated."
-                raise UnsupportedCheckpoint(msg) from error
+            raise CorruptCheckpointError(f"{self.path} is no checkpoint: it is empty")
+        if not is_archive(self._file):  # torch's older format, or no checkpoint: state() finds out
+            return
+        try:
+            self._archive = read_archive(self._file)
+        except NotAnArchive as error:
+            self._fault = str(error)
+        except NewerSchema as error:
+            raise UnsupportedCheckpoint(
+                f"{self.path} was written by distckpt {error.head.writer}: its manifest has schema "
+                f"{error.head.schema}, and this distckpt knows schemas up to {SCHEMA}. Upgrade distckpt (pip install "
+                "--upgrade distckpt) to that version or a newer one. Nothing was loaded."
+            ) from error
+        except UnsupportedArchive as error:
+            msg = f"{self.path} cannot be read: {error}. Write it anew, with its records stored or deflated."
+            raise UnsupportedCheckpoint(msg) from error
 
     def __enter__(self) -> Self:
-        """Return it."""
+        """Return the checkpoint."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Close it."""
+    def __exit__(self, *_: object) -> None:
+        """Close the file."""
         self.close()
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._file.close()
 
     # -- checking ----------------------------------------------------------------------------------
 
     def fingerprint(self) -> list[int]:
-        """Return what is equal for equal files: their length, and the CRC-32 of their end."""
+        """Return the file's length and the CRC-32 of its end, which are equal for equal files."""
         begin = max(0, self.num_bytes - _TAIL_BYTES)
         if self._archive is not None:
             begin = min(begin, self._archive.directory_at)
         return [self.num_bytes, crc32(self._file.read(begin, self.num_bytes - begin))]
 
+    def identity(self) -> list[int]:
+        """Return numbers that no other file of this machine has."""
+        return list(self._file.identity())
+
     def head(self) -> Head | None:
-        """Return the head of the manifest; None where there is none that can be read.
+        """Return the head of the manifest; None if the file has no manifest, or a damaged one.
 
         Raises:
-            OSError: it cannot be read.
+            OSError: the file cannot be read.
         """
-        return head_of(self._file)
+        return read_manifest_head(self._file)
 
     def has_damaged_head(self) -> bool:
-        """Return True if the archive's directory, or its manifest, is not as distckpt wrote it. Reads nothing else.
+        """Return True if the directory or the manifest of a file by distckpt is damaged. Reads nothing else.
 
         Raises:
-            OSError: it cannot be read.
+            OSError: the file cannot be read.
         """
         if self._archive is None:
             return self._fault is not None
         return self._archive.is_own and self.head() is None
 
-    def inode(self) -> list[int]:
-        """Return what tells a file of this machine from all others."""
-        return list(self._file.identity())
-
-    def share(self, number: int, num_shares: int) -> Ranges:
-        """Return what one of several ranks is to check, if each checks as much."""
-        return [] if self._archive is None else [shares_of(self._archive, num_shares)[number]]
+    def range_for(self, number: int, num_ranks: int) -> Ranges:
+        """Return the range that one of several ranks checks, if all check as much."""
+        return [] if self._archive is None else [split_ranges(self._archive, num_ranks)[number]]
 
     def readahead(self, ranges: Ranges) -> AbstractContextManager[SupportsReadInto]:
-        """Return a context in whose body ranges of the file are read ahead."""
+        """Return a context that fetches ranges of the file; its value is passed to :meth:`check`."""
         return self._file.readahead(ranges)
 
     def readahead_staggered(self, fraction: float) -> AbstractContextManager[SupportsReadInto]:
-        """Return a context in whose body all of the file is read ahead, by all processes of a machine that do so.
+        """Return a context in which all processes of a machine fetch the file together.
 
         Args:
-            fraction: between 0 and 1, another one for each of them.
+            fraction: from 0 to 1, different for each process.
         """
         return self.readahead([] if self._archive is None else staggered_ranges(self.num_bytes, fraction))
 
-    def check(self, ranges: Ranges, source: SupportsReadInto | None = None) -> list[Checked]:
-        """Read ranges of the file, and check them. Any thread.
+    def check(self, ranges: Ranges, source: SupportsReadInto | None = None) -> list[Checksum]:
+        """Read ranges of the file and compute their checksums. Any thread.
 
         Raises:
-            OSError: it cannot be read.
+            OSError: the file cannot be read.
         """
         if self._archive is None:
             return []
         return [one for begin, end in ranges for one in check_range(self._file, self._archive, begin, end, source)]
 
-    def faults(self, checked: Iterable[Sequence[Checked]]) -> list[str]:
-        """Say what is wrong with the file, from what :meth:`check` found in all shares, in their order."""
+    def faults(self, checksums: Iterable[Sequence[Checksum]]) -> list[str]:
+        """Return a phrase for each damaged place, from what :meth:`check` found in all ranges, in order."""
         if self._archive is None:
             return [] if self._fault is None else [self._fault]
-        return find_faults(self._archive, checked)
+        return find_faults(self._archive, checksums)
 
     def verify(self, source: SupportsReadInto | None = None) -> None:
-        """Compare all of the file with its own checksums. Any thread. Files that are no archives pass.
+        """Compare the file with its own checksums. Any thread. Files that are no archives pass.
 
         Args:
-            source: what to read it through, as :meth:`readahead` yields it; None to fetch it as it is read.
+            source: value of a readahead context; None to read without one.
 
         Raises:
-            OSError: it cannot be read.
-            CorruptCheckpointError: it is not as it was written.
+            OSError: the file cannot be read.
+            CorruptCheckpointError: it is damaged.
         """
         with self.readahead([]) if source is None else nullcontext(source) as chosen:
-            self.refuse(self.faults([self.check([(0, self.num_bytes)], chosen)]))
+            self.raise_for_faults(self.faults([self.check([(0, self.num_bytes)], chosen)]))
 
-    def refuse(self, faults: Sequence[str]) -> None:
-        """Raise an error that tells of faults, if there are any.
+    def raise_for_faults(self, faults: Sequence[str]) -> None:
+        """Raise an error that names the first faults, if there are any.
 
         Raises:
-            CorruptCheckpointError: there are.
+            CorruptCheckpointError: there are faults.
         """
         if faults:
             more = f", and {len(faults) - _MOST_FAULTS} more" if len(faults) > _MOST_FAULTS else ""
-            told = "; ".join(faults[:_MOST_FAULTS])
-            msg = f"{self.path} is no checkpoint, or is truncated or damaged: {told}{more}"
-            raise CorruptCheckpointError(msg)
+            first = "; ".join(faults[:_MOST_FAULTS])
+            raise CorruptCheckpointError(f"{self.path} is no checkpoint, or is truncated or damaged: {first}{more}")
 
     # -- reading -----------------------------------------------------------------------------------
 
-    def look(self) -> bool:
-        """Read what the file says of its state, but for its tensors; tell whether that was possible. Any thread.
+    def read_structure(self) -> bool:
+        """Read the state without its tensors' bytes; return True if that was possible. Any thread.
 
         Raises:
-            OSError: it cannot be read.
+            OSError: the file cannot be read.
         """
         if not self._unread.is_known and self._archive is not None:
             try:
-                self._unread.add(read_hollow(self._archive, self._file))
-            except NotPlain:
+                self._unread.add(read_lazy_state(self._archive, self._file))
+            except NeedsTorchLoad:
                 return False
         return self._unread.is_known
 
     def state(self) -> Any:
-        """Return what was saved. Its tensors, on the CPU, hold nothing yet where :meth:`look` could tell of them.
+        """Return the saved state. Its tensors are on the CPU, and empty until :meth:`fill` if :meth:`read_structure`.
 
-        The caller alone has it afterwards: what nobody refers to any more is not read by :meth:`fill`.
+        The caller holds the only references: :meth:`fill` reads no tensor that the caller has dropped.
 
         Raises:
-            OSError: it cannot be read.
-            UnsafeCheckpoint: it holds objects that only execution could restore.
+            OSError: the file cannot be read.
+            UnsafeCheckpoint: it holds objects that loading would have to execute.
             UnsupportedCheckpoint: it is sound, and of another format.
             CorruptCheckpointError: it is no checkpoint, is truncated or damaged.
         """
-        if self.look() and self._archive is not None:
-            if not self._unread.trees:  # it was handed out before
-                self._unread.add(read_hollow(self._archive, self._file))
-            return self._unread.trees.pop()
+        if self.read_structure() and self._archive is not None:
+            if not self._unread.states:  # it was handed out before
+                self._unread.add(read_lazy_state(self._archive, self._file))
+            return self._unread.states.pop()
         try:
             return load_by_torch(self._file.stream(), self.path)
         except CorruptCheckpointError as error:
-            what = None if self._fault is not None else format_of(self._file, self._archive)
-            if what is None:
+            found = None if self._fault is not None else describe_format(self._file, self._archive)
+            if found is None:
                 raise
-            msg = f"{self.path} cannot be read: it is {what}."
-            raise UnsupportedCheckpoint(msg) from error
+            raise UnsupportedCheckpoint(f"{self.path} cannot be read: it is {found}.") from error
 
-    def place_of(self, tensor: torch.Tensor) -> int | None:
-        """Return where in the file a tensor's storage begins; None if it holds what it should."""
-        slot, _ = self._unread.storages.get(tensor.untyped_storage()._cdata, (None, None))  # noqa: SLF001 - torch's identity of a storage
-        return None if slot is None else slot.offset
+    def offset_of(self, tensor: torch.Tensor) -> int | None:
+        """Return the offset in the file of a tensor's storage; None if the tensor has its bytes."""
+        record, _ = self._unread.storages.get(tensor.untyped_storage()._cdata, (None, None))  # noqa: SLF001 - torch's identity of a storage
+        return None if record is None else record.offset
 
-    @collector_paused()
+    @gc_paused()
     def fill(self) -> None:
-        """Read what is to stand in the storages of all tensors that were handed out, and are still referred to.
+        """Read the bytes of all tensors that were handed out and are still referred to.
 
         Raises:
-            OSError: it cannot be read.
+            OSError: the file cannot be read.
             CorruptCheckpointError: it has become shorter.
         """
-        left = self._unread.left()
-        self.read((storage.data_ptr(), slot.num_bytes, slot.offset) for slot, storage in left)
+        self.read((one.data_ptr(), record.num_bytes, record.offset) for record, one in self._unread.alive())
         self._unread.storages.clear()
 
-    def read(self, parts: Iterable[tuple[int, int, int]]) -> None:
+    def read(self, requests: Iterable[tuple[int, int, int]]) -> None:
         """Read bytes into memory, on several threads.
 
         Args:
-            parts: address of the memory, number of bytes, and where in the file they stand; the memory is that of
-                tensors on the CPU.
+            requests: address in memory, length in bytes, and offset in the file.
 
         Raises:
-            OSError: the operating system refused; some of the memory has been written to.
-            CorruptCheckpointError: the file has become shorter; the same.
+            OSError: the operating system refused; some of the memory was written.
+            CorruptCheckpointError: the file has become shorter; some of the memory was written.
         """
-        todo, small = list[Part](), list[tuple[int, int, int]]()
-        for part in parts:
-            if part[1] < _SMALL_BYTES:
-                small.append(part)
+        todo, small = list[ReadRequest](), list[tuple[int, int, int]]()
+        for request in requests:
+            if request[1] < _SMALL_BYTES:
+                small.append(request)
             else:
-                todo += _in_strides(Part(*part))
+                todo += _in_strides(*request)
         if len(small) > _FEW:
             self._read_small(small)
         else:
-            todo += [Part(*part) for part in small]
+            todo += itertools.starmap(ReadRequest, small)
         num_threads = min(self._num_threads, sum(one.num_bytes for one in todo) // _STRIDE_BYTES)
         counter, stop = itertools.count(), threading.Event()
 
@@ -334,7 +328,7 @@ class OpenCheckpoint:
             for number in counter:
                 if number >= len(todo) or stop.is_set():
                     return
-                self._read_one(todo[number])
+                self._read_one(*todo[number])
 
         if num_threads <= 1:
             work()
@@ -348,43 +342,99 @@ class OpenCheckpoint:
         for other in others:
             other.result()
 
-    def _read_small(self, parts: list[tuple[int, int, int]]) -> None:
-        """Read small parts: those that stand near each other in one go, and from there to where they belong."""
-        parts.sort(key=_place_of)
+    def _read_small(self, requests: list[tuple[int, int, int]]) -> None:
+        """Read small requests: neighbours in one read, copied from a buffer."""
+        requests.sort(key=operator.itemgetter(2))
         buffer = (ctypes.c_char * _TOGETHER_BYTES)()
         source, number = ctypes.addressof(buffer), 0
-        while number < len(parts):
+        while number < len(requests):
             first = number
-            begin = until = parts[number][2]
-            for _, num_bytes, at in itertools.islice(parts, number, None):
-                if at > until + _SMALL_BYTES or at + num_bytes > begin + _TOGETHER_BYTES:
+            begin = until = requests[number][2]
+            for _, num_bytes, offset in itertools.islice(requests, number, None):
+                if offset > until + _SMALL_BYTES or offset + num_bytes > begin + _TOGETHER_BYTES:
                     break
-                until, number = max(until, at + num_bytes), number + 1
-            self._read_one(Part(source, until - begin, begin))
-            for address, num_bytes, at in parts[first:number]:
-                ctypes.memmove(address, source + at - begin, num_bytes)
+                until, number = max(until, offset + num_bytes), number + 1
+            self._read_one(source, until - begin, begin)
+            for address, num_bytes, offset in requests[first:number]:
+                ctypes.memmove(address, source + offset - begin, num_bytes)
 
-    def _read_one(self, part: Part) -> None:
-        memory, done = memoryview((ctypes.c_char * part.num_bytes).from_address(part.address)).cast("B"), 0
-        while done < part.num_bytes:
-            num_bytes = self._file.read_into(memory[done:], part.at + done)
-            if num_bytes == 0:
-                msg = f"{self.path} is truncated: it became shorter while it was read"
-                raise CorruptCheckpointError(msg)
-            done += num_bytes
-
-
-_place_of = operator.itemgetter(2)
+    def _read_one(self, address: int, num_bytes: int, offset: int) -> None:
+        memory, done = memoryview((ctypes.c_char * num_bytes).from_address(address)).cast("B"), 0
+        while done < num_bytes:
+            num_read = self._file.read_into(memory[done:], offset + done)
+            if num_read == 0:
+                raise CorruptCheckpointError(f"{self.path} is truncated: it became shorter while it was read")
+            done += num_read
 
 
-def _newer(path: Path, head: Head) -> str:
-    return (
-        f"{path} was written by distckpt {head.writer}: its manifest has schema {head.schema}, and this distckpt "
-        f"knows schemas up to {SCHEMA}. Upgrade distckpt (pip install --upgrade distckpt) to that version or a newer "
-        "one. Nothing was loaded."
-    )
+def _in_strides(address: int, num_bytes: int, offset: int) -> Iterator[ReadRequest]:
+    for done in range(0, num_bytes, _STRIDE_BYTES):
+        yield ReadRequest(address + done, min(_STRIDE_BYTES, num_bytes - done), offset + done)
 
 
-def _in_strides(part: Part) -> Iterator[Part]:
-    for done in range(0, part.num_bytes, _STRIDE_BYTES):
-        yield Part(part.address + done, min(_STRIDE_BYTES, part.num_bytes - done), part.at + done)
+def read_pt(file: Path | StoredFile, *, verified: bool = True) -> Any:
+    """Read a checkpoint onto the CPU. Never executes code.
+
+    Args:
+        file: path of a file that ``torch.save`` or distckpt wrote, or such a file, which is then closed.
+        verified: compare the file with its checksums first.
+
+    Raises:
+        OSError: the file cannot be opened or read.
+        UnsafeCheckpoint: it holds objects that loading would have to execute.
+        CorruptCheckpointError: it is no checkpoint, is truncated or damaged.
+    """
+    with OpenCheckpoint(file) as opened:
+        if verified:
+            opened.verify()
+        state = opened.state()
+        opened.fill()
+        return state
+
+
+def verify(path: Path) -> None:
+    """Compare a file with its own checksums. Files that are no archives pass.
+
+    Raises:
+        OSError: the file cannot be read.
+        CorruptCheckpointError: it is damaged.
+    """
+    with OpenCheckpoint(path) as file:
+        file.verify()
+
+
+def read_head_at(path: Path) -> Head | None:
+    """Return the head of a file's manifest; None if it has no manifest that can be read.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with LocalFile(path) as file:
+        return read_manifest_head(file)
+
+
+def find_refused_names(file: StoredFile) -> list[str]:
+    """Return the names in a complete checkpoint's pickle that keep it from being loaded without executing code."""
+    try:
+        return refused_names(torch.serialization.get_unsafe_globals_in_checkpoint(file.stream()))
+    except pickle.UnpicklingError as error:  # a newer pickle protocol
+        return str(error).splitlines()[:1]
+    except Exception:  # noqa: BLE001 - it knows the zip format alone
+        try:
+            read_pt(file, verified=False)
+        except UnsafeCheckpoint as error:
+            return re.findall(r"GLOBAL (\S+)", str(error)) or [str(error)]
+        except (OSError, LoadError):  # another fault; loading will report it
+            return []
+        return []
+
+
+def is_loadable(path: Path) -> bool:
+    """Return True if a file is a checkpoint that loads without executing code. Reads no tensors where it can."""
+    try:
+        with OpenCheckpoint(path) as file:
+            if not file.read_structure():
+                read_pt(path, verified=False)
+    except (OSError, LoadError):
+        return False
+    return True

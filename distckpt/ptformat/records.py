@@ -13,7 +13,7 @@ from typing import Any
 from distckpt.policy.naming import is_temp
 from distckpt.policy.retention import Entry
 from distckpt.ptformat.manifest import number_from
-from distckpt.ptformat.record_heads import read_head_at
+from distckpt.ptformat.reader import read_head_at
 
 __all__ = ["Record", "Run", "files_in", "parse_record", "read_record", "survey"]
 

@@ -1,7 +1,6 @@
-"""Tensors that stand for more than this rank holds: refused, or replaced by the plain tensor that they stand for.
+"""Recognize tensors of which this rank holds a shard, and replace replicated DTensors by plain tensors.
 
-Knows which tensor types spread one tensor over ranks. Capture, the pickler and loading all ask here. None of the
-types is imported: a type that no module has defined yet has no instances.
+None of the tensor types is imported: a type that no module has defined yet has no instances.
 """
 
 import contextlib
@@ -17,21 +16,7 @@ from torch import nn
 
 from distckpt.errors import ShardedStateError
 
-__all__ = [
-    "INSTEAD",
-    "are_plain",
-    "as_live",
-    "find_paths",
-    "is_dtensor",
-    "is_flat_shard",
-    "needs_a_look",
-    "refusal",
-    "shard_of",
-    "text_of_key",
-    "whole",
-]
-
-INSTEAD: Final = (
+HINT: Final = (
     "Sharded state cannot be saved or loaded yet. Use an object whose state_dict() and load_state_dict() handle the "
     "whole state, by torch.distributed.checkpoint.state_dict with StateDictOptions(full_state_dict=True), or by "
     "FullyShardedDataParallel's FULL_STATE_DICT."
@@ -41,30 +26,26 @@ _PLAIN: Final = frozenset({torch.Tensor, nn.Parameter, nn.Buffer})
 _LEVELS: Final = 64
 
 
-def needs_a_look(kind: type) -> bool:
+def may_be_sharded(kind: type) -> bool:
     """Return True if tensors of this type may be distributed over ranks, or may hold tensors that are."""
     return kind is not torch.Tensor and issubclass(kind, torch.Tensor)
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the plain tensor that `tensor` stands for. Rank-local; issues no collectives.
-
-    Args:
-        tensor: of any type. A DTensor that is fully replicated becomes its local tensor, which shares its storage.
-            Every other tensor is returned as it is.
+def as_whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a replicated DTensor's local tensor, which shares its storage; any other tensor as it is. Rank-local.
 
     Raises:
-        ShardedStateError: this rank does not hold all of it.
+        ShardedStateError: this rank holds only a shard of it.
     """
-    problem = shard_of(tensor)
+    problem = describe_shard(tensor)
     if problem is not None:
-        raise ShardedStateError(f"A tensor is {problem}. {INSTEAD}")
+        raise ShardedStateError(f"A tensor is {problem}. {HINT}")
     kind = _kind_of(type(tensor))
     if kind == "async":
-        return whole(tensor.trigger_wait())  # type: ignore[attr-defined]  # a collective's result, under way
+        return as_whole(tensor.trigger_wait())  # type: ignore[attr-defined]  # the result of a running collective
     if kind != "dtensor":
         return tensor
-    local = whole(tensor._local_tensor)  # type: ignore[attr-defined]  # noqa: SLF001 - to_local() makes another one
+    local = as_whole(tensor._local_tensor)  # type: ignore[attr-defined]  # noqa: SLF001 - to_local() returns a new tensor
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(local.detach(), tensor.requires_grad)
     if local.requires_grad == tensor.requires_grad:
@@ -74,46 +55,46 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def is_dtensor(tensor: torch.Tensor) -> bool:
     """Return True for a DTensor."""
-    return needs_a_look(type(tensor)) and _kind_of(type(tensor)) == "dtensor"
+    return may_be_sharded(type(tensor)) and _kind_of(type(tensor)) == "dtensor"
 
 
-def as_live(live: torch.Tensor, given: Any) -> Any:
-    """Return a whole tensor in the form of a live one: a DTensor where that is one. Rank-local; issues no collectives.
+def match_dtensor(live: torch.Tensor, given: Any) -> Any:
+    """Return `given` as a DTensor like `live`, if that is a replicated DTensor. Rank-local; issues no collectives.
 
     Args:
-        live: a tensor of which this rank holds all.
-        given: what is to be loaded into it. All that is no tensor of its shape is returned as it is.
+        live: a live tensor.
+        given: what to load into it. Returned unchanged if it is no plain tensor of the same shape.
     """
-    if not is_dtensor(live) or shard_of(live) is not None:
+    if not is_dtensor(live) or describe_shard(live) is not None:
         return given
     if not isinstance(given, torch.Tensor) or is_dtensor(given) or given.shape != live.shape:
         return given
     it: Any = live
-    local = given.detach().to(it._local_tensor.device)  # noqa: SLF001 - to_local() makes another one
+    local = given.detach().to(it._local_tensor.device)  # noqa: SLF001 - to_local() returns a new tensor
     return type(it).from_local(local, it.device_mesh, it.placements, run_check=False)
 
 
-def shard_of(tensor: torch.Tensor) -> str | None:
-    """Return a phrase that says what a tensor is a part of; None if this rank holds all of it. Rank-local.
+def describe_shard(tensor: torch.Tensor) -> str | None:
+    """Return a phrase that describes a sharded tensor; None if this rank holds all of it. Rank-local.
 
     Example:
-        >>> shard_of(torch.ones(2)) is None
+        >>> describe_shard(torch.ones(2)) is None
         True
     """
     kind = type(tensor)
     if kind in _PLAIN:
         flat = "a parameter that FullyShardedDataParallel has flattened and sharded"
         return flat if kind is nn.Parameter and is_flat_shard(tensor) else None
-    spread = _kind_of(kind)
-    if spread == "dtensor":
+    found = _kind_of(kind)
+    if found == "dtensor":
         return _shard_of_dtensor(tensor)
-    if spread == "shard":
-        return f"a {kind.__name__}, of which each rank holds a part"
-    return next(filter(None, map(shard_of, _inner(tensor))), None) if spread == "wrapper" else None
+    if found == "shard":
+        return f"a {kind.__name__}, of which each rank holds a shard"
+    return next(filter(None, map(describe_shard, _inner(tensor))), None) if found == "wrapper" else None
 
 
 def is_flat_shard(tensor: torch.Tensor) -> bool:
-    """Return True for a parameter of FSDP1 in a job of several ranks: it is a piece of a flattened one."""
+    """Return True for a flattened and sharded parameter of FSDP1 in a job of several ranks."""
     return getattr(tensor, _FLAT, False) is True and _has_peers()
 
 
@@ -122,26 +103,26 @@ def _has_peers() -> bool:
     return process_groups.is_available() and process_groups.is_initialized() and process_groups.get_world_size() > 1
 
 
-def are_plain(tensors: Sequence[torch.Tensor]) -> bool:
-    """Return True if none of many tensors may be sharded: :func:`shard_of` in a tenth of its time."""
+def none_sharded(tensors: Sequence[torch.Tensor]) -> bool:
+    """Return True if no tensor of a list may be sharded. Ten times as fast as :func:`describe_shard`."""
     return _PLAIN.issuperset(map(type, tensors)) and not any(getattr(one, _FLAT, False) for one in tensors)
 
 
 def _shard_of_dtensor(tensor: Any) -> str | None:
     mesh, placements = tensor.device_mesh, tensor.placements
     if mesh.get_coordinate() is None:
-        return f"a DTensor on a device mesh that this rank is no member of (ranks {mesh.mesh.flatten().tolist()})"
-    # Over a mesh dimension of one rank a shard is the whole, and a sum of one addend the sum.
+        return f"a DTensor on a device mesh that does not contain this rank (ranks {mesh.mesh.flatten().tolist()})"
+    # Over a mesh dimension of one rank, a shard is the whole tensor and a partial sum is the sum.
     is_whole = all(one.is_replicate() or mesh.size(dim) == 1 for dim, one in enumerate(placements))
-    if not is_whole or tuple(tensor._local_tensor.shape) != tuple(tensor.shape):  # noqa: SLF001 - as in whole()
-        told = ", ".join(map(str, placements))
-        return f"a DTensor with placements ({told}) over a device mesh of {'x'.join(map(str, mesh.shape))} ranks"
-    return shard_of(tensor._local_tensor)  # noqa: SLF001 - as in whole()
+    if not is_whole or tuple(tensor._local_tensor.shape) != tuple(tensor.shape):  # noqa: SLF001 - as in as_whole()
+        names = ", ".join(map(str, placements))
+        return f"a DTensor with placements ({names}) over a device mesh of {'x'.join(map(str, mesh.shape))} ranks"
+    return describe_shard(tensor._local_tensor)  # noqa: SLF001 - as in as_whole()
 
 
 @functools.lru_cache(maxsize=256)
 def _kind_of(kind: type) -> str | None:
-    """Return how a tensor's type spreads it: a DTensor's, shards, a collective's result, another wrapper's, or None."""
+    """Return the kind of a tensor type: dtensor, shard, async, wrapper, or None for a plain one."""
     found = {
         "dtensor": ("torch.distributed.tensor", "DTensor"),
         "shard": ("torch.distributed._shard.sharded_tensor.api", "ShardedTensorBase"),
@@ -158,7 +139,7 @@ def _kind_of(kind: type) -> str | None:
 def _inner(tensor: Any) -> Iterator[torch.Tensor]:
     """Yield the tensors that a wrapper subclass is made of."""
     names: list[str] = []
-    with contextlib.suppress(Exception):  # a user's own class; the pickler meets what it hides
+    with contextlib.suppress(Exception):  # a user's class; the pickler meets what it hides
         names, _ = tensor.__tensor_flatten__()
     for name in names:
         inner = getattr(tensor, name, None)
@@ -166,24 +147,24 @@ def _inner(tensor: Any) -> Iterator[torch.Tensor]:
             yield inner
 
 
-def refusal(where: str, problem: str) -> ShardedStateError:
-    """Return the error for something sharded.
+def sharded_error(where: str, problem: str) -> ShardedStateError:
+    """Return the error for a sharded tensor.
 
     Args:
-        where: the object and the key.
-        problem: what :func:`shard_of` said.
+        where: object and key.
+        problem: from :func:`describe_shard`.
     """
-    return ShardedStateError(f"{where} is {problem}. {INSTEAD}")
+    return ShardedStateError(f"{where} is {problem}. {HINT}")
 
 
-def find_paths(state: Any, is_it: Callable[[Any], bool], path: str = "", *, most: int = 3) -> list[str]:
-    """Return the keys that lead to what is looked for, joined by dots. Slow: for messages alone.
+def find_paths(state: Any, matches: Callable[[Any], bool], path: str = "", *, most: int = 3) -> list[str]:
+    """Return the paths (keys joined by dots) of the first objects that match. Slow: for messages only.
 
     Args:
         state: nested mappings, sequences, sets and objects with attributes.
-        is_it: says of each object in it whether it is looked for.
+        matches: called with each object.
         path: of the state itself.
-        most: how many paths to return.
+        most: number of paths to return.
     """
     found: list[str] = []
     seen: set[int] = set()
@@ -193,25 +174,25 @@ def find_paths(state: Any, is_it: Callable[[Any], bool], path: str = "", *, most
             return
         if not isinstance(one, str | bytes | int | float | None):
             seen.add(id(one))
-        if is_it(one):
+        if matches(one):
             found.append(at)
             return
         try:
             items = list(_items(one))
-        except Exception:  # noqa: BLE001 - an object's own method; it is not looked into
+        except Exception:  # noqa: BLE001 - a user's method has failed
             return
         for key, item in items:
-            walk(item, f"{at}.{text_of_key(key)}" if at else text_of_key(key), level + 1)
+            walk(item, f"{at}.{key_to_text(key)}" if at else key_to_text(key), level + 1)
 
     walk(state, path, 0)
     return found
 
 
-def text_of_key(key: Any) -> str:
-    """Return a key as text; where its own method raises, its class."""
+def key_to_text(key: Any) -> str:
+    """Return a key as text; its class if its own method raises."""
     try:
         return str(key)
-    except Exception:  # noqa: BLE001 - the key's own
+    except Exception:  # noqa: BLE001 - a user's method
         return f"<{type(key).__name__}>"
 
 

@@ -1,27 +1,39 @@
-"""One checkpoint as one ordinary ``.pt``: writing its bytes, and reading them without executing anything.
+"""torch's own writer and reader, for the formats and options that distckpt does not handle itself. No code is executed.
 
-Owns the file's content. Must not know where the file lies or how it becomes durable.
+Also: what a file is that torch cannot read, for error messages.
 """
 
+import errno
 import functools
 import inspect
 import pickle
-import re
+import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
-from distckpt.errors import LoadError, UnsafeCheckpoint
-from distckpt.ptformat.loadable import names_refused
-from distckpt.ptformat.pickler import naming_what_is_sharded
-from distckpt.ptformat.reader import OpenCheckpoint
-from distckpt.ptformat.sharded import needs_a_look, whole
-from distckpt.storage.base import StoredFile
+from distckpt._messages import ignore_warnings
+from distckpt.errors import CorruptCheckpointError, UnsafeCheckpoint
+from distckpt.ptformat.archive import Archive, read_record
+from distckpt.ptformat.numpy_arrays import NumpyRefused, allow_numpy, may_allow_numpy
+from distckpt.ptformat.pickler import name_sharded_tensor
+from distckpt.ptformat.sharded import as_whole, may_be_sharded
+from distckpt.storage.base import Readable
 from distckpt.storage.direct_io import BufferedWriter
 
-__all__ = ["check_save_options", "is_loadable", "is_ordinary", "read_pt", "verify", "what_loading_refuses", "write_pt"]
+_NEWEST_PROTOCOL = 3
+_NUMPY_MARKS = ("GLOBAL numpy.", "GLOBAL bytes ")
+"""In torch's error about a pickle with NumPy arrays."""
+_PROTO = 0x80
+_LENGTH = struct.Struct("<Q")
+_SIGNATURES = (
+    (0, b"\x93NUMPY", "a NumPy array: numpy.load reads it"),
+    (0, b"\x89HDF\r\n", "an HDF5 file: h5py reads it"),
+    (257, b"ustar", "a tar archive"),
+)
+_BEGIN_BYTES = 512
 
 
 @functools.cache
@@ -38,12 +50,11 @@ def check_save_options(options: Mapping[str, Any]) -> None:
     for name in options:
         if name not in _save_options():
             known = ", ".join(sorted(_save_options()))
-            msg = f"save() got an unexpected keyword argument '{name}'; torch.save takes: {known}"
-            raise TypeError(msg)
+            raise TypeError(f"save() got an unexpected keyword argument '{name}'; torch.save takes: {known}")
 
 
-def is_ordinary(options: Mapping[str, Any]) -> bool:
-    """Tell whether ``torch.save`` would write, with these keyword arguments, what distckpt writes itself."""
+def uses_default_format(options: Mapping[str, Any]) -> bool:
+    """Return True if ``torch.save`` with these keyword arguments writes the format that distckpt writes itself."""
     return (
         options.get("pickle_module", pickle) is pickle
         and options.get("_use_new_zipfile_serialization", True) is True
@@ -51,33 +62,33 @@ def is_ordinary(options: Mapping[str, Any]) -> bool:
     )
 
 
-def write_pt(state: Any, sink: BufferedWriter, options: Mapping[str, Any]) -> None:
-    """Serialise `state` into `sink`; the caller flushes it.
+def write_pt(state: Any, writer: BufferedWriter, options: Mapping[str, Any]) -> None:
+    """Write `state` by ``torch.save``; the caller flushes.
 
     Args:
         state: what ``torch.save`` takes.
-        sink: where to.
-        options: keyword arguments for ``torch.save``.
+        writer: where to.
+        options: keyword arguments of ``torch.save``.
 
     Raises:
-        ShardedStateError: the state holds a tensor of which this rank has a part.
-        OSError: the operating system refused a write; the file is to be thrown away.
+        ShardedStateError: the state holds a tensor of which this rank has a shard.
+        OSError: a write failed; the file is incomplete.
     """
     chosen = {**options, "pickle_module": _WholeTensors(options.get("pickle_module", pickle))}
     try:
-        with naming_what_is_sharded(state):
-            torch.save(state, sink, **chosen)  # type: ignore[arg-type]  # it needs write() and flush() alone
+        with name_sharded_tensor(state):
+            torch.save(state, writer, **chosen)  # type: ignore[arg-type]  # it needs write() and flush() alone
     except Exception as error:
-        if sink.error is not None and error is not sink.error:
-            raise sink.error from error
+        if writer.error is not None and error is not writer.error:
+            raise writer.error from error
         raise
 
 
 class _WholeTensors:
-    """A pickle module whose pickler writes whole tensors alone, as distckpt's own does.
+    """A pickle module whose pickler refuses shards and writes replicated DTensors as plain tensors.
 
     Args:
-        module: what it is in place of; another one's classes and functions are its own.
+        module: the pickle module to extend.
     """
 
     def __init__(self, module: Any) -> None:
@@ -86,8 +97,8 @@ class _WholeTensors:
 
         class Pickler(base):  # type: ignore[misc]  # torch subclasses it in turn
             def reducer_override(self, obj: Any) -> Any:
-                if needs_a_look(type(obj)):
-                    plain: Any = whole(obj)
+                if may_be_sharded(type(obj)):
+                    plain: Any = as_whole(obj)
                     if plain is not obj:
                         return plain.__reduce_ex__(2)
                 inherited = getattr(super(), "reducer_override", None)
@@ -99,66 +110,107 @@ class _WholeTensors:
         return getattr(self._module, name)
 
 
-def verify(path: Path) -> None:
-    """Compare a file with its own checksums; see :mod:`distckpt.ptformat.verify`. Files that are no archives pass.
+def load_by_torch(file: IO[bytes], path: Path) -> Any:
+    """Read a checkpoint onto the CPU by ``torch.load(weights_only=True)``.
+
+    Args:
+        file: open for reading.
+        path: for messages.
+
+    Raises:
+        OSError: the file cannot be read.
+        UnsafeCheckpoint: it holds objects that loading would have to execute.
+        CorruptCheckpointError: it is no checkpoint, is truncated or damaged.
+    """
+    try:
+        try:
+            return _load(file)
+        except pickle.UnpicklingError as error:
+            if not any(mark in str(error) for mark in _NUMPY_MARKS) or not may_allow_numpy():
+                raise
+            with allow_numpy() as restored:
+                return restored(_load(file))
+    except NumpyRefused as error:
+        raise _unsafe(path, f"{error}.") from error
+    except pickle.UnpicklingError as error:
+        reason = _reason_in(str(error))
+        if "global" in reason.lower() or "class" in reason.lower():
+            raise _unsafe(path, reason) from error
+        raise CorruptCheckpointError(f"{path} is no checkpoint, or is damaged: {reason}") from error
+    except OSError as error:
+        if error.errno not in (None, errno.EINVAL):  # EINVAL: a damaged directory has led to an invalid seek
+            raise
+        raise CorruptCheckpointError(f"{path} is no checkpoint, or is truncated: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {_reason_in(str(error))}"
+        raise CorruptCheckpointError(f"{path} is no checkpoint, or is truncated or damaged: {what}") from error
+
+
+def _unsafe(path: Path, reason: str) -> UnsafeCheckpoint:
+    return UnsafeCheckpoint(
+        f"{path} holds objects that can only be loaded by executing code, which distckpt never does: {reason} "
+        "Nothing was executed. Save plain tensors, numbers, text, arrays of numbers, and containers of them."
+    )
+
+
+def _load(file: IO[bytes]) -> Any:
+    file.seek(0)
+    with ignore_warnings():  # of an unknown pickle protocol, which is an error anyway
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _reason_in(text: str) -> str:
+    """Return the reason in torch's error, without its advice, which recommends to execute code."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith(("Check the documentation", "Please file an issue"))]
+    named = [line for line in lines if "GLOBAL" in line or "Unsupported" in line]
+    line = (named or lines or ["no reason given"])[-1]
+    if "weights_only" in line:
+        return "its format can only be read by executing what it holds."
+    line = line.removeprefix("WeightsUnpickler error: ").split(" Please use ", 1)[0].split(". In PyTorch 2.6", 1)[0]
+    return line if line.endswith(".") else line + "."
+
+
+def describe_format(file: Readable, archive: Archive | None) -> str | None:
+    """Return what a sound file is that is no checkpoint, and what reads it; None if that is unknown.
+
+    Args:
+        file: open for reading.
+        archive: its directory, if it is a zip archive.
 
     Raises:
         OSError: it cannot be read.
-        CorruptCheckpointError: it is not as it was written.
     """
-    with OpenCheckpoint(path) as file:
-        file.verify()
+    if archive is not None:
+        return _describe_archive(file, archive)
+    begin = file.read(0, _BEGIN_BYTES)
+    for at, signature, what in _SIGNATURES:
+        if begin[at : at + len(signature)] == signature:
+            return what
+    if len(begin) > _LENGTH.size and begin[_LENGTH.size] == ord("{"):  # a length, then JSON of that length
+        (length,) = _LENGTH.unpack_from(begin)
+        if length + _LENGTH.size <= file.num_bytes and file.read(_LENGTH.size, length).rstrip()[-1:] == b"}":
+            return "a safetensors file: safetensors.torch.load_file reads it"
+    return None
 
 
-def read_pt(file: Path | StoredFile, *, verified: bool = True) -> Any:
-    """Read a checkpoint onto the CPU. Never executes code: there is no fallback to an unsafe way.
-
-    Args:
-        file: the path of a file that ``torch.save`` or distckpt wrote, or such a file, which is closed.
-        verified: compare it with its checksums first.
-
-    Raises:
-        OSError: it cannot be opened or read.
-        UnsafeCheckpoint: it holds objects that only execution could restore.
-        CorruptCheckpointError: it is no checkpoint, is truncated or damaged.
-    """
-    with OpenCheckpoint(file) as opened:
-        if verified:
-            opened.verify()
-        state = opened.state()
-        opened.fill()
-        return state
-
-
-def what_loading_refuses(file: StoredFile) -> list[str]:
-    """Return the names of what keeps a checkpoint from being loaded without executing code.
-
-    Args:
-        file: written whole; of the pickle inside, only the names are looked at.
-    """
-    try:
-        return names_refused(torch.serialization.get_unsafe_globals_in_checkpoint(file.stream()))
-    except pickle.UnpicklingError as error:  # a newer pickle protocol
-        return str(error).splitlines()[:1]
-    except Exception:  # noqa: BLE001 - it reads the usual format alone
+def _describe_archive(file: Readable, archive: Archive) -> str | None:
+    names = [record.name.rpartition("/")[2] for record in archive.records]
+    if "constants.pkl" in names:
+        return "a TorchScript program: torch.jit.load reads it, and executes code from the file"
+    if names and all(name.endswith(".npy") for name in names):
+        return "a NumPy archive (.npz): numpy.load reads it"
+    if "data.pkl" in names:
+        number = names.index("data.pkl")
         try:
-            read_pt(file, verified=False)
-        except UnsafeCheckpoint as error:
-            return re.findall(r"GLOBAL (\S+)", str(error)) or [str(error)]
-        except (OSError, LoadError):  # another fault, which is told where it is loaded
-            return []
-        return []
-
-
-def is_loadable(path: Path) -> bool:
-    """Return True if a file is a checkpoint that can be loaded without executing code.
-
-    The data of a file whose state is plain are not read.
-    """
-    try:
-        with OpenCheckpoint(path) as file:
-            if not file.look():
-                read_pt(path, verified=False)
-    except (OSError, LoadError):
-        return False
-    return True
+            begin = read_record(file, archive.records[number], archive.inflated.get(number))[:2]
+        except ValueError:
+            return None
+        if len(begin) > 1 and begin[0] == _PROTO and begin[1] > _NEWEST_PROTOCOL:
+            return (
+                f"a checkpoint whose pickle has protocol {begin[1]}: torch's reader that executes nothing knows "
+                f"protocols up to {_NEWEST_PROTOCOL}. Save it with torch.save's default, pickle_protocol=2"
+            )
+    return None

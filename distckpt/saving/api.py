@@ -23,7 +23,7 @@ from distckpt.backends.detect import current
 from distckpt.coordination import phases
 from distckpt.coordination.phases import SyncPoint
 from distckpt.errors import CommitNotDurable, SaveError, save_error
-from distckpt.ptformat.loadable import Refused
+from distckpt.ptformat.loadable import RefusedObject
 from distckpt.ptformat.manifest import Manifest
 from distckpt.saving.capture import (
     capture,
@@ -323,7 +323,7 @@ def _annotate(rank: int, step: int | None, path: Path, existed: bool, error: Sav
     return save_error(f"{where}: {error}.{intact}", error, renamed=is_renamed)
 
 
-def warn_of_refused(path: Path, key: str, refused: Sequence[Refused]) -> None:
+def warn_of_refused(path: Path, key: str, refused: Sequence[RefusedObject]) -> None:
     """Warn of objects in a file that loading will refuse.
 
     Args:

@@ -10,7 +10,7 @@ from torch import nn
 
 from distckpt._unwrap import unwrap, unwrap_once
 from distckpt._values import has_python_value, is_numpy_scalar
-from distckpt.ptformat.sharded import needs_a_look, refusal, shard_of, whole
+from distckpt.ptformat.sharded import as_whole, describe_shard, may_be_sharded, sharded_error
 from distckpt.saving.sharded_objects import refuse_sharded_object
 from distckpt.saving.staging import has_step_hook
 
@@ -284,7 +284,7 @@ class _Replacement:
         kind = type(state)
         if kind in _PLAIN:
             return state
-        if needs_a_look(kind):
+        if may_be_sharded(kind):
             return self._tensor(state, path)
         if is_numpy_scalar(state):
             return state.item() if self._convert_numpy and has_python_value(state) else state
@@ -317,12 +317,12 @@ class _Replacement:
         return kind._make(items) if hasattr(kind, "_make") else state  # a named tuple; the pickler converts others
 
     def _tensor(self, tensor: torch.Tensor, path: tuple[Any, ...]) -> torch.Tensor:
-        problem = shard_of(tensor)
+        problem = describe_shard(tensor)
         if problem is not None:
             at = f", key {'.'.join(map(str, path))!r}," if path else ""
-            raise refusal(f"{self._where}{at}", problem)
+            raise sharded_error(f"{self._where}{at}", problem)
         if id(tensor) not in self._tensors:
-            self._tensors[id(tensor)] = whole(tensor)
+            self._tensors[id(tensor)] = as_whole(tensor)
         return self._tensors[id(tensor)]
 
     def _mapping(self, state: Any, path: tuple[Any, ...]) -> Any:

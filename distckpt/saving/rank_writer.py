@@ -18,9 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from distckpt._threads import PendingWrite
-from distckpt.ptformat.loadable import Refused, paths_of_refused
+from distckpt.ptformat.loadable import RefusedObject, locate_refused
 from distckpt.ptformat.manifest import Manifest
-from distckpt.ptformat.torch_format import is_ordinary, what_loading_refuses, write_pt
+from distckpt.ptformat.reader import find_refused_names
+from distckpt.ptformat.torch_format import uses_default_format, write_pt
 from distckpt.ptformat.verify import check_whole
 from distckpt.saving.snapshot import WHOLE, Checksums, ExchangeChecksums, Snapshot, WriteRange
 from distckpt.saving.staging import HostMemory
@@ -63,7 +64,7 @@ class RankWriter:
         deferred_devices: Collection[str] = ("cuda",),
         num_threads: int = 1,
         check_replicas: bool = False,
-        on_refused: Callable[[Sequence[Refused]], None] | None = None,
+        on_refused: Callable[[Sequence[RefusedObject]], None] | None = None,
     ) -> None:
         self.name = name
         self.is_coordinator = is_coordinator
@@ -244,7 +245,7 @@ def write_file(
     manifest: Manifest,
     options: Mapping[str, Any],
     num_threads: int = 1,
-    on_refused: Callable[[Sequence[Refused]], None] | None = None,
+    on_refused: Callable[[Sequence[RefusedObject]], None] | None = None,
 ) -> None:
     """Write a state as a file, and return when it is durable. Rank-local; issues no collectives.
 
@@ -263,7 +264,7 @@ def write_file(
         SaveError: the storage failed; the previous file of that name is untouched.
         CommitNotDurable: the file has its name, but may not survive a power cut.
     """
-    if is_ordinary(options):
+    if uses_default_format(options):
         writer = RankWriter(
             storage,
             name,
@@ -285,9 +286,9 @@ def write_file(
         buffer.flush()
         file.commit(buffer.num_bytes)
     with storage.open(name) as written:
-        names = what_loading_refuses(written)
+        names = find_refused_names(written)
     if names and on_refused is not None:
-        on_refused(paths_of_refused(state, names))
+        on_refused(locate_refused(state, names))
 
 
 @functools.cache

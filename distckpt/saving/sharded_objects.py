@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from distckpt.ptformat.sharded import are_plain, as_live, is_dtensor, is_flat_shard, refusal, shard_of
+from distckpt.ptformat.sharded import (
+    describe_shard,
+    is_dtensor,
+    is_flat_shard,
+    match_dtensor,
+    none_sharded,
+    sharded_error,
+)
 
 _MANAGED = "_is_fsdp_managed_module"
 _FULL = "FULL_STATE_DICT"
@@ -53,7 +60,7 @@ def to_dtensors_like(obj: Any, state: Any) -> Any:
         return state
     if isinstance(obj, nn.Module) and _has_torch_load(obj):
         found = {key: live for key, live in _live_tensors(obj) if key in state and is_dtensor(live)}
-        return _with_items(state, {key: as_live(live, state[key]) for key, live in found.items()})
+        return _with_items(state, {key: match_dtensor(live, state[key]) for key, live in found.items()})
     if isinstance(obj, torch.optim.Optimizer):
         kept = state.get("state")
         if isinstance(kept, Mapping):
@@ -65,12 +72,12 @@ def _dtensor_states(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) 
     """Return the states of the parameters that are DTensors, as DTensors."""
     found: dict[Any, Any] = {}
     for ours, theirs in zip(optimizer.param_groups, state.get("param_groups", ()), strict=False):
-        if are_plain(ours["params"]):
+        if none_sharded(ours["params"]):
             continue
         for index, live in zip(theirs["params"], ours["params"], strict=False):
             kept = state["state"].get(index)
             if isinstance(kept, Mapping):  # a step is a number, whatever the parameter's shape
-                found[index] = _with_items(kept, {key: as_live(live, kept[key]) for key in kept if key != "step"})
+                found[index] = _with_items(kept, {key: match_dtensor(live, kept[key]) for key in kept if key != "step"})
     return found
 
 
@@ -86,16 +93,16 @@ def _with_items(state: Any, items: Mapping[Any, Any]) -> Any:
 def _refuse_optimizer(where: str, optimizer: torch.optim.Optimizer, *, is_loaded: bool) -> None:
     # getattr: ignite's own tests use a stand-in for an optimizer.
     for group_index, group in enumerate(getattr(optimizer, "param_groups", ())):
-        if are_plain(group["params"]):
+        if none_sharded(group["params"]):
             continue
         for index, parameter in enumerate(group["params"]):
-            if (problem := shard_of(parameter)) is not None:
-                raise refusal(f"{where}, an optimizer: its parameter {index} of group {group_index}", problem)
+            if (problem := describe_shard(parameter)) is not None:
+                raise sharded_error(f"{where}, an optimizer: its parameter {index} of group {group_index}", problem)
     if is_loaded:  # a state to save is checked by plain_state
         for kept in getattr(optimizer, "state", {}).values():
             for key, one in kept.items() if isinstance(kept, dict) else ():
-                if isinstance(one, torch.Tensor) and (problem := shard_of(one)) is not None:
-                    raise refusal(f"{where}, an optimizer: its {key!r} of a parameter", problem)
+                if isinstance(one, torch.Tensor) and (problem := describe_shard(one)) is not None:
+                    raise sharded_error(f"{where}, an optimizer: its {key!r} of a parameter", problem)
 
 
 def _may_be_sharded(module: nn.Module) -> bool:
@@ -112,17 +119,17 @@ def _may_be_sharded(module: nn.Module) -> bool:
 
 def _refuse_module(where: str, module: nn.Module) -> None:
     for key, tensor in _live_tensors(module):
-        if not is_flat_shard(tensor) and (problem := shard_of(tensor)) is not None:  # FSDP1 gathers and scatters
-            raise refusal(f"{where}, key {key!r},", problem)
+        if not is_flat_shard(tensor) and (problem := describe_shard(tensor)) is not None:  # FSDP1 gathers and scatters
+            raise sharded_error(f"{where}, key {key!r},", problem)
     todo = [module]
     while todo:
         one = todo.pop()
         if _is_fsdp2(one):  # its state_dict() has freed the gathered parameters
             continue
         parameters = list(one.parameters(recurse=False))
-        if _MANAGED in vars(one) and parameters and are_plain(parameters):
+        if _MANAGED in vars(one) and parameters and none_sharded(parameters):
             problem = "a module inside of one that fully_shard manages, which has gathered its parameters for a while"
-            raise refusal(where, problem)
+            raise sharded_error(where, problem)
         todo.extend(one.children())
 
 
@@ -157,11 +164,11 @@ def _refuse_fsdp1(where: str, module: nn.Module, save_on_rank: int | None) -> No
         if isinstance(one, fsdp):
             problem = _fsdp1_problem(one, save_on_rank)
             if problem is not None:
-                raise refusal(where, problem)
+                raise sharded_error(where, problem)
             todo.extend(inner for inner in one.modules() if inner is not one and isinstance(inner, fsdp))
         else:
             if _MANAGED in attributes and any(map(is_flat_shard, one.parameters(recurse=False))):
-                raise refusal(where, "a module inside of a FullyShardedDataParallel: its parameters are a shard")
+                raise sharded_error(where, "a module inside of a FullyShardedDataParallel: its parameters are a shard")
             todo.extend(inner for inner in attributes.get("_modules", {}).values() if inner is not None)
 
 

@@ -16,9 +16,8 @@ import torch
 
 from distckpt._checksum import crc32
 from distckpt._threads import helper_threads
-from distckpt.ptformat.image import ImagePlan, crcs_of, plan_image, tail_of
-from distckpt.ptformat.image import Part as ShardBuffer
-from distckpt.ptformat.loadable import Refused
+from distckpt.ptformat.image import ImagePlan, ShardBuffer, build_tail, combine_checksums, plan_image
+from distckpt.ptformat.loadable import RefusedObject
 from distckpt.ptformat.manifest import Manifest, TensorEntry, to_json
 from distckpt.ptformat.pickler import pickle_state
 from distckpt.saving.staging import CopyItem, HostMemory, OptimizerStepGuard, Staging, split_copies
@@ -93,7 +92,7 @@ class Snapshot:
         self._guard: OptimizerStepGuard | None = None
 
     @property
-    def refused(self) -> Sequence[Refused]:
+    def refused(self) -> Sequence[RefusedObject]:
         """Some of the objects that loading will refuse; empty if it will refuse none."""
         return self._pickled.refused
 
@@ -234,8 +233,9 @@ class Snapshot:
         records = _as_records(checksums)
         if self._tail is None or self._tail.checksums != records:
             self._tail = self._make_tail(records, manifest)
-        ends = [end for _, end in self._plan.shares(self._write_range.num_writers, self._write_range.coordinator_index)]
-        for offset, header in self._plan.cut_headers(ends, self._tail.crcs):
+        writers = self._write_range
+        ends = [end for _, end in self._plan.write_ranges(writers.num_writers, writers.coordinator_index)]
+        for offset, header in self._plan.boundary_headers(ends, self._tail.crcs):
             file.write(header, offset)
             file.compare(header, offset)  # a lost write leaves no hole here: the block was written before
         file.write(self._rest + self._tail.data, self._plan.end - len(self._rest))
@@ -268,16 +268,16 @@ class Snapshot:
         return self._deferred.checksums(begin, end) if found is None and self._deferred is not None else found
 
     def _make_tail(self, checksums: list[_Records], manifest: Manifest) -> _Tail:
-        crcs = crcs_of(self._plan, checksums)
+        crcs = combine_checksums(self._plan, checksums)
         by_storage = {
             index: (slot.name, slot.offset, crc)
-            for index, slot, crc in zip(self._plan.order, self._plan.slots, crcs, strict=True)
+            for index, slot, crc in zip(self._plan.storage_numbers, self._plan.records, crcs, strict=True)
         }
         entries = []
         for name, dtype, shape, index, begin_bytes, num_bytes in self._pickled.tensors():
             record, offset, crc = by_storage[index]
             entries.append(TensorEntry(name, dtype, shape, record, offset + begin_bytes, num_bytes, crc))
-        data = tail_of(self._plan, crcs, self._pickled.data, to_json(replace(manifest, tensors=tuple(entries))))
+        data = build_tail(self._plan, crcs, self._pickled.data, to_json(replace(manifest, tensors=tuple(entries))))
         return _Tail(checksums, crcs, data)
 
 
@@ -294,12 +294,12 @@ def _as_records(checksums: Sequence[Checksums]) -> list[_Records]:
 
 @functools.lru_cache(maxsize=8)
 def _range_of(plan: ImagePlan, write_range: WriteRange) -> tuple[int, int]:
-    return plan.shares(write_range.num_writers, write_range.coordinator_index)[write_range.writer_index]
+    return plan.write_ranges(write_range.num_writers, write_range.coordinator_index)[write_range.writer_index]
 
 
 @functools.lru_cache(maxsize=8)
 def _copies_of(plan: ImagePlan, begin: int, end: int) -> tuple[CopyItem, ...]:
-    return split_copies(CopyItem(*piece) for piece in plan.pieces(begin, end))
+    return split_copies(CopyItem(*piece) for piece in plan.copy_items(begin, end))
 
 
 def _crc_of(storage: torch.UntypedStorage) -> int:

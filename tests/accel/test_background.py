@@ -8,7 +8,7 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from distckpt import Checkpoint, DiskSaver
-from distckpt.ptformat.torch_format import verify
+from distckpt.ptformat.reader import verify
 
 
 def test_each_file_holds_the_state_of_its_iteration(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 import distckpt
-from distckpt.ptformat.torch_format import read_pt
+from distckpt.ptformat.reader import read_pt
 from tests.crash.damage import every_damage, some_damage
 from tests.crash.modes import MODES, disk_saver, is_background
 from tests.crash.subject import idle_engine

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distckpt import RemoteRankError, ReplicasDiffer, async_save, save
 from distckpt.backends.detect import current
-from distckpt.ptformat.torch_format import verify
+from distckpt.ptformat.reader import verify
 from distckpt.storage.direct_io import DirectFile
 from tests.distributed.programs import gather, raised
 from tests.support import job, run_distributed

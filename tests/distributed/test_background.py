@@ -15,7 +15,7 @@ from ignite.engine import Engine, Events
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from distckpt import Checkpoint, CheckpointEvents, DiskSaver, Preemption, RemoteRankError, RngState, TerminateOnNan
-from distckpt.ptformat.torch_format import verify
+from distckpt.ptformat.reader import verify
 from distckpt.storage.direct_io import DirectFile
 from tests.distributed.failures import Stateful
 from tests.distributed.programs import all_equal, gather, logged, model_of, raised, training_step

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from distckpt import Checkpoint, DiskSaver, RemoteRankError, ReplicasDiffer, RngState
 from distckpt.backends.detect import current
 from distckpt.coordination.phases import SyncPoint
-from distckpt.ptformat.torch_format import verify
+from distckpt.ptformat.reader import verify
 from distckpt.saving.capture import find_replicas
 from distckpt.saving.pending_save import WriteCompletions
 from distckpt.saving.snapshot import Snapshot
@@ -229,7 +229,7 @@ def test_a_file_is_committed_before_the_next_vote(tmp_path: Path) -> None:
 def slow_writes_and_noted_tails() -> Iterator[tuple[list[float], list[float]]]:
     """Let each large write take its time; note when they end, and when what comes after them was made."""
     ends, tails = list[float](), list[float]()
-    write, tail_of = DirectFile.write, Snapshot._make_tail
+    write, build_tail = DirectFile.write, Snapshot._make_tail
 
     def slowly(self: DirectFile, data: memoryview, offset: int) -> None:
         write(self, data, offset)
@@ -237,7 +237,7 @@ def slow_writes_and_noted_tails() -> Iterator[tuple[list[float], list[float]]]:
         ends.append(time.monotonic())
 
     def noting(self: Snapshot, *arguments: Any) -> Any:
-        made = tail_of(self, *arguments)
+        made = build_tail(self, *arguments)
         tails.append(time.monotonic())
         return made
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distckpt.ptformat.torch_format import verify
+from distckpt.ptformat.reader import verify
 from tests.support.selection import quick, torch_only
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,7 +16,7 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from distckpt import Checkpoint, CheckpointEvents, DiskSaver, ModelCheckpoint, Preemption, SaveError, TerminateOnNan
-from distckpt.ptformat.torch_format import verify
+from distckpt.ptformat.reader import verify
 from distckpt.storage.direct_io import DirectFile
 from tests.unit.directories import names_in
 from tests.unit.toys import Notebook, idle_engine

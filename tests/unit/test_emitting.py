@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from distckpt import DiskSaver
-from distckpt.ptformat.fast_pickle import NotPlain, emit
-from distckpt.ptformat.pickler import pickle_exactly, pickle_state
+from distckpt.ptformat.fast_pickle import NotPlain, pickle_plain
+from distckpt.ptformat.pickler import pickle_like_torch, pickle_state
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64]
 
@@ -74,8 +74,8 @@ trees = st.recursive(
 @settings(max_examples=300, deadline=None)
 @given(tree=trees)
 def test_what_is_read_is_what_is_read_from_torchs(tree: Any) -> None:
-    emitted = emit(tree)
-    exact = pickle_exactly(tree)
+    emitted = pickle_plain(tree)
+    exact = pickle_like_torch(tree)
     assert told(read(emitted.data)) == told(read(exact.data))
     assert [one.nbytes() for one in emitted.storages] == [one.nbytes() for one in exact.storages]
     assert list(pickle_state(tree).tensors()) == list(exact.tensors())
@@ -87,23 +87,23 @@ def test_a_trained_models_state_takes_the_short_way() -> None:
     model(torch.ones(3, 4)).sum().backward()
     optimizer.step()
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    emitted = emit(state)
-    assert told(read(emitted.data)) == told(read(pickle_exactly(state).data))
+    emitted = pickle_plain(state)
+    assert told(read(emitted.data)) == told(read(pickle_like_torch(state).data))
     assert vars(read(emitted.data)["model"])["_metadata"][""] == {"version": 1}
 
 
 def test_a_shared_storage_is_there_once_with_its_views() -> None:
     base = torch.arange(20, dtype=torch.float32)
     state = [base, base[3:9], base.view(4, 5).t(), torch.ones(1)]
-    emitted = emit(state)
+    emitted = pickle_plain(state)
     assert len(emitted.storages) == 2
-    assert read(emitted.data) == read(pickle_exactly(state).data)
+    assert read(emitted.data) == read(pickle_like_torch(state).data)
 
 
 def test_more_forms_than_a_byte_can_number_are_told_apart(tmp_path: Path) -> None:
     state = [torch.empty(number, 1) for number in range(300)] + [torch.empty(number, 1, 2) for number in range(300)]
-    emitted = emit(state)
-    assert read(emitted.data) == read(pickle_exactly(state).data)
+    emitted = pickle_plain(state)
+    assert read(emitted.data) == read(pickle_like_torch(state).data)
     DiskSaver(tmp_path, require_empty=False)({"all": state}, "c.pt")
     loaded = torch.load(tmp_path / "c.pt", weights_only=True)["all"]
     assert [one.shape for one in loaded] == [one.shape for one in state]
@@ -112,7 +112,7 @@ def test_more_forms_than_a_byte_can_number_are_told_apart(tmp_path: Path) -> Non
 def test_a_tensor_costs_a_reader_one_call_and_seventeen_opcodes() -> None:
     """They take microseconds each in torch's own reader; every rank's load has to wait for them."""
     few, many = (
-        [op.name for op, _, _ in pickletools.genops(emit([torch.ones(9, 9) for _ in range(number)]).data)]
+        [op.name for op, _, _ in pickletools.genops(pickle_plain([torch.ones(9, 9) for _ in range(number)]).data)]
         for number in (10, 20)
     )
     assert len(many) - len(few) == 10 * 17
@@ -134,7 +134,7 @@ def test_what_torch_reads_takes_hooks_of_its_own(tmp_path: Path, make: Any) -> N
 def test_an_object_that_stands_twice_is_one_after_loading(make: Any) -> None:
     one = make()
     with pytest.raises(NotPlain):
-        emit([one, one])
+        pickle_plain([one, one])
     first, second = read(pickle_state([one, one]).data)
     assert first is second
 
@@ -147,7 +147,7 @@ def test_what_is_not_plain_is_left_to_python() -> None:
     inside.append(inside)
     for value in (torch.Size([1]), Text("a"), 1j, b"a", {1}, nn.Parameter(torch.ones(1)), 1 << 3000, inside):
         with pytest.raises(NotPlain):
-            emit([value])
+            pickle_plain([value])
 
 
 def test_a_state_that_is_too_deep_is_left_to_python() -> None:
@@ -155,10 +155,10 @@ def test_a_state_that_is_too_deep_is_left_to_python() -> None:
     for _ in range(200):
         deep = [deep]
     with pytest.raises(NotPlain):
-        emit(deep)
+        pickle_plain(deep)
 
 
 def test_memory_that_is_viewed_as_two_types_is_refused_as_torch_does() -> None:
     tensor = torch.ones(4)
     with pytest.raises(RuntimeError, match="view the same data as different types"):
-        emit([tensor, tensor.view(torch.int32)])
+        pickle_plain([tensor, tensor.view(torch.int32)])

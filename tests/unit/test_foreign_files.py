@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from distckpt import Checkpoint, CorruptCheckpointError, DiskSaver, LoadError, UnsupportedCheckpoint, resume
-from distckpt.ptformat.torch_format import read_pt
+from distckpt.ptformat.reader import read_pt
 
 STATE = {"m": {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.arange(30_000.0)}, "note": [1, "ü"]}
 
@@ -198,8 +198,8 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "encrypted": (lambda: encrypted(torchs()), "is encrypted"),
     "bzip2": (lambda: zipped(torchs(), zipfile.ZIP_BZIP2), "compressed by zip's method 12"),
     "lzma": (lambda: zipped(torchs(), zipfile.ZIP_LZMA), "compressed by zip's method 14"),
-    "protocol 4": (lambda: torchs(pickle_protocol=4), "pickle is of protocol 4"),
-    "protocol 5, deflated": (lambda: zipped(torchs(pickle_protocol=5), zipfile.ZIP_DEFLATED), "of protocol 5"),
+    "protocol 4": (lambda: torchs(pickle_protocol=4), "pickle has protocol 4"),
+    "protocol 5, deflated": (lambda: zipped(torchs(pickle_protocol=5), zipfile.ZIP_DEFLATED), "has protocol 5"),
     "safetensors": (safetensors, "safetensors.torch.load_file"),
     "npy": (lambda: numpy_file(np.save), "numpy.load"),
     "npz": (lambda: numpy_file(np.savez), r"\.npz"),

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from distckpt import Checkpoint, CorruptCheckpointError, LoadError, UnsupportedCheckpoint, resume
+from distckpt.ptformat.archive import read_archive
 from distckpt.ptformat.image import plan_image
 from distckpt.ptformat.layout import alignment_of
 from distckpt.ptformat.manifest import SCHEMA, from_json
-from distckpt.ptformat.reader import OpenCheckpoint
-from distckpt.ptformat.torch_format import read_pt
-from distckpt.ptformat.verify import check_range, find_faults, read_archive, shares_of
+from distckpt.ptformat.reader import OpenCheckpoint, read_pt
+from distckpt.ptformat.verify import check_range, find_faults, split_ranges
 from distckpt.storage.local import LocalFile
 from tests.golden.files import ABOUT, FOLDER, golden_state, name_of, write
 from tests.unit.test_image import same
@@ -43,7 +43,7 @@ def test_a_golden_file_loads_to_what_was_saved(name: str) -> None:
     views = read_pt(path)["views"]
     assert len({view.untyped_storage().data_ptr() for view in views}) == 1
     with OpenCheckpoint(path) as file:
-        assert file.look(), "it needs no fallback to torch.load"
+        assert file.read_structure(), "it needs no fallback to torch.load"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -84,7 +84,7 @@ def test_a_golden_file_is_verified_in_shares(name: str, num_ranks: int) -> None:
     with LocalFile(FOLDER / name) as file:
         archive = read_archive(file)
         assert archive.is_own
-        shares = shares_of(archive, num_ranks)
+        shares = split_ranges(archive, num_ranks)
         assert find_faults(archive, [check_range(file, archive, *share) for share in shares]) == []
 
 
@@ -119,7 +119,7 @@ def test_what_is_written_today_is_the_golden_file_to_the_byte(tmp_path: Path, nu
 def test_the_borders_of_small_and_large_storages_are_those_of_schema_2() -> None:
     sizes = [1, 65_535, 65_536, 0, 64, 1 << 20, 3]
     offsets = [192, 256, 69_632, 135_232, 135_296, 139_264, 1_187_904]
-    assert [slot.offset for slot in plan_image(sizes).slots] == offsets
+    assert [slot.offset for slot in plan_image(sizes).records] == offsets
     assert [alignment_of(size, 2) for size in sizes] == [64, 64, 4096, 64, 64, 4096, 64]
     assert {alignment_of(size, 1) for size in sizes} == {4096}
 

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from distckpt import DiskSaver
-from distckpt.ptformat.lazy_state import NotPlain, read_hollow
+from distckpt.ptformat.archive import read_archive
+from distckpt.ptformat.lazy_state import NeedsTorchLoad, read_lazy_state
 from distckpt.ptformat.reader import OpenCheckpoint
-from distckpt.ptformat.verify import read_archive
 from distckpt.storage.local import LocalFile
 
 DTYPES = [
@@ -81,7 +81,7 @@ def test_what_is_plain_is_read_later_and_is_what_torch_reads(tmp_path: Path, kin
     torch.manual_seed(0)
     path = written(tmp_path / "a.pt", PLAIN[kind](), writer)
     with OpenCheckpoint(path) as file:
-        assert file.look()
+        assert file.read_structure()
         state = file.state()
         file.fill()
     assert described(state) == described(torch.load(path, weights_only=True))
@@ -93,7 +93,7 @@ def test_what_torch_builds_from_values_is_left_to_torch(tmp_path: Path, kind: st
     torch.manual_seed(0)
     torch.save({"odd": ODD[kind](), "even": torch.ones(2)}, tmp_path / "a.pt")
     with OpenCheckpoint(tmp_path / "a.pt") as file:
-        assert not file.look()
+        assert not file.read_structure()
         state = file.state()
     assert described(state) == described(torch.load(tmp_path / "a.pt", weights_only=True))
 
@@ -102,7 +102,7 @@ def test_what_torch_builds_from_values_is_left_to_torch(tmp_path: Path, kind: st
 def test_a_class_that_somebody_allowed_is_left_to_torch(tmp_path: Path, *, zipped: bool) -> None:
     torch.save({"o": Allowed(torch.ones(2))}, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
     with torch.serialization.safe_globals([Allowed]), OpenCheckpoint(tmp_path / "a.pt") as file:
-        assert not file.look()
+        assert not file.read_structure()
         assert torch.equal(file.state()["o"].value, torch.ones(2))
 
 
@@ -118,7 +118,7 @@ def test_shared_storages_stay_shared(tmp_path: Path) -> None:
         state = file.state()
         assert state["all"] is state["again"]
         file.fill()
-        assert file.place_of(state["all"]) is None, "it is the same storage"
+        assert file.offset_of(state["all"]) is None, "it is the same storage"
     assert torch.equal(state["all"], base)
     assert torch.equal(state["part"], base[2:4])
 
@@ -128,7 +128,7 @@ def test_a_place_is_where_the_bytes_stand(tmp_path: Path) -> None:
     DiskSaver(tmp_path)({"t": tensor[10:]}, "a.pt")
     with OpenCheckpoint(tmp_path / "a.pt") as file:
         given = file.state()["t"]
-        at = file.place_of(given)
+        at = file.offset_of(given)
         assert at is not None
         begin = at + given.storage_offset() * 4
         assert (tmp_path / "a.pt").read_bytes()[begin : begin + 3960] == tensor[10:].numpy().tobytes()
@@ -141,7 +141,7 @@ def test_the_other_byte_order_is_left_to_torch(tmp_path: Path) -> None:
         for name in old.namelist():
             new.writestr(name, b"big" if name.endswith("byteorder") else old.read(name))
     with OpenCheckpoint(tmp_path / "a.pt") as file:
-        assert not file.look()
+        assert not file.read_structure()
         assert file.state()["t"][0] != 1.0
 
 
@@ -155,8 +155,8 @@ def test_a_storage_of_another_length_is_left_to_torch(tmp_path: Path, change: st
                 new.writestr(name, old.read(name))
             elif change == "longer":
                 new.writestr(name, bytes(80))
-    with LocalFile(tmp_path / "a.pt") as file, pytest.raises(NotPlain):
-        read_hollow(read_archive(file), file)
+    with LocalFile(tmp_path / "a.pt") as file, pytest.raises(NeedsTorchLoad):
+        read_lazy_state(read_archive(file), file)
 
 
 def test_what_was_opened_is_read_whatever_comes_in_its_place(tmp_path: Path) -> None:

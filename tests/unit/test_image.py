@@ -1,4 +1,4 @@
-"""The image of a ``.pt``: every byte has its place, its owner and its checksum, and torch's own readers open it."""
+"""The image of a ``.pt``: every byte has its locate, its owner and its checksum, and torch's own readers open it."""
 
 import io
 import subprocess
@@ -16,9 +16,9 @@ from torch import nn
 from torch.utils.serialization import config
 
 from distckpt._checksum import crc32
-from distckpt.ptformat.image import ImagePlan, Part, crcs_of, plan_image, tail_of
-from distckpt.ptformat.layout import FOLDER, Slot, directory, local_header, place
-from distckpt.ptformat.pickler import pickle_exactly, pickle_state
+from distckpt.ptformat.image import ImagePlan, ShardBuffer, build_tail, combine_checksums, plan_image
+from distckpt.ptformat.layout import FOLDER, RecordLocation, build_directory, local_header, locate
+from distckpt.ptformat.pickler import pickle_like_torch, pickle_state
 from distckpt.saving.staging import CopyItem, HostMemory, Staging
 from distckpt.storage.base import BLOCK_BYTES
 from tests.unit.storages import bytes_of, storages_of
@@ -28,14 +28,14 @@ GIB = 1 << 30
 
 def parts_of(
     plan: ImagePlan, storages: Sequence[torch.UntypedStorage], num_ranks: int, saving_rank: int
-) -> list[tuple[Part, bytes]]:
+) -> list[tuple[ShardBuffer, bytes]]:
     """Stage and check every rank's share; returns them in the order of the image, each with its bytes."""
     found = []
-    for begin, end in sorted(plan.shares(num_ranks, saving_rank)):
+    for begin, end in sorted(plan.write_ranges(num_ranks, saving_rank)):
         memory = HostMemory().view(end - begin)
-        staging = Staging(storages, [CopyItem(*piece) for piece in plan.pieces(begin, end)], memory, begin)
+        staging = Staging(storages, [CopyItem(*piece) for piece in plan.copy_items(begin, end)], memory, begin)
         staging.run()
-        part = Part(plan, memory, begin, end)
+        part = ShardBuffer(plan, memory, begin, end)
         written = b""
         part.check(staging.wait_until)
         for at, chunk in part.chunks():
@@ -54,11 +54,11 @@ def whole(
 ) -> bytes:
     plan = plan_image([storage.nbytes() for storage in storages], replicated)
     parts = parts_of(plan, storages, num_ranks, saving_rank)
-    crcs = crcs_of(plan, [part.checked for part, _ in parts])
+    crcs = combine_checksums(plan, [part.checked for part, _ in parts])
     image = bytearray().join(written for _, written in parts)
-    for at, header in plan.cut_headers([part.end for part, _ in parts], crcs):
+    for at, header in plan.boundary_headers([part.end for part, _ in parts], crcs):
         image[at : at + len(header)] = header
-    return bytes(image) + tail_of(plan, crcs, pickled, b"{}")
+    return bytes(image) + build_tail(plan, crcs, pickled, b"{}")
 
 
 def file_of(state: Any, path: Path, **kwargs: Any) -> Path:
@@ -126,7 +126,7 @@ def trained() -> dict[str, Any]:
 @pytest.mark.parametrize("make", [zoo, trained, list, lambda: torch.ones(3), lambda: {"a": torch.ones(2)[1:]}])
 def test_the_exact_pickle_is_torchs_to_the_byte(make: Callable[[], Any]) -> None:
     state = make()
-    assert pickle_exactly(state).data == pickle_by_torch(state)
+    assert pickle_like_torch(state).data == pickle_by_torch(state)
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
@@ -173,7 +173,7 @@ def test_storages_stand_on_borders_and_shared_ones_once() -> None:
     pickled = pickle_state([tensor, tensor[1:], torch.ones(1)])
     assert len(pickled.storages) == 2
     plan = plan_image([storage.nbytes() for storage in pickled.storages])
-    assert [slot.offset % border for slot, border in zip(plan.slots, (64, 64), strict=True)] == [0, 0]
+    assert [slot.offset % border for slot, border in zip(plan.records, (64, 64), strict=True)] == [0, 0]
 
 
 sizes = st.lists(st.sampled_from([0, 1, 4, 63, 64, 4000, 4096, 4097, 8192, 65_535, 65_536, 1_000_003]), max_size=12)
@@ -186,12 +186,12 @@ def test_any_number_of_shares_makes_the_same_file(sizes: list[int], num_ranks: i
     replicated = data.draw(st.sets(st.sampled_from(range(len(sizes))))) if sizes else set()
     storages = storages_of(*sizes)
     plan = plan_image(sizes, replicated)
-    shares = sorted(plan.shares(num_ranks, saving_rank))
+    shares = sorted(plan.write_ranges(num_ranks, saving_rank))
     assert [begin for begin, _ in shares] == [0, *(end for _, end in shares[:-1])], "nothing is left out"
-    assert shares[-1] == plan.shares(num_ranks, saving_rank)[saving_rank] or shares[-1][0] == shares[-1][1]
-    assert plan.shares(num_ranks, saving_rank)[saving_rank][1] == plan.end
+    assert shares[-1] == plan.write_ranges(num_ranks, saving_rank)[saving_rank] or shares[-1][0] == shares[-1][1]
+    assert plan.write_ranges(num_ranks, saving_rank)[saving_rank][1] == plan.end
     assert all(begin % BLOCK_BYTES == 0 for begin, _ in shares)
-    assert all(slot.offset >= shares[-1][0] for number, slot in zip(plan.order, plan.slots, strict=True)
+    assert all(slot.offset >= shares[-1][0] for number, slot in zip(plan.storage_numbers, plan.records, strict=True)
                if number not in replicated), "what is the saving rank's own is in its share"  # fmt: skip
     one = whole(storages, b"pickle", replicated)
     assert whole(storages, b"pickle", replicated, num_ranks, saving_rank) == one
@@ -204,21 +204,21 @@ def test_any_number_of_shares_makes_the_same_file(sizes: list[int], num_ranks: i
 
 def test_shares_of_equal_tensors_are_about_equal() -> None:
     plan = plan_image([1_000_000] * 40, range(40))
-    lengths = [end - begin for begin, end in plan.shares(4, 0)]
+    lengths = [end - begin for begin, end in plan.write_ranges(4, 0)]
     assert max(lengths) - min(lengths) < 3 * BLOCK_BYTES
 
 
 def test_one_tensor_is_split_inside() -> None:
     plan = plan_image([64 << 20], [0])
-    lengths = [end - begin for begin, end in plan.shares(4, 1)]
+    lengths = [end - begin for begin, end in plan.write_ranges(4, 1)]
     assert max(lengths) - min(lengths) <= 4 * BLOCK_BYTES
 
 
 def test_bytes_that_nobody_checked_are_noticed() -> None:
     plan = plan_image([8192], [0])
     parts = parts_of(plan, storages_of(8192), 2, 0)
-    with pytest.raises(ValueError, match=r"of record data/0 .* of 8192 bytes were checked"):
-        crcs_of(plan, [parts[0][0].checked])
+    with pytest.raises(ValueError, match=r"of 8192 bytes of record data/0 have a checksum"):
+        combine_checksums(plan, [parts[0][0].checked])
 
 
 def test_more_than_four_gibibytes_are_described_by_zip64(tmp_path: Path) -> None:
@@ -227,11 +227,11 @@ def test_more_than_four_gibibytes_are_described_by_zip64(tmp_path: Path) -> None
     plan = plan_image([5 * GIB, 24, 4 * GIB])
     data = bytes_of(pickled.storages[0])
     with path.open("wb") as file:  # its holes take no space
-        for slot in plan.slots:
+        for slot in plan.records:
             file.seek(slot.header)
             file.write(local_header(slot, 7) + (data if slot.num_bytes == len(data) else b"x"))
         file.seek(plan.end)
-        file.write(tail_of(plan, [7, crc32(data), 9], b"pickle", b"{}"))
+        file.write(build_tail(plan, [7, crc32(data), 9], b"pickle", b"{}"))
         file.seek(0)
         for slot, content in zip(plan.head, (b"3\n", b"little"), strict=True):
             file.write(local_header(slot, crc32(content)) + content)
@@ -254,25 +254,25 @@ def test_torch_loads_what_lies_beyond_four_gibibytes(tmp_path: Path) -> None:
         for slot, content in zip(plan.head, (b"3\n", b"little"), strict=True):
             file.write(local_header(slot, crc32(content)) + content)
         crc = crc32(bytes_of(pickled.storages[1]))
-        file.seek(plan.slots[0].header)
-        file.write(local_header(plan.slots[0], 0))
-        file.seek(plan.slots[1].header)
-        file.write(local_header(plan.slots[1], crc) + bytes_of(pickled.storages[1]))
+        file.seek(plan.records[0].header)
+        file.write(local_header(plan.records[0], 0))
+        file.seek(plan.records[1].header)
+        file.write(local_header(plan.records[1], crc) + bytes_of(pickled.storages[1]))
         file.seek(plan.end)
-        file.write(tail_of(plan, [0, crc], pickled.data, b"{}"))
+        file.write(build_tail(plan, [0, crc], pickled.data, b"{}"))
     assert torch.equal(torch.load(path, weights_only=True, mmap=True)["small"], small)
 
 
 @pytest.mark.parametrize("border", [64, BLOCK_BYTES])
 def test_a_slot_on_a_border_has_room_for_its_padding(border: int) -> None:
     for at in range(BLOCK_BYTES - 120, BLOCK_BYTES + 10):
-        slot = place("data/0", 8, at, border=border)
+        slot = locate("data/0", 8, at, alignment=border)
         assert slot.offset % border == 0
         assert slot.offset - at < border + 80
         assert len(local_header(slot, 0)) == slot.offset - slot.header
 
 
 def test_an_empty_archive_has_an_end() -> None:
-    with zipfile.ZipFile(io.BytesIO(directory([], 0))) as archive:
+    with zipfile.ZipFile(io.BytesIO(build_directory([], 0))) as archive:
         assert archive.namelist() == []
-    assert Slot("a", 0, 30, 5).end == 35
+    assert RecordLocation("a", 0, 30, 5).end == 35

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from distckpt import DiskSaver
-from distckpt.ptformat.torch_format import verify
+from distckpt.ptformat.reader import verify
 
 
 class NoAnswers(torch.Tensor):

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from distckpt import Checkpoint, DiskSaver, LoadError, UnsafeCheckpoint, resume
-from distckpt.ptformat.torch_format import read_pt
+from distckpt.ptformat.reader import read_pt
 from tests.unit.toys import Notebook, linear, run_epochs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*load_objects will refuse it:UserWarning")
@@ -195,7 +195,7 @@ def test_a_save_warns_of_objects_and_of_no_other_array(tmp_path: Path) -> None:
 
 
 class Calls:
-    """Pickled as a call, with a state if there is one."""
+    """PickledState as a call, with a state if there is one."""
 
     def __init__(self, func: Any, *args: Any, state: Any = None) -> None:
         self.told = (func, args) if state is None else (func, args, state)
@@ -308,7 +308,7 @@ def test_numpy_is_not_imported_for_a_file_without_arrays(tmp_path: Path) -> None
         "        if name.split('.')[0] == 'numpy': raise ModuleNotFoundError(name, name='numpy')\n"
         "sys.meta_path.insert(0, No())\n"
         "from pathlib import Path\n"
-        "from distckpt.ptformat.torch_format import read_pt\n"
+        "from distckpt.ptformat.reader import read_pt\n"
         f"print(read_pt(Path({str(path)!r}))['x'].tolist(), 'numpy' in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

@@ -13,7 +13,7 @@ from ignite.engine import Engine, Events
 
 from distckpt import Checkpoint, DiskSaver
 from distckpt.ptformat.manifest import Manifest, from_json, read_head, to_json
-from distckpt.ptformat.record_heads import read_head_at
+from distckpt.ptformat.reader import read_head_at
 from distckpt.ptformat.records import parse_record
 from tests.unit.toys import idle_engine, linear
 

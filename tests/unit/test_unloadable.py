@@ -20,7 +20,7 @@ from distckpt import Checkpoint, DiskSaver, ModelCheckpoint, resume
 from distckpt.errors import UnsafeCheckpoint
 from distckpt.ptformat.loadable import find_refused
 from distckpt.ptformat.pickler import pickle_state
-from distckpt.ptformat.torch_format import is_loadable, read_pt, what_loading_refuses
+from distckpt.ptformat.reader import find_refused_names, is_loadable, read_pt
 from distckpt.storage.local import LocalFile
 from tests.unit.toys import Notebook, idle_engine, linear
 
@@ -250,7 +250,7 @@ def test_file_of_another_kind_is_told_apart(tmp_path: Path) -> None:
     assert is_loadable(tmp_path / "b.pt")
     torch.save({"a": Mode.FAST}, tmp_path / "c.pt", _use_new_zipfile_serialization=False)
     with LocalFile(tmp_path / "c.pt") as file:
-        assert "Mode" in what_loading_refuses(file)[0]
+        assert "Mode" in find_refused_names(file)[0]
 
 
 def test_what_another_pickle_module_alone_can_pickle_is_named(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from distckpt.errors import CorruptCheckpointError, LoadError, UnsafeCheckpoint
 from distckpt.loading.api import load_objects
-from distckpt.ptformat.torch_format import read_pt
+from distckpt.ptformat.reader import read_pt
 
 
 class Payload:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from distckpt import SaveError, async_save, save
-from distckpt.ptformat.torch_format import verify
+from distckpt.ptformat.reader import verify
 from distckpt.storage.direct_io import DirectFile
 
 TIMEOUT_S = 30.0

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from distckpt import DiskSaver
+from distckpt.ptformat.reader import read_pt
 from distckpt.ptformat.sharded import find_paths
-from distckpt.ptformat.torch_format import read_pt
 from distckpt.saving.capture import capture, check_objects, map_tree, plain_state
 
 Pair = namedtuple("Pair", "a b")  # noqa: PYI024 - an untyped one is what states hold

@@ -11,7 +11,7 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from distckpt import Checkpoint, DiskSaver
-from distckpt.ptformat.torch_format import verify
+from distckpt.ptformat.reader import verify
 from distckpt.saving import staging as guards
 from distckpt.saving.capture import find_optimizer_storages
 from distckpt.saving.staging import OptimizerStepGuard, Staging, has_step_hook

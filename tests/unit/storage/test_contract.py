@@ -13,8 +13,7 @@ import torch
 
 from distckpt.errors import SaveError
 from distckpt.ptformat.manifest import Manifest
-from distckpt.ptformat.reader import OpenCheckpoint
-from distckpt.ptformat.torch_format import read_pt
+from distckpt.ptformat.reader import OpenCheckpoint, read_pt
 from distckpt.saving.rank_writer import write_file
 from distckpt.saving.staging import HostMemory
 from distckpt.storage.base import Storage
