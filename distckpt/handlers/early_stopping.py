@@ -267,9 +267,8 @@ def _check_arguments(
     if threshold < 0.0:
         msg = f"Argument threshold should not be a negative number. Given {threshold!r}"
         raise ValueError(msg)
-    if threshold_mode not in ("abs", "rel"):
-        msg = f"Argument threshold_mode should be either 'abs' or 'rel'. Given {threshold_mode!r}"
-        raise ValueError(msg)
-    if mode not in ("min", "max"):
-        msg = f"Argument mode should be either 'min' or 'max'. Given {mode!r}"
-        raise ValueError(msg)
+    choices = (("threshold_mode", threshold_mode, "abs", "rel"), ("mode", mode, "min", "max"))
+    for name, value, one, other in choices:
+        if value not in (one, other):
+            msg = f"Argument {name} should be either '{one}' or '{other}'. Given {value!r}"
+            raise ValueError(msg)

@@ -6,7 +6,7 @@ ignite tells neither. :mod:`distckpt.handlers.ignite_hooks` keeps this state, fr
 import threading
 import weakref
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from ignite.engine import Engine, Events, State
 
@@ -16,25 +16,6 @@ START_HOOK = "_distckpt_start_hook"
 _RUN = "_distckpt_run"
 _ITERATION_COMPLETED = Events.ITERATION_COMPLETED  # enum members are slow to look up
 Action = Callable[[Engine], None]
-
-
-class EngineHooks(Protocol):
-    """Callbacks during an engine's run; kept on the engine."""
-
-    def before_event(self, engine: Engine, event: Any) -> None:
-        """Run before the handlers of STARTED and COMPLETED."""
-
-    def after_iteration(self, engine: Engine) -> None:
-        """Run once per iteration: after the handlers of ITERATION_COMPLETED, or in :func:`run_early`."""
-
-    def after_run(self, engine: Engine) -> None:
-        """Run when a run has ended without an exception."""
-
-    def is_uncaught(self, engine: Engine) -> bool:
-        """Return True if an exception leaves the run though no handler of EXCEPTION_RAISED has raised."""
-
-    def on_exception(self, engine: Engine, error: BaseException) -> BaseException:
-        """Run before an exception leaves the run; return the exception that leaves instead."""
 
 
 class TrackedHandler:
@@ -124,7 +105,7 @@ class Firing:
         kwargs: further keyword arguments.
         actions: functions that run after the event; None for none.
         called: ids of the attachments that were called.
-        is_iteration_due: whether :meth:`EngineHooks.after_iteration` is still to be called.
+        is_iteration_due: whether the hook ``after_iteration`` is still to be called.
     """
 
     __slots__ = ("actions", "args", "called", "engine", "event", "is_iteration_due", "kwargs")
@@ -144,7 +125,7 @@ class Firing:
         return [one for one in attachments if id(one) not in self.called and one.tracked.may_run_early]
 
     def end_iteration(self) -> None:
-        """Call :meth:`EngineHooks.after_iteration`, once."""
+        """Call the hook ``after_iteration``, once."""
         if self.is_iteration_due:
             self.is_iteration_due = False
             hooks = get_hooks(self.engine)
@@ -163,12 +144,12 @@ FIRINGS = Firings()
 
 
 def get_hooks(engine: Engine | None) -> Any:
-    """Return the engine's :class:`EngineHooks`, or None. A handler may be called without an engine."""
+    """Return the object set by :func:`set_hooks`, or None. A handler may be called without an engine."""
     return None if engine is None else vars(engine).get(HOOKS)
 
 
-def set_hooks(engine: Engine, hooks: EngineHooks) -> None:
-    """Set the engine's hooks."""
+def set_hooks(engine: Engine, hooks: Any) -> None:
+    """Set the engine's hooks: an object with the methods of :class:`~distckpt.handlers.vote_rounds.EngineVotes`."""
     vars(engine)[HOOKS] = hooks
 
 
@@ -247,7 +228,7 @@ def get_early_handlers(engine: Engine) -> list[TrackedHandler]:
 
 
 def run_early(engine: Engine, only: Collection[TrackedHandler] | None) -> None:
-    """Call the handlers of :func:`get_early_handlers`, and :meth:`EngineHooks.after_iteration`, now.
+    """Call the handlers of :func:`get_early_handlers`, and the hook ``after_iteration``, now.
 
     Args:
         engine: fires an event.

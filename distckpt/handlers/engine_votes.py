@@ -4,12 +4,14 @@ During an event each of these handlers adds its answer to one round. The round i
 handler, or earlier where a save calls :func:`count_votes`. :mod:`distckpt.handlers.vote_rounds` decides when.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 from ignite.engine import Engine, Events
 
+from distckpt._values import check_timeout
 from distckpt.backends.base import Backend
 from distckpt.coordination.phases import HandlerId, SyncPoint
 from distckpt.coordination.votes import Answer, VoteKind
@@ -49,6 +51,19 @@ class Voter(TrackedHandler, ABC):
     every: int | None
     timeout_s: float | None
     _handler_id: HandlerId
+
+    def _init_voter(self, module: str, *, lag: int | None, every: int | None, timeout_s: float | None) -> None:
+        """Check and set the arguments of a handler that users construct; `module` names its logger."""
+        if lag not in (None, 0, 1) or isinstance(lag, bool):
+            msg = f"Argument lag should be 0 or 1, but given {lag!r}"
+            raise ValueError(msg)
+        if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
+            msg = f"Argument every should be a positive integer. Given {every!r}"
+            raise ValueError(msg)
+        check_timeout(timeout_s)
+        self.lag, self.every, self.timeout_s = lag, every, timeout_s
+        self.logger = logging.getLogger(f"{module}.{type(self).__name__}")
+        self._handler_id = HandlerId(type(self).__name__)
 
     @abstractmethod
     def _probe(self, engine: Engine) -> Answer:
@@ -142,20 +157,6 @@ def next_sync_point(
     if is_iteration_event(engine):
         sequence = step
     return lambda phase: SyncPoint(handler=handler, phase=f"on {name}, {phase}", step=step, sequence=sequence)
-
-
-def check_schedule(lag: int | None, every: int | None) -> None:
-    """Check a vote's lag and interval.
-
-    Raises:
-        ValueError: `lag` is neither 0 nor 1, or `every` is not positive.
-    """
-    if lag not in (None, 0, 1) or isinstance(lag, bool):
-        msg = f"Argument lag should be 0 or 1, but given {lag!r}"
-        raise ValueError(msg)
-    if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
-        msg = f"Argument every should be a positive integer. Given {every!r}"
-        raise ValueError(msg)
 
 
 def is_off_schedule(engine: Engine, voter: Voter) -> bool:

@@ -133,7 +133,7 @@ class _XlaModel(ComputationModel):
 
 def _refuse_group(group: Any) -> None:
     if group is not None:
-        msg = "distckpt's model of an XLA job reduces over all replicas; groups of some replicas are not supported"
+        msg = "distckpt's model of an XLA job reduces over all replicas; it has no groups of some replicas"
         raise NotImplementedError(msg)
 
 

@@ -12,7 +12,7 @@ of distckpt behaves as before.
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from ignite.engine import Engine, EventEnum, Events
 from ignite.engine.events import EventsList
@@ -47,16 +47,6 @@ class CheckpointEvents(EventEnum):
     """
 
     SAVED_CHECKPOINT = "saved_checkpoint"
-
-
-class EngineCounters(Protocol):
-    """Counters of an engine; see :class:`distckpt.handlers.progress.Progress`."""
-
-    trained: int
-    needs_iterator: bool
-
-    def begin_pass(self) -> None:
-        """Count batches from a new iterator."""
 
 
 def get_iterator(engine: Engine) -> Iterator[Any] | None:
@@ -114,12 +104,12 @@ def _find_tracked_handler(handler: Any) -> TrackedHandler | None:
     return None
 
 
-def install(progress_of: Callable[[Engine], EngineCounters], count_event: Callable[[Engine, Any], None]) -> None:
+def install(progress_of: Callable[[Engine], Any], count_event: Callable[[Engine, Any], None]) -> None:
     """Wrap ignite's methods, unless they are wrapped already.
 
     Args:
-        progress_of: returns an engine's counters. :mod:`distckpt.handlers.progress` imports this module, so its
-            functions come as arguments.
+        progress_of: returns an engine's :class:`~distckpt.handlers.progress.Progress`. That module imports this one,
+            so its functions come as arguments.
         count_event: counts an event that does not occur in each iteration.
     """
     wrappers: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
@@ -152,7 +142,7 @@ def _wrap_assert_allowed_event(check: Callable[..., None]) -> Callable[..., None
 
 def _wrap_fire_event(
     fire: Callable[..., None],
-    progress_of: Callable[[Engine], EngineCounters],
+    progress_of: Callable[[Engine], Any],
     count_event: Callable[[Engine, Any], None],
 ) -> Callable[..., None]:
     get_started, get_completed, begun = Events.GET_BATCH_STARTED, Events.GET_BATCH_COMPLETED, Events.ITERATION_STARTED
@@ -267,9 +257,7 @@ def _wrap_load_state_dict(load: Callable[..., None]) -> Callable[..., None]:
     return load_state_dict
 
 
-def _wrap_set_data(
-    set_data: Callable[..., None], progress_of: Callable[[Engine], EngineCounters]
-) -> Callable[..., None]:
+def _wrap_set_data(set_data: Callable[..., None], progress_of: Callable[[Engine], Any]) -> Callable[..., None]:
     def set_data_and_count(self: Engine, data: Any) -> None:
         set_data(self, data)
         progress_of(self).begin_pass()

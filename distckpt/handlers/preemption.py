@@ -13,15 +13,12 @@ from typing import Any
 from ignite.engine import Engine, Events
 
 from distckpt._messages import log_level
-from distckpt._values import check_timeout
 from distckpt.backends.detect import current
-from distckpt.coordination.phases import HandlerId
 from distckpt.coordination.votes import Answer, Pending, VoteKind
 from distckpt.handlers.checkpoint import Checkpoint
 from distckpt.handlers.engine_events import after_event, is_iteration_event
 from distckpt.handlers.engine_votes import (
     Voter,
-    check_schedule,
     count_votes,
     exit_after_run,
     is_nonfinite,
@@ -110,20 +107,14 @@ class Preemption(Voter):
                 raise TypeError(msg)
         numbers = _check_signals(signals)
         _check_numbers(grace_s, exit_code)
-        check_schedule(lag, every)
-        check_timeout(timeout_s)
-        self.lag = lag
-        self.every = every
-        self.timeout_s = timeout_s
+        self._init_voter(__name__, lag=lag, every=every, timeout_s=timeout_s)
         self.grace_s = grace_s
         self.exit_code = exit_code
         self.preempted = False
-        self.logger = logging.getLogger(f"{__name__}.{type(self).__name__}")
         self._trainer = trainer
         self._savers = savers
         self._has_trained = False
         self._has_answered = False
-        self._handler_id = HandlerId(type(self).__name__)
         self._receiver = _SignalReceiver(numbers)
         if not self._receiver.install():
             self.logger.warning(

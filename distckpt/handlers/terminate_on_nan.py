@@ -7,11 +7,9 @@ from typing import Any
 from ignite.engine import Engine
 
 from distckpt._messages import log_level
-from distckpt._values import check_timeout
 from distckpt.backends.detect import current
-from distckpt.coordination.phases import HandlerId
 from distckpt.coordination.votes import Answer, Pending, VoteKind
-from distckpt.handlers.engine_votes import Voter, check_schedule, mark_nonfinite, stop_reason, stop_run
+from distckpt.handlers.engine_votes import Voter, mark_nonfinite, stop_reason, stop_run
 from distckpt.handlers.finite import PendingFlag, all_finite, describe_nonfinite, nonfinite_flag
 
 
@@ -56,15 +54,9 @@ class TerminateOnNan(Voter):
         if not callable(output_transform):
             msg = f"Argument output_transform should be a function, but given {type(output_transform)}"
             raise TypeError(msg)
-        check_schedule(lag, every)
-        check_timeout(timeout_s)
-        self.lag = lag
-        self.every = every
-        self.timeout_s = timeout_s
-        self.logger = logging.getLogger(f"{__name__}.{type(self).__name__}")
+        self._init_voter(__name__, lag=lag, every=every, timeout_s=timeout_s)
         self._output_transform = output_transform
         self._nonfinite_output: Any = None
-        self._handler_id = HandlerId(type(self).__name__)
 
     def __call__(self, engine: Engine) -> None:
         """Collective, after the event: one reduction with all handlers that vote.

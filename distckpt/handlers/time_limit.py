@@ -8,11 +8,9 @@ from typing import Any
 from ignite.engine import Engine
 
 from distckpt._messages import log_level
-from distckpt._values import check_timeout
 from distckpt.backends.detect import current
-from distckpt.coordination.phases import HandlerId
 from distckpt.coordination.votes import Answer, VoteKind
-from distckpt.handlers.engine_votes import Voter, check_schedule, is_off_schedule, stop_reason, stop_run
+from distckpt.handlers.engine_votes import Voter, is_off_schedule, stop_reason, stop_run
 
 
 class TimeLimit(Voter):
@@ -57,15 +55,9 @@ class TimeLimit(Voter):
         if isinstance(limit_sec, bool) or limit_sec <= 0:
             msg = f"Argument limit_sec should be a positive integer. Given {limit_sec!r}"
             raise ValueError(msg)
-        check_schedule(lag, every)
-        check_timeout(timeout_s)
-        self.lag = lag
-        self.every = every
+        self._init_voter(__name__, lag=lag, every=every, timeout_s=timeout_s)
         self.limit_sec = limit_sec
         self.start_time = time.monotonic()
-        self.timeout_s = timeout_s
-        self.logger = logging.getLogger(f"{__name__}.{type(self).__name__}")
-        self._handler_id = HandlerId(type(self).__name__)
 
     def __call__(self, engine: Engine) -> None:
         """Collective, after the event: one reduction with all handlers that vote."""

@@ -32,7 +32,7 @@ _PEER_ERROR_WORDS = ("gloo", "nccl", "peer", "connection", "socket", "process gr
 
 
 class EngineVotes:
-    """The votes of one engine on one rank; the engine's :class:`~distckpt.handlers.engine_events.EngineHooks`.
+    """The votes of one engine on one rank, with the hooks of :mod:`distckpt.handlers.engine_events`.
 
     Attributes:
         stop_reason: why the last run was stopped; None if no handler stopped it.
