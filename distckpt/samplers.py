@@ -188,10 +188,8 @@ class ResumableSampler(DistributedSampler[int]):
             raise ValueError(msg)
         position = _Position(state_dict["epoch"], state_dict["position"])
         if not 0 <= position.num_samples <= state_dict["length"]:
-            msg = (
-                f"Argument state_dict is no state of a {_KIND}: position {position.num_samples} of "
-                f"{state_dict['length']}"
-            )
+            where = f"position {position.num_samples} of {state_dict['length']}"
+            msg = f"Argument state_dict is no state of a {_KIND}: {where}"
             raise ValueError(msg)
         if position.num_samples and state_dict["length"] != self.length:
             msg = (
@@ -224,19 +222,13 @@ class ResumableSampler(DistributedSampler[int]):
         return self._num_left(self._loaded or _Position(0))
 
     def distckpt_set_counter(self, num_trained: Callable[[], int | None]) -> None:
-        """Let :meth:`state_dict` count trained samples instead of drawn ones.
-
-        Args:
-            num_trained: returns the argument of :meth:`distckpt_position`.
-        """
+        """Let :meth:`state_dict` count trained samples, by the argument of :meth:`distckpt_position`."""
         self._num_trained = num_trained
 
     def distckpt_position(self, num_trained: int | None) -> dict[str, Any]:
         """Return the state after each rank has trained a number of samples of its present iterator.
 
-        Args:
-            num_trained: by this rank, since the iterator was made. None if the loader has no batch left in the pass,
-                even if some samples are left.
+        None if the loader has no batch left in the pass, even if some samples are left.
         """
         following = _Position(self._next_epoch)
         start = self._loaded or self._start or following

@@ -22,7 +22,7 @@ from ignite.engine import Engine
 
 from distckpt.backends.base import Backend
 from distckpt.handlers.engine_events import get_firing_engines
-from distckpt.handlers.object_trees import path_to
+from distckpt.handlers.object_trees import find_path
 from distckpt.policy.decision import AgreedSave
 from distckpt.ptformat.manifest import Manifest
 from distckpt.saving.api import describe_job
@@ -62,7 +62,7 @@ def _record(engine: Engine, agreed: AgreedSave, to_save: Mapping[str, Any]) -> d
     if decision is None or agreed.handler is None or agreed.run is None:
         return None
     outermost = next(iter(get_firing_engines()), engine)
-    state, path = outermost.state, path_to(outermost, to_save)
+    state, path = outermost.state, find_path(outermost, to_save)
     is_plain = path is not None and all(isinstance(key, str | int) for key in path)
     fields = ("iteration", "epoch", "max_epochs", "max_iters", "epoch_length")
     is_one = all(one == agreed.data[0] for one in agreed.data)

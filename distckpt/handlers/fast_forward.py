@@ -53,14 +53,7 @@ class FastForward:
     6. ITERATION_STARTED: without data, set the generators here. If the iteration had been started before the save,
        restore the objects that handlers have changed.
 
-    If the run starts at another iteration, nothing of this happens.
-
-    Args:
-        engine: the restored engine.
-        point: as recorded in the checkpoint.
-        restored: the restored objects.
-        skip_batches: False if the data continue by themselves.
-        timeout_s: seconds to wait for the other ranks; None for the default.
+    If the run starts at another iteration, nothing of this happens. Without `skip_batches`, no batch is dropped.
     """
 
     def __init__(

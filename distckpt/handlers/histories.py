@@ -15,7 +15,7 @@ from distckpt.coordination import phases
 from distckpt.handlers.checkpoint import Checkpoint
 from distckpt.handlers.checkpoint_history import ON_DISK
 from distckpt.handlers.engine_events import get_tracked_handlers
-from distckpt.handlers.object_trees import leaves
+from distckpt.handlers.object_trees import iter_objects
 from distckpt.handlers.own_files import OwnFiles
 from distckpt.handlers.runs import Origin, go_on_from
 from distckpt.ptformat.records import Record
@@ -51,7 +51,7 @@ def take_histories(
     """
     source, to_load, engine = given
     known = () if source is None else source._known.with_others(())  # noqa: SLF001 - a friend's
-    engines = [one for one in (engine, *(one for _, one in leaves(to_load)), *known) if isinstance(one, Engine)]
+    engines = [one for one in (engine, *(one for _, one in iter_objects(to_load)), *known) if isinstance(one, Engine)]
     handlers = handlers_beside(source, to_load, engines)
     origin = Origin(run=None if record is None else record.run)
     for one in engines:
@@ -87,7 +87,7 @@ def handlers_beside(
     source: Checkpoint | None, to_load: Mapping[str, Any], engines: Iterable[Engine]
 ) -> list[Checkpoint]:
     """Return the handlers whose history is found: the source, those that are loaded, those on the engines."""
-    loaded = [one for _, one in leaves(to_load)]
+    loaded = [one for _, one in iter_objects(to_load)]
     attached = [one for engine in engines for one in get_tracked_handlers(engine)]
     found = [one for one in (source, *loaded, *attached) if isinstance(one, Checkpoint)]
     return [one for one in {id(one): one for one in found}.values() if isinstance(one.save_handler, ON_DISK)]

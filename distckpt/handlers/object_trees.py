@@ -1,23 +1,21 @@
-"""The objects that are saved or loaded, in mappings and lists nested at will."""
+"""Walk through the objects in ``to_save`` or ``to_load``: nested mappings and sequences."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-__all__ = ["leaves", "path_to"]
 
-
-def leaves(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Yield the objects of `to_load` and where they are."""
+def iter_objects(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Yield the path and the object of each leaf."""
     if hasattr(tree, "load_state_dict"):
         yield path, tree
     elif isinstance(tree, Mapping):
         for key, item in tree.items():
-            yield from leaves(item, (*path, key))
+            yield from iter_objects(item, (*path, key))
     elif isinstance(tree, Sequence) and not isinstance(tree, str | bytes):
         for index, item in enumerate(tree):
-            yield from leaves(item, (*path, index))
+            yield from iter_objects(item, (*path, index))
 
 
-def path_to(obj: Any, to_load: Mapping[str, Any]) -> tuple[Any, ...] | None:
-    """Return where an object is in `to_load`; None if it is not."""
-    return next((path for path, one in leaves(to_load) if obj is not None and one is obj), None)
+def find_path(obj: Any, tree: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """Return the path to an object in a tree; None if it is not there."""
+    return next((path for path, leaf in iter_objects(tree) if obj is not None and leaf is obj), None)

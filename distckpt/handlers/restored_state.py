@@ -30,16 +30,9 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class RestoredState:
-    """The restored objects of one resume.
+    """The objects that a resume restored, by names that are the same on all ranks.
 
-    Args:
-        objects: the objects, by name; the same names on all ranks.
-        handlers: the handlers whose history was restored.
-        load_again: loads some of the objects from the checkpoint again. Rank-local.
-        timeout_s: seconds to wait for the other ranks; None for the default.
-
-    Attributes:
-        objects: all of them.
+    `handlers` had their histories restored. `load_again` loads some objects from the checkpoint again, rank-local.
     """
 
     def __init__(
@@ -61,11 +54,7 @@ class RestoredState:
         self._captured: dict[str, _CapturedState | None] = {}
 
     def capture(self, excluded: Sequence[Any]) -> None:
-        """Capture the objects' states. Rank-local where their ``state_dict`` is.
-
-        Args:
-            excluded: objects whose ``state_dict`` is not called; a loader's may start to draw.
-        """
+        """Capture the objects' states, except for `excluded`: a loader's ``state_dict`` may start to draw."""
         self._captured = {}
         for name, obj in self._objects.items():
             if any(obj is other for other in excluded):
@@ -85,13 +74,7 @@ class RestoredState:
         """Collective. Restore the objects that were changed since :meth:`capture`.
 
         1. (all ranks) find the changed objects. An object that was changed on any rank is restored on all.
-        2. (all ranks) load each one: what was captured, or the checkpoint again.
-
-        Args:
-            event_name: the event whose handlers have run.
-
-        Raises:
-            RemoteRankError: a rank failed; on every rank.
+        2. (all ranks) load the captured states, or the checkpoint again.
         """
         for handler in self._handlers:
             handler.keeps_history = False
@@ -149,18 +132,14 @@ class _CapturedState:
         return bool(changed)
 
     def restore(self) -> bool:
-        """Load the captured state, as of the last :meth:`is_changed`.
-
-        Returns:
-            False if a large value was changed, of which there is no copy; then nothing is loaded.
-        """
+        """Load the captured state; return False if :meth:`is_changed` found a large value changed, without a copy."""
         if not self._is_lost:
             load_own_state(self._obj, _map_leaves(self._state, _restore_leaf))
         return not self._is_lost
 
 
 class _Fingerprint:
-    """A large tensor or array, its memory, and a sum of its bytes."""
+    """A large tensor or array, and a sum of its bytes."""
 
     def __init__(self, value: Any) -> None:
         self.value = value

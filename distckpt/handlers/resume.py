@@ -27,7 +27,7 @@ from distckpt.handlers.checkpoint_history import ON_DISK
 from distckpt.handlers.disk_saver import DiskSaver
 from distckpt.handlers.fast_forward import FastForward
 from distckpt.handlers.histories import handlers_beside, take_histories
-from distckpt.handlers.object_trees import leaves, path_to
+from distckpt.handlers.object_trees import find_path, iter_objects
 from distckpt.handlers.own_files import OwnFiles
 from distckpt.handlers.restored_state import RestoredState
 from distckpt.handlers.resume_point import ResumePoint, find_engine, find_resume_point
@@ -180,7 +180,7 @@ def resume(
             msg = f"Argument engine should be an instance of Engine or None, but given {type(engine)}"
             raise TypeError(msg)
         source.append(_find_source(dirname_or_handler))
-        return source[0].list_candidates(backend.rank, path_to(engine, to_load), to_load)
+        return source[0].list_candidates(backend.rank, find_path(engine, to_load), to_load)
 
     sync_point = phases.SyncPoint(handler="resume", phase="looking for checkpoints", step=0)
     answers = phases.run(backend, sync_point, list_candidates, timeout_s=timeout_s)
@@ -212,10 +212,10 @@ def resume(
         {directory / name for name in chosen.refused},
         timeout_s=context.limit_s,
     )
-    names, point = [".".join(map(str, path)) for path, _ in leaves(to_load)], None
+    names, point = [".".join(map(str, path)) for path, _ in iter_objects(to_load)], None
     if engine is not None and loaded.has_engine_state:
         point = find_resume_point(engine, to_load, loaded.record, backend.rank, backend.world_size)
-        objects = dict(zip(names, (obj for _, obj in leaves(to_load)), strict=True))
+        objects = dict(zip(names, (obj for _, obj in iter_objects(to_load)), strict=True))
         objects |= {f"the {type(obj).__name__}": obj for obj, _ in loaded.extras}
         restored = RestoredState(objects, handlers_beside(handler, to_load, [engine]), load_again, timeout_s)
         FastForward(engine, point, restored, skip_batches=skip_batches, timeout_s=timeout_s)
@@ -257,7 +257,7 @@ class _Source:
         answer = {"coordinator": self.coordinator, "directory": str(self.directory), "names": []}
         if rank != self.coordinator:
             return answer
-        engines = [obj for _, obj in leaves(to_load) if isinstance(obj, Engine)]
+        engines = [obj for _, obj in iter_objects(to_load) if isinstance(obj, Engine)]
         own = None if self.handler is None else OwnFiles(self.handler, engines, objects_name=name_of(to_load))
         ext = "pt" if self.handler is None else self.handler.ext
         files = survey(self.directory, ext, is_nested=own is not None and own.is_nested)
@@ -350,9 +350,9 @@ def _find_extras(
     record: Mapping[str, Any],
 ) -> _Loaded:
     """Find the states of the engine and of the handler, if they are to be loaded in addition to `to_load`."""
-    objects, states = dict(leaves(to_load)), dict(select.find_engine_states(chosen.state))
+    objects, states = dict(iter_objects(to_load)), dict(select.find_engine_states(chosen.state))
     extras: list[tuple[Any, Any]] = []
-    path, state, warning = path_to(engine, to_load), None, ""
+    path, state, warning = find_path(engine, to_load), None, ""
     if path is not None:
         state = states.get((), states.get(path))
     elif engine is not None:

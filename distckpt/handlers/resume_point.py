@@ -6,15 +6,15 @@ translates a resume point for data in other batches or a job of another size. Ra
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ignite.engine import Engine
-from torch.utils.data import BatchSampler, IterableDataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import BatchSampler, IterableDataset, Sampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
 from distckpt.handlers.data_loaders import batch_size_of, num_batches_of, num_samples_of, samplers_of
-from distckpt.handlers.object_trees import leaves, path_to
+from distckpt.handlers.object_trees import find_path, iter_objects
 
 _INTEGERS = ("trained", "epoch", "in_epoch", "batches", "scale")
 _OPTIONAL = ("epoch_length", "samples", "length", "batch_size", "num_samples", "seed", "world_size")
@@ -75,20 +75,17 @@ class ResumePoint:
         """Return the resume point that a manifest's record holds; None if it is malformed."""
         if not isinstance(position, Mapping):
             return None
-        numbers = {name: position.get(name) for name in (*_INTEGERS, *_OPTIONAL)}
-        flags = {name: position.get(name) for name in _FLAGS}
+        known: dict[str, Any] = {field.name: position.get(field.name) for field in fields(cls)}
         is_sound = (
-            all(_is_count(numbers[name]) for name in _INTEGERS)
-            and all(numbers[name] is None or _is_count(numbers[name]) for name in _OPTIONAL)
-            and all(isinstance(flag, bool) for flag in flags.values())
+            all(_is_count(known[name]) for name in _INTEGERS)
+            and all(known[name] is None or _is_count(known[name]) for name in _OPTIONAL)
+            and all(isinstance(known[name], bool) for name in _FLAGS)
         )
         if not is_sound:
             return None
-        event, sampler = position.get("event"), position.get("sampler")
-        fields: dict[str, Any] = {**numbers, **flags}
-        fields["event"] = event if isinstance(event, str) else None
-        fields["sampler"] = sampler if isinstance(sampler, Mapping) else None
-        return cls(**fields)
+        known["event"] = known["event"] if isinstance(known["event"], str) else None
+        known["sampler"] = known["sampler"] if isinstance(known["sampler"], Mapping) else None
+        return cls(**known)
 
     @classmethod
     def from_engine(cls, engine: Engine) -> "ResumePoint":
@@ -117,7 +114,7 @@ class ResumePoint:
 
 def find_engine(to_load: Mapping[str, Any], record: Mapping[str, Any]) -> Engine | None:
     """Return the only engine in `to_load`, or the one that ran during the save."""
-    engines = {path: obj for path, obj in leaves(to_load) if isinstance(obj, Engine)}
+    engines = {path: obj for path, obj in iter_objects(to_load) if isinstance(obj, Engine)}
     if len({id(engine) for engine in engines.values()}) == 1:
         return next(iter(engines.values()))
     return engines.get(_engine_key(record) or ())
@@ -135,7 +132,7 @@ def find_resume_point(
 ) -> ResumePoint:
     """Return the resume point that this rank recorded, else the one that follows from the engine's state."""
     recorded, key = record.get("engine"), _engine_key(record)
-    path = path_to(engine, to_load)
+    path = find_path(engine, to_load)
     is_of_engine = key is None or path is None or key == path
     if is_of_engine and isinstance(recorded, Mapping) and recorded.get("iteration") == engine.state.iteration:
         data = record.get("data")
@@ -168,12 +165,12 @@ def fit_to_data(
 
     Args:
         point: as recorded; `batches` is known.
-        data: as given to ``engine.run()``.
-        epoch_length: likewise; None if it was not given.
+        data: as `epoch_length`, an argument of ``engine.run()``.
+        epoch_length: see `data`.
         knows_pass: True if the generators' states from the start of the pass are known.
-        counts_epochs: True if the run's limit is in epochs. Iterations keep their numbers otherwise.
+        counts_epochs: True if the run's limit is in epochs. Otherwise iterations keep their numbers.
         world_size: number of ranks.
-        num_left: batches left in the pass, where the data continue by themselves; else None.
+        num_left: batches left in the pass, if the data continue by themselves; else None.
 
     Raises:
         ValueError: the position in the new batches cannot be determined.
@@ -241,9 +238,7 @@ def _why_unknown(  # noqa: PLR0911 - one return for each reason
     is_in_sequence = inner is None or isinstance(inner, SequentialSampler) or not isinstance(inner, Sampler)
     if total != point.num_samples and point.num_samples is not None and not is_in_sequence:
         return f"the data had {point.num_samples} samples and have {total} now, in another order"
-    if isinstance(inner, RandomSampler) and not knows_pass:
-        return "the sample order is not known without an RngState(trainer) in the checkpoint"
-    if not is_in_sequence and not isinstance(inner, RandomSampler | DistributedSampler) and not knows_pass:
+    if not is_in_sequence and not isinstance(inner, DistributedSampler) and not knows_pass:
         return f"the order of {type(inner).__name__} is not known without an RngState(trainer) in the checkpoint"
     if point.samples % size:
         return f"{point.samples} samples are no whole number of batches of {size}"

@@ -34,11 +34,7 @@ def is_generator(obj: object) -> bool:
 def capture(generators: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return copies of the states of all generators.
 
-    Args:
-        generators: the named ones; None for none.
-
-    Returns:
-        ``python``, ``torch``, and where they are in use ``numpy``, ``cuda`` and ``generators``.
+    The keys are ``python``, ``torch``, and, if in use, ``numpy``, ``cuda`` and ``generators``, for the named ones.
 
     Example:
         >>> before = capture()
@@ -62,14 +58,7 @@ def capture(generators: Mapping[str, Any] | None = None) -> dict[str, Any]:
 
 
 def restore(state: Mapping[str, Any], generators: Mapping[str, Any] | None = None) -> list[str]:
-    """Set all generators of a state, or none.
-
-    Args:
-        state: as :func:`capture` returned it.
-        generators: the named ones; None for none.
-
-    Returns:
-        A phrase for each generator of the state that does not exist here.
+    """Set all generators of a state, or none. Return a phrase for each generator that does not exist here.
 
     Raises:
         ValueError: `state` is no state of random number generators.
@@ -84,12 +73,9 @@ def restore(state: Mapping[str, Any], generators: Mapping[str, Any] | None = Non
 
 
 def derive(states: Sequence[Mapping[str, Any]], rank: int) -> dict[str, Any]:
-    """Return a state for a rank without one, always the same for the same other ranks' states.
+    """Return a state for a new rank, a pure function of the other ranks' states.
 
-    Args:
-        states: as :func:`capture` returned them on the other ranks. A named generator with the same state on several
-            ranks keeps it. All other states differ from rank to rank.
-        rank: the rank.
+    A named generator with the same state on several ranks keeps it. All other states differ from rank to rank.
     """
     words = hashlib.blake2b(f"rank {rank}".encode() + _to_bytes(list(states))).digest()
     first = states[0]

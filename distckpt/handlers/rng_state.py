@@ -87,14 +87,7 @@ class RngState:
     # -- saving and loading ------------------------------------------------------------------------
 
     def distckpt_consolidate(self, to: int) -> dict[str, Any]:
-        """Collective. Return the states of all ranks, on every rank. A Checkpoint calls this before it saves.
-
-        Args:
-            to: the rank that saves; ignored.
-
-        Raises:
-            RemoteRankError: a rank failed to read a generator; on every rank.
-        """
+        """Collective. Return the states of all ranks, on every rank. A Checkpoint calls this before it saves."""
         del to
         backend = current()
         sync_point = phases.SyncPoint(handler="RngState", phase="gathering the generators' states", step=0)
@@ -205,8 +198,7 @@ class RngState:
     def begin_pass(self, began_at: int) -> None:
         """Set this rank's generators for the rest of the loaded pass, before the iterator is made. Rank-local.
 
-        Args:
-            began_at: number of iterations trained at the start of the pass, in case the state does not hold it.
+        `began_at` is the number of iterations trained at its start, in case the state does not hold it.
         """
         if self._loaded is not None and self._pass is not None:
             self.restore_pass_start()
@@ -239,11 +231,7 @@ class RngState:
 
     def _capture_pass_start(self, began_at: int) -> None:
         by_reset = resets_workers(self._data)
-        self._pass = {
-            "began_at": began_at,
-            "state": rng_generators.capture(self._generators),
-            "by_reset": by_reset,
-        }
+        self._pass = {"began_at": began_at, "state": rng_generators.capture(self._generators), "by_reset": by_reset}
 
     @property
     def _data(self) -> Any:

@@ -18,13 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import (
-    DataLoader,
-    DistributedSampler,
-    RandomSampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
-)
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
 
 from distckpt.handlers.data_loaders import find_random_sampler, resets_workers, samplers_of
