@@ -45,7 +45,7 @@ def default_timeout_s() -> float:
 
 
 class KeyValueStore(Protocol):
-    """Text that all ranks of a job can write and read, beside its collectives. Any thread.
+    """Text that all ranks of a job can write and read, outside its collectives. Any thread.
 
     Every method raises TimeoutError without an answer within `limit_s`, and ConnectionError if the store is gone.
     """
@@ -70,7 +70,7 @@ class KeyValueStore(Protocol):
 
 
 class PeerMonitor(Protocol):
-    """What is known of the other ranks beside the collectives; see :mod:`distckpt.coordination.heartbeat`."""
+    """What is known of the other ranks outside the collectives; see :mod:`distckpt.coordination.heartbeat`."""
 
     def failure(self, wait_s: float = 0.0) -> DistckptError | None:
         """Return the job's failure if there is one, or one comes within `wait_s`. The training thread."""
@@ -82,46 +82,35 @@ class PeerMonitor(Protocol):
 class Backend(ABC):
     """One rank's view of a job.
 
-    The identity (``rank``, ``world_size``, ``local_rank``, ``node``) is known without a collective. All ranks call the
-    collective methods in the same order, and get the same result. Host values are exact: int64 and float64. Only the
-    training thread may use a backend, but any thread may call :meth:`post_note`.
+    All ranks call the collective methods in the same order, and get the same result. Host values are exact: int64 and
+    float64. Only the training thread may use a backend, but any thread may call :meth:`post_note`.
 
-    A collective that some ranks do not enter raises :class:`~distckpt.errors.CollectiveTimeout`, which names them,
-    after `timeout_s`. If a peer died it raises :class:`~distckpt.errors.CollectiveError`. In both cases the control
-    group is aborted, and every later collective on it fails at once.
+    `what` says what the ranks are doing; it is formatted only for error messages. `timeout_s` is the time limit in
+    seconds; None for :func:`default_timeout_s`. A collective that some ranks do not enter in time raises
+    :class:`~distckpt.errors.CollectiveTimeout`, which names them. If a peer died it raises
+    :class:`~distckpt.errors.CollectiveError`. In both cases the control group is aborted, and every later collective on
+    it fails at once.
+
+    Attributes:
+        name: ``serial``, or torch.distributed's name of the backend.
+        rank: this process's rank in the job, from 0.
+        world_size: number of ranks in the job.
+        local_rank: this process's rank among those on its node, from 0.
+        node: index of this process's node, from 0.
+        monitor: asked while a collective waits; None if there is none.
+        can_reduce_lazily: whether :meth:`start_sync_check` takes tensors on this rank's device that are not computed
+            yet.
+        passthrough_errors: the runtime's own exceptions, which have to reach the user unchanged.
     """
 
     name: str
-    """Name of the backend: ``serial``, or torch.distributed's name for it."""
-
+    rank: int
+    world_size: int
+    local_rank: int
+    node: int
     monitor: PeerMonitor | None = None
-    """Asked while a collective waits, if there is one."""
-
     can_reduce_lazily: bool = False
-    """Whether :meth:`start_sync_check` takes tensors on this rank's device that are not computed yet."""
-
     passthrough_errors: tuple[type[BaseException], ...] = ()
-    """The runtime's own exceptions, which have to reach the user unchanged."""
-
-    @property
-    @abstractmethod
-    def rank(self) -> int:
-        """Rank of this process in the job, from 0."""
-
-    @property
-    @abstractmethod
-    def world_size(self) -> int:
-        """Number of ranks in the job."""
-
-    @property
-    @abstractmethod
-    def local_rank(self) -> int:
-        """Rank of this process among those on its node, from 0."""
-
-    @property
-    @abstractmethod
-    def node(self) -> int:
-        """Number of this process's node, from 0."""
 
     def device(self) -> torch.device:
         """Return this rank's device: the current CUDA device if there is one, else the CPU. Rank-local."""
@@ -133,14 +122,8 @@ class Backend(ABC):
     def reduce_host(self, values: torch.Tensor, op: ReduceOp, *, what: object, timeout_s: float | None) -> torch.Tensor:
         """Collective. Reduce a small host tensor element by element.
 
-        Args:
-            values: int64 or float64, shape (n,), the same n and dtype on every rank.
-            op: SUM, MIN or MAX. MIN and MAX over a NaN depend on the runtime.
-            what: what the ranks are doing, for error messages; formatted only for them.
-            timeout_s: seconds to wait for the other ranks; None for :func:`default_timeout_s`.
-
-        Returns:
-            A new tensor of the same shape and dtype.
+        `values` are int64 or float64, shape (n,), with the same n and dtype on every rank. The result is a new tensor.
+        MIN and MAX over a NaN depend on the runtime.
         """
 
     def start_max(self, values: Sequence[int], *, what: object, timeout_s: float | None) -> Callable[[], list[int]]:
@@ -155,11 +138,7 @@ class Backend(ABC):
     def gather_host(self, data: bytes, num_bytes: int, *, what: object, timeout_s: float | None) -> list[bytes]:
         """Collective. Return the bytes of every rank, in rank order.
 
-        Args:
-            data: at most `num_bytes` bytes; lengths may differ between ranks.
-            num_bytes: the largest length, the same on every rank.
-            what: what the ranks are doing, for error messages; formatted only for them.
-            timeout_s: seconds to wait for the other ranks; None for :func:`default_timeout_s`.
+        Lengths may differ between ranks. `num_bytes`, the same on every rank, is not less than any of them.
         """
 
     @abstractmethod
@@ -177,12 +156,7 @@ class Backend(ABC):
     def sync_device(self, tree: Any, *, to_host: bool) -> Any:
         """All ranks. Compute the pending values of a state, if the runtime computes lazily. Issues no collectives.
 
-        Args:
-            tree: nested containers with tensors.
-            to_host: whether this rank needs the tensors' values.
-
-        Returns:
-            The same tree; with host tensors if the runtime cannot write those of its devices.
+        With `to_host` the result has host tensors, if the runtime cannot write those of its devices.
         """
         del to_host
         return tree
@@ -194,11 +168,8 @@ class Backend(ABC):
     def key_value_store(self, *, timeout_s: float | None = None) -> KeyValueStore | None:
         """Return the job's key-value store; None if the runtime has none. Rank-local; issues no collectives.
 
-        Args:
-            timeout_s: seconds to wait for the rank that hosts it; None for :func:`default_timeout_s`.
-
         Raises:
-            CollectiveTimeout: that rank did not arrive.
+            CollectiveTimeout: the rank that hosts it did not arrive within `timeout_s`.
         """
         del timeout_s
         return None
@@ -211,10 +182,9 @@ class Backend(ABC):
 
     @abstractmethod
     def next_object_id(self, kind: str) -> str | None:
-        """Return ``kind#n``, the id of the next object of a kind. Rank-local; issues no collectives.
+        """Return ``kind#n``, the id of the next object of a kind; None if there are no other ranks. Rank-local.
 
-        Ranks that construct the same objects in the same order give them the same ids. None if there are no other
-        ranks.
+        Ranks that construct the same objects in the same order give them the same ids.
         """
 
     @abstractmethod
@@ -228,10 +198,7 @@ class Backend(ABC):
     def store_barrier(self, name: str, *, depends_on: str | None, timeout_s: float | None) -> str | None:
         """All ranks. Block until every rank has called `name`; through the key-value store, without a collective.
 
-        Args:
-            name: the barrier's name, used once in a job.
-            depends_on: id of an object; a note about it ends the waiting.
-            timeout_s: seconds to wait for the other ranks; None for :func:`default_timeout_s`.
+        A name is used once in a job. `depends_on` is the id of an object; a note about it ends the waiting.
 
         Returns:
             None if all ranks have arrived, else the note about `depends_on`.
@@ -264,7 +231,7 @@ class Backend(ABC):
             numbers: at most eight, each below 2**31.
             sequence: has to be equal on all ranks.
             description: text for messages in place of the key; formatted only for an error.
-            timeout_s: seconds to wait for the other ranks; None for :func:`default_timeout_s`.
+            timeout_s: see :class:`Backend`.
 
         Returns:
             The largest of each of `numbers`.
@@ -293,9 +260,9 @@ class Backend(ABC):
             if total[0] == -total[1] and total[2] == -total[3]:
                 return total[4 : 4 + len(numbers)]
             data = f"{what} (sequence {sequence})".encode()
-            why = "telling the ranks where each one is"
+            why = "telling the ranks where each of them is"
             num_bytes = self.all_reduce_ints([len(data)], "MAX", what=why, timeout_s=timeout_s)[0]
-            points = [part.decode() for part in self.gather_host(data, num_bytes, what=why, timeout_s=timeout_s)]
+            points = [chunk.decode() for chunk in self.gather_host(data, num_bytes, what=why, timeout_s=timeout_s)]
             all_points = "; ".join(f"rank {rank} is at: {point}" for rank, point in enumerate(points))
             msg = (
                 f"The ranks entered one collective at different points. {all_points}. Handlers have to be built and "
@@ -321,14 +288,9 @@ class Backend(ABC):
     def gather_objects(self, value: Any, *, what: str = "gather", timeout_s: float | None = None) -> list[Any]:
         """Collective. Return every rank's small object, in rank order.
 
-        1. (all ranks) encode the object; a rank that cannot sends the error.
+        1. (all ranks) encode the object, see :func:`distckpt.backends.wire.encode`; on failure the error.
         2. (all ranks) agree on the largest size.
         3. (all ranks) gather.
-
-        Args:
-            value: see :func:`distckpt.backends.wire.encode`.
-            what: what the ranks are doing, for error messages.
-            timeout_s: seconds to wait for the other ranks; None for :func:`default_timeout_s`.
 
         Raises:
             TypeError: some rank's object cannot be sent; on every rank.
@@ -339,7 +301,7 @@ class Backend(ABC):
             text = str(error) if isinstance(error, TypeError) else f"{type(error).__name__}: {error}"
             data, problem = wire.encode([False, text]), error
         num_bytes = self.check_in_sync(what, [len(data)], timeout_s=timeout_s)[0]
-        answers = [wire.decode(part) for part in self.gather_host(data, num_bytes, what=what, timeout_s=timeout_s)]
+        answers = [wire.decode(chunk) for chunk in self.gather_host(data, num_bytes, what=what, timeout_s=timeout_s)]
         refused = [f"rank {rank}: {answer[1]}" for rank, answer in enumerate(answers) if not answer[0]]
         if refused:
             raise TypeError("; ".join(refused)) from problem
@@ -348,11 +310,10 @@ class Backend(ABC):
     def broadcast_object(
         self, value: Any, src: int = 0, *, what: str = "broadcast", timeout_s: float | None = None
     ) -> Any:
-        """Collective. Return the small object of rank `src`; the other ranks' objects are ignored.
+        """Collective. Return the small object of rank `src`, as :meth:`gather_objects` does.
 
         Raises:
             ValueError: there is no rank `src`.
-            TypeError: the object cannot be sent; on every rank.
         """
         self.check_rank(src, "src")
         return self.gather_objects(value if self.rank == src else None, what=what, timeout_s=timeout_s)[src]
@@ -362,10 +323,7 @@ class Backend(ABC):
         self.check_in_sync(what, timeout_s=timeout_s)
 
     def is_passthrough(self, error: BaseException) -> bool:
-        """Return True if an exception leaves its rank unchanged, and not as an error of all ranks.
-
-        These are KeyboardInterrupt, SystemExit and the runtime's own exceptions.
-        """
+        """Return True if an exception leaves its rank unchanged: KeyboardInterrupt, SystemExit, the runtime's own."""
         return not isinstance(error, Exception) or isinstance(error, self.passthrough_errors)
 
     def check_rank(self, rank: int, what: str) -> None:

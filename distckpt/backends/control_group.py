@@ -1,7 +1,10 @@
-"""A group of our own for host values, over all ranks of a job.
+"""A process group of our own for host values, over all ranks of a job.
 
-Owns when the group is formed, how an operation on it is waited for, and how it is found out which ranks did
-not come. The values travel by a transport (:mod:`distckpt.backends.transport`): Gloo, Horovod or XLA.
+The group is formed by its first operation. The values travel by a transport (:mod:`distckpt.backends.transport`): Gloo,
+Horovod or XLA.
+
+Either every rank finishes an operation or none does. If an operation took long, some rank may have aborted the group
+meanwhile: the first outcome, "done" or "aborted", that a rank writes to the key-value store holds for all.
 """
 
 import atexit
@@ -12,188 +15,121 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
 
 from distckpt.backends.base import KeyValueStore, PeerMonitor, TensorOp
-from distckpt.backends.shared_memory import NUM_WORDS, ROOM_BYTES, Meeting, SharedMemory, offer_of
-from distckpt.backends.transport import NullKeyValueStore, Transport
+from distckpt.backends.shared_memory import NUM_WORDS, ROOM_BYTES, SharedMemory, SharedOperation, create_offer
+from distckpt.backends.store_notes import (
+    ANSWER_LIMIT_S,
+    GroupNotes,
+    decode_abort,
+    format_ranks,
+    store_barrier,
+    store_lost_error,
+)
+from distckpt.backends.transport import Transport, from_bytes, to_bytes
 from distckpt.backends.wire import bytes_of
 from distckpt.errors import CollectiveError, CollectiveTimeout, DistckptError
 
-__all__ = ["ABORTED", "SHARED_MEMORY_VARIABLE", "ControlGroup", "encode_abort", "store_barrier", "store_lost_error"]
-
 SHARED_MEMORY_VARIABLE = "DISTCKPT_SHARED_MEMORY"
-"""``0`` lets ranks of one machine reduce and gather over Gloo too."""
+"""``0`` turns the use of shared memory off."""
 
-T = TypeVar("T")
-ABORTED = "host/given_up"
-"""Where on the board it stands that a rank has given the group up."""
 FindStore = Callable[[object, float], KeyValueStore | None]
 
-# How long an operation is waited for before this rank writes down that it came, and looks for bad news.
-_PATIENCE_S = 1.0
-# How often it looks after that.
-_PAUSE_S = 0.25
-# How long the others get to write down that they came, once an operation has failed; and once its time is over.
-_GRACE_S = 2.0
-_LAST_GRACE_S = 1.1
-# How long a note may take to be written or read. The board's host may be frozen, or beyond a broken link: once it did
-# not answer, it is asked more briefly, or a rank that has to end would spend seconds on notes that nobody reads.
-_NOTE_S = 1.0
-_BRIEF_NOTE_S = 0.25
+_PATIENCE_S = 1.0  # how long an operation runs before this rank notes its arrival and looks for failures
+_PAUSE_S = 0.25  # how often it looks afterwards
+_GRACE_S = 2.0  # how long the others may take to note their arrival after an operation has failed
+_TIMEOUT_GRACE_S = 1.1  # ... and after one has timed out
 _LENGTH_BYTES = 8
 _OFFER_BYTES = 512
 
 
-def store_barrier(
-    board: KeyValueStore,
-    prefix: str,
-    rank: int,
-    world_size: int,
-    *,
-    what: object,
-    timeout_s: float,
-    watch: Callable[[], str | None] = lambda: None,
-) -> str | None:
-    """Write down that this rank came to `what`, and wait until all have.
-
-    Args:
-        board: the job's.
-        prefix: of this roll's notes.
-        rank: this rank.
-        world_size: how many have to come.
-        what: what the ranks come to, for the error.
-        timeout_s: seconds to wait.
-        watch: asked between looks; an answer other than None ends the waiting.
-
-    Returns:
-        None when all came; what `watch` answered when that came first.
-
-    Raises:
-        CollectiveTimeout: some did not come; it names them.
-        CollectiveError: the board is gone, or does not answer.
-    """
-    deadline = time.monotonic() + timeout_s
-    pause_s = 0.001
-    try:
-        # Counted once, however often this rank calls.
-        is_first = board.add(f"{prefix}/here/{rank}", 1, limit_s=timeout_s) == 1
-        num_here = board.add(f"{prefix}/num_here", int(is_first), limit_s=timeout_s)
-        while True:
-            with contextlib.suppress(TimeoutError):  # no news: a silent board is waited for below
-                if (news := watch()) is not None:
-                    return news
-            if num_here >= world_size:
-                return None
-            if (left_s := deadline - time.monotonic()) <= 0:
-                break
-            time.sleep(min(pause_s, left_s))
-            pause_s = min(pause_s * 1.5, 0.05)
-            num_here = board.add(f"{prefix}/num_here", 0, limit_s=max(left_s, _NOTE_S))
-        missing = _absent(board, f"{prefix}/here", world_size)
-    except OSError as error:
-        raise store_lost_error(rank, what, error) from error
-    if not missing:
-        return None
-    msg = (
-        f"rank {rank}: waited {timeout_s:g} s for {what}, but {_ranks(missing)} did not come. Is it there on every "
-        "rank, and is every rank still running? Handlers have to be built and attached on all ranks alike."
-    )
-    raise CollectiveTimeout(msg, missing)
-
-
 @dataclass(slots=True)
 class _Operation:
-    """One operation under way."""
+    """An operation in progress."""
 
-    work: Any
+    work: Any  # the transport's or the shared memory's
     what: object
     timeout_s: float
     number: int
-    is_late: bool
-    is_finished: bool = False
+    was_idle: bool  # so much time had passed before it that another rank may have aborted the group
+    is_finished: bool = False  # it has ended well
 
     @property
     def is_in_memory(self) -> bool:
-        """Whether it goes through shared memory."""
-        return isinstance(self.work, Meeting)
+        return isinstance(self.work, SharedOperation)
 
 
 class ControlGroup:
-    """A group over all ranks of a job, for host values only. Formed by its first operation.
+    """A group over all ranks of a job, for host values.
 
-    Where all ranks are processes of one machine, the frequent small reduction (:meth:`start_max`) goes through shared
-    memory, if the transport allows it; so does what ranks say in a few bytes (:meth:`gather_bytes`).
-
-    Either every rank finishes an operation or none does: where some rank waited long, the first of "done" and "given
-    up" to be written down on the board holds for all.
+    If all ranks are processes of one machine, frequent small operations (:meth:`start_max`, :meth:`gather_bytes`) go
+    through shared memory, unless the transport forbids it.
 
     Args:
-        transport: how the values travel; of no other group's.
-        find_store: takes what the ranks are doing and a limit in seconds, and returns the job's board for notes, or
-            None where it has none: nobody can tell then which ranks did not come.
+        transport: carries the values; used by this group only.
+        find_store: takes what the ranks are doing and a limit in seconds, and returns the job's key-value store. None
+            if it has none: missing ranks cannot be named then.
         rank: this rank.
         world_size: number of ranks.
 
     Attributes:
-        monitor: asked while an operation is waited for; None for nobody.
+        monitor: asked while an operation waits; None if there is none.
     """
 
     def __init__(self, transport: Transport, find_store: FindStore, rank: int, world_size: int) -> None:
         self.monitor: PeerMonitor | None = None
         self._transport = transport
         self._find_store: FindStore | None = find_store
-        self._board: KeyValueStore = NullKeyValueStore(world_size)
-        self._has_store = False
+        self._notes = GroupNotes(rank, world_size)
         self._rank = rank
         self._world_size = world_size
-        self._given_up: str | None = None
+        self._aborted: str | None = None  # during what
         self._num_operations = 0
         self._last_end_s = time.monotonic()
         self._is_formed = False
         self._memory: SharedMemory | None = None
-        self._open: _Operation | None = None  # a reduction that start_max began
-        self._is_store_silent = False
+        self._open: _Operation | None = None  # of start_max
 
     def close(self) -> None:
-        """Let go of the transport. Rank-local; does nothing the second time.
+        """Close the transport. Rank-local; a second call does nothing.
 
-        IMPORTANT: before the interpreter ends. A thread of Gloo's that lets go of a tensor then, after the last
-        collective, asks for an interpreter that is no more, and the process is aborted.
+        IMPORTANT: call it before the interpreter ends. Afterwards a thread of Gloo's that releases a tensor would ask
+        for an interpreter that is gone, and the process would be aborted.
         """
-        self._given_up = self._given_up or "this process left the job"
+        self._aborted = self._aborted or "this process left the job"
         self._transport.close()
         if self._memory is not None:
             self._memory.close()
 
+    # -- operations --------------------------------------------------------------------------------
+
     def reduce(self, values: torch.Tensor, op: TensorOp, *, what: object, timeout_s: float) -> torch.Tensor:
-        """Collective. Reduce a CPU tensor; returns a new one."""
+        """Collective. Reduce a CPU tensor; return a new one."""
         result = values.detach().clone(memory_format=torch.contiguous_format)
-        self._run(lambda: self._transport.reduce(result, op, timeout_s), what, timeout_s)
+        self.run(lambda transport: transport.reduce(result, op, timeout_s), what=what, timeout_s=timeout_s)
         return result
 
     def start_max(self, values: Sequence[int], *, what: object, timeout_s: float) -> Callable[[], list[int]]:
-        """Collective. Start to reduce up to twelve int64 with MAX; what is returned waits for the end.
-
-        It goes through shared memory where that was found to be there, else by the transport.
-        """
+        """Collective. Start to reduce up to twelve int64 with MAX; return a function that waits for the result."""
         padded = [*values, *[0] * (NUM_WORDS - len(values))]
         if self._open is not None:
             self._finish(self._open)  # the memory keeps a few operations only
-        if self._memory is not None and self._given_up is None and not self._is_late(timeout_s):
-            # What _start does in the usual case: this is called in each iteration.
+        memory = self._memory
+        if memory is not None and self._aborted is None and not self._was_idle(timeout_s):
+            # _start without its checks: this runs in every iteration.
             self._num_operations += 1
-            work = self._memory.write(self._num_operations, padded)
-            operation = _Operation(work, what, timeout_s, self._num_operations, False)  # noqa: FBT003 - its last field
+            work = memory.start_max(self._num_operations, padded)
+            operation = _Operation(work, what, timeout_s, self._num_operations, was_idle=False)
         else:
-            operation = self._start(lambda: self._begin_max(padded, timeout_s), what, timeout_s)
+            operation = self._start(lambda: self._start_max(padded, timeout_s), what, timeout_s)
         self._open = operation
 
         def finish() -> list[int]:
             work = operation.work
-            if self._open is operation and self._given_up is None and not operation.is_late and work.is_done():
+            if self._open is operation and self._aborted is None and not operation.was_idle and work.is_done():
                 self._open = None
                 self._last_end_s = time.monotonic()
             else:
@@ -203,93 +139,83 @@ class ControlGroup:
 
         return finish
 
-    def _begin_max(self, values: list[int], timeout_s: float) -> Any:
+    def _start_max(self, values: list[int], timeout_s: float) -> Any:
         if self._memory is not None:
-            return self._memory.write(self._num_operations, values)
-        return self._transport.maximum(values, timeout_s)
+            return self._memory.start_max(self._num_operations, values)
+        return self._transport.start_max(values, timeout_s)
 
     def gather(self, tensor: torch.Tensor, *, what: object, timeout_s: float) -> list[torch.Tensor]:
-        """Collective. Give every rank every rank's CPU tensor; shape and dtype are the same on all."""
-        mine = _as_bytes(tensor)
+        """Collective. Return every rank's CPU tensor; shape and dtype are the same on all."""
+        mine = to_bytes(tensor)
         result = [torch.empty_like(mine) for _ in range(self._world_size)]
         if mine.numel():
-            self._run(lambda: self._transport.gather(result, mine, timeout_s), what, timeout_s)
-        return [_from_bytes(part, tensor) for part in result]
+            self.run(lambda transport: transport.gather(result, mine, timeout_s), what=what, timeout_s=timeout_s)
+        return [from_bytes(chunk, tensor) for chunk in result]
 
     def broadcast(self, tensor: torch.Tensor, src: int, *, what: object, timeout_s: float) -> torch.Tensor:
-        """Collective. Give every rank the CPU tensor of rank `src`; returns a new one."""
-        result = _as_bytes(tensor).clone()
+        """Collective. Return the CPU tensor of rank `src`, as a new one."""
+        result = to_bytes(tensor).clone()
         if result.numel():
-            self._run(lambda: self._transport.broadcast(result, src, timeout_s), what, timeout_s)
-        return _from_bytes(result, tensor)
+            self.run(lambda transport: transport.broadcast(result, src, timeout_s), what=what, timeout_s=timeout_s)
+        return from_bytes(result, tensor)
 
     def gather_bytes(self, data: bytes, num_bytes: int, *, what: object, timeout_s: float) -> list[bytes]:
-        """Collective. Give every rank every rank's bytes: no more than `num_bytes`, which is the same on all ranks."""
-        if self._memory is not None and num_bytes <= ROOM_BYTES:
-            return self._gather_in(self._memory, data, what, timeout_s)
+        """Collective. Return every rank's bytes: at most `num_bytes`, which is the same on all ranks."""
+        memory = self._memory
+        if memory is not None and num_bytes <= ROOM_BYTES:
+            operation = self._start(lambda: memory.start_gather(self._num_operations, data), what, timeout_s)
+            self._finish(operation)
+            return [operation.work.by_rank[rank] for rank in range(self._world_size)]
         padded = torch.zeros(_LENGTH_BYTES + num_bytes, dtype=torch.uint8)
         framed = len(data).to_bytes(_LENGTH_BYTES, "little") + data
         padded[: len(framed)] = torch.frombuffer(bytearray(framed), dtype=torch.uint8)
-        parts = [bytes_of(part) for part in self.gather(padded, what=what, timeout_s=timeout_s)]
-        lengths = [int.from_bytes(part[:_LENGTH_BYTES], "little") for part in parts]
-        return [part[_LENGTH_BYTES : _LENGTH_BYTES + length] for part, length in zip(parts, lengths, strict=True)]
+        parts = [bytes_of(chunk) for chunk in self.gather(padded, what=what, timeout_s=timeout_s)]
+        lengths = [int.from_bytes(chunk[:_LENGTH_BYTES], "little") for chunk in parts]
+        return [chunk[_LENGTH_BYTES : _LENGTH_BYTES + length] for chunk, length in zip(parts, lengths, strict=True)]
 
-    def _gather_in(self, memory: SharedMemory, data: bytes, what: object, timeout_s: float) -> list[bytes]:
-        operation = self._start(lambda: memory.bring(self._num_operations, data), what, timeout_s)
-        self._finish(operation)
-        return [operation.work.by_rank[rank] for rank in range(self._world_size)]
+    def run(self, start: Callable[[Any], Any], *, what: object, timeout_s: float) -> None:
+        """Collective. Run one of the transport's operations: `start` starts it, and returns its work."""
+        self._finish(self._start(lambda: start(self._transport), what, timeout_s))
 
-    def carry(self, start: Callable[[Any], Any], *, what: object, timeout_s: float) -> None:
-        """Collective. Run an operation of the transport's own.
-
-        Args:
-            start: takes the transport, begins the operation and returns its work.
-            what: what the ranks are doing, for error messages; made into text only for them.
-            timeout_s: seconds to wait for the other ranks.
-        """
-        self._run(lambda: start(self._transport), what, timeout_s)
+    # -- forming the group -------------------------------------------------------------------------
 
     def find_store(self, what: object, timeout_s: float) -> None:
-        """Get hold of the job's board, if that was not done before. Rank-local.
-
-        Raises:
-            CollectiveError: it cannot be found; where that is because a rank did not come, the error names it.
-        """
+        """Find the job's key-value store, unless that was done before; raise CollectiveError on failure. Rank-local."""
         if self._find_store is not None:
-            board = self._find_store(what, timeout_s)
+            self._notes.store = self._find_store(what, timeout_s)
             self._find_store = None
-            if board is not None:
-                self._board, self._has_store = board, True
 
     def _form(self, what: object, timeout_s: float) -> None:
-        """Collective. Connect the ranks, after all have come."""
+        """Collective. Connect the ranks, after all have arrived."""
         self.find_store(what, timeout_s)
-        store_barrier(
-            self._board,
-            "host/roll",
-            self._rank,
-            self._world_size,
-            what=what,
-            timeout_s=timeout_s,
-            watch=self._who_gave_up,
-        )
-        self.refuse_if_given_up(what)
+        if (store := self._notes.store) is not None:
+            store_barrier(
+                store,
+                "control/form",
+                self._rank,
+                self._world_size,
+                what=what,
+                timeout_s=timeout_s,
+                check=self._notes.read_abort,
+            )
+        self.raise_if_aborted(what)
         try:
             self._transport.connect(timeout_s)
         except self._transport.passthrough_errors:
             raise
         except RuntimeError as error:
-            self._raise_news(_GRACE_S)
+            self._raise_failure(_GRACE_S)
             msg = f"rank {self._rank}: the ranks could not be connected for {what}: {error}"
             raise CollectiveError(msg) from error
         self._is_formed = True
         atexit.register(_close_if_alive, weakref.ref(self))
-        if self._transport.shares_memory:
+        if self._transport.can_share_memory:
             self._share_memory(what, timeout_s)
 
     def _share_memory(self, what: object, timeout_s: float) -> None:
-        """Collective. Find out whether all ranks can see one memory, and take it if so."""
-        own, offer = (None, b"{}") if os.environ.get(SHARED_MEMORY_VARIABLE) == "0" else offer_of(self._world_size)
+        """Collective. Find out whether all ranks can map one memory; use it if so."""
+        is_off = os.environ.get(SHARED_MEMORY_VARIABLE) == "0"
+        own, offer = (None, b"{}") if is_off else create_offer(self._world_size)
         offers = self.gather_bytes(offer, _OFFER_BYTES, what=what, timeout_s=timeout_s)
         memory = SharedMemory.join(own, offers, self._rank)
         answers = self.gather_bytes(b"no" if memory is None else b"yes", 3, what=what, timeout_s=timeout_s)
@@ -298,77 +224,48 @@ class ControlGroup:
         elif memory is not None:
             memory.close()
 
-    def _run(self, start: Callable[[], Any], what: object, timeout_s: float) -> None:
-        self._finish(self._start(start, what, timeout_s))
+    # -- one operation -----------------------------------------------------------------------------
 
     def _start(self, start: Callable[[], Any], what: object, timeout_s: float) -> _Operation:
-        if self._given_up is not None:
-            msg = f"rank {self._rank}: {what} cannot run: the ranks' host group was given up earlier ({self._given_up})"
+        if self._aborted is not None:
+            msg = f"rank {self._rank}: {what} cannot run: the control group was aborted earlier ({self._aborted})"
             raise CollectiveError(msg)
         if self._open is not None:
             self._finish(self._open)  # the memory keeps a few operations only, and each of the others counts too
-        is_late = self._is_late(timeout_s)
-        with self._giving_up(what, timeout_s):
+        was_idle = self._was_idle(timeout_s)
+        with self._abort_on_error(what, timeout_s):
             if not self._is_formed:
                 self._form(what, timeout_s)
-            elif is_late:
-                self.refuse_if_given_up(what)
+            elif was_idle:
+                self.raise_if_aborted(what)
         self._num_operations += 1
-        operation = _Operation(None, what, timeout_s, self._num_operations, is_late)
-        with self._giving_up(what, timeout_s, operation):
+        operation = _Operation(None, what, timeout_s, self._num_operations, was_idle)
+        with self._abort_on_error(what, timeout_s, operation):
             operation.work = start()
         return operation
 
-    def _is_late(self, timeout_s: float) -> bool:
-        """Tell whether others may have given up: they have waited since about the end of the last operation."""
+    def _was_idle(self, timeout_s: float) -> bool:
+        """Return True if other ranks may have timed out, which have waited since about the last operation's end."""
         return time.monotonic() - self._last_end_s > min(_PATIENCE_S, timeout_s / 2)
 
     def _finish(self, operation: _Operation) -> None:
         if operation is self._open:
             self._open = None
         elif operation.is_finished:
-            return  # another one had to begin
-        if self._given_up is not None:
-            msg = f"rank {self._rank}: {operation.what} ended: the ranks' host group was given up ({self._given_up})"
+            return  # another operation had to start
+        if self._aborted is not None:
+            msg = f"rank {self._rank}: {operation.what} ended: the control group was aborted ({self._aborted})"
             raise CollectiveError(msg)
-        with self._giving_up(operation.what, operation.timeout_s, operation):
+        with self._abort_on_error(operation.what, operation.timeout_s, operation):
             was_slow = self._wait(operation)
-            if (was_slow or operation.is_late) and self._verdict(operation, "done") != "done":
-                self.refuse_if_given_up(operation.what)
-        operation.is_finished = True  # not before: where it failed for another one that had to begin, it fails again
+            if (was_slow or operation.was_idle) and self._notes.settle_outcome(operation.number, "done") != "done":
+                self.raise_if_aborted(operation.what)
+        operation.is_finished = True  # only now: if it failed because another had to start, it fails again
         self._last_end_s = time.monotonic()
 
-    @contextlib.contextmanager
-    def _giving_up(self, what: object, timeout_s: float, operation: _Operation | None = None) -> Iterator[None]:
-        """Give the group up when an operation fails in here, and explain why."""
-        try:
-            yield
-        except DistckptError as error:
-            if self._given_up is None:
-                self._give_up(what, getattr(error, "missing", ()))
-            raise
-        except self._transport.passthrough_errors:  # the runtime knows how to go on from it
-            # Told where there is a board: Horovod forgets operations that were begun while it was ending.
-            if operation is not None:
-                with contextlib.suppress(OSError):
-                    self._note_that_it_came(operation)
-            self._give_up(what, ())
-            raise
-        except OSError as error:
-            self._given_up = str(what)
-            self._raise_news(_NOTE_S)
-            raise store_lost_error(self._rank, what, error) from error
-        except RuntimeError as error:
-            self._explain(error, what, operation, timeout_s, timed_out=False)
-        except BaseException:  # an interrupt: this rank is out of step now
-            if operation is not None and operation.work is not None:
-                self._transport.withdraw(operation.work)
-            self._give_up(what, ())
-            raise
-
     def _wait(self, operation: _Operation) -> bool:
-        """Wait for the transport's work; return whether it took so long that some rank may have given up."""
-        work, what = operation.work, operation.what
+        """Wait for the work; return True if it took so long that another rank may have aborted the group."""
+        work = operation.work
         deadline = time.monotonic() + operation.timeout_s
         was_slow = False
         while True:
@@ -377,151 +274,146 @@ class ControlGroup:
                 work.wait(timedelta(seconds=max(min(_PAUSE_S if was_slow else _PATIENCE_S, left_s), 0.001)))
             except RuntimeError as error:
                 if work.is_completed():
-                    work.wait()  # returns if it ended well just now, else raises what ended it
+                    work.wait()  # returns if it has just ended well, else raises its error
                     return was_slow
-                news = self._news()
-                if news is not None or time.monotonic() >= deadline:
-                    if not self._transport.withdraw(work) or self._verdict(operation, "given up") == "done":
+                failure = self._get_failure()
+                if failure is not None or time.monotonic() >= deadline:
+                    if (
+                        not self._transport.withdraw(work)
+                        or self._notes.settle_outcome(operation.number, "aborted") == "done"
+                    ):
                         work.wait(timedelta(seconds=1))  # another rank has just finished it
                         return was_slow
-                    if news is not None:
-                        raise news  # noqa: B904 - it has a cause of its own, on another rank; this one is its context
-                    self._explain(error, what, operation, operation.timeout_s, timed_out=True)
+                    if failure is not None:
+                        raise failure  # noqa: B904 - its cause is on another rank; this error is its context
+                    self._raise_explained(error, operation.what, operation, operation.timeout_s, timed_out=True)
                 if not was_slow:
                     with contextlib.suppress(OSError):
-                        self._note_that_it_came(operation)
+                        self._notes.write_arrival(operation.number, operation.what)
                     was_slow = True
                 with contextlib.suppress(TimeoutError):
-                    if self._who_gave_up() is not None:
+                    if self._notes.read_abort() is not None:
                         raise
             else:
                 return was_slow
 
-    def _news(self, wait_s: float = 0.0) -> DistckptError | None:
-        return None if self.monitor is None else self.monitor.failure(wait_s)
-
-    def _raise_news(self, wait_s: float) -> None:
-        """Raise the monitor's news, if there is any; with the cause that it has on another rank, not this rank's."""
-        if (news := self._news(wait_s)) is not None:
-            raise news
-
-    def _ask(self, call: Callable[[float], T], limit_s: float = _NOTE_S) -> T:
-        """Ask the board, within `limit_s`; more briefly if it did not answer the last time."""
+    @contextlib.contextmanager
+    def _abort_on_error(self, what: object, timeout_s: float, operation: _Operation | None = None) -> Iterator[None]:
+        """Abort the group if an operation fails in the block, and raise an error that explains why."""
         try:
-            answer = call(min(limit_s, _BRIEF_NOTE_S) if self._is_store_silent else limit_s)
-        except TimeoutError:
-            self._is_store_silent = True
+            yield
+        except DistckptError as error:
+            if self._aborted is None:
+                self._abort(what, getattr(error, "missing", ()))
             raise
-        self._is_store_silent = False
-        return answer
+        except self._transport.passthrough_errors:  # the runtime itself can go on from it
+            # Noted if there is a store: Horovod forgets operations that started while it was ending.
+            if operation is not None:
+                with contextlib.suppress(OSError):
+                    self._notes.write_arrival(operation.number, operation.what)
+            self._abort(what, ())
+            raise
+        except OSError as error:
+            self._aborted = str(what)
+            self._raise_failure(ANSWER_LIMIT_S)
+            raise store_lost_error(self._rank, what, error) from error
+        except RuntimeError as error:
+            self._raise_explained(error, what, operation, timeout_s, timed_out=False)
+        except BaseException:  # an interrupt: this rank is out of step now
+            if operation is not None and operation.work is not None:
+                self._transport.withdraw(operation.work)
+            self._abort(what, ())
+            raise
 
-    def _verdict(self, operation: _Operation, mine: str) -> str:
-        """Write down how this operation ended, unless another rank has; return what stands."""
-        key = f"host/verdict/{operation.number}"
-        if mine == "done":
-            self._is_store_silent = False  # nobody waits for this rank to end, and it has just heard of all others
+    # -- failures ----------------------------------------------------------------------------------
+
+    def raise_if_aborted(self, what: object) -> None:
+        """Raise CollectiveError if another rank has aborted the group; it names the missing ranks. Rank-local."""
         try:
-            return self._ask(lambda limit_s: self._board.set_default(key, mine, limit_s=limit_s))
-        except OSError:  # the board's host has ended, or is frozen; there is nobody left to differ with
-            return mine
-
-    def _who_gave_up(self) -> str | None:
-        return self._ask(lambda limit_s: self._board.get_many([ABORTED], limit_s=limit_s))[0]
-
-    def refuse_if_given_up(self, what: object) -> None:
-        """Raise where another rank has given the group up. Rank-local.
-
-        Raises:
-            CollectiveError: it names the ranks that did not come, as far as known.
-        """
-        try:
-            news = self._who_gave_up()
-        except TimeoutError:  # the board is slow, which is no proof of anything
+            note = self._notes.read_abort()
+        except TimeoutError:  # a slow store proves nothing
             return
         except OSError as error:
             raise store_lost_error(self._rank, what, error) from error
-        if news is None:
+        if note is None:
             return
-        numbers, _, where = news.partition(" ")
-        missing = [int(number) for number in numbers.split(",") if number]
-        who = f", because {_ranks(missing)} did not come" if missing else ""
-        msg = f"rank {self._rank}: {what} cannot run: another rank gave up waiting in {where}{who}{self._tell(missing)}"
+        missing, where = decode_abort(note)
+        who = f", because {format_ranks(missing)} did not come" if missing else ""
+        msg = f"rank {self._rank}: {what} cannot run: another rank gave up in {where}{who}{self._describe(missing)}"
         raise CollectiveError(msg, missing)
 
-    def _give_up(self, what: object, missing: Sequence[int]) -> None:
-        """Make every later operation fail at once, here and on the ranks that come late."""
-        self._given_up = str(what)
-        with contextlib.suppress(OSError):  # the board may be gone as well
-            text = encode_abort(what, missing)
-            self._ask(lambda limit_s: self._board.set(ABORTED, text, limit_s=limit_s))
+    def _get_failure(self, wait_s: float = 0.0) -> DistckptError | None:
+        return None if self.monitor is None else self.monitor.failure(wait_s)
 
-    def _note_that_it_came(self, operation: _Operation) -> None:
-        key = f"host/came/{operation.number}/{self._rank}"
-        self._ask(lambda limit_s: self._board.set(key, str(operation.what), limit_s=limit_s))
+    def _raise_failure(self, wait_s: float) -> None:
+        """Raise the monitor's failure, if there is one; its cause is on another rank."""
+        if (failure := self._get_failure(wait_s)) is not None:
+            raise failure
 
-    def _tell(self, missing: Sequence[int]) -> str:
-        told = "" if self.monitor is None or not missing else self.monitor.describe(missing)
-        return f" ({told})" if told else ""
+    def _describe(self, missing: Sequence[int]) -> str:
+        text = "" if self.monitor is None or not missing else self.monitor.describe(missing)
+        return f" ({text})" if text else ""
 
-    def _explain(
+    def _abort(self, what: object, missing: Sequence[int]) -> None:
+        """Make every later operation fail at once, on this rank and on ranks that arrive late."""
+        self._aborted = str(what)
+        self._notes.write_abort(what, missing)
+
+    def _raise_explained(
         self, error: RuntimeError, what: object, operation: _Operation | None, timeout_s: float, *, timed_out: bool
     ) -> NoReturn:
-        """Find out who came to the failed operation, give the group up, and raise."""
-        self._give_up(what, ())
+        """Find out which ranks are missing from a failed operation, abort the group, and raise."""
+        self._abort(what, ())
         missing: list[int] = []
-        if operation is not None and timed_out and operation.is_in_memory and not self._is_store_silent:
-            # There it can be seen, and nobody needs time to write it down.
-            missing = [rank for rank in range(self._world_size) if not self._has_written(rank, operation)]
-        elif operation is not None and self._has_store:
+        if operation is not None and timed_out and operation.is_in_memory and not self._notes.is_silent:
+            # The memory shows it, without notes in the store.
+            missing = [rank for rank in range(self._world_size) if not self._is_in_memory(rank, operation)]
+        elif operation is not None and self._notes.store is not None:
             try:
-                missing = self._who_is_missing(operation, _LAST_GRACE_S if timed_out else _GRACE_S)
+                missing = self._find_missing(operation, _TIMEOUT_GRACE_S if timed_out else _GRACE_S)
             except OSError as gone:
-                self._raise_news(_NOTE_S)
+                self._raise_failure(ANSWER_LIMIT_S)
                 raise store_lost_error(self._rank, what, gone) from error
-            # On a busy machine a rank may have no time to note that it came.
-            missing = [rank for rank in missing if not self._has_written(rank, operation)]
-        self._give_up(what, missing)
-        who = "the connection broke" if self._has_store or not timed_out else "not all ranks came"
+            # On a busy machine a rank may have had no time to note its arrival.
+            missing = [rank for rank in missing if not self._is_in_memory(rank, operation)]
+        self._abort(what, missing)
+        reason = "the connection broke" if self._notes.store is not None or not timed_out else "not all ranks came"
         if missing:
-            who = f"{_ranks(missing)} did not come{self._tell(missing)}"
+            reason = f"{format_ranks(missing)} did not come{self._describe(missing)}"
         if timed_out:
-            msg = f"rank {self._rank}: waited {timeout_s:g} s in {what}, but {who}"
+            msg = f"rank {self._rank}: waited {timeout_s:g} s in {what}, but {reason}"
             raise CollectiveTimeout(msg, missing) from error
-        msg = f"rank {self._rank}: {what} broke off: {who} ({error})"
-        raise CollectiveError(msg, missing) from error
+        raise CollectiveError(f"rank {self._rank}: {what} failed: {reason} ({error})", missing) from error
 
-    def _has_written(self, rank: int, operation: _Operation) -> bool:
-        """Tell whether the shared memory shows that a rank came to an operation."""
+    def _is_in_memory(self, rank: int, operation: _Operation) -> bool:
+        """Return True if the shared memory shows that `rank` has arrived at an operation."""
         if not operation.is_in_memory or self._memory is None:
             return False
         return rank == self._rank or self._memory.read(rank, operation.number) is not None
 
-    def _who_is_missing(self, operation: _Operation, grace_s: float) -> list[int]:
-        """Return who has not come to an operation within `grace_s`.
-
-        While the board does not answer nothing is known of anybody, until it does, or the monitor gives it up.
+    def _find_missing(self, operation: _Operation, grace_s: float) -> list[int]:
+        """Return the ranks that have not arrived at an operation within `grace_s` of the store's first answer.
 
         Raises:
-            OSError: the board is gone, or is silent and nobody watches.
-            DistckptError: the monitor's news.
+            OSError: the store is gone, or is silent and there is no monitor.
+            DistckptError: the monitor's failure.
         """
-        came = f"host/came/{operation.number}"
-        silent_until = time.monotonic() + operation.timeout_s
-        until: float | None = None
+        silence_deadline = time.monotonic() + operation.timeout_s
+        deadline: float | None = None
         while True:
             try:
-                if until is None:
-                    self._note_that_it_came(operation)
-                    until = time.monotonic() + grace_s
-                missing = self._ask(lambda limit_s: _absent(self._board, came, self._world_size, limit_s))
+                if deadline is None:
+                    self._notes.write_arrival(operation.number, operation.what)
+                    deadline = time.monotonic() + grace_s
+                missing = self._notes.find_absent(operation.number)
             except TimeoutError:
-                if self.monitor is None or time.monotonic() > silent_until:
+                if self.monitor is None or time.monotonic() > silence_deadline:
                     raise
             else:
-                if not missing or time.monotonic() > until:
+                if not missing or time.monotonic() > deadline:
                     return missing
-            if (news := self._news()) is not None:
-                raise news
+            if (failure := self._get_failure()) is not None:
+                raise failure
             time.sleep(0.02)
 
 
@@ -529,36 +421,3 @@ def _close_if_alive(group: "weakref.ref[ControlGroup]") -> None:
     alive = group()
     if alive is not None:
         alive.close()
-
-
-def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the bytes of a CPU tensor, uint8 (n,): Gloo does not carry every dtype, but every dtype is bytes."""
-    flat = tensor.detach().contiguous().reshape(-1)
-    return (torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat).view(torch.uint8)
-
-
-def _from_bytes(data: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return data.view(like.dtype).reshape(like.shape)
-
-
-def _absent(board: KeyValueStore, key: str, world_size: int, limit_s: float = _NOTE_S) -> list[int]:
-    notes = board.get_many([f"{key}/{rank}" for rank in range(world_size)], limit_s=limit_s)
-    return [rank for rank, note in enumerate(notes) if note is None]
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(str(rank) for rank in ranks)}"
-
-
-def encode_abort(what: object, missing: Sequence[int]) -> str:
-    """Return the note by which a rank tells the others that it waits no longer, since `missing` did not come."""
-    return f"{','.join(str(rank) for rank in missing)} {what}"
-
-
-def store_lost_error(rank: int, what: object, error: OSError) -> CollectiveError:
-    """Return the error for a board that is gone, or does not answer."""
-    msg = (
-        f"rank {rank}: lost the job's store during {what}; the process that hosts it (often rank 0, or the launcher) "
-        f"has ended or cannot be reached: {error}"
-    )
-    return CollectiveError(msg)

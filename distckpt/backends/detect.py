@@ -1,11 +1,12 @@
-"""Which backend this process belongs to, from the live runtime.
+"""The backend of this process, found from the live runtime; and the runtimes other than torch.distributed.
 
-Owns the one question "who am I among the ranks?". The answer never depends on what is importable: a GPU job
-on a machine that has another runtime installed stays a GPU job. Issues no collectives, and may be asked by
-a constructor.
+The backend never depends on what is importable: a GPU job on a machine that has another runtime installed stays a GPU
+job. Nothing here issues collectives, and a constructor may call it.
 """
 
 import importlib
+import importlib.metadata
+import importlib.util
 import sys
 import threading
 import weakref
@@ -17,32 +18,34 @@ from distckpt.backends.base import Backend
 from distckpt.backends.serial import SerialBackend
 from distckpt.backends.torch_dist import TorchDistBackend
 
-__all__ = ["current"]
+OTHER_RUNTIMES = {"horovod": "horovod", "xla": "torch_xla"}
+"""The runtimes other than torch.distributed, and their packages."""
 
-_ALONE = SerialBackend()
-# One backend for each live process group, forgotten with it: a group destroyed and made anew is a new key.
+_SERIAL = SerialBackend()
+# One backend for each live process group. A group that is destroyed and made again is a new key.
 _BY_GROUP: "weakref.WeakKeyDictionary[dist.ProcessGroup, TorchDistBackend]" = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
 _MODULES = sys.modules
 
 
 def current() -> Backend:
-    """Return the backend of the live job, or that of a world of one. Rank-local; issues no collectives.
+    """Return the backend of the live job, or a backend of one rank. Rank-local; issues no collectives.
 
-    The first of: torch.distributed with a process group; Horovod, once initialised; torch_xla, once it is in use.
+    The first of: torch.distributed with a process group; Horovod, if initialised; torch_xla, as soon as a device is in
+    use.
 
     Example:
         >>> current().world_size
         1
     """
-    group = _group_of_the_job()
+    group = dist.group.WORLD if dist.is_available() else None
     if group is None:
-        return _of_another_runtime() or _ALONE
-    # Without the lock, and mostly right: every handler asks in every iteration.
+        return _find_other() or _SERIAL
+    # Without the lock, and mostly right: every handler calls this in every iteration.
     backend = _BY_GROUP.get(group)
     if backend is None:
         if dist.get_backend(group) == "xla":  # torch_xla's own process group: its replicas are the ranks
-            return _of_another_runtime() or _ALONE
+            return _find_other() or _SERIAL
         with _LOCK:
             backend = _BY_GROUP.get(group)
             if backend is None:
@@ -50,30 +53,49 @@ def current() -> Backend:
     return backend
 
 
-def _group_of_the_job() -> dist.ProcessGroup | None:
-    return dist.group.WORLD if dist.is_available() else None
-
-
-def _of_another_runtime() -> Backend | None:
+def _find_other() -> Backend | None:
     """Return the backend of Horovod or torch_xla, if one of them is live.
 
-    Neither is imported to find out, nor is our module that imports it: a program that uses one has imported it.
+    A program that uses one of them has imported it. It is not imported here, and neither is our module that imports it.
     """
-    horovod: Any = _MODULES.get("horovod.torch")
-    if horovod is not None and _is_so(horovod, "is_initialized"):
-        return _ask("horovod")
-    torch_xla: Any = _MODULES.get("torch_xla")
-    if torch_xla is not None and _is_so(getattr(torch_xla, "_XLAC", None), "_xla_runtime_is_initialized"):
-        return _ask("xla")
-    return None
-
-
-def _ask(name: str) -> Backend:
-    found: Backend = importlib.import_module(f"distckpt.backends.{name}").current()
+    found: Backend | None = None
+    # With defaults: another thread may be importing the module.
+    if getattr(_MODULES.get("horovod.torch"), "is_initialized", _no)():
+        found = importlib.import_module("distckpt.backends.horovod").current()
+    elif getattr(getattr(_MODULES.get("torch_xla"), "_XLAC", None), "_xla_runtime_is_initialized", _no)():
+        found = importlib.import_module("distckpt.backends.xla").current()
     return found
 
 
-def _is_so(module: Any, question: str) -> bool:
-    """Ask a module that may be half imported, by another thread."""
-    ask = getattr(module, question, None)
-    return ask is not None and bool(ask())
+def _no() -> bool:
+    return False
+
+
+def installed_runtimes() -> tuple[str, ...]:
+    """Return the installed ones of :data:`OTHER_RUNTIMES`. Imports none of them."""
+    return tuple(name for name, package in OTHER_RUNTIMES.items() if importlib.util.find_spec(package) is not None)
+
+
+def import_runtime(name: str) -> Any:
+    """Return our module for one of :data:`OTHER_RUNTIMES`; this imports the runtime.
+
+    Raises:
+        RuntimeError: it cannot be imported, such as a torch_xla that was built for another torch. The error names the
+            command that installs a matching one.
+    """
+    package, torch_version = OTHER_RUNTIMES[name], importlib.metadata.version("torch")
+    if name == "xla":  # its metadata does not say for which torch it was built
+        xla_version = importlib.metadata.version("torch_xla")
+        built_for = ".".join(xla_version.split(".")[:2])
+        if torch_version.split(".")[:2] != xla_version.split(".")[:2]:
+            msg = (
+                f"torch_xla {xla_version} was built for torch {built_for}, but torch is {torch_version}. Install a "
+                f"matching pair: pip install 'torch=={built_for}.*' 'torch_xla=={built_for}.*'"
+            )
+            raise RuntimeError(msg)
+    try:
+        return importlib.import_module(f"distckpt.backends.{name}")
+    except ImportError as error:
+        version = importlib.metadata.version(package)
+        msg = f"{package} {version} cannot be imported with torch {torch_version}: {error}"
+        raise RuntimeError(msg) from error

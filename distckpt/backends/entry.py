@@ -1,7 +1,6 @@
-"""Entry points in the manner of ignite's ``idist``: all that a script needs to be distributed.
+"""Entry points like those of ignite's ``idist``: joining and leaving a job, and the collectives for user code.
 
-Owns joining and leaving a job, and the collectives that user code calls. They answer from the live runtime, so they
-work inside and beside ignite's ``idist.Parallel``, and whoever made the process group.
+They use the live runtime, so they work together with ignite's ``idist.Parallel``, and with any process group.
 """
 
 import functools
@@ -10,52 +9,32 @@ import socket
 import subprocess
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar, get_args, overload
 
 import torch
 import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
 from distckpt.backends.base import Backend, TensorOp
-from distckpt.backends.detect import current
-from distckpt.backends.others import OTHERS, installed, module_of
-
-__all__ = [
-    "all_gather",
-    "all_reduce",
-    "available_backends",
-    "backend",
-    "barrier",
-    "broadcast",
-    "device",
-    "finalize",
-    "get_local_rank",
-    "get_node_rank",
-    "get_rank",
-    "get_world_size",
-    "hostname",
-    "initialize",
-    "one_rank_only",
-]
+from distckpt.backends.detect import OTHER_RUNTIMES, current, import_runtime, installed_runtimes
 
 T = TypeVar("T")
 
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-_TENSOR_OPS = ("SUM", "PRODUCT", "MIN", "MAX", "AND", "OR")
 
 
 def available_backends() -> tuple[str, ...]:
-    """Return the names that :func:`initialize` takes: torch.distributed's, those a build has registered, and others.
+    """Return the names that :func:`initialize` accepts: torch.distributed's, those a build has registered, and others.
 
-    ``horovod`` and ``xla`` are named where they are installed. Being installed makes neither of them the job's.
+    ``horovod`` and ``xla`` are included if they are installed. That alone makes neither of them the job's backend.
     """
     if not dist.is_available():
-        return installed()
+        return installed_runtimes()
     built_in = [
-        name for name, there in (("nccl", dist.is_nccl_available()), ("gloo", dist.is_gloo_available())) if there
+        name for name, is_built in (("nccl", dist.is_nccl_available()), ("gloo", dist.is_gloo_available())) if is_built
     ]
-    known = {dist.Backend.UNDEFINED, "nccl", "gloo", *OTHERS}
-    return (*built_in, *[name for name in dist.Backend.backend_list if name not in known], *installed())
+    known = {dist.Backend.UNDEFINED, "nccl", "gloo", *OTHER_RUNTIMES}
+    return (*built_in, *[name for name in dist.Backend.backend_list if name not in known], *installed_runtimes())
 
 
 def initialize(
@@ -66,21 +45,21 @@ def initialize(
     world_size: int | None = None,
     timeout: timedelta | float | None = None,
 ) -> None:
-    """Join the job that the launcher started, all ranks; a world of one where there is no launcher.
+    """All ranks. Join the launcher's job; without a launcher, a job of one rank.
 
     Reads ``RANK``, ``LOCAL_RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT`` (torchrun), or SLURM's variables
-    of a plain ``srun``. ``horovod`` calls ``hvd.init()``, and ``xla`` says that this process, or this replica's thread,
-    belongs to a job of torch_xla's; neither takes the other arguments.
+    of a plain ``srun``. ``horovod`` calls ``hvd.init()``; ``xla`` makes this process, or this replica's thread, part of
+    a torch_xla job. Neither takes the other arguments.
 
     Args:
         backend: one of :func:`available_backends`.
         init_method: as for ``torch.distributed.init_process_group``; needs `rank` and `world_size`, unless ``env://``.
-        rank: of this process.
-        world_size: number of processes.
-        timeout: of the job's process group; seconds, or a timedelta.
+        rank: this process's rank; None to read it from the environment.
+        world_size: number of processes; None to read it from the environment.
+        timeout: time limit of the job's process group, seconds or a timedelta; None for torch's default.
 
     Raises:
-        ValueError: there is no such backend, or `rank` and `world_size` do not go together.
+        ValueError: there is no such backend, or only one of `rank` and `world_size` is given.
         RuntimeError: a process group exists already, the launcher's variables are incomplete, or NCCL finds no GPU.
 
     Example:
@@ -90,8 +69,8 @@ def initialize(
         >>> finalize()
     """
     check_backend(backend)
-    if backend in OTHERS:
-        _initialize_another(backend, init_method=init_method, rank=rank, world_size=world_size, timeout=timeout)
+    if backend in OTHER_RUNTIMES:
+        _initialize_other(backend, init_method=init_method, rank=rank, world_size=world_size, timeout=timeout)
     else:
         _initialize_torch(backend, init_method, rank, world_size, timeout)
 
@@ -115,19 +94,18 @@ def _initialize_torch(
     options: dict[str, Any] = {}
     if timeout is not None:
         options["timeout"] = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
-    _environment_from_slurm()
-    _check_environment()
+    _prepare_environment()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     if init_method is not None and init_method != "env://":
         options.update(init_method=init_method, rank=rank, world_size=world_size)
     elif "RANK" not in os.environ:
         if world_size not in (None, 1):
-            msg = f"Argument world_size is {world_size}, but no launcher or init_method says where the others are"
+            msg = f"Argument world_size is {world_size}, but neither a launcher nor init_method gives their addresses"
             raise ValueError(msg)
         options.update(store=dist.HashStore(), rank=0, world_size=1)
     elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # The launcher's store outlives a job: what an earlier one of this program left there would be taken for ours.
+        # The launcher's store outlives a job: keys of an earlier job of this program must not be read.
         limit = options.get("timeout", default_pg_timeout)
         root, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
         number = root.add(f"distckpt/joined/{rank}", 1)
@@ -135,50 +113,37 @@ def _initialize_torch(
     dist.init_process_group(backend, **options)
 
 
-def _initialize_another(backend: str, **arguments: Any) -> None:
-    """Join a job of Horovod's or torch_xla's.
-
-    Raises:
-        ValueError: an argument that only torch.distributed takes.
-        RuntimeError: there is a job already.
-    """
+def _initialize_other(backend: str, **arguments: Any) -> None:
     for name, value in arguments.items():
         if value is not None:
             msg = f"Argument {name} is for torch.distributed; backend {backend!r} does not take it, but given {value!r}"
             raise ValueError(msg)
-    if current().name not in ("serial", "xla"):  # a replica is one as soon as it is started
-        msg = f"Can not join a job by {backend!r}: this process is part of one by {current().name!r} already"
+    if current().name not in ("serial", "xla"):  # a replica belongs to its job from its start
+        msg = f"Can not join a job by {backend!r}: this process is part of a {current().name!r} job already"
         raise RuntimeError(msg)
-    module_of(backend).join()
+    import_runtime(backend).join()
 
 
 def check_backend(backend: str) -> None:
-    """Refuse a backend that this build does not have.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
+    """Raise ValueError if this build does not have `backend`."""
     if backend not in available_backends():
         msg = f"Backend should be one of '{available_backends()}', but given {backend!r}"
         raise ValueError(msg)
 
 
-def _check_environment() -> None:
-    there = [name in os.environ for name in _LAUNCHER_VARIABLES]
-    if any(there) and not all(there):
-        msg = f"PyTorch distributed configuration should define env variables '{list(_LAUNCHER_VARIABLES)}'"
-        raise RuntimeError(msg)
-
-
-def _environment_from_slurm() -> None:
-    """Set the launcher's variables from SLURM's, in a task of a plain ``srun``."""
+def _prepare_environment() -> None:
+    """Set the launcher's variables from SLURM's, in a task of a plain ``srun``; raise if only some are set."""
     slurm = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
     if "RANK" in os.environ or any(name not in os.environ for name in slurm.values()):
+        are_set = [name in os.environ for name in _LAUNCHER_VARIABLES]
+        if any(are_set) and not all(are_set):
+            msg = f"PyTorch distributed configuration should define env variables '{list(_LAUNCHER_VARIABLES)}'"
+            raise RuntimeError(msg)
         return
     if "MASTER_ADDR" not in os.environ:
         nodes = os.environ.get("SLURM_JOB_NODELIST", "")
         try:
-            told = subprocess.run(  # noqa: S603 - SLURM's own tool, and no shell
+            shown = subprocess.run(  # noqa: S603 - SLURM's own tool, and no shell
                 ["scontrol", "show", "hostnames", nodes],  # noqa: S607 - found where SLURM is installed
                 check=True,
                 capture_output=True,
@@ -187,21 +152,21 @@ def _environment_from_slurm() -> None:
             )
         except (OSError, subprocess.SubprocessError) as error:
             msg = (
-                f"MASTER_ADDR is not set, and scontrol cannot tell the first of {nodes!r}: set MASTER_ADDR to its name"
+                f"MASTER_ADDR is not set, and scontrol cannot name the first of {nodes!r}: set MASTER_ADDR to its name"
             )
             raise RuntimeError(msg) from error
-        os.environ["MASTER_ADDR"] = told.stdout.split()[0]
-    # The same on every node, and seldom another job's.
+        os.environ["MASTER_ADDR"] = shown.stdout.split()[0]
+    # The same on every node, and rarely the same for two jobs.
     os.environ.setdefault("MASTER_PORT", str(15000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 10000))
     os.environ.update({name: os.environ[source] for name, source in slurm.items()})
 
 
 def finalize() -> None:
-    """Leave the job, all ranks. Does nothing in a world without one."""
+    """All ranks. Leave the job. Does nothing without one."""
     live = current()
     live.close()
-    if live.name in OTHERS:
-        module_of(live.name).leave()
+    if live.name in OTHER_RUNTIMES:
+        import_runtime(live.name).leave()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -250,17 +215,17 @@ def all_reduce(tensor: torch.Tensor | float, op: TensorOp = "SUM") -> torch.Tens
     """Collective. Reduce a tensor or a number over all ranks.
 
     Args:
-        tensor: any shape and dtype, the same on all ranks; or an int or float, which is exact as int64 or float64.
+        tensor: of any shape and dtype, the same on all ranks; or an int or float, reduced as int64 or float64.
         op: SUM, PRODUCT, MIN, MAX, AND or OR.
 
     Returns:
         A new tensor on the same device, or a number.
 
     Raises:
-        TypeError: it is neither, or its dtype has no such operation.
+        TypeError: the value has another type, or a dtype without such an operation.
         ValueError: there is no such operation.
     """
-    if op not in _TENSOR_OPS:
+    if op not in get_args(TensorOp):
         msg = f"Unsupported reduction operation: '{op}'"
         raise ValueError(msg)
     if not isinstance(tensor, torch.Tensor | int | float):
@@ -271,24 +236,23 @@ def all_reduce(tensor: torch.Tensor | float, op: TensorOp = "SUM") -> torch.Tens
     if op in ("AND", "OR") and is_real:
         msg = f"{op} takes integers or booleans, but given {kind}"
         raise TypeError(msg)
-    if isinstance(tensor, torch.Tensor):
-        current().check_in_sync(f"all_reduce {op}", timeout_s=None)
-        return current().reduce_tensor(tensor, op)
     current().check_in_sync(f"all_reduce {op}", timeout_s=None)
+    if isinstance(tensor, torch.Tensor):
+        return current().reduce_tensor(tensor, op)
     dtype = torch.float64 if isinstance(tensor, float) else torch.int64
     result: int | float = current().reduce_tensor(torch.tensor([tensor], dtype=dtype), op).item()
     return result
 
 
 def all_gather(tensor: Any) -> Any:
-    """Collective. Give every rank every rank's tensor or small object.
+    """Collective. Return every rank's tensors or small objects.
 
     Args:
         tensor: a tensor, of the same shape and dtype on all ranks; or a number, text, None, or dicts and lists of them.
 
     Returns:
-        Tensors concatenated along the first dimension, in rank order (scalars become a vector); anything else as a
-        list, in rank order.
+        Tensors concatenated along the first dimension, in rank order (scalars become a vector); other values as a list,
+        in rank order.
 
     Raises:
         TypeError: an object of an unsupported type; on every rank.
@@ -300,14 +264,14 @@ def all_gather(tensor: Any) -> Any:
 
 
 def broadcast(tensor: Any, src: int = 0, safe_mode: bool = False) -> Any:  # noqa: FBT001, FBT002 - ignite's signature
-    """Collective. Give every rank what rank `src` has.
+    """Collective. Return the value of rank `src`.
 
     Args:
         tensor: a tensor, of the same shape and dtype on all ranks; or a number, text, path, None, or dicts and lists of
             them.
-        src: whose value counts.
-        safe_mode: the other ranks may pass anything, for tensors too, which then arrive on the CPU of ranks that
-            passed none.
+        src: the rank whose value is returned.
+        safe_mode: the other ranks may pass any value, for tensors too. Ranks that pass no tensor get one on their
+            device.
 
     Raises:
         TypeError: an object of an unsupported type; on every rank.
@@ -325,18 +289,17 @@ def broadcast(tensor: Any, src: int = 0, safe_mode: bool = False) -> Any:  # noq
 
 def _broadcast_anything(live: Backend, value: Any, src: int) -> Any:
     mine = value if live.rank == src else None
-    described = [str(mine.dtype).removeprefix("torch."), list(mine.shape)] if isinstance(mine, torch.Tensor) else None
-    shape = live.broadcast_object(described, src)
-    if shape is None:
+    spec = [str(mine.dtype).removeprefix("torch."), list(mine.shape)] if isinstance(mine, torch.Tensor) else None
+    spec = live.broadcast_object(spec, src)
+    if spec is None:
         return live.broadcast_object(mine, src)
-    where = live.device()
-    blank = torch.empty(shape[1], dtype=getattr(torch, shape[0]), device=where)
-    sent = live.broadcast_tensor(blank if mine is None else mine.to(where), src)
+    blank = torch.empty(spec[1], dtype=getattr(torch, spec[0]), device=live.device())
+    sent = live.broadcast_tensor(blank if mine is None else mine.to(live.device()), src)
     return sent.to(value.device) if isinstance(value, torch.Tensor) else sent
 
 
 def barrier() -> None:
-    """Collective. Return when every rank has come."""
+    """Collective. Block until every rank has arrived."""
     current().barrier()
 
 
@@ -344,14 +307,14 @@ def one_rank_only(rank: int = 0, with_barrier: bool = False) -> Callable[[Callab
     """Return a decorator that runs a function on one rank; on the others it returns None.
 
     Args:
-        rank: where it runs.
-        with_barrier: let all ranks wait for it, also when it raises.
+        rank: the rank on which it runs.
+        with_barrier: make all ranks wait for its end, also if it raises.
 
     Example:
         >>> @one_rank_only()
-        ... def where():
+        ... def my_rank():
         ...     return get_rank()
-        >>> where()
+        >>> my_rank()
         0
     """
 

@@ -1,11 +1,10 @@
-"""Notes in the job's store, over a connection of their own, where no call waits for ever.
+"""Key-value stores in a store of torch.distributed's, with a time limit for every call.
 
-Owns the worker thread that speaks with the store. A store whose host is frozen, or beyond a broken link, holds a call
-for as long as it likes, and with it the connection: so the calls run on a thread of their own, and whoever asks waits
-no longer than it wants to. Must not know what the notes mean.
+A store whose host is frozen or unreachable blocks a call, and with it the connection, for as long as it likes. So the
+calls run on a worker thread with a connection of its own, and the caller waits for its limit only.
 
-A call that was given up is still in the store. So the thread is ended before the interpreter is, after all else that
-may ask a board at exit; see :mod:`distckpt._threads` for what happens otherwise.
+A call that timed out may still block the worker. It is waited for before the interpreter ends, after everything else
+that may use the store at exit; see :mod:`distckpt._threads` for what happens otherwise.
 """
 
 import atexit
@@ -25,21 +24,18 @@ import torch.distributed as dist
 from distckpt._threads import EXIT_LIMIT_S
 from distckpt.backends.base import KeyValueStore
 
-__all__ = ["TorchKeyValueStore"]
-
 T = TypeVar("T")
 
-# How often a worker without work looks whether its job is over.
-_IDLE_S = 0.2
+_IDLE_S = 0.2  # how often an idle worker checks whether its job is over
 
 
 class TorchKeyValueStore(KeyValueStore):
     """A :class:`~distckpt.backends.base.KeyValueStore` in a torch.distributed store.
 
     Args:
-        store: the job's, under a prefix that is the same on all ranks.
-        is_open: tells whether the job is still this process's.
-        is_guest: speak on the store's own connection. For a call or two: others that use it have to wait for them.
+        store: the job's store, under a prefix that is the same on all ranks.
+        is_open: returns True if this process still belongs to the job.
+        is_guest: use the store's own connection. For a call or two: its other users have to wait meanwhile.
     """
 
     def __init__(self, store: dist.Store, is_open: Callable[[], bool], *, is_guest: bool = False) -> None:
@@ -50,45 +46,37 @@ class TorchKeyValueStore(KeyValueStore):
         self._lock = threading.Lock()
         self._worker: threading.Thread | None = None
         self._is_closed = False
-        # First of all that is registered for this job, so last of it at exit: the watch, for one, asks until then.
+        # The first function that is registered for this job runs last at exit: the heartbeat monitor, for one, uses
+        # the store until then.
         atexit.register(_end_if_alive, weakref.ref(self), os.getpid())
 
     def set(self, key: str, text: str, *, limit_s: float) -> None:
-        """Write a note, over an older one."""
         self._ask(lambda store: store.set(key, text), limit_s)
 
     def set_default(self, key: str, text: str, *, limit_s: float) -> str:
-        """Write a note unless there is one; return what stands."""
-        stands: bytes = self._ask(lambda store: store.compare_set(key, "", text), limit_s)
-        return stands.decode("utf-8")
+        value: bytes = self._ask(lambda store: store.compare_set(key, "", text), limit_s)
+        return value.decode("utf-8")
 
     def get_many(self, keys: Sequence[str], *, limit_s: float) -> list[str | None]:
-        """Read several notes: in two exchanges where all are there, else in two for each."""
-        return self._ask(lambda store: _look(store, list(keys)), limit_s)
+        return self._ask(lambda store: _get_many(store, list(keys)), limit_s)
 
     def add(self, key: str, amount: int, *, limit_s: float) -> int:
-        """Add to a number that begins at 0; return what it is now."""
         return self._ask(lambda store: store.add(key, amount), limit_s)
 
     def is_open(self) -> bool:
-        """Tell whether the job that it belongs to is still this process's."""
         return self._is_open()
 
-    def close(self) -> None:
-        """Let the worker end, after the calls that are under way. What is asked after is refused: the store is gone."""
+    def close(self, wait_s: float = 0.0) -> None:
+        """End the worker after the present calls, and wait for it for at most `wait_s`. Later calls raise."""
         with self._lock:
             self._is_closed = True
             self._calls.put(None)
-
-    def end(self, limit_s: float) -> None:
-        """Close it, and wait for its worker, but no longer than `limit_s`: the store may be frozen."""
-        self.close()
         worker = self._worker
-        if worker is not None:
-            worker.join(limit_s)
+        if worker is not None and wait_s > 0:
+            worker.join(wait_s)
 
     def host(self) -> str:
-        """Tell where the store is kept. Empty for a store without a host, as one in a file."""
+        """Return where the store is; empty for a store without a host, as one in a file."""
         root: Any = self._store
         while isinstance(root, dist.PrefixStore):
             root = root.underlying_store
@@ -107,7 +95,7 @@ class TorchKeyValueStore(KeyValueStore):
             self._calls.put((answer, call))
             if self._worker is None:
                 self._worker = threading.Thread(
-                    target=_serve, args=(weakref.ref(self), self._calls), name="distckpt-board", daemon=True
+                    target=_serve, args=(weakref.ref(self), self._calls), name="distckpt-store", daemon=True
                 )
                 self._worker.start()
         try:
@@ -126,7 +114,7 @@ class TorchKeyValueStore(KeyValueStore):
         return self._own
 
     def _retire(self) -> bool:
-        """Let the worker end, unless a call came in just now."""
+        """Let the worker end, unless there is a new call."""
         with self._lock:
             if not self._calls.empty():
                 return False
@@ -135,38 +123,38 @@ class TorchKeyValueStore(KeyValueStore):
 
 
 def _serve(owner: "weakref.ref[TorchKeyValueStore]", calls: "queue.SimpleQueue[Any]") -> None:
-    """Make the calls, one after the other, on the board's worker thread."""
+    """Run the calls, one after the other, on the worker thread."""
     while True:
         try:
             order = calls.get(timeout=_IDLE_S)
         except queue.Empty:
-            board = owner()
-            if board is None or (not board.is_open() and board._retire()):  # noqa: SLF001 - its worker
+            store = owner()
+            if store is None or (not store.is_open() and store._retire()):  # noqa: SLF001 - its worker
                 return
-            del board
+            del store
             continue
         if order is None:
             return
         answer, call = order
-        board = owner()
-        if board is None or not answer.set_running_or_notify_cancel():
+        store = owner()
+        if store is None or not answer.set_running_or_notify_cancel():
             continue
         try:
-            result = call(board._connection())  # noqa: SLF001 - its worker
-        except Exception as error:  # noqa: BLE001 - it is the asker's
+            result = call(store._connection())  # noqa: SLF001 - its worker
+        except Exception as error:  # noqa: BLE001 - raised on the caller's thread
             answer.set_exception(error)
         else:
             answer.set_result(result)
-        del board, answer, call, order
+        del store, answer, call, order
 
 
-def _end_if_alive(board: "weakref.ref[TorchKeyValueStore]", process: int) -> None:
-    alive = board()
+def _end_if_alive(store: "weakref.ref[TorchKeyValueStore]", process: int) -> None:
+    alive = store()
     if alive is not None and os.getpid() == process:  # a forked child has none of its parent's threads
-        alive.end(EXIT_LIMIT_S)
+        alive.close(EXIT_LIMIT_S)
 
 
-def _look(store: dist.Store, keys: list[str]) -> list[str | None]:
+def _get_many(store: dist.Store, keys: list[str]) -> list[str | None]:
     if not keys:
         return []
     if store.check(keys):
@@ -179,7 +167,7 @@ def _look(store: dist.Store, keys: list[str]) -> list[str | None]:
 
 
 def _is_own_address(host: str) -> bool:
-    """Tell whether `host` is an address of this machine: only then a socket can be bound to it."""
+    """Return True if `host` is an address of this machine: a socket can be bound to no other."""
     with contextlib.suppress(OSError):
         for family, kind, protocol, _, address in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
             with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as probe:
@@ -189,7 +177,7 @@ def _is_own_address(host: str) -> bool:
 
 
 def _listens_here(port: int) -> bool:
-    """Tell whether this process listens on `port`. Linux; elsewhere nobody does."""
+    """Return True if this process listens on `port`. Linux; False elsewhere."""
     inodes = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError):

@@ -1,23 +1,17 @@
-"""Starting the ranks of a job from a script.
-
-Owns :func:`spawn` and :class:`Parallel`, in the manner of ignite's ``idist``.
-"""
+"""Starting the ranks of a job from a script: :func:`spawn` and :class:`Parallel`, like those of ignite's ``idist``."""
 
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from types import TracebackType
 from typing import Any, Self
 
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from distckpt._messages import log_level
+from distckpt.backends.detect import OTHER_RUNTIMES, import_runtime
 from distckpt.backends.entry import check_backend, finalize, get_local_rank, get_rank, get_world_size, initialize
-from distckpt.backends.others import OTHERS, module_of
-
-__all__ = ["Parallel", "spawn"]
 
 _STORE_TIMEOUT_S = 300.0
 
@@ -39,38 +33,38 @@ def spawn(
     daemon: bool = False,
     start_method: str = "spawn",
 ) -> Any:
-    """Run ``fn(local_rank, *args, **kwargs_dict)`` in new processes, joined to one job.
+    """Run ``fn(local_rank, *args, **kwargs_dict)`` in new processes that form one job.
 
-    Ranks of ``horovod`` and ``xla`` are started by those, on this node, and waited for; of the arguments below only
-    `nproc_per_node` counts. Other ranks of one node meet in a store of this process's, at a port that the system gives:
-    nothing has to be chosen, and the store outlives any rank.
+    Horovod and torch_xla start their own ranks, on this node, and wait for them; of the arguments below only
+    `nproc_per_node` counts. Otherwise, with one node, this process hosts the job's store at a free port, so that the
+    store outlives the ranks.
 
     Args:
         backend: one of :func:`~distckpt.backends.entry.available_backends`.
-        fn: defined at the top level of a module.
-        args: its arguments, after the local rank.
+        fn: a function at the top level of a module.
+        args: its arguments after the local rank.
         kwargs_dict: its keyword arguments.
         nproc_per_node: number of processes to start here; None for one, or with ``xla`` for one on each device.
-        nnodes: number of nodes; with more than one, `master_addr` and `master_port`, or `init_method`, are needed.
-        node_rank: of this node.
-        master_addr: the first node's address.
+        nnodes: number of nodes; more than one need `master_addr` and `master_port`, or `init_method`.
+        node_rank: rank of this node.
+        master_addr: address of the first node.
         master_port: a free port there.
         init_method: as for ``torch.distributed.init_process_group``.
-        timeout: of the job's process group; seconds, or a timedelta.
+        timeout: time limit of the job's process group, seconds or a timedelta; None for torch's default.
         join: wait for the processes; otherwise return their context.
-        daemon: as in ``torch.multiprocessing.start_processes``.
-        start_method: as there.
+        daemon: as for ``torch.multiprocessing.start_processes``.
+        start_method: as for ``torch.multiprocessing.start_processes``.
 
     Raises:
         ValueError: an argument has a wrong value.
         torch.multiprocessing.ProcessRaisedException: `fn` raised in some process.
     """
     check_backend(backend)
-    if backend in OTHERS:
+    if backend in OTHER_RUNTIMES:
         if nnodes != 1:
             msg = f"spawn starts ranks of {backend!r} on one node, but nnodes is {nnodes}: use its own launcher"
             raise ValueError(msg)
-        module_of(backend).launch(fn, args, kwargs_dict or {}, nproc_per_node, start_method)
+        import_runtime(backend).launch(fn, args, kwargs_dict or {}, nproc_per_node, start_method)
         return None
     nproc_per_node = 1 if nproc_per_node is None else nproc_per_node
     check_nodes(nproc_per_node, nnodes, node_rank, master_addr, master_port, init_method)
@@ -88,7 +82,7 @@ def spawn(
                 host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=_STORE_TIMEOUT_S)
             )
             master_addr, master_port = host, store.port
-            environment["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # rank 0 shall join a store, not open one
+            environment["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # rank 0 joins this store instead of hosting one
         environment.update(MASTER_ADDR=master_addr or "127.0.0.1", MASTER_PORT=str(master_port))
     first_rank = node_rank * nproc_per_node
     context = mp.start_processes(  # type: ignore[no-untyped-call]  # torch has no types for it
@@ -136,11 +130,7 @@ def check_nodes(
     master_port: int | None,
     init_method: str | None,
 ) -> None:
-    """Refuse numbers of processes and nodes that cannot be.
-
-    Raises:
-        ValueError: it names the argument.
-    """
+    """Raise ValueError if the numbers of processes and nodes do not fit together; it names the argument."""
     if nproc_per_node < 1:
         msg = f"Argument nproc_per_node should positive, but given {nproc_per_node}"
         raise ValueError(msg)
@@ -159,23 +149,23 @@ def check_nodes(
 
 
 class Parallel:
-    """Context in which a function runs on all ranks, whether a launcher started them or this class does.
+    """Context manager that runs a function on all ranks of a job.
 
-    With a launcher (torchrun and its like): ``Parallel(backend=...)`` joins the job on entry and leaves it on exit.
-    With `nproc_per_node`: :meth:`run` starts the processes. Without `backend`: a world of one, or whatever is live.
+    With a launcher, such as torchrun, it joins the job on entry and leaves it on exit. With `nproc_per_node`,
+    :meth:`run` starts the processes. Without `backend` it uses the live job, or one rank.
 
     Args:
         backend: one of :func:`~distckpt.backends.entry.available_backends`, or None.
-        nproc_per_node: number of processes to start on this node.
-        nnodes: number of nodes.
-        node_rank: of this node; needed with several.
-        master_addr: the first node's address.
+        nproc_per_node: number of processes to start on this node; None with a launcher.
+        nnodes: number of nodes; None for one.
+        node_rank: rank of this node; needed with several nodes.
+        master_addr: address of the first node.
         master_port: a free port there.
         init_method: as for ``torch.distributed.init_process_group``.
         spawn_kwargs: further arguments of :func:`spawn`.
 
     Raises:
-        ValueError: there is no such backend, or the other arguments do not go together.
+        ValueError: there is no such backend, or the other arguments do not fit together.
 
     Example:
         >>> with Parallel() as parallel:
@@ -223,7 +213,7 @@ class Parallel:
         self._rank = 0
 
     def __enter__(self) -> Self:
-        """Join the job, if a launcher started it."""
+        """Join the launcher's job, if there is one."""
         if self.backend is not None and self._spawn_options is None:
             initialize(self.backend, init_method=self.init_method)
             self._rank = get_rank()
@@ -241,11 +231,8 @@ class Parallel:
             func(get_local_rank(), *args, **kwargs)
         self._log("End of run")
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Leave the job that was joined on entry."""
-        del kind, error, trace
+    def __exit__(self, *_exception: object) -> None:
+        """Leave the job."""
         if self.backend is not None and self._spawn_options is None:
             finalize()
             self._log("Finalized processing group with backend: '%s'", self.backend)

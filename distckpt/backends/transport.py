@@ -1,118 +1,95 @@
-"""How host values travel between the ranks: what a runtime has to offer for a host group.
+"""What a runtime offers a control group (:mod:`distckpt.backends.control_group`): it carries host values.
 
-Owns the contract between :class:`~distckpt.backends.control_group.ControlGroup`, which waits and explains, and the
-runtimes, which carry.
+The group waits for the operations and explains their failures.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from datetime import timedelta
-from typing import Protocol
+from typing import Any
 
 import torch
 
-from distckpt.backends.base import KeyValueStore, TensorOp
-
-__all__ = ["MaxWork", "NullKeyValueStore", "Transport", "Work"]
+from distckpt.backends.base import TensorOp
 
 
-class Work(Protocol):
-    """An operation under way, as torch.distributed's: every rank has one."""
+class TensorMaxWork:
+    """A MAX reduction of int64 in progress, by an operation that fills a tensor.
 
-    def wait(self, timeout: timedelta = ...) -> object:
-        """Wait for the end.
+    Args:
+        work: the operation, with the methods of torch.distributed's works.
+        result: int64 (n,); holds the result after the end.
+    """
 
-        Raises:
-            RuntimeError: it has not ended within `timeout`, or it failed; :meth:`is_completed` tells which.
-        """
-
-    def is_completed(self) -> bool:
-        """Tell whether it has ended, well or not."""
-
-
-class MaxWork(Work, Protocol):
-    """A reduction under way."""
+    def __init__(self, work: Any, result: torch.Tensor) -> None:
+        self.work = work
+        self.wait = work.wait
+        self.is_completed = work.is_completed
+        self._result = result
 
     @property
     def values(self) -> list[int]:
-        """The result, once it is done."""
+        """The result, after the end."""
+        values: list[int] = self._result.tolist()
+        return values
 
     def is_done(self) -> bool:
-        """Tell whether the result is here, without waiting; False also where that is not known."""
+        """Return False: it has to be waited for."""
+        return False
 
 
 class Transport(ABC):
-    """One rank's end of what carries host values. All operations are collective, one at a time, in one order.
+    """One rank's connection to the others. All operations are collective, one at a time, in the same order.
+
+    An operation returns its work. ``wait(timeout)`` raises RuntimeError if it has not ended within the limit, or has
+    failed. ``is_completed()`` returns True if it has ended, well or not.
 
     Attributes:
-        shares_memory: whether what is small and frequent may go through memory that the ranks share instead.
-        passthrough_errors: exceptions of the runtime's own that have to reach its user as they are.
+        can_share_memory: whether frequent small operations may go through memory that the ranks share instead.
+        passthrough_errors: the runtime's own exceptions, which have to reach the user unchanged.
     """
 
-    shares_memory: bool = False
+    can_share_memory: bool = False
     passthrough_errors: tuple[type[BaseException], ...] = ()
 
     @abstractmethod
     def connect(self, timeout_s: float) -> None:
-        """Collective. Connect the ranks; all have come.
+        """Collective. Connect the ranks, after all have arrived.
 
         Raises:
             RuntimeError: they cannot be connected.
         """
 
     @abstractmethod
-    def reduce(self, result: torch.Tensor, op: TensorOp, timeout_s: float) -> Work:
-        """Reduce a CPU tensor in place. What it was is lost, also when the operation fails."""
+    def reduce(self, result: torch.Tensor, op: TensorOp, timeout_s: float) -> Any:
+        """Reduce a CPU tensor in place. Its values are lost if the operation fails."""
 
     @abstractmethod
-    def gather(self, result: Sequence[torch.Tensor], mine: torch.Tensor, timeout_s: float) -> Work:
-        """Fill `result` with every rank's `mine`: uint8 (n,), n the same on all ranks and not 0."""
+    def gather(self, result: Sequence[torch.Tensor], mine: torch.Tensor, timeout_s: float) -> Any:
+        """Fill `result` with every rank's `mine`: uint8 (n,), the same n > 0 on all ranks."""
 
     @abstractmethod
-    def broadcast(self, result: torch.Tensor, src: int, timeout_s: float) -> Work:
-        """Fill `result`, uint8 (n,), with that of rank `src`; n the same on all ranks and not 0."""
+    def broadcast(self, result: torch.Tensor, src: int, timeout_s: float) -> Any:
+        """Fill `result` with that of rank `src`: uint8 (n,), the same n > 0 on all ranks."""
 
     @abstractmethod
-    def maximum(self, values: list[int], timeout_s: float) -> MaxWork:
-        """Reduce twelve int64 with MAX. Nothing is waited for here."""
+    def start_max(self, values: list[int], timeout_s: float) -> TensorMaxWork:
+        """Start to reduce twelve int64 with MAX. Does not wait."""
 
-    def withdraw(self, work: Work) -> bool:
-        """Let this rank's part in an operation be undone, if it still can; False where all ranks have come by now."""
+    def withdraw(self, work: Any) -> bool:
+        """Take back this rank's arrival at an operation; return False if all ranks have arrived by now."""
         del work
         return True
 
-    def close(self) -> None:  # noqa: B027 - not every runtime has something to end
-        """Let go of threads and connections of the transport's own. Rank-local; does nothing the second time."""
+    def close(self) -> None:  # noqa: B027 - not every runtime has something to close
+        """Close the transport's threads and connections. Rank-local; a second call does nothing."""
 
 
-class NullKeyValueStore(KeyValueStore):
-    """What stands for the board where the job has none: nothing is written, and everybody is taken to be there."""
+def to_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of a CPU tensor of any dtype, uint8 (n,). Shares memory with it, if it can."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return (torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat).view(torch.uint8)
 
-    def __init__(self, world_size: int) -> None:
-        self._world_size = world_size
 
-    def set(self, key: str, text: str, *, limit_s: float) -> None:
-        """Write nothing."""
-
-    def set_default(self, key: str, text: str, *, limit_s: float) -> str:
-        """Return `text`."""
-        del key, limit_s
-        return text
-
-    def get_many(self, keys: Sequence[str], *, limit_s: float) -> list[str | None]:
-        """Find nothing."""
-        del limit_s
-        return [None] * len(keys)
-
-    def add(self, key: str, amount: int, *, limit_s: float) -> int:
-        """Return the number of ranks."""
-        del key, amount, limit_s
-        return self._world_size
-
-    def is_open(self) -> bool:
-        """Return True."""
-        return True
-
-    def host(self) -> str:
-        """Return an empty text: nowhere."""
-        return ""
+def from_bytes(data: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return bytes as a tensor of the same dtype and shape as `like`."""
+    return data.view(like.dtype).reshape(like.shape)

@@ -1,8 +1,7 @@
-"""Small objects <-> bytes, for the road between ranks.
+"""The encoding of small objects that travel between ranks: JSON, with marks for the types that JSON lacks.
 
-Owns the encoding of the values that backends broadcast and gather. It is JSON with marks for what JSON
-lacks, so that values come back *equal* (type, float64 bits, big integers, non-ASCII text) and decoding
-never executes code. Must not know who sends or receives.
+Decoded values are equal to the encoded ones: type, float64 bits, big integers, non-ASCII text. Decoding never executes
+code.
 """
 
 import base64
@@ -15,8 +14,6 @@ import torch
 
 from distckpt._values import is_numpy_scalar
 
-__all__ = ["bytes_of", "decode", "encode"]
-
 _MARK = "$"
 
 
@@ -24,14 +21,14 @@ def encode(value: Any) -> bytes:
     """Encode a small value.
 
     Args:
-        value: None, bool, int, float, complex, str, bytes, Path, a tensor of any dtype and shape (it comes
-            back on the CPU), NumPy scalars (they come back as Python's), and dicts, lists, tuples and sets of them.
+        value: None, bool, int, float, complex, str, bytes, Path, a tensor of any dtype and shape (decoded on the CPU),
+            a NumPy scalar (decoded as Python's), and dicts, lists, tuples and sets of them.
 
     Returns:
         ASCII bytes.
 
     Raises:
-        TypeError: the value, or something in it, is of another type.
+        TypeError: the value, or one inside it, has another type.
 
     Example:
         >>> decode(encode({"naïve": (1, None, 2**70)}))
@@ -41,15 +38,12 @@ def encode(value: Any) -> bytes:
 
 
 def decode(data: bytes) -> Any:
-    """Decode what :func:`encode` made."""
+    """Decode the bytes that :func:`encode` returned."""
     return _unpack(json.loads(data))
 
 
 def bytes_of(tensor: torch.Tensor) -> bytes:
-    """Return a copy of a tensor's bytes, without NumPy: torch does not require it.
-
-    Args:
-        tensor: on the CPU, of any dtype and shape.
+    """Return a copy of the bytes of a CPU tensor, of any dtype and shape. Without NumPy: torch does not require it.
 
     Example:
         >>> bytes_of(torch.tensor([97, 98], dtype=torch.uint8))
@@ -87,24 +81,24 @@ def _pack_items(mark: str) -> Callable[[Any], dict[str, Any]]:
     return lambda value: {_MARK: mark, "v": [_pack(item) for item in value]}
 
 
+def _pack_bytes(value: bytes | bytearray) -> dict[str, Any]:
+    return {_MARK: "bytes", "v": base64.b64encode(value).decode("ascii")}
+
+
 def _pack_tensor(tensor: torch.Tensor) -> dict[str, Any]:
     plain = tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
-    return {
-        _MARK: "tensor",
-        "v": base64.b64encode(bytes_of(plain)).decode("ascii"),
-        "dtype": str(plain.dtype).removeprefix("torch."),
-        "shape": list(plain.shape),
-    }
+    dtype = str(plain.dtype).removeprefix("torch.")
+    return {**_pack_bytes(bytes_of(plain)), _MARK: "tensor", "dtype": dtype, "shape": list(plain.shape)}
 
 
-# The first that fits. bool, int, float and str stand here for their subclasses, an IntEnum for one.
+# The first type that fits. bool, int, float and str stand here for their subclasses, such as an IntEnum.
 _PACK: tuple[tuple[type, Callable[[Any], Any]], ...] = (
     (dict, _pack_dict),
     (tuple, _pack_items("tuple")),
     (set, _pack_items("set")),
     (frozenset, _pack_items("frozenset")),
-    (bytes, lambda value: {_MARK: "bytes", "v": base64.b64encode(value).decode("ascii")}),
-    (bytearray, lambda value: {_MARK: "bytes", "v": base64.b64encode(value).decode("ascii")}),
+    (bytes, _pack_bytes),
+    (bytearray, _pack_bytes),
     (complex, lambda value: {_MARK: "complex", "v": [value.real, value.imag]}),
     (Path, lambda value: {_MARK: "path", "v": str(value)}),
     (torch.Tensor, _pack_tensor),

@@ -1,1 +1,1 @@
-"""How the ranks agree: phases that carry errors, one vote per iteration, and heartbeats beside the collectives."""
+"""How the ranks agree: phases that carry errors, one vote per iteration, and heartbeats outside the collectives."""

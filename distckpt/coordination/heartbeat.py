@@ -1,4 +1,4 @@
-"""Heartbeats: how each rank finds out, beside the collectives, that another has died, frozen, left or raised.
+"""Heartbeats: how each rank finds out, outside the collectives, that another has died, frozen, left or raised.
 
 Each rank has a monitor. Its thread writes heartbeats to the job's key-value store and reads those of the other ranks.
 It issues no collectives. The first failure that a rank writes to the store holds for the whole job.
@@ -78,13 +78,11 @@ class HeartbeatMonitor:
         world_size: number of ranks.
         limit_s: seconds without a heartbeat after which a rank is lost.
         launcher: process id of the launcher, whose end ends this rank; None if there is none.
-        is_passive: have no thread and write nothing until :meth:`start`.
+        is_passive: have no thread and write nothing until :meth:`start`; also an attribute.
 
     Attributes:
         step: this rank's iteration, set by the training thread.
-        in_run: whether an engine runs. Only then the other ranks expect heartbeats of this rank, and only then a
-            blocked training thread is ended with a lost job.
-        is_passive: see above.
+        in_run: whether an engine runs. Only then the others expect heartbeats, and a blocked training thread is ended.
     """
 
     def __init__(
@@ -135,10 +133,9 @@ class HeartbeatMonitor:
         self._thread.start()
 
     def close(self, why: str = "its process ended") -> None:
-        """End the monitor, and tell the others that this rank leaves. Any thread; a second call only waits.
+        """End the monitor and its thread, and tell the others that this rank leaves. Any thread; a second call waits.
 
-        A process that hosts the store stays a moment, until the others have read the store. On return the monitor's
-        thread has ended, unless the store blocks it for longer than a process may wait.
+        A process that hosts the store stays a moment, until the others have read the store.
         """
         if os.getpid() != self._pid:  # a forked child inherits the exit functions
             return
@@ -192,9 +189,8 @@ class HeartbeatMonitor:
             self.clear_caught_failure()
             self.in_run = True
             self._wake.set()
-        if self._failure is not None:
-            self._is_raised = True
-            raise self._failure.error(self._rank)
+        if (error := self._raised_error()) is not None:
+            raise error
 
     def clear_caught_failure(self) -> None:
         """Forget an exception that ended the last run: a rank that runs again has caught it."""
@@ -251,7 +247,8 @@ class HeartbeatMonitor:
 
     def describe(self, ranks: Sequence[int]) -> str:
         """Return what is known of `ranks`, as text; empty if passive."""
-        return "" if self.is_passive else self._peers.describe(ranks, self._doubt_s)
+        doubt_s = max(3.0 * self._interval_s, 0.5)
+        return "" if self.is_passive else self._peers.describe(ranks, doubt_s)
 
     def report_error(self, error: BaseException, traceback_text: str) -> None:
         """Tell the job that this rank raises `error`."""
@@ -300,17 +297,13 @@ class HeartbeatMonitor:
 
     # -- the monitor's thread ----------------------------------------------------------------------
 
-    @property
-    def _doubt_s(self) -> float:
-        return max(3.0 * self._interval_s, 0.5)
-
     def _write(self, state: str = "") -> None:
         """Write a heartbeat, unless the store is silent or gone."""
         with self._checking:
             if self._store_host.silent_s == 0 and not self._store_host.is_gone:
-                self._write_heartbeat(state, min(1.0, self._limit_s))
+                self._write_heartbeat(min(1.0, self._limit_s), state)
 
-    def _write_heartbeat(self, state: str, limit_s: float) -> None:
+    def _write_heartbeat(self, limit_s: float, state: str = "") -> None:
         state = state or (RUNNING if self.in_run else IDLE)
         text = encode_heartbeat(self._num_heartbeats, self.step, state, knows_failure=self._failure is not None)
         self._store.set(f"heartbeat/{self._rank}", text, limit_s=limit_s)
@@ -343,14 +336,14 @@ class HeartbeatMonitor:
         begin_s = time.monotonic()
         host = self._store_host
         try:
-            self._write_heartbeat("", limit_s)
+            self._write_heartbeat(limit_s)
             # The failure apart from the heartbeats: while there is none, those are read in one exchange.
             self._read_failure(limit_s)
             self._read_heartbeats(limit_s, elapsed_s)
             if len(host.hosts) < self._world_size:
                 self._read_hosts(limit_s)
         except TimeoutError:
-            # From the begin of the first check without an answer to the end of this one.
+            # From the start of the first check without an answer to the end of this one.
             host.silent_s += elapsed_s if host.silent_s > 0 else time.monotonic() - begin_s
             if host.silent_s >= self._limit_s and self._failure is None:
                 self._lose_store(f"the job's store has not answered for {host.silent_s:.1f} s")

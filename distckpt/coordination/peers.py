@@ -28,37 +28,26 @@ def encode_heartbeat(number: int, step: int, state: str, *, knows_failure: bool)
 
 
 @dataclass(slots=True)
-class Peer:
-    """What is known of one rank.
+class _Peer:
+    """What is known of one rank."""
 
-    Attributes:
-        heartbeat: number of its last heartbeat; -1 before the first one.
-        step: its iteration at that heartbeat.
-        state: its state at that heartbeat.
-        knows_failure: whether it knows of the job's failure.
-        stale_s: seconds without a new heartbeat.
-        has_ended: whether its process has ended.
-    """
-
-    heartbeat: int = -1
-    step: int = 0
+    heartbeat: int = -1  # number of its last one
+    step: int = 0  # its iteration then
     state: str = RUNNING
     knows_failure: bool = False
-    stale_s: float = 0.0
-    has_ended: bool = False
+    stale_s: float = 0.0  # seconds without a new heartbeat
+    has_ended: bool = False  # its process
 
     @property
     def has_left(self) -> bool:
-        """Whether it will not come back. This is a failure only if a rank waits for it."""
+        # A failure only if a rank waits for it.
         return self.state.startswith(LEFT) or (self.state == IDLE and self.has_ended)
 
     @property
     def is_dead(self) -> bool:
-        """Whether its process ended during a run, without a farewell."""
         return self.has_ended and self.state == RUNNING
 
     def update(self, text: str, elapsed_s: float) -> None:
-        """Take over its last heartbeat, read `elapsed_s` seconds after the previous reading."""
         number, step, knows_failure, state = text.split(" ", 3)
         if int(number) != self.heartbeat or state != self.state:
             self.heartbeat, self.step, self.state, self.stale_s = int(number), int(step), state, 0.0
@@ -86,24 +75,20 @@ class Peer:
 
 
 class Peers:
-    """What is known of all other ranks.
-
-    Args:
-        ranks: the other ranks.
-    """
+    """What is known of all other ranks."""
 
     def __init__(self, ranks: Iterable[int]) -> None:
-        self._peers = {rank: Peer() for rank in ranks}
-        self._processes: Processes | None = None
+        self._peers = {rank: _Peer() for rank in ranks}
+        self._processes: _Processes | None = None
         self.ranks = list(self._peers)
 
-    def __getitem__(self, rank: int) -> Peer:
+    def __getitem__(self, rank: int) -> _Peer:
         return self._peers[rank]
 
     def watch_processes(self, locations: Mapping[int, str]) -> None:
         """Watch the processes of the ranks on this machine from now on; see :func:`process_location`."""
         if self._processes is None:
-            self._processes = Processes({rank: location for rank, location in locations.items() if location})
+            self._processes = _Processes({rank: location for rank, location in locations.items() if location})
 
     def check_processes(self) -> None:
         """Find out which processes have ended.
@@ -124,7 +109,7 @@ class Peers:
         return [rank for rank, peer in self._peers.items() if peer.has_left or peer.is_dead]
 
     def dead(self) -> list[int]:
-        """Return the ranks that died."""
+        """Return the ranks whose processes ended during a run, without a farewell."""
         return [rank for rank, peer in self._peers.items() if peer.is_dead]
 
     def frozen(self, limit_s: float, slack_s: float) -> list[int]:
@@ -195,12 +180,8 @@ def process_location() -> str:
         return f"{os.getpid()} nowhere"
 
 
-class Processes:
-    """Watches the processes of the ranks on this machine.
-
-    Args:
-        locations: for each rank to watch, its :func:`process_location`.
-    """
+class _Processes:
+    """Watches the processes of the ranks on this machine, given each rank's :func:`process_location`."""
 
     def __init__(self, locations: Mapping[int, str]) -> None:
         self._ended: set[int] = set()
@@ -218,7 +199,6 @@ class Processes:
                 return
 
     def ended(self) -> set[int]:
-        """Return the ranks whose processes have ended. Does not wait."""
         poll = select.poll()
         for fd in self._fds.values():
             poll.register(fd, select.POLLIN)
@@ -227,7 +207,6 @@ class Processes:
         return self._ended
 
     def close(self) -> None:
-        """Close the file descriptors."""
         while self._fds:
             with contextlib.suppress(OSError):
                 os.close(self._fds.popitem()[1])

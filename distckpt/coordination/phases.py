@@ -99,7 +99,7 @@ def run(backend: Backend, point: SyncPoint, work: Callable[[], T], *, timeout_s:
         if own_error is not None:
             raise_unreported(own_error, lost)
         raise
-    answers = [wire.decode(part) for part in parts]
+    answers = [wire.decode(chunk) for chunk in parts]
     failures = [RankFailure(**answer["failure"]) for answer in answers if "failure" in answer]
     if own_error is not None and backend.is_passthrough(own_error):
         raise own_error  # the other ranks raise a RemoteRankError for it
@@ -151,11 +151,8 @@ class HandlerId:
     ) -> tuple[str, int]:
         """All ranks. Count a call; return the handler's name and the count. The first call waits for all ranks.
 
-        Args:
-            backend: the job's backend.
-            depends_on: id (:meth:`~distckpt.backends.base.Backend.next_object_id`) of an object that the handler needs
-                and whose construction may have failed on another rank.
-            timeout_s: seconds to wait for the other ranks; None for the default.
+        `depends_on` is the id (:meth:`~distckpt.backends.base.Backend.next_object_id`) of an object that the handler
+        needs, and whose construction may have failed on another rank.
 
         Raises:
             CollectiveTimeout: some ranks do not have the handler; the error names them.

@@ -10,7 +10,7 @@ The protocol:
 3. (all ranks) only if a number is not 0: gather the reports. Level-triggered kinds have no reports.
 4. (all ranks) return the same result.
 
-Step 2 can run beside the next iteration: :meth:`VoteRound.start` starts it and returns a function that waits for it.
+Step 2 can run during the next iteration: :meth:`VoteRound.start` starts it and returns a function that waits for it.
 With one rank nothing is reduced.
 """
 
@@ -50,16 +50,16 @@ _LEVEL_TRIGGERED = frozenset({VoteKind.SAVE_PENDING})
 
 
 class DeviceFlag(Protocol):
-    """A bool that an accelerator has not computed yet."""
+    """A bool that an accelerator has not computed yet. No method waits."""
 
     def is_ready(self) -> bool:
-        """Return True if the value has arrived on the host. Does not wait."""
+        """Return True if the value has arrived on the host."""
 
     def value(self) -> bool:
-        """Return the value. Only after it is ready."""
+        """Return the value, once it is ready."""
 
     def as_tensor(self) -> Any:
-        """Return the value as a tensor on the accelerator, bool (); None if it is not one. Does not wait."""
+        """Return the value as a tensor on the accelerator, bool (); None if it is not one."""
 
 
 Detail = Callable[[], Any]
@@ -80,12 +80,7 @@ Answer = Detail | Pending | None
 
 @dataclass(frozen=True, slots=True, eq=False)
 class VoteEntry:
-    """One handler's entry, the same object in every round.
-
-    Attributes:
-        handler: the handler's name, equal on all ranks.
-        kind: what the handler reports.
-    """
+    """One handler's entry, the same object in every round. The handler's name is equal on all ranks."""
 
     handler: str
     kind: VoteKind
@@ -148,11 +143,7 @@ class VoteRound:
     def add(self, rank: int, entry: VoteEntry, probe: Callable[[Any], Answer], engine: Any) -> None:
         """Rank-local. Add an answer. An earlier yes of the same entry stays.
 
-        Args:
-            rank: this rank.
-            entry: the handler's entry.
-            probe: returns the answer; called now. The vote raises its exception on all ranks.
-            engine: argument of `probe`.
+        `probe` is called now, with `engine`, and returns the answer. The vote raises its exception on all ranks.
         """
         if entry not in self._entries:
             self._entries.append(entry)
@@ -172,11 +163,6 @@ class VoteRound:
 
         If an answer is not known yet, the reduction starts only when the result is asked for: this call never waits
         for the accelerator. A backend with ``can_reduce_lazily`` reduces such answers on the device.
-
-        Args:
-            backend: the job's backend.
-            scope: where this rank is.
-            timeout_s: seconds to wait for the other ranks; None for the default.
 
         Returns:
             A function that waits, and returns the result or raises, on every rank: RemoteRankError if a probe failed on
@@ -266,10 +252,8 @@ class _Vote:
         if self.wait is None:  # one rank
             if self.error is not None:
                 raise self.error
-            reports = {entry: {0: detail()} for entry, detail in self._details().items()}
-            return VoteResult(
-                self.scope, reports, self._cleared([bool(self.answers.get(entry)) for entry in self.entries])
-            )
+            cleared = self._cleared([bool(self.answers.get(entry)) for entry in self.entries])
+            return VoteResult(self.scope, {entry: {0: detail()} for entry, detail in self._details().items()}, cleared)
         try:
             numbers = self.wait()
         except DesyncError as error:

@@ -29,8 +29,7 @@ from ignite.distributed.comp_models.base import ComputationModel
 from ignite.metrics import Metric
 
 from distckpt.backends import entry
-from distckpt.backends.detect import current
-from distckpt.backends.others import module_of
+from distckpt.backends.detect import current, import_runtime
 from distckpt.backends.parallel import spawn
 from distckpt.coordination import phases
 
@@ -52,7 +51,7 @@ class _XlaModel(ComputationModel):
         super().__init__()
         del kwargs
         if backend is not None:
-            module_of("xla").join()
+            import_runtime("xla").join()
             current().barrier(what="idist.initialize")
 
     @staticmethod

@@ -21,11 +21,7 @@ class RankAlone(SerialBackend):
 
     def __init__(self, live: Backend) -> None:
         self._live = live
-
-    @property
-    def rank(self) -> int:
-        """This rank's number in the job."""
-        return self._live.rank
+        self.rank = live.rank
 
     def sync_device(self, tree: Any, *, to_host: bool) -> Any:
         """As the job's runtime does."""

@@ -132,7 +132,7 @@ def test_a_task_of_srun_asks_slurm_for_the_first_node(launcher_port: int, tmp_pa
 def test_a_task_of_srun_without_slurms_tool_is_told_what_to_set(tmp_path: Path) -> None:
     forget_launcher()
     os.environ.update(SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_NTASKS="1", PATH=str(tmp_path))
-    with pytest.raises(RuntimeError, match="MASTER_ADDR is not set, and scontrol cannot tell"):
+    with pytest.raises(RuntimeError, match="MASTER_ADDR is not set, and scontrol cannot name"):
         distckpt.initialize("gloo")
 
 
@@ -166,7 +166,7 @@ def test_rank_and_world_size_go_together() -> None:
 @run_distributed(world_size=1, backend=None)
 def test_several_ranks_need_a_place_to_meet() -> None:
     forget_launcher()
-    with pytest.raises(ValueError, match=r"world_size is 2, but .* where the others are"):
+    with pytest.raises(ValueError, match=r"world_size is 2, but .* gives their addresses"):
         distckpt.initialize("gloo", rank=0, world_size=2)
 
 

@@ -119,7 +119,7 @@ def test_later_collectives_fail_at_once(backend: Backend, *, formed: bool) -> No
     with no_grace(), pytest.raises(CollectiveError):
         backend.barrier(timeout_s=LIMIT_S)
     for collective in COLLECTIVES.values():
-        with pytest.raises(CollectiveError, match="given up"):  # "waited" is what it says after a wait
+        with pytest.raises(CollectiveError, match="aborted"):  # "waited" is what it says after a wait
             collective(backend)
 
 
@@ -148,7 +148,7 @@ def test_nobody_succeeds_alone_at_the_end_of_a_limit(backend: Backend) -> None:
         with pytest.raises(CollectiveTimeout):
             backend.barrier(timeout_s=LIMIT_S)
     else:  # come at the moment when rank 0 gives up
-        wait_for_note(backend, "host/given_up")
+        wait_for_note(backend, "control/abort")
         with pytest.raises(CollectiveError):
             backend.barrier(timeout_s=LIMIT_S)
 
@@ -159,7 +159,7 @@ def test_a_rank_that_comes_late_but_in_time_is_waited_for(backend: Backend) -> N
     with host_group_with(_PATIENCE_S=0.02):
         if backend.rank == 1:  # comes once rank 0 has begun to wonder, and written down that it came itself
             number = backend._control_group._num_operations + 1  # type: ignore[attr-defined]  # notes are kept under it
-            wait_for_note(backend, f"host/came/{number}/0")
+            wait_for_note(backend, f"control/arrived/{number}/0")
         assert backend.all_reduce_ints([1], timeout_s=20.0) == [backend.world_size]
 
 
@@ -206,7 +206,7 @@ def _last_rank_dies() -> tuple[int, ...]:
         backend.barrier(timeout_s=30.0)
     assert time.monotonic() - begin < 10.0, "noticed by the broken connection, long before the limit"
     begin = time.monotonic()
-    with pytest.raises(CollectiveError, match="given up"):
+    with pytest.raises(CollectiveError, match="aborted"):
         backend.gather_objects(None, timeout_s=30.0)
     assert time.monotonic() - begin < SOON_S
     return caught.value.missing

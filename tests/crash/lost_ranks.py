@@ -334,14 +334,14 @@ def end_slowly(me: Rank) -> None:
     elif leaves_group:
         dist.destroy_process_group()
     if me.plan.step == "slow store":
-        look = key_value_store._look
+        look = key_value_store._get_many
 
         def slow_look(store: dist.Store, keys: list[str]) -> list[str | None]:
             with contextlib.suppress(dist.DistStoreError):
                 store.wait(["never"], timedelta(seconds=slow_s))
             return look(store, keys)
 
-        key_value_store._look = slow_look
+        key_value_store._get_many = slow_look
         atexit.register(time.sleep, late_s)  # what other libraries do, before our functions
     vars(sys.modules["__main__"])["slow"] = _SlowEnd()
 

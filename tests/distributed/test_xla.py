@@ -1,6 +1,7 @@
 """What only an XLA job has: graphs compiled once, states computed late, ignite's metrics, `xm.save`'s options."""
 
 import importlib
+import importlib.metadata
 import itertools
 import subprocess
 import sys
@@ -18,7 +19,6 @@ from torch import nn
 
 import distckpt
 from distckpt import Checkpoint, DiskSaver, EarlyStopping, ModelCheckpoint, TerminateOnNan, TimeLimit, Timer, resume
-from distckpt.backends import others
 from distckpt.backends.detect import current
 from tests.support import job, run_distributed, run_ranks
 from tests.support.selection import only_on
@@ -274,6 +274,6 @@ def test_a_model_on_an_xla_device_or_a_word_makes_it_one() -> None:
 
 def test_a_torch_xla_of_another_torch_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = {"torch": "2.13.0", "torch_xla": "2.9.0"}
-    monkeypatch.setattr(others, "_version", lambda package: versions[package])
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: versions[package])
     with pytest.raises(RuntimeError, match=r"pip install 'torch==2\.9\.\*' 'torch_xla==2\.9\.\*'"):
         distckpt.initialize("xla")

@@ -10,7 +10,11 @@ import distckpt
 from tests.support.selection import quick
 
 MODULES = sorted({"distckpt", *(found.name for found in pkgutil.walk_packages(distckpt.__path__, prefix="distckpt."))})
-OPTIONAL = {"distckpt.backends.horovod": "horovod", "distckpt.backends.xla": "torch_xla"}
+OPTIONAL = {
+    "distckpt.backends.horovod": "horovod",
+    "distckpt.backends.xla": "torch_xla",
+    "distckpt.backends.xla_transport": "torch_xla",
+}
 NUM_EXAMPLES_AT_LEAST = 60
 
 

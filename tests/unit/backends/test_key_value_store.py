@@ -36,9 +36,9 @@ sys.stdin.read()
 
 # Not `put`: the store acknowledges no note, so one is sent into a frozen host's socket and is read when it wakes.
 CALLS: dict[str, Callable[[TorchKeyValueStore, float], object]] = {
-    "claim": lambda board, limit_s: board.set_default("note", "text", limit_s=limit_s),
-    "look": lambda board, limit_s: board.get_many(["note", "none"], limit_s=limit_s),
-    "count": lambda board, limit_s: board.add("number", 1, limit_s=limit_s),
+    "claim": lambda kv, limit_s: kv.set_default("note", "text", limit_s=limit_s),
+    "look": lambda kv, limit_s: kv.get_many(["note", "none"], limit_s=limit_s),
+    "count": lambda kv, limit_s: kv.add("number", 1, limit_s=limit_s),
 }
 
 
@@ -93,16 +93,16 @@ def store(server: Server, request: pytest.FixtureRequest) -> dist.Store:
 
 
 @pytest.fixture
-def board(store: dist.Store) -> Iterator[TorchKeyValueStore]:
-    """Return a board whose job ends with the test."""
+def kv(store: dist.Store) -> Iterator[TorchKeyValueStore]:
+    """Return a store whose job ends with the test."""
     is_open = True
     yield TorchKeyValueStore(store, lambda: is_open)
     is_open = False
 
 
-def board_threads() -> list[threading.Thread]:
-    """Return the workers of all boards."""
-    return [thread for thread in threading.enumerate() if thread.name == "distckpt-board"]
+def store_threads() -> list[threading.Thread]:
+    """Return the workers of all stores."""
+    return [thread for thread in threading.enumerate() if thread.name == "distckpt-store"]
 
 
 def wait_until(condition: Callable[[], bool], limit_s: float = 10.0) -> None:
@@ -118,7 +118,7 @@ def wait_until(condition: Callable[[], bool], limit_s: float = 10.0) -> None:
 
 @pytest.fixture(params=["tcp", "file", "hash"])
 def any_board(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[TorchKeyValueStore]:
-    """Return a board over each kind of store."""
+    """Return a store over each kind of store."""
     stores: dict[str, Callable[[], dist.Store]] = {
         "tcp": lambda: request.getfixturevalue("store"),
         "file": lambda: dist.PrefixStore("p", dist.FileStore(str(tmp_path / "store"), 1)),
@@ -157,16 +157,16 @@ def test_numbers_begin_at_nothing(any_board: TorchKeyValueStore) -> None:
 
 
 def test_one_of_many_claims_stands_for_all(server: Server) -> None:
-    boards = [TorchKeyValueStore(server.connect("contest"), lambda: True) for _ in range(4)]
-    with ThreadPoolExecutor(len(boards)) as ranks:
-        stands = list(ranks.map(lambda at: boards[at].set_default("a", f"rank {at}", limit_s=20.0), range(4)))
+    kvs = [TorchKeyValueStore(server.connect("contest"), lambda: True) for _ in range(4)]
+    with ThreadPoolExecutor(len(kvs)) as ranks:
+        stands = list(ranks.map(lambda at: kvs[at].set_default("a", f"rank {at}", limit_s=20.0), range(4)))
     assert len(set(stands)) == 1
-    assert boards[0].get_many(["a"], limit_s=5.0) == stands[:1]
+    assert kvs[0].get_many(["a"], limit_s=5.0) == stands[:1]
 
 
-def test_any_thread_may_ask(board: TorchKeyValueStore) -> None:
+def test_any_thread_may_ask(kv: TorchKeyValueStore) -> None:
     with ThreadPoolExecutor(8) as threads:
-        counted = list(threads.map(lambda _: board.add("n", 1, limit_s=20.0), range(200)))
+        counted = list(threads.map(lambda _: kv.add("n", 1, limit_s=20.0), range(200)))
     assert sorted(counted) == list(range(1, 201))
 
 
@@ -176,65 +176,65 @@ def test_any_thread_may_ask(board: TorchKeyValueStore) -> None:
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("was_used", [True, False], ids=["used before", "new"])
 def test_a_call_ends_within_its_limit_while_the_host_is_frozen(
-    server: Server, board: TorchKeyValueStore, call: str, *, was_used: bool
+    server: Server, kv: TorchKeyValueStore, call: str, *, was_used: bool
 ) -> None:
     if was_used:
-        board.set("note", "before", limit_s=5.0)
+        kv.set("note", "before", limit_s=5.0)
     with server.frozen():
         for _ in range(3):
             begin_s = time.monotonic()
             with pytest.raises(TimeoutError, match=r"did not answer within 0\.3 s"):
-                CALLS[call](board, LIMIT_S)
+                CALLS[call](kv, LIMIT_S)
             assert time.monotonic() - begin_s + 0.01 >= LIMIT_S
             assert time.monotonic() - begin_s < LIMIT_S + SLACK_S
 
 
-def test_calls_of_several_threads_end_while_the_host_is_frozen(server: Server, board: TorchKeyValueStore) -> None:
+def test_calls_of_several_threads_end_while_the_host_is_frozen(server: Server, kv: TorchKeyValueStore) -> None:
     def ask(_number: int) -> float:
         begin_s = time.monotonic()
         with pytest.raises(TimeoutError):
-            board.get_many(["note"], limit_s=LIMIT_S)
+            kv.get_many(["note"], limit_s=LIMIT_S)
         return time.monotonic() - begin_s
 
     with server.frozen(), ThreadPoolExecutor(6) as threads:
         assert max(threads.map(ask, range(6))) < LIMIT_S + SLACK_S
 
 
-def test_a_board_works_again_once_its_host_does(server: Server, board: TorchKeyValueStore) -> None:
-    board.set("note", "before", limit_s=5.0)
+def test_a_store_works_again_once_its_host_does(server: Server, kv: TorchKeyValueStore) -> None:
+    kv.set("note", "before", limit_s=5.0)
     for number in range(3):
         with server.frozen():
             for _ in range(2):
                 with pytest.raises(TimeoutError):
-                    board.get_many(["note"], limit_s=0.1)
-        board.set("note", f"after {number}", limit_s=5.0)
-        assert board.get_many(["note"], limit_s=5.0) == [f"after {number}"]
+                    kv.get_many(["note"], limit_s=0.1)
+        kv.set("note", f"after {number}", limit_s=5.0)
+        assert kv.get_many(["note"], limit_s=5.0) == [f"after {number}"]
 
 
-def test_what_was_given_up_before_it_began_is_not_done_later(server: Server, board: TorchKeyValueStore) -> None:
-    board.add("n", 1, limit_s=5.0)
+def test_what_was_given_up_before_it_began_is_not_done_later(server: Server, kv: TorchKeyValueStore) -> None:
+    kv.add("n", 1, limit_s=5.0)
     with server.frozen():
         with pytest.raises(TimeoutError):
-            board.get_many(["note"], limit_s=0.1)  # holds the connection
+            kv.get_many(["note"], limit_s=0.1)  # holds the connection
         for _ in range(3):
             with pytest.raises(TimeoutError):
-                board.add("n", 1, limit_s=0.1)
-    assert board.add("n", 0, limit_s=5.0) == 1
+                kv.add("n", 1, limit_s=0.1)
+    assert kv.add("n", 0, limit_s=5.0) == 1
 
 
-def test_a_note_to_a_frozen_host_is_read_when_it_wakes(server: Server, board: TorchKeyValueStore) -> None:
-    board.set("note", "before", limit_s=5.0)
+def test_a_note_to_a_frozen_host_is_read_when_it_wakes(server: Server, kv: TorchKeyValueStore) -> None:
+    kv.set("note", "before", limit_s=5.0)
     with server.frozen():
         begin_s = time.monotonic()
         with contextlib.suppress(TimeoutError):
-            board.set("note", "meanwhile", limit_s=LIMIT_S)
+            kv.set("note", "meanwhile", limit_s=LIMIT_S)
         assert time.monotonic() - begin_s < LIMIT_S + SLACK_S
-    assert board.get_many(["note"], limit_s=5.0) == ["meanwhile"]
+    assert kv.get_many(["note"], limit_s=5.0) == ["meanwhile"]
 
 
 @pytest.fixture
 def dead_host() -> Iterator[tuple[TorchKeyValueStore, TorchKeyValueStore]]:
-    """Return two boards of a host that has died: one that had been used before, and a new one."""
+    """Return two stores of a host that has died: one that had been used before, and a new one."""
     host = Server()
     try:
         used, new = (TorchKeyValueStore(host.connect("p"), lambda: True) for _ in range(2))
@@ -242,7 +242,7 @@ def dead_host() -> Iterator[tuple[TorchKeyValueStore, TorchKeyValueStore]]:
         used.get_many(["note"], limit_s=5.0)
     finally:
         host.end()
-    yield used, new  # noqa: PT022 - the boards live as long as the test
+    yield used, new  # noqa: PT022 - the kvs live as long as the test
 
 
 def test_a_host_that_died_is_told_from_one_that_is_frozen(
@@ -270,13 +270,13 @@ def test_a_first_call_to_a_host_that_died_ends_within_its_limit(
 def test_a_guest_on_a_connection_hears_at_once_that_its_host_died() -> None:
     host = Server()
     try:
-        board = TorchKeyValueStore(host.connect("p"), lambda: True, is_guest=True)
-        assert board.add("n", 1, limit_s=5.0) == 1
+        kv = TorchKeyValueStore(host.connect("p"), lambda: True, is_guest=True)
+        assert kv.add("n", 1, limit_s=5.0) == 1
     finally:
         host.end()
     begin_s = time.monotonic()
     with pytest.raises(ConnectionError, match="the job's store is gone"):
-        board.add("n", 1, limit_s=20.0)
+        kv.add("n", 1, limit_s=20.0)
     assert time.monotonic() - begin_s < 5.0
 
 
@@ -309,61 +309,61 @@ def test_an_address_is_known_as_ones_own() -> None:
 # -- its thread --------------------------------------------------------------------------------------
 
 
-def test_a_board_that_nobody_asks_has_no_thread(store: dist.Store) -> None:
-    before = board_threads()
-    board = TorchKeyValueStore(store, lambda: True)
-    assert board_threads() == before
-    assert board.is_open()
+def test_a_store_that_nobody_asks_has_no_thread(store: dist.Store) -> None:
+    before = store_threads()
+    kv = TorchKeyValueStore(store, lambda: True)
+    assert store_threads() == before
+    assert kv.is_open()
 
 
 def test_its_thread_ends_with_the_job_and_comes_back_when_it_is_asked(store: dist.Store) -> None:
-    before = set(board_threads())
+    before = set(store_threads())
     is_open = True
-    board = TorchKeyValueStore(store, lambda: is_open)
-    board.set("note", "text", limit_s=5.0)
-    assert len(set(board_threads()) - before) == 1
+    kv = TorchKeyValueStore(store, lambda: is_open)
+    kv.set("note", "text", limit_s=5.0)
+    assert len(set(store_threads()) - before) == 1
     is_open = False
-    assert not board.is_open()
-    wait_until(lambda: not set(board_threads()) - before)
-    assert board.get_many(["note"], limit_s=5.0) == ["text"]
-    wait_until(lambda: not set(board_threads()) - before)
+    assert not kv.is_open()
+    wait_until(lambda: not set(store_threads()) - before)
+    assert kv.get_many(["note"], limit_s=5.0) == ["text"]
+    wait_until(lambda: not set(store_threads()) - before)
 
 
-def test_its_thread_ends_with_the_board(store: dist.Store) -> None:
-    before = set(board_threads())
-    board = TorchKeyValueStore(store, lambda: True)
-    board.set("note", "text", limit_s=5.0)
-    assert len(set(board_threads()) - before) == 1
-    del board
+def test_its_thread_ends_with_the_store(store: dist.Store) -> None:
+    before = set(store_threads())
+    kv = TorchKeyValueStore(store, lambda: True)
+    kv.set("note", "text", limit_s=5.0)
+    assert len(set(store_threads()) - before) == 1
+    del kv
     gc.collect()
-    wait_until(lambda: not set(board_threads()) - before)
+    wait_until(lambda: not set(store_threads()) - before)
 
 
-def test_a_closed_board_refuses_as_one_whose_store_is_gone(board: TorchKeyValueStore) -> None:
-    board.set("note", "text", limit_s=5.0)
-    board.close()
+def test_a_closed_store_refuses_as_one_whose_store_is_gone(kv: TorchKeyValueStore) -> None:
+    kv.set("note", "text", limit_s=5.0)
+    kv.close()
     for call in CALLS.values():
         with pytest.raises(ConnectionError, match="this process has left the job"):
-            call(board, 5.0)
+            call(kv, 5.0)
 
 
-def test_the_end_of_a_board_waits_for_a_call_that_was_given_up(server: Server, board: TorchKeyValueStore) -> None:
-    before = set(board_threads())
-    board.set("note", "text", limit_s=5.0)
+def test_the_end_of_a_store_waits_for_a_call_that_was_given_up(server: Server, kv: TorchKeyValueStore) -> None:
+    before = set(store_threads())
+    kv.set("note", "text", limit_s=5.0)
     with server.frozen():
         with pytest.raises(TimeoutError):
-            board.get_many(["note"], limit_s=0.1)
+            kv.get_many(["note"], limit_s=0.1)
         begin_s = time.monotonic()
-        board.end(LIMIT_S)
+        kv.close(LIMIT_S)
         assert LIMIT_S <= time.monotonic() - begin_s + 0.01 < LIMIT_S + SLACK_S, "a frozen host holds it no longer"
-        assert set(board_threads()) - before
-    board.end(10.0)
-    assert not set(board_threads()) - before
+        assert set(store_threads()) - before
+    kv.close(10.0)
+    assert not set(store_threads()) - before
 
 
-def test_the_end_of_a_board_that_nobody_asked_waits_for_nothing(board: TorchKeyValueStore) -> None:
-    board.end(10.0)
-    board.end(10.0)
+def test_the_end_of_a_store_that_nobody_asked_waits_for_nothing(kv: TorchKeyValueStore) -> None:
+    kv.close(10.0)
+    kv.close(10.0)
 
 
 # -- how its process ends ----------------------------------------------------------------------------
@@ -390,27 +390,27 @@ class SlowEnd:  # takes time once the interpreter is being taken down
 slow = SlowEnd()
 """
 _GIVEN_UP = """
-board = TorchKeyValueStore(store, lambda: True)
+kv = TorchKeyValueStore(store, lambda: True)
 with contextlib.suppress(TimeoutError):
-    board._ask(call_slowly, 0.1)
+    kv._ask(call_slowly, 0.1)
 """
 _AS_GUEST = """
-board = TorchKeyValueStore(store, lambda: True, is_guest=True)
-with contextlib.suppress(TimeoutError), contextlib.closing(board):
-    board._ask(call_slowly, 0.1)
+kv = TorchKeyValueStore(store, lambda: True, is_guest=True)
+with contextlib.suppress(TimeoutError), contextlib.closing(kv):
+    kv._ask(call_slowly, 0.1)
 """
 _IN_A_FUNCTION_AT_EXIT = """
-board = TorchKeyValueStore(store, lambda: True)
+kv = TorchKeyValueStore(store, lambda: True)
 def leave():
     with contextlib.suppress(TimeoutError):
-        board._ask(call_slowly, 0.1)
+        kv._ask(call_slowly, 0.1)
 atexit.register(leave)
 """
 _ENDS = {
-    "idle": "board = TorchKeyValueStore(store, lambda: True); board.set('leaving', 'now', limit_s=20.0)",
+    "idle": "kv = TorchKeyValueStore(store, lambda: True); kv.set('leaving', 'now', limit_s=20.0)",
     "given up": _GIVEN_UP,
     "given up, by a guest": _AS_GUEST,
-    "given up, the board dropped": f"{_GIVEN_UP}\ndel board",
+    "given up, the store dropped": f"{_GIVEN_UP}\ndel kv",
     "given up, the job over": _GIVEN_UP.replace("lambda: True", "lambda: False"),
     "given up, at exit": _IN_A_FUNCTION_AT_EXIT,
     "given up, beside a forked child": f"{_GIVEN_UP}\nif os.fork():\n    os.wait()",
@@ -421,7 +421,7 @@ _ENDS = {
 
 def run_to_its_end(program: str, port: int) -> subprocess.CompletedProcess[str]:
     """Run a program beside a store."""
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     return subprocess.run(
         [sys.executable, "-c", program, str(port)], cwd=root, capture_output=True, text=True, timeout=60.0, check=False
     )
@@ -442,11 +442,11 @@ def test_a_store_that_does_not_answer_holds_a_process_no_longer_than_the_limit(s
     program = f"""{_BEGIN}
 from distckpt.backends import key_value_store
 key_value_store.EXIT_LIMIT_S = 0.5
-board = TorchKeyValueStore(store, lambda: True)
-board.set("note", "text", limit_s=20.0)
+kv = TorchKeyValueStore(store, lambda: True)
+kv.set("note", "text", limit_s=20.0)
 os.kill({server.process.pid}, {int(signal.SIGSTOP)})
 with contextlib.suppress(TimeoutError):
-    board.get_many(["note"], limit_s=0.1)
+    kv.get_many(["note"], limit_s=0.1)
 """
     begin_s = time.monotonic()
     try:
