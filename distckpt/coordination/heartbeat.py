@@ -179,18 +179,15 @@ class HeartbeatMonitor:
     # -- the training thread -----------------------------------------------------------------------
 
     def enter_run(self, step: int) -> None:
-        """Note that an engine runs, and its iteration. Called in each iteration.
-
-        Raises:
-            DistckptError: the error of the job's failure, if there is one.
-        """
+        """Note that an engine runs, and its iteration; raise the error of the job's failure, if there is one."""
         self.step = step
         if not self.in_run:
             self.clear_caught_failure()
             self.in_run = True
             self._wake.set()
-        if (error := self._raised_error()) is not None:
-            raise error
+        if self._failure is not None:
+            self._is_raised = True
+            raise self._failure.error(self._rank)
 
     def clear_caught_failure(self) -> None:
         """Forget an exception that ended the last run: a rank that runs again has caught it."""
@@ -257,11 +254,10 @@ class HeartbeatMonitor:
             return
         if not isinstance(error, CollectiveError):
             failure = RankFailure.from_exception(self._rank, error, traceback_text)
-            text = f"{failure.kinds[0]}: {failure.message}"
-            self._declare(JobFailure(ranks=(self._rank,), text=text, by=self._rank, step=self.step, failure=failure))
+            self._declare([self._rank], f"{failure.kinds[0]}: {failure.message}", failure)
         elif error.missing:
-            text = f"{self.describe(error.missing)}. Found out by rank {self._rank} in iteration {self.step}"
-            self._declare(JobFailure(ranks=error.missing, text=text, by=self._rank, step=self.step))
+            found = f"Found out by rank {self._rank} in iteration {self.step}"
+            self._declare(error.missing, f"{self.describe(error.missing)}. {found}")
 
     def find_lost_ranks(self) -> DistckptError | None:
         """Find out whether a collective of the job's own failed because a rank is lost.
@@ -357,8 +353,7 @@ class HeartbeatMonitor:
         if self._failure is None:
             self._declare_lost(self._peers.dead() or self._peers.frozen(self._limit_s, 2.0 * self._interval_s))
         if self._failure is None and self._launcher is not None and os.getppid() != self._launcher:
-            text = f"rank {self._rank}: its launcher (process {self._launcher}) has ended"
-            self._declare(JobFailure(ranks=(self._rank,), text=text, by=self._rank, step=self.step))
+            self._declare([self._rank], f"rank {self._rank}: its launcher (process {self._launcher}) has ended")
 
     def _read_failure(self, limit_s: float) -> None:
         generation = self._generation
@@ -387,21 +382,21 @@ class HeartbeatMonitor:
 
     def _declare_lost(self, ranks: Sequence[int]) -> None:
         if ranks:
-            text = self.describe(ranks)
-            self._declare(JobFailure(ranks=tuple(ranks), text=text, by=self._rank, step=self.step))
+            self._declare(ranks, self.describe(ranks))
 
-    def _declare(self, failure: JobFailure) -> None:
+    def _declare(self, ranks: Sequence[int], text: str, error: RankFailure | None = None) -> None:
         """Write a failure to the store unless there is one, and accept the one that is there."""
+        failure = JobFailure(ranks=tuple(ranks), text=text, by=self._rank, step=self.step, failure=error)
         limit_s = max(self._interval_s, 0.5)
         try:
             key = _failure_key(self._generation)
             failure = JobFailure.decode(self._store.set_default(key, failure.encode(), limit_s=limit_s))
         except TimeoutError:
             pass  # accepted on this rank; the others find out in the same way
-        except OSError as error:
+        except OSError as lost:
             if self._store_host.lost(self._store.host)[0] and failure.failure is None:
                 # The store's end explains the missing ranks too: those that know of it have ended by now.
-                self._lose_store(f"the job's store is gone ({error})")
+                self._lose_store(f"the job's store is gone ({lost})")
         self._accept(failure)
 
     def _accept(self, failure: JobFailure) -> None:
