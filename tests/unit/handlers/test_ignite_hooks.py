@@ -1,8 +1,10 @@
 """What distckpt relies on in ignite beyond its public interface. A failure here names what a new ignite has moved."""
 
+import ast
 import inspect
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
@@ -14,9 +16,10 @@ from ignite.engine import Engine, Events, State
 from ignite.engine.events import EventsList
 from ignite.metrics import Metric
 
-import distckpt.handlers  # noqa: F401 - wraps the methods
+import distckpt.handlers
 from distckpt.handlers import idist_bridge
 from distckpt.handlers.ignite_hooks import add_first_handler, get_handlers, get_init_iter, get_iterator, set_init_iter
+from distckpt.loading import rollback
 
 WRAPPED = {
     "_assert_allowed_event": "self, event_name",
@@ -150,6 +153,21 @@ def test_ignites_source_has_the_statements_that_are_relied_on_in_their_order(
         position = found + 1
 
 
+def test_no_other_module_uses_private_names_of_ignite() -> None:
+    engine = Engine(lambda _engine, _batch: None)
+    names = {*vars(engine), *(name for kind in (Engine, State, Metric, ComputationModel) for name in dir(kind))}
+    private = {name for name in names if re.fullmatch(r"_[a-z]\w*", name) and not name.startswith("_abc")}
+    assert "_dataloader_iter" in private
+    for path in Path(distckpt.__file__).parent.rglob("*.py"):
+        if path.name not in {"ignite_hooks.py", "idist_bridge.py"}:
+            used = {
+                f"{ast.unparse(node)}, line {node.lineno}"
+                for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+                if isinstance(node, ast.Attribute) and node.attr in private and ast.unparse(node.value) != "self"
+            }
+            assert not used, path
+
+
 def test_a_new_engine_has_the_private_attributes() -> None:
     engine = Engine(lambda _engine, _batch: None)
     assert (get_iterator(engine), get_init_iter(engine), engine.last_event_name) == (None, None, None)
@@ -211,5 +229,5 @@ def test_ignites_computation_models_have_the_methods_of_ours() -> None:
 
 def test_ignites_metrics_have_the_private_names() -> None:
     assert hasattr(Metric, idist_bridge._STATES_KEY)
-    assert callable(Metric._state_dict_per_rank)
+    assert all(callable(getattr(Metric, name)) for name in rollback._RANK_LOCAL)
     assert hasattr(Metric, "distckpt_consolidate")
