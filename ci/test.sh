@@ -92,8 +92,10 @@ done
 SUMMARY+=("$(printf '%-20s %5d s  %s' set-up "$SECONDS" ok)")
 PYTHON="${PYTHONS[base]}"
 BIN="$(dirname "$PYTHON")"
-export PATH="$BIN:$PATH" PYTHONUNBUFFERED=1 PYTHONPATH="$ROOT"
 RESULTS="$(mktemp -d)"
+# Byte code is kept outside the tree: hundreds of processes import distckpt, and each would compile it.
+unset PYTHONDONTWRITEBYTECODE
+export PATH="$BIN:$PATH" PYTHONUNBUFFERED=1 PYTHONPATH="$ROOT" PYTHONPYCACHEPREFIX="$RESULTS/pycache"
 trap 'rm -rf "$RESULTS"' EXIT
 
 # run_pytest NAME ARGUMENT...: run pytest in an environment, whose programs (torchrun) are on PATH.

@@ -89,14 +89,16 @@ def summary() -> list[str]:
 def cover(cases: Sequence[Collection[Hashable]]) -> list[int]:
     """Return the indices of a few cases that together contain every value that occurs in `cases`.
 
-    Greedy: each pick is the first case with the most values that no earlier pick contains.
+    Greedy: cases are passed over until one has as many values that no picked case contains as any can have, then until
+    one has one fewer, and so on.
     """
     missing = {value for case in cases for value in case}
-    picked = []
-    while missing:
-        best = max(range(len(cases)), key=lambda index: len(missing.intersection(cases[index])))
-        picked.append(best)
-        missing.difference_update(cases[best])
+    picked: list[int] = []
+    for num_new in range(max(map(len, cases), default=0), 0, -1):
+        for index, case in enumerate(cases):
+            if len(missing.intersection(case)) >= num_new:
+                picked.append(index)
+                missing.difference_update(case)
     return picked
 
 
