@@ -93,7 +93,8 @@ SEEN = [
 def lines_of_the_program(folder: Path, mode: str) -> list[str]:
     """Run the program in a process of its own; return the lines on standard error."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, mode],
+        # With torch 2.14 importing ignite warns of torch.jit, on standard error.
+        [sys.executable, "-W", "ignore::FutureWarning", "-c", PROGRAM, mode],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(Path(distckpt.__file__).parents[1])},
         capture_output=True,
