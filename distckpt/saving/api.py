@@ -155,7 +155,7 @@ def async_save(
         ...     bool(torch.load(pending.result(), weights_only=True)["weight"].any())
         True
     """
-    pending = _start(
+    return _start(
         objects,
         path,
         save_on_rank,
@@ -166,8 +166,6 @@ def async_save(
         in_background=True,
         overlap_copy=overlap_copy,
     )
-    pending.report_errors()
-    return pending
 
 
 def _start(
@@ -264,8 +262,9 @@ def _start(
         remove_replaced=None,
         annotate=functools.partial(_annotate, backend.rank, step, target, answers[save_on_rank]["exists"]),
         timeout_s=timeout_s,
+        path=target,
+        reports_errors=in_background,
     )
-    pending.path = target
     if in_background and backend.rank == save_on_rank:
         _PENDING[target.absolute()] = number, pending
     if pending.layout_difference is not None:

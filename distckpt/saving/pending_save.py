@@ -13,6 +13,8 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for_futures
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from typing import Any
 from distckpt.backends.base import Backend, KeyValueStore, default_timeout_s
 from distckpt.coordination import phases
 from distckpt.errors import CollectiveError, SaveError
-from distckpt.saving.rank_writer import BackgroundTask, RankWriter
+from distckpt.saving.rank_writer import RankWriter, run_in_background
 from distckpt.saving.snapshot import Checksums
 
 _logger = logging.getLogger(__name__)
@@ -78,9 +80,11 @@ class PendingSave:
         remove_replaced: Callable[[], Problems] | None,
         annotate: Callable[[SaveError], SaveError],
         timeout_s: float | None,
+        path: Path | None = None,
+        reports_errors: bool = False,
     ) -> None:
         self.backend = backend
-        self.path: Path | None = None
+        self.path = path
         self.filename = writer.name
         self.coordinator = coordinator
         self.layout_difference = layout_difference
@@ -97,12 +101,12 @@ class PendingSave:
         self._annotate = annotate
         self._timeout_s = max(default_timeout_s() if timeout_s is None else timeout_s, WRITE_TIMEOUT_S)
         self._begin_s = time.monotonic()
-        self._task: BackgroundTask | None = None
+        self._future: Future[dict[str, Any]] | None = None
         self._checksums: list[Checksums] = []
         self._is_committing = len(self._writers) == 1
         self._is_over = False
         self._error: BaseException | None = None
-        self._at_exit: Finalize | None = None
+        self._at_exit = Finalize(None, self._report_at_exit, exitpriority=0) if reports_errors else None
         self._completions: WriteCompletions | None = None
         if writer.in_background and not self._is_committing and save_id is not None:
             with contextlib.suppress(CollectiveError):  # then advance() does without
@@ -119,7 +123,7 @@ class PendingSave:
     @property
     def is_pending(self) -> bool:
         """Whether this rank is at work. Rank-local; does not block."""
-        return self._task is not None and not self._task.is_done()
+        return self._future is not None and not self._future.done()
 
     def done(self) -> bool:
         """Return True if this rank has nothing left to do. Rank-local; does not block.
@@ -203,8 +207,8 @@ class PendingSave:
 
     def join(self) -> None:
         """Rank-local. Block until this rank's current step has ended; its error is kept."""
-        if self._task is not None:
-            self._task.wait()
+        if self._future is not None:
+            wait_for_futures([self._future])
 
     def wait_local(self) -> None:
         """Rank-local. Block until this rank's current step has ended, and no longer for other writers."""
@@ -216,23 +220,10 @@ class PendingSave:
         """Rank-local. Delete what is not committed, once this rank's step has ended. Does not block."""
         if self._completions is not None:
             self._completions.cancel()
-        if self._task is not None:
-            self._task.add_done_callback(self._writer.abort)
+        if self._future is not None:
+            self._future.add_done_callback(lambda _: self._writer.abort())
         else:
             self._writer.abort()
-
-    def report_errors(self) -> None:
-        """Rank-local. Log this rank's error as it occurs, and warn at exit of a file that was not saved."""
-        if self._task is not None:
-            self._at_exit = Finalize(None, self._report_at_exit, exitpriority=0)
-            self._task.add_done_callback(self._report_task)
-
-    def _report_task(self) -> None:
-        failure = self._failure()
-        if failure is not None:
-            _logger.error("rank %d: %s was not saved: %s", self.backend.rank, self._where(), failure)
-        elif (self.has_committed or not self._writer.is_coordinator) and self._at_exit is not None:
-            self._at_exit.cancel()
 
     def _report_at_exit(self) -> None:
         self.join()
@@ -248,7 +239,11 @@ class PendingSave:
         return self.filename if self.path is None else str(self.path)
 
     def _failure(self) -> BaseException | None:
-        return self._error or (None if self._task is None else self._task.error())
+        is_done = self._future is not None and self._future.done()
+        return self._error or (self._future.exception() if self._future is not None and is_done else None)
+
+    def _is_done(self, *, within_s: float) -> bool:
+        return self._future is None or not wait_for_futures([self._future], timeout=within_s).not_done
 
     def _end(self, error: BaseException | None) -> None:
         self._is_over, self._error = True, error
@@ -259,7 +254,7 @@ class PendingSave:
         """Collective. Wait until every rank's step has ended; raise TimeoutError on all ranks if one is late."""
 
         def is_done() -> bool:
-            return self._task is None or self._task.is_done(within_s=max(deadline - time.monotonic(), 0.0))
+            return self._is_done(within_s=max(deadline - time.monotonic(), 0.0))
 
         point = self._sync_point(f"waiting for {self.filename}")
         answers = phases.run(self.backend, point, is_done, timeout_s=self._timeout_s)
@@ -270,30 +265,36 @@ class PendingSave:
 
     def _start(self, work: Callable[[], dict[str, Any]], *, has_work: bool) -> None:
         """Start a step: on a thread in a background save, otherwise in the next call of :meth:`advance`."""
-        self._work = work
-        self._task = BackgroundTask(work) if self._writer.in_background and has_work else None
-        if self._task is not None:
+        self._work, self._future = work, None
+        if self._writer.in_background and has_work:
             try:
-                self._task.start()
+                self._future = run_in_background(self._run if self._at_exit is not None else work)
             except BaseException:
-                self._task.add_done_callback(self._writer.abort)
+                self._writer.abort()
                 raise
+
+    def _run(self) -> dict[str, Any]:
+        """Run a step of a save that nobody may wait for."""
+        try:
+            answer = self._work()
+        except BaseException as error:
+            _logger.error("rank %d: %s was not saved: %s", self.backend.rank, self._where(), error)  # noqa: TRY400 - result() raises it
+            raise
+        if self._at_exit is not None and (self.has_committed or not self._writer.is_coordinator):
+            self._at_exit.cancel()
+        return answer
 
     def _outcome(self) -> dict[str, Any]:
         try:
             self._raise_if_rank_lost()
-            answer: dict[str, Any] = self._work() if self._task is None else self._task.result()
+            answer = self._work() if self._future is None else self._future.result()
         except SaveError as error:
             raise self._annotate(error) from error
         return answer
 
     def _raise_if_rank_lost(self) -> None:
         """Wait for this rank's step, but no longer than until a rank is lost whose completion it waits for."""
-        while (
-            self._completions is not None
-            and self._task is not None
-            and not self._task.is_done(within_s=_POLL_LOST_RANK_S)
-        ):
+        while self._completions is not None and not self._is_done(within_s=_POLL_LOST_RANK_S):
             failure = None if self.backend.monitor is None else self.backend.monitor.failure()
             if failure is not None:
                 self._completions.cancel()

@@ -23,6 +23,7 @@ before step 8. The exception is a save handler that may store several names in o
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from distckpt.backends.base import Backend, default_timeout_s
@@ -74,6 +75,8 @@ def start_save(
     remove_replaced: Callable[[], Problems] | None,
     annotate: Callable[[SaveError], SaveError],
     timeout_s: float | None,
+    path: Path | None = None,
+    reports_errors: bool = False,
 ) -> PendingSave:
     """Collective. Run steps 3 and 4, and start step 5.
 
@@ -92,6 +95,8 @@ def start_save(
         remove_replaced: removes what the file replaces, on the coordinator; None if the caller removes it.
         annotate: adds rank, step and what is intact to an error.
         timeout_s: seconds to wait for the other ranks; None for the default.
+        path: full path of the file, for messages.
+        reports_errors: whether each rank logs its errors, and warns at exit of a file that was not saved.
 
     Raises:
         RemoteRankError: a step failed on some rank; on every rank. With one rank: that rank's error.
@@ -141,6 +146,8 @@ def start_save(
         remove_replaced=remove_replaced,
         annotate=annotate,
         timeout_s=timeout_s,
+        path=path,
+        reports_errors=reports_errors,
     )
 
 

@@ -12,10 +12,9 @@ import contextlib
 import functools
 import os
 import secrets
-import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from distckpt._threads import PendingWrite
 from distckpt.ptformat.loadable import RefusedObject, locate_refused
@@ -28,6 +27,7 @@ from distckpt.saving.staging import HostMemory
 from distckpt.storage.base import NewFile, Storage
 from distckpt.storage.direct_io import BufferedWriter
 
+_T = TypeVar("_T")
 _MAX_THREADS = 64
 """More than saves can be pending: replicas may be threads of one process."""
 
@@ -301,85 +301,22 @@ def _threads(process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_MAX_THREADS, thread_name_prefix="distckpt-writer")
 
 
-class BackgroundTask:
-    """Work on another thread. It must not issue collectives. An exiting program waits for it.
+def run_in_background(work: Callable[[], _T]) -> "Future[_T]":
+    """Call `work` on another thread. It must not issue collectives. An exiting program waits for it.
 
-    Args:
-        work: the function to call.
+    Raises:
+        RuntimeError: no thread can be started.
     """
+    mark = PendingWrite()
 
-    def __init__(self, work: Callable[[], Any]) -> None:
-        self._work = work
-        self._value: Any = None
-        self._error: BaseException | None = None
-        self._callbacks: list[Callable[[], None]] = []
-        self._lock = threading.Lock()
-        self._is_ending = False
-        # Not Thread.join: after an interrupt it takes the thread for finished (CPython 3.11, threading.py).
-        self._has_ended = threading.Event()
-        self._mark: PendingWrite | None = None
-
-    def start(self) -> None:
-        """Start the work.
-
-        Raises:
-            RuntimeError: no thread can be started; the task counts as ended.
-        """
-        self._mark = PendingWrite()
+    def run() -> _T:
         try:
-            _threads(os.getpid()).submit(self._run)
-        except BaseException as error:
-            self._end(error)
-            raise
-
-    def is_done(self, *, within_s: float = 0.0) -> bool:
-        """Wait up to `within_s` seconds, and return True if the work has ended, well or not."""
-        return self._has_ended.wait(timeout=within_s) if within_s else self._has_ended.is_set()
-
-    def wait(self) -> None:
-        """Block until the work has ended, well or not."""
-        while not self._has_ended.wait(timeout=1.0):  # a timeout lets signal handlers run
-            pass
-
-    def result(self) -> Any:
-        """Block until the work has ended, and return its value.
-
-        Raises:
-            BaseException: the work's error.
-        """
-        self.wait()
-        if self._error is not None:
-            raise self._error
-        return self._value
-
-    def error(self) -> BaseException | None:
-        """Return the work's error; None if there is none (yet)."""
-        return self._error
-
-    def add_done_callback(self, callback: Callable[[], None]) -> None:
-        """Call `callback` after the work, on its thread and before :meth:`wait` returns; now if the work has ended."""
-        with self._lock:
-            if not self._is_ending:
-                self._callbacks.append(callback)
-                return
-        callback()
-
-    def _run(self) -> None:
-        try:
-            self._value = self._work()
-        except BaseException as error:  # noqa: BLE001 - raised by result()
-            self._end(error)
-        else:
-            self._end(None)
-
-    def _end(self, error: BaseException | None) -> None:
-        self._error = error
-        with self._lock:
-            self._is_ending = True
-        try:
-            for callback in self._callbacks:
-                callback()
+            return work()
         finally:
-            self._has_ended.set()
-            if self._mark is not None:
-                self._mark.end()
+            mark.end()
+
+    try:
+        return _threads(os.getpid()).submit(run)
+    except BaseException:
+        mark.end()
+        raise

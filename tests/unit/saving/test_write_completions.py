@@ -1,4 +1,4 @@
-"""Notes between the ranks that write one file: who waits for them goes on where they do not come."""
+"""Notes between the ranks that write one file: a rank that waits for them goes on if they do not come."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -10,75 +10,80 @@ import torch.distributed as dist
 from distckpt.backends.key_value_store import TorchKeyValueStore
 from distckpt.saving.pending_save import WriteCompletions
 
-CHECKED = [(0, 5, 8), (1, 2**32 - 1, 2**40)]
+CHECKSUMS = [(0, 5, 8), (1, 2**32 - 1, 2**40)]
 AS_LISTS = [[0, 5, 8], [1, 2**32 - 1, 2**40]]
 
 
 @pytest.fixture
-def board() -> Iterator[TorchKeyValueStore]:
+def store() -> Iterator[TorchKeyValueStore]:
     made = TorchKeyValueStore(dist.HashStore(), lambda: True, is_guest=True)
     yield made
     made.close()
 
 
-def receipts(board: Any, save: str = "this") -> WriteCompletions:
-    return WriteCompletions(board, "Checkpoint", save)
+def completions(store: Any, save_id: str = "this") -> WriteCompletions:
+    return WriteCompletions(store, "Checkpoint", save_id)
 
 
-def word_of(one: WriteCompletions, ranks: Sequence[int], limit_s: float = 0.3) -> Any:
-    is_over = threading.Event()
-    timer = threading.Timer(limit_s, is_over.set)
+def collect_checksums(one: WriteCompletions, ranks: Sequence[int], timeout_s: float = 0.3) -> Any:
+    is_written = threading.Event()
+    timer = threading.Timer(timeout_s, is_written.set)
     timer.start()
     try:
-        return one.collect_checksums(ranks, is_over)
+        return one.collect_checksums(ranks, is_written)
     finally:
         timer.cancel()
 
 
-def test_word_comes_as_it_was_left_and_is_no_receipt(board: TorchKeyValueStore) -> None:
-    one = receipts(board)
-    receipts(board).publish_checksums(1, CHECKED)
-    receipts(board).publish_checksums(2, [])
-    assert word_of(one, [1, 2], 30.0) == [AS_LISTS, []]
+def test_checksums_arrive_as_published_and_are_no_completion(store: TorchKeyValueStore) -> None:
+    one = completions(store)
+    completions(store).publish_checksums(1, CHECKSUMS)
+    completions(store).publish_checksums(2, [])
+    assert collect_checksums(one, [1, 2], 30.0) == [AS_LISTS, []]
     one.cancel()
     assert one.collect([1, 2]) is None
 
 
-def test_a_receipt_is_no_word_and_of_another_save_neither_counts(board: TorchKeyValueStore) -> None:
-    receipts(board).publish(1, CHECKED)
-    assert word_of(receipts(board), [1]) is None
-    assert receipts(board).collect([1]) == [AS_LISTS]
-    receipts(board, "the one before").publish_checksums(1, CHECKED)
-    assert word_of(receipts(board), [1]) is None
+def test_completion_is_no_publication_of_checksums_and_other_saves_are_ignored(store: TorchKeyValueStore) -> None:
+    completions(store).publish(1, CHECKSUMS)
+    assert collect_checksums(completions(store), [1]) is None
+    assert completions(store).collect([1]) == [AS_LISTS]
+    completions(store, "the one before").publish_checksums(1, CHECKSUMS)
+    assert collect_checksums(completions(store), [1]) is None
 
 
-def test_word_that_comes_late_is_waited_for(board: TorchKeyValueStore) -> None:
-    timer = threading.Timer(0.2, lambda: receipts(board).publish_checksums(1, CHECKED))
+def test_failed_writer_ends_the_wait(store: TorchKeyValueStore) -> None:
+    completions(store).publish(1, None)
+    assert completions(store).collect([1, 2]) is None
+
+
+def test_late_checksums_are_waited_for(store: TorchKeyValueStore) -> None:
+    timer = threading.Timer(0.2, lambda: completions(store).publish_checksums(1, CHECKSUMS))
     timer.start()
-    assert word_of(receipts(board), [1], 30.0) == [AS_LISTS]
+    assert collect_checksums(completions(store), [1], 30.0) == [AS_LISTS]
     timer.join()
 
 
-def test_who_is_called_off_waits_no_more(board: TorchKeyValueStore) -> None:
-    one = receipts(board)
+def test_cancelled_wait_returns_at_once(store: TorchKeyValueStore) -> None:
+    one = completions(store)
     one.cancel()
-    assert word_of(one, [1], 30.0) is None
+    assert collect_checksums(one, [1], 30.0) is None
 
 
-class Silent:
-    """A board that does not answer."""
+class SilentStore:
+    """A key-value store that does not answer."""
 
-    looks = 0
+    num_calls = 0
 
-    def look(self, keys: Sequence[str], *, limit_s: float) -> list[str | None]:
-        self.looks += 1
+    def get_many(self, keys: Sequence[str], *, limit_s: float) -> list[str | None]:
+        self.num_calls += 1
         msg = f"{keys} within {limit_s} s"
         raise TimeoutError(msg)
 
 
-def test_a_board_that_does_not_answer_is_asked_once() -> None:
-    silent = Silent()
-    one = receipts(cast("Any", silent))
-    assert word_of(one, [1], 30.0) is None
+def test_store_that_does_not_answer_is_asked_once() -> None:
+    silent = SilentStore()
+    one = completions(cast("Any", silent))
+    assert collect_checksums(one, [1], 30.0) is None
     assert one.collect([1]) is None
-    assert silent.looks == 1
+    assert silent.num_calls == 1
