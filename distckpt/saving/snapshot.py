@@ -16,11 +16,11 @@ import torch
 
 from distckpt._checksum import crc32
 from distckpt._threads import helper_threads
-from distckpt.ptformat.image import ImagePlan, ShardBuffer, build_tail, combine_checksums, plan_image
+from distckpt.ptformat.image import CopyItem, ImagePlan, ShardBuffer, build_tail, combine_checksums, plan_image
 from distckpt.ptformat.loadable import RefusedObject
 from distckpt.ptformat.manifest import Manifest, TensorEntry, to_json
 from distckpt.ptformat.pickler import pickle_state
-from distckpt.saving.staging import CopyItem, HostMemory, OptimizerStepGuard, Staging, split_copies
+from distckpt.saving.staging import HostMemory, OptimizerStepGuard, Staging, split_copies
 from distckpt.storage.base import BLOCK_BYTES, NewFile
 
 _T = TypeVar("_T")
@@ -299,7 +299,7 @@ def _range_of(plan: ImagePlan, write_range: WriteRange) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=8)
 def _copies_of(plan: ImagePlan, begin: int, end: int) -> tuple[CopyItem, ...]:
-    return split_copies(CopyItem(*piece) for piece in plan.copy_items(begin, end))
+    return split_copies(plan.copy_items(begin, end))
 
 
 def _crc_of(storage: torch.UntypedStorage) -> int:

@@ -15,33 +15,18 @@ import itertools
 import mmap
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from distckpt._checksum import copy_with_crc32, kernel_name
 from distckpt._threads import helper_threads, start_thread, wait_all
+from distckpt.ptformat.image import CopyItem
 
 _CPU = torch.device("cpu")
 _ITEM_BYTES = 4 << 20
 """Bytes that one thread copies before it reports progress."""
-
-
-class CopyItem(NamedTuple):
-    """A range of bytes to copy.
-
-    Attributes:
-        storage: index of the source storage.
-        begin: offset in the storage.
-        at: offset in the image.
-        num_bytes: length of the range.
-    """
-
-    storage: int
-    begin: int
-    at: int
-    num_bytes: int
 
 
 def split_copies(copies: Iterable[CopyItem]) -> tuple[CopyItem, ...]:

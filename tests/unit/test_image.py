@@ -16,10 +16,10 @@ from torch import nn
 from torch.utils.serialization import config
 
 from distckpt._checksum import crc32
-from distckpt.ptformat.image import ImagePlan, ShardBuffer, build_tail, combine_checksums, plan_image
+from distckpt.ptformat.image import CopyItem, ImagePlan, ShardBuffer, build_tail, combine_checksums, plan_image
 from distckpt.ptformat.layout import FOLDER, RecordLocation, build_directory, local_header, locate
 from distckpt.ptformat.pickler import pickle_like_torch, pickle_state
-from distckpt.saving.staging import CopyItem, HostMemory, Staging
+from distckpt.saving.staging import HostMemory, Staging
 from distckpt.storage.base import BLOCK_BYTES
 from tests.unit.storages import bytes_of, storages_of
 

@@ -17,7 +17,8 @@ import torch
 
 from distckpt import DiskSaver
 from distckpt._checksum import combine_crc32
-from distckpt.saving.staging import CopyItem, HostMemory, Staging, split_copies, thread_memory
+from distckpt.ptformat.image import CopyItem
+from distckpt.saving.staging import HostMemory, Staging, split_copies, thread_memory
 from distckpt.storage.direct_io import DirectFile
 from tests.unit.storages import bytes_of, storages_of
 
