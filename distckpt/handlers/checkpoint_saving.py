@@ -44,7 +44,7 @@ from distckpt.policy.decision import AgreedSave, RemovalOrder, SaveDecision, Sav
 from distckpt.policy.naming import check_name
 from distckpt.policy.retention import Entry
 from distckpt.ptformat.manifest import Manifest
-from distckpt.ptformat.records import Record, Run, read_record, survey
+from distckpt.ptformat.records import Record, Run, read_record, read_records
 from distckpt.saving import protocol
 from distckpt.saving.capture import capture, consolidate, find_optimizer_storages, find_replicas, refuse_unconsolidated
 from distckpt.saving.pending_save import PendingSave
@@ -190,7 +190,7 @@ class CheckpointSaving(CheckpointHistory):
             return {}
         directory = Path(self.save_handler.dirname)
         try:
-            return survey(directory, self.ext, is_nested=OwnFiles(self, engines).is_nested)
+            return read_records(directory, self.ext, is_nested=OwnFiles(self, engines).is_nested)
         except NotADirectoryError:  # the write raises it, with rank, step and path
             return {}
         except OSError as error:  # no reason to lose a save

@@ -35,7 +35,7 @@ from distckpt.loading import api, select
 from distckpt.loading.restore import PreparedLoad, check_complete, prepare
 from distckpt.loading.verify_on_ranks import LoadContext
 from distckpt.ptformat.reader import OpenCheckpoint
-from distckpt.ptformat.records import parse_record, survey
+from distckpt.ptformat.records import parse_record, read_records
 
 _logger = logging.getLogger(__name__)
 _PlainPath = type(Path())
@@ -260,7 +260,7 @@ class _Source:
         engines = [obj for _, obj in iter_objects(to_load) if isinstance(obj, Engine)]
         own = None if self.handler is None else OwnFiles(self.handler, engines, objects_name=name_of(to_load))
         ext = "pt" if self.handler is None else self.handler.ext
-        files = survey(self.directory, ext, is_nested=own is not None and own.is_nested)
+        files = read_records(self.directory, ext, is_nested=own is not None and own.is_nested)
         names = list(files) if own is None else own.candidates(files)
         return answer | {
             "names": select.sort_newest_first(self.directory, {name: files[name] for name in names}, engine_path),

@@ -21,7 +21,7 @@ from distckpt.loading.restore import PreparedLoad, prepare
 from distckpt.loading.select import select_checkpoint, sort_newest_first
 from distckpt.loading.verify_on_ranks import LoadContext, RefusedCheckpoint, verify_on_all_ranks
 from distckpt.ptformat.reader import OpenCheckpoint
-from distckpt.ptformat.records import survey
+from distckpt.ptformat.records import read_records
 from distckpt.saving.capture import check_objects, refuse_sharded
 
 __all__ = ["LoadReport", "check_to_load", "latest", "load", "load_objects"]
@@ -134,7 +134,7 @@ def latest(
     def list_files() -> dict[str, Any]:
         check_timeout(timeout_s)
         folder = Path(os.fspath(directory)).expanduser()
-        files = survey(folder, ext, is_nested=False) if context.backend.rank == 0 else {}
+        files = read_records(folder, ext, is_nested=False) if context.backend.rank == 0 else {}
         return {"directory": str(folder), "names": sort_newest_first(folder, files)}
 
     listing = context.run_phase("listing checkpoints", list_files)[0]

@@ -101,7 +101,7 @@ def read_archive(file: Readable) -> Archive:
     )
 
 
-def read_record(file: Readable, record: RecordLocation, inflated: int | None = None) -> bytes:
+def read_record_bytes(file: Readable, record: RecordLocation, inflated: int | None = None) -> bytes:
     """Read all of a record.
 
     Args:
@@ -161,7 +161,7 @@ def _is_manifest(entry: DirectoryEntry) -> bool:
 
 def _content_of(file: Readable, entry: DirectoryEntry) -> bytes:
     record = read_local_header(file.read, entry)
-    return read_record(file, record, entry.num_bytes if entry.is_deflated else None)
+    return read_record_bytes(file, record, entry.num_bytes if entry.is_deflated else None)
 
 
 def _checked_content(file: Readable, entry: DirectoryEntry) -> bytes:

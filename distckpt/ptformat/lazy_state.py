@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from distckpt._messages import ignore_warnings
-from distckpt.ptformat.archive import Archive, read_record
+from distckpt.ptformat.archive import Archive, read_record_bytes
 from distckpt.ptformat.gc_pause import gc_paused
 from distckpt.ptformat.layout import FOLDER, RecordLocation
 from distckpt.ptformat.numpy_arrays import NAMES, allow_numpy, may_allow_numpy
@@ -75,7 +75,7 @@ def read_lazy_state(archive: Archive, file: Readable) -> LazyState:
     """
     try:
         records = _records_by_name(archive, file)
-        return _unpickle(read_record(file, records[_PICKLE]), records)
+        return _unpickle(read_record_bytes(file, records[_PICKLE]), records)
     except (NeedsTorchLoad, OSError, MemoryError):
         raise
     except Exception as error:
@@ -95,8 +95,8 @@ def _records_by_name(archive: Archive, file: Readable) -> dict[str, RecordLocati
     if len(folders) != 1 or len(set(names)) != len(names) or "constants.pkl" in names:
         raise NeedsTorchLoad
     records = dict(zip(names, archive.records, strict=True))
-    order = read_record(file, records[_BYTEORDER]) if _BYTEORDER in records else sys.byteorder.encode()
-    if read_record(file, records[_VERSION]) not in _VERSIONS or order != sys.byteorder.encode():
+    order = read_record_bytes(file, records[_BYTEORDER]) if _BYTEORDER in records else sys.byteorder.encode()
+    if read_record_bytes(file, records[_VERSION]) not in _VERSIONS or order != sys.byteorder.encode():
         raise NeedsTorchLoad
     return records
 

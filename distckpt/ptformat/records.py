@@ -1,7 +1,7 @@
-"""Whose a checkpoint is, from which run, and what its handler kept: the record in its manifest, read back.
+"""Read the record in a checkpoint's manifest: its handler, its run, and what the handler kept.
 
-Nothing here is taken for granted: a record that is not as :mod:`distckpt.handlers.build_manifest` writes it counts as
-none. Rank-local; issues no collectives.
+A record that :mod:`distckpt.handlers.build_manifest` cannot have written counts as none. Rank-local; issues no
+collectives.
 """
 
 import contextlib
@@ -15,22 +15,20 @@ from distckpt.policy.retention import Entry
 from distckpt.ptformat.manifest import number_from
 from distckpt.ptformat.reader import read_head_at
 
-__all__ = ["Record", "Run", "files_in", "parse_record", "read_record", "survey"]
-
 _NUMBERS = (int, float, bool)
 _NO_RUN = "the record names no run"
 _LATEST_S = 1e11
-"""No clock says more: a float holds no milliseconds of seconds far beyond, and nothing would be later."""
+"""A later time is invalid: no run could start after it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """A run, as a manifest's record has it.
+    """A run.
 
     Attributes:
         id: hexadecimal text.
-        started_s: wall time in seconds since 1970, raised above everything that the run goes on from.
-        lineage: the ids of the runs that it went on from, oldest first.
+        started_s: wall time in seconds since 1970; later than that of all runs in its lineage.
+        lineage: ids of the runs that it continues, oldest first.
     """
 
     id: str
@@ -39,21 +37,21 @@ class Run:
 
     @property
     def root(self) -> str:
-        """The first run of the lineage: the same for all that went on from one another, by whatever ways."""
+        """Id of the first run of the lineage, which all runs that continue it share."""
         return self.ids[0]
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """The lineage and the run itself."""
+        """The lineage, and the run's own id."""
         return (*self.lineage, self.id)
 
     def as_json(self) -> dict[str, Any]:
-        """Return it as a record has it."""
+        """Return the run as plain JSON."""
         return {"id": self.id, "started_s": self.started_s, "lineage": list(self.lineage)}
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> "Run":
-        """Read what :meth:`as_json` returned.
+        """Return the run from the value of :meth:`as_json`.
 
         Raises:
             ValueError: it is something else.
@@ -70,16 +68,16 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """What a file says of itself; see :mod:`distckpt.handlers.build_manifest`.
+    """A checkpoint's record; see :mod:`distckpt.handlers.build_manifest`.
 
     Attributes:
-        handler: what names its handler's files.
+        handler: the arguments by which its handler names files.
         run: the run that saved it.
         number: how many checkpoints that run had saved before.
-        kept: its handler's history once it was committed, lowest priority first.
-        evicted: the files that its save was to remove.
-        engine: the counters of the engine that ran, and its place in the state.
-        data: which data was trained: one mapping, or one a rank.
+        kept: its handler's history after the save, lowest priority first.
+        evicted: the files that the save removed.
+        engine: the saving engine's counters, and its key in the state.
+        data: position in the training data: one mapping, or one a rank.
     """
 
     handler: Mapping[str, Any]
@@ -92,7 +90,7 @@ class Record:
 
     @property
     def order(self) -> tuple[float, str, int]:
-        """By which files are ordered: the highest is the newest."""
+        """Sort key: the newest checkpoint has the highest."""
         return (self.run.started_s, self.run.id, self.number)
 
     @property
@@ -103,10 +101,10 @@ class Record:
 
 
 def read_record(path: Path) -> Record | None:
-    """Return a file's record; None if it has none, or is no file.
+    """Return a file's record; None if it has none, or there is no such file.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     with contextlib.suppress(FileNotFoundError, IsADirectoryError, NotADirectoryError):
         head = read_head_at(path)
@@ -114,35 +112,26 @@ def read_record(path: Path) -> Record | None:
     return None
 
 
-def survey(directory: Path, ext: str, *, is_nested: bool) -> dict[str, Record | None]:
-    """Return the files with an extension, by name, and their records. None stands for a file without one.
-
-    Args:
-        directory: where to look; nothing is found where it is missing.
-        ext: without its dot.
-        is_nested: whether to look into folders in it too.
-
-    Raises:
-        NotADirectoryError: it is a file.
-    """
+def read_records(directory: Path, ext: str, *, is_nested: bool) -> dict[str, Record | None]:
+    """Return the records of a directory's files by name; None for a file without one. See :func:`list_files`."""
     found: dict[str, Record | None] = {}
-    for name in files_in(directory, ext, is_nested=is_nested):
+    for name in list_files(directory, ext, is_nested=is_nested):
         found[name] = None
         with contextlib.suppress(OSError):  # loading it raises the same error
             found[name] = read_record(directory / name)
     return found
 
 
-def files_in(directory: Path, ext: str, *, is_nested: bool) -> list[str]:
-    """List the files with an extension; none where the directory is missing.
+def list_files(directory: Path, ext: str, *, is_nested: bool) -> list[str]:
+    """Return the sorted names of a directory's files; none if it is missing.
 
     Args:
-        directory: where to look.
-        ext: without its dot.
-        is_nested: whether to look into folders in it too.
+        directory: to list.
+        ext: the files' extension, without its dot.
+        is_nested: include sub-folders.
 
     Raises:
-        NotADirectoryError: it is a file.
+        NotADirectoryError: `directory` is a file.
     """
     if not directory.exists():
         return []
@@ -152,7 +141,7 @@ def files_in(directory: Path, ext: str, *, is_nested: bool) -> list[str]:
 
 
 def parse_record(found: Mapping[str, Any] | None) -> Record | None:
-    """Return a record from a manifest's; None if there is none, or one that cannot be understood."""
+    """Return the record from its JSON; None if there is none, or an invalid one."""
     if not found:
         return None
     try:
@@ -171,8 +160,7 @@ def parse_record(found: Mapping[str, Any] | None) -> Record | None:
 
 def _number(priority: Any) -> int | float:
     value = number_from(priority)
-    if type(value) not in _NUMBERS:  # quicker than plain_score, for histories of hundreds of files in each of them
-        msg = "a priority is no number"
-        raise ValueError(msg)
+    if type(value) not in _NUMBERS:  # faster than plain_score, for hundreds of files with hundreds of entries
+        raise ValueError("a priority is no number")
     number: int | float = value
     return number

@@ -16,7 +16,7 @@ import torch
 
 from distckpt._messages import ignore_warnings
 from distckpt.errors import CorruptCheckpointError, UnsafeCheckpoint
-from distckpt.ptformat.archive import Archive, read_record
+from distckpt.ptformat.archive import Archive, read_record_bytes
 from distckpt.ptformat.numpy_arrays import NumpyRefused, allow_numpy, may_allow_numpy
 from distckpt.ptformat.pickler import name_sharded_tensor
 from distckpt.ptformat.sharded import as_whole, may_be_sharded
@@ -205,7 +205,7 @@ def _describe_archive(file: Readable, archive: Archive) -> str | None:
     if "data.pkl" in names:
         number = names.index("data.pkl")
         try:
-            begin = read_record(file, archive.records[number], archive.inflated.get(number))[:2]
+            begin = read_record_bytes(file, archive.records[number], archive.inflated.get(number))[:2]
         except ValueError:
             return None
         if len(begin) > 1 and begin[0] == _PROTO and begin[1] > _NEWEST_PROTOCOL:

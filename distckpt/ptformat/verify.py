@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 from distckpt._checksum import combine_crc32, crc32
-from distckpt.ptformat.archive import Archive, NotAnArchive, read_archive, read_record
+from distckpt.ptformat.archive import Archive, NotAnArchive, read_archive, read_record_bytes
 from distckpt.ptformat.gc_pause import gc_paused
 from distckpt.ptformat.layout import UnsupportedArchive, align_up, build_directory, header_of, local_header
 from distckpt.storage.base import BLOCK_BYTES, Readable, SupportsReadInto
@@ -78,7 +78,7 @@ def _check_deflated(file: Readable, archive: Archive, begin: int, end: int) -> I
         record = archive.records[number]
         if begin <= record.offset < end:
             try:
-                data = read_record(file, record, inflated)
+                data = read_record_bytes(file, record, inflated)
             except ValueError:
                 yield number, 0, -1
             else:

@@ -1,7 +1,7 @@
-"""Keep the files that a save has written while a program's own code removes older ones.
+"""Keep the files that a save has written while a program's own code deletes older ones.
 
-That code may take several names for one file, and so remove what was written a moment ago. Each file gets a second name
-first, a hard link; what is missing afterwards gets its own name back from there.
+That code may take several names for one file, and so delete a new file. Each new file gets a second name first (a hard
+link); a file that is missing afterwards gets its own name back.
 """
 
 import contextlib
@@ -15,14 +15,12 @@ from distckpt.policy.naming import is_temp
 from distckpt.storage.direct_io import close_quietly
 from distckpt.storage.new_file import new_temp_name, sync_directory_at
 
-__all__ = ["WrittenFiles", "identity_of"]
-
 _KINDS = (stat.S_IFREG, stat.S_IFLNK, stat.S_IFDIR)
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 def identity_of(path: Path) -> tuple[int, int] | None:
-    """Return the device and inode of the file at `path`, the same for each of its names; None where there is none."""
+    """Return device and inode of a file, which all its names share; None if there is no file."""
     try:
         found = path.lstat()
     except OSError:
@@ -31,35 +29,33 @@ def identity_of(path: Path) -> tuple[int, int] | None:
 
 
 class WrittenFiles:
-    """The files that one save writes into a directory. Rank-local; issues no collectives.
-
-    Made before the save. Files are looked for in the directory, and in the folder in it that `filename` names.
+    """The files that one save writes. Created before the save. Rank-local; issues no collectives.
 
     Args:
         directory: where the save handler writes.
-        filename: the checkpoint's name, relative to it.
-        is_only_one: whether the save writes no file but this one.
+        filename: the checkpoint's name, relative to it. Its folder is searched too.
+        is_only_one: True if the save writes no other file.
     """
 
     def __init__(self, directory: Path, filename: str, *, is_only_one: bool) -> None:
         self._path = directory / filename
         self._folders = () if is_only_one else dict.fromkeys((directory, self._path.parent))
-        self._before = self._look()
+        self._before = self._list()
         self._links: list[tuple[Path, Path, int | None]] = []
 
     def keep(self) -> bool:
         """Give each file that was written since a second name.
 
         Returns:
-            Whether these are all files that the save can have written here: there is one at least, each has a second
-            name, and no folder was changed, whose files are not looked at.
+            True if all files that the save can have written are kept: there is at least one, each has a second name,
+            and no sub-folder has changed.
         """
-        changed = [path for path, mark in self._look().items() if self._before.get(path) != mark]
+        changed = [path for path, mark in self._list().items() if self._before.get(path) != mark]
         paths = [path for path in changed if path not in self._folders] if self._folders else [self._path]
         try:
             for path in paths:
                 self._links.append(_link(path))
-        except OSError:  # a folder has no second name; and a file may be gone, or the disk full
+        except OSError:  # a sub-folder, a file that is gone, a full disk
             return False
         return bool(paths)
 
@@ -70,10 +66,10 @@ class WrittenFiles:
         return frozenset(one for one in found if one is not None)
 
     def put_back(self) -> None:
-        """Return its own name to each file that has lost it, and let go of all. Nothing a second time."""
+        """Rename each file that is missing to its own name, and delete the second names. May be called again."""
         links, self._links = self._links, []
         for path, temp, fd in links:
-            with contextlib.suppress(OSError):  # where it is refused the file stands under its second name
+            with contextlib.suppress(OSError):  # the file stays under its second name
                 if not os.path.lexists(path):
                     temp.rename(path)
                     sync_directory_at(path.parent)
@@ -81,12 +77,12 @@ class WrittenFiles:
             if fd is not None:
                 close_quietly(fd)
 
-    def _look(self) -> dict[Path, tuple[int, ...]]:
+    def _list(self) -> dict[Path, tuple[int, ...]]:
         found: dict[Path, tuple[int, ...]] = {}
         for folder in self._folders:
             with contextlib.suppress(OSError), os.scandir(folder) as entries:
                 for entry in entries:
-                    with contextlib.suppress(OSError):  # gone meanwhile
+                    with contextlib.suppress(OSError):  # deleted meanwhile
                         mark = entry.stat(follow_symlinks=False)
                         if stat.S_IFMT(mark.st_mode) in _KINDS and not is_temp(entry.name):
                             found[Path(entry.path)] = (mark.st_ino, mark.st_mtime_ns, mark.st_size)
@@ -94,14 +90,14 @@ class WrittenFiles:
 
 
 def _link(path: Path) -> tuple[Path, Path, int | None]:
-    """Give a file a second name, locked like a temporary file's: a save beside this one would clear it."""
+    """Give a file a second name, locked as a temporary file is: otherwise another save would delete it."""
     temp = path.parent / new_temp_name()
     try:
         os.link(path, temp, follow_symlinks=False)
     except OSError:  # a file system without hard links
         shutil.copy2(path, temp, follow_symlinks=False)
     fd = None
-    with contextlib.suppress(OSError):  # a symlink has no lock, and needs none: it is not cleared
+    with contextlib.suppress(OSError):  # a symlink cannot be locked, and no save deletes it
         fd = os.open(temp, _READ_FLAGS)
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return path, temp, fd

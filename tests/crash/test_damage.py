@@ -2,7 +2,7 @@
 
 Each damage is told as damage, on every rank, before anything live is touched; and both ranks resume from the same older
 checkpoint. A small one is damaged in every way that `tests.crash.damage` knows, two ranks' shares swapped among them.
-(What the file of one rank's has to stand is in `tests/unit/test_verify.py`.)
+(What the file of one rank's has to stand is in `tests/unit/ptformat/test_verify.py`.)
 """
 
 import contextlib

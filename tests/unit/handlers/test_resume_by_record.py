@@ -15,7 +15,7 @@ from ignite.engine import Engine, Events
 
 from distckpt import Checkpoint, DiskSaver, ModelCheckpoint, global_step_from_engine, resume
 from distckpt.ptformat.reader import read_head_at
-from tests.unit.test_records import record_of
+from tests.unit.ptformat.test_records import record_of
 from tests.unit.toys import Notebook, idle_engine
 
 LENGTH = 4

@@ -22,7 +22,7 @@ from distckpt.ptformat.reader import OpenCheckpoint, read_pt
 from distckpt.ptformat.verify import check_range, find_faults, split_ranges
 from distckpt.storage.local import LocalFile
 from tests.golden.files import ABOUT, FOLDER, golden_state, name_of, write
-from tests.unit.test_image import same
+from tests.unit.ptformat.test_image import same
 from tests.unit.toys import Notebook
 
 FILES = sorted(FOLDER.glob("*.pt"))
