@@ -31,9 +31,10 @@ A failure in a phase of all ranks is a :class:`RemoteRankError` on every rank. I
 ``except OSError`` still catches a full disk, on every rank.
 """
 
+import builtins
 import functools
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,10 +174,8 @@ class StateMismatchError(LoadError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the names of the types: a mixed class cannot be imported."""
-        return (
-            state_mismatch_error,
-            (str(self), type_names(self), self.missing, self.unexpected, self.mismatched),
-        )
+        keys = (self.missing, self.unexpected, self.mismatched)
+        return (state_mismatch_error, (str(self), type_names(self), *keys))
 
 
 class PartialLoadError(LoadError):
@@ -254,41 +253,19 @@ class RemoteRankError(DistckptError):
         return "\n".join(f"--- rank {f.rank} ---\n{f.traceback}" for f in self.failures)
 
 
-# Nearest first: the first type of each list that an exception derives from is mixed in.
-_OWN: tuple[type[Exception], ...] = (
-    CommitNotDurable,
-    SaveError,
-    CorruptCheckpointError,
-    UnsafeCheckpoint,
-    StateMismatchError,
-    PartialLoadError,
-    LoadError,
-    RankLost,
-    CollectiveTimeout,
-    CollectiveError,
-    DesyncError,
-    ShardedStateError,
-)
-_BUILTIN: tuple[type[Exception], ...] = (
-    TimeoutError,
-    FileNotFoundError,
-    FileExistsError,
-    PermissionError,
-    NotADirectoryError,
-    IsADirectoryError,
-    OSError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    NotImplementedError,
-    MemoryError,
-    AssertionError,
-    pickle.PicklingError,
-    ArithmeticError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+# Builtin types that can be mixed with each class of this module, and that programs catch.
+_BUILTIN_NAMES = """
+    ArithmeticError AssertionError AttributeError FileExistsError FileNotFoundError IndexError IsADirectoryError
+    KeyError MemoryError NotADirectoryError NotImplementedError OSError PermissionError RuntimeError TimeoutError
+    TypeError ValueError
+"""
+_BUILTIN: dict[str, type[Exception]] = {name: getattr(builtins, name) for name in _BUILTIN_NAMES.split()}
+_BUILTIN["PicklingError"] = pickle.PicklingError
+_OWN: dict[str, type[Exception]] = {
+    name: kind
+    for name, kind in list(globals().items())
+    if isinstance(kind, type) and issubclass(kind, DistckptError) and kind not in (DistckptError, RemoteRankError)
+}
 
 
 def type_names(error: BaseException) -> tuple[str, ...]:
@@ -366,13 +343,13 @@ def partial_load_error(message: str, kinds: Sequence[str]) -> PartialLoadError:
         >>> isinstance(partial_load_error("gone", type_names(KeyError("weight"))), KeyError)
         True
     """
-    known = (OSError, KeyError, RuntimeError, TypeError, ValueError)  # others cannot be mixed with each of them
-    error: PartialLoadError = _mixed((PartialLoadError, *_nearest(known, kinds)))(message)
+    common = {base.__name__: base for base in (OSError, KeyError, RuntimeError, TypeError, ValueError)}
+    error: PartialLoadError = _mixed((PartialLoadError, *_nearest(common, kinds)))(message)
     return error
 
 
-def _nearest(known: Sequence[type[Exception]], kinds: Sequence[str]) -> tuple[type[Exception], ...]:
-    return tuple(base for base in known if base.__name__ in kinds)[:1]
+def _nearest(known: Mapping[str, type[Exception]], kinds: Sequence[str]) -> list[type[Exception]]:
+    return [known[kind] for kind in kinds if kind in known][:1]
 
 
 @functools.cache

@@ -17,50 +17,45 @@ from distckpt.errors import state_mismatch_error
 from distckpt.loading.plain_objects import get_tensors, has_memory, is_plain_module, is_plain_tensor, loads_by_name
 from distckpt.loading.report import LoadReport
 
-_NAMES = "bool uint8 int8 int16 int32 int64 float16 bfloat16 float32 float64 cfloat cdouble"
-_NAMES_OF_NEWER = "float8_e4m3fn float8_e5m2 float8_e8m0fnu"
-_COPYABLE = {getattr(torch, name, None) for name in f"{_NAMES} {_NAMES_OF_NEWER}".split()}
-"""Dtypes that torch copies to each other in any combination."""
-_MISMATCH = re.compile(r'size mismatch for (.+?): |While \w+ the parameter named "(.+?)",')
-"""How torch's messages begin."""
+_NAMES = "bool uint8 int8 int16 int32 int64 float16 bfloat16 float32 float64 cfloat cdouble float8_e4m3fn float8_e5m2"
+_COPYABLE = {getattr(torch, name, None) for name in f"{_NAMES} float8_e8m0fnu".split()}  # to each other
+_MISMATCH = re.compile(r'size mismatch for (.+?): |While \w+ the parameter named "(.+?)",')  # in torch's messages
 
 
-class NotPredictable(Exception):  # noqa: N818 - not an error: the caller loads the module with a rollback
-    """The module or the state is not plain, so the outcome of a load is not known beforehand."""
+_Outcome = tuple[RuntimeError | None, list[str], list[str], list[str]]
+"""torch's error, and its lists of missing keys, unexpected keys and messages."""
 
 
-def try_load(module: nn.Module, state: Any, options: Mapping[str, Any]) -> LoadReport:
+def try_load(module: nn.Module, state: Any, options: Mapping[str, Any], name: str = "") -> LoadReport | None:
     """Find out whether a plain module would accept a state. Changes no object, and allocates no memory for data.
 
     Args:
         module: the live module.
         state: a state dict.
         options: keyword arguments of ``nn.Module.load_state_dict``.
+        name: the module's name, for the keys of the report.
 
     Returns:
-        The missing and unexpected keys that a load which is not strict passes over.
+        The keys that the load would pass over; None if the module or the state is not plain: nothing is known then.
 
     Raises:
-        NotPredictable: other code than torch's may see the state, or the outcome is not known beforehand.
         StateMismatchError: ``load_state_dict`` would refuse the state; a RuntimeError with its message.
         Exception: any other error of ``load_state_dict``.
     """
     if not is_plain_module(module):
-        raise NotPredictable
+        return None
     live = get_tensors(module)
     given = {key: state[key] for key in live if key in state} if isinstance(state, Mapping) else {}
     tensors = {key: one for key, one in given.items() if torch.overrides.is_tensor_like(one)}  # type: ignore[no-untyped-call]  # torch ships it without types
-    if not all(is_plain_tensor(one) and not _overlaps(one, live[key]) for key, one in tensors.items()):
-        raise NotPredictable
+    if not all(map(is_plain_tensor, (*tensors.values(), *live.values()))):
+        return None
     is_assigned = bool(options.get("assign"))
-    if not all(map(is_plain_tensor, live.values())) or (is_assigned and any(map(torch.is_inference, tensors.values()))):
-        raise NotPredictable
-    error: RuntimeError | None = None
-    missing: list[str] = []
-    unexpected: list[str] = []
-    messages: list[str] = []
+    if any(_overlaps(one, live[key]) or (is_assigned and one.is_inference()) for key, one in tensors.items()):
+        return None
+    outcome: _Outcome = (None, [], [], [])
     if not (_is_alike(state, tensors, live, options) and loads_by_name(module)):
-        error, (missing, unexpected, messages) = _load_twin(module, _on_meta(state, given), options)
+        outcome = _load_twin(module, _on_meta(state, given), options)
+    error, missing, unexpected, messages = outcome
     if error is None and not is_assigned:
         reasons = {key: _copy_refusal(live[key], given[key]) for key in tensors}
         messages = [f'While copying the parameter named "{key}", {why}' for key, why in reasons.items() if why]
@@ -68,9 +63,12 @@ def try_load(module: nn.Module, state: Any, options: Mapping[str, Any]) -> LoadR
             lines = [f"Error(s) in loading state_dict for {type(module).__name__}:", *messages]
             error = RuntimeError("\n\t".join(lines))
     mismatched = [found.group(1) or found.group(2) for found in map(_MISMATCH.match, messages) if found]
+    report = LoadReport(missing=tuple(missing), unexpected=tuple(unexpected), mismatched=tuple(mismatched))
+    report = report.with_prefix(name)
     if error is not None:
-        raise state_mismatch_error(str(error), ["RuntimeError"], missing, unexpected, mismatched) from error
-    return LoadReport(missing=tuple(missing), unexpected=tuple(unexpected), mismatched=tuple(mismatched))
+        keys = (report.missing, report.unexpected, report.mismatched)
+        raise state_mismatch_error(str(error), ["RuntimeError"], *keys) from error
+    return report
 
 
 def _is_alike(
@@ -89,20 +87,19 @@ def _is_alike(
     return all(one.shape == live[key].shape for key, one in tensors.items())
 
 
-def _load_twin(
-    module: nn.Module, state: Any, options: Mapping[str, Any]
-) -> tuple[RuntimeError | None, tuple[list[str], list[str], list[str]]]:
-    """Load a state on the meta device into a twin; return the error, and torch's lists: missing, unexpected, errors."""
+def _load_twin(module: nn.Module, state: Any, options: Mapping[str, Any]) -> _Outcome:
+    """Load a state on the meta device into a twin of the module."""
     twin = _make_twin(module, {})
-    lists: list[tuple[list[str], list[str], list[str]]] = []
-    twin.register_load_state_dict_pre_hook(lambda *args: lists.append(args[-3:]))  # type: ignore[no-untyped-call]  # torch ships it without types
+    lists: list[Any] = []  # torch gives them to the hook, and fills them afterwards
+    twin.register_load_state_dict_pre_hook(lambda *args: lists.extend(args[-3:]))  # type: ignore[no-untyped-call]  # torch ships it without types
     error: RuntimeError | None = None
     with ignore_warnings():  # the real load repeats them
         try:
             twin.load_state_dict(state, **options)
         except RuntimeError as caught:
             error = caught
-    return error, lists[0] if lists else ([], [], [])
+    missing, unexpected, messages = lists[:3] or ([], [], [])
+    return error, missing, unexpected, messages
 
 
 def _make_twin(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:

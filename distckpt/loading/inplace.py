@@ -16,12 +16,9 @@ from torch import nn
 from distckpt.loading.plain_objects import get_tensors, is_plain_tensor
 from distckpt.ptformat.reader import OpenCheckpoint
 
-_UNSHARED = {0: object()}
-"""Holds an object that nothing else refers to."""
-_UNSHARED_TENSOR = torch.empty(1)
-"""A tensor whose storage nothing else refers to."""
-_BOUNCE_BYTES = 16 << 20
-"""How many bytes are read at once on the way to a tensor that cannot take them directly."""
+_UNSHARED = {0: object()}  # nothing else refers to the object
+_UNSHARED_TENSOR = torch.empty(1)  # nothing else refers to its storage
+_BOUNCE_BYTES = 16 << 20  # read at once into a buffer, where a tensor cannot take the bytes directly
 
 
 class InplaceTarget(NamedTuple):
@@ -45,7 +42,7 @@ class InplaceTarget(NamedTuple):
 
 
 def find_module_targets(module: nn.Module, state: Mapping[str, Any], file: OpenCheckpoint) -> list[InplaceTarget]:
-    """Return the tensors that a plain module's state is loaded into."""
+    """Return a target for each tensor of a plain module that the state has."""
     return [
         _make_target((key,), live, state[key], file, may_bounce=True)
         for key, live in get_tensors(module).items()
@@ -56,10 +53,10 @@ def find_module_targets(module: nn.Module, state: Mapping[str, Any], file: OpenC
 def find_optimizer_targets(
     optimizer: torch.optim.Optimizer, state: Mapping[str, Any], file: OpenCheckpoint
 ) -> list[InplaceTarget]:
-    """Return the tensors of a plain optimizer's state that may be loaded into.
+    """Return a target for each tensor of a plain optimizer that may be written to.
 
-    torch's optimizers replace their tensors in a load. So a tensor that something else refers to, such as an earlier
-    ``state_dict()``, or whose memory something else uses, must not be written to.
+    torch's optimizers replace their tensors in a load. So a tensor must not change if something else refers to it, such
+    as an earlier ``state_dict()``, or uses its memory.
     """
     targets = []
     convert: Any = torch.optim.Optimizer._process_value_according_to_param_policy  # noqa: SLF001 - no public way
@@ -139,26 +136,21 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 
 def drop_overlapping(targets: Sequence[InplaceTarget]) -> list[InplaceTarget]:
-    """Return the targets that may be read in any order: only the same bytes, if any, are loaded into their memory.
-
-    Args:
-        targets: those of all objects, also those without an offset.
-    """
+    """Return the targets of one load that share no memory with others, unless these are read from the same bytes."""
     groups: list[list[InplaceTarget]] = []
+    reads: list[set[tuple[Any, ...]]] = []
     group_end = ("", 0)
     for device, begin, end, number in sorted((*_span(one), number) for number, one in enumerate(targets)):
         if begin == end:
             continue
         if (device, begin) >= group_end:
             groups.append([])
-            group_end = (device, end)
+            reads.append(set())
         groups[-1].append(targets[number])
+        reads[-1].add((begin, end, targets[number].offset, targets[number].dtype))
         group_end = max(group_end, (device, end))
-    return [target for group in groups if _is_one_read(group) for target in group]
-
-
-def _is_one_read(group: Sequence[InplaceTarget]) -> bool:
-    return group[0].offset is not None and len({(_span(one), one.offset, one.dtype) for one in group}) == 1
+    alike = [group for group, its_reads in zip(groups, reads, strict=True) if len(its_reads) == 1]
+    return [target for group in alike for target in group if target.offset is not None]
 
 
 def _span(target: InplaceTarget) -> tuple[str, int, int]:
@@ -186,6 +178,7 @@ def replace_tensors(state: Any, tensors: Iterable[tuple[tuple[Any, ...], torch.T
     return twin
 
 
+@torch.no_grad()
 def read_into(targets: Sequence[InplaceTarget], file: OpenCheckpoint) -> None:
     """Read each target's bytes into its memory, once where targets share it.
 

@@ -13,6 +13,7 @@ bytes straight from the file replace those of the state.
 4. read the bytes that go straight into live tensors.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,15 +32,8 @@ from distckpt.errors import (
     state_mismatch_error,
     type_names,
 )
-from distckpt.loading.dry_run import NotPredictable, try_load
-from distckpt.loading.inplace import (
-    InplaceTarget,
-    drop_overlapping,
-    find_module_targets,
-    find_optimizer_targets,
-    read_into,
-    replace_tensors,
-)
+from distckpt.loading import inplace
+from distckpt.loading.dry_run import try_load
 from distckpt.loading.plain_objects import is_plain_optimizer
 from distckpt.loading.report import LoadReport, join_mismatches, join_reports
 from distckpt.loading.rollback import make_rollback, own_state
@@ -48,8 +42,7 @@ from distckpt.saving.capture import plain_state
 from distckpt.saving.sharded_objects import to_dtensors_like
 from distckpt.saving.staging import wait_for_deferred_copies
 
-Mismatches = list[tuple[str, StateMismatchError]]
-"""Errors of objects that do not fit, each with the object's name."""
+_Mismatches = list[tuple[str, StateMismatchError]]  # with the objects' names
 
 
 class _Order(IntEnum):
@@ -63,51 +56,38 @@ class _Order(IntEnum):
 
 @dataclass(slots=True)
 class _ObjectLoad:
-    """One object, its state under the object's own names, and how it is loaded.
+    """One unwrapped object, its state under the object's own names, and how it is loaded.
 
     Attributes:
         name: the keys that lead to the object.
-        obj: the live object, unwrapped.
-        state: its state.
-        order: when it is loaded.
         targets: its tensors that are read straight from the file.
-        report: keys that the dry run passed over.
-        rollback: restores the object; None if it cannot be restored, or need not be.
+        report: the keys that the dry run passed over.
+        rollback: restores the object; None if that is impossible or not needed.
     """
 
     name: str
     obj: Any
     state: Any
     order: _Order = _Order.OWN_WAY
-    targets: list[InplaceTarget] = field(default_factory=list)
+    targets: list[inplace.InplaceTarget] = field(default_factory=list)
     report: LoadReport = field(default_factory=LoadReport)
     rollback: Callable[[], None] | None = None
 
     def examine(self, options: dict[str, Any]) -> None:
-        """Find out whether the state fits, as far as that can be known.
-
-        Raises:
-            StateMismatchError: it does not fit.
-        """
+        """Raise StateMismatchError if the state does not fit, as far as that can be known."""
         if isinstance(self.obj, nn.Module):
-            try:
-                self.report = try_load(self.obj, self.state, options).with_prefix(self.name)
-            except NotPredictable:
-                return
-            except StateMismatchError as error:
-                keys = join_reports([error]).with_prefix(self.name)
-                raise state_mismatch_error(
-                    str(error), type_names(error), keys.missing, keys.unexpected, keys.mismatched
-                ) from error.__cause__
-            self.order = _Order.PLAIN_MODULE
+            report = try_load(self.obj, self.state, options, self.name)
+            if report is not None:
+                self.order, self.report = _Order.PLAIN_MODULE, report
         elif isinstance(self.obj, torch.optim.Optimizer) and is_plain_optimizer(self.obj):
             _check_groups(self.name, self.obj, self.state)
             self.order = _Order.OPTIMIZER
 
-    def find_targets(self, file: OpenCheckpoint) -> list[InplaceTarget]:
+    def find_targets(self, file: OpenCheckpoint) -> list[inplace.InplaceTarget]:
         if self.order is _Order.PLAIN_MODULE:
-            return find_module_targets(self.obj, self.state, file)
-        return find_optimizer_targets(self.obj, self.state, file) if self.order is _Order.OPTIMIZER else []
+            return inplace.find_module_targets(self.obj, self.state, file)
+        is_optimizer = self.order is _Order.OPTIMIZER
+        return inplace.find_optimizer_targets(self.obj, self.state, file) if is_optimizer else []
 
     def prepare_rollback(self, options: Mapping[str, Any]) -> None:
         if self.order is _Order.OPTIMIZER:  # its ``load_state_dict`` makes new containers: keep the old ones
@@ -155,16 +135,15 @@ def prepare(
         to_load: live objects, in nested mappings and lists.
         state: their states, in a tree of the same shape; it may hold more. A single object's bare state dict works too.
         module_options: keyword arguments of ``nn.Module.load_state_dict``, such as ``strict``.
-        file: the file that holds the data of the state's tensors; None if they have it. The caller must drop its
-            reference to the state before the load: what nothing refers to is not read.
+        file: holds the data of the state's tensors; None if they have it. The caller must drop its reference to the
+            state before the load: tensors that nothing refers to are not read.
         others: more objects, each with its state; no modules or optimizers.
         only: the objects of `to_load` to load; None for all.
 
     Raises:
         ShardedStateError: a state holds a tensor that is sharded over ranks.
-        StateMismatchError: one or more objects have no state, or one that does not fit; it lists all of them. Also a
-            ValueError for missing objects, list lengths and optimizer groups, a RuntimeError for a module.
-        Exception: any other error of a module's ``load_state_dict``.
+        StateMismatchError: some objects have no state, or one that does not fit; it lists all. Also a ValueError for
+            missing objects, list lengths and optimizer groups, a RuntimeError for a module.
     """
     options = dict(module_options)
     loads, mismatches = _pair_objects(to_load, state)
@@ -189,27 +168,23 @@ def prepare(
 def _use_targets(loads: Sequence[_ObjectLoad], file: OpenCheckpoint) -> None:
     """Let live tensors that take their bytes straight from the file replace the tensors of the states."""
     proposed = [(one, target) for one in loads for target in one.find_targets(file)]
-    kept = {id(target) for target in drop_overlapping([target for _, target in proposed])}
+    kept = {id(target) for target in inplace.drop_overlapping([target for _, target in proposed])}
     for one in loads:
         one.targets = [target for owner, target in proposed if owner is one and id(target) in kept]
         if one.targets:
-            one.state = replace_tensors(one.state, ((target.path, target.live) for target in one.targets))
+            one.state = inplace.replace_tensors(one.state, ((target.path, target.live) for target in one.targets))
 
 
+@dataclass(slots=True)
 class PreparedLoad:
     """A load that fits, as far as that can be known. Made by :func:`prepare`; used once."""
 
-    def __init__(self, loads: list[_ObjectLoad], options: dict[str, Any], file: OpenCheckpoint | None) -> None:
-        self._loads = loads
-        self._options = options
-        self._file = file
+    _loads: list[_ObjectLoad]
+    _options: dict[str, Any]
+    _file: OpenCheckpoint | None
 
     def fill(self) -> None:
-        """Read the data that does not go straight into live tensors. Changes no object.
-
-        Raises:
-            OSError: the file cannot be read.
-        """
+        """Read the data that does not go straight into live tensors. Changes no object."""
         if self._file is not None:
             self._file.fill()
 
@@ -245,23 +220,19 @@ class PreparedLoad:
         targets = [target for one in self._loads for target in one.targets]
         if not targets or self._file is None:
             return
-        for is_last in (False, True):  # a second try: the same bytes could be read a moment ago
-            try:
-                with torch.no_grad():
-                    read_into(targets, self._file)
-            except (OSError, LoadError) as error:
-                if is_last:
-                    names = ", ".join(
-                        one.name for one in self._loads if one.targets or one.order is _Order.PLAIN_MODULE
-                    )
-                    msg = (
-                        f"reading failed after everything had been verified: {error}. Of {names} some tensors hold the "
-                        "old values and some the new ones: load them again, from this or another checkpoint. All other "
-                        "objects are unchanged."
-                    )
-                    raise partial_load_error(msg, type_names(error)) from error
-            else:
-                return
+        with contextlib.suppress(OSError, LoadError):  # then a second try: the bytes could be read a moment ago
+            inplace.read_into(targets, self._file)
+            return
+        try:
+            inplace.read_into(targets, self._file)
+        except (OSError, LoadError) as error:
+            names = ", ".join(one.name for one in self._loads if one.targets or one.order is _Order.PLAIN_MODULE)
+            msg = (
+                f"reading failed after everything had been verified: {error}. Of {names} some tensors hold the old "
+                "values and some the new ones: load them again, from this or another checkpoint. All other objects "
+                "are unchanged."
+            )
+            raise partial_load_error(msg, type_names(error)) from error
 
 
 def _roll_back(begun: Sequence[_ObjectLoad], error: BaseException) -> None:
@@ -297,10 +268,10 @@ def check_complete(to_load: Mapping[str, Any], state: Any) -> None:
         raise join_mismatches(mismatches)
 
 
-def _pair_objects(to_load: Mapping[str, Any], state: Any) -> tuple[list[_ObjectLoad], Mismatches]:
+def _pair_objects(to_load: Mapping[str, Any], state: Any) -> tuple[list[_ObjectLoad], _Mismatches]:
     """Find each object's state; return the pairs, and an error for each object or list without one."""
     loads: list[_ObjectLoad] = []
-    mismatches: Mismatches = []
+    mismatches: _Mismatches = []
     if len(to_load) == 1:
         ((key, obj),) = to_load.items()
         if not isinstance(state, Mapping) or key not in state or _is_bare(obj, state, key):
@@ -328,7 +299,7 @@ def _is_bare(obj: Any, state: Mapping[str, Any], key: str) -> bool:
         return False
 
 
-def _walk(name: str, obj: Any, state: Any, loads: list[_ObjectLoad], mismatches: Mismatches) -> None:
+def _walk(name: str, obj: Any, state: Any, loads: list[_ObjectLoad], mismatches: _Mismatches) -> None:
     if hasattr(obj, "load_state_dict"):
         inner = unwrap(obj)
         state = rename_for_module(inner, state) if isinstance(inner, nn.Module) else state

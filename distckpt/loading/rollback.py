@@ -15,8 +15,8 @@ from torch import nn
 
 from distckpt.loading.plain_objects import has_memory
 
+# An ignite metric's methods. Its state_dict() gathers the ranks' states, which only all ranks together can do.
 _RANK_LOCAL = ("_state_dict_per_rank", "_load_state_dict_per_rank")
-"""An ignite metric's methods. Its ``state_dict()`` gathers the ranks' states, which only all ranks together can do."""
 _TENSOR_TYPES = (torch.Tensor, nn.Parameter, nn.Buffer)
 _COMPARED = (bool, int, float, complex, str, bytes, set)
 _CONTAINERS = (dict, list, deque, set, bytearray, array.array)
@@ -96,32 +96,27 @@ def copy_state(value: Any, done: dict[int, Any] | None = None) -> Any:
 
     Args:
         value: a state.
-        done: what was copied already, by identity.
+        done: the values copied so far and their copies, by identity.
 
     Raises:
         ValueError: a tensor has no memory.
     """
     done = {} if done is None else done
-    if id(value) not in done:
-        done[id(value)] = value, _copy_new(value, done)  # keeps the value alive too, for its identity
-    return done[id(value)][1]
-
-
-def _copy_new(value: Any, done: dict[int, Any]) -> Any:
+    if id(value) in done:
+        return done[id(value)][1]
+    twin = value
     if isinstance(value, torch.Tensor):
-        return _copy_tensor(value)
-    if isinstance(value, tuple):
-        items = [copy_state(item, done) for item in value]
-        return value._make(items) if hasattr(value, "_make") else type(value)(items)
-    if not isinstance(value, _CONTAINERS) and not hasattr(type(value), "__array_interface__"):
-        return value
-    twin: Any = copy.copy(value)  # keeps attributes, such as a module's ``_metadata``
-    done[id(value)] = value, twin  # it may contain itself
-    pairs: Any = value.items() if isinstance(value, dict) else ()
-    if isinstance(value, list | deque):
-        pairs = enumerate(value)
-    for key, item in pairs:
-        twin[key] = copy_state(item, done)
+        twin = _copy_tensor(value)
+    elif isinstance(value, tuple):
+        copies = [copy_state(item, done) for item in value]
+        twin = value._make(copies) if hasattr(value, "_make") else type(value)(copies)
+    elif isinstance(value, _CONTAINERS) or hasattr(type(value), "__array_interface__"):
+        twin = copy.copy(value)  # keeps attributes, such as a module's ``_metadata``
+        done[id(value)] = value, twin  # it may contain itself
+        if isinstance(value, dict | list | deque):
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                twin[key] = copy_state(item, done)
+    done[id(value)] = value, twin  # keeps the value alive, so that no other object gets its identity
     return twin
 
 

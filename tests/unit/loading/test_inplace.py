@@ -394,7 +394,7 @@ def test_a_file_that_shrinks_in_the_last_step_is_told(tmp_path: Path, monkeypatc
         os.truncate(path, 200)
         read_into(*args)
 
-    monkeypatch.setattr("distckpt.loading.restore.read_into", cut)
+    monkeypatch.setattr("distckpt.loading.inplace.read_into", cut)
     live = objects(0)
     with pytest.raises(PartialLoadError, match="it became shorter while it was read"):
         load(live, path)
