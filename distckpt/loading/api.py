@@ -150,25 +150,7 @@ def load_objects(
 ) -> LoadReport:
     """Load a checkpoint into the objects of this rank: all of them, or none. Rank-local; issues no collectives.
 
-    Args:
-        to_load: objects with ``load_state_dict``, in nested mappings and lists.
-        checkpoint: a path, or the mapping that was saved.
-        verify: compare a file with its checksums first.
-        kwargs: for ``nn.Module.load_state_dict``; modules only.
-
-    Returns:
-        The keys that were passed over; none if the load is strict.
-
-    Raises:
-        TypeError: `checkpoint` is neither, or an object has no ``load_state_dict``.
-        ShardedStateError: an object or the checkpoint holds sharded tensors.
-        OSError: the file cannot be read.
-        CorruptCheckpointError: the file is no checkpoint, is truncated or damaged.
-        UnsafeCheckpoint: loading the file would execute code.
-        StateMismatchError: the checkpoint lacks an object, or an optimizer's groups differ (a ValueError too); or a
-            module's keys or shapes differ (a RuntimeError too). It lists all of them.
-        PartialLoadError: storage failed while live tensors were read, or an object refused its state and another one
-            could not be restored.
+    See :meth:`distckpt.Checkpoint.load_objects`.
     """
     if not isinstance(checkpoint, Mapping | str | Path):
         raise TypeError(f"Argument checkpoint should be a string or a dictionary, but given {type(checkpoint)}")
@@ -180,13 +162,13 @@ def load_objects(
         prepared = None
         if verify:
             # Ranks of a machine that load at once begin at different offsets: each reads what the others have not.
-            with file.readahead_staggered(_spread(backend.local_rank)) as ahead:
+            with file.readahead_staggered(_spread(backend.local_rank)) as source:
                 try:
                     prepared = prepare(to_load, file.state(), kwargs, file) if file.read_structure() else None
                 except Exception:
-                    file.verify(ahead)  # damage is reported before a mismatch
+                    file.verify(source)  # damage is reported before a mismatch
                     raise
-                file.verify(ahead)
+                file.verify(source)
         if prepared is None:
             prepared = prepare(to_load, file.state(), kwargs, file if file.read_structure() else None)
         return prepared.load()

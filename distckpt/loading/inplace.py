@@ -67,18 +67,15 @@ def find_optimizer_targets(
                 continue
             held, group = optimizer.state[parameter], [{**given_group, "params": [number]}]
             for key in given.keys() & held.keys():
-                if not _is_unshared(held, key) or not all(map(_has_dimensions, (held[key], given[key]))):
+                if not _is_unshared(held, key):
                     continue
                 live = held[key]
-                # `convert` returns another tensor if the optimizer would take a copy.
+                # Optimizers convert a step counter, which has no dimensions. `convert` returns a copy if they need one.
+                if not all(isinstance(one, torch.Tensor) and one.dim() > 0 for one in (live, given[key])):
+                    continue
                 if _owns_memory(live) and convert(parameter, live, number, group, key) is live:
                     targets.append(_make_target(("state", number, key), live, given[key], file, may_bounce=False))
     return targets
-
-
-def _has_dimensions(value: Any) -> bool:
-    """Return False for a step counter, which optimizers convert, and for what is not a tensor."""
-    return isinstance(value, torch.Tensor) and value.dim() > 0
 
 
 def _is_unshared(mapping: Mapping[Any, Any], key: Any) -> bool:

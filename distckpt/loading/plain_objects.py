@@ -23,7 +23,7 @@ _MODULE_HOOKS = ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 _OPTIMIZER_METHODS = ("load_state_dict", "__setstate__", "_process_value_according_to_param_policy", *_ATTRIBUTE_ACCESS)
 _OPTIMIZER_HOOKS = ("_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks")
 _GLOBAL_HOOKS = tuple(f"_global_{kind}_registration_hooks" for kind in ("buffer", "module", "parameter"))
-_TENSOR_TYPES = (torch.Tensor, nn.Parameter, nn.Buffer)
+TENSOR_TYPES = (torch.Tensor, nn.Parameter, nn.Buffer)
 
 
 def is_plain_optimizer(optimizer: torch.optim.Optimizer) -> bool:
@@ -87,7 +87,7 @@ def _is_torch_code(function: Any) -> bool:
 def is_plain_tensor(tensor: Any) -> bool:
     """Return True for a dense tensor of a torch class, without a ``copy_`` of its own."""
     return (
-        type(tensor) in _TENSOR_TYPES
+        type(tensor) in TENSOR_TYPES
         and tensor.layout is torch.strided
         and not (tensor.is_quantized or tensor.is_nested or "copy_" in vars(tensor))
     )

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from distckpt.loading.plain_objects import has_memory
+from distckpt.loading.plain_objects import TENSOR_TYPES, has_memory
 
 # An ignite metric's methods. Its state_dict() gathers the ranks' states, which only all ranks together can do.
 _RANK_LOCAL = ("_state_dict_per_rank", "_load_state_dict_per_rank")
-_TENSOR_TYPES = (torch.Tensor, nn.Parameter, nn.Buffer)
 _COMPARED = (bool, int, float, complex, str, bytes, set)
 _CONTAINERS = (dict, list, deque, set, bytearray, array.array)
 
@@ -126,11 +125,11 @@ def _copy_tensor(tensor: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: there is nothing to copy.
     """
-    is_strided = type(tensor) in _TENSOR_TYPES and tensor.layout is torch.strided and not tensor.is_nested
+    is_strided = type(tensor) in TENSOR_TYPES and tensor.layout is torch.strided and not tensor.is_nested
     if nn.parameter.is_lazy(tensor) or (is_strided and not has_memory(tensor)):
         raise ValueError("the tensor has no shape yet, or no memory any more")
     if not is_strided or tensor.is_quantized:
-        return copy.deepcopy(tensor) if type(tensor) not in _TENSOR_TYPES or is_strided else tensor.detach().clone()
+        return copy.deepcopy(tensor) if type(tensor) not in TENSOR_TYPES or is_strided else tensor.detach().clone()
     repeated = [size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
     part = tensor.detach()[tuple(slice(0, 1) if one else slice(None) for one in repeated)]
     twin = part.clone().expand(tensor.shape)

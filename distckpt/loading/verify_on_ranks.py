@@ -137,9 +137,9 @@ def verify_on_all_ranks(
 
         def check_range() -> list[list[int]]:
             ranges = file.range_for(group.index(rank), len(group)) if verify else []
-            with file.readahead(ranges) as ahead:
+            with file.readahead(ranges) as source:
                 file.read_structure()
-                return [list(one) for one in file.check(ranges, ahead)]
+                return [list(one) for one in file.check(ranges, source)]
 
         results = context.collect(path, "reading", check_range)
         states: list[Any] = []
