@@ -2,8 +2,8 @@
 
 1. (coordinator) :func:`sort_newest_first` orders the files. Unreadable files come first, so that a damaged newest file
    is never skipped silently. Then come files whose manifests have a record, in the order of their saves; names,
-   iterations and modification times do not count. Then come files without a record, the highest iteration first.
-   Modification times break ties only, because copies (``cp``, ``rsync``, a restored backup) change them.
+   iterations and modification times do not count. Then come files without a record, the highest iteration first: an
+   engine's, else the manifest's. Modification times break ties only, because copies (``cp``, ``rsync``) change them.
 2. (all ranks) :func:`select_checkpoint` verifies one file after another on all ranks, until one is whole on all.
 """
 
@@ -106,13 +106,15 @@ def sort_newest_first(
 
 
 def _read_iteration(path: Path, engine_path: tuple[Any, ...] | None) -> float:
-    """Return a file's iteration; infinity if the file cannot be read."""
+    """Return a file's iteration, from an engine's state or the manifest; infinity if the file cannot be read."""
     try:
         with OpenCheckpoint(path) as file:
             if file.has_damaged_head():
                 return math.inf
             if file.read_structure():  # without the tensors
-                return get_iteration(file.state(), engine_path)
+                iteration = get_iteration(file.state(), engine_path)
+                head = file.head() if iteration < 0 else None
+                return iteration if head is None or head.iteration is None else head.iteration
         with ignore_warnings():  # reading it repeats them
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # noqa: BLE001 - torch cannot map its older format

@@ -83,11 +83,13 @@ class Head(NamedTuple):
         schema: its number.
         writer: the version of distckpt that wrote it.
         record: see :class:`Manifest`.
+        iteration: see :class:`Manifest`.
     """
 
     schema: int
     writer: str
     record: Mapping[str, Any] | None = None
+    iteration: int | None = None
 
 
 _TENSOR_FIELDS = TensorEntry._fields
@@ -141,7 +143,13 @@ def read_head(data: bytes) -> Head:
         raise ValueError("it has no schema")
     versions, record = found.get("versions"), found.get("record")
     writer = versions.get("distckpt") if isinstance(versions, dict) else None
-    return Head(schema, writer if isinstance(writer, str) else "unknown", record if isinstance(record, dict) else None)
+    iteration = found.get("iteration")
+    return Head(
+        schema,
+        writer if isinstance(writer, str) else "unknown",
+        record if isinstance(record, dict) else None,
+        iteration if type(iteration) is int else None,
+    )
 
 
 def from_json(data: bytes) -> Manifest:

@@ -133,6 +133,12 @@ def test_without_records_the_highest_iteration_is_the_latest(tmp_path: Path) -> 
     assert distckpt.latest(tmp_path) == tmp_path / "b.pt"
 
 
+def test_the_step_of_a_save_without_an_engine_counts_as_its_iteration(tmp_path: Path) -> None:
+    for name, step in (("a", 4), ("b", 12), ("c", 8)):
+        distckpt.save({"model": linear(1)}, tmp_path / f"{name}.pt", step=step)
+    assert distckpt.latest(tmp_path) == tmp_path / "b.pt"
+
+
 def test_a_damaged_file_is_passed_over_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     saved(tmp_path, num_epochs=2)
     newest = cut(tmp_path / "checkpoint_2.pt")
