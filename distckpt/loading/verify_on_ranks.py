@@ -11,6 +11,7 @@ After each step all ranks know what failed on which rank, and refuse the file al
 
 import contextlib
 import socket
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,8 +25,7 @@ from distckpt.ptformat.reader import OpenCheckpoint
 
 _MAX_REASON_CHARS = 400
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_READ_TIMEOUT_S = 1800.0
-"""The default while files are read: one rank's storage may be slow."""
+_READ_TIMEOUT_S = 1800.0  # one rank's storage may be slow
 
 
 class RefusedCheckpoint(Exception):  # noqa: N818 - not raised to users: `error` is
@@ -48,7 +48,7 @@ class LoadContext:
         backend: the job's.
         name: the operation's name in messages, such as ``resume``.
         coordinator: the rank that lists the checkpoints.
-        timeout_s: seconds to wait for the other ranks; None for the default, and at least 1800.
+        timeout_s: seconds to wait for the other ranks; None for the default, but at least 1800.
     """
 
     backend: Backend
@@ -83,7 +83,8 @@ class LoadContext:
                 return {"value": work(), "failure": None}
             except (LoadError, OSError) as error:
                 own.append(error)
-                return {"value": None, "failure": asdict(RankFailure.from_exception(self.backend.rank, error, ""))}
+                failure = RankFailure.from_exception(self.backend.rank, error, traceback.format_exc())
+                return {"value": None, "failure": asdict(failure)}
 
         answers = self.run_phase(phase, attempt)
         failures = [RankFailure(**answer["failure"]) for answer in answers if answer["failure"] is not None]

@@ -9,7 +9,7 @@ from distckpt._threads import get_num_threads
 
 
 @pytest.mark.parametrize(
-    ("told", "world_size", "num_cpus", "expected"),
+    ("local_world_size", "world_size", "num_cpus", "expected"),
     [
         (None, 1, 1, 1),
         (None, 1, 3, 3),
@@ -24,11 +24,11 @@ from distckpt._threads import get_num_threads
     ],
 )
 def test_a_rank_has_its_part_of_the_cpus(
-    monkeypatch: pytest.MonkeyPatch, told: str | None, world_size: int, num_cpus: int, expected: int
+    monkeypatch: pytest.MonkeyPatch, local_world_size: str | None, world_size: int, num_cpus: int, expected: int
 ) -> None:
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    if told is not None:
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", told)
+    if local_world_size is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local_world_size)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(num_cpus)))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert get_num_threads(world_size) == expected

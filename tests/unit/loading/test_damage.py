@@ -201,11 +201,11 @@ def test_file_with_objects_is_refused_with_their_name(tmp_path: Path, kind: str,
     path.write_bytes(HOSTILE[kind](value))
     error = failure(path, UnsafeCheckpoint)
     check_message(error, path)
-    told = {"Own": "Own", "MaskedArray": "numpy", "builtin_function_or_method": "print"}[type(value).__name__]
-    assert told in str(error)
+    expected = {"Own": "Own", "MaskedArray": "numpy", "builtin_function_or_method": "print"}[type(value).__name__]
+    assert expected in str(error)
 
 
-def test_torch_is_always_told_to_execute_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_never_executes_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
     real = torch.load
 

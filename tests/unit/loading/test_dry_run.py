@@ -238,7 +238,7 @@ def test_state_of_an_older_batch_norm_loads() -> None:
     assert torch.equal(module.weight, state["weight"])
 
 
-def test_skeleton_refuses_what_the_module_would_and_warns_of_nothing() -> None:
+def test_a_dry_run_refuses_what_the_module_would_and_does_not_warn() -> None:
     with pytest.raises(RuntimeError, match="size mismatch for weight"):
         try_load(nn.Linear(2, 2), {"weight": torch.ones(3, 3), "bias": torch.ones(2)}, {})
     try_load(nn.Linear(2, 2), {}, {"strict": False})
@@ -301,14 +301,14 @@ def test_a_comparison_finds_what_the_twin_would(
     make: Callable[[], tuple[nn.Module, Any]], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, state = make()
-    told: list[Any] = []
+    outcomes: list[Any] = []
     for _ in range(2):
         try:
-            told.append(try_load(module, state, options))
+            outcomes.append(try_load(module, state, options))
         except Exception as error:  # noqa: BLE001 - what it raises is what is compared
-            told.append((type(error).__name__, str(error)))
+            outcomes.append((type(error).__name__, str(error)))
         monkeypatch.setattr(dry_run, "loads_by_name", lambda _: False)
-    assert told[0] == told[1]
+    assert outcomes[0] == outcomes[1]
 
 
 def test_a_state_of_the_same_keys_and_shapes_needs_no_twin(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from tests.unit.toys import Refuses, equal, linear, snapshot
 WRONG = linear(1, in_features=3).state_dict()
 
 
-def _load_beside_a_misfit(module: nn.Module, state: dict[str, Any]) -> None:
+def _load_next_to_a_mismatch(module: nn.Module, state: dict[str, Any]) -> None:
     """Load `module` together with another that does not fit, in both orders."""
     for names in (("module", "misfit"), ("misfit", "module")):
         objects = {name: {"module": module, "misfit": linear(0)}[name] for name in names}
@@ -48,7 +48,7 @@ class LoggedBelow(Logged):
 
 
 class ExtraState(nn.Linear):
-    """Keeps a setting beside its weights."""
+    """Keeps a setting next to its weights."""
 
     def __init__(self, setting: int) -> None:
         super().__init__(2, 2)
@@ -147,10 +147,10 @@ def _attributes(module: nn.Module) -> list[Any]:
 
 
 @pytest.mark.parametrize("kind", UNUSUAL)
-def test_unusual_modules_are_untouched_beside_a_misfit(kind: str) -> None:
+def test_unusual_modules_are_untouched_next_to_a_mismatch(kind: str) -> None:
     module = UNUSUAL[kind]()
     before, attributes = snapshot({"it": module}), _attributes(module)
-    _load_beside_a_misfit(module, _different(module))
+    _load_next_to_a_mismatch(module, _different(module))
     assert equal(snapshot({"it": module}), before)
     assert _attributes(module) == attributes
 
@@ -183,10 +183,10 @@ def test_hooks_run_on_the_module_once_when_it_fits() -> None:
     assert torch.equal(module.state_dict()["scale"], torch.ones(3))
 
 
-def test_hooks_do_not_touch_the_module_beside_a_misfit() -> None:
+def test_hooks_do_not_touch_the_module_next_to_a_mismatch() -> None:
     module = Hooked()
     before = snapshot({"it": module})
-    _load_beside_a_misfit(module, linear(1).state_dict())
+    _load_next_to_a_mismatch(module, linear(1).state_dict())
     assert module.log == []
     assert equal(snapshot({"it": module}), before)
 
@@ -238,7 +238,7 @@ def test_lazy_modules_are_materialised_by_their_state() -> None:
 
 
 @pytest.mark.parametrize("bad", [Refuses(), linear(0)])
-def test_lazy_modules_stay_lazy_beside_a_misfit(bad: Any) -> None:
+def test_lazy_modules_stay_lazy_next_to_a_mismatch(bad: Any) -> None:
     lazy = _quiet(lambda: nn.LazyLinear(2))
     objects = {"lazy": lazy, "bad": bad}
     with pytest.raises(RuntimeError):

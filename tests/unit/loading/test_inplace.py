@@ -341,7 +341,7 @@ def test_damage_is_found_before_anything_live_is_touched(tmp_path: Path, *, veri
         assert equal(live["o"].state_dict(), states(1)["o"])
 
 
-def test_damage_is_told_before_what_does_not_fit(tmp_path: Path) -> None:
+def test_damage_is_reported_before_a_mismatch(tmp_path: Path) -> None:
     model = linear(1, in_features=5)
     path = written(tmp_path, {"m": model.state_dict()})
     flipped(path, begin_of(path, model.weight) + 2)
@@ -387,7 +387,7 @@ def test_a_read_that_fails_in_the_last_step_is_tried_again_once(
     assert equal(snapshot(live), states(1))
 
 
-def test_a_file_that_shrinks_in_the_last_step_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_shrinks_in_the_last_step_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path, states(1))
 
     def cut(*args: Any) -> None:

@@ -246,7 +246,7 @@ def hidden() -> Iterator[tuple[str, Any, Callable[[Any], torch.Tensor]]]:
 
 
 @pytest.mark.parametrize("number", range(5), ids=[name for name, _, _ in hidden()])
-def test_tensors_are_read_wherever_they_hide_beside_a_live_one(tmp_path: Path, number: int) -> None:
+def test_tensors_are_read_wherever_they_hide_next_to_a_live_one(tmp_path: Path, number: int) -> None:
     _, state, find = list(hidden())[number]
     expected = find(state).clone()
     whole = find({"o": torch.arange(64.0)}) if number == 2 else torch.arange(64.0)

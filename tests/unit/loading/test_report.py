@@ -1,4 +1,4 @@
-"""What does not fit is told: in a report where the load is not strict, else in one error that lists all of it."""
+"""A load that is not strict reports the keys that it passed over; a mismatch is one error that lists all keys."""
 
 import copy
 import logging
@@ -72,8 +72,8 @@ def test_other_shapes_are_refused_strict_or_not_as_torch_does(given: Any, *, str
         load({"m": model}, given({"m": state}), strict=strict)
     assert str(caught.value) == str(torchs.value)
     assert isinstance(caught.value, StateMismatchError)
-    told = (caught.value.missing, caught.value.unexpected, caught.value.mismatched)
-    assert told == (("m.bias",), ("m.more",), ("m.weight",))
+    keys = (caught.value.missing, caught.value.unexpected, caught.value.mismatched)
+    assert keys == (("m.bias",), ("m.more",), ("m.weight",))
     assert equal(snapshot({"m": model}), before)
 
 
@@ -101,8 +101,8 @@ def test_one_error_lists_what_is_wrong_with_all_objects(given: Any) -> None:
     assert error.missing == ("d", "b.bias", "c.bias")
     assert error.unexpected == ("c.more",)
     assert error.mismatched == ("a.weight", "o.param_groups")
-    for told in ("size mismatch for weight", 'Missing key(s) in state_dict: "bias"', "different number of parameter"):
-        assert told in str(error)
+    for text in ("size mismatch for weight", 'Missing key(s) in state_dict: "bias"', "different number of parameter"):
+        assert text in str(error)
     assert isinstance(error, ValueError)
     assert isinstance(error, RuntimeError)
     assert isinstance(error, LoadError)
@@ -166,9 +166,9 @@ def test_resume_says_what_it_has_passed_over(tmp_path: Path, caplog: pytest.LogC
     DiskSaver(tmp_path)({"m": SURPLUS}, "a.pt")
     with caplog.at_level(logging.WARNING, logger="distckpt"):
         assert resume({"m": linear(0)}, tmp_path, strict=False) == tmp_path / "a.pt"
-    *told, went_on = [record.getMessage() for record in caplog.records]
-    assert went_on.startswith("resume: continuing from ")
-    assert told == [
+    *messages, last = [record.getMessage() for record in caplog.records]
+    assert last.startswith("resume: continuing from ")
+    assert messages == [
         f"resume: {tmp_path / 'a.pt'} lacks m.bias",
         f"resume: {tmp_path / 'a.pt'} has unused keys: m.more",
     ]

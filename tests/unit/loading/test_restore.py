@@ -1,4 +1,4 @@
-"""All objects get their state, or none does: optimizers, schedulers, engines, objects of one's own; what is told."""
+"""All objects get their state, or none does: optimizers, schedulers, engines, users' objects; and what errors say."""
 
 import copy
 from collections.abc import Callable

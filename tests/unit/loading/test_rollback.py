@@ -71,7 +71,7 @@ class Slots:
 
 
 class SlotsAndMore(Slots):
-    """Has a ``__dict__`` beside its slots."""
+    """Has a ``__dict__`` in addition to its slots."""
 
     def __init__(self, value: int) -> None:
         super().__init__(value)
@@ -361,7 +361,7 @@ def test_what_cannot_be_put_back_is_named_and_all_else_is() -> None:
     assert equal(snapshot({"other": other}), before)
 
 
-def test_an_object_that_does_not_restore_what_it_told_is_named() -> None:
+def test_an_object_that_does_not_restore_its_state_is_named() -> None:
     with pytest.raises(PartialLoadError, match=r"it refuses. 'adds' could not be restored \(.*its load_state_dict\(\)"):
         Checkpoint.load_objects({"adds": Adds(), "bad": Refuses()}, {"adds": {"number": 2}, "bad": {}})
 
