@@ -10,7 +10,7 @@ The tree::
     ├── RemoteRankError                 some ranks failed in a phase of all ranks; raised alike on every rank
     │   └── (RemoteRankError, <cause>)  and of the cause's type where that is a common one
     ├── SaveError(OSError)              a checkpoint could not be written; older checkpoints are intact
-    │   └── CommitNotDurable            it has its name, but may not survive a power cut
+    │   └── CommitNotDurable            it has its final name, but may not survive a power cut
     ├── ReplicasDiffer                  values that must be equal on all ranks differ (``check_replicas``)
     ├── ShardedStateError(NotImplementedError)
     │                                   a state or an object is sharded over ranks

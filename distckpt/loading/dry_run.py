@@ -1,7 +1,7 @@
-"""Whether a plain module would accept a state, found out without touching it.
+"""Find out whether a plain module would accept a state, without touching the module.
 
-Keys and shapes that are equal need no more. Otherwise a twin of the module on the meta device loads the state. At last
-each pair of tensors is checked for what only a live tensor can refuse. No memory is allocated for data.
+If keys or shapes differ, a twin of the module on the meta device loads the state, which needs no memory for data. Then
+each pair of tensors is checked for reasons why a copy would fail.
 """
 
 import re
@@ -21,9 +21,8 @@ _NAMES = "bool uint8 int8 int16 int32 int64 float16 bfloat16 float32 float64 cfl
 _COPYABLE = {getattr(torch, name, None) for name in f"{_NAMES} float8_e8m0fnu".split()}  # to each other
 _MISMATCH = re.compile(r'size mismatch for (.+?): |While \w+ the parameter named "(.+?)",')  # in torch's messages
 
-
+# torch's error, and its lists of missing keys, unexpected keys and messages
 _Outcome = tuple[RuntimeError | None, list[str], list[str], list[str]]
-"""torch's error, and its lists of missing keys, unexpected keys and messages."""
 
 
 def try_load(module: nn.Module, state: Any, options: Mapping[str, Any], name: str = "") -> LoadReport | None:

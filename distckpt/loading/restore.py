@@ -86,8 +86,9 @@ class _ObjectLoad:
     def find_targets(self, file: OpenCheckpoint) -> list[inplace.InplaceTarget]:
         if self.order is _Order.PLAIN_MODULE:
             return inplace.find_module_targets(self.obj, self.state, file)
-        is_optimizer = self.order is _Order.OPTIMIZER
-        return inplace.find_optimizer_targets(self.obj, self.state, file) if is_optimizer else []
+        if self.order is _Order.OPTIMIZER:
+            return inplace.find_optimizer_targets(self.obj, self.state, file)
+        return []
 
     def prepare_rollback(self, options: Mapping[str, Any]) -> None:
         if self.order is _Order.OPTIMIZER:  # its ``load_state_dict`` makes new containers: keep the old ones
@@ -112,8 +113,7 @@ class _ObjectLoad:
     def roll_back(self) -> str:
         """Restore the object; return why that failed, or an empty string."""
         if self.rollback is None:
-            is_module = self.order is _Order.PLAIN_MODULE
-            return "it was not expected to refuse" if is_module else "its state_dict() gave no copy"
+            return "there is no copy of its state"
         try:
             self.rollback()
         except BaseException as error:  # noqa: BLE001 - a user's code, or an interrupt: the others are rolled back too
@@ -197,7 +197,7 @@ class PreparedLoad:
         Raises:
             PartialLoadError: reading into live tensors failed twice, or an object refused its state and others could
                 not be rolled back. The objects that it names have to be loaded again.
-            Exception: an object's ``load_state_dict`` raised it. No object was changed.
+            Exception: an object's ``load_state_dict`` raised it. No object is changed.
         """
         self.fill()
         wait_for_deferred_copies()  # a save under way gets the state of before
