@@ -258,7 +258,7 @@ class ControlGroup:
             raise CollectiveError(msg)
         with self._abort_on_error(operation.what, operation.timeout_s, operation):
             was_slow = self._wait(operation)
-            if (was_slow or operation.was_idle) and self._notes.settle_outcome(operation.number, "done") != "done":
+            if (was_slow or operation.was_idle) and self._notes.decide_outcome(operation.number, "done") != "done":
                 self.raise_if_aborted(operation.what)
         operation.is_finished = True  # only now: if it failed because another had to start, it fails again
         self._last_end_s = time.monotonic()
@@ -280,7 +280,7 @@ class ControlGroup:
                 if failure is not None or time.monotonic() >= deadline:
                     if (
                         not self._transport.withdraw(work)
-                        or self._notes.settle_outcome(operation.number, "aborted") == "done"
+                        or self._notes.decide_outcome(operation.number, "aborted") == "done"
                     ):
                         work.wait(timedelta(seconds=1))  # another rank has just finished it
                         return was_slow

@@ -47,8 +47,9 @@ def create_offer(world_size: int) -> "tuple[SharedMemory | None, bytes]":
     Returns:
         The memory, and text for :meth:`SharedMemory.join` on the other ranks. None if the system has no such memory.
     """
-    offer: dict[str, str | int] = {"boot": _read("/proc/sys/kernel/random/boot_id"), "pid": os.getpid()}
+    offer: dict[str, str | int] = {"pid": os.getpid()}
     try:
+        offer["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         offer["pids"] = str(Path("/proc/self/ns/pid").readlink())
         memory = SharedMemory(os.memfd_create("distckpt"), world_size, is_new=True)
     except (OSError, AttributeError):  # not Linux, or forbidden
@@ -273,9 +274,3 @@ class GatherOperation(SharedOperation):
 def _close_all(fds: list[int]) -> None:
     while fds:
         os.close(fds.pop())
-
-
-def _read(path: str) -> str:
-    with contextlib.suppress(OSError):
-        return Path(path).read_text(encoding="ascii").strip()
-    return ""

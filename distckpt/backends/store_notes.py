@@ -124,7 +124,7 @@ class GroupNotes:
         self.is_silent = False
         return answer
 
-    def settle_outcome(self, number: int, mine: str) -> str:
+    def decide_outcome(self, number: int, mine: str) -> str:
         """Write the outcome of operation `number`, unless another rank has; return the one that holds."""
         key = f"control/outcome/{number}"
         if mine == "done":

@@ -96,32 +96,38 @@ def _run_replica(
         leave()
 
 
-class XlaBackend(ControlGroupBackend):
+class _XlaDevice(Backend):
+    """The methods of a backend that concern the XLA device."""
+
+    name = "xla"
+
+    def __init__(self, *identity: int) -> None:
+        super().__init__(*identity)
+        self._device: torch.device = torch_xla.device()  # another thread may have another one
+
+    def device(self) -> torch.device:
+        return self._device
+
+    def sync_device(self, tree: Any, *, to_host: bool) -> Any:
+        return _sync_device(tree, to_host=to_host)
+
+    def generators(self) -> Mapping[str, Any]:
+        return {"xla": _Generator(self._device)}
+
+
+class XlaBackend(_XlaDevice, ControlGroupBackend):
     """One replica of several.
 
     Args:
         job_number: the number of the job in this process.
     """
 
-    name = "xla"
     can_reduce_lazily = True
 
     def __init__(self, job_number: int) -> None:
         super().__init__(int(xr.global_ordinal()), int(xr.world_size()), int(xr.local_ordinal()), int(xr.host_index()))
-        self._device = torch_xla.device()
         self._has_ended = threading.Event()
         self._replicas = ReplicaGroup.of_job(job_number, int(xr.addressable_device_count()))
-
-    def device(self) -> torch.device:
-        device: torch.device = self._device
-        return device
-
-    def sync_device(self, tree: Any, *, to_host: bool) -> Any:
-        """All replicas. Compute the pending values once, and copy the tensors to the host if it needs them."""
-        return _sync_device(tree, to_host=to_host)
-
-    def generators(self) -> Mapping[str, Any]:
-        return {"xla": _Generator(self._device)}
 
     def end(self) -> None:
         """Leave this process's other replicas. Rank-local; the backend cannot be used after it."""
@@ -153,21 +159,8 @@ class XlaBackend(ControlGroupBackend):
         return TorchKeyValueStore(self._replicas.store, lambda: not has_ended.is_set())
 
 
-class _SingleReplica(SerialBackend):
+class _SingleReplica(_XlaDevice, SerialBackend):
     """The only rank of a job, with an XLA device."""
-
-    name = "xla"
-
-    def device(self) -> torch.device:
-        device: torch.device = torch_xla.device()
-        return device
-
-    def sync_device(self, tree: Any, *, to_host: bool) -> Any:
-        """Compute the pending values once, and copy the tensors to the host if it needs them."""
-        return _sync_device(tree, to_host=to_host)
-
-    def generators(self) -> Mapping[str, Any]:
-        return {"xla": _Generator(self.device())}
 
 
 def _sync_device(tree: Any, *, to_host: bool) -> Any:

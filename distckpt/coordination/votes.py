@@ -203,6 +203,12 @@ class _Vote:
     timeout_s: float | None
     wait: Callable[[], list[int]] | None = None
 
+    def __str__(self) -> str:
+        """Return where this rank is, for messages."""
+        handlers = ", ".join(entry.handler for entry in self.entries)
+        scope = self.scope
+        return f"{handlers}, on {scope.event}, voting ({scope.name}{scope.schedule}), step {scope.step}"
+
     def has_unknown_answers(self) -> bool:
         """Return True if some answer has to be known before step 2."""
         return bool(self.answers) and any(
@@ -228,7 +234,7 @@ class _Vote:
             self.key,
             numbers,
             sequence=self.scope.sequence,
-            description=_Description(self.scope, self.entries),
+            description=self,
             timeout_s=self.timeout_s,
         )
 
@@ -328,8 +334,7 @@ class _Vote:
         if self.error is not None and self.backend.is_passthrough(self.error):
             raise self.error  # the other ranks raise a RemoteRankError for it
         if failures:
-            description = _Description(self.scope, self.entries)
-            raise remote_rank_error(f"{description}, of {self.backend.world_size} ranks", failures) from self.error
+            raise remote_rank_error(f"{self}, of {self.backend.world_size} ranks", failures) from self.error
         reports: dict[VoteEntry, dict[int, Any]] = {}
         for entry in self.entries:  # in the round's order, which is the same on all ranks
             for rank, answer in enumerate(answers):
@@ -342,18 +347,3 @@ def _combine(answers: Sequence[Detail | Pending]) -> Any:
     """Return 1 if a yes is known, else the disjunction of the unknown answers, as a tensor on the device."""
     pending = [answer.answer.as_tensor() for answer in answers if isinstance(answer, Pending)]
     return functools.reduce(operator.or_, pending) if len(pending) == len(answers) else 1
-
-
-class _Description:
-    """Where a rank is, for messages; formatted only for an error."""
-
-    __slots__ = ("_entries", "_scope")
-
-    def __init__(self, scope: VoteScope, entries: Sequence[VoteEntry]) -> None:
-        self._scope = scope
-        self._entries = entries
-
-    def __str__(self) -> str:
-        handlers = ", ".join(entry.handler for entry in self._entries)
-        scope = self._scope
-        return f"{handlers}, on {scope.event}, voting ({scope.name}{scope.schedule}), step {scope.step}"

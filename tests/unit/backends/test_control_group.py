@@ -125,7 +125,7 @@ def test_aborting_costs_little_where_the_store_is_silent(group: ControlGroup, st
     store.num_silent = 100
     with pytest.raises(TimeoutError):
         group._notes.read_abort()
-    assert group._notes.settle_outcome(1, "aborted") == "aborted"
+    assert group._notes.decide_outcome(1, "aborted") == "aborted"
     group._abort("counting", [1])
     assert sum(store.limits_s) == 1.5
 
@@ -135,7 +135,7 @@ def test_whether_an_operation_is_done_is_asked_with_patience(group: ControlGroup
     with pytest.raises(TimeoutError):
         group._notes.read_abort()
     store.notes["control/outcome/1"] = "aborted"
-    assert group._notes.settle_outcome(1, "done") == "aborted"
+    assert group._notes.decide_outcome(1, "done") == "aborted"
     assert store.limits_s == [1.0, 1.0]
 
 
