@@ -1,15 +1,15 @@
-"""What saving and loading costs: distckpt beside torch, ignite and torchsnapshot, and what the machine allows.
+"""Compare the cost of saving and loading: distckpt, torch, ignite and torchsnapshot, and the machine's limits.
 
-On each number of ranks a small GPT with AdamW is trained under DistributedDataParallel, in an ignite Engine. In each
-round every contestant saves once amid the training and loads the checkpoint back, in an order that rotates, and the
-machine's limits are measured between them; figures are medians over rounds, ratios are of the same round. What is
-restored has to be, bit for bit, the state at the call.
+A small GPT with AdamW is trained under DistributedDataParallel in an ignite Engine. In each round every contestant
+saves once during the training and loads the checkpoint, in rotating order. The machine's limits are measured in
+between. Figures are medians over rounds, ratios are of the same round. The restored state must be bit-equal to the
+state at the call.
 
 Run it as ``PYTHONPATH=. python ci/bench_save.py [--quick] [--ranks 1 2 4] [--mib 512] [--rounds 5] [--only NAME...]
-[--folder DIR] [--json FILE] [--picture FILE]``. torchsnapshot takes part where it is installed: in the environment that
-``ci/setup.sh --print-python bench`` makes.
+[--folder DIR] [--json FILE] [--picture FILE]``. torchsnapshot takes part if it is installed, as in the environment of
+``ci/setup.sh --print-python bench``.
 
-Exit status 1 where one of distckpt's own contestants fails, or restores another state.
+The exit status is 1 if one of distckpt's contestants fails or restores another state.
 """
 
 import argparse
@@ -42,7 +42,7 @@ PACKAGES = ("torch", "pytorch-ignite", "torchsnapshot", "isal")
 
 
 def versions(folder: Path) -> dict[str, Any]:
-    """Return what the figures depend on. The ranks, which start later, import what is compiled here."""
+    """Return what the figures depend on. Compiles the extension, which the ranks import later."""
     found: dict[str, Any] = {
         "python": platform.python_version(),
         "kernel": platform.release(),
@@ -61,7 +61,7 @@ def versions(folder: Path) -> dict[str, Any]:
 
 
 def picture(worlds: list[Measured], about: dict[str, Any]) -> str:
-    """Return the picture of two ranks, or of the last world where there are none."""
+    """Return the picture for two ranks; without these for the last world."""
     world = next((one for one in worlds if one.world_size == PICTURED), worlds[-1])
     order = list(FIELD)
     rows: list[Row] = sorted(rows_of(world), key=lambda row: order.index(row.name))
@@ -74,27 +74,27 @@ def picture(worlds: list[Measured], about: dict[str, Any]) -> str:
 
 
 def is_sound(world: Measured) -> bool:
-    """Tell whether distckpt's own contestants restored what they saved; one that is missing did nothing wrong."""
+    """Return True if distckpt's contestants restored what they saved. A missing one is no failure."""
     ours = [name for name, kind in FIELD.items() if kind.is_ours]
     failed = [name for name in ours if world.left_out.get(name, "missing").startswith("FAILED")]
     return not failed and not any(row.num_torn for row in rows_of(world) if row.name in ours)
 
 
 def parsed() -> argparse.Namespace:
-    """Return the arguments."""
+    """Return the command line's arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", help="numbers of ranks (1 2 4)")
-    parser.add_argument("--mib", type=int, help="of the model and AdamW's state (512)")
-    parser.add_argument("--rounds", type=int, help="that are timed (5)")
+    parser.add_argument("--mib", type=int, help="size of the model and AdamW's state (512)")
+    parser.add_argument("--rounds", type=int, help="number of timed rounds (5)")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=list(FIELD), help=f"of: {', '.join(FIELD)}")
-    parser.add_argument("--folder", type=Path, help="on the disk to measure (a folder in the user's cache)")
-    parser.add_argument("--json", type=Path, help="for every number")
-    parser.add_argument("--picture", type=Path, help="for the bars of two ranks, as SVG")
-    parser.add_argument("--limit", type=float, default=150, help="seconds for one turn of one contestant (150)")
+    parser.add_argument("--folder", type=Path, help="folder on the disk to measure (a folder in the user's cache)")
+    parser.add_argument("--json", type=Path, help="file for all results")
+    parser.add_argument("--picture", type=Path, help="file for the bars of two ranks, as SVG")
+    parser.add_argument("--limit", type=float, default=150, help="seconds for one measurement of one contestant (150)")
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="16 MiB, 1 round, 2 ranks; without the contestant whose process takes seconds to start",
+        help="16 MiB, 1 round, 2 ranks; without contestants that start a process",
     )
     arguments = parser.parse_args()
     for name, value in (QUICK if arguments.quick else FULL).items():
@@ -104,9 +104,9 @@ def parsed() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Measure, print, and write what was asked for."""
+    """Measure, print the tables, and write the files."""
     arguments = parsed()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(ENDED))  # the ranks and the folder go first
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(ENDED))  # after ending the ranks and removing the folder
     os.environ.update(OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
     worlds = []
     with tempfile.TemporaryDirectory(dir=arguments.folder or scratch_folder()) as text:

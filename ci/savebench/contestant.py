@@ -1,7 +1,4 @@
-"""What a contestant is: somebody who saves the job's state, and loads it.
-
-Owns the contract, and how durability is waited for. Must not know who takes part.
-"""
+"""The base class of contestants: ways to save and load the job's state."""
 
 import shutil
 import threading
@@ -15,11 +12,9 @@ from ignite.engine import Engine, Events
 from ci.savebench.files import sync
 from ci.savebench.job import Job
 
-__all__ = ["Contestant", "MissingError", "Waiter", "folder_name"]
-
 
 class MissingError(Exception):
-    """This version lacks what a contestant needs."""
+    """Raised if an installed version lacks what a contestant needs."""
 
 
 def folder_name(name: str) -> str:
@@ -28,10 +23,10 @@ def folder_name(name: str) -> str:
 
 
 class Waiter(threading.Thread):
-    """A thread that waits for durability beside the training, and notes the moment.
+    """A thread that waits until a save is durable, and notes the time.
 
     Args:
-        wait: returns when this rank's part is durable.
+        wait: blocks until this rank's files are durable.
     """
 
     def __init__(self, wait: Callable[[], None]) -> None:
@@ -42,39 +37,39 @@ class Waiter(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        """Wait."""
+        """Wait for the save."""
         try:
             self._wait()
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is raised where it is asked for
+        except Exception as error:  # noqa: BLE001 - durable_at() raises it
             self._error = error
         self._at = time.monotonic()
 
     def durable_at(self) -> float | None:
-        """Return the moment, None while there is none; raise what the waiting raised."""
+        """Return the time, or None if the save is not durable yet; raise the error of the wait."""
         if self._at is not None and self._error is not None:
             raise self._error
         return self._at
 
 
 class Contestant:
-    """One way to save and load, on one rank. A world's ranks use the same ones in the same order.
+    """One way to save and load, on one rank. All ranks use the same contestants in the same order.
 
-    A save is four calls: `attach` to an engine before it runs; the engine's event; `saved` when the training goes on;
-    then `durable_at` until it tells a moment. A subclass says how in `save`, `complete`, and `load`.
+    A save takes four calls: `attach` to an engine before it runs; the engine's event; `saved` when training continues;
+    `durable_at` until it returns a time. A subclass implements `save`, `complete` and `load`.
 
     Args:
-        job: whose state it is.
+        job: the training job.
 
     Attributes:
-        name: in tables.
-        folder: where its checkpoints lie.
+        name: name in the tables.
+        folder: folder of its checkpoints.
         is_ours: whether it is distckpt's.
-        is_background: whether training goes on before the data are written.
-        writes_one_file: whether rank 0 alone writes; else all ranks have a share in syncing.
+        is_background: whether training continues before the data are written.
+        writes_one_file: whether only rank 0 writes. Otherwise all ranks sync files.
 
     Raises:
-        MissingError: this version lacks what is needed.
-        ImportError: it is not installed.
+        MissingError: the installed version lacks what is needed.
+        ImportError: the library is not installed.
     """
 
     name: ClassVar[str]
@@ -88,48 +83,48 @@ class Contestant:
         self._waiter: Waiter | None = None
         if job.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-        job.meeting.barrier()  # it is there for all
+        job.meeting.barrier()  # the folder exists for all ranks
 
     def attach(self, engine: Engine, *, at: int, path: Path) -> None:
-        """Let the engine save into `path` when its iteration `at` is completed."""
+        """Make the engine save to `path` after iteration `at`."""
         engine.add_event_handler(Events.ITERATION_COMPLETED(once=at), self.save, path)
 
     def save(self, path: Path) -> None:
-        """Save, on the training thread; what it takes is the stall."""
+        """Save on the training thread; its duration is the stall."""
         raise NotImplementedError
 
     def saved(self, path: Path) -> None:
-        """Note that the training goes on."""
+        """Wait on a thread until the save is durable, now that training continues."""
         self._waiter = Waiter(lambda: self._become_durable(path))
 
     def _become_durable(self, path: Path) -> None:
         self.complete(path)
         if not self.writes_one_file:
-            sync(self.where(path), share=self.job.rank, num_shares=self.job.world_size)
+            sync(self.where(path), rank=self.job.rank, num_ranks=self.job.world_size)
         elif self.job.rank == 0:
             sync(self.where(path))
 
     def complete(self, path: Path) -> None:
-        """Return when a save that goes on in the background has written everything; called in a thread."""
+        """Block until a background save has written everything. Called on a thread."""
 
     def durable_at(self) -> float | None:
-        """Return the moment at which this rank's part was durable, None while it is not. Asked on each event."""
+        """Return the time at which this rank's files became durable; None before. Called at each event."""
         return None if self._waiter is None else self._waiter.durable_at()
 
     def where(self, path: Path) -> Path:
-        """Return the checkpoint that a save into `path` made."""
+        """Return the path of the checkpoint that a save to `path` wrote."""
         return path
 
     def load(self, path: Path) -> None:
-        """Load what was saved into `path` into the live objects. All ranks."""
+        """Load the checkpoint saved to `path` into the live objects. All ranks."""
         raise NotImplementedError
 
     def remove(self, path: Path) -> None:
-        """Remove what was saved into `path`; one rank calls it. Whoever does so by himself leaves it alone."""
+        """Remove the checkpoint saved to `path`, if the contestant does not remove it itself. Rank 0 calls it."""
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Let go of memory and processes. All ranks."""
+        """Release memory and processes. All ranks."""

@@ -1,4 +1,4 @@
-"""Who takes part, in the order of the tables. Owns nothing else."""
+"""The contestants, in the order of the tables."""
 
 from ci.savebench.contestant import Contestant
 from ci.savebench.ours import Background, BackgroundShared, Foreground, Shared
@@ -12,8 +12,6 @@ from ci.savebench.torch_ones import (
     IgniteCheckpoint,
     TorchSave,
 )
-
-__all__ = ["FIELD"]
 
 _KINDS: tuple[type[Contestant], ...] = (
     Foreground,

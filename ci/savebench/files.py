@@ -1,41 +1,27 @@
-"""Checkpoints as files: synced, dropped from the page cache, counted.
-
-Owns what the operating system knows of files and of what was read. Must not know who wrote them.
-"""
+"""Checkpoints as files: sync them, drop them from the page cache, count their bytes."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = [
-    "children_of",
-    "drop_from_cache",
-    "file_system_of",
-    "files_of",
-    "num_bytes",
-    "read_from_storage",
-    "read_through_cache",
-    "sync",
-]
-
 _READ_BYTES = 8 << 20
 
 
 def files_of(path: Path) -> list[Path]:
-    """Return the files of a checkpoint, which is a file or a folder, in a fixed order."""
+    """Return the files of a checkpoint (a file or a folder), sorted."""
     return sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
 
 
 def num_bytes(path: Path) -> int:
-    """Return how many bytes a checkpoint's files have."""
+    """Return the total size of a checkpoint's files."""
     return sum(one.stat().st_size for one in files_of(path))
 
 
-def sync(path: Path, *, share: int = 0, num_shares: int = 1) -> None:
-    """Make a checkpoint durable that others wrote: this share of its files; share 0 also metadata and directories."""
+def sync(path: Path, *, rank: int = 0, num_ranks: int = 1) -> None:
+    """Sync every `num_ranks`-th file of a checkpoint, from `rank` on; rank 0 also syncs metadata and directories."""
     data = [one for one in files_of(path) if not one.name.startswith(".")]
-    mine = data[share::num_shares]
-    if share == 0:
+    mine = data[rank::num_ranks]
+    if rank == 0:
         mine += [one for one in files_of(path) if one.name.startswith(".")]
         mine += [one for one in path.rglob("*") if one.is_dir()] if path.is_dir() else []
         mine += [path, path.parent]
@@ -48,18 +34,18 @@ def sync(path: Path, *, share: int = 0, num_shares: int = 1) -> None:
 
 
 def drop_from_cache(path: Path) -> None:
-    """Let the next read of a checkpoint come from storage."""
+    """Drop a checkpoint from the page cache, so that the next read comes from storage."""
     for one in files_of(path):
         descriptor = os.open(one, os.O_RDONLY)
         try:
-            os.fsync(descriptor)  # dirty pages stay
+            os.fsync(descriptor)  # dirty pages would stay
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
 
 
 def read_through_cache(path: Path) -> None:
-    """Read a checkpoint through the page cache, to the last byte."""
+    """Read a whole checkpoint through the page cache."""
     memory = bytearray(_READ_BYTES)
     for one in files_of(path):
         with one.open("rb", buffering=0) as file:
@@ -68,18 +54,18 @@ def read_through_cache(path: Path) -> None:
 
 
 def children_of(pid: int) -> Iterator[int]:
-    """Yield the process and all its descendants that live."""
+    """Yield a process and its living descendants."""
     yield pid
     try:
         for task in Path(f"/proc/{pid}/task").iterdir():
             for child in (task / "children").read_text(encoding="ascii").split():
                 yield from children_of(int(child))
     except OSError:
-        return  # it has ended
+        return  # the process has ended
 
 
 def read_from_storage(pid: int) -> int:
-    """Return how many bytes a process and its descendants had read from storage by now."""
+    """Return the bytes that a process and its descendants have read from storage."""
     total = 0
     for one in children_of(pid):
         try:
@@ -91,7 +77,7 @@ def read_from_storage(pid: int) -> int:
 
 
 def file_system_of(path: Path) -> str:
-    """Return the type of the file system that a path lies on."""
+    """Return the type of a path's file system."""
     best, found = "", "?"
     for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines():
         _, where, kind, *_ = line.split()

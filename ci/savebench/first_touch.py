@@ -1,8 +1,8 @@
-"""Most of the memory that is free, touched once before anything is measured.
+"""Touch most of the free memory once before any measurement.
 
-Owns that. A virtual machine is often given its memory page by page, as it touches it: 3.0 s a GiB on the one of 24 GiB
-that this was written on, and 0.5 s the second time. It would meet whoever comes first to a page, one of the page cache
-too: a load of 512 MiB that takes 0.37 s took 0.8 to 1.6.
+A hypervisor often provides memory page by page, on the first touch: 3.0 s per GiB on a machine of 24 GiB, and 0.5 s the
+second time. Without this the first user of a page pays, the page cache too: a load of 512 MiB took 0.8 to 1.6 s instead
+of 0.37.
 """
 
 import contextlib
@@ -11,33 +11,31 @@ import mmap
 import multiprocessing
 from pathlib import Path
 
-__all__ = ["touch_free_memory"]
-
 _LEFT_BYTES = 2 << 30
-"""For all others, while it goes on."""
+"""Left for other processes meanwhile."""
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 def touch_free_memory() -> str:
-    """Touch the memory that is free, and give it back; say how much that was.
+    """Touch free memory, release it, and return a message with its size.
 
-    A process of its own does so: it is gone before anything else begins, and the first to go where memory runs out.
+    This runs in a process of its own, which the kernel kills first if memory runs out.
     """
     num_bytes = max(_available() - _LEFT_BYTES, 0)
     child = multiprocessing.get_context("spawn").Process(target=_touch, args=(num_bytes,), daemon=True)
     child.start()
     child.join()
-    much = f"{num_bytes / 2**30:.0f} GiB of free memory"
-    return f"{much} touched" if child.exitcode == 0 else f"of {much} not all could be touched"
+    size = f"{num_bytes / 2**30:.0f} GiB of free memory"
+    return f"{size} touched" if child.exitcode == 0 else f"not all of {size} could be touched"
 
 
 def _available() -> int:
-    """Return how much memory could be had without taking any from another process."""
+    """Return the bytes that could be allocated without taking memory from another process."""
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    with contextlib.suppress(OSError, ValueError):  # no limit, or none that is told here
-        most, used = ((_CGROUP / name).read_text(encoding="ascii") for name in ("memory.max", "memory.current"))
-        free.append(int(most) - int(used))
+    with contextlib.suppress(OSError, ValueError):  # no limit, or another cgroup version
+        limit, used = ((_CGROUP / name).read_text(encoding="ascii") for name in ("memory.max", "memory.current"))
+        free.append(int(limit) - int(used))
     return min(free, default=0)
 
 

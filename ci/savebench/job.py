@@ -1,7 +1,4 @@
-"""The training job whose state is saved: a small GPT with AdamW under DistributedDataParallel.
-
-Owns the model, its step, and the fingerprint of its state. Must not know how it is saved.
-"""
+"""The training job whose state is saved: a small GPT with AdamW under DistributedDataParallel."""
 
 import zlib
 from collections.abc import Iterator
@@ -14,11 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ci.savebench.meeting import Meeting
 
-__all__ = ["Job", "shape_of"]
-
 NUM_LAYERS = 12
 NUM_HEADS = 4
-CONTEXT = 8  # tokens in a batch of one: a step is short beside the save that it is measured with
+CONTEXT = 8  # tokens in a batch of one: a step takes less time than the save that is measured
 BYTES_A_PARAMETER = 12  # the weight and AdamW's two moments, in float32
 
 
@@ -28,7 +23,7 @@ class Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm_before = nn.LayerNorm(width)
-        self.look = nn.Linear(width, 3 * width)
+        self.attend = nn.Linear(width, 3 * width)
         self.project = nn.Linear(width, width)
         self.norm_between = nn.LayerNorm(width)
         self.widen = nn.Linear(width, 4 * width)
@@ -37,7 +32,7 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the next layer's input: float32 (batch, time, width)."""
         batch, time, width = x.shape
-        heads = self.look(self.norm_before(x)).view(batch, time, 3, NUM_HEADS, width // NUM_HEADS)
+        heads = self.attend(self.norm_before(x)).view(batch, time, 3, NUM_HEADS, width // NUM_HEADS)
         query, key, value = heads.permute(2, 0, 3, 1, 4)
         seen = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.project(seen.transpose(1, 2).reshape(batch, time, width))
@@ -67,7 +62,7 @@ class SmallGpt(nn.Module):
 
 
 def shape_of(state_bytes: int) -> tuple[int, int]:
-    """Return the width and the number of words of the model whose state has about so many bytes."""
+    """Return the width and the vocabulary size of a model whose state has about `state_bytes` bytes."""
     num_parameters = state_bytes // BYTES_A_PARAMETER
 
     def num_without_words(width: int) -> int:
@@ -80,18 +75,18 @@ def shape_of(state_bytes: int) -> tuple[int, int]:
 
 
 class Job:
-    """One rank's part of the training job.
+    """The training job on one rank.
 
     Args:
-        meeting: of the ranks.
-        state_bytes: about how many bytes the model and the optimizer's state have.
-        folder: where checkpoints go.
+        meeting: exchanges values between the ranks.
+        state_bytes: approximate size of the model and the optimizer's state.
+        folder: folder for checkpoints.
 
     Attributes:
         model: the model as the user trains it, wrapped.
         module: the model inside.
         optimizer: AdamW, whose states exist.
-        num_steps: steps taken so far.
+        num_steps: number of steps taken.
     """
 
     def __init__(self, meeting: Meeting, state_bytes: int, folder: Path) -> None:
@@ -105,7 +100,7 @@ class Job:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self._random = torch.Generator().manual_seed(self.rank)
         self.num_steps = 0
-        for _ in range(2):  # the second one has the buckets in the order of the gradients
+        for _ in range(2):  # after the first, DistributedDataParallel orders its buckets by the gradients
             self.step()
 
     def step(self, *_: Any) -> float:
@@ -120,15 +115,15 @@ class Job:
         return loss.item()
 
     def objects(self) -> dict[str, Any]:
-        """Return what is saved and loaded."""
+        """Return the objects to save and load."""
         return {"model": self.module, "optimizer": self.optimizer}
 
     def wrapped(self) -> dict[str, Any]:
-        """Return the same as a user trains it, and as ignite's handlers take it."""
+        """Return the objects as a user trains them and passes them to ignite's handlers."""
         return {"model": self.model, "optimizer": self.optimizer}
 
     def state(self) -> dict[str, Any]:
-        """Return the state of it; its tensors are the live ones."""
+        """Return the state. Its tensors are the live ones."""
         return {name: thing.state_dict() for name, thing in self.objects().items()}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -144,12 +139,12 @@ class Job:
                 yield f"{index}.{name}", tensor
 
     def size(self) -> tuple[int, int]:
-        """Return the number of tensors of the state, and of their bytes."""
+        """Return the number of tensors in the state, and their bytes."""
         sizes = [tensor.nbytes for _, tensor in self.tensors()]
         return len(sizes), sum(sizes)
 
     def fingerprint(self) -> int:
-        """Return a number that another state does not have."""
+        """Return a checksum of the state."""
         total = 0
         for name, tensor in self.tensors():
             total = zlib.crc32(name.encode(), total)

@@ -1,7 +1,4 @@
-"""What the machine itself allows: a copy of the state, a raw write of it, a raw read.
-
-Owns the three limits that contestants are held against. Must not know the contestants.
-"""
+"""The machine's limits: a copy of the state, a raw write, and a raw read. Results are shown relative to them."""
 
 import ctypes
 import mmap
@@ -12,21 +9,19 @@ from pathlib import Path
 from ci.savebench.files import files_of
 from ci.savebench.job import Job
 
-__all__ = ["LIMITS", "measure_limits", "read_raw"]
-
 LIMITS = "limits"
-CHUNK_BYTES = 256 * 2**20  # larger ones than the 8 MiB that are usual are faster here, for everybody
+CHUNK_BYTES = 256 * 2**20  # faster than the usual 8 MiB
 BLOCK_BYTES = 4096
 
 
 def measure_limits(job: Job) -> dict[str, float]:
-    """Collective. Return the seconds of each limit: the last rank's."""
+    """Collective. Return the seconds of each limit, on the slowest rank."""
     size = -(-job.size()[1] // (BLOCK_BYTES * job.world_size)) * BLOCK_BYTES * job.world_size
     share = size // job.world_size
     path = job.folder / "raw"
     with mmap.mmap(-1, size) as source, mmap.mmap(-1, size) as target:
         for memory in (source, target):
-            ctypes.memset(_address_of(memory), 1, size)  # touched: no page faults below
+            ctypes.memset(_address_of(memory), 1, size)  # no page faults below
         taken = {
             "memcpy_s": _copy(job, source, target, size),
             "memcpy_share_s": _copy(job, source, target, share),
@@ -50,7 +45,7 @@ def _by_name(rows: list[dict[str, float]]) -> dict[str, list[float]]:
 
 def _address_of(memory: mmap.mmap) -> int:
     view = ctypes.c_char.from_buffer(memory)
-    return ctypes.addressof(view)  # the view goes, or the memory could not be closed; the address stays
+    return ctypes.addressof(view)  # without the view, which would keep the memory from being closed
 
 
 def _copy(job: Job, source: mmap.mmap, target: mmap.mmap, size: int) -> float:
@@ -61,25 +56,25 @@ def _copy(job: Job, source: mmap.mmap, target: mmap.mmap, size: int) -> float:
 
 
 def _copy_tensors(job: Job, target: mmap.mmap, begin: int, num_bytes: int) -> float:
-    """Copy bytes of the live tensors one by one, as they lie one after the other."""
-    pieces, at = [], 0
+    """Copy a range of the concatenated live tensors, one memcpy per tensor."""
+    copies, at = [], 0
     for _, tensor in job.tensors():
         first, last = max(begin - at, 0), min(begin + num_bytes - at, tensor.nbytes)
         if first < last:
-            pieces.append((at + first - begin, tensor.data_ptr() + first, last - first))
+            copies.append((at + first - begin, tensor.data_ptr() + first, last - first))
         at += tensor.nbytes
     address, copy = _address_of(target), ctypes.memmove
     job.meeting.barrier()
     begin_s = time.monotonic()
-    for offset, source, length in pieces:
+    for offset, source, length in copies:
         copy(address + offset, source, length)
     return time.monotonic() - begin_s
 
 
 def read_raw(job: Job, path: Path) -> float:
-    """Collective. Read a checkpoint's files past the page cache, a share by each rank; return the slowest's seconds."""
+    """Collective. Read a checkpoint's files by O_DIRECT, a range on each rank; return the slowest rank's seconds."""
     with mmap.mmap(-1, CHUNK_BYTES) as memory, memoryview(memory) as view:
-        ctypes.memset(_address_of(memory), 1, CHUNK_BYTES)  # touched: no page faults below
+        ctypes.memset(_address_of(memory), 1, CHUNK_BYTES)  # no page faults below
         job.meeting.barrier()
         begin = time.monotonic()
         for one in files_of(path):

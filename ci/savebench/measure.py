@@ -1,7 +1,4 @@
-"""One save and one load of one contestant, measured.
-
-Owns what is timed, from where to where. Must not know who the contestant is, or what becomes of the numbers.
-"""
+"""Measure one save and one load of one contestant."""
 
 import itertools
 import os
@@ -20,19 +17,17 @@ from ci.savebench.files import drop_from_cache, num_bytes, read_from_storage, re
 from ci.savebench.job import Job
 from ci.savebench.limits import read_raw
 
-__all__ = ["Watch", "save_and_load"]
-
-NUM_WARM = 2  # iterations: a new engine's handlers meet in the first one
-NUM_BEFORE = 3  # without a save, each way
+NUM_WARM = 2  # iterations: in the first, the handlers of a new engine agree on their order
+NUM_BEFORE = 3  # iterations without a save, before it and after
 MAX_AFTER = 8
-LIMIT_S = 100  # of a save; the group's own is longer
+LIMIT_S = 100  # for a save; shorter than the process group's timeout
 
 
 @dataclass(slots=True)
 class Run:
-    """A few iterations with one save among them, as one rank saw them.
+    """Times of a few iterations with one save among them, on one rank.
 
-    A step is counted from its start to the start of the next one, with all handlers. The stall is apart from it.
+    A step lasts from its start to the start of the next one, with all handlers, but without the save's stall.
     """
 
     without_s: list[float] = field(default_factory=list)
@@ -44,18 +39,18 @@ class Run:
     fingerprint: int = 0
 
     def lost_s(self) -> float:
-        """Return the time until the save was durable, less what as many steps take without one."""
+        """Return the time until the save was durable, minus the time of as many steps without a save."""
         return self.ended - self.began - len(self.during_s) * statistics.median(self.without_s)
 
 
-class Watch:
-    """Notes the time on the events of an engine, and ends its run when it has seen enough.
+class Stopwatch:
+    """Takes times at the events of an engine, and ends its run.
 
     Args:
-        job: that the engine trains.
-        contestant: that saves in its events.
-        path: where to.
-        max_after: steps without a save after it.
+        job: the job that the engine trains.
+        contestant: saves at an event.
+        path: path of the checkpoint.
+        max_after: largest number of steps after the save.
     """
 
     def __init__(self, job: Job, contestant: Contestant, path: Path, *, max_after: int = MAX_AFTER) -> None:
@@ -73,7 +68,7 @@ class Watch:
 
     def _on_started(self, engine: Engine) -> None:
         now = time.monotonic()
-        run, number = self.run, engine.state.iteration - 1  # of the step that is over
+        run, number = self.run, engine.state.iteration - 1  # of the step that has ended
         if number == self._at:
             run.went_on = now
             self._contestant.saved(self._path)
@@ -82,7 +77,7 @@ class Watch:
         elif number > NUM_WARM:
             run.without_s.append(now - self._started)
         if number >= self._at and not run.ended:
-            self._look()
+            self._check_durable()
             if self._is_durable:
                 run.ended = now
         self._started = now
@@ -90,10 +85,10 @@ class Watch:
     def _on_completed(self, engine: Engine) -> None:
         number = engine.state.iteration
         if number == self._at:
-            self._stand_ready()
+            self._start_save()
         elif number > self._at and not self._is_durable:
-            # Whether it is durable on every rank: all end the window, and the run, with the same step.
-            self._look()
+            # All ranks agree, so that the window and the run end with the same step on each.
+            self._check_durable()
             waiting = torch.tensor([not self.run.durable], dtype=torch.int32)
             dist.all_reduce(waiting, op=dist.ReduceOp.MAX)
             self._is_durable = not waiting.item()
@@ -106,28 +101,28 @@ class Watch:
             if not self._num_left:
                 engine.terminate()
 
-    def _stand_ready(self) -> None:
-        """Fingerprint the state that is to be saved, and begin when all ranks are there; the step has ended."""
+    def _start_save(self) -> None:
+        """Take the fingerprint of the state to save, and start the clock once all ranks have arrived."""
         self.run.without_s.append(time.monotonic() - self._started)
         self.run.fingerprint = self._job.fingerprint()
         self._job.meeting.barrier()
         self.run.began = time.monotonic()
 
-    def _look(self) -> None:
+    def _check_durable(self) -> None:
         if not self.run.durable:
             self.run.durable = self._contestant.durable_at() or 0.0
 
 
 def save_and_load(job: Job, contestant: Contestant, path: Path) -> dict[str, Any]:
     """Collective. Train, save in between, and load; return the numbers, each over all ranks."""
-    run = Watch(job, contestant, path).run
+    run = Stopwatch(job, contestant, path).run
     job.meeting.barrier()
     where = contestant.where(path)
-    read_raw(job, where)  # the machine below may keep what was read before: the second one, and the load, find the same
+    read_raw(job, where)  # a hypervisor may cache it: the second read and the load find the same cache
     raw_read_s = read_raw(job, where)
     if job.rank == 0:
-        # A virtual machine's free memory may go back to the one below, and to have it again costs more than the load
-        # (see first_touch.py). So the page cache most likely gets pages that were in use a moment ago.
+        # A virtual machine may return free memory to its host, and getting it back costs more than the load (see
+        # first_touch.py). After this the page cache most likely reuses pages.
         read_through_cache(where)
         drop_from_cache(where)
     read_before = read_from_storage(os.getpid())
@@ -164,6 +159,6 @@ def save_and_load(job: Job, contestant: Contestant, path: Path) -> dict[str, Any
     job.meeting.barrier()
     if job.rank == 0:
         contestant.remove(path)
-        os.sync()  # what is written back now is not somebody else's any more
+        os.sync()  # so that no writeback falls into the next measurement
     job.meeting.barrier()
     return measured

@@ -1,7 +1,6 @@
-"""Where the ranks of a benchmark meet, apart from the process group under test.
+"""Exchange values between the ranks over the parent's store.
 
-Owns the small values that ranks exchange between measurements: over the parent's store, so that a contestant that broke
-the group is still told of. Must not know what is measured.
+The process group is under test: a contestant that breaks it must still be reported.
 """
 
 import json
@@ -10,18 +9,16 @@ from typing import Any
 
 from torch.distributed import Store
 
-__all__ = ["Meeting"]
-
-LIMIT = timedelta(seconds=150)  # a rank may still be in a save, under the group's own limit
+TIMEOUT = timedelta(seconds=150)  # longer than the process group's: a rank may still be in a save
 
 
 class Meeting:
-    """The ranks' exchange of plain values.
+    """Exchanges plain values between the ranks.
 
     Args:
-        store: one that all ranks are connected to.
+        store: a store that all ranks are connected to.
         rank: this rank.
-        world_size: how many ranks there are.
+        world_size: number of ranks.
     """
 
     def __init__(self, store: Store, rank: int, world_size: int) -> None:
@@ -31,15 +28,15 @@ class Meeting:
         self._number = 0
 
     def gather(self, value: Any) -> list[Any]:
-        """Collective. Return the value of every rank, in their order. Values are what JSON knows."""
+        """Collective. Return the values of all ranks, in rank order. Each must be serializable as JSON."""
         self._number += 1
         self._store.set(self._key(self.rank), json.dumps(value))
         keys = [self._key(rank) for rank in range(self.world_size)]
-        self._store.wait(keys, LIMIT)
+        self._store.wait(keys, TIMEOUT)
         return [json.loads(self._store.get(key)) for key in keys]
 
     def barrier(self) -> None:
-        """Collective. Return when every rank has come."""
+        """Collective. Block until all ranks have arrived."""
         self.gather(None)
 
     def _key(self, rank: int) -> str:

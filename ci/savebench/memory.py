@@ -1,7 +1,4 @@
-"""How much memory a save takes, measured apart from its time: a sampler would slow it down.
-
-Owns what is held against what.
-"""
+"""Measure the memory that a save takes, apart from its time: sampling slows it down."""
 
 import ctypes
 import gc
@@ -10,14 +7,12 @@ from pathlib import Path
 
 from ci.savebench.contestant import Contestant
 from ci.savebench.job import Job
-from ci.savebench.measure import Watch
+from ci.savebench.measure import Stopwatch
 from ci.savebench.sampler import Sampler
-
-__all__ = ["Memory"]
 
 
 class _Nobody(Contestant):
-    """Saves nothing; all else is as for the others, so that what a process does for the first time is not theirs."""
+    """A contestant that saves nothing: its run takes what a process allocates only once."""
 
     name = "nobody"
     writes_one_file = True
@@ -27,31 +22,31 @@ class _Nobody(Contestant):
 
 
 class Memory:
-    """The peak of all ranks while a new contestant saves a few times, less that of a run before it that saves nothing.
+    """Measures the peak memory of all ranks during saves, minus the peak of a run without a save.
 
-    What it holds from save to save is in it.
+    Memory that a contestant keeps between saves is included.
 
     Args:
-        job: to train between.
-        sampler: of all ranks, on rank 0; the others return 0 for everything.
+        job: the training job.
+        sampler: samples all ranks, on rank 0; None on other ranks, which return 0.
     """
 
     def __init__(self, job: Job, sampler: Sampler | None) -> None:
         self._job, self._sampler = job, sampler
 
     def extra_bytes(self, kind: type[Contestant], labels: Sequence[str]) -> int:
-        """Collective. Return it for saves of these names.
+        """Collective. Return the additional bytes for one save per label.
 
         Raises:
-            MissingError: this version lacks what the contestant needs.
-            ImportError: it is not installed.
+            MissingError: the installed version lacks what the contestant needs.
+            ImportError: the library is not installed.
         """
         without = self._without_a_save()
 
         def save() -> None:
             contestant = kind(self._job)
             for label in labels:
-                Watch(self._job, contestant, contestant.folder / label, max_after=0)
+                Stopwatch(self._job, contestant, contestant.folder / label, max_after=0)
                 self._job.meeting.barrier()
                 if self._job.rank == 0:
                     contestant.remove(contestant.folder / label)
@@ -61,9 +56,9 @@ class Memory:
 
     def _without_a_save(self) -> int:
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # what others freed is not to be used again unseen
+        ctypes.CDLL(None).malloc_trim(0)  # so that no freed memory is reused unseen
         nobody = _Nobody(self._job)
-        peak = self._peak(lambda: Watch(self._job, nobody, nobody.folder / "none", max_after=0))
+        peak = self._peak(lambda: Stopwatch(self._job, nobody, nobody.folder / "none", max_after=0))
         if self._job.rank == 0:
             nobody.remove(nobody.folder / "none")
         return peak

@@ -1,7 +1,4 @@
-"""distckpt itself, in the foreground and in the background.
-
-Owns its contestants. They are the handler as a user attaches it; durable is what they say is durable.
-"""
+"""distckpt's contestants: the handler as a user attaches it, in the foreground and in the background."""
 
 import inspect
 from pathlib import Path
@@ -15,11 +12,9 @@ from ci.savebench.contestant import Contestant, MissingError, Waiter
 from ci.savebench.job import Job
 from distckpt.saving.staging import thread_memory
 
-__all__ = ["Background", "BackgroundShared", "Foreground", "Shared"]
-
 
 class Foreground(Contestant):
-    """Checkpoint with a DiskSaver, which keeps the latest one."""
+    """Checkpoint with a DiskSaver that keeps the latest file."""
 
     name = "distckpt"
     is_ours = True
@@ -39,14 +34,14 @@ class Foreground(Contestant):
         )
 
     def attach(self, engine: Engine, *, at: int, path: Path) -> None:
-        """Attach the handler, and wait beside the training as for the others."""
+        """Attach the handler, and wait for the file on a thread."""
         del path
         arrivals = Arrivals(self.folder)
         self._waiter = Waiter(lambda: _wait(arrivals))
         engine.add_event_handler(Events.ITERATION_COMPLETED(once=at), self._checkpoint)
 
     def saved(self, path: Path) -> None:
-        """Do nothing: it is waited for already."""
+        """Do nothing: `attach` has started the wait."""
 
     def where(self, path: Path) -> Path:
         """Return the newest file."""
@@ -58,22 +53,22 @@ class Foreground(Contestant):
         distckpt.Checkpoint.load_objects(self.job.wrapped(), self.where(path))
 
     def remove(self, path: Path) -> None:
-        """Leave it to the next save."""
+        """Do nothing: the next save removes the file."""
 
     def close(self) -> None:
-        """Free the memory that all savers of a process share."""
+        """Free the memory that all saves of a process share."""
         thread_memory().free()
 
 
 class Shared(Foreground):
-    """The same with the writing shared among the ranks of a node."""
+    """The same, written by all ranks of the node."""
 
     name = "distckpt shared"
     options: ClassVar[dict[str, Any]] = {"share_write": "node"}
 
 
 class Background(Foreground):
-    """The same with a saver that writes beside the training."""
+    """The same, written while training continues."""
 
     name = "distckpt background"
     is_background = True
@@ -87,19 +82,19 @@ class Background(Foreground):
         super().__init__(job)
 
     def close(self) -> None:
-        """End what is in flight."""
+        """Wait for a pending save."""
         self._checkpoint.wait_until_finished()
         super().close()
 
 
 class BackgroundShared(Background):
-    """The same with the writing shared among the ranks of a node."""
+    """The same, written by all ranks of the node."""
 
     name = "distckpt background shared"
     options: ClassVar[dict[str, Any]] = {"background": True, "share_write": "node"}
 
 
 def _wait(arrivals: Arrivals) -> None:
-    """Return when the new file is there and the older one begins to go, which it does when the new one is synced."""
+    """Block until the new file has its name and the older one is removed, which comes after the sync."""
     with arrivals:
         arrivals.wait_for_another(".pt")

@@ -1,6 +1,6 @@
-"""The picture for the README: bars of stall and lost time, as SVG.
+"""The picture of the documentation: bars of stall and lost time, as SVG.
 
-Owns its look. Needs no library; the same numbers give the same bytes.
+It needs no library. The same results give the same bytes.
 """
 
 from collections.abc import Sequence
@@ -8,8 +8,6 @@ from xml.sax.saxutils import escape
 
 from ci.savebench.field import FIELD
 from ci.savebench.summary import Row
-
-__all__ = ["picture_of"]
 
 WIDTH, NAMES_WIDTH, VALUES_WIDTH = 880, 250, 60
 BAR, GAP, TOP, BOTTOM = 13, 13, 76, 34
@@ -21,9 +19,9 @@ def picture_of(rows: Sequence[Row], *, title: str, notes: str) -> str:
     """Return an SVG with two bars for each row.
 
     Args:
-        rows: from top to bottom.
-        title: its first line.
-        notes: its last line: where it was measured.
+        rows: the contestants from top to bottom.
+        title: first line of text.
+        notes: last line of text.
     """
     highest = max([row.stall_s.median for row in rows] + [row.lost_s.median for row in rows] + [0.001])
     step = _step(highest)
@@ -60,7 +58,7 @@ def picture_of(rows: Sequence[Row], *, title: str, notes: str) -> str:
 
 
 def _step(highest: float) -> float:
-    """Return a round number that fits about five times."""
+    """Return a round number that divides `highest` into at most five steps."""
     size = 10.0**-3
     while True:
         for factor in (1, 2, 5):

@@ -1,8 +1,8 @@
 """One rank of a benchmark's world.
 
-Owns the order of the measurements: memory first, while nobody holds any; then rounds, in each of which every contestant
-and the limits have their turn. What is measured goes to a journal, line by line, so that a contestant that breaks the
-job costs its own numbers only.
+Memory is measured first, while no contestant holds any. Then come rounds: in each, every contestant and the machine's
+limits are measured once. Results go to a journal line by line, so that a contestant that breaks the job loses only its
+own results.
 """
 
 import contextlib
@@ -33,9 +33,7 @@ from ci.savebench.limits import LIMITS, measure_limits
 from ci.savebench.measure import save_and_load
 from ci.savebench.meeting import Meeting
 from ci.savebench.memory import Memory
-from ci.savebench.sampler import watching
-
-__all__ = ["MEMORY_ROUND", "Plan", "be_rank"]
+from ci.savebench.sampler import sample
 
 GROUP_LIMIT = timedelta(seconds=120)
 PR_SET_PDEATHSIG = 1
@@ -44,17 +42,17 @@ MEMORY_ROUND = -1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a world does.
+    """The measurements of one world.
 
     Attributes:
-        world_size: how many ranks it has.
-        state_bytes: of the model and its optimizer, about.
-        names: who takes part.
-        first_round: `MEMORY_ROUND`, or where a world before this one broke. Round 0 warms up.
-        num_rounds: that are timed.
-        folder: for checkpoints.
-        journal: the file that rank 0 writes to.
-        port: of the parent's store.
+        world_size: number of ranks.
+        state_bytes: approximate size of the model and its optimizer's state.
+        names: names of the contestants.
+        first_round: `MEMORY_ROUND`, or the round in which an earlier world broke. Round 0 warms up.
+        num_rounds: number of timed rounds.
+        folder: folder for checkpoints.
+        journal: file that rank 0 writes to.
+        port: port of the parent's store.
     """
 
     world_size: int
@@ -67,18 +65,18 @@ class Plan:
     port: int
 
     def log_of(self, rank: int) -> Path:
-        """Return the file that a rank's standard error goes to."""
+        """Return the file that takes a rank's standard error."""
         return self.journal.with_name(f"{self.journal.name}-{rank}.log")
 
 
-def be_rank(rank: int, plan: Plan) -> None:
-    """Be one rank, until all is measured. Exit status 1 where something failed; the journal says what."""
-    os.setsid()  # the parent ends the rank and its children together, and nobody else
+def run_rank(rank: int, plan: Plan) -> None:
+    """Run one rank to the end, and exit: with status 1 after a failure, which is in the journal."""
+    os.setsid()  # the parent kills the rank and its children as a group
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # tensors in shared memory have a descriptor each
+    _, maximum = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (maximum, maximum))  # each tensor in shared memory takes a descriptor
     with plan.log_of(rank).open("ab") as log:
-        os.dup2(log.fileno(), sys.stderr.fileno())  # what contestants and their processes log is no part of the output
+        os.dup2(log.fileno(), sys.stderr.fileno())  # logs of contestants are not part of the output
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
@@ -90,23 +88,23 @@ def be_rank(rank: int, plan: Plan) -> None:
     try:
         Rounds(Job(meeting, plan.state_bytes, plan.folder), journal, plan).run()
         distckpt.finalize()
-    except Exception:  # noqa: BLE001 - told in the journal; other ranks may hang in a collective, and are ended
-        Journal(plan.journal).tell(kind="error", rank=rank, text=traceback.format_exc())
+    except Exception:  # noqa: BLE001 - it goes to the journal; the parent kills ranks that hang in a collective
+        Journal(plan.journal).write(kind="error", rank=rank, text=traceback.format_exc())
         os._exit(1)
-    os._exit(0)  # without waiting for threads of contestants
+    os._exit(0)  # do not wait for contestants' threads
 
 
 class Journal:
-    """Lines of JSON for the parent.
+    """A file of JSON lines that the parent reads.
 
     Args:
-        path: None on ranks that have nothing to say.
+        path: path of the file; None on ranks that write nothing.
     """
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
 
-    def tell(self, **line: Any) -> None:
+    def write(self, **line: Any) -> None:
         """Append a line."""
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
@@ -114,12 +112,12 @@ class Journal:
 
 
 class Rounds:
-    """The measurements in their order.
+    """Runs the measurements in order.
 
     Args:
-        job: to measure with.
-        journal: to tell of them.
-        plan: see there.
+        job: the training job.
+        journal: takes the results.
+        plan: the measurements to run.
     """
 
     def __init__(self, job: Job, journal: Journal, plan: Plan) -> None:
@@ -128,9 +126,9 @@ class Rounds:
         self._number = 0
 
     def run(self) -> None:
-        """Collective. Do them all."""
+        """Collective. Run all measurements."""
         num_tensors, num_bytes = self._job.size()
-        self._journal.tell(kind="state", num_tensors=num_tensors, num_bytes=num_bytes)
+        self._journal.write(kind="state", num_tensors=num_tensors, num_bytes=num_bytes)
         if self._plan.first_round == MEMORY_ROUND:
             self._measure_memory()
         for name in self._plan.names:
@@ -138,16 +136,19 @@ class Rounds:
         for number in range(max(0, self._plan.first_round), self._plan.num_rounds + 1):
             names = [LIMITS, *self._contestants]
             for name in names[number % len(names) :] + names[: number % len(names)]:
-                with self._turn(name, number):
+                with self._measuring(name, number):
                     self._measure(name, number)
 
     def _measure_memory(self) -> None:
-        with self._watching() as sampler:
+        with self._sampling() as sampler:
             memory = Memory(self._job, sampler)
             for name in self._plan.names:
-                with self._turn(name, MEMORY_ROUND), contextlib.suppress(MissingError, ImportError):  # told below
+                with (
+                    self._measuring(name, MEMORY_ROUND),
+                    contextlib.suppress(MissingError, ImportError),
+                ):  # _set_up reports it
                     num_bytes = memory.extra_bytes(FIELD[name], ("first", "second"))
-                    self._journal.tell(kind="memory", name=name, extra_bytes=num_bytes)
+                    self._journal.write(kind="memory", name=name, extra_bytes=num_bytes)
                 self._clear(name)
 
     def _clear(self, name: str) -> None:
@@ -157,19 +158,19 @@ class Rounds:
         self._job.meeting.barrier()
 
     def _set_up(self, name: str) -> None:
-        with self._turn(name, self._plan.first_round):
-            self._clear(name)  # of a world before this one
+        with self._measuring(name, self._plan.first_round):
+            self._clear(name)  # an earlier world may have left files
             try:
                 self._contestants[name] = FIELD[name](self._job)
             except (MissingError, ImportError) as error:
-                self._journal.tell(kind="missing", name=name, why=str(error))
+                self._journal.write(kind="missing", name=name, why=str(error))
 
     def _measure(self, name: str, number: int) -> None:
         if name == LIMITS:
             measured = measure_limits(self._job)
         else:
             measured = save_and_load(self._job, self._contestants[name], self._path(name))
-        self._journal.tell(kind="measured", name=name, round=number, **measured)
+        self._journal.write(kind="measured", name=name, round=number, **measured)
 
     def _path(self, name: str) -> Path:
         self._number += 1
@@ -177,17 +178,17 @@ class Rounds:
         return folder / f"{self._plan.first_round}-{self._number}"
 
     @contextlib.contextmanager
-    def _turn(self, name: str, number: int) -> Iterator[None]:
-        self._journal.tell(kind="begin", name=name, round=number)
+    def _measuring(self, name: str, number: int) -> Iterator[None]:
+        self._journal.write(kind="begin", name=name, round=number)
         self._job.meeting.barrier()
         yield
         self._job.meeting.barrier()
 
     @contextlib.contextmanager
-    def _watching(self) -> Iterator[Any]:
+    def _sampling(self) -> Iterator[Any]:
         pids = self._job.meeting.gather(os.getpid())
         if self._job.rank == 0:
-            with watching(pids) as sampler:
+            with sample(pids) as sampler:
                 yield sampler
         else:
             yield None

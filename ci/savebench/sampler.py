@@ -1,9 +1,8 @@
-"""A process that watches how much memory others hold.
+"""A process that samples the memory of other processes: ``python -m ci.savebench.sampler PID...``.
 
-Owns the sampling; run as ``python -m ci.savebench.sampler PID...``. A line on standard input is answered with the peak
-since the one before, in bytes; the end of the input ends it. It counts anonymous memory, and shared memory in
-proportion to who shares it, so that what two processes map is not counted twice; mapped files are not counted. The
-proportion is asked for only where shared memory grew or shrank: the kernel walks all pages, and holds the process up.
+For each line on standard input it prints the peak since the last one, in bytes. It counts anonymous memory, and the
+proportional share of shared memory (Pss), so that nothing counts twice. Mapped files do not count. Pss is read only
+after the size of shared memory has changed: the kernel walks all pages for it, and blocks the process meanwhile.
 """
 
 import contextlib
@@ -16,27 +15,25 @@ from pathlib import Path
 
 from ci.savebench.files import children_of
 
-__all__ = ["Sampler", "watching"]
-
 INTERVAL_S = 0.005
-NOTED_BYTES = 2**20
-PATIENCE_S = 10
+CHANGE_BYTES = 2**20
+TIMEOUT_S = 10
 
 
 class Sampler:
-    """The watching process, seen from the one that started it.
+    """The sampling process, as its parent sees it.
 
     Args:
-        pids: whom to watch, with their descendants.
+        pids: processes to sample, with their descendants.
     """
 
     def __init__(self, pids: Sequence[int]) -> None:
         command = [sys.executable, "-m", "ci.savebench.sampler", *map(str, pids)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
-        self.peak()  # it watches now
+        self.peak()  # wait until it samples
 
     def peak(self) -> int:
-        """Return the peak since the last call, in bytes, summed over all that is watched."""
+        """Return the peak since the last call in bytes, summed over all processes."""
         if self._process.stdin is None or self._process.stdout is None:
             return 0
         self._process.stdin.write("\n")
@@ -48,13 +45,13 @@ class Sampler:
         if self._process.stdin is not None:
             self._process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(PATIENCE_S)
+            self._process.wait(TIMEOUT_S)
         self._process.kill()
 
 
 @contextlib.contextmanager
-def watching(pids: Sequence[int]) -> Iterator[Sampler]:
-    """Watch processes while the block runs."""
+def sample(pids: Sequence[int]) -> Iterator[Sampler]:
+    """Sample processes during the body of a ``with`` statement."""
     sampler = Sampler(pids)
     try:
         yield sampler
@@ -63,10 +60,10 @@ def watching(pids: Sequence[int]) -> Iterator[Sampler]:
 
 
 class Memory:
-    """What some processes and their descendants hold; this process apart.
+    """Memory of processes and their descendants, except this process.
 
     Args:
-        pids: see above.
+        pids: the processes.
     """
 
     def __init__(self, pids: Sequence[int]) -> None:
@@ -74,13 +71,13 @@ class Memory:
         self._mapped = self._proportional = 0
 
     def held(self) -> int:
-        """Return the bytes that they hold now."""
-        everyone = {one for pid in self._pids for one in children_of(pid)} - {os.getpid()}
-        anonymous = sum(_field(one, "status", "RssAnon:") for one in everyone)
-        mapped = sum(_field(one, "status", "RssShmem:") for one in everyone)
-        if abs(mapped - self._mapped) > NOTED_BYTES:
+        """Return their present memory in bytes."""
+        processes = {one for pid in self._pids for one in children_of(pid)} - {os.getpid()}
+        anonymous = sum(_field(one, "status", "RssAnon:") for one in processes)
+        mapped = sum(_field(one, "status", "RssShmem:") for one in processes)
+        if abs(mapped - self._mapped) > CHANGE_BYTES:
             self._mapped = mapped
-            self._proportional = sum(_field(one, "smaps_rollup", "Pss_Shmem:") for one in everyone)
+            self._proportional = sum(_field(one, "smaps_rollup", "Pss_Shmem:") for one in processes)
         return anonymous + self._proportional
 
 
@@ -89,11 +86,11 @@ def _field(pid: int, file: str, name: str) -> int:
         for line in Path(f"/proc/{pid}/{file}").read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith(name):
                 return int(line.split()[1]) * 1024
-    return 0  # it has ended
+    return 0  # the process has ended
 
 
 def main() -> None:
-    """Answer with peaks until the input ends."""
+    """Print peaks until the input ends."""
     memory = Memory([int(text) for text in sys.argv[1:]])
     peak = 0
     while True:

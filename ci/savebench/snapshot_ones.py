@@ -1,6 +1,6 @@
-"""torchsnapshot, where it is installed: the environment `bench` has it.
+"""torchsnapshot's contestants; the environment `bench` has it installed.
 
-Owns its two contestants. It syncs nothing: an fsync of its files is done for it, beside the training.
+It syncs nothing, so a thread syncs its files while training continues.
 """
 
 import importlib
@@ -10,11 +10,9 @@ from typing import Any
 from ci.savebench.contestant import Contestant
 from ci.savebench.job import Job
 
-__all__ = ["SnapshotAsyncTake", "SnapshotTake"]
-
 
 class SnapshotTake(Contestant):
-    """Snapshot.take of replicated state: the ranks share the writing."""
+    """Snapshot.take of replicated state, written by all ranks."""
 
     name = "torchsnapshot take"
 
@@ -39,7 +37,7 @@ class SnapshotAsyncTake(SnapshotTake):
     is_background = True
 
     def save(self, path: Path) -> None:
-        """Copy the state, and begin."""
+        """Copy the state, and start the write."""
         self._pending = self._snapshot.async_take(path=str(path), app_state=self.job.objects(), replicated=["**"])
 
     def complete(self, path: Path) -> None:

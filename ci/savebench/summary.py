@@ -1,7 +1,4 @@
-"""From raw numbers to medians, with their spread, and ratios to the limits of the same round.
-
-Owns the arithmetic of the tables. Must not know how they look.
-"""
+"""From raw results to medians, their spread, and ratios to the limits of the same round."""
 
 import statistics
 from collections.abc import Iterable
@@ -10,8 +7,6 @@ from typing import Any
 
 from ci.savebench.limits import LIMITS
 from ci.savebench.world import Measured
-
-__all__ = ["Row", "Spread", "limits_of", "rows_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +19,14 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Spread":
-        """Return that of some values."""
+        """Return the spread of values."""
         listed = list(values)
         return cls(statistics.median(listed), min(listed), max(listed))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """A contestant's medians over the rounds. Ratios are medians of each round's own; sums are over all ranks."""
+    """A contestant's medians over the rounds. A ratio is the median of the rounds' ratios."""
 
     name: str
     stall_s: Spread
@@ -51,13 +46,13 @@ class Row:
 
 
 def limits_of(measured: Measured) -> dict[str, Spread]:
-    """Return the limits, without the round that warms up."""
+    """Return the limits, without the warm-up round."""
     rounds = _timed(measured.rounds.get(LIMITS, {})).values()
     return {name: Spread.of(one[name] for one in rounds) for name in next(iter(rounds), {})}
 
 
 def rows_of(measured: Measured) -> list[Row]:
-    """Return a row for each contestant that has numbers of a timed round."""
+    """Return a row for each contestant with results of a timed round."""
     found = []
     limits = measured.rounds.get(LIMITS, {})
     for name, rounds in measured.rounds.items():

@@ -1,17 +1,15 @@
-"""The tables, as plain text. Owns how numbers look; computes none."""
+"""Results as tables in plain text."""
 
 from ci.savebench.field import FIELD
 from ci.savebench.summary import Row, Spread, limits_of, rows_of
-from ci.savebench.world import Measured, gist_of
-
-__all__ = ["table_of"]
+from ci.savebench.world import Measured, summary_of
 
 MIB = 2**20
 HEADS = (
     "",
     "stall s",
     "/memcpy",
-    "/share",
+    "/range",
     "/tensors",
     "durable s",
     "/write",
@@ -24,26 +22,26 @@ HEADS = (
     "restores",
 )
 LEGEND = """\
-stall: of the call, on the slowest rank. durable: from the call until everything is synced. cold load: into live
-objects, on all ranks. /memcpy, /share: against a rank's copy of as many bytes as the whole state has, and as its share
-has, by one memcpy; /tensors: against a copy of its share by one memcpy a tensor, all in the same round. (glibc's memcpy
-writes past the caches from a size on that `ld.so --list-tunables` tells; distckpt always, if it can.) /write: against a
-raw write of a share by each rank; /read+copy: against such a read of the same files, and a memcpy of all. read x: bytes
-that all ranks read from storage, of the checkpoint's. extra: the most memory that all ranks hold more than without
-a save. step x: a step until the save is durable, against one without.
+stall: duration of the call, on the slowest rank. durable: from the call until everything is synced. cold load: into
+live objects, on all ranks. /memcpy, /range: relative to one memcpy of the state's size, and of a rank's range of it;
+/tensors: relative to one memcpy per tensor of that range, in the same round. (glibc's memcpy bypasses the caches above
+a size that `ld.so --list-tunables` shows; distckpt always does if the CPU can.) /write: relative to a raw write of a
+range by each rank; /read+copy: relative to a raw read of the same files and one memcpy of all. read x: bytes that all
+ranks read from storage, relative to the checkpoint. extra: largest additional memory of all ranks during a save.
+step x: duration of a step until the save is durable, relative to one without a save.
 lost: stall and longer steps until it is durable. Medians of the rounds (smallest-largest). torch, ignite and
-torchsnapshot sync nothing: a thread beside the training did it for them. The older checkpoint was removed at no cost to
-them, where distckpt and ignite's handler remove it in the save; distckpt's is durable when that begins."""
+torchsnapshot sync nothing: a thread syncs their files while training continues. Removing the older checkpoint costs
+them nothing here; distckpt and ignite's handler remove it in the save, distckpt after the new one is durable."""
 
 
 def table_of(measured: Measured) -> str:
-    """Return the table of one world, with its limits and those who were left out."""
+    """Return the table of one world, with its limits and the contestants without results."""
     ranks = "1 rank" if measured.world_size == 1 else f"{measured.world_size} ranks"
     lines = [f"{ranks}; state: {measured.num_tensors} tensors, {measured.num_bytes / MIB:.0f} MiB"]
     limits = limits_of(measured)
     if limits:
-        copies = f"memcpy of all {_spread(limits['memcpy_s'])}, of a share {_spread(limits['memcpy_share_s'])}"
-        copies += f"; tensor by tensor {_spread(limits['tensors_s'])}, of a share {_spread(limits['tensors_share_s'])}"
+        copies = f"memcpy of all {_spread(limits['memcpy_s'])}, of a range {_spread(limits['memcpy_share_s'])}"
+        copies += f"; tensor by tensor {_spread(limits['tensors_s'])}, of a range {_spread(limits['tensors_share_s'])}"
         storage = f"raw write {_spread(limits['write_s'])}; raw read {_spread(limits['read_s'])}"
         lines.append(f"  limits, s: {copies}; {storage}")
     order = list(FIELD)
@@ -56,7 +54,7 @@ def table_of(measured: Measured) -> str:
         lines.append("  ".join(["", first.ljust(widths[0]), *padded]))
     for name, why in sorted(measured.left_out.items(), key=lambda one: order.index(one[0])):
         kind, _, text = why.partition(": ")
-        lines.append(f"  {name.ljust(widths[0])}  {kind}: {gist_of(text)}")
+        lines.append(f"  {name.ljust(widths[0])}  {kind}: {summary_of(text)}")
     return "\n".join(lines)
 
 

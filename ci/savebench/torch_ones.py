@@ -1,6 +1,6 @@
-"""What comes with torch and ignite: torch.save, ignite's Checkpoint, torch.distributed.checkpoint.
+"""torch.save, ignite's Checkpoint and torch.distributed.checkpoint.
 
-Owns these contestants. They sync nothing: an fsync of their files is done for them, beside the training.
+They sync nothing, so a thread syncs their files while training continues.
 """
 
 from concurrent.futures import Future
@@ -17,8 +17,6 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from ci.savebench.contestant import Contestant, MissingError
 from ci.savebench.job import Job
-
-__all__ = ["DcpProcess", "DcpProcessStager", "DcpSave", "DcpStager", "DcpThread", "IgniteCheckpoint", "TorchSave"]
 
 
 class TorchSave(Contestant):
@@ -66,17 +64,17 @@ class IgniteCheckpoint(Contestant):
         ignite.handlers.Checkpoint.load_objects(self.job.wrapped(), checkpoint=str(self.where(path)))
 
     def remove(self, path: Path) -> None:
-        """Leave it to the next save."""
+        """Do nothing: the next save removes the file."""
 
 
 class DcpSave(Contestant):
-    """torch.distributed.checkpoint.save: each rank writes its share."""
+    """torch.distributed.checkpoint.save: each rank writes a part."""
 
     name = "DCP save"
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
-        # Of its own: collectives of a thread would mix with those of the training.
+        # Its own group: a thread's collectives would mix with those of the training.
         self._group = dist.new_group(backend="gloo")
         self._future: Future[Any] | None = None
 
@@ -85,30 +83,32 @@ class DcpSave(Contestant):
         dcp.save(self.job.state(), checkpoint_id=path, process_group=self._group)
 
     def load(self, path: Path) -> None:
-        """Load in place, each rank everything."""
+        """Load everything in place on every rank."""
         state = self.job.state()
         dcp.load(state, checkpoint_id=path, process_group=self._group)
         self.job.load_state(state)
 
     def close(self) -> None:
-        """Give the group back."""
+        """Destroy the group."""
         dist.destroy_process_group(self._group)
 
 
 class DcpThread(DcpSave):
-    """async_save as it comes: a copy into fresh memory, then a thread."""
+    """async_save by default: a copy into new memory, then a thread."""
 
     name = "DCP async_save"
     is_background = True
     options: ClassVar[dict[str, Any]] = {}
 
     def save(self, path: Path) -> None:
-        """Copy the state, and begin."""
-        begun = dcp.async_save(self.job.state(), checkpoint_id=path, process_group=self._group, **self.more())
-        self._future = begun if isinstance(begun, Future) else begun.upload_completion
+        """Copy the state, and start the write."""
+        response = dcp.async_save(
+            self.job.state(), checkpoint_id=path, process_group=self._group, **self.extra_arguments()
+        )
+        self._future = response if isinstance(response, Future) else response.upload_completion
 
-    def more(self) -> dict[str, Any]:
-        """Return further arguments of async_save."""
+    def extra_arguments(self) -> dict[str, Any]:
+        """Return additional arguments of async_save."""
         return {}
 
     def complete(self, path: Path) -> None:
@@ -119,7 +119,7 @@ class DcpThread(DcpSave):
 
 
 class DcpStager(DcpThread):
-    """async_save with a stager that keeps its memory from save to save."""
+    """async_save with a stager that reuses its memory."""
 
     name = "DCP async_save, stager"
     is_memory_shared: ClassVar[bool] = False
@@ -138,7 +138,7 @@ class DcpStager(DcpThread):
             )
         )
 
-    def more(self) -> dict[str, Any]:
+    def extra_arguments(self) -> dict[str, Any]:
         """Return the stager."""
         return {"async_stager": self._stager}
 
@@ -149,12 +149,12 @@ class DcpStager(DcpThread):
 
 
 class DcpProcess(DcpThread):
-    """async_save in a process, which is kept from save to save."""
+    """async_save in a process that is reused."""
 
     name = "DCP async_save, process"
 
-    def more(self) -> dict[str, Any]:
-        """Return the kind."""
+    def extra_arguments(self) -> dict[str, Any]:
+        """Return the process type."""
         return {"async_checkpointer_type": AsyncCheckpointerType.PROCESS}
 
     def close(self) -> None:
@@ -164,14 +164,14 @@ class DcpProcess(DcpThread):
 
 
 class DcpProcessStager(DcpStager):
-    """The same over a stager in shared memory."""
+    """async_save in a process, with a stager in shared memory."""
 
     name = "DCP async_save, process, stager"
     is_memory_shared = True
 
-    def more(self) -> dict[str, Any]:
-        """Return the stager, and the kind."""
-        return {**super().more(), "async_checkpointer_type": AsyncCheckpointerType.PROCESS}
+    def extra_arguments(self) -> dict[str, Any]:
+        """Return the stager and the process type."""
+        return {**super().extra_arguments(), "async_checkpointer_type": AsyncCheckpointerType.PROCESS}
 
     def close(self) -> None:
         """End the process too."""
@@ -180,6 +180,6 @@ class DcpProcessStager(DcpStager):
 
 
 def _end_process() -> None:
-    from torch.distributed.checkpoint import _async_process_executor as executor  # noqa: PLC0415 - only where it is
+    from torch.distributed.checkpoint import _async_process_executor as executor  # noqa: PLC0415 - not in every torch
 
-    executor._CHECKPOINT_PROCESS = None  # noqa: SLF001 - nothing public ends it; the next save starts another
+    executor._CHECKPOINT_PROCESS = None  # noqa: SLF001 - there is no public way; the next save starts another

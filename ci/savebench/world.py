@@ -1,7 +1,6 @@
-"""The parent of the ranks: starts a world, reads its journal, ends it in time.
+"""The parent of the ranks: starts a world, reads its journal, and ends it at a time limit.
 
-Owns the processes. A contestant that fails or hangs is left out, and the world begun again with the others in the round
-where it broke.
+A contestant that fails or hangs is excluded, and the world starts again in the same round with the others.
 """
 
 import contextlib
@@ -19,27 +18,25 @@ from typing import Any
 import torch.distributed as dist
 from torch import multiprocessing
 
-from ci.savebench.rank import MEMORY_ROUND, Plan, be_rank
-
-__all__ = ["Measured", "gist_of", "measure_world", "progress", "scratch_folder"]
+from ci.savebench.rank import MEMORY_ROUND, Plan, run_rank
 
 POLL_S = 0.05
 START_S = 180  # for the imports of all ranks on a busy machine
-GIST_LENGTH = 150
-ENDING_S = 10  # between the first rank that failed and the end of the others: so long they may tell why
+SUMMARY_LENGTH = 150
+ENDING_S = 10  # the other ranks have so long to report after the first failure
 
 
 @dataclasses.dataclass(slots=True)
 class Measured:
-    """What a world measured.
+    """Results of one world.
 
     Attributes:
-        world_size: how many ranks it has.
-        num_tensors: of the state.
-        num_bytes: of the state.
-        rounds: by name, the numbers of each round; the first one warms up.
-        extra_bytes: by name.
-        left_out: by name, why.
+        world_size: number of ranks.
+        num_tensors: number of tensors in the state.
+        num_bytes: size of the state.
+        rounds: results of each round by contestant; round 0 warms up.
+        extra_bytes: additional memory by contestant.
+        left_out: why contestants have no results.
     """
 
     world_size: int
@@ -50,7 +47,7 @@ class Measured:
     left_out: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def read(self, line: dict[str, Any]) -> None:
-        """Take in a line of the journal."""
+        """Add a line of the journal."""
         kind = line.pop("kind")
         if kind == "state":
             self.num_tensors, self.num_bytes = line["num_tensors"], line["num_bytes"]
@@ -63,21 +60,21 @@ class Measured:
 
 
 def measure_world(plan: Plan, *, limit_s: float, tell: Callable[[str], None]) -> Measured:
-    """Measure one world, beginning it again without those who broke it.
+    """Measure one world, restarting it without the contestants that break it.
 
     Args:
-        plan: of the world; its port is chosen here.
-        limit_s: for one turn of one contestant.
-        tell: is told of the progress.
+        plan: the measurements; the port is chosen here.
+        limit_s: seconds for one measurement of one contestant.
+        tell: called with progress messages.
 
     Raises:
-        RuntimeError: the world fails without anybody's turn.
+        RuntimeError: the world fails outside of the measurements.
     """
     measured = Measured(plan.world_size)
     names, first_round = plan.names, plan.first_round
     while True:
         plan.journal.write_text("", encoding="utf-8")
-        broke = _live_once(
+        broke = _run_once(
             dataclasses.replace(plan, names=names, first_round=first_round), measured, limit_s=limit_s, tell=tell
         )
         if broke is None:
@@ -87,19 +84,19 @@ def measure_world(plan: Plan, *, limit_s: float, tell: Callable[[str], None]) ->
             msg = f"{plan.world_size} ranks: {name}: {why}"
             raise RuntimeError(msg)
         measured.left_out[name] = f"FAILED: {why}"
-        tell(f"{name} failed and is left out: {gist_of(why)}")
+        tell(f"{name} failed and is left out: {summary_of(why)}")
         names = tuple(one for one in names if one != name and one not in measured.left_out)
 
 
-def _live_once(
+def _run_once(
     plan: Plan, measured: Measured, *, limit_s: float, tell: Callable[[str], None]
 ) -> tuple[str, int, str] | None:
-    """Start the ranks; return None when all is measured, else whose turn it was, in which round, and what happened."""
+    """Start the ranks. Return None after all measurements, else contestant, round and reason of the failure."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     plan = dataclasses.replace(plan, port=store.port)
     context = multiprocessing.get_context("spawn")
-    # No daemons: a contestant may start processes.
-    ranks = [context.Process(target=be_rank, args=(rank, plan)) for rank in range(plan.world_size)]
+    # Not daemons: a contestant may start processes.
+    ranks = [context.Process(target=run_rank, args=(rank, plan)) for rank in range(plan.world_size)]
     try:
         for rank in ranks:
             rank.start()
@@ -112,7 +109,7 @@ def _live_once(
 def _follow(
     plan: Plan, measured: Measured, ranks: Sequence[BaseProcess], *, limit_s: float, tell: Callable[[str], None]
 ) -> tuple[str, int, str] | None:
-    turn, number, errors, num_read = "start", plan.first_round - 1, list[str](), 0
+    name, number, errors, num_read = "start", plan.first_round - 1, list[str](), 0
     deadline = time.monotonic() + max(limit_s, START_S)
     while True:
         has_ended = [rank.exitcode is not None for rank in ranks]
@@ -123,7 +120,7 @@ def _follow(
                 if line["round"] != number:
                     what = "memory" if line["round"] == MEMORY_ROUND else f"round {line['round']} of {plan.num_rounds}"
                     tell(f"{plan.world_size} ranks: {what}")
-                turn, number = line["name"], line["round"]
+                name, number = line["name"], line["round"]
                 deadline = time.monotonic() + limit_s
             elif line["kind"] == "error":
                 errors.append(f"rank {line['rank']}: {line['text'].strip()}")
@@ -135,28 +132,28 @@ def _follow(
         if all(has_ended):
             if not any(codes):
                 return None
-            return turn, number, "\n".join(errors) or f"exit codes {codes}; {_last_words(plan)}"
+            return name, number, "\n".join(errors) or f"exit codes {codes}; {_last_log_lines(plan)}"
         if any(codes):
             deadline = min(deadline, time.monotonic() + ENDING_S)
         if time.monotonic() > deadline:
-            return turn, number, "\n".join(errors) or f"over its limit; exit codes {codes}; {_last_words(plan)}"
+            return name, number, "\n".join(errors) or f"over its limit; exit codes {codes}; {_last_log_lines(plan)}"
         time.sleep(POLL_S)
 
 
-def gist_of(why: str) -> str:
-    """Return the line of a failure that tells most: the error that was raised first, but for what Gloo says of it."""
+def summary_of(why: str) -> str:
+    """Return the most telling line of a failure: the first error that was raised, unless it is Gloo's."""
     lines = why.strip().splitlines()
     raised = [before for before, line in zip(lines, [*lines[1:], "rank"], strict=True) if line.startswith("rank")]
-    return next((line for line in raised if "gloo" not in line), raised[0])[:GIST_LENGTH]
+    return next((line for line in raised if "gloo" not in line), raised[0])[:SUMMARY_LENGTH]
 
 
-def _last_words(plan: Plan) -> str:
+def _last_log_lines(plan: Plan) -> str:
     logs = [plan.log_of(rank) for rank in range(plan.world_size)]
     return " | ".join(log.read_text(errors="replace").strip().rpartition("\n")[2] for log in logs if log.exists())
 
 
 def _end(rank: BaseProcess) -> None:
-    """End a rank with its children, which are of its process group; it may not have come to make it."""
+    """Kill a rank and its children, which are in its process group if it got so far."""
     if rank.pid is None:
         return
     with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -166,7 +163,7 @@ def _end(rank: BaseProcess) -> None:
 
 
 def scratch_folder() -> Path:
-    """Return where checkpoints go if nobody says: a disk, where /tmp may be memory."""
+    """Return the default folder for checkpoints: on a disk, since /tmp may be in memory."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(os.environ.get("DISTCKPT_CACHE") or Path(cache) / "distckpt") / "bench"
     folder.mkdir(parents=True, exist_ok=True)
@@ -174,5 +171,5 @@ def scratch_folder() -> Path:
 
 
 def progress(text: str) -> None:
-    """Print progress on standard error; standard output is for the table."""
+    """Print progress to standard error. Standard output is for the table."""
     print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
