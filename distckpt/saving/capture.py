@@ -118,13 +118,10 @@ def needs_consolidation(to_save: Mapping[str, Any]) -> bool:
 
 
 def refuse_unconsolidated(to_save: Mapping[str, Any], *, rank: int) -> None:
-    """Refuse objects whose state one rank cannot capture alone. Rank-local; issues no collectives.
+    """Raise ValueError for an object whose state one rank cannot capture alone. Rank-local; issues no collectives.
 
     These are FullyShardedDataParallel modules and what :func:`consolidate` gathers, unless the class sets
     ``distckpt_saves_alone = True``.
-
-    Raises:
-        ValueError: the message names the object.
     """
 
     def check(name: str, obj: Any) -> None:
@@ -132,8 +129,8 @@ def refuse_unconsolidated(to_save: Mapping[str, Any], *, rank: int) -> None:
         is_gathered = _has_consolidate(obj) and not getattr(kind, "distckpt_saves_alone", False)
         if is_gathered or _is_sharded_optimizer(obj) or _has_fsdp(unwrap(obj)):
             msg = (
-                f"rank {rank}: the state of to_save[{name!r}] ({kind.__name__}) is spread over the ranks, and a save "
-                "for an exception is one rank's alone. Save without it on EXCEPTION_RAISED"
+                f"rank {rank}: the state of to_save[{name!r}] ({kind.__name__}) is sharded over the ranks, and a save "
+                "for an exception runs on one rank alone. Save without it on EXCEPTION_RAISED"
             )
             raise ValueError(msg)
 

@@ -163,14 +163,7 @@ class PendingSave:
             raise self._error
 
     def result(self, timeout_s: float | None = None) -> Path:
-        """Collective. Block until the file is committed, as :meth:`wait` does, and return its path.
-
-        Args:
-            timeout_s: see :meth:`wait`.
-
-        Returns:
-            The path that was given to :func:`distckpt.async_save`.
-        """
+        """Collective. Block until the file is committed, and return its path; see :meth:`wait`."""
         self.wait(timeout_s)
         return Path(self.filename) if self.path is None else self.path
 

@@ -45,7 +45,6 @@ def decide(
     Raises:
         RemoteRankError: user code failed on some rank; on every rank.
         ValueError: the ranks name different coordinators, or one that does not exist; on every rank.
-        KeyError: the filename pattern has an unknown field; on every rank.
     """
     if backend.world_size == 1:
         return decide_from([intend()])
@@ -277,12 +276,7 @@ def remove(
     *,
     timeout_s: float | None,
 ) -> list[Removal]:
-    """Collective. Remove files by the save handler's `remove_one` on all ranks.
-
-    Returns:
-        One outcome for each file, the same on every rank. A file that could not be removed is no error: the new
-        checkpoint is committed.
-    """
+    """Collective. Call `remove_one` for each file on all ranks; return the outcomes, the same on every rank."""
     if not filenames:
         return []
     answers = phases.run(backend, point, lambda: remove_local(filenames, remove_one), timeout_s=timeout_s)

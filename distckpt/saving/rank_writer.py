@@ -150,11 +150,7 @@ class RankWriter:
         return [] if self._snapshot is None else self._snapshot.replica_checksums()
 
     def write_alone(self) -> None:
-        """Let the coordinator write the whole file, and the other ranks nothing. Call it after :meth:`prepare`.
-
-        Raises:
-            MemoryError: there is not enough host memory.
-        """
+        """Let the coordinator write the whole file, and the other ranks nothing. Call it after :meth:`prepare`."""
         self._write_range = WHOLE if self.is_coordinator else None
         if self.is_coordinator and self._snapshot is not None:
             self._stage(self._snapshot, whole=True)
@@ -181,9 +177,6 @@ class RankWriter:
 
         Returns:
             The range's checksums, for the coordinator's :meth:`finish`.
-
-        Raises:
-            SaveError: the storage failed.
         """
         if self._write_range is None or self._snapshot is None:
             return []
@@ -205,10 +198,7 @@ class RankWriter:
         return checksums
 
     def finish(self, checksums: Sequence[Checksums]) -> None:
-        """Run step 3. It does nothing on other ranks than the coordinator.
-
-        Args:
-            checksums: of all writers, in the order of their ranges.
+        """Run step 3, with the checksums of all writers in the order of their ranges. Other ranks do nothing.
 
         Raises:
             SaveError: the storage failed; the previous file of that name is untouched.
@@ -302,11 +292,7 @@ def _threads(process: int) -> ThreadPoolExecutor:
 
 
 def run_in_background(work: Callable[[], _T]) -> "Future[_T]":
-    """Call `work` on another thread. It must not issue collectives. An exiting program waits for it.
-
-    Raises:
-        RuntimeError: no thread can be started.
-    """
+    """Call `work` on another thread. It must not issue collectives. An exiting program waits for it."""
     mark = PendingWrite()
 
     def run() -> _T:

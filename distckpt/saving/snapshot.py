@@ -136,9 +136,6 @@ class Snapshot:
             memory: the staging memory.
             whole: stage the whole image instead of this rank's range.
             deferred: identities of the storages that :meth:`copy_to_host` may copy after it has returned.
-
-        Raises:
-            MemoryError: there is not enough host memory.
         """
         if whole:
             self._write_range = WHOLE
@@ -186,9 +183,6 @@ class Snapshot:
 
         Returns:
             The range's checksums.
-
-        Raises:
-            SaveError: the storage failed.
         """
         buffer, is_written = _required(self._buffer), threading.Event()
         with contextlib.ExitStack() as stack:
@@ -205,10 +199,7 @@ class Snapshot:
     def verify_written(self, file: NewFile) -> None:
         """Compare the range with the file if the storage reports a hole in it. Callable from any thread.
 
-        Call it after :meth:`write_image` and a sync, while the staging memory is still reserved.
-
-        Raises:
-            SaveError: the file does not hold what was written.
+        Call it after :meth:`write_image` and a sync, while the staging memory is still reserved. Raises SaveError.
         """
         buffer = _required(self._buffer)
         end = buffer.end // BLOCK_BYTES * BLOCK_BYTES
@@ -226,9 +217,6 @@ class Snapshot:
 
         Returns:
             The file's length in bytes.
-
-        Raises:
-            SaveError: the storage failed.
         """
         records = _as_records(checksums)
         if self._tail is None or self._tail.checksums != records:

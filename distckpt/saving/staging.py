@@ -85,12 +85,7 @@ class HostMemory:
     def view(self, num_bytes: int, *, pinned: bool = False) -> memoryview:
         """Return the first `num_bytes` bytes, with undefined content; allocate them if needed.
 
-        Args:
-            num_bytes: length of the view.
-            pinned: page-lock the memory for a CUDA device, where the driver allows it.
-
-        Raises:
-            MemoryError: the operating system has not enough memory.
+        `pinned` page-locks the memory for a CUDA device, where the driver allows it. Raises MemoryError.
         """
         if self._map is None or num_bytes > self.num_bytes:
             self.free()
@@ -166,11 +161,7 @@ class Staging:
         self._threads: list[threading.Event] = []
 
     def run(self) -> None:
-        """Copy items until none is left to start.
-
-        Raises:
-            Exception: a copy failed, on this or another thread.
-        """
+        """Copy items until none is left to start. Raises the error of a failed copy, on this or another thread."""
         try:
             for index in self._next:
                 if index >= len(self._copies) or self._error is not None:
@@ -186,11 +177,7 @@ class Staging:
             raise
 
     def run_on(self, num_threads: int) -> None:
-        """Copy everything on `num_threads` threads, including the calling one; return when all is copied.
-
-        Raises:
-            Exception: a copy failed.
-        """
+        """Copy everything on `num_threads` threads, including the calling one; return when all is copied."""
         if num_threads == 1 and None not in self._sources:
             for index in range(len(self._copies)):
                 self._copy(index)
@@ -211,11 +198,7 @@ class Staging:
                 self.stop()
 
     def start(self, num_threads: int) -> None:
-        """Start to copy on `num_threads` other threads; see :meth:`wait_until` and :meth:`join`.
-
-        Raises:
-            RuntimeError: a thread cannot be started.
-        """
+        """Start to copy on `num_threads` other threads; see :meth:`wait_until` and :meth:`join`."""
         try:
             for _ in range(num_threads):
                 self._threads.append(start_thread(self._run_quietly))
@@ -233,11 +216,7 @@ class Staging:
         wait_all(self._threads)
 
     def wait_until(self, offset: int | None) -> None:
-        """Block until all bytes before `offset` are copied; None for all bytes. Callable from any thread.
-
-        Raises:
-            Exception: a copy failed.
-        """
+        """Block until all bytes before `offset` are copied; None for all bytes. Raises the error of a failed copy."""
         while not self._is_past(offset):
             with self._changed:
                 self._num_waiting += 1
@@ -251,14 +230,10 @@ class Staging:
                 raise self._error
 
     def checksums(self, begin: int, end: int) -> list[tuple[int, int]] | None:
-        """Return the checksums of copied bytes. Callable from any thread, once they are copied.
-
-        Args:
-            begin: offset in the image at which a copy begins.
-            end: offset at which one ends.
+        """Return CRC-32 and number of bytes of each copy between two offsets in the image, once they are copied.
 
         Returns:
-            CRC-32 and number of bytes of each copy in the range; None where these are not known.
+            None if no copy begins at `begin`, or the copies were not checksummed.
         """
         if not self._index_of:
             self._index_of = {item.at: index for index, item in enumerate(self._copies)}
@@ -379,7 +354,7 @@ def wait_for_deferred_copies() -> None:
 
 
 def has_step_hook(optimizer: torch.optim.Optimizer) -> bool:
-    """Return True if every step of an optimizer calls Python hooks, i.e. cannot be replayed by a CUDA graph.
+    """Return True if every step of an optimizer calls Python hooks: a CUDA graph cannot replay it.
 
     Adam and its like refuse to be captured unless ``capturable`` is set. Others (SGD) may be captured at any time.
     """

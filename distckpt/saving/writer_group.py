@@ -99,7 +99,7 @@ class WriterCache:
         return (WriterCache, ())
 
     def get(self, backend: Backend, storage: Storage, coordinator: int) -> tuple[int, ...] | None:
-        """Return the cached ranks; None if they belong to other arguments."""
+        """Return the cached ranks; None if there are none for these arguments."""
         return self._ranks if self._key == (backend, storage, coordinator) else None
 
     def put(self, backend: Backend, storage: Storage, coordinator: int, ranks: tuple[int, ...]) -> None:

@@ -217,7 +217,7 @@ def test_what_one_rank_cannot_capture_is_refused_in_words_beside_the_users_error
         assert list(tmp_path.iterdir()) == []
         if job.rank() == 0:
             assert f"rank 0, iteration {AT}: no checkpoint was saved for this error" in own.__notes__[0]
-            assert f"the state of to_save['parts[0]'] ({type(spread).__name__}) is spread over the ranks" in str(
+            assert f"the state of to_save['parts[0]'] ({type(spread).__name__}) is sharded over the ranks" in str(
                 own.__notes__
             )
 

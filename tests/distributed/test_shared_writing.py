@@ -1,4 +1,4 @@
-"""Several ranks write one file together: each its share of what is equal on all, and the file is as one rank's."""
+"""Several ranks write one file together: each a range of what is equal on all, and the file is as one rank's."""
 
 import contextlib
 import errno
@@ -125,23 +125,23 @@ def save_together(folder: Path, *, background: bool, width: int = 200, saving: i
 
 @MODES
 @run_distributed(world_size=2)
-def test_two_ranks_write_what_one_would(tmp_path: Path, *, background: bool) -> None:
+def test_two_ranks_write_the_file_that_one_would(tmp_path: Path, *, background: bool) -> None:
     save_together(tmp_path, background=background)
 
 
 @MODES
 @run_distributed(world_size=3)
-def test_three_ranks_do_whichever_commits(tmp_path: Path, *, background: bool) -> None:
+def test_three_ranks_write_one_file_whichever_commits(tmp_path: Path, *, background: bool) -> None:
     save_together(tmp_path, background=background, saving=1, width=500)
 
 
 @run_distributed(world_size=2)
-def test_a_small_state_is_written_by_whoever_has_the_block(tmp_path: Path) -> None:
+def test_state_smaller_than_a_block_is_written_by_one_rank(tmp_path: Path) -> None:
     save_together(tmp_path, background=False, width=2)
 
 
 @run_distributed(world_size=2)
-def test_states_that_differ_in_what_is_each_ranks_own_are_shared_all_the_same(tmp_path: Path) -> None:
+def test_ranks_write_together_if_only_their_own_states_differ(tmp_path: Path) -> None:
     one = Job()
     rng = RngState(one.trainer)
     with noted_writes() as lengths, warnings.catch_warnings():
@@ -166,7 +166,7 @@ class Odd:
 
 @MODES
 @run_distributed(world_size=2)
-def test_where_the_forms_differ_the_saving_rank_writes_all_and_says_why(tmp_path: Path, *, background: bool) -> None:
+def test_coordinator_writes_all_and_warns_if_layouts_differ(tmp_path: Path, *, background: bool) -> None:
     one = Job()
     handler = Checkpoint(
         {**one.to_save(), "odd": Odd()}, DiskSaver(tmp_path, share_write="node", background=background)
@@ -249,7 +249,7 @@ def slow_writes_and_noted_tails() -> Iterator[tuple[list[float], list[float]]]:
 
 @pytest.mark.parametrize("word", ["comes", "is lost", "is another's"])
 @run_distributed(world_size=3)
-def test_what_comes_after_the_bytes_is_made_while_they_are_written(tmp_path: Path, word: str) -> None:
+def test_tail_is_made_while_the_image_is_written(tmp_path: Path, word: str) -> None:
     one = Job()
     handler = Checkpoint(one.to_save(), DiskSaver(tmp_path, share_write="node", background=True))
     leave = WriteCompletions.publish_checksums
@@ -273,7 +273,7 @@ def test_what_comes_after_the_bytes_is_made_while_they_are_written(tmp_path: Pat
 
 @pytest.mark.parametrize("fails", [False, True], ids=["well", "with an error"])
 @run_distributed(world_size=2)
-def test_without_a_board_the_votes_tell(tmp_path: Path, *, fails: bool) -> None:
+def test_votes_tell_of_writers_without_a_key_value_store(tmp_path: Path, *, fails: bool) -> None:
     one = Job()
     handler = Checkpoint(one.to_save(), DiskSaver(tmp_path, share_write="node", background=True))
     backend = current()
@@ -291,7 +291,7 @@ def test_without_a_board_the_votes_tell(tmp_path: Path, *, fails: bool) -> None:
 
 
 @run_distributed(world_size=2)
-def test_ranks_with_directories_of_their_own_are_found_out(tmp_path: Path) -> None:
+def test_ranks_with_directories_of_their_own_do_not_share(tmp_path: Path) -> None:
     one = Job()
     folder = tmp_path / str(job.rank())
     folder.mkdir()
@@ -305,7 +305,7 @@ def test_ranks_with_directories_of_their_own_are_found_out(tmp_path: Path) -> No
 
 
 @run_distributed(world_size=3)
-def test_the_ranks_that_see_a_directory_are_found_by_a_probe(tmp_path: Path) -> None:
+def test_probe_finds_the_ranks_that_see_a_directory(tmp_path: Path) -> None:
     folder = tmp_path if job.rank() != 1 else tmp_path / "elsewhere"
     folder.mkdir(exist_ok=True)
     alias = tmp_path / f"alias{job.rank()}"
@@ -322,7 +322,7 @@ def test_the_ranks_that_see_a_directory_are_found_by_a_probe(tmp_path: Path) -> 
 
 @MODES
 @run_distributed(world_size=2)
-def test_a_parameter_that_is_no_replica_is_named(tmp_path: Path, *, background: bool) -> None:
+def test_parameter_that_differs_between_ranks_is_named(tmp_path: Path, *, background: bool) -> None:
     one = Job()
     saver = DiskSaver(tmp_path, share_write="node", check_replicas=True, background=background)
     handler = Checkpoint(one.to_save(), saver)
@@ -344,7 +344,7 @@ def test_a_parameter_that_is_no_replica_is_named(tmp_path: Path, *, background: 
 
 
 @run_distributed(world_size=2)
-def test_only_what_is_known_to_be_equal_counts_as_a_replica() -> None:
+def test_replicas_are_storages_known_to_be_equal() -> None:
     one = Job(4)
     one.trainer.run([0])
     parameters = dict(one.model.module.named_parameters())
@@ -361,7 +361,7 @@ def test_only_what_is_known_to_be_equal_counts_as_a_replica() -> None:
 
 
 @run_distributed(world_size=2)
-def test_a_parameter_in_memory_that_others_share_is_no_replica() -> None:
+def test_parameter_in_a_larger_storage_is_no_replica() -> None:
     module = nn.Linear(4, 4)
     memory = torch.zeros(100)
     module.weight.data = memory[:16].view(4, 4)
@@ -371,7 +371,7 @@ def test_a_parameter_in_memory_that_others_share_is_no_replica() -> None:
 
 
 @run_distributed(world_size=2)
-def test_models_that_are_averaged_now_and_then_have_no_replicas() -> None:
+def test_post_local_sgd_has_no_replicas() -> None:
     wrapped = DistributedDataParallel(nn.Linear(2, 2))
     make: Any = hooks.PostLocalSGDState
     state = make(process_group=None, subgroup=None, start_localSGD_iter=1)

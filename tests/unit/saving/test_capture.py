@@ -1,4 +1,4 @@
-"""From live objects to plain state: what is replaced, what stays the very same object."""
+"""From live objects to plain state: what is replaced, and what stays the same object."""
 
 import copy
 from collections import OrderedDict, deque, namedtuple
@@ -41,7 +41,7 @@ class Stateful:
     ],
     ids=repr,
 )
-def test_numpy_scalars_become_pythons(state: Any, plain: Any) -> None:
+def test_numpy_scalars_become_python_values(state: Any, plain: Any) -> None:
     result = plain_state(state)
     assert repr(result) == repr(plain)  # types too: NumPy's show theirs
     assert type(result) is type(plain)
@@ -61,7 +61,7 @@ def test_numpy_scalars_become_pythons(state: Any, plain: Any) -> None:
     ],
     ids=repr,
 )
-def test_numpy_scalar_that_python_has_no_twin_of_stays_and_loads(scalar: Any, tmp_path: Any) -> None:
+def test_numpy_scalar_without_a_python_equal_is_kept_and_loads(scalar: Any, tmp_path: Any) -> None:
     state = capture({"s": Stateful({"it": scalar, "n": np.int64(1)})}, rank=0, save_on_rank=0)
     DiskSaver(tmp_path)(state, "a.pt")
     found = read_pt(tmp_path / "a.pt")["s"]
@@ -88,11 +88,11 @@ def test_numpy_scalar_that_python_has_no_twin_of_stays_and_loads(scalar: Any, tm
     ],
     ids=lambda state: type(state).__name__,
 )
-def test_state_without_numpy_scalars_is_handed_back_as_it_is(state: Any) -> None:
+def test_state_without_numpy_scalars_is_returned_itself(state: Any) -> None:
     assert plain_state(state) is state
 
 
-def test_state_that_contains_itself_is_handed_back() -> None:
+def test_state_may_contain_itself() -> None:
     state: dict[str, Any] = {"a": [np.float64(1)]}
     state["self"] = state
     found = capture({"s": Stateful(state)}, rank=0, save_on_rank=0)["s"]
@@ -101,7 +101,7 @@ def test_state_that_contains_itself_is_handed_back() -> None:
 
 
 def _shared(kind: type, innermost: Any) -> Any:
-    """Nest containers such that there are 12 ** 15 ways to the innermost one, and 15 containers."""
+    """Nest 15 containers, with 12 ** 15 paths to the innermost one."""
     state = innermost
     for _ in range(15):
         state = dict.fromkeys(range(12), state) if kind is dict else kind([state] * 12)
@@ -110,7 +110,7 @@ def _shared(kind: type, innermost: Any) -> Any:
 
 @pytest.mark.parametrize("kind", [list, tuple, dict])
 @pytest.mark.parametrize("innermost", [[np.float64(1)], [1.0], (1.0, "a"), {1}], ids=repr)
-def test_containers_that_stand_in_many_places_are_looked_at_once(kind: type, innermost: Any, tmp_path: Any) -> None:
+def test_container_with_many_references_is_visited_once(kind: type, innermost: Any, tmp_path: Any) -> None:
     state = capture({"s": Stateful({"tree": _shared(kind, innermost)})}, rank=0, save_on_rank=0)
     DiskSaver(tmp_path)(state, "a.pt")
     found = read_pt(tmp_path / "a.pt")["s"]["tree"]
@@ -120,7 +120,7 @@ def test_containers_that_stand_in_many_places_are_looked_at_once(kind: type, inn
     assert found == innermost
 
 
-def test_numpy_scalar_in_a_shared_list_leaves_it_shared() -> None:
+def test_list_with_two_references_stays_one_list() -> None:
     shared = [np.float64(1)]
     found = plain_state({"a": shared, "b": {"c": (shared,)}})
     assert type(found["a"][0]) is float
@@ -128,7 +128,7 @@ def test_numpy_scalar_in_a_shared_list_leaves_it_shared() -> None:
 
 
 @pytest.mark.parametrize("innermost", [1, np.float64(1)], ids=["plain", "NumPy"])
-def test_containers_that_hold_each_other_are_looked_at_once(innermost: Any) -> None:
+def test_containers_that_hold_each_other_are_visited_once(innermost: Any) -> None:
     ring: list[Any] = [[innermost] for _ in range(40)]
     for one in ring:
         one.extend(ring)
@@ -136,7 +136,7 @@ def test_containers_that_hold_each_other_are_looked_at_once(innermost: Any) -> N
     assert [type(one[0]) for one in found] == [type(plain_state(innermost))] * 40
 
 
-class _Shy(dict[str, Any]):
+class _Raising(dict[str, Any]):
     def items(self) -> Any:
         raise KeyError("asked for its items")
 
@@ -147,7 +147,7 @@ class _Shy(dict[str, Any]):
         return dict, ({"told": 1},)
 
 
-class _ShyList(list[Any]):
+class _RaisingList(list[Any]):
     def __iter__(self) -> Any:
         raise KeyError("asked for its items")
 
@@ -155,7 +155,7 @@ class _ShyList(list[Any]):
         return list, ((1,),)
 
 
-class _ShySet(set[Any]):
+class _RaisingSet(set[Any]):
     def __iter__(self) -> Any:
         raise KeyError("asked for its items")
 
@@ -164,8 +164,10 @@ class _ShySet(set[Any]):
 
 
 @pytest.mark.filterwarnings("ignore:.*load_objects will refuse it:UserWarning")
-@pytest.mark.parametrize("odd", [_Shy(a=1), _ShyList([1]), _ShySet([1])], ids=lambda odd: type(odd).__name__)
-def test_container_that_raises_when_it_is_asked_is_left_to_the_pickler(odd: Any, tmp_path: Any) -> None:
+@pytest.mark.parametrize(
+    "odd", [_Raising(a=1), _RaisingList([1]), _RaisingSet([1])], ids=lambda odd: type(odd).__name__
+)
+def test_container_whose_iteration_raises_is_left_to_the_pickler(odd: Any, tmp_path: Any) -> None:
     state = capture({"s": Stateful({"odd": odd, "n": np.int64(1)})}, rank=0, save_on_rank=0)
     DiskSaver(tmp_path)(state, "a.pt")
     torch.save(state, tmp_path / "b.pt")
@@ -174,13 +176,13 @@ def test_container_that_raises_when_it_is_asked_is_left_to_the_pickler(odd: Any,
     assert mine["n"] == 1
 
 
-def test_numpy_scalar_in_a_named_tuple_becomes_pythons() -> None:
+def test_numpy_scalar_in_a_named_tuple_becomes_a_python_value() -> None:
     found = plain_state(Pair(np.int64(1), 2))
     assert found == Pair(1, 2)
     assert type(found.a) is int
 
 
-def test_only_the_way_to_a_numpy_scalar_is_new() -> None:
+def test_only_containers_on_the_path_to_a_numpy_scalar_are_copied() -> None:
     clean, tensor = {"x": [1, 2]}, torch.ones(2)
     state: dict[str, Any] = {"clean": clean, "tensor": tensor, "dirty": [np.float64(1)]}
     before = copy.copy(state)
@@ -192,7 +194,7 @@ def test_only_the_way_to_a_numpy_scalar_is_new() -> None:
     assert type(state["dirty"][0]) is np.float64
 
 
-def test_modules_metadata_is_kept_when_something_is_replaced() -> None:
+def test_metadata_of_a_module_survives_a_replacement() -> None:
     state: Any = nn.BatchNorm1d(2).state_dict()
     state["extra"] = np.float64(1)  # as a get_extra_state may hold
     result: Any = plain_state(state)
@@ -202,7 +204,7 @@ def test_modules_metadata_is_kept_when_something_is_replaced() -> None:
     assert list(result) == list(state)
 
 
-def test_module_gives_its_live_tensors() -> None:
+def test_captured_tensors_are_the_live_ones() -> None:
     module = nn.Linear(2, 3)
     captured = capture({"m": module}, rank=0, save_on_rank=0)
     assert captured["m"]["weight"].data_ptr() == module.weight.data_ptr()
@@ -243,7 +245,7 @@ def test_object_without_the_method_is_a_type_error(odd: Any, method: str) -> Non
         assert str(caught.value) == f"Object {type(odd)} should have `{method}` method"
 
 
-def test_object_that_saves_but_does_not_load_is_named() -> None:
+def test_object_that_cannot_load_is_named() -> None:
     check_objects({"a": Stateful(1)}, "state_dict")
     with pytest.raises(TypeError, match="Stateful'> should have `load_state_dict` method"):
         check_objects({"a": Stateful(1)}, "load_state_dict")
@@ -265,6 +267,6 @@ class _Slotted:
     ],
     ids=["deque", "slots", "both"],
 )
-def test_what_a_refusal_names_is_found_in_all_that_pickle_looks_into(wrap: Any, path: str) -> None:
+def test_refused_object_is_located_in_all_that_pickle_visits(wrap: Any, path: str) -> None:
     one = torch.ones(1)
     assert find_paths({"fine": [1], "a": wrap(one)}, lambda met: met is one) == [path]

@@ -1,4 +1,4 @@
-"""What is copied late is copied as it was: an optimizer's step waits for it, and what changes otherwise is not late."""
+"""Deferred copies hold the state of the call: an optimizer's step waits, and other state is not deferred."""
 
 import threading
 import time
@@ -18,15 +18,15 @@ from distckpt.saving.staging import OptimizerStepGuard, Staging, has_step_hook
 from tests.unit.directories import names_in
 
 
-class Late(DiskSaver):
-    """Copies late on a CPU too."""
+class DeferringSaver(DiskSaver):
+    """Defers copies from the CPU too."""
 
     _deferred_devices = ("cuda", "cpu")
 
 
 @pytest.fixture
 def slow_copies(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Copies take their time; lists the threads that made them."""
+    """Make copies slow; list the threads that copied."""
     copy, names = Staging._copy, list[str]()
 
     def slowly(self: Staging, which: int) -> None:
@@ -38,7 +38,7 @@ def slow_copies(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def test_each_file_holds_the_state_of_its_iteration_though_it_is_copied_late(
+def test_each_file_holds_the_state_of_its_iteration_despite_deferred_copies(
     tmp_path: Path, slow_copies: list[str]
 ) -> None:
     model = nn.Sequential(nn.Linear(60, 60), nn.BatchNorm1d(60), nn.Linear(60, 1))
@@ -56,7 +56,7 @@ def test_each_file_holds_the_state_of_its_iteration_though_it_is_copied_late(
         optimizer.step()
 
     trainer = Engine(step)
-    saver = Late(tmp_path, background=True)
+    saver = DeferringSaver(tmp_path, background=True)
     handler = Checkpoint({"model": model, "average": average, "optimizer": optimizer}, saver, n_saved=None)
 
     @trainer.on(Events.ITERATION_COMPLETED)
@@ -76,7 +76,7 @@ def test_each_file_holds_the_state_of_its_iteration_though_it_is_copied_late(
     assert guards._GUARDS == []
 
 
-def test_without_the_fence_the_same_loop_tears_its_checkpoints(
+def test_same_loop_without_the_guard_tears_its_checkpoints(
     tmp_path: Path, slow_copies: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(OptimizerStepGuard, "wait", OptimizerStepGuard.remove)
@@ -88,7 +88,9 @@ def test_without_the_fence_the_same_loop_tears_its_checkpoints(
         optimizer.step()
 
     trainer = Engine(step)
-    handler = Checkpoint({"model": model, "optimizer": optimizer}, Late(tmp_path, background=True), n_saved=None)
+    handler = Checkpoint(
+        {"model": model, "optimizer": optimizer}, DeferringSaver(tmp_path, background=True), n_saved=None
+    )
     expected: dict[int, torch.Tensor] = {}
 
     @trainer.on(Events.ITERATION_COMPLETED)
@@ -102,11 +104,11 @@ def test_without_the_fence_the_same_loop_tears_its_checkpoints(
     assert not all(torch.equal(states[number], held) for number, held in expected.items())
 
 
-def test_nothing_is_late_where_that_is_asked_for(tmp_path: Path) -> None:
+def test_no_copy_is_deferred_without_overlap_copy(tmp_path: Path) -> None:
     model = nn.Linear(60, 60)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     trainer = Engine(lambda _engine, _batch: None)
-    saver = Late(tmp_path, background=True, overlap_copy=False)
+    saver = DeferringSaver(tmp_path, background=True, overlap_copy=False)
     handler, before = Checkpoint({"model": model, "optimizer": optimizer}, saver), model.weight.detach().clone()
     handler(trainer)
     assert guards._GUARDS == []
@@ -116,10 +118,10 @@ def test_nothing_is_late_where_that_is_asked_for(tmp_path: Path) -> None:
     assert torch.equal(torch.load(tmp_path / "checkpoint_0.pt", weights_only=True)["model"]["weight"], before)
 
 
-def test_a_load_waits_for_what_is_copied_late(tmp_path: Path, slow_copies: list[str]) -> None:
+def test_load_waits_for_deferred_copies(tmp_path: Path, slow_copies: list[str]) -> None:
     model = nn.Linear(1200, 1200)  # of several pieces
     optimizer = torch.optim.AdamW(model.parameters())
-    handler = Checkpoint({"model": model, "optimizer": optimizer}, Late(tmp_path, background=True))
+    handler = Checkpoint({"model": model, "optimizer": optimizer}, DeferringSaver(tmp_path, background=True))
     before = model.weight.detach().clone()
     handler(Engine(lambda _engine, _batch: None))
     Checkpoint.load_objects({"model": model}, {"weight": torch.zeros(1200, 1200), "bias": torch.zeros(1200)})
@@ -129,14 +131,14 @@ def test_a_load_waits_for_what_is_copied_late(tmp_path: Path, slow_copies: list[
     assert guards._GUARDS == []
 
 
-def test_a_copy_that_cannot_begin_holds_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copy_that_cannot_start_delays_no_optimizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: Staging, _num_threads: int) -> None:
         self.stop()
         raise RuntimeError("can't start new thread")
 
     model = nn.Linear(60, 60)
     objects = {"model": model, "optimizer": torch.optim.AdamW(model.parameters())}
-    handler = Checkpoint(objects, Late(tmp_path, background=True))
+    handler = Checkpoint(objects, DeferringSaver(tmp_path, background=True))
     with monkeypatch.context() as patch:
         patch.setattr(Staging, "start", fail)
         with pytest.raises(RuntimeError, match="can't start"):
@@ -147,7 +149,7 @@ def test_a_copy_that_cannot_begin_holds_nobody(tmp_path: Path, monkeypatch: pyte
     assert names_in(tmp_path) == ["checkpoint_0.pt"]
 
 
-def test_only_what_an_optimizer_changes_is_late() -> None:
+def test_only_storages_of_optimizers_are_deferred() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     optimizer = torch.optim.Adam(model[0].parameters())
     model(torch.ones(3, 4)).sum().backward()
@@ -160,14 +162,14 @@ def test_only_what_an_optimizer_changes_is_late() -> None:
     assert find_optimizer_storages({"model": model}) == {}
 
 
-def test_steps_that_a_graph_repeats_are_not_waited_for() -> None:
+def test_optimizers_that_a_graph_may_replay_are_not_deferred() -> None:
     parameters = [nn.Parameter(torch.ones(1))]
     assert has_step_hook(torch.optim.Adam(parameters))
     assert not has_step_hook(torch.optim.SGD(parameters, lr=0.1)), "a graph may hold it, and nobody asks"
     assert not has_step_hook(torch.optim.Adam(parameters, capturable=True))
 
 
-def test_a_copy_that_fails_keeps_no_optimizer() -> None:
+def test_failed_copy_delays_no_optimizer() -> None:
     def fail() -> None:
         raise OSError
 

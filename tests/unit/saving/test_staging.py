@@ -1,4 +1,4 @@
-"""Bytes on their way: into staging memory by several threads, and from there past the page cache."""
+"""Copies into staging memory on several threads."""
 
 import ctypes
 import errno
@@ -26,7 +26,7 @@ MIB = 1 << 20
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 4])
-def test_every_byte_goes_where_it_should(num_threads: int) -> None:
+def test_every_byte_is_copied_to_its_offset(num_threads: int) -> None:
     storages = storages_of(20 * MIB + 3, 5, 9 * MIB)
     copies, at = [], 1000
     for number, storage in enumerate(storages):
@@ -40,7 +40,7 @@ def test_every_byte_goes_where_it_should(num_threads: int) -> None:
 
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("is_free", [True, False])
-def test_bytes_are_checked_as_they_are_copied_where_that_costs_nothing(
+def test_bytes_are_checksummed_during_the_copy_if_there_is_a_kernel(
     monkeypatch: pytest.MonkeyPatch, num_threads: int, *, is_free: bool
 ) -> None:
     monkeypatch.setattr("distckpt.saving.staging.kernel_name", lambda: "avx2" if is_free else None)
@@ -64,16 +64,16 @@ def test_bytes_are_checked_as_they_are_copied_where_that_costs_nothing(
     assert one.checksums(100, 100) == []
 
 
-def test_whoever_waits_goes_on_as_soon_as_his_bytes_are_there() -> None:
+def test_wait_for_an_offset_returns_as_soon_as_its_bytes_are_copied() -> None:
     storages = storages_of(10, 10)
     staging = Staging(storages, [CopyItem(0, 0, 0, 10), CopyItem(1, 0, 10, 10)], HostMemory().view(20), 0)
     gate, seen = threading.Event(), list[int]()
 
-    def stop_at_the_second(index: int) -> None:
+    def block_the_second(index: int) -> None:
         if index:
             gate.wait(timeout=10.0)
 
-    staging._copy = stop_at_the_second  # type: ignore[method-assign]
+    staging._copy = block_the_second  # type: ignore[method-assign]
     thread = threading.Thread(target=staging.run)
     thread.start()
     staging.wait_until(10)
@@ -85,26 +85,26 @@ def test_whoever_waits_goes_on_as_soon_as_his_bytes_are_there() -> None:
 
 
 class Overtaken(Staging):
-    """The last copy ends on another thread between any two looks at how many are done."""
+    """The last copy ends on another thread between any two reads of the progress."""
 
-    looks: Iterator[int]
+    reads: Iterator[int]
 
     @property
     def _num_done(self) -> int:
-        return next(self.looks)
+        return next(self.reads)
 
     @_num_done.setter
     def _num_done(self, value: int) -> None:
-        """Take no notice."""
+        """Ignore the value."""
 
 
-def test_copies_that_end_while_somebody_looks_do_no_harm() -> None:
+def test_copy_that_ends_during_a_progress_check_is_counted() -> None:
     staging = Overtaken(storages_of(10), [CopyItem(0, 0, 5, 10)], HostMemory().view(15), 0)
-    staging.looks = iter([0, 1, 1])
+    staging.reads = iter([0, 1, 1])
     staging.wait_until(5)
 
 
-def test_an_interrupt_waits_until_nobody_writes_into_the_memory_any_more() -> None:
+def test_interrupt_is_raised_after_all_copies_have_ended() -> None:
     staging = Staging(storages_of(10), [CopyItem(0, 0, 0, 10)], HostMemory().view(10), 0)
     began, gate, has_ended = threading.Event(), threading.Event(), threading.Event()
 
@@ -121,7 +121,7 @@ def test_an_interrupt_waits_until_nobody_writes_into_the_memory_any_more() -> No
     assert has_ended.is_set()
 
 
-def test_an_error_of_one_thread_reaches_all() -> None:
+def test_error_of_one_thread_is_raised_on_all() -> None:
     copies = [CopyItem(0, 0, 0, 10)]
     staging = Staging(storages_of(10), copies, HostMemory().view(10), 0)
 
@@ -135,14 +135,14 @@ def test_an_error_of_one_thread_reaches_all() -> None:
         staging.wait_until(1)
 
 
-def test_who_waits_for_a_copying_that_was_stopped_gets_an_error() -> None:
+def test_wait_for_a_stopped_copy_raises() -> None:
     staging = Staging(storages_of(10), [CopyItem(0, 0, 0, 10)], HostMemory().view(10), 0)
     staging.stop()
     with pytest.raises(RuntimeError, match="stopped"):
         staging.wait_until(None)
 
 
-def test_memory_is_on_a_page_and_used_again() -> None:
+def test_memory_is_page_aligned_and_reused() -> None:
     memory = HostMemory()
     first = memory.view(5000)
     address = ctypes.addressof(ctypes.c_char.from_buffer(first))
@@ -157,7 +157,7 @@ def test_memory_is_on_a_page_and_used_again() -> None:
     assert (deepcopy(memory).num_bytes, pickle.loads(pickle.dumps(memory)).num_bytes) == (0, 0)  # noqa: S301 - ours
 
 
-def test_savers_of_one_thread_share_their_memory_and_those_of_two_do_not(tmp_path: Path) -> None:
+def test_savers_share_memory_only_within_a_thread(tmp_path: Path) -> None:
     state = {"a": torch.ones(3 * MIB, dtype=torch.uint8)}
     for name in ("one", "two"):
         DiskSaver(tmp_path / name)(state, "a.pt")
@@ -195,14 +195,14 @@ def content(num_bytes: int) -> memoryview:
     return memory
 
 
-def test_whole_blocks_and_odd_rests_are_written(tmp_path: Path, parent: int) -> None:
+def test_aligned_and_unaligned_ranges_are_written(tmp_path: Path, parent: int) -> None:
     data = content(3 * MIB + 123)
     pieces = [(MIB, data[MIB:]), (0, data[:MIB])]
     assert write_through(tmp_path / "a", parent, pieces) == bytes(data)
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EIO])
-def test_a_file_system_without_o_direct_takes_everything_the_usual_way(
+def test_file_system_without_o_direct_is_written_through_the_page_cache(
     tmp_path: Path, parent: int, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     real = os.open
@@ -217,7 +217,9 @@ def test_a_file_system_without_o_direct_takes_everything_the_usual_way(
     assert write_through(tmp_path / "a", parent, [(0, data)]) == bytes(data)
 
 
-def test_other_borders_than_ours_are_no_error(tmp_path: Path, parent: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_system_with_another_alignment_is_no_error(
+    tmp_path: Path, parent: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, refused = os.pwrite, list[int]()
 
     def refuse(fd: int, data: memoryview, offset: int) -> int:
@@ -233,7 +235,7 @@ def test_other_borders_than_ours_are_no_error(tmp_path: Path, parent: int, monke
 
 
 @pytest.mark.parametrize("most", [1, 1000, 4096, 5000])
-def test_short_writes_are_gone_on_with(tmp_path: Path, parent: int, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+def test_short_writes_are_continued(tmp_path: Path, parent: int, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     real = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: real(fd, bytes(data[:most]), offset))
     data = content(9_000)
@@ -245,13 +247,13 @@ def test_short_writes_are_gone_on_with(tmp_path: Path, parent: int, monkeypatch:
     assert (tmp_path / "a").read_bytes() == bytes(data)
 
 
-def test_a_write_that_takes_nothing_is_an_error(tmp_path: Path, parent: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_of_zero_bytes_is_an_error(tmp_path: Path, parent: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "pwrite", lambda *_: 0)
     with pytest.raises(OSError, match="took no bytes"):
         write_through(tmp_path / "a", parent, [(0, content(8192))])
 
 
-def test_a_full_disk_is_an_error(tmp_path: Path, parent: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_an_error(tmp_path: Path, parent: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
