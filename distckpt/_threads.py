@@ -24,7 +24,7 @@ _PENDING_WRITES: "dict[int, PendingWrite]" = {}
 
 
 def get_num_threads(world_size: int) -> int:
-    """Return how many threads this rank may use for copying: torch's number, or the rank's part of the CPUs.
+    """Return how many threads this rank may use for copying: torch's number or its part of the CPUs, 4 at most.
 
     Launchers limit torch to one thread per rank (``OMP_NUM_THREADS=1``), however many CPUs there are.
 

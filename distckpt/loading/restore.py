@@ -1,14 +1,14 @@
 """Load a state into live objects: all of them, or none.
 
-:func:`prepare` changes no object. It pairs each object with its state. Plain modules try theirs in a dry run, plain
-optimizers compare their groups. One error lists everything that does not fit. Then live tensors that can take their
-bytes straight from the file replace those of the state.
+:func:`prepare` changes no object. It pairs each object with its state, tries plain modules in a dry run, and compares
+the groups of plain optimizers. One error lists everything that does not fit. Then live tensors that can take their
+bytes straight from the file replace the tensors of the state.
 
 :meth:`PreparedLoad.load` changes the objects:
 
 1. copy the state of every object that is not plain, for a rollback.
-2. load these by their own ``load_state_dict``, then plain optimizers, then objects that gave no copy. If one refuses,
-   all objects that were loaded are rolled back.
+2. load these objects by their own ``load_state_dict``, then plain optimizers, then objects without a copy. If one
+   refuses its state, all loaded objects are rolled back.
 3. load plain modules: they are known to fit, so they need no copy.
 4. read the bytes that go straight into live tensors.
 """
@@ -321,7 +321,7 @@ def _walk(name: str, obj: Any, state: Any, loads: list[_ObjectLoad], mismatches:
             return
         msg = f"Size of y: {len(state)} does not match the size of x: '{len(obj)}'"
     else:
-        where = repr(name or "its top")
+        where = repr(name) if name else "its top level"
         msg = f"Argument to_load holds {type(obj)} at {where}, but the checkpoint holds {type(state)} there"
     mismatches.append((name, state_mismatch_error(msg, ["ValueError"], mismatched=[name])))
 

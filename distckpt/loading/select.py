@@ -1,8 +1,8 @@
 """Select the newest checkpoint that is whole, the same one on all ranks.
 
 1. (coordinator) :func:`sort_newest_first` orders the files. Unreadable files come first, so that a damaged newest file
-   is never skipped silently. Then come files whose manifests have a record, in the order of their saves; names,
-   iterations and modification times do not count. Then come files without a record, the highest iteration first: an
+   is never skipped silently. Then come files whose manifests have a record, the last save first; names, iterations and
+   modification times do not count. Then come files without a record, the highest iteration first: an
    engine's, else the manifest's. Modification times break ties only, because copies (``cp``, ``rsync``) change them.
 2. (all ranks) :func:`select_checkpoint` verifies one file after another on all ranks, until one is whole on all.
 """
