@@ -146,7 +146,7 @@ def _restored(tree: Any, arrays: list[_Array]) -> Any:
     filling = _Filling()
     found = filling.fill(tree)
     if len(filling.met) != len(arrays):
-        raise NumpyRefused("a NumPy array stands in an object that is no mapping, list or tuple")
+        raise NumpyRefused("a NumPy array is in an object that is no mapping, list or tuple")
     return found
 
 
@@ -199,13 +199,13 @@ def _dtype_of(base: "np.dtype[Any]", state: Any) -> Any:
     """Return the dtype that a state makes of a plain one."""
     np = _numpy()
     _require(type(state) is tuple and len(state) >= _STATE_FIELDS, "a dtype's state")
-    _, order, part, names, fields, num_bytes, _, flags, *_ = state
+    _, order, sub, names, fields, num_bytes, _, flags, *_ = state
     _require(order in ("<", ">", "|", "="), "a dtype's byte order")
-    if part is not None:
-        _require(type(part) is tuple and len(part) == 2, "a dtype's items")  # noqa: PLR2004 - a dtype and a shape
-        shape = part[1] if type(part[1]) is tuple else (part[1],)
+    if sub is not None:
+        _require(type(sub) is tuple and len(sub) == 2, "a dtype's items")  # noqa: PLR2004 - a dtype and a shape
+        shape = sub[1] if type(sub[1]) is tuple else (sub[1],)
         _require(all(type(one) is int and one >= 0 for one in shape), "the shape of a dtype's items")
-        return np.dtype((_without_objects(part[0]), shape))
+        return np.dtype((_without_objects(sub[0]), shape))
     if names is not None:
         _require(type(names) is tuple and type(fields) is dict, "a dtype's fields")
         given = [fields[name] for name in names]

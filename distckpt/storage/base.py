@@ -2,7 +2,7 @@
 
 :class:`~distckpt.storage.local.LocalStorage` is the implementation for directories. Another one, such as an object
 store, implements :class:`Storage`, :class:`NewFile` and :class:`StoredFile`, and has to pass
-``tests/contracts/test_storage.py``.
+``tests/unit/storage/test_contract.py``.
 
 A name is relative to the storage and may contain folders (``fold0/best_3.pt``). Errors name the full path. All calls
 are rank-local and issue no collectives.

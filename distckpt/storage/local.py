@@ -72,7 +72,9 @@ class LocalFile(OpenFile):
 
 @dataclass(frozen=True, slots=True)
 class LocalStorage:
-    """A directory that stores checkpoints; see :class:`~distckpt.storage.base.Storage`.
+    """A directory that stores checkpoints; see :class:`~distckpt.storage.base.Storage` for methods and errors.
+
+    A name that meets a symlink is a ValueError too.
 
     Attributes:
         directory: need not exist yet.
@@ -84,21 +86,11 @@ class LocalStorage:
     atomic: bool = field(default=True, kw_only=True)
 
     def create(self, name: str) -> LocalNewFile:
-        """Begin a file that will be called `name`; delete temporary files that dead processes have left.
-
-        Raises:
-            ValueError: the name points outside the directory, or meets a symlink.
-            SaveError: the operating system refused.
-        """
+        """Begin a file that will be called `name`; delete temporary files that dead processes have left."""
         return self._new_file(name, token=None)
 
     def join(self, name: str, token: str) -> LocalNewFile:
-        """Open a file that another process has begun, to write a range of it.
-
-        Raises:
-            ValueError: the name points outside the directory or meets a symlink, or the token is no token.
-            SaveError: the operating system refused; also a FileNotFoundError if there is no such file.
-        """
+        """Open a file that another process has begun, to write a range of it."""
         return self._new_file(name, token=token)
 
     def _new_file(self, name: str, token: str | None) -> LocalNewFile:
@@ -135,36 +127,20 @@ class LocalStorage:
             raise
 
     def open(self, name: str) -> LocalFile:
-        """Open a committed file for reading.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the name points outside the directory, or meets a symlink.
-            OSError: the operating system refused.
-        """
+        """Open a committed file for reading."""
         path = self.directory.joinpath(*check_name(name))
         with self._folder(name) as parent:
             return LocalFile(path, os.open(path.name, _READ_FLAGS, dir_fd=parent))
 
     def list(self, folder: str = "") -> Sequence[str]:
-        """Return the names of the committed files in a folder, sorted.
-
-        Raises:
-            OSError: the directory cannot be read.
-        """
+        """Return the names of the committed files in a folder, sorted."""
         parts = check_name(folder) if folder else ()
         with os.scandir(self.directory.joinpath(*parts)) as entries:
             names = [one.name for one in entries if not is_temp(one.name) and one.is_file(follow_symlinks=False)]
         return sorted("/".join((*parts, name)) for name in names)
 
     def remove(self, name: str) -> None:
-        """Delete a committed file.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the name points outside the directory, or meets a symlink.
-            OSError: the operating system refused.
-        """
+        """Delete a committed file."""
         with self._folder(name) as parent:
             os.unlink(check_name(name)[-1], dir_fd=parent)
 

@@ -170,11 +170,7 @@ class LocalNewFile(OpenFile):
 
 
 def sync_directory_at(path: Path) -> None:
-    """Make the names in a directory durable.
-
-    Raises:
-        OSError: the operating system refused.
-    """
+    """Make the names in a directory durable."""
     fd = os.open(path, DIRECTORY_FLAGS)
     try:
         sync_directory(fd)
@@ -183,11 +179,7 @@ def sync_directory_at(path: Path) -> None:
 
 
 def sync_directory(fd: int) -> None:
-    """Make the names in a directory durable.
-
-    Raises:
-        OSError: the operating system refused.
-    """
+    """Make the names in a directory durable."""
     try:
         os.fsync(fd)
     except OSError as error:

@@ -39,16 +39,16 @@ def read(data: bytes) -> Any:
     return Reader(data).load()
 
 
-def told(tree: Any) -> Any:
+def described(tree: Any) -> Any:
     """Return a tree such that two are equal only where types and order are."""
     if isinstance(tree, dict):
         return (
             type(tree),
-            [(told(key), told(item)) for key, item in tree.items()],
-            told(vars(tree)) if (isinstance(tree, OrderedDict) and vars(tree)) else None,
+            [(described(key), described(item)) for key, item in tree.items()],
+            described(vars(tree)) if (isinstance(tree, OrderedDict) and vars(tree)) else None,
         )
     if isinstance(tree, list | tuple):
-        return type(tree), [told(item) for item in tree]
+        return type(tree), [described(item) for item in tree]
     return type(tree), repr(tree)
 
 
@@ -74,10 +74,10 @@ trees = st.recursive(
 @settings(max_examples=300, deadline=None)
 @given(tree=trees)
 def test_what_is_read_is_what_is_read_from_torchs(tree: Any) -> None:
-    emitted = pickle_plain(tree)
+    pickled = pickle_plain(tree)
     exact = pickle_like_torch(tree)
-    assert told(read(emitted.data)) == told(read(exact.data))
-    assert [one.nbytes() for one in emitted.storages] == [one.nbytes() for one in exact.storages]
+    assert described(read(pickled.data)) == described(read(exact.data))
+    assert [one.nbytes() for one in pickled.storages] == [one.nbytes() for one in exact.storages]
     assert list(pickle_state(tree).tensors()) == list(exact.tensors())
 
 
@@ -87,23 +87,23 @@ def test_a_trained_models_state_takes_the_short_way() -> None:
     model(torch.ones(3, 4)).sum().backward()
     optimizer.step()
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    emitted = pickle_plain(state)
-    assert told(read(emitted.data)) == told(read(pickle_like_torch(state).data))
-    assert vars(read(emitted.data)["model"])["_metadata"][""] == {"version": 1}
+    pickled = pickle_plain(state)
+    assert described(read(pickled.data)) == described(read(pickle_like_torch(state).data))
+    assert vars(read(pickled.data)["model"])["_metadata"][""] == {"version": 1}
 
 
 def test_a_shared_storage_is_there_once_with_its_views() -> None:
     base = torch.arange(20, dtype=torch.float32)
     state = [base, base[3:9], base.view(4, 5).t(), torch.ones(1)]
-    emitted = pickle_plain(state)
-    assert len(emitted.storages) == 2
-    assert read(emitted.data) == read(pickle_like_torch(state).data)
+    pickled = pickle_plain(state)
+    assert len(pickled.storages) == 2
+    assert read(pickled.data) == read(pickle_like_torch(state).data)
 
 
 def test_more_forms_than_a_byte_can_number_are_told_apart(tmp_path: Path) -> None:
     state = [torch.empty(number, 1) for number in range(300)] + [torch.empty(number, 1, 2) for number in range(300)]
-    emitted = pickle_plain(state)
-    assert read(emitted.data) == read(pickle_like_torch(state).data)
+    pickled = pickle_plain(state)
+    assert read(pickled.data) == read(pickle_like_torch(state).data)
     DiskSaver(tmp_path, require_empty=False)({"all": state}, "c.pt")
     loaded = torch.load(tmp_path / "c.pt", weights_only=True)["all"]
     assert [one.shape for one in loaded] == [one.shape for one in state]

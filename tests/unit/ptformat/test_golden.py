@@ -116,10 +116,10 @@ def test_what_is_written_today_is_the_golden_file_to_the_byte(tmp_path: Path, nu
     assert write(tmp_path, num_writers=num_writers).read_bytes() == (FOLDER / name_of(num_writers)).read_bytes()
 
 
-def test_the_borders_of_small_and_large_storages_are_those_of_schema_2() -> None:
+def test_the_alignments_of_small_and_large_storages_are_those_of_schema_2() -> None:
     sizes = [1, 65_535, 65_536, 0, 64, 1 << 20, 3]
     offsets = [192, 256, 69_632, 135_232, 135_296, 139_264, 1_187_904]
-    assert [slot.offset for slot in plan_image(sizes).records] == offsets
+    assert [record.offset for record in plan_image(sizes).records] == offsets
     assert [alignment_of(size, 2) for size in sizes] == [64, 64, 4096, 64, 64, 4096, 64]
     assert {alignment_of(size, 1) for size in sizes} == {4096}
 

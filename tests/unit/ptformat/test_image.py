@@ -26,7 +26,7 @@ from tests.unit.storages import bytes_of, storages_of
 GIB = 1 << 30
 
 
-def parts_of(
+def buffers_of(
     plan: ImagePlan, storages: Sequence[torch.UntypedStorage], num_ranks: int, saving_rank: int
 ) -> list[tuple[ShardBuffer, bytes]]:
     """Stage and check every rank's share; returns them in the order of the image, each with its bytes."""
@@ -53,7 +53,7 @@ def whole(
     saving_rank: int = 0,
 ) -> bytes:
     plan = plan_image([storage.nbytes() for storage in storages], replicated)
-    parts = parts_of(plan, storages, num_ranks, saving_rank)
+    parts = buffers_of(plan, storages, num_ranks, saving_rank)
     crcs = combine_checksums(plan, [part.checked for part, _ in parts])
     image = bytearray().join(written for _, written in parts)
     for at, header in plan.boundary_headers([part.end for part, _ in parts], crcs):
@@ -168,12 +168,12 @@ def test_unzip_finds_nothing_wrong(tmp_path: Path) -> None:
     assert "No errors detected" in done.stdout
 
 
-def test_storages_stand_on_borders_and_shared_ones_once() -> None:
+def test_storages_are_aligned_and_shared_ones_are_written_once() -> None:
     tensor = torch.ones(5000)
     pickled = pickle_state([tensor, tensor[1:], torch.ones(1)])
     assert len(pickled.storages) == 2
     plan = plan_image([storage.nbytes() for storage in pickled.storages])
-    assert [slot.offset % border for slot, border in zip(plan.records, (64, 64), strict=True)] == [0, 0]
+    assert [record.offset % alignment for record, alignment in zip(plan.records, (64, 64), strict=True)] == [0, 0]
 
 
 sizes = st.lists(st.sampled_from([0, 1, 4, 63, 64, 4000, 4096, 4097, 8192, 65_535, 65_536, 1_000_003]), max_size=12)
@@ -191,7 +191,7 @@ def test_any_number_of_shares_makes_the_same_file(sizes: list[int], num_ranks: i
     assert shares[-1] == plan.write_ranges(num_ranks, saving_rank)[saving_rank] or shares[-1][0] == shares[-1][1]
     assert plan.write_ranges(num_ranks, saving_rank)[saving_rank][1] == plan.end
     assert all(begin % BLOCK_BYTES == 0 for begin, _ in shares)
-    assert all(slot.offset >= shares[-1][0] for number, slot in zip(plan.storage_numbers, plan.records, strict=True)
+    assert all(record.offset >= shares[-1][0] for number, record in zip(plan.storage_numbers, plan.records, strict=True)
                if number not in replicated), "what is the saving rank's own is in its share"  # fmt: skip
     one = whole(storages, b"pickle", replicated)
     assert whole(storages, b"pickle", replicated, num_ranks, saving_rank) == one
@@ -216,7 +216,7 @@ def test_one_tensor_is_split_inside() -> None:
 
 def test_bytes_that_nobody_checked_are_noticed() -> None:
     plan = plan_image([8192], [0])
-    parts = parts_of(plan, storages_of(8192), 2, 0)
+    parts = buffers_of(plan, storages_of(8192), 2, 0)
     with pytest.raises(ValueError, match=r"of 8192 bytes of record data/0 have a checksum"):
         combine_checksums(plan, [parts[0][0].checked])
 
@@ -227,14 +227,14 @@ def test_more_than_four_gibibytes_are_described_by_zip64(tmp_path: Path) -> None
     plan = plan_image([5 * GIB, 24, 4 * GIB])
     data = bytes_of(pickled.storages[0])
     with path.open("wb") as file:  # its holes take no space
-        for slot in plan.records:
-            file.seek(slot.header)
-            file.write(local_header(slot, 7) + (data if slot.num_bytes == len(data) else b"x"))
+        for record in plan.records:
+            file.seek(record.header)
+            file.write(local_header(record, 7) + (data if record.num_bytes == len(data) else b"x"))
         file.seek(plan.end)
         file.write(build_tail(plan, [7, crc32(data), 9], b"pickle", b"{}"))
         file.seek(0)
-        for slot, content in zip(plan.head, (b"3\n", b"little"), strict=True):
-            file.write(local_header(slot, crc32(content)) + content)
+        for record, content in zip(plan.head, (b"3\n", b"little"), strict=True):
+            file.write(local_header(record, crc32(content)) + content)
     with zipfile.ZipFile(path) as archive:
         found = {info.filename: info for info in archive.infolist()}
         assert [found[f"{FOLDER}/data/{number}"].file_size for number in range(3)] == [5 * GIB, 24, 4 * GIB]
@@ -251,8 +251,8 @@ def test_torch_loads_what_lies_beyond_four_gibibytes(tmp_path: Path) -> None:
     pickled = pickle_state({"hole": torch.zeros(1, dtype=torch.uint8), "small": small})
     plan = plan_image([5 * GIB, 24])
     with path.open("wb") as file:
-        for slot, content in zip(plan.head, (b"3\n", b"little"), strict=True):
-            file.write(local_header(slot, crc32(content)) + content)
+        for record, content in zip(plan.head, (b"3\n", b"little"), strict=True):
+            file.write(local_header(record, crc32(content)) + content)
         crc = crc32(bytes_of(pickled.storages[1]))
         file.seek(plan.records[0].header)
         file.write(local_header(plan.records[0], 0))
@@ -263,13 +263,13 @@ def test_torch_loads_what_lies_beyond_four_gibibytes(tmp_path: Path) -> None:
     assert torch.equal(torch.load(path, weights_only=True, mmap=True)["small"], small)
 
 
-@pytest.mark.parametrize("border", [64, BLOCK_BYTES])
-def test_a_slot_on_a_border_has_room_for_its_padding(border: int) -> None:
+@pytest.mark.parametrize("alignment", [64, BLOCK_BYTES])
+def test_an_aligned_record_has_room_for_its_padding(alignment: int) -> None:
     for at in range(BLOCK_BYTES - 120, BLOCK_BYTES + 10):
-        slot = locate("data/0", 8, at, alignment=border)
-        assert slot.offset % border == 0
-        assert slot.offset - at < border + 80
-        assert len(local_header(slot, 0)) == slot.offset - slot.header
+        record = locate("data/0", 8, at, alignment=alignment)
+        assert record.offset % alignment == 0
+        assert record.offset - at < alignment + 80
+        assert len(local_header(record, 0)) == record.offset - record.header
 
 
 def test_an_empty_archive_has_an_end() -> None:

@@ -123,7 +123,7 @@ def test_shared_storages_stay_shared(tmp_path: Path) -> None:
     assert torch.equal(state["part"], base[2:4])
 
 
-def test_a_place_is_where_the_bytes_stand(tmp_path: Path) -> None:
+def test_offset_of_is_where_the_bytes_are(tmp_path: Path) -> None:
     tensor = torch.randn(1000)
     DiskSaver(tmp_path)({"t": tensor[10:]}, "a.pt")
     with OpenCheckpoint(tmp_path / "a.pt") as file:
@@ -159,7 +159,7 @@ def test_a_storage_of_another_length_is_left_to_torch(tmp_path: Path, change: st
         read_lazy_state(read_archive(file), file)
 
 
-def test_what_was_opened_is_read_whatever_comes_in_its_place(tmp_path: Path) -> None:
+def test_an_open_file_is_read_even_if_another_takes_its_name(tmp_path: Path) -> None:
     torch.save({"t": torch.ones(2)}, tmp_path / "a.pt")
     torch.save({"t": torch.zeros(2)}, tmp_path / "b.pt")
     with OpenCheckpoint(tmp_path / "a.pt") as file:

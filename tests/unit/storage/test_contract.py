@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from distckpt.errors import SaveError
+from distckpt.loading.restore import prepare
 from distckpt.ptformat.manifest import Manifest
 from distckpt.ptformat.reader import OpenCheckpoint, read_pt
-from distckpt.saving.rank_writer import write_file
+from distckpt.saving.rank_writer import RankWriter, write_file
+from distckpt.saving.snapshot import WriteRange
 from distckpt.saving.staging import HostMemory
 from distckpt.storage.base import Storage
 from distckpt.storage.local import LocalStorage
@@ -175,6 +177,35 @@ def test_a_checkpoint_is_saved_verified_and_loaded(storage: Storage) -> None:
     with OpenCheckpoint(storage.open("a.pt")) as file:
         file.verify()
         assert file.head() is not None
+
+
+def test_two_ranks_write_one_checkpoint_that_is_read_into_live_tensors(storage: Storage) -> None:
+    model, twin = torch.nn.Linear(300, 100), torch.nn.Linear(300, 100)
+    saved = {"model": model.state_dict()}
+    replicas = {one.untyped_storage()._cdata for one in saved["model"].values()}
+    manifest = Manifest(versions={}, wall_time_s=0.0)
+    writers = [
+        RankWriter(
+            storage,
+            "a.pt",
+            manifest=manifest,
+            memory=HostMemory(),
+            write_range=WriteRange(number, 2, 1),
+            is_coordinator=number == 1,
+        )
+        for number in range(2)
+    ]
+    answers = [one.prepare(saved, replicas=lambda: replicas) for one in writers]
+    checksums = [one.write(answers[1]["file_token"]) for one in writers]
+    assert list(storage.list()) == []
+    writers[1].finish(checksums)
+    assert list(storage.list()) == ["a.pt"]
+    with OpenCheckpoint(storage.open("a.pt")) as file:
+        file.verify()
+        assert file.read_structure()
+        prepare({"model": twin}, file.state(), {}, file).load()
+    assert torch.equal(model.weight, twin.weight)
+    assert torch.equal(model.bias, twin.bias)
 
 
 def test_another_picklers_checkpoint_is_saved_and_loaded(storage: Storage) -> None:
