@@ -102,12 +102,7 @@ def read_archive(file: Readable) -> Archive:
 
 
 def read_record_bytes(file: Readable, record: RecordLocation, inflated: int | None = None) -> bytes:
-    """Read all of a record.
-
-    Args:
-        file: open for reading.
-        record: its location.
-        inflated: its inflated length in bytes; None for a stored record.
+    """Read a record, and inflate it to `inflated` bytes unless that is None.
 
     Raises:
         ValueError: the file ends before the record does, or the record does not inflate to that length.

@@ -97,9 +97,6 @@ class PlainPickle(NamedTuple):
 def pickle_plain(state: Any) -> PlainPickle:
     """Pickle a plain state by protocol 2. Rank-local; issues no collectives.
 
-    Args:
-        state: what ``torch.save`` takes.
-
     Raises:
         NotPlain: it is not plain.
         RuntimeError: two storages view the same memory as different types.

@@ -46,14 +46,7 @@ _Known = Callable[[int, int], Sequence[tuple[int, int]] | None]
 
 
 class CopyItem(NamedTuple):
-    """Bytes to copy from a storage into the image.
-
-    Attributes:
-        storage: number of the storage.
-        begin: offset in the storage.
-        at: offset in the image.
-        num_bytes: length.
-    """
+    """`num_bytes` bytes to copy from offset `begin` of a storage, which has a number, to offset `at` of the image."""
 
     storage: int
     begin: int
@@ -115,14 +108,11 @@ class ImagePlan:
                 yield CopyItem(number, first - offset, first, min(last, end) - first)
 
     def boundary_headers(self, ends: Collection[int], crcs: Sequence[int]) -> list[tuple[int, bytes]]:
-        """Return the headers that no writer of a range could write: of the records that extend over a range's end.
+        """Return offsets and bytes of the headers that no writer could write: their records extend over a range's end.
 
         Args:
             ends: of the ranges.
             crcs: CRC-32 of each of `records`.
-
-        Returns:
-            Offsets in the file, and what to write there.
         """
         numbers = {bisect.bisect_left(self.records, end, key=header_of) - 1 for end in ends}
         return [
@@ -133,11 +123,9 @@ class ImagePlan:
 
 
 def plan_image(sizes: Sequence[int], replicated: Collection[int] = ()) -> ImagePlan:
-    """Plan the image of storages. The last few plans are cached, since a state mostly keeps its sizes.
+    """Plan the image of storages from their sizes in bytes and the numbers of those that are equal on all ranks.
 
-    Args:
-        sizes: length of each storage, in bytes.
-        replicated: numbers of the storages that are equal on all ranks.
+    The last few plans are cached, since a state mostly keeps its sizes.
 
     Example:
         >>> plan = plan_image([8, 1 << 20, 0])
@@ -183,13 +171,10 @@ class ShardBuffer:
     Two threads work on it: one computes checksums and fills in headers (:meth:`check`), the other writes what is ready
     (:meth:`chunks`).
 
-    Args:
+    Attributes:
         plan: of the image.
-        memory: as long as the range, or longer.
         begin: offset of the range in the image.
         end: offset of its end.
-
-    Attributes:
         checked: after :meth:`check`, number, CRC-32 and length of each record's bytes in this range.
     """
 
@@ -299,11 +284,7 @@ class ShardBuffer:
 
 
 def combine_checksums(plan: ImagePlan, checked: Iterable[Sequence[tuple[int, int, int]]]) -> list[int]:
-    """Return the CRC-32 of each of the plan's records.
-
-    Args:
-        plan: of the image.
-        checked: each writer's :attr:`ShardBuffer.checked`, in the order of the ranges.
+    """Return the CRC-32 of each of the plan's records, from :attr:`ShardBuffer.checked` in the order of the ranges.
 
     Raises:
         ValueError: some bytes are missing, or counted twice.

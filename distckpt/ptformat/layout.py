@@ -90,11 +90,7 @@ def align_up(offset: int, alignment: int) -> int:
 
 
 def alignment_of(num_bytes: int, schema: int = SCHEMA) -> int:
-    """Return the alignment in bytes of a storage's data.
-
-    Args:
-        num_bytes: the storage's length.
-        schema: the file's.
+    """Return the alignment in bytes of a storage of some length in a file of some schema.
 
     Example:
         >>> alignment_of(64), alignment_of(1 << 20), alignment_of(64, schema=1)
@@ -104,13 +100,7 @@ def alignment_of(num_bytes: int, schema: int = SCHEMA) -> int:
 
 
 def locate(name: str, num_bytes: int, header: int, *, alignment: int = 1) -> RecordLocation:
-    """Return the location of a record from the offset of its local header.
-
-    Args:
-        name: of the record.
-        num_bytes: length of its data.
-        header: offset in bytes of its local header.
-        alignment: of its data, in bytes.
+    """Return the location of a record whose local header is at offset `header`.
 
     Example:
         >>> locate("data/0", 8, 100, alignment=64)
@@ -135,12 +125,7 @@ def local_header(record: RecordLocation, crc: int) -> bytes:
 
 
 def build_directory(records: Sequence[tuple[RecordLocation, int]], at: int) -> bytes:
-    """Return the bytes after the last record: the central directory and its end.
-
-    Args:
-        records: each location with its CRC-32, in the order of the file.
-        at: offset in bytes of the directory.
-    """
+    """Return the central directory and its end, to be written at offset `at`, from locations and their CRC-32."""
     entries = b"".join(_central_entry(record, crc) for record, crc in records)
     num, size = len(records), len(entries)
     if num < _FULL_16 and at < _FULL_32 and size < _FULL_32:
@@ -155,12 +140,12 @@ class DirectoryEntry(NamedTuple):
     """What a directory says of a record.
 
     Attributes:
-        name: full name.
-        crc: CRC-32.
-        num_bytes: length.
+        name: with its folder.
+        crc: CRC-32 of its data.
+        num_bytes: length of its data.
         packed_bytes: length in the file, which differs for a deflated record.
         header: offset in bytes of its local header.
-        flags: zip's.
+        flags: zip's flags.
         method: zip's compression method.
     """
 
@@ -215,11 +200,7 @@ def read_directory(read: Callable[[int, int], bytes], num_bytes: int) -> Directo
 
 
 def read_last_entry(tail: bytes, suffix: str) -> DirectoryEntry | None:
-    """Return the last entry of a directory whose name ends with `suffix`, from the end of the archive alone.
-
-    Args:
-        tail: the archive's last bytes.
-        suffix: end of the record's name.
+    """Return the last entry of a directory, from the archive's last bytes; None if its name does not end with `suffix`.
 
     Raises:
         ValueError: there is such a name, but no entry around it.

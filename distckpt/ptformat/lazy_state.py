@@ -65,10 +65,6 @@ class LazyState:
 def read_lazy_state(archive: Archive, file: Readable) -> LazyState:
     """Read the pickle of a file, and nothing of its tensors. Any thread.
 
-    Args:
-        archive: the file's directory.
-        file: open for reading.
-
     Raises:
         NeedsTorchLoad: ``torch.load`` has to read the file, or to report its damage.
         OSError: it cannot be read.

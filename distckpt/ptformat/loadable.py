@@ -54,8 +54,8 @@ def find_refused(
     """Return the first objects that loading will refuse of a state. Any thread.
 
     Args:
-        state: what was pickled.
-        data: its pickle.
+        state: what was pickled to `data`.
+        data: the pickle.
         kinds: types of its objects that pickle has no opcodes for.
         called: classes and functions that the pickle names.
         protocol: the pickle's.

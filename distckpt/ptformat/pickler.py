@@ -62,8 +62,8 @@ def pickle_state(state: Any, *, protocol: int = 2) -> PickledState:
     """Pickle `state` so that ``torch.load`` returns what it would return from ``torch.save``'s. Rank-local.
 
     Args:
-        state: what ``torch.save`` takes.
-        protocol: pickle's; ``torch.load(weights_only=True)`` reads 2 alone.
+        state: to pickle.
+        protocol: of the pickle; ``torch.load(weights_only=True)`` reads 2 only.
 
     Raises:
         ShardedStateError: it holds a tensor of which this rank has a shard.

@@ -56,13 +56,7 @@ Ranges = list[tuple[int, int]]
 
 
 class ReadRequest(NamedTuple):
-    """Bytes of a file to read into memory.
-
-    Attributes:
-        address: of the memory.
-        num_bytes: length.
-        offset: in the file.
-    """
+    """`num_bytes` bytes at an offset of the file, to read into memory at an address."""
 
     address: int
     num_bytes: int
@@ -99,7 +93,7 @@ class _UnreadStorages:
 
 
 class OpenCheckpoint:
-    """A checkpoint file, open for reading. A context.
+    """A checkpoint file, open for reading. A context. All methods raise OSError if the file cannot be read.
 
     Args:
         file: path of a file that ``torch.save`` or distckpt wrote, or such a file, which this object then closes.
@@ -174,19 +168,11 @@ class OpenCheckpoint:
         return list(self._file.identity())
 
     def head(self) -> Head | None:
-        """Return the head of the manifest; None if the file has no manifest, or a damaged one.
-
-        Raises:
-            OSError: the file cannot be read.
-        """
+        """Return the head of the manifest; None if the file has no manifest, or a damaged one."""
         return read_manifest_head(self._file)
 
     def has_damaged_head(self) -> bool:
-        """Return True if the directory or the manifest of a file by distckpt is damaged. Reads nothing else.
-
-        Raises:
-            OSError: the file cannot be read.
-        """
+        """Return True if the directory or the manifest of a file by distckpt is damaged. Reads nothing else."""
         if self._archive is None:
             return self._fault is not None
         return self._archive.is_own and self.head() is None
@@ -200,19 +186,11 @@ class OpenCheckpoint:
         return self._file.readahead(ranges)
 
     def readahead_staggered(self, fraction: float) -> AbstractContextManager[SupportsReadInto]:
-        """Return a context in which all processes of a machine fetch the file together.
-
-        Args:
-            fraction: from 0 to 1, different for each process.
-        """
+        """Return a context in which all processes of a machine fetch the file together, each with its own fraction."""
         return self.readahead([] if self._archive is None else staggered_ranges(self.num_bytes, fraction))
 
     def check(self, ranges: Ranges, source: SupportsReadInto | None = None) -> list[Checksum]:
-        """Read ranges of the file and compute their checksums. Any thread.
-
-        Raises:
-            OSError: the file cannot be read.
-        """
+        """Read ranges of the file and compute their checksums. Any thread."""
         if self._archive is None:
             return []
         return [one for begin, end in ranges for one in check_range(self._file, self._archive, begin, end, source)]
@@ -230,18 +208,13 @@ class OpenCheckpoint:
             source: value of a readahead context; None to read without one.
 
         Raises:
-            OSError: the file cannot be read.
-            CorruptCheckpointError: it is damaged.
+            CorruptCheckpointError: the file is damaged.
         """
         with self.readahead([]) if source is None else nullcontext(source) as chosen:
             self.raise_for_faults(self.faults([self.check([(0, self.num_bytes)], chosen)]))
 
     def raise_for_faults(self, faults: Sequence[str]) -> None:
-        """Raise an error that names the first faults, if there are any.
-
-        Raises:
-            CorruptCheckpointError: there are faults.
-        """
+        """Raise a CorruptCheckpointError that names the first faults, if there are any."""
         if faults:
             more = f", and {len(faults) - _MOST_FAULTS} more" if len(faults) > _MOST_FAULTS else ""
             first = "; ".join(faults[:_MOST_FAULTS])
@@ -250,11 +223,7 @@ class OpenCheckpoint:
     # -- reading -----------------------------------------------------------------------------------
 
     def read_structure(self) -> bool:
-        """Read the state without its tensors' bytes; return True if that was possible. Any thread.
-
-        Raises:
-            OSError: the file cannot be read.
-        """
+        """Read the state without its tensors' bytes; return True if that was possible. Any thread."""
         if not self._unread.is_known and self._archive is not None:
             try:
                 self._unread.add(read_lazy_state(self._archive, self._file))
@@ -292,12 +261,7 @@ class OpenCheckpoint:
 
     @gc_paused()
     def fill(self) -> None:
-        """Read the bytes of all tensors that were handed out and are still referred to.
-
-        Raises:
-            OSError: the file cannot be read.
-            CorruptCheckpointError: it has become shorter.
-        """
+        """Read the bytes of all tensors that were handed out and are still referred to."""
         self.read((one.data_ptr(), record.num_bytes, record.offset) for record, one in self._unread.alive())
         self._unread.storages.clear()
 
@@ -308,8 +272,7 @@ class OpenCheckpoint:
             requests: address in memory, length in bytes, and offset in the file.
 
         Raises:
-            OSError: the operating system refused; some of the memory was written.
-            CorruptCheckpointError: the file has become shorter; some of the memory was written.
+            CorruptCheckpointError: the file has become shorter. As after an OSError, some of the memory was written.
         """
         todo, small = list[ReadRequest](), list[tuple[int, int, int]]()
         for request in requests:
@@ -404,11 +367,7 @@ def verify(path: Path) -> None:
 
 
 def read_head_at(path: Path) -> Head | None:
-    """Return the head of a file's manifest; None if it has no manifest that can be read.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    """Return the head of a file's manifest; None if it has no manifest, or a damaged one."""
     with LocalFile(path) as file:
         return read_manifest_head(file)
 

@@ -63,12 +63,7 @@ def uses_default_format(options: Mapping[str, Any]) -> bool:
 
 
 def write_pt(state: Any, writer: BufferedWriter, options: Mapping[str, Any]) -> None:
-    """Write `state` by ``torch.save``; the caller flushes.
-
-    Args:
-        state: what ``torch.save`` takes.
-        writer: where to.
-        options: keyword arguments of ``torch.save``.
+    """Write `state` by ``torch.save`` with keyword arguments; the caller flushes the writer.
 
     Raises:
         ShardedStateError: the state holds a tensor of which this rank has a shard.
@@ -85,11 +80,7 @@ def write_pt(state: Any, writer: BufferedWriter, options: Mapping[str, Any]) -> 
 
 
 class _WholeTensors:
-    """A pickle module whose pickler refuses shards and writes replicated DTensors as plain tensors.
-
-    Args:
-        module: the pickle module to extend.
-    """
+    """A pickle module whose pickler refuses shards and writes replicated DTensors as plain tensors."""
 
     def __init__(self, module: Any) -> None:
         self._module = module
@@ -111,11 +102,7 @@ class _WholeTensors:
 
 
 def load_by_torch(file: IO[bytes], path: Path) -> Any:
-    """Read a checkpoint onto the CPU by ``torch.load(weights_only=True)``.
-
-    Args:
-        file: open for reading.
-        path: for messages.
+    """Read a checkpoint onto the CPU by ``torch.load(weights_only=True)``; `path` is for messages.
 
     Raises:
         OSError: the file cannot be read.
@@ -174,15 +161,7 @@ def _reason_in(text: str) -> str:
 
 
 def describe_format(file: Readable, archive: Archive | None) -> str | None:
-    """Return what a sound file is that is no checkpoint, and what reads it; None if that is unknown.
-
-    Args:
-        file: open for reading.
-        archive: its directory, if it is a zip archive.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Return what a sound file is that is no checkpoint, and what reads it; None if that is unknown."""
     if archive is not None:
         return _describe_archive(file, archive)
     begin = file.read(0, _BEGIN_BYTES)

@@ -39,11 +39,7 @@ class DirectFile:
             self._direct = None
 
     def write(self, data: memoryview, offset: int) -> None:
-        """Write `data` at an offset: whole blocks with O_DIRECT, where memory and offset are aligned.
-
-        Raises:
-            OSError: the operating system refused.
-        """
+        """Write `data` at an offset: whole blocks with O_DIRECT, where memory and offset are aligned."""
         done = 0
         if self._direct is not None and offset % BLOCK_BYTES == 0:
             try:
@@ -113,22 +109,14 @@ class BufferedWriter:
 
 
 def write_at(fd: int, data: memoryview, offset: int) -> None:
-    """Write all of `data` at an offset, through the page cache.
-
-    Raises:
-        OSError: the operating system refused.
-    """
+    """Write all of `data` at an offset, through the page cache."""
     done = 0
     while done < len(data):
         done += _num_written(os.pwrite(fd, data[done:], offset + done))
 
 
 def allocate(fd: int, num_bytes: int) -> None:
-    """Set a file's length, and reserve disk blocks where the file system can do so without writing them.
-
-    Raises:
-        OSError: the operating system refused; ENOSPC if there are not enough blocks.
-    """
+    """Set a file's length, and reserve disk blocks where the file system can do so without writing them."""
     if _fallocate is not None:
         ctypes.set_errno(0)
         if _fallocate(fd, 0, 0, num_bytes) == 0:

@@ -63,18 +63,7 @@ class Readahead:
         self._set_waiting(is_waiting=False)
 
     def read_into(self, memory: memoryview, offset: int) -> int:
-        """Read bytes once they are in the page cache, or the thread has ended. One thread.
-
-        Args:
-            memory: filled completely, unless the file ends.
-            offset: in the file.
-
-        Returns:
-            The number of bytes.
-
-        Raises:
-            OSError: the file cannot be read.
-        """
+        """Fill `memory` once its bytes are in the page cache or the thread has ended, and return their number."""
         done, self._read_until = 0, offset
         while done < len(memory) and self._is_waiting:
             if self._has_ended.is_set():
