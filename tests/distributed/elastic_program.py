@@ -59,8 +59,8 @@ def main(folder: Path) -> None:
 
     train(state)
     if hvd.rank() == 0:
-        told = {"seen": seen, "files": sorted(path.name for path in (folder / "checkpoints").glob("*.pt"))}
-        (folder / "told.json").write_text(json.dumps(told), encoding="utf-8")
+        result = {"seen": seen, "files": sorted(path.name for path in (folder / "checkpoints").glob("*.pt"))}
+        (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -39,9 +39,9 @@ def test_an_elastic_job_goes_on_from_the_newest_checkpoint_without_the_rank_that
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "killed").exists()
-    told = json.loads((tmp_path / "told.json").read_text(encoding="utf-8"))
-    assert told["seen"] == [[2, None], [1, "checkpoint_10.pt"], 20]
-    assert told["files"] == ["checkpoint_15.pt", "checkpoint_20.pt"]
+    result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+    assert result["seen"] == [[2, None], [1, "checkpoint_10.pt"], 20]
+    assert result["files"] == ["checkpoint_15.pt", "checkpoint_20.pt"]
 
 
 @run_distributed(world_size=2)

@@ -1,4 +1,4 @@
-"""A training that is sent SIGTERM and resumed ends bit for bit where the same training ends when left alone.
+"""A run that gets SIGTERM and resumes ends bit-equal to an uninterrupted run.
 
 Everything is real: processes of their own, DistributedDataParallel on Gloo, a signal of the operating system's.
 """
@@ -43,7 +43,7 @@ class Noisy(TensorDataset):
 
 
 class Training:
-    """The program; it is the same whether it is interrupted, resumed, or left alone."""
+    """The program, the same for an interrupted, a resumed and an uninterrupted run."""
 
     def __init__(self, folder: Path, data: str) -> None:
         rank = dist.get_rank()
@@ -202,7 +202,7 @@ MIDDLE, END = ("step", 13), ("end of epoch", 8)
         "with workers",
     ],
 )
-def test_a_run_that_is_preempted_and_resumed_ends_bit_for_bit_like_one_left_alone(
+def test_a_preempted_and_resumed_run_ends_bit_equal_to_an_uninterrupted_one(
     tmp_path: Path, alone: list[dict[str, Any]], data: str, interruptions: list[tuple[str, int]]
 ) -> None:
     ends = run_with(interruptions, tmp_path, data)
@@ -214,7 +214,7 @@ def test_a_run_that_is_preempted_and_resumed_ends_bit_for_bit_like_one_left_alon
 
 
 @pytest.mark.parametrize("data", ["by epoch"])
-def test_the_comparison_finds_a_run_that_begins_its_epoch_anew(
+def test_the_comparison_finds_a_run_that_restarts_its_epoch(
     tmp_path: Path, alone: list[dict[str, Any]], data: str
 ) -> None:
     """Negative control: the same harness, with ignite's own way of resuming."""

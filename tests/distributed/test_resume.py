@@ -58,9 +58,9 @@ def flip(path: Path) -> None:
 
 
 def resumed(source: Any) -> dict[str, Any]:
-    """Resume, and tell everything that came of it on this rank."""
+    """Resume, and return the results on this rank."""
     model, trainer = model_of(0.0), idle_engine()
-    with logged("distckpt") as said:
+    with logged("distckpt") as messages:
         path: Path | None = None
 
         def go() -> None:
@@ -72,15 +72,17 @@ def resumed(source: Any) -> dict[str, Any]:
         "path": path,
         "weight": model.bias.item(),
         "iteration": trainer.state.iteration,
-        "told": [one for one in said if one.endswith("It is passed over.")],
-        "said": [one.split(" in ")[0] for one in said if not one.endswith("It is passed over.")],  # seconds differ
+        "skipped": [one for one in messages if one.endswith("It is passed over.")],
+        "logged": [
+            one.split(" in ")[0] for one in messages if not one.endswith("It is passed over.")
+        ],  # seconds differ
         "error": None if error is None else str(error),
         "kinds": kinds(error),
     }
 
 
 def resumed_from(folder: Path, *, per_rank: bool = False) -> dict[str, Any]:
-    """Resume from a directory, or from one of each rank's own, which is told relative to where the rank works."""
+    """Resume from a directory, or from one of each rank's own, given relative to its working directory."""
     if per_rank:
         os.chdir(folder / f"rank{job.rank()}")
         return resumed(Path("checkpoints"))
@@ -106,34 +108,34 @@ def test_all_ranks_take_the_newest(tmp_path: Path, world_size: int) -> None:
     ends = run_ranks(resumed_from, world_size, tmp_path)
     assert all_equal(ends)
     assert ends[0]["path"] == tmp_path / "checkpoint_12.pt"
-    assert (ends[0]["weight"], ends[0]["iteration"], ends[0]["told"]) == (12.0, 12, [])
-    assert ends[0]["said"] == [
+    assert (ends[0]["weight"], ends[0]["iteration"], ends[0]["skipped"]) == (12.0, 12, [])
+    assert ends[0]["logged"] == [
         f"resume: continuing from {tmp_path / 'checkpoint_12.pt'} of iteration 12, epoch 3: loaded model, trainer"
     ]
 
 
 @WORLDS
-def test_with_nothing_there_all_ranks_start_afresh(tmp_path: Path, world_size: int) -> None:
+def test_without_a_checkpoint_all_ranks_start_afresh(tmp_path: Path, world_size: int) -> None:
     ends = run_ranks(resumed_from, world_size, tmp_path / "sub")
     assert all_equal(ends)
-    assert (ends[0]["path"], ends[0]["error"], ends[0]["told"]) == (None, None, [])
-    assert ends[0]["said"] == ["resume: nothing to resume from"]
+    assert (ends[0]["path"], ends[0]["error"], ends[0]["skipped"]) == (None, None, [])
+    assert ends[0]["logged"] == ["resume: nothing to resume from"]
 
 
 @WORLDS
-def test_a_truncated_newest_is_passed_over_on_all_ranks(tmp_path: Path, world_size: int) -> None:
+def test_a_truncated_newest_checkpoint_is_skipped_on_all_ranks(tmp_path: Path, world_size: int) -> None:
     put(tmp_path, 4)
     cut(put(tmp_path, 8))
     ends = run_ranks(resumed_from, world_size, tmp_path)
     assert all_equal(ends)
     assert ends[0]["path"] == tmp_path / "checkpoint_4.pt"
-    (told,) = ends[0]["told"]
-    assert told.startswith(f"resume: {tmp_path / 'checkpoint_8.pt'} cannot be loaded: on every rank: ")
-    assert "truncated" in told
+    (message,) = ends[0]["skipped"]
+    assert message.startswith(f"resume: {tmp_path / 'checkpoint_8.pt'} cannot be loaded: on every rank: ")
+    assert "truncated" in message
 
 
 @pytest.mark.parametrize("writer", ["torch", "distckpt"])
-def test_a_flipped_bit_is_passed_over_on_all_ranks(tmp_path: Path, writer: str) -> None:
+def test_a_checkpoint_with_a_flipped_bit_is_skipped_on_all_ranks(tmp_path: Path, writer: str) -> None:
     put(tmp_path, 4)
     newest = put(tmp_path, 8)
     if writer == "distckpt":
@@ -142,14 +144,14 @@ def test_a_flipped_bit_is_passed_over_on_all_ranks(tmp_path: Path, writer: str) 
     ends = run_ranks(resumed_from, 2, tmp_path)
     assert all_equal(ends)
     assert (ends[0]["path"], ends[0]["weight"]) == (tmp_path / "checkpoint_4.pt", 4.0)
-    (told,) = ends[0]["told"]
-    assert told.startswith(f"resume: {newest} cannot be loaded: on every rank: ")
-    assert "has checksum" in told
+    (message,) = ends[0]["skipped"]
+    assert message.startswith(f"resume: {newest} cannot be loaded: on every rank: ")
+    assert "has checksum" in message
 
 
 @process_ranks_only
 @WORLDS
-def test_one_that_is_damaged_on_one_rank_is_passed_over_on_all(tmp_path: Path, world_size: int) -> None:
+def test_a_checkpoint_that_is_damaged_on_one_rank_is_skipped_on_all(tmp_path: Path, world_size: int) -> None:
     folders = own_folders(tmp_path, world_size)
     for one in folders:
         put(one, 4)
@@ -160,13 +162,13 @@ def test_one_that_is_damaged_on_one_rank_is_passed_over_on_all(tmp_path: Path, w
     ends = run_ranks(on_own_folders, world_size, tmp_path)
     assert all_equal(ends)
     assert ends[0]["path"] == Path("checkpoints/checkpoint_4.pt")
-    (told,) = ends[0]["told"]
-    assert "checkpoint_8.pt cannot be loaded: on rank 1: " in told
+    (message,) = ends[0]["skipped"]
+    assert "checkpoint_8.pt cannot be loaded: on rank 1: " in message
 
 
 @process_ranks_only
 @WORLDS
-def test_another_file_of_the_same_name_is_passed_over_on_all_ranks(tmp_path: Path, world_size: int) -> None:
+def test_different_files_of_the_same_name_are_skipped_on_all_ranks(tmp_path: Path, world_size: int) -> None:
     folders = own_folders(tmp_path, world_size)
     old = put(tmp_path, 4)
     for rank, one in enumerate(folders):
@@ -175,8 +177,8 @@ def test_another_file_of_the_same_name_is_passed_over_on_all_ranks(tmp_path: Pat
     ends = run_ranks(on_own_folders, world_size, tmp_path)
     assert all_equal(ends)
     assert ends[0]["path"] == Path("checkpoints/checkpoint_4.pt")
-    (told,) = ends[0]["told"]
-    assert f"is not the same file on all ranks: rank {world_size - 1} has another than rank 0" in told
+    (message,) = ends[0]["skipped"]
+    assert f"is not the same file on all ranks: rank {world_size - 1} has another than rank 0" in message
 
 
 @process_ranks_only
@@ -195,30 +197,30 @@ def test_a_rank_that_does_not_see_the_file_is_named_on_all(tmp_path: Path, world
 
 
 @WORLDS
-def test_when_none_is_whole_all_ranks_hear_why(tmp_path: Path, world_size: int) -> None:
+def test_without_a_whole_checkpoint_all_ranks_raise_the_reasons(tmp_path: Path, world_size: int) -> None:
     for step in (4, 8):
         cut(put(tmp_path, step))
     torch.save({"model": {}}, tmp_path / "other.pt")
     ends = run_ranks(resumed_from, world_size, tmp_path)
     assert all_equal(ends)
     assert LoadError.__name__ in ends[0]["kinds"]
-    assert len(ends[0]["told"]) == 3
+    assert len(ends[0]["skipped"]) == 3
     for name in ("checkpoint_4.pt", "checkpoint_8.pt", "other.pt cannot be loaded: on every rank: it lacks"):
         assert name in ends[0]["error"]
 
 
 @WORLDS
-def test_one_that_lacks_an_object_is_passed_over_on_all_ranks(tmp_path: Path, world_size: int) -> None:
+def test_a_checkpoint_that_lacks_an_object_is_skipped_on_all_ranks(tmp_path: Path, world_size: int) -> None:
     put(tmp_path, 4)
     torch.save({"trainer": {"epoch_length": 4, "iteration": 8, "max_epochs": 9}}, tmp_path / "checkpoint_8.pt")
     ends = run_ranks(resumed_from, world_size, tmp_path)
     assert all_equal(ends)
     assert ends[0]["path"] == tmp_path / "checkpoint_4.pt"
-    assert "checkpoint_8.pt cannot be loaded: on every rank: it lacks" in ends[0]["told"][0]
+    assert "checkpoint_8.pt cannot be loaded: on every rank: it lacks" in ends[0]["skipped"][0]
 
 
 @WORLDS
-def test_damage_in_any_ranks_share_is_found_on_all(tmp_path: Path, world_size: int) -> None:
+def test_damage_in_any_ranks_range_is_found_on_all(tmp_path: Path, world_size: int) -> None:
     put(tmp_path, 4)
     state = {**torch.load(tmp_path / "checkpoint_4.pt", weights_only=True), "large": torch.zeros(200_000)}
     DiskSaver(tmp_path, require_empty=False)(state, "checkpoint_8.pt")
@@ -231,8 +233,8 @@ def test_damage_in_any_ranks_share_is_found_on_all(tmp_path: Path, world_size: i
         ends = run_ranks(resumed_from, world_size, tmp_path)
         assert all_equal(ends)
         assert ends[0]["path"] == tmp_path / "checkpoint_4.pt"
-        assert "on every rank: " in ends[0]["told"][0]
-        assert "has checksum" in ends[0]["told"][0]
+        assert "on every rank: " in ends[0]["skipped"][0]
+        assert "has checksum" in ends[0]["skipped"][0]
 
 
 def read_by_all(folder: Path, resumes: bool) -> tuple[int, int]:  # noqa: FBT001 - it travels by position
@@ -293,7 +295,7 @@ def test_ranks_of_one_machine_have_each_byte_read_from_storage_once(
 
 
 @run_distributed(world_size=2)
-def test_what_does_not_fit_on_one_rank_touches_no_object_of_any(tmp_path: Path) -> None:
+def test_a_misfit_on_one_rank_changes_no_object_on_any(tmp_path: Path) -> None:
     if job.rank() == 0:
         put(tmp_path, 4)
     job.barrier()
@@ -350,7 +352,7 @@ def test_a_wrong_argument_on_one_rank_is_raised_on_all(tmp_path: Path) -> None:
 
 
 @run_distributed(world_size=2)
-def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
+def test_a_missing_rank_is_named(tmp_path: Path) -> None:
     if job.rank() == 0:
         with pytest.raises(CollectiveTimeout) as caught:
             resume({"model": model_of(0.0)}, tmp_path, timeout_s=0.5)
@@ -372,7 +374,7 @@ def test_directory_of_the_saving_rank_is_searched(tmp_path: Path, saving: int) -
 @pytest.mark.parametrize("include_self", [True, False])
 @pytest.mark.parametrize("saving", [0, 1])
 @run_distributed(world_size=2)
-def test_history_goes_on_on_all_ranks(tmp_path: Path, saving: int, *, include_self: bool) -> None:
+def test_history_continues_on_all_ranks(tmp_path: Path, saving: int, *, include_self: bool) -> None:
     for num_epochs in (3, 5):
         trainer = idle_engine()
         objects = {"model": model_of(1.0), "trainer": trainer}
@@ -423,9 +425,9 @@ def load_numbers(folder: Path) -> tuple[list[str], list[float], list[float]]:
     random.seed(rank + 10)
     torch.manual_seed(rank + 10)
     trainer = idle_engine()
-    with warned() as told:
+    with warned() as messages:
         resume({"trainer": trainer, "rng": RngState(trainer)}, folder, engine=trainer)
-    return told, draw(), untouched
+    return messages, draw(), untouched
 
 
 @process_ranks_only
@@ -434,7 +436,7 @@ def test_each_rank_gets_its_own_random_numbers_back(tmp_path: Path, world_size: 
     saved = run_ranks(save_numbers, world_size, tmp_path)
     assert len({tuple(numbers) for numbers in saved}) == world_size, "every rank's are others"
     loaded = run_ranks(load_numbers, world_size, tmp_path)
-    assert [told for told, _, _ in loaded] == [[]] * world_size
+    assert [messages for messages, _, _ in loaded] == [[]] * world_size
     assert [numbers for _, numbers, _ in loaded] == saved
 
 
@@ -445,20 +447,20 @@ def test_in_a_job_of_another_size_ranks_keep_their_random_numbers_and_new_ones_g
 ) -> None:
     saved = run_ranks(save_numbers, before, tmp_path)
     loaded = run_ranks(load_numbers, now, tmp_path)
-    for rank, (told, numbers, untouched) in enumerate(loaded):
-        assert len(told) == 1
-        assert f"they were saved by a job of {before} ranks, and this one has {now}" in told[0]
+    for rank, (messages, numbers, untouched) in enumerate(loaded):
+        assert len(messages) == 1
+        assert f"they were saved by a job of {before} ranks, and this one has {now}" in messages[0]
         if rank < before:
             assert numbers == saved[rank]
         else:
-            assert f"ranks {list(range(before, now))} get states derived from all of these" in told[0]
+            assert f"ranks {list(range(before, now))} get states derived from all of these" in messages[0]
             assert numbers != untouched
     assert len({tuple(numbers) for _, numbers, _ in loaded}) == now, "every rank's are others"
     assert [numbers for _, numbers, _ in run_ranks(load_numbers, now, tmp_path)] == [one for _, one, _ in loaded]
 
 
 @run_distributed(world_size=2)
-def test_a_generator_that_fails_on_one_rank_is_told_on_all(tmp_path: Path) -> None:
+def test_a_generator_that_fails_on_one_rank_raises_on_all(tmp_path: Path) -> None:
     source = RngState()
     if job.rank() == 1:
         source._capture = lambda: 1 / 0  # type: ignore[method-assign,assignment,return-value]

@@ -1,4 +1,4 @@
-"""Ranks go on where each of them was. What one of them cannot go on with is refused on all of them."""
+"""Each rank continues at its own position. Data that one rank cannot continue with are refused on all ranks."""
 
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def on_unequal_data(
 
 
 @WORLDS
-def test_each_rank_goes_on_with_epochs_of_its_own_length(tmp_path: Path, world_size: int) -> None:
+def test_each_rank_continues_with_epochs_of_its_own_length(tmp_path: Path, world_size: int) -> None:
     event, stop_on = ("EPOCH_COMPLETED", 0), ("EPOCH_COMPLETED", 2)
     ends = run_ranks(on_unequal_data, world_size, tmp_path, event, stop_on, {"max_epochs": 4})
     assert all(parts == alone for alone, parts in ends)
@@ -82,7 +82,7 @@ def test_each_rank_goes_on_with_epochs_of_its_own_length(tmp_path: Path, world_s
 
 
 @pytest.mark.parametrize("at", [5, 8, 15])
-def test_each_rank_goes_on_in_a_pass_of_its_own_length(tmp_path: Path, at: int) -> None:
+def test_each_rank_continues_in_a_pass_of_its_own_length(tmp_path: Path, at: int) -> None:
     event = ("ITERATION_COMPLETED", at)
     run = {"max_epochs": 3, "epoch_length": 8}
     ends = run_ranks(on_unequal_data, 2, tmp_path, event, event, run)
@@ -104,33 +104,33 @@ def in_other_batches(folder: Path, sizes: list[int]) -> tuple[tuple[str, ...], s
 
 
 @WORLDS
-def test_a_batch_size_that_one_rank_cannot_go_on_with_is_refused_on_all(tmp_path: Path, world_size: int) -> None:
+def test_a_batch_size_that_one_rank_cannot_continue_with_is_refused_on_all(tmp_path: Path, world_size: int) -> None:
     ends = run_ranks(in_other_batches, world_size, tmp_path, [2, 5, 2])
     assert all("ValueError" in kind and num == 0 for kind, _, num in ends)
     assert all("12 samples are no whole number of batches of 5" in text and "rank 1" in text for _, text, _ in ends)
 
 
-def test_batch_sizes_that_all_ranks_can_go_on_with_are_taken(tmp_path: Path) -> None:
+def test_batch_sizes_that_all_ranks_can_continue_with_are_accepted(tmp_path: Path) -> None:
     ends = run_ranks(in_other_batches, 2, tmp_path, [2, 2])
     assert ends == [((), "None", 18)] * 2
 
 
 def with_handlers_that_undo(folder: Path, undoing_rank: int) -> tuple[int, list[str]]:
-    """Return the count of the begun epoch's steps, where a handler of one rank changes it."""
+    """Return the number of counted steps and the log, where a handler of one rank changes the counter."""
     event = ("ITERATION_COMPLETED", 13)
     Program(folder, event).run(range(10), event, max_epochs=2)
     program = Program(folder, event)
     if current().rank == undoing_rank:
         program.trainer.add_event_handler(Events.STARTED, lambda: setattr(program.counter, "num", -100))
-    with logged("distckpt.handlers.restored_state") as said:
+    with logged("distckpt.handlers.restored_state") as messages:
         program.run(range(10), max_epochs=2)
-    return program.counter.num, said
+    return program.counter.num, messages
 
 
 @pytest.mark.parametrize("undoing_rank", [0, 1])
-def test_what_one_rank_undoes_is_put_back_there(tmp_path: Path, undoing_rank: int) -> None:
-    said = [f"resume: handlers of {event} changed counter: put back" for event in ("STARTED", "EPOCH_STARTED")]
-    assert run_ranks(with_handlers_that_undo, 2, tmp_path, undoing_rank) == [(10, said)] * 2
+def test_changes_on_one_rank_are_reverted_on_all(tmp_path: Path, undoing_rank: int) -> None:
+    messages = [f"resume: handlers of {event} changed counter: restored" for event in ("STARTED", "EPOCH_STARTED")]
+    assert run_ranks(with_handlers_that_undo, 2, tmp_path, undoing_rank) == [(10, messages)] * 2
 
 
 def that_had_ended(folder: Path) -> tuple[int, bool]:
@@ -143,7 +143,7 @@ def that_had_ended(folder: Path) -> tuple[int, bool]:
 
 
 @WORLDS
-def test_a_run_that_had_ended_trains_no_more_on_any_rank(tmp_path: Path, world_size: int) -> None:
+def test_a_complete_run_trains_no_more_on_any_rank(tmp_path: Path, world_size: int) -> None:
     assert run_ranks(that_had_ended, world_size, tmp_path) == [(0, True)] * world_size
 
 

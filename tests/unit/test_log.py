@@ -80,7 +80,7 @@ SEEN = [
     "EarlyStopping: Stop training (iteration 3: 2 times no improvement; best score 0.5, last score 0.5)",
     "Reached the time limit: 60 sec. Stop training (iteration 1; ",
     "resume: nothing to resume from in preempted: starting afresh",
-    "Preemption: told to stop (rank 0: SIGTERM); the run ends at iteration 3",
+    "Preemption: received a signal (rank 0: SIGTERM); the run ends at iteration 3",
     "The run was preempted: the program ends, exit code 75",
     "resume: continuing from preempted/checkpoint_3.pt of iteration 3, epoch 0: loaded model, trainer in ",
     "resume: preempted/checkpoint_5.pt cannot be loaded: ",

@@ -16,7 +16,7 @@ from distckpt import Checkpoint, ResumableSampler
 from distckpt.samplers import batches_left, find_resumable, permute
 
 ORDER_OF_TEN = [6, 2, 9, 5, 7, 1, 3, 0, 8, 4]
-"""Of seed 0 and epoch 0. An order that changes loses the place of every run under way."""
+"""Of seed 0 and epoch 0. A changed order would break the resume of every run under way."""
 
 
 def ranks_of(world_size: int, length: int, **kwargs: Any) -> list[ResumableSampler]:
@@ -38,7 +38,7 @@ def test_an_order_has_each_number_once(length: int) -> None:
         assert torch.equal(permute(torch.arange(length), length, key).sort().values, torch.arange(length))
 
 
-def test_any_place_of_an_order_is_computed_alone() -> None:
+def test_any_position_of_an_order_is_computed_alone() -> None:
     whole = permute(torch.arange(5000), 5000, "a")
     places = torch.randint(5000, (300,))
     assert torch.equal(permute(places, 5000, "a"), whole[places])
@@ -88,7 +88,7 @@ def test_without_shuffle_the_order_is_that_of_the_data() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("length", [1, 5, 12, 100])
-def test_ranks_take_turns_in_one_order(world_size: int, length: int) -> None:
+def test_ranks_take_the_samples_of_one_order_in_turn(world_size: int, length: int) -> None:
     order = list(ResumableSampler(length, num_replicas=1, rank=0))
     ours = ranks_of(world_size, length)
     dealt = list(turns(ours))
@@ -98,7 +98,7 @@ def test_ranks_take_turns_in_one_order(world_size: int, length: int) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_drop_last_leaves_out_the_very_last_ones(world_size: int) -> None:
+def test_drop_last_leaves_out_the_last_samples(world_size: int) -> None:
     order = list(ResumableSampler(20, num_replicas=1, rank=0))
     ours = ranks_of(world_size, 20, drop_last=True)
     dealt = list(turns(ours))
@@ -107,7 +107,7 @@ def test_drop_last_leaves_out_the_very_last_ones(world_size: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_an_epoch_on_ever_other_numbers_of_ranks_has_each_sample_once(seed: int) -> None:
+def test_an_epoch_on_changing_numbers_of_ranks_has_each_sample_once(seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     length = int(torch.randint(1, 200, (), generator=draw))
     state = ResumableSampler(length, num_replicas=1, rank=0, seed=seed).state_dict()
@@ -136,7 +136,7 @@ def test_an_end_is_the_beginning_of_the_next_epoch() -> None:
     assert (sampler.state_dict()["epoch"], sampler.state_dict()["position"]) == (1, 0)
 
 
-def test_what_is_trained_counts_where_it_is_known() -> None:
+def test_trained_samples_count_if_they_are_known() -> None:
     sampler = ResumableSampler(100, num_replicas=2, rank=0)
     drawn = iter(sampler)
     for _ in range(30):
@@ -170,7 +170,7 @@ def test_a_checkpoint_brings_it_back_with_its_seed(tmp_path: Path) -> None:
     assert target.epoch == 0
 
 
-def test_set_epoch_keeps_the_place_of_a_pass_that_goes_on() -> None:
+def test_set_epoch_keeps_the_position_of_a_continued_pass() -> None:
     for epoch in (4, 9):
         sampler = ResumableSampler(10, num_replicas=1, rank=0)
         sampler.load_state_dict(sampler.state_dict() | {"epoch": 4, "position": 3})
@@ -183,7 +183,7 @@ def test_set_epoch_keeps_the_place_of_a_pass_that_goes_on() -> None:
         assert list(sampler) == list(again)
 
 
-def test_set_epoch_counts_for_a_pass_that_begins() -> None:
+def test_set_epoch_applies_to_a_pass_that_starts() -> None:
     sampler = ResumableSampler(10, num_replicas=1, rank=0)
     orders = []
     for epoch in (3, 3, 4):
@@ -194,7 +194,7 @@ def test_set_epoch_counts_for_a_pass_that_begins() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"length": 11}, "the state is of 11 samples, 3 of them trained, and this data set has 10"),
         ({"shuffle": False}, "the state is of an order with shuffle=False"),
@@ -204,10 +204,10 @@ def test_set_epoch_counts_for_a_pass_that_begins() -> None:
         ({"position": 11}, "position 11 of 10"),
     ],
 )
-def test_a_state_of_another_order_is_refused_and_nothing_changes(change: dict[str, Any], told: str) -> None:
+def test_a_state_of_another_order_is_refused_and_nothing_changes(change: dict[str, Any], message: str) -> None:
     sampler = ResumableSampler(10, num_replicas=1, rank=0)
     before = sampler.state_dict()
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         sampler.load_state_dict(before | {"position": 3} | change)
     assert sampler.state_dict() == before
     assert not sampler.distckpt_is_positioned
@@ -226,7 +226,7 @@ def test_a_state_that_is_no_mapping_is_a_type_error(given: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "told"),
+    ("arguments", "error", "message"),
     [
         ({"dataset_or_length": iter([1])}, TypeError, "should have a length, or be one"),
         ({"dataset_or_length": -1}, ValueError, "dataset_or_length should be 0 or more"),
@@ -240,8 +240,8 @@ def test_a_state_that_is_no_mapping_is_a_type_error(given: Any) -> None:
         ({"drop_last": None}, TypeError, "Argument drop_last should be a bool"),
     ],
 )
-def test_wrong_arguments_are_errors(arguments: dict[str, Any], error: type[Exception], told: str) -> None:
-    with pytest.raises(error, match=told):
+def test_wrong_arguments_are_errors(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
         ResumableSampler(**({"dataset_or_length": 10} | arguments))
 
 

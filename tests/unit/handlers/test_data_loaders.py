@@ -1,4 +1,4 @@
-"""Resumed runs over torch's loaders: the order of the run left alone, or a warning before the first batch."""
+"""Resumed runs over torch's loaders have the order of an uninterrupted run, or warn before the first batch."""
 
 import itertools
 import random
@@ -34,7 +34,7 @@ Make = Callable[[], Any]
 
 
 class Program:
-    """A program that trains on a loader for three epochs, stops where it is told to, and goes on."""
+    """A program that trains on a loader for three epochs; it may stop at an iteration and resume."""
 
     def __init__(self, folder: Path, make: Make, *, rng: str = "trainer", sampler_is_saved: bool = False) -> None:
         torch.manual_seed(3)
@@ -42,7 +42,7 @@ class Program:
         np.random.seed(3)  # noqa: NPY002 - the global generator is the point
         self.loader = make()
         self.seen: list[list[int]] = []
-        self.told: list[str] = []
+        self.warned: list[str] = []
         self.trainer = Engine(lambda _engine, batch: self.seen.append(batch[0].tolist()))
         self.trainer.logger.disabled = True
         self.objects: dict[str, Any] = {"trainer": self.trainer}
@@ -61,22 +61,22 @@ class Program:
                 engine.terminate()
 
         self.trainer.add_event_handler(Events.ITERATION_COMPLETED, stop)
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             resume(self.objects, self.saver, engine=self.trainer)
             self.trainer.run(self.loader, max_epochs=3)
-        self.told = [str(one.message) for one in told if str(one.message).startswith("resume:")]
+        self.warned = [str(one.message) for one in warned if str(one.message).startswith("resume:")]
         return self.seen
 
 
 def in_parts(folder: Path, make: Make, *stops: int, **options: Any) -> tuple[list[list[int]], list[str]]:
     """Train in parts; return all batches and what was warned of."""
-    batches, told = [], []
+    batches, warned = [], []
     for stop in (*stops, None):
         program = Program(folder, make, **options)
         batches += program.run(stop)
-        told += program.told
-    return batches, told
+        warned += program.warned
+    return batches, warned
 
 
 class Drawing(Sampler[int]):
@@ -174,36 +174,36 @@ class Keeping(Drawing):
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_with_an_rng_state_a_loader_goes_on_as_if_it_had_been_left_alone(tmp_path: Path, name: str) -> None:
+def test_with_an_rng_state_a_loader_continues_as_if_uninterrupted(tmp_path: Path, name: str) -> None:
     make = MADE[name]
     alone, _ = in_parts(tmp_path / "alone", make)
     length = len(alone) // 3
     next_alone = torch.rand(3)
     for stops in ((length + 2,), (length,), (3,), (2, length, length + 1), (2 * length,)):
-        batches, told = in_parts(tmp_path / "-".join(map(str, stops)), make, *stops)
+        batches, warned = in_parts(tmp_path / "-".join(map(str, stops)), make, *stops)
         assert batches == alone, stops
         assert torch.equal(torch.rand(3), next_alone), "what is drawn after the run is the same too"
-        assert all("the loader starts new workers" in one for one in told)
-        assert not told or "persistent" in name
+        assert all("the loader starts new workers" in one for one in warned)
+        assert not warned or "persistent" in name
 
 
 @pytest.mark.parametrize("rng", ["", "trainer"])
 @pytest.mark.parametrize("is_saved", [False, True])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_resumable_sampler_goes_on_after_what_was_trained_and_nothing_is_skipped_twice(
+def test_a_resumable_sampler_continues_after_the_trained_samples_and_nothing_is_skipped_twice(
     tmp_path: Path, rng: str, num_workers: int, *, is_saved: bool
 ) -> None:
     def make() -> Any:
         return DataLoader(DATA, 2, sampler=ResumableSampler(DATA), num_workers=num_workers)
 
     alone, _ = in_parts(tmp_path / "alone", make, rng=rng)
-    batches, told = in_parts(tmp_path / "parts", make, 3, 10, 14, rng=rng, sampler_is_saved=is_saved)
+    batches, warned = in_parts(tmp_path / "parts", make, 3, 10, 14, rng=rng, sampler_is_saved=is_saved)
     assert batches == alone
     assert all(sorted(itertools.chain(*alone[at : at + 10])) == list(range(LENGTH)) for at in (0, 10, 20))
-    assert bool(told) == bool(num_workers)
+    assert bool(warned) == bool(num_workers)
 
 
-def test_a_resumable_sampler_goes_on_with_another_batch_size(tmp_path: Path) -> None:
+def test_a_resumable_sampler_continues_with_another_batch_size(tmp_path: Path) -> None:
     first = Program(tmp_path, lambda: DataLoader(DATA, 3, sampler=ResumableSampler(DATA))).run(3)
     rest = Program(tmp_path, lambda: DataLoader(DATA, 4, sampler=ResumableSampler(DATA))).run()
     assert sorted(itertools.chain(*first, *rest[:3])) == list(range(LENGTH))
@@ -219,14 +219,14 @@ def test_without_an_rng_state_a_warning_comes_before_the_first_batch(
     Program(tmp_path, MADE[name], rng="").run(5 if name == "batch sampler" and stop == 10 else stop)
     program = Program(tmp_path, MADE[name], rng="")
     program.run(stop + 1)
-    assert len(program.told) == 1
-    assert what in program.told[0]
+    assert len(program.warned) == 1
+    assert what in program.warned[0]
 
 
 def test_a_generator_that_was_not_saved_is_named_in_a_warning(tmp_path: Path) -> None:
-    _, told = in_parts(tmp_path, MADE["a generator"], 10, rng="without the trainer")
-    assert len(told) == 1
-    assert "lacks the states of the generators state.dataloader.generator" in told[0]
+    _, warned = in_parts(tmp_path, MADE["a generator"], 10, rng="without the trainer")
+    assert len(warned) == 1
+    assert "lacks the states of the generators state.dataloader.generator" in warned[0]
 
 
 @pytest.mark.parametrize(
@@ -240,14 +240,14 @@ def test_a_generator_that_was_not_saved_is_named_in_a_warning(tmp_path: Path) ->
     ids=["in sequence", "distributed", "a list", "a list of batches"],
 )
 @pytest.mark.parametrize("stop", [1, 4, 10])
-def test_what_draws_nothing_is_not_warned_of(tmp_path: Path, make: Make, stop: int) -> None:
+def test_a_sampler_that_does_not_draw_gives_no_warning(tmp_path: Path, make: Make, stop: int) -> None:
     alone, _ = in_parts(tmp_path / "alone", make, rng="")
-    batches, told = in_parts(tmp_path / "parts", make, stop, rng="")
-    assert (batches, told) == (alone, [])
+    batches, warned = in_parts(tmp_path / "parts", make, stop, rng="")
+    assert (batches, warned) == (alone, [])
 
 
 @pytest.mark.parametrize(("stop", "size", "is_known"), [(2, 4, True), (1, 4, False), (4, 4, True), (2, 3, False)])
-def test_torchs_distributed_sampler_goes_on_with_another_batch_size_where_it_can(
+def test_torchs_distributed_sampler_continues_with_another_batch_size_if_it_can(
     tmp_path: Path, stop: int, size: int, *, is_known: bool
 ) -> None:
     def make(size: int) -> Make:
@@ -280,7 +280,7 @@ def test_samplers_that_draw_are_known() -> None:
     assert find_random_sampler([1, 2]) is None
 
 
-def test_generators_are_found_where_they_hang_and_data_are_not_searched() -> None:
+def test_generators_are_found_by_path_and_samples_are_not_searched() -> None:
     generator = own()
     data: Any = [object()] * 1000
     loader: Any = DataLoader(data, shuffle=True, generator=generator)
@@ -288,7 +288,7 @@ def test_generators_are_found_where_they_hang_and_data_are_not_searched() -> Non
     assert find_generators(None) == {}
 
 
-def test_a_batch_sampler_over_a_distributed_sampler_shares_the_data_among_the_ranks() -> None:
+def test_a_batch_sampler_over_a_distributed_sampler_splits_the_data_among_the_ranks() -> None:
     inner: Any = DistributedSampler(DATA, num_replicas=2, rank=0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""What is counted of an engine's run: iterations trained, and the place in the present pass over the data."""
+"""The counters of an engine's run: trained iterations, and the position in the present pass over the data."""
 
 from typing import Any
 
@@ -42,7 +42,7 @@ def test_the_batch_of_a_step_that_raised_is_not_trained() -> None:
     assert taken(seen[:1], "trained", "batches", "in_epoch", "is_drawn") == [(2, 2, 2, True)]
 
 
-def test_a_terminated_epoch_is_over_and_its_pass_too() -> None:
+def test_a_terminated_epoch_ends_with_its_pass() -> None:
     engine, seen = Engine(lambda _engine, _batch: None), []
     engine.add_event_handler(
         Events.ITERATION_COMPLETED(once=3), lambda: engine.terminate_epoch(skip_epoch_completed=False)

@@ -1,4 +1,4 @@
-"""What was restored stands when the first batch is trained, whatever handlers do before it."""
+"""Restored objects are as restored when the first batch is trained, whatever handlers do before it."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import nn
 from distckpt import Checkpoint, DiskSaver, EarlyStopping, resume
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
-LARGE = 200  # 160,000 bytes of weights: more than is copied
+LARGE = 200  # 160,000 bytes of weights: too large for a copy
 
 
 class Counter:
@@ -68,7 +68,7 @@ class Program:
         return float(batch)
 
     def facts(self) -> list[Any]:
-        """Return what a batch finds."""
+        """Return the objects' values."""
         moments = [one["exp_avg"].sum().item() for one in self.optimizer.state.values()]
         return [
             self.model.weight.sum().item(),
@@ -89,8 +89,8 @@ class Program:
         self.trainer.run(range(10), max_epochs=3)
 
 
-def undo_all(program: Program) -> None:
-    """Undo what was restored, as handlers of STARTED in real programs do."""
+def change_all(program: Program) -> None:
+    """Change all restored objects, as handlers of STARTED in real programs do."""
     for module in program.model.modules():
         if isinstance(module, nn.Linear):
             module.weight.data.zero_()  # past the count of versions
@@ -117,19 +117,19 @@ def undo_all(program: Program) -> None:
     ],
     ids=["started", "epoch", "every", "once", "both"],
 )
-@pytest.mark.parametrize("is_late", [False, True])
-def test_what_handlers_undo_before_the_first_batch_is_put_back(
-    tmp_path: Path, event: Any, width: int, *, is_late: bool
+@pytest.mark.parametrize("is_attached_after", [False, True])
+def test_changes_by_handlers_before_the_first_batch_are_reverted(
+    tmp_path: Path, event: Any, width: int, *, is_attached_after: bool
 ) -> None:
     before = Program(tmp_path, width)
     before.run(stop_at=25)
     after = Program(tmp_path, width)
-    if not is_late:
-        after.trainer.add_event_handler(event, undo_all, after)
+    if not is_attached_after:
+        after.trainer.add_event_handler(event, change_all, after)
     resume(after.objects, after.saver)
     restored = after.facts()
-    if is_late:
-        after.trainer.add_event_handler(event, undo_all, after)
+    if is_attached_after:
+        after.trainer.add_event_handler(event, change_all, after)
     parameters = list(after.model.parameters())
     after.run()
     assert after.firsts == restored
@@ -138,7 +138,7 @@ def test_what_handlers_undo_before_the_first_batch_is_put_back(
 
 
 @pytest.mark.parametrize("stop_at", [20, 25])
-def test_between_two_epochs_their_handlers_do_what_they_do(tmp_path: Path, stop_at: int) -> None:
+def test_between_two_epochs_handlers_keep_their_effects(tmp_path: Path, stop_at: int) -> None:
     def make() -> Program:
         program = Program(tmp_path)
 
@@ -156,7 +156,7 @@ def test_between_two_epochs_their_handlers_do_what_they_do(tmp_path: Path, stop_
     assert after.firsts[2] == 0.5**3
 
 
-def test_what_the_program_changes_after_the_resume_stands(tmp_path: Path) -> None:
+def test_changes_by_the_program_after_the_resume_stay(tmp_path: Path) -> None:
     Program(tmp_path).run(stop_at=25)
     after = Program(tmp_path)
     after.trainer.add_event_handler(Events.STARTED, lambda: after.optimizer.param_groups[0].update(lr=77.0))
@@ -166,21 +166,21 @@ def test_what_the_program_changes_after_the_resume_stands(tmp_path: Path) -> Non
     assert after.firsts[2] == 0.25
 
 
-def test_a_later_run_of_the_engine_is_left_alone(tmp_path: Path) -> None:
+def test_a_later_run_of_the_engine_is_not_changed(tmp_path: Path) -> None:
     Program(tmp_path).run(stop_at=25)
     after = Program(tmp_path)
     resume(after.objects, after.saver)
     after.run()
-    after.trainer.add_event_handler(Events.STARTED, undo_all, after)
+    after.trainer.add_event_handler(Events.STARTED, change_all, after)
     after.firsts = []
     after.trainer.run(range(10), max_epochs=4)
     assert after.firsts[5] == {"steps": -1, "notes": ["a new run"]}
 
 
-def test_a_file_that_is_no_longer_there_is_named_where_it_is_needed(tmp_path: Path) -> None:
+def test_a_removed_file_is_named_when_it_is_needed(tmp_path: Path) -> None:
     Program(tmp_path, LARGE).run(stop_at=25)
     after = Program(tmp_path, LARGE)
-    after.trainer.add_event_handler(Events.STARTED, undo_all, after)
+    after.trainer.add_event_handler(Events.STARTED, change_all, after)
     found = resume(after.objects, after.saver)
     assert found is not None
     found.unlink()

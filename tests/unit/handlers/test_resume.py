@@ -1,9 +1,10 @@
-"""Resuming in a world of one: which checkpoint is taken, what it brings back, and how the begun epoch goes on."""
+"""resume() in one process: the choice of a checkpoint, the loaded objects, and the rest of an interrupted epoch."""
 
 import copy
 import itertools
 import logging
 import os
+import pickle
 import random
 import re
 import tempfile
@@ -19,9 +20,11 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from distckpt import Checkpoint, DiskSaver, LoadError, ModelCheckpoint, RngState, global_step_from_engine, resume
+from distckpt.handlers.resume import Resumed
 from tests.unit.toys import InMemory, Notebook, Refuses, idle_engine, linear
 
 LOGGER = "distckpt.handlers.resume"
+PATH = Path("folder") / "checkpoint_6.pt"
 
 
 def engine_state(iteration: int, *, epoch_length: int = 4, max_epochs: int = 100) -> dict[str, Any]:
@@ -47,12 +50,12 @@ def cut(path: Path) -> Path:
     return path
 
 
-def passed_over(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Return what the log says of candidates that were not taken."""
+def skipped(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return the log lines about skipped checkpoints."""
     return [one for one in caplog.messages if one.endswith("It is passed over.")]
 
 
-# -- which one -------------------------------------------------------------------------------------
+# -- the choice of a checkpoint ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [str, Path, lambda folder: DiskSaver(folder, require_empty=False)])
@@ -66,7 +69,7 @@ def test_the_newest_checkpoint_of_a_directory_is_loaded(tmp_path: Path, make: Ca
 
 
 @pytest.mark.parametrize("missing", [True, False])
-def test_with_nothing_there_it_says_so_and_starts_afresh(
+def test_an_empty_directory_is_logged_and_the_run_starts_afresh(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, *, missing: bool
 ) -> None:
     caplog.set_level(logging.INFO, LOGGER)
@@ -110,44 +113,44 @@ def test_the_engine_that_is_resumed_counts_when_there_are_several(tmp_path: Path
     assert resume(live, tmp_path, engine=live["trainer"]) == tmp_path / "b.pt"
 
 
-def test_a_damaged_newest_one_is_passed_over_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_newest_checkpoint_is_skipped_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     good = put(tmp_path / "a_4.pt", 4)
     bad = cut(put(tmp_path / "a_8.pt", 8))
     live = objects()
     assert resume(live, tmp_path) == good
-    (told,) = passed_over(caplog)
-    assert re.search(r"a_8.pt cannot be loaded: .*truncated", told)
-    assert str(bad) in told
+    (message,) = skipped(caplog)
+    assert re.search(r"a_8.pt cannot be loaded: .*truncated", message)
+    assert str(bad) in message
     assert live["trainer"].state.iteration == 4
 
 
-def test_a_newer_one_that_lacks_an_object_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_newer_checkpoint_that_lacks_an_object_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     good = put(tmp_path / "a_4.pt", 4)
     torch.save({"trainer": engine_state(8)}, tmp_path / "a_8.pt")
     assert resume(objects(), tmp_path) == good
-    (told,) = passed_over(caplog)
-    assert re.search(r"a_8.pt cannot be loaded: it lacks .*'note'", told)
+    (message,) = skipped(caplog)
+    assert re.search(r"a_8.pt cannot be loaded: it lacks .*'note'", message)
 
 
-def test_one_that_only_execution_could_load_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_checkpoint_that_would_execute_code_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     good = put(tmp_path / "a_4.pt", 4)
     torch.save({"trainer": engine_state(8), "note": linear(1)}, tmp_path / "a_8.pt")
     assert resume(objects(), tmp_path) == good
-    (told,) = passed_over(caplog)
-    assert "a_8.pt holds objects that can only be loaded by executing code" in told
+    (message,) = skipped(caplog)
+    assert "a_8.pt holds objects that can only be loaded by executing code" in message
 
 
-def test_when_none_is_whole_nobody_starts_over_in_silence(tmp_path: Path) -> None:
+def test_without_a_whole_checkpoint_the_run_does_not_restart_silently(tmp_path: Path) -> None:
     cut(put(tmp_path / "a_4.pt", 4))
     torch.save({"trainer": engine_state(8)}, tmp_path / "a_8.pt")
     live = objects()
     with pytest.raises(LoadError) as caught:
         resume(live, tmp_path)
-    told = str(caught.value)
-    assert told.startswith(f"None of the 2 checkpoints in {tmp_path} can be loaded.")
-    assert "a_4.pt" in told
-    assert "truncated" in told
-    assert "'note'" in told
+    message = str(caught.value)
+    assert message.startswith(f"None of the 2 checkpoints in {tmp_path} can be loaded.")
+    assert "a_4.pt" in message
+    assert "truncated" in message
+    assert "'note'" in message
     assert live["trainer"].state.iteration == 0
 
 
@@ -171,7 +174,7 @@ def test_a_source_that_is_none_is_a_type_error(given: Any) -> None:
         resume(objects(), given)
 
 
-def test_wrong_arguments_are_told(tmp_path: Path) -> None:
+def test_wrong_arguments_raise(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"whose save_handler is no DiskSaver but .*InMemory"):
         resume(objects(), Checkpoint(objects(), InMemory()))
     with pytest.raises(TypeError, match="Argument to_load should be a dictionary"):
@@ -256,7 +259,7 @@ def train(live: dict[str, Any], handler: Checkpoint, num_epochs: int) -> None:
 
 @pytest.mark.parametrize("include_self", [True, False])
 @pytest.mark.parametrize("by_epoch", [True, False])
-def test_retention_goes_on_where_it_was(tmp_path: Path, *, include_self: bool, by_epoch: bool) -> None:
+def test_retention_continues(tmp_path: Path, *, include_self: bool, by_epoch: bool) -> None:
     def make() -> tuple[dict[str, Any], Checkpoint]:
         live = objects()
         step = global_step_from_engine(live["trainer"]) if by_epoch else None
@@ -285,7 +288,7 @@ def test_history_of_a_handler_that_is_loaded_with_the_others_is_its_own(tmp_path
     assert handler.state_dict() == {"_saved": [(5, "y.pt")]}
 
 
-def test_history_of_the_best_is_what_their_names_tell(tmp_path: Path) -> None:
+def test_history_of_the_best_is_read_from_their_names(tmp_path: Path) -> None:
     for score, step in (("0.5000", 4), ("0.9000", 8), ("0.7000", 12)):
         put(tmp_path / f"checkpoint_{score}.pt", step)
     live = objects()
@@ -317,7 +320,7 @@ def test_a_damaged_file_is_not_taken_into_the_history(tmp_path: Path) -> None:
     assert handler.state_dict() == {"_saved": [(4, "checkpoint_4.pt"), (8, "checkpoint_8.pt")]}
 
 
-def test_a_history_that_cannot_be_known_is_left_and_said_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unknown_history_is_logged_and_its_files_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, LOGGER)
     put(tmp_path / "latest.pt", 4)
     live = objects()
@@ -327,10 +330,10 @@ def test_a_history_that_cannot_be_known_is_left_and_said_so(tmp_path: Path, capl
     assert "the handler's history is unknown" in caplog.text
 
 
-# -- what is loaded --------------------------------------------------------------------------------
+# -- the loaded objects ------------------------------------------------------------------------------
 
 
-def test_an_engine_beside_to_load_gets_the_state_that_looks_like_its(tmp_path: Path) -> None:
+def test_an_engine_outside_of_to_load_gets_the_only_engine_state(tmp_path: Path) -> None:
     put(tmp_path / "a.pt", 6)
     trainer = idle_engine()
     resume({"note": Notebook()}, tmp_path, engine=trainer)
@@ -389,7 +392,7 @@ def test_options_for_modules_are_passed_on(tmp_path: Path) -> None:
     assert torch.equal(model.weight, state["weight"])
 
 
-def test_it_says_what_it_did(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_resume_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, LOGGER)
     put(tmp_path / "a.pt", 6)
     resume(
@@ -400,24 +403,24 @@ def test_it_says_what_it_did(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
         engine=idle_engine(),
     )
     (record,) = [one for one in caplog.records if one.name == LOGGER]
-    said = record.getMessage()
-    assert said.startswith(
+    message = record.getMessage()
+    assert message.startswith(
         f"resume: continuing from {tmp_path / 'a.pt'} of iteration 6, epoch 1: loaded note, the engine"
     )
     assert record.levelname == "WARNING"
 
 
-def test_a_run_that_had_ended_is_told_apart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_complete_run_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.save({"trainer": engine_state(8, max_epochs=2)}, tmp_path / "a.pt")
     resume({}, tmp_path, engine=idle_engine())
     assert "that run was complete: engine.run() returns at once" in caplog.text
 
 
-# -- how the begun epoch goes on -------------------------------------------------------------------
+# -- the rest of an interrupted epoch ----------------------------------------------------------------
 
 
 class Program:
-    """A training that draws from every place where random numbers are drawn, and keeps what it saw."""
+    """A program that draws from all random number generators and records its batches."""
 
     def __init__(self, data: Callable[[], Any], *, notes_passes: bool = True, **run: Any) -> None:
         random.seed(1)
@@ -439,7 +442,7 @@ class Program:
 
 
 def shuffled() -> Any:
-    """Ten batches, in an order drawn from torch's generator as an iterator begins."""
+    """Return ten batches, in an order that an iterator draws from torch's generator at its start."""
     return DataLoader(TensorDataset(torch.arange(20)), batch_size=2, shuffle=True)
 
 
@@ -449,7 +452,7 @@ def in_order() -> Any:
 
 
 def drawn() -> Iterator[float]:
-    """Batches without end, each drawn at random; the same each time it is begun."""
+    """Yield random batches without end, the same for each new iterator."""
     own = random.Random(7)
     return (own.random() for _ in itertools.count())
 
@@ -514,7 +517,7 @@ def iterations(seen: list[Any]) -> list[Any]:
     ],
     ids=["shuffled", "in order", "streamed", "no data", "max_iters"],
 )
-def test_an_interrupted_run_sees_what_one_left_alone_sees(
+def test_an_interrupted_run_trains_what_an_uninterrupted_run_trains(
     data: Callable[[], Any], run: dict[str, Any], steps: list[int]
 ) -> None:
     alone = Program(data, **run).run()
@@ -533,7 +536,7 @@ def test_passes_over_the_data_need_not_be_epochs(data: Callable[[], Any], length
 
 
 @pytest.mark.parametrize("steps", [[3], [13, 17], [10]], ids=str)
-def test_data_in_a_known_order_need_no_notes_of_passes(steps: list[int]) -> None:
+def test_data_in_a_known_order_need_no_rng_state(steps: list[int]) -> None:
     def make() -> Program:
         return Program(in_order, notes_passes=False, max_epochs=3)
 
@@ -545,14 +548,14 @@ def test_what_the_beginning_of_an_epoch_draws_is_drawn_as_it_was() -> None:
     assert interrupted(lambda: Program(shuffled, max_epochs=3), [10, 20], last=30) == alone
 
 
-def test_an_order_that_cannot_be_known_is_told() -> None:
+def test_an_unknown_order_is_warned_of() -> None:
     with pytest.warns(UserWarning, match="the sample order of the interrupted epoch is not known"):
         interrupted(lambda: Program(shuffled, notes_passes=False, max_epochs=3), [13], last=30)
     interrupted(lambda: Program(shuffled, notes_passes=False, max_epochs=3), [10], last=30)
     interrupted(lambda: Program(shuffled, max_epochs=3), [13], last=30)
 
 
-def test_data_that_go_on_by_themselves_are_left_alone() -> None:
+def test_no_batch_of_data_that_continue_by_themselves_is_skipped() -> None:
     later = iter(range(13, 100))
     program = Program(lambda: later, notes_passes=False, max_epochs=3)
     state = {"trainer": engine_state(13, epoch_length=10), "rng": program.rng.state_dict()}
@@ -561,7 +564,7 @@ def test_data_that_go_on_by_themselves_are_left_alone() -> None:
     assert [one[:2] for one in iterations(program.run())] == [(14, 13), (15, 14)]
 
 
-def test_data_that_end_too_early_are_told() -> None:
+def test_data_that_end_too_soon_are_warned_of() -> None:
     program = Program(lambda: iter(range(2)), max_epochs=1)
     resume_from(program, {"trainer": engine_state(3), "rng": program.rng.state_dict()})
     program.trainer.add_event_handler(Events.ITERATION_STARTED, program.trainer.terminate)
@@ -588,14 +591,14 @@ def test_nothing_is_left_on_the_engine_after_the_first_batch() -> None:
     assert iterations(program.seen)[0][0] == 14
 
 
-def test_a_run_that_begins_elsewhere_is_left_alone() -> None:
+def test_a_run_that_starts_elsewhere_is_not_changed() -> None:
     program = Program(in_order, max_epochs=1)
     resume_from(program, {"trainer": engine_state(13, epoch_length=10), "rng": program.rng.state_dict()})
     program.trainer.load_state_dict(engine_state(0, epoch_length=10))
     assert [one[:2] for one in iterations(program.run())][:2] == [(1, [0, 1]), (2, [2, 3])]
 
 
-def test_an_engine_that_was_stopped_goes_on_in_the_same_process() -> None:
+def test_a_stopped_engine_continues_in_the_same_process() -> None:
     alone = Program(shuffled, max_epochs=3).run()
     program = Program(shuffled, max_epochs=3)
     saved: dict[str, Any] = {}
@@ -606,7 +609,7 @@ def test_an_engine_that_was_stopped_goes_on_in_the_same_process() -> None:
     assert iterations(program.run()) == iterations(alone)
 
 
-def test_tensors_of_the_engine_beside_to_load_are_read(tmp_path: Path) -> None:
+def test_tensors_of_an_engine_outside_of_to_load_are_read(tmp_path: Path) -> None:
     def build() -> tuple[nn.Module, Engine]:
         model, trainer = nn.Linear(2, 2), Engine(lambda _engine, _batch: None)
         trainer.state_dict_user_keys.extend(["alpha", "deep"])
@@ -633,3 +636,63 @@ def test_a_compiled_models_checkpoint_resumes(tmp_path: Path, *, is_live_compile
     fresh: Any = torch.compile(nn.Linear(2, 2)) if is_live_compiled else nn.Linear(2, 2)
     assert resume({"model": fresh}, tmp_path) == tmp_path / "a.pt"
     assert torch.equal(fresh.weight, model.weight)
+
+
+# -- Resumed -----------------------------------------------------------------------------------------
+
+
+def test_resumed_is_used_as_a_path() -> None:
+    found = Resumed(PATH, iteration=6)
+    assert isinstance(found, Path)
+    assert (found, PATH) == (PATH, found)
+    assert hash(found) == hash(PATH)
+    assert {found, PATH} == {PATH}
+    assert (found.name, str(found), f"{found}") == (PATH.name, str(PATH), str(PATH))
+    assert found.parent / "x" == Path("folder/x")
+    paths: list[Path] = [found, Path("a")]
+    assert sorted(paths) == [Path("a"), PATH]
+
+
+def test_a_path_made_from_resumed_is_plain() -> None:
+    found = Resumed(PATH, iteration=6)
+    made = (found.path, found.parent, found / "x", found.with_suffix(".txt"), found.with_name("a"))
+    assert {type(one) for one in made} == {type(Path())}
+    for one in (found.absolute(), found.resolve()):
+        assert one.name == PATH.name
+        assert getattr(one, "iteration", None) is None
+
+
+def test_a_copy_of_resumed_has_the_same_facts() -> None:
+    found = Resumed(PATH, iteration=6, epoch=2, skipped=(("b.pt", "it is truncated"),))
+    for one in (copy.copy(found), copy.deepcopy(found), pickle.loads(pickle.dumps(found))):  # noqa: S301 - the test's own
+        assert (one, one.iteration, one.epoch, one.skipped) == (PATH, 6, 2, found.skipped)
+
+
+def test_resumed_has_the_resume_point_and_the_skipped_checkpoints(tmp_path: Path) -> None:
+    trainer, objects = Engine(lambda _engine, _batch: None), {"note": Notebook("a")}
+    saver = Checkpoint({**objects, "trainer": trainer}, DiskSaver(tmp_path), n_saved=None)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(every=3), saver)
+    trainer.run(range(4), max_epochs=2)
+    newest = tmp_path / "checkpoint_6.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    again = Engine(lambda _engine, _batch: None)
+    found = resume({**objects, "trainer": again}, tmp_path)
+    assert found is not None
+    assert (found, found.iteration, found.epoch, found.has_ended) == (tmp_path / "checkpoint_3.pt", 3, 0, False)
+    ((name, reason),) = found.skipped
+    assert (name, "truncated" in reason, found.world_size) == (newest.name, True, 1)
+    assert found.run_id
+    assert torch.load(found, weights_only=True)["trainer"]["iteration"] == 3
+
+
+def test_of_a_checkpoint_without_an_engine_resumed_has_no_facts(tmp_path: Path) -> None:
+    torch.save({"note": Notebook("a").state_dict()}, tmp_path / "a.pt")
+    found = resume({"note": Notebook("b")}, tmp_path)
+    assert found is not None
+    assert (found.iteration, found.epoch, found.has_ended, found.run_id, found.world_size) == (
+        None,
+        None,
+        False,
+        None,
+        None,
+    )

@@ -1,4 +1,4 @@
-"""Resuming from what was recorded: whose files are whose, what was kept, which is the newest, and what counts then."""
+"""resume() by the records in manifests: the owners of files, histories, the newest file, and ties."""
 
 import logging
 import os
@@ -56,14 +56,14 @@ def saver(folder: Path, **kwargs: Any) -> Callable[[dict[str, Any], Engine], Che
 # -- a new run's saves count -----------------------------------------------------------------------
 
 
-def test_a_run_that_begins_anew_replaces_what_the_former_one_saved(tmp_path: Path) -> None:
+def test_a_new_run_replaces_the_checkpoints_of_the_former_one(tmp_path: Path) -> None:
     program(3, saver(tmp_path), model_only=True)
     handler = program(1, saver(tmp_path), model_only=True)
     assert on_disk(tmp_path) == ["note_4.pt"]
     assert handler.state_dict() == {"_saved": [(4, "note_4.pt")]}
 
 
-def test_a_run_that_begins_anew_saves_under_the_same_name(tmp_path: Path) -> None:
+def test_a_new_run_saves_under_the_same_name(tmp_path: Path) -> None:
     program(1, saver(tmp_path), model_only=True)
     before = record_of(tmp_path / "note_4.pt")["run"]
     program(1, saver(tmp_path), model_only=True)
@@ -114,7 +114,7 @@ def test_a_resumed_run_that_trains_nothing_saves_nothing_again(tmp_path: Path) -
     assert record_of(tmp_path / "checkpoint_8.pt") == before
 
 
-# -- whose file it is ------------------------------------------------------------------------------
+# -- the owners of files -----------------------------------------------------------------------------
 
 
 def best_of(scores: list[float]) -> Callable[[Engine], float]:
@@ -122,7 +122,7 @@ def best_of(scores: list[float]) -> Callable[[Engine], float]:
     return lambda engine: scores[engine.state.epoch - 1]
 
 
-def test_the_best_beside_the_latest_keeps_its_history_without_being_saved(tmp_path: Path) -> None:
+def test_the_best_next_to_the_latest_keeps_its_history_without_being_saved(tmp_path: Path) -> None:
     made: list[Checkpoint] = []
 
     def best(where: str, objects: dict[str, Any], trainer: Engine) -> None:
@@ -203,7 +203,7 @@ def test_files_without_a_record_that_could_be_anothers_are_not_removed(tmp_path:
     assert {"checkpoint_1.pt", "checkpoint_2.pt"} <= set(on_disk(tmp_path))
 
 
-# -- what was kept ---------------------------------------------------------------------------------
+# -- histories ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_files_without_a_record_that_could_be_anothers_are_not_removed(tmp_path:
         (None, lambda e: float("inf") if e.state.epoch > 1 else float("-inf")),
     ],
 )
-def test_what_names_cannot_tell_comes_back_exact(tmp_path: Path, transform: Any, score: Any) -> None:
+def test_a_priority_that_names_do_not_hold_comes_back_exact(tmp_path: Path, transform: Any, score: Any) -> None:
     make = saver(tmp_path, n_saved=2, global_step_transform=transform, score_function=score)
     before = program(2, make).state_dict()
     trainer = idle_engine()
@@ -229,7 +229,7 @@ def test_what_names_cannot_tell_comes_back_exact(tmp_path: Path, transform: Any,
     ]
 
 
-def test_what_a_killed_save_had_still_to_remove_is_removed_by_the_next(tmp_path: Path) -> None:
+def test_files_that_a_killed_save_was_to_remove_are_removed_by_the_next(tmp_path: Path) -> None:
     program(1, saver(tmp_path))
     shutil.copy(tmp_path / "checkpoint_4.pt", tmp_path / "kept")
     program(2, saver(tmp_path))
@@ -238,7 +238,7 @@ def test_what_a_killed_save_had_still_to_remove_is_removed_by_the_next(tmp_path:
     assert on_disk(tmp_path) == ["checkpoint_12.pt"]
 
 
-def test_a_file_that_is_gone_is_no_part_of_the_history(tmp_path: Path) -> None:
+def test_a_removed_file_is_not_in_the_history(tmp_path: Path) -> None:
     program(3, saver(tmp_path, n_saved=3))
     (tmp_path / "checkpoint_8.pt").unlink()
     trainer = idle_engine()
@@ -254,7 +254,7 @@ def test_another_n_saved_keeps_the_history(tmp_path: Path) -> None:
     assert on_disk(tmp_path) == ["checkpoint_12.pt", "checkpoint_16.pt"]
 
 
-# -- which is the newest ---------------------------------------------------------------------------
+# -- the newest file ---------------------------------------------------------------------------------
 
 
 def test_neither_names_nor_times_of_files_nor_clocks_change_which_is_the_newest(
@@ -273,7 +273,7 @@ def test_neither_names_nor_times_of_files_nor_clocks_change_which_is_the_newest(
     assert found.name == "a.pt"
 
 
-def test_of_two_runs_the_later_one_is_resumed_from_and_the_other_is_left_alone(tmp_path: Path) -> None:
+def test_of_two_runs_the_later_one_is_resumed_and_the_files_of_the_other_stay(tmp_path: Path) -> None:
     for epochs in (3, 2):
         trainer = idle_engine()
         objects = {"note": Notebook(), "trainer": trainer}
@@ -329,7 +329,7 @@ def test_the_end_of_an_epoch_replaces_what_was_saved_under_its_number(tmp_path: 
     assert torch.load(tmp_path / "trainer_2.pt", weights_only=True)["iteration"] == 8
 
 
-def test_where_nothing_was_recorded_it_says_how_many_files_are_others(
+def test_without_records_the_number_of_foreign_files_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
@@ -338,10 +338,10 @@ def test_where_nothing_was_recorded_it_says_how_many_files_are_others(
     assert "starting afresh; 1 files there are not this handler's" in caplog.text
 
 
-# -- a damaged newest file is never passed over without a word --------------------------------------
+# -- a damaged newest file is never skipped silently -------------------------------------------------
 
 
-def test_damage_anywhere_in_a_small_file_is_told_of_before_an_older_one_is_taken(
+def test_damage_anywhere_in_a_small_file_is_logged_before_an_older_one_is_loaded(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     program(2, saver(tmp_path, n_saved=2))

@@ -1,4 +1,4 @@
-"""A resumed run goes on at the first batch that was not trained, whatever it was saved on and whatever the data are."""
+"""A resumed run continues at the first batch that was not trained, for all events of the save and kinds of data."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ class KilledError(Exception):
 
 
 class Model:
-    """What it has been trained on, and a number drawn in each step."""
+    """A model whose state is the list of its batches, each with a random number."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[Any, ...]] = []
@@ -124,7 +124,7 @@ def test_each_batch_is_trained_once_whatever_the_event_of_the_save(tmp_path: Pat
 
 @pytest.mark.parametrize("run", [{"max_epochs": 3}, {"max_iters": 11}, {"max_epochs": 4, "epoch_length": 3}], ids=str)
 @pytest.mark.parametrize("data", DATA)
-def test_a_terminated_epoch_does_not_go_on(tmp_path: Path, data: str, run: dict[str, int]) -> None:
+def test_a_terminated_epoch_does_not_continue(tmp_path: Path, data: str, run: dict[str, int]) -> None:
     if data == "no length" and "max_iters" in run:
         run = {"max_epochs": 2}  # ignite itself ends such a run early
     for number, event in enumerate((Events.ITERATION_COMPLETED, Events.EPOCH_COMPLETED, Events.EPOCH_STARTED)):
@@ -145,11 +145,11 @@ def test_a_run_killed_again_and_again_trains_each_batch_once(tmp_path: Path) -> 
     assert program.go(tmp_path) == alone  # it had ended
 
 
-# -- data that know their place ----------------------------------------------------------------------------------------
+# -- data that know their position -----------------------------------------------------------------------------------
 
 
-class Knowing:
-    """Data that know their place, as torchdata's StatefulDataLoader do."""
+class StatefulData:
+    """Data with a state, such as torchdata's StatefulDataLoader."""
 
     def __init__(self, num: int = 10) -> None:
         self.at = 0
@@ -168,52 +168,52 @@ class Knowing:
         self.at = state["at"]
 
 
-class KnowingWithLength(Knowing):
+class StatefulDataWithLength(StatefulData):
     """The same with a length."""
 
     def __len__(self) -> int:
         return self.num
 
 
-class KnowingStream(Knowing, IterableDataset[int]):
+class StatefulStream(StatefulData, IterableDataset[int]):
     """The same as a data set."""
 
 
 class Holder:
     """An object of the program's that saves its loader's state under a name of its own."""
 
-    def __init__(self, loader: Knowing) -> None:
+    def __init__(self, loader: StatefulData) -> None:
         self.loader = loader
 
     def state_dict(self) -> dict[str, Any]:
-        return {"place": self.loader.state_dict()}
+        return {"position": self.loader.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.loader.load_state_dict(state["place"])
+        self.loader.load_state_dict(state["position"])
 
 
 def knowing_loader() -> tuple[Any, Any]:
-    data = KnowingWithLength()
+    data = StatefulDataWithLength()
     return data, data
 
 
 def knowing_loader_without_length() -> tuple[Any, Any]:
-    data = Knowing()
+    data = StatefulData()
     return data, data
 
 
 def knowing_sampler() -> tuple[Any, Any]:
-    sampler = KnowingWithLength()
+    sampler = StatefulDataWithLength()
     return DataLoader(TensorDataset(torch.arange(10)), batch_size=1, sampler=sampler), sampler
 
 
 def knowing_dataset() -> tuple[Any, Any]:
-    dataset = KnowingStream()
+    dataset = StatefulStream()
     return DataLoader(dataset, batch_size=1), dataset
 
 
 def held_loader() -> tuple[Any, Any]:
-    data = KnowingWithLength()
+    data = StatefulDataWithLength()
     return data, Holder(data)
 
 
@@ -226,7 +226,7 @@ def plain_data() -> tuple[Any, Any]:
     [knowing_loader, knowing_loader_without_length, knowing_sampler, knowing_dataset, held_loader, plain_data],
     ids=lambda make: make.__name__,
 )
-def test_nothing_is_passed_over_twice(tmp_path: Path, make: Any) -> None:
+def test_nothing_is_skipped_twice(tmp_path: Path, make: Any) -> None:
     def go(stop_at: int = 0) -> list[int]:
         seen: list[int] = []
         data, its = make()
@@ -246,7 +246,7 @@ def test_nothing_is_passed_over_twice(tmp_path: Path, make: Any) -> None:
     assert go() == once[3:]
 
 
-def test_a_data_set_of_a_plain_order_is_passed_over_though_it_is_among_the_objects(tmp_path: Path) -> None:
+def test_a_map_style_data_set_among_the_objects_is_fast_forwarded(tmp_path: Path) -> None:
     class Scaled(Model):
         def __getitem__(self, index: int) -> int:
             return index
@@ -270,9 +270,9 @@ def test_a_data_set_of_a_plain_order_is_passed_over_though_it_is_among_the_objec
     assert (go(2), go()) == ([0, 1], [2, 3, 4, 5])
 
 
-def test_a_batch_that_a_knowing_loader_has_given_and_nobody_trained_is_told(tmp_path: Path) -> None:
+def test_a_batch_that_a_stateful_loader_has_yielded_untrained_is_warned_of(tmp_path: Path) -> None:
     def make(stop_at: int = 0) -> tuple[Engine, Any]:
-        trainer, data = Engine(lambda _engine, _batch: None), KnowingWithLength()
+        trainer, data = Engine(lambda _engine, _batch: None), StatefulDataWithLength()
         objects = {"trainer": trainer, "data": data}
         saver = Checkpoint(objects, DiskSaver(tmp_path, require_empty=False))
         trainer.add_event_handler(Events.ITERATION_STARTED(once=3), saver)
@@ -290,7 +290,7 @@ def test_a_batch_that_a_knowing_loader_has_given_and_nobody_trained_is_told(tmp_
 
 @pytest.mark.parametrize("has_rng", [False, True])
 @pytest.mark.parametrize("stop_at", [2, 6, 8])
-def test_a_deterministic_engine_finds_its_place_itself(tmp_path: Path, stop_at: int, *, has_rng: bool) -> None:
+def test_a_deterministic_engine_finds_its_position_itself(tmp_path: Path, stop_at: int, *, has_rng: bool) -> None:
     def go(stop_at: int = 0, folder: Path | None = None) -> list[Any]:
         manual_seed(1)
         seen: list[Any] = []
@@ -335,7 +335,7 @@ def train_in_batches_of(
 
 
 @pytest.mark.parametrize("size", [2, 5, 8, 40])
-def test_at_the_border_of_two_epochs_whole_epochs_follow(tmp_path: Path, size: int) -> None:
+def test_between_two_epochs_whole_epochs_follow(tmp_path: Path, size: int) -> None:
     train_in_batches_of(4, tmp_path, kill_at=10)
     epochs = train_in_batches_of(size, tmp_path)
     assert epochs == {2: list(range(40)), 3: list(range(40))}
@@ -352,7 +352,7 @@ def test_in_an_epoch_the_samples_are_counted(tmp_path: Path, size: int, *, shuff
 
 
 @pytest.mark.parametrize("kind", ["no whole number of batches", "another order", "another number of samples"])
-def test_where_the_place_is_unknown_nothing_is_trained_and_words_say_so(tmp_path: Path, kind: str) -> None:
+def test_an_unknown_position_is_refused_before_training(tmp_path: Path, kind: str) -> None:
     shuffle = kind != "no whole number of batches"
     has_rng = kind != "another order"
     train_in_batches_of(4, tmp_path, kill_at=13, shuffle=shuffle, has_rng=has_rng)
@@ -373,11 +373,11 @@ def test_a_number_of_iterations_is_kept_with_other_batches(tmp_path: Path) -> No
     assert epochs == {2: list(range(10))}
 
 
-# -- runs that had ended -----------------------------------------------------------------------------------------------
+# -- complete runs -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("first", [{"max_epochs": 3}, {"max_iters": 15}, {"max_epochs": 3, "epoch_length": 5}], ids=str)
-def test_a_run_that_had_ended_trains_no_more(tmp_path: Path, first: dict[str, int]) -> None:
+def test_a_complete_run_trains_no_more(tmp_path: Path, first: dict[str, int]) -> None:
     def go(*runs: dict[str, int]) -> tuple[Any, list[list[int]], list[str]]:
         seen: list[int] = []
         fired: list[str] = []
@@ -405,7 +405,7 @@ def test_a_run_that_had_ended_trains_no_more(tmp_path: Path, first: dict[str, in
 
 
 @pytest.mark.parametrize(("event", "is_told"), [(Events.ITERATION_COMPLETED, True), (Events.EPOCH_COMPLETED, False)])
-def test_it_is_told_where_the_end_of_an_epoch_was_still_to_come(
+def test_a_save_before_the_end_of_a_trained_epoch_is_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, event: Any, *, is_told: bool
 ) -> None:
     def make() -> tuple[Engine, Any]:

@@ -1,4 +1,4 @@
-"""RngState in a world of one: what is drawn after a load is what was drawn after the save."""
+"""RngState in one process: the numbers drawn after a load are those drawn after the save."""
 
 import copy
 import random
@@ -77,7 +77,7 @@ def test_a_generator_that_is_not_there_is_named_in_a_warning() -> None:
     assert draw() == drawn, "the others are set"
 
 
-def test_another_kind_of_numpys_generator_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_kind_of_numpys_generator_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     state = RngState().state_dict()
     monkeypatch.setattr(np.random, "get_state", lambda **_: {"bit_generator": "PCG64"})
     assert "numpy" not in rng_generators.capture()
@@ -153,7 +153,7 @@ def test_a_rank_that_is_new_gets_numbers_of_its_own_each_time_the_same(monkeypat
         assert num_different == (1 if numbers[0] == drawn[0][6] else 4)
 
 
-def test_a_state_without_this_ranks_part_is_a_warning() -> None:
+def test_a_missing_state_of_this_rank_is_a_warning() -> None:
     mine = RngState().state_dict()["ranks"][0]
     with pytest.warns(UserWarning, match="of rank 1, and none of rank 0: not set"):
         RngState().load_state_dict({"world_size": 1, "ranks": {1: mine}})
@@ -206,7 +206,7 @@ def test_nothing_is_set_when_another_object_refuses_its_state() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ({"trainer": 3}, "Argument trainer should be an instance of Engine or None"),
         ({"generators": {"a": 3}}, "Argument generators should map names to torch.Generators"),
@@ -214,8 +214,8 @@ def test_nothing_is_set_when_another_object_refuses_its_state() -> None:
         ({"timeout_s": "3"}, "Argument timeout_s"),
     ],
 )
-def test_wrong_arguments_are_type_errors(arguments: dict[str, Any], told: str) -> None:
-    with pytest.raises(TypeError, match=told):
+def test_wrong_arguments_are_type_errors(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         RngState(**arguments)
 
 
@@ -229,7 +229,7 @@ def test_what_was_gathered_for_a_save_is_saved_and_never_handed_out_later() -> N
 
 
 class Foreign:
-    """An object of somebody else's that has a method of a known name."""
+    """An object of another library with a method of a known name."""
 
     def consolidate_state_dict(self, to: int) -> None:
         """Be called by nobody."""
@@ -240,46 +240,46 @@ class Foreign:
         return {}
 
 
-class Spread(Foreign):
-    """An object that says by its class that its state has to be gathered."""
+class Gathered(Foreign):
+    """An object whose class has the method that gathers its state."""
 
-    told: int | None = None
+    to: int | None = None
 
     def distckpt_consolidate(self, to: int) -> None:
         """Remember for whom."""
-        self.told = to
+        self.to = to
 
 
-def test_only_what_asks_for_it_is_gathered() -> None:
-    spread = Spread()
-    consolidate({"foreign": Foreign(), "nested": [{"spread": spread}]}, save_on_rank=3)
-    assert spread.told == 3
+def test_only_objects_with_the_method_are_gathered() -> None:
+    gathered_object = Gathered()
+    consolidate({"foreign": Foreign(), "nested": [{"gathered_object": gathered_object}]}, save_on_rank=3)
+    assert gathered_object.to == 3
 
 
-def test_the_beginning_of_each_pass_over_the_data_is_noted() -> None:
+def test_the_start_of_each_pass_over_the_data_is_recorded() -> None:
     trainer = idle_engine()
-    noted = RngState(trainer)
+    rng_state = RngState(trainer)
     began = []
-    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: began.append(noted.pass_began_at))
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: began.append(rng_state.pass_began_at))
     trainer.run(DataLoader(TensorDataset(torch.arange(6)), batch_size=2, shuffle=True), max_epochs=2, epoch_length=4)
     assert began == [0, 0, 0, 3, 3, 3, 6, 6], "three batches are a pass, whatever an epoch is"
 
 
-def test_a_pass_that_is_put_back_has_the_same_order() -> None:
+def test_a_restored_pass_has_the_same_order() -> None:
     trainer = idle_engine()
-    noted = RngState(trainer)
+    rng_state = RngState(trainer)
     seen: list[list[int]] = []
     trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: seen.append(engine.state.batch[0].tolist()))
     data = DataLoader(TensorDataset(torch.arange(20)), batch_size=5, shuffle=True)
     trainer.run(data, max_epochs=2)
     draw()
-    noted.load_state_dict(noted.state_dict())
-    noted.begin_pass(0)
+    rng_state.load_state_dict(rng_state.state_dict())
+    rng_state.begin_pass(0)
     assert [batch[0].tolist() for batch in data] == seen[4:]
 
 
 @pytest.mark.parametrize("is_initialized", [True, False])
-def test_cuda_is_asked_only_where_it_is_in_use(monkeypatch: pytest.MonkeyPatch, *, is_initialized: bool) -> None:
+def test_cuda_is_read_only_if_it_is_in_use(monkeypatch: pytest.MonkeyPatch, *, is_initialized: bool) -> None:
     state = torch.arange(16, dtype=torch.uint8)
     put: list[torch.Tensor] = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: is_initialized)
@@ -292,7 +292,7 @@ def test_cuda_is_asked_only_where_it_is_in_use(monkeypatch: pytest.MonkeyPatch, 
     assert put == ([state] if is_initialized else [])
 
 
-def test_a_state_of_a_cuda_device_is_left_alone_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_of_a_cuda_device_is_not_set_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert rng_generators.restore({**rng_generators.capture(), "cuda": torch.zeros(16, dtype=torch.uint8)}) == [
         "there is no CUDA device here"
@@ -321,19 +321,19 @@ class Jumpy:
         return 4
 
 
-def test_generators_that_the_data_hold_are_saved_without_being_named() -> None:
+def test_generators_of_the_data_are_saved_without_being_named() -> None:
     trainer = idle_engine()
     sampler = Jumpy()
     loader: DataLoader[Any] = DataLoader(TensorDataset(torch.arange(10)), sampler=sampler, batch_size=4)
-    noted = RngState(trainer)
+    rng_state = RngState(trainer)
     trainer.run(loader)
-    state = noted.state_dict()
+    state = rng_state.state_dict()
     orders = [list(sampler) for _ in range(3)]
     draw()
-    noted.load_state_dict(state)
-    noted.restore_loaded()
+    rng_state.load_state_dict(state)
+    rng_state.restore_loaded()
     assert [list(sampler) for _ in range(3)] == orders
-    assert noted.missing_generators(loader) == []
+    assert rng_state.missing_generators(loader) == []
     found = set(state["ranks"][0]["now"]["generators"])
     way = "state.dataloader.sampler"
     assert found == {f"{way}.torch", f"{way}.nested.0.python", f"{way}.numpy", f"{way}.older"}

@@ -1,8 +1,8 @@
-"""Runs that stop and go on, on the same or another number of ranks: what a rank of such a run does.
+"""Runs that stop and resume on the same or another number of ranks, over a table of loaders.
 
-A cell of the table is a kind of sampler, a kind of workers, a place of the stops, and the numbers of ranks before and
-after. Every rank says which samples it trained, in which epoch, and what it was warned of. What has to come of a cell
-is said in `tests.crash.test_data_order`.
+A cell of the table is a kind of sampler, a kind of workers, the stops, and the numbers of ranks before and after. Every
+rank returns the samples that it trained, with their epochs, and its warnings. `tests.crash.test_resumed_loaders` holds
+the expected results.
 """
 
 import multiprocessing
@@ -28,8 +28,6 @@ from torch.utils.data import (
 from distckpt import Checkpoint, DiskSaver, ResumableSampler, RngState, resume
 from tests.support import run_ranks
 
-__all__ = ["BATCH_SIZE", "LENGTH", "MAX_EPOCHS", "SAMPLERS", "STOPS", "WORKERS", "Cell", "Part", "run_part"]
-
 LENGTH, BATCH_SIZE, MAX_EPOCHS = 36, 3, 3
 """Divisible by all numbers of ranks, so that each sample of an epoch comes exactly once."""
 _LIMIT_S = 300.0
@@ -47,7 +45,7 @@ SAMPLERS = (
     "BatchSampler of a RandomSampler",
 )
 _CLEAN: dict[str, Any] = {"num_workers": 2, "multiprocessing_context": "forkserver"}
-"""A rank has threads, and a worker forked from it may inherit a lock that one of them held."""
+"""A rank has threads; a worker that is forked from it may inherit a locked lock."""
 WORKERS: dict[str, dict[str, Any]] = {
     "no workers": {},
     "2 workers": _CLEAN,
@@ -59,7 +57,7 @@ STOPS: dict[str, tuple[tuple[int, int], ...]] = {
     "in the first": ((1, 1),),
     "twice": ((1, 2), (2, 3)),
 }
-"""Where a run stops: in which epoch, after how many batches of it; 0 for all."""
+"""The stops of a run: an epoch, and the number of its batches that are trained; 0 for all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +70,13 @@ class Cell:
 
 
 @dataclass(slots=True)
-class Part:
-    """What one rank has seen of a run, from a start to a stop.
+class Leg:
+    """A run on one rank, from a start to a stop.
 
     Attributes:
-        batches: epoch and samples of each batch that was trained.
+        batches: epoch and samples of each trained batch.
         warned: the warnings.
-        refused: the error that ended it before a batch was trained.
+        refused: the error that ended the run before a batch was trained.
     """
 
     batches: list[tuple[int, list[int]]] = field(default_factory=list)
@@ -86,30 +84,30 @@ class Part:
     refused: str = ""
 
 
-def run_part(folder: Path, cells: Sequence[tuple[str, Cell, tuple[int, int] | None]], num_ranks: int) -> list[Any]:
-    """Run a part of several cells' runs, one after the other on the same ranks; return the parts of all ranks, by cell.
+def run_leg(folder: Path, cells: Sequence[tuple[str, Cell, tuple[int, int] | None]], num_ranks: int) -> list[Any]:
+    """Run the next leg of several cells on the same ranks; return the legs of all ranks, by cell.
 
     Args:
-        folder: of all checkpoints.
-        cells: a folder's name, the cell, and where the run stops this time: None for its end.
-        num_ranks: how many.
+        folder: the directory of all checkpoints.
+        cells: a folder's name, the cell, and its next stop; None for the end of the run.
+        num_ranks: number of ranks.
     """
     by_rank = run_ranks(_train_all, num_ranks, folder, list(cells), timeout_s=_LIMIT_S)
-    return [list(parts) for parts in zip(*by_rank, strict=True)]
+    return [list(legs) for legs in zip(*by_rank, strict=True)]
 
 
-def _train_all(folder: Path, cells: list[tuple[str, Cell, tuple[int, int] | None]]) -> list[Part]:
+def _train_all(folder: Path, cells: list[tuple[str, Cell, tuple[int, int] | None]]) -> list[Leg]:
     # A worker unpickles a data set that distckpt has wrapped: without this each one imports torch, ignite and distckpt.
     multiprocessing.set_forkserver_preload(["torch", "distckpt.handlers", "tests.support"])
     return [_train(folder / name, cell, stop) for name, cell, stop in cells]
 
 
-def _train(folder: Path, cell: Cell, stop: tuple[int, int] | None) -> Part:
-    """Train from where the last part was."""
-    part = Part()
+def _train(folder: Path, cell: Cell, stop: tuple[int, int] | None) -> Leg:
+    """Train the next leg."""
+    leg = Leg()
     torch.manual_seed(100 + dist.get_rank())
     loader, sampler = _loader_of(cell)
-    trainer = Engine(lambda engine, batch: part.batches.append((engine.state.epoch, batch[0].tolist())))
+    trainer = Engine(lambda engine, batch: leg.batches.append((engine.state.epoch, batch[0].tolist())))
     trainer.logger.disabled = True
     objects = {"trainer": trainer, "rng": RngState(trainer)}
     saver = Checkpoint(objects, DiskSaver(folder, require_empty=False), n_saved=2)
@@ -128,25 +126,25 @@ def _train(folder: Path, cell: Cell, stop: tuple[int, int] | None) -> Part:
         epoch, num_batches = stop
 
         def is_there(engine: Engine, _event: int) -> bool:
-            return engine.state.epoch == epoch and sum(one == epoch for one, _ in part.batches) == num_batches
+            return engine.state.epoch == epoch and sum(one == epoch for one, _ in leg.batches) == num_batches
 
         if num_batches:
             there: Any = Events.ITERATION_COMPLETED
             trainer.add_event_handler(there(event_filter=is_there), stop_here)
         else:
             trainer.add_event_handler(Events.EPOCH_COMPLETED(once=epoch), stop_here)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as messages:
         warnings.simplefilter("always")
         resume(objects, saver, engine=trainer)
         try:
             trainer.run(loader, max_epochs=MAX_EPOCHS)
         except ValueError as error:
-            part.refused = str(error)
-    part.warned = [str(one.message) for one in told]
+            leg.refused = str(error)
+    leg.warned = [str(one.message) for one in messages]
     workers = loader._iterator  # torch has no public way to end persistent ones
     if workers is not None:
         workers._shutdown_workers()  # type: ignore[attr-defined]  # as above
-    return part
+    return leg
 
 
 def _loader_of(cell: Cell) -> tuple[DataLoader[Any], Any]:

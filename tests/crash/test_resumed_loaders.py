@@ -1,8 +1,8 @@
-"""The table of samplers, workers, stops and numbers of ranks: which samples a resumed run trains, and in which order.
+"""The samples that a resumed run trains, and their order, over a table of samplers, workers, stops and ranks.
 
-On as many ranks as before each rank trains the batches of the run left alone, bit for bit. On another number each
-sample of each epoch is trained exactly once, or all ranks refuse, or all warn, before the first batch. How many cells
-ended in which way is printed.
+On as many ranks as before, each rank trains the batches of an uninterrupted run. On another number, each sample of each
+epoch is trained exactly once, or all ranks refuse, or all ranks warn, before the first batch. The results are counted
+and printed.
 """
 
 from collections import Counter
@@ -11,20 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.crash.data_order import BATCH_SIZE, LENGTH, MAX_EPOCHS, SAMPLERS, STOPS, WORKERS, Cell, Part, run_part
+from tests.crash.resumed_loaders import BATCH_SIZE, LENGTH, MAX_EPOCHS, SAMPLERS, STOPS, WORKERS, Cell, Leg, run_leg
 from tests.support.selection import only_on, quick
 
 WORLDS = [(1, 1), (2, 2), (2, 1), (1, 2), (3, 2), (2, 3)]
 QUICK = {"ResumableSampler", "DistributedSampler", "RandomSampler with a generator", "BatchSampler of a RandomSampler"}
 """The samplers of the quick selection on several ranks."""
-SHARING = ("ResumableSampler", "DistributedSampler")
-"""Samplers of which each rank gets a share. Of the others each rank draws the whole data."""
+SPLITTING = ("ResumableSampler", "DistributedSampler")
+"""Samplers that split the data among the ranks. With the others each rank draws all of the data."""
 
 pytestmark = [pytest.mark.slow, only_on("gloo", why="about loaders of processes, on one to three ranks")]
 
 
 class Counts:
-    """How many cells ended in which way."""
+    """The number of cells by result."""
 
     def __init__(self) -> None:
         self.ends: dict[tuple[int, int], Counter[str]] = {}
@@ -33,8 +33,8 @@ class Counts:
         """Return it as text."""
         lines = []
         for (before, after), ends in sorted(self.ends.items()):
-            told = ", ".join(f"{number} {end}" for end, number in sorted(ends.items()))
-            lines.append(f"[order of data] {before} -> {after} ranks: {ends.total()} cells: {told}")
+            messages = ", ".join(f"{number} {end}" for end, number in sorted(ends.items()))
+            lines.append(f"[resumed loaders] {before} -> {after} ranks: {ends.total()} cells: {messages}")
         return "\n".join(lines)
 
 
@@ -59,64 +59,64 @@ def cells_of(sampler: str, worlds: tuple[int, int], *, is_whole: bool) -> list[C
 @quick(60)
 @pytest.mark.parametrize("worlds", WORLDS, ids=lambda worlds: "{} to {}".format(*worlds))
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_resumed_run_trains_the_samples_of_the_run_left_alone(
+def test_a_resumed_run_trains_the_samples_of_an_uninterrupted_run(
     tmp_path: Path, counts: Counts, sampler: str, worlds: tuple[int, int], *, is_whole: bool
 ) -> None:
     cells = cells_of(sampler, worlds, is_whole=is_whole)
     before, after = worlds
-    # A run left alone does not depend on the stops: one for each kind of workers.
+    # An uninterrupted run does not depend on the stops: one for each kind of workers.
     kinds = list(dict.fromkeys(cell.workers for cell in cells))
-    runs = run_part(tmp_path, [(f"alone, {kind}", Cell(sampler, kind, "in an epoch"), None) for kind in kinds], before)
+    runs = run_leg(tmp_path, [(f"alone, {kind}", Cell(sampler, kind, "in an epoch"), None) for kind in kinds], before)
     alone = dict(zip(kinds, runs, strict=True))
-    parts: list[list[list[Part]]] = [[] for _ in cells]
-    for leg in range(1 + max(map(len, STOPS.values()))):
-        # A run that stops twice stops the first time on `before` ranks, and goes on on `after` ones both times.
-        going = [
-            (number, stops[leg] if leg < len(stops) else None)
+    legs: list[list[list[Leg]]] = [[] for _ in cells]
+    for number_of_stops in range(1 + max(map(len, STOPS.values()))):
+        # A run that stops twice starts on `before` ranks, and resumes both times on `after` ranks.
+        pending = [
+            (number, stops[number_of_stops] if number_of_stops < len(stops) else None)
             for number, cell in enumerate(cells)
             for stops in [STOPS[cell.stops]]
-            if leg <= len(stops) and not any(part.refused for ranks in parts[number] for part in ranks)
+            if number_of_stops <= len(stops) and not any(leg.refused for ranks in legs[number] for leg in ranks)
         ]
-        ran = run_part(
+        ran = run_leg(
             tmp_path,
-            [(f"cell {number}", cells[number], stop) for number, stop in going],
-            after if leg else before,
+            [(f"cell {number}", cells[number], stop) for number, stop in pending],
+            after if number_of_stops else before,
         )
-        for (number, _), ranks in zip(going, ran, strict=True):
-            parts[number].append(ranks)
+        for (number, _), ranks in zip(pending, ran, strict=True):
+            legs[number].append(ranks)
     for number, cell in enumerate(cells):
         try:
-            end = end_of(cell, worlds, alone[cell.workers], parts[number])
+            end = end_of(cell, worlds, alone[cell.workers], legs[number])
         except AssertionError as error:
-            error.add_note(f"{cell}, {worlds}\nalone: {alone[cell.workers]}\nparts: {parts[number]}")
+            error.add_note(f"{cell}, {worlds}\nalone: {alone[cell.workers]}\nparts: {legs[number]}")
             raise
         counts.ends.setdefault(worlds, Counter())[end] += 1
 
 
-def end_of(cell: Cell, worlds: tuple[int, int], alone: list[Part], parts: list[list[Part]]) -> str:
-    """Check a cell, and return in which way it ended."""
-    assert not any(part.refused or part.warned for part in alone + parts[0]), "nothing is resumed there"
+def end_of(cell: Cell, worlds: tuple[int, int], alone: list[Leg], legs: list[list[Leg]]) -> str:
+    """Check a cell, and return its result."""
+    assert not any(leg.refused or leg.warned for leg in alone + legs[0]), "nothing is resumed there"
     before, after = worlds
-    resumed = [part for ranks in parts[1:] for part in ranks]
-    refused = [part.refused for part in resumed if part.refused]
+    resumed = [leg for ranks in legs[1:] for leg in ranks]
+    refused = [leg.refused for leg in resumed if leg.refused]
     if refused:
         assert before != after
         assert len(refused) == after, "all ranks refuse"
         assert all("ResumableSampler" in why for why in refused)
-        assert not any(part.batches for part in parts[-1]), "nothing was trained"
+        assert not any(leg.batches for leg in legs[-1]), "nothing was trained"
         assert cell.sampler != "ResumableSampler"
         return "refused"
     if before == after:
-        for rank, part in enumerate(alone):
-            assert [batch for ranks in parts for batch in ranks[rank].batches] == part.batches
-        warned = [what for part in resumed for what in part.warned]
+        for rank, leg in enumerate(alone):
+            assert [batch for ranks in legs for batch in ranks[rank].batches] == leg.batches
+        warned = [what for leg in resumed for what in leg.warned]
         assert all("the loader starts new workers" in what for what in warned)
         return "as alone"
-    assert all(any(f"a job of {before} ranks" in what for what in part.warned) for part in parts[1]), "of the numbers"
-    if cell.sampler in SHARING:
+    assert all(any(f"a job of {before} ranks" in what for what in leg.warned) for leg in legs[1]), "of the numbers"
+    if cell.sampler in SPLITTING:
         for epoch in range(1, MAX_EPOCHS + 1):
             seen = Counter(
-                one for ranks in parts for part in ranks for at, some in part.batches if at == epoch for one in some
+                one for ranks in legs for leg in ranks for at, some in leg.batches if at == epoch for one in some
             )
             assert set(seen) == set(range(LENGTH))
             padding = seen.total() - LENGTH
@@ -124,9 +124,9 @@ def end_of(cell: Cell, worlds: tuple[int, int], alone: list[Part], parts: list[l
             assert not padding or epoch in {at for at, _ in STOPS[cell.stops]}
         return "each sample once"
     for rank in range(min(before, after)):
-        whole = [batch for ranks in parts for batch in ranks[rank].batches]
+        whole = [batch for ranks in legs for batch in ranks[rank].batches]
         assert len(whole) == MAX_EPOCHS * LENGTH // BATCH_SIZE
         assert whole == alone[rank].batches
     if STOPS[cell.stops] != STOPS["at its end"]:
-        assert all(any("each rank draws" in what for what in part.warned) for part in parts[1])
+        assert all(any("each rank draws" in what for what in leg.warned) for leg in legs[1])
     return "warned"
