@@ -12,14 +12,20 @@ from dataclasses import replace
 from typing import Any
 
 from ignite.engine import DeterministicEngine, Engine, Events, State
-from ignite.engine.deterministic import _set_rng_states  # the engine's own
 
 from distckpt._messages import log_level
 from distckpt.backends.detect import current
 from distckpt.coordination import phases
 from distckpt.handlers.data_loaders import find_random_sampler, num_batches_of, samplers_of, stateful_parts_of
 from distckpt.handlers.engine_events import after_event, set_start_hook
-from distckpt.handlers.ignite_hooks import add_first_handler, get_handlers, get_iterator, set_init_iter
+from distckpt.handlers.ignite_hooks import (
+    add_first_handler,
+    get_handlers,
+    get_iterator,
+    set_init_iter,
+    set_rng_states,
+    take_rng_states,
+)
 from distckpt.handlers.progress import continue_from
 from distckpt.handlers.restored_state import RestoredState
 from distckpt.handlers.resume_point import ResumePoint, fit_to_data
@@ -267,14 +273,9 @@ class FastForward:
             start_workers(data, self._rng_states)
             self._resets_workers = False
         if point.is_mid_pass:
-            self._begin_interrupted_pass(engine)
-
-    def _begin_interrupted_pass(self, engine: Engine) -> None:
-        if isinstance(engine, DeterministicEngine):  # it must not set its generators before the order is drawn
-            self._engine_rng_states = getattr(engine.state, "rng_states", None)
-            setattr(engine.state, "rng_states", None)  # noqa: B010 - State does not declare the attribute
-        for one in self._rng_states:
-            one.begin_pass(self._point.trained - self._num_consumed)
+            self._engine_rng_states = take_rng_states(engine)  # to be set after the order is drawn
+            for one in self._rng_states:
+                one.begin_pass(point.trained - self._num_consumed)
 
     def _is_exhaustion_due(self, data: Any) -> bool:
         """Return True if all batches of the loaded pass were trained, and ignite had not asked for another one."""
@@ -329,7 +330,7 @@ class FastForward:
             self._skip_consumed(engine)
         if self._engine_rng_states is not None:
             draw_first_indices(get_iterator(engine))
-            _set_rng_states(self._engine_rng_states)
+            set_rng_states(self._engine_rng_states)
         if (self._point.is_mid_pass and not self._point.is_drawn) or self._resets_workers:
             self._set_generators()
 

@@ -14,7 +14,8 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from ignite.engine import Engine, EventEnum, Events
+from ignite.engine import DeterministicEngine, Engine, EventEnum, Events
+from ignite.engine.deterministic import _set_rng_states
 from ignite.engine.events import EventsList
 
 from distckpt.handlers.engine_events import (
@@ -62,6 +63,23 @@ def get_init_iter(engine: Engine) -> int | None:
 def set_init_iter(engine: Engine, num_iterations: int | None) -> None:
     """Set how many iterations of the run's first epoch are done."""
     engine._init_iter = num_iterations  # noqa: SLF001
+
+
+def take_rng_states(engine: Engine) -> Any:
+    """Return the generators' states that a DeterministicEngine would set with its new iterator, and keep it from that.
+
+    None for other engines, and if there are none.
+    """
+    if not isinstance(engine, DeterministicEngine):
+        return None
+    states = getattr(engine.state, "rng_states", None)
+    setattr(engine.state, "rng_states", None)  # noqa: B010 - State does not declare the attribute
+    return states
+
+
+def set_rng_states(states: Any) -> None:
+    """Set the generators as a DeterministicEngine does."""
+    _set_rng_states(states)
 
 
 def get_handlers(engine: Engine, event: Any) -> list[Callable[..., Any]]:

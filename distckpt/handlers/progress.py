@@ -24,30 +24,18 @@ _ATTRIBUTE = "_distckpt_progress"
 
 @dataclass(slots=True)
 class Progress:
-    """The counters of one engine.
+    """The counters of one engine."""
 
-    Attributes:
-        trained: iterations trained in the run.
-        epochs: completed epochs.
-        epoch_began_at: `trained` at the start of the present epoch.
-        has_epoch_begun: True if an epoch is under way.
-        pass_began_at: `trained` at the start of the present pass. It is negative if a resumed run has fewer iterations
-            than the run that started the pass.
-        iterator_began_at: `trained` when the present iterator was made.
-        needs_iterator: True if a new iterator is needed before the next batch, unless one was trained since.
-        scale: see :class:`~distckpt.handlers.resume_point.ResumePoint`.
-        resumed: where the next run continues; None if it starts where ignite would.
-    """
-
-    trained: int = 0
-    epochs: int = 0
-    epoch_began_at: int = 0
-    has_epoch_begun: bool = False
+    trained: int = 0  # iterations trained in the run
+    epochs: int = 0  # completed epochs
+    epoch_began_at: int = 0  # `trained` at the start of the present epoch
+    has_epoch_begun: bool = False  # an epoch is under way
+    # `trained` at the start of the present pass; negative if a resumed run has fewer iterations than the one before.
     pass_began_at: int = 0
-    iterator_began_at: int = 0
-    needs_iterator: bool = True
-    scale: int = 0
-    resumed: ResumePoint | None = None
+    iterator_began_at: int = 0  # `trained` when the present iterator was made
+    needs_iterator: bool = True  # ignite makes a new iterator before the next batch, unless one was trained since
+    scale: int = 0  # as in ResumePoint
+    resumed: ResumePoint | None = None  # where the next run continues; None if it starts where ignite would
 
     def begin_pass(self) -> None:
         """Count the following batches from here, as those of a new iterator."""

@@ -171,7 +171,7 @@ def resume(
     """
     start_s = time.monotonic()
     backend = current()
-    source: list[_Source] = []
+    handler = dirname_or_handler if isinstance(dirname_or_handler, Checkpoint) else None
 
     def list_candidates() -> dict[str, Any]:
         check_timeout(timeout_s)
@@ -179,14 +179,15 @@ def resume(
         if engine is not None and not isinstance(engine, Engine):
             msg = f"Argument engine should be an instance of Engine or None, but given {type(engine)}"
             raise TypeError(msg)
-        source.append(_find_source(dirname_or_handler))
-        return source[0].list_candidates(backend.rank, find_path(engine, to_load), to_load)
+        directory, coordinator = _find_source(dirname_or_handler)
+        answer = {"coordinator": coordinator, "directory": str(directory)}
+        return answer | (_list_candidates(directory, handler, engine, to_load) if backend.rank == coordinator else {})
 
     sync_point = phases.SyncPoint(handler="resume", phase="looking for checkpoints", step=0)
     answers = phases.run(backend, sync_point, list_candidates, timeout_s=timeout_s)
     coordinator = _agree_on_coordinator([answer["coordinator"] for answer in answers])
     listing, level = answers[coordinator], log_level(backend.rank, {coordinator})
-    directory, handler = Path(listing["directory"]), source[0].handler
+    directory = Path(listing["directory"])
     if not listing["names"]:
         foreign = f"; {listing['num_others']} files there are not this handler's" if listing["num_others"] else ""
         _logger.log(level, "resume: nothing to resume from in %s: starting afresh%s", directory, foreign)
@@ -242,46 +243,36 @@ def resume(
 # -- which checkpoint ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Source:
-    """The directory of the candidates, as this rank's argument names it."""
-
-    directory: Path
-    coordinator: int
-    handler: Checkpoint | None = None
-
-    def list_candidates(
-        self, rank: int, engine_path: tuple[Any, ...] | None, to_load: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """List the candidates, newest first, if this rank is the coordinator; the engine counts that is at a path."""
-        answer = {"coordinator": self.coordinator, "directory": str(self.directory), "names": []}
-        if rank != self.coordinator:
-            return answer
-        engines = [obj for _, obj in iter_objects(to_load) if isinstance(obj, Engine)]
-        own = None if self.handler is None else OwnFiles(self.handler, engines, objects_name=name_of(to_load))
-        ext = "pt" if self.handler is None else self.handler.ext
-        files = read_records(self.directory, ext, is_nested=own is not None and own.is_nested)
-        names = list(files) if own is None else own.candidates(files)
-        return answer | {
-            "names": select.sort_newest_first(self.directory, {name: files[name] for name in names}, engine_path),
-            "provable": [] if own is None else [name for name in names if own.is_own(name, files)],
-            "num_others": len(files) - len(names),
-        }
-
-
-def _find_source(given: object) -> _Source:
+def _find_source(given: object) -> tuple[Path, int]:
+    """Return the directory of the candidates, and the coordinator."""
     if isinstance(given, Checkpoint):
         saver = given.save_handler
         if not isinstance(saver, ON_DISK):
             msg = f"Argument dirname_or_handler is a Checkpoint whose save_handler is no DiskSaver but {type(saver)}"
             raise TypeError(msg)
-        return _Source(directory=Path(saver.dirname), coordinator=given._coordinator(), handler=given)  # noqa: SLF001 - a friend's
+        return Path(saver.dirname), given._coordinator()  # noqa: SLF001 - a friend's
     if isinstance(given, ON_DISK):
-        return _Source(directory=Path(given.dirname), coordinator=given.save_on_rank)
+        return Path(given.dirname), given.save_on_rank
     if isinstance(given, str | os.PathLike):
-        return _Source(directory=Path(given).expanduser(), coordinator=0)
+        return Path(given).expanduser(), 0
     msg = f"Argument dirname_or_handler should be a directory, a DiskSaver or a Checkpoint, but given {type(given)}"
     raise TypeError(msg)
+
+
+def _list_candidates(
+    directory: Path, handler: Checkpoint | None, engine: Engine | None, to_load: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the candidates' names, newest first, those that are provably the handler's, and the number of others."""
+    engines = [obj for _, obj in iter_objects(to_load) if isinstance(obj, Engine)]
+    own = None if handler is None else OwnFiles(handler, engines, objects_name=name_of(to_load))
+    ext = "pt" if handler is None else handler.ext
+    files = read_records(directory, ext, is_nested=own is not None and own.is_nested)
+    names = list(files) if own is None else own.candidates(files)
+    return {
+        "names": select.sort_newest_first(directory, {name: files[name] for name in names}, find_path(engine, to_load)),
+        "provable": [] if own is None else [name for name in names if own.is_own(name, files)],
+        "num_others": len(files) - len(names),
+    }
 
 
 def _agree_on_coordinator(named: Sequence[int]) -> int:

@@ -23,52 +23,27 @@ _FLAGS = ("epoch_begun", "pass_begun", "iteration_begun", "is_drawn", "is_end_du
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResumePoint:
-    """What a run has trained. The names are those of a manifest's record.
+    """What a run has trained; the names are those of a manifest's record. A pass is one iterator over the data."""
 
-    A pass is one iterator over the data; it may be longer or shorter than an epoch.
-
-    Attributes:
-        trained: iterations trained in the run. The engine's own ``iteration`` may be one more.
-        epoch: completed epochs.
-        in_epoch: iterations trained in the epoch under way; 0 between two epochs.
-        epoch_begun: True if an epoch is under way, even if none of its iterations is trained.
-        epoch_length: the engine's, in iterations; None if unknown.
-        batches: batches trained in the pass under way; 0 if the next batch starts a pass. None: to be computed from
-            `trained` and the data's length.
-        samples: samples trained in the pass under way; None if the loader has no batch size.
-        length: batches in a pass; None if unknown.
-        batch_size: samples in a batch; None if unknown.
-        num_samples: samples in a pass; None if unknown.
-        pass_begun: True if a pass is under way and has more batches.
-        iteration_begun: True if an iteration was started and not trained.
-        is_drawn: True if the next batch was already drawn from the data.
-        is_end_due: True if the last batch of an epoch is trained, and EPOCH_COMPLETED has not been fired.
-        event: the event of the save; None outside of a run.
-        scale: number of resumes that changed the number of samples in an iteration.
-        seed: the seed of a DeterministicEngine's run; else None.
-        world_size: number of ranks; None if unknown.
-        sampler: the state of a ResumableSampler; None if the loader has none.
-    """
-
-    trained: int
-    epoch: int
-    in_epoch: int
-    epoch_begun: bool
-    epoch_length: int | None
-    batches: int | None = None
-    samples: int | None = None
-    length: int | None = None
-    batch_size: int | None = None
-    num_samples: int | None = None
-    pass_begun: bool = False
-    iteration_begun: bool = False
-    is_drawn: bool = False
-    is_end_due: bool = False
-    event: str | None = None
-    scale: int = 0
-    seed: int | None = None
-    world_size: int | None = None
-    sampler: Mapping[str, Any] | None = None
+    trained: int  # iterations trained in the run; the engine's own ``iteration`` may be one more
+    epoch: int  # completed epochs
+    in_epoch: int  # iterations trained in the epoch under way; 0 between two epochs
+    epoch_begun: bool  # an epoch is under way, even if none of its iterations is trained
+    epoch_length: int | None  # the engine's, in iterations; None if unknown, as for all that follow
+    batches: int | None = None  # trained in the pass under way; 0 if the next batch starts a pass
+    samples: int | None = None  # likewise
+    length: int | None = None  # batches in a pass
+    batch_size: int | None = None  # samples in a batch
+    num_samples: int | None = None  # samples in a pass
+    pass_begun: bool = False  # a pass is under way and has more batches
+    iteration_begun: bool = False  # an iteration was started and not trained
+    is_drawn: bool = False  # the next batch was already drawn from the data
+    is_end_due: bool = False  # the last batch of an epoch is trained, and EPOCH_COMPLETED has not been fired
+    event: str | None = None  # the event of the save; None outside of a run
+    scale: int = 0  # number of resumes that changed the number of samples in an iteration
+    seed: int | None = None  # of a DeterministicEngine's run
+    world_size: int | None = None  # number of ranks
+    sampler: Mapping[str, Any] | None = None  # the state of a ResumableSampler
 
     @classmethod
     def from_record(cls, position: Any) -> "ResumePoint | None":

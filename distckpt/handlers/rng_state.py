@@ -137,8 +137,8 @@ class RngState:
             new = [rank for rank in range(backend.world_size) if rank not in ranks]
             effect = f"ranks {new} get states derived from all of these" if new else "each rank gets its own"
             self._warn(
-                f"they were saved by a job of {before} ranks, and this one has {backend.world_size}: of those of rank "
-                f"{names}, {effect}. The run draws other numbers than one on {before} ranks"
+                f"the checkpoint has the states of rank {names} of a job of {before} ranks, and this job has "
+                f"{backend.world_size}: {effect}. The run draws other numbers than on {before} ranks"
             )
         if not isinstance(state, Mapping) or not isinstance(state.get("now"), Mapping):
             msg = f"the state of rank {backend.rank} is no state of random number generators: it lacks 'now'"

@@ -449,7 +449,7 @@ def test_in_a_job_of_another_size_ranks_keep_their_random_numbers_and_new_ones_g
     loaded = run_ranks(load_numbers, now, tmp_path)
     for rank, (messages, numbers, untouched) in enumerate(loaded):
         assert len(messages) == 1
-        assert f"they were saved by a job of {before} ranks, and this one has {now}" in messages[0]
+        assert f"of a job of {before} ranks, and this job has {now}" in messages[0]
         if rank < before:
             assert numbers == saved[rank]
         else:

@@ -12,7 +12,7 @@ import ignite.distributed.utils as idist_utils
 import pytest
 from ignite.distributed import comp_models
 from ignite.distributed.comp_models.base import ComputationModel
-from ignite.engine import Engine, Events, State
+from ignite.engine import DeterministicEngine, Engine, Events, State
 from ignite.engine.events import EventsList
 from ignite.metrics import Metric
 
@@ -93,6 +93,14 @@ STATEMENTS: list[tuple[Callable[..., Any], tuple[str, ...]]] = [
     ),
     (Engine.run, ("if self.should_terminate:", "self._init_iter = 0", "if self._dataloader_iter is None:")),
     (Engine._setup_engine, ("self._setup_dataloader_iter()", "if self._init_iter is None:", "self._init_iter = ")),
+    (
+        DeterministicEngine._setup_engine,
+        (
+            "self._dataloader_iter = self._from_iteration(iteration)",
+            'rng_states = getattr(self.state, "rng_states", None) if rng_states is not None',
+            "_set_rng_states(rng_states)",
+        ),
+    ),
     (Engine._internal_run_as_gen, RUN),
     (Engine._internal_run_legacy, RUN),
     (Engine._run_once_on_dataset_as_gen, EPOCH),

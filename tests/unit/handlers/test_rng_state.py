@@ -104,7 +104,7 @@ def test_in_a_smaller_job_a_rank_keeps_its_own_and_a_warning_says_so() -> None:
         states.append(source.state_dict())
     RngState().load_state_dict(states[0])
     drawn = draw()
-    with pytest.warns(UserWarning, match="saved by a job of 2 ranks, and this one has 1: of those of rank 0, 1, each"):
+    with pytest.warns(UserWarning, match="rank 0, 1 of a job of 2 ranks, and this job has 1: each rank gets its own"):
         RngState().load_state_dict(job_of(2, states))
     assert draw() == drawn
 
