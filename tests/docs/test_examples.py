@@ -36,7 +36,7 @@ RUNS = [
     (name, world_size)
     for name, block in BLOCKS.items()
     for world_size in (1, 2)
-    if world_size == 1 or "with Parallel(" in block
+    if world_size == 1 or "Parallel(backend=" in block
 ]
 
 
@@ -132,7 +132,7 @@ def test_example_runs_and_its_checkpoints_are_whole(
 ) -> None:
     run(installed, BLOCKS[name], world_size, tmp_path)
     written = list(tmp_path.glob("**/*.pt"))
-    assert bool(written) == ("with Parallel(" in BLOCKS[name])
+    assert bool(written) == ("Parallel(backend=" in BLOCKS[name])
     for path in written:
         verify(path)
 
