@@ -47,7 +47,7 @@ def votes_of(trainer: Engine) -> Iterator[dict[int, int]]:
     start = backend.start_sync_check
 
     def start_and_count(*args: Any, **kwargs: Any) -> Any:
-        if ", voting (" in str(kwargs.get("told")):
+        if ", voting (" in str(kwargs.get("description")):
             begun[trainer.state.iteration] = begun.get(trainer.state.iteration, 0) + 1
         return start(*args, **kwargs)
 
