@@ -1,8 +1,8 @@
-"""What TerminateOnNan and TimeLimit cost an iteration in a world of one: ours beside ignite's, in one run.
+"""Measure the cost per iteration of TerminateOnNan and TimeLimit in one process, distckpt's and ignite's in one run.
 
-Rounds are interleaved, so that a busy machine slows both alike; the figure is the ratio of medians. Run it as
-``PYTHONPATH=. python ci/bench_overhead.py [--quick] [--rounds N] [--iterations N]``. Exit status 1 where ours costs
-more.
+Rounds are interleaved, so that a busy machine slows both equally; the result is the ratio of medians. Run it as
+``PYTHONPATH=. python ci/bench_overhead.py [--quick] [--rounds N] [--iterations N]``. Exit status 1 if distckpt's
+handlers cost more.
 """
 
 import argparse
@@ -28,12 +28,12 @@ OUTPUTS: dict[str, Callable[[], Any]] = {
 
 
 def seconds_per_iteration(output: Any, handlers: Any | None, num_iterations: int) -> float:
-    """Run an engine that does nothing else, and return the seconds an iteration takes.
+    """Run an engine that does nothing else; return the seconds per iteration.
 
     Args:
-        output: what the process function returns.
-        handlers: the module to take TerminateOnNan and TimeLimit from; None for none.
-        num_iterations: length of the run.
+        output: return value of the process function.
+        handlers: the module of TerminateOnNan and TimeLimit; None for no handlers.
+        num_iterations: number of iterations.
     """
     trainer = Engine(lambda _engine, _batch: output)
     if handlers is not None:
@@ -46,7 +46,7 @@ def seconds_per_iteration(output: Any, handlers: Any | None, num_iterations: int
 
 
 def measure(make_output: Callable[[], Any], num_rounds: int, num_iterations: int) -> dict[str, float]:
-    """Return medians over interleaved rounds, in microseconds an iteration: none, ignite, distckpt."""
+    """Return medians over interleaved rounds, in microseconds per iteration: none, ignite, distckpt."""
     kinds = {"none": None, "ignite": ignite.handlers, "distckpt": distckpt}
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     output = make_output()
@@ -59,7 +59,7 @@ def measure(make_output: Callable[[], Any], num_rounds: int, num_iterations: int
 
 
 def main() -> int:
-    """Print the table; return 1 where ours costs more than ignite's."""
+    """Print the table; return 1 if distckpt's handlers cost more than ignite's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--iterations", type=int, default=2000)
@@ -69,7 +69,7 @@ def main() -> int:
         arguments.rounds, arguments.iterations = 7, 1000
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
-    print("TerminateOnNan + TimeLimit on every iteration, world of one; microseconds an iteration, medians")
+    print("TerminateOnNan + TimeLimit on every iteration, one process; microseconds per iteration, medians")
     print(f"{'the output is':28} {'no handlers':>12} {'ignite':>10} {'distckpt':>10} {'ours/theirs':>12}")
     is_slower = False
     for label, make_output in OUTPUTS.items():

@@ -1,11 +1,10 @@
-"""How long a run takes to go on in the middle of an epoch, with a ResumableSampler and by dropping batches.
+"""Measure the time to resume in the middle of an epoch: with a ResumableSampler, and by drawing and dropping batches.
 
-A run of 1,000,000 batches of 32 samples is stopped in the middle of its second epoch, and resumed: what is timed is
-from `resume` to the first batch that is trained, by a clock of the wall. Beside it torch's RandomSampler with an
-RngState, whose batches are drawn and dropped, at a hundredth of the size.
+A run of 1,000,000 batches of 32 samples stops in the middle of its second epoch and resumes. The time is wall time from
+`resume` to the first trained batch. For comparison: torch's RandomSampler with an RngState, at 1% of the size.
 
-Run it as ``PYTHONPATH=. python ci/bench_resume.py [--quick]``; both take a few seconds. Exit status 1 where the
-ResumableSampler takes more than 1 s, the best of three.
+Run it as ``PYTHONPATH=. python ci/bench_resume.py [--quick]``; both take a few seconds. Exit status 1 if the best of
+three runs with ResumableSampler takes more than 1 s.
 """
 
 import argparse
@@ -24,16 +23,16 @@ from distckpt import Checkpoint, DiskSaver, ResumableSampler, RngState, resume
 
 NUM_BATCHES, BATCH_SIZE = 1_000_000, 32
 FRACTION = 100
-"""Of the size at which batches are dropped."""
+"""The size is divided by this where batches are dropped."""
 LIMIT_S = 1.0
 ROUNDS = 3
 
 
 class Numbers(Dataset[torch.Tensor]):
-    """A map-style data set that costs next to nothing.
+    """A map-style data set of equal samples.
 
     Args:
-        length: its number of samples.
+        length: number of samples.
     """
 
     def __init__(self, length: int) -> None:
@@ -50,7 +49,7 @@ class Numbers(Dataset[torch.Tensor]):
 
 
 def build(folder: Path, sampler: Any, length: int) -> tuple[Engine, dict[str, Any], Checkpoint, DataLoader[Any]]:
-    """Return the program: its trainer, what is saved, how, and the data."""
+    """Return the trainer, the objects to save, the handler and the data loader."""
     trainer = Engine(lambda _engine, _batch: None)
     trainer.logger.disabled = True
     objects = {"trainer": trainer, "rng": RngState(trainer)}
@@ -59,7 +58,7 @@ def build(folder: Path, sampler: Any, length: int) -> tuple[Engine, dict[str, An
 
 
 def save_in_the_middle(folder: Path, sampler: Any, num_batches: int) -> None:
-    """Save in the middle of the second epoch. With a ResumableSampler nothing is trained before the last batch."""
+    """Save in the middle of the second epoch. With a ResumableSampler only the last batch before it is trained."""
     trainer, _, saver, loader = build(folder, sampler, num_batches * BATCH_SIZE)
     middle = num_batches + num_batches // 2
     if isinstance(sampler, ResumableSampler):
@@ -76,8 +75,8 @@ def save_in_the_middle(folder: Path, sampler: Any, num_batches: int) -> None:
     trainer.run(loader, max_epochs=3)
 
 
-def time_to_go_on(folder: Path, sampler: Any, num_batches: int) -> tuple[float, int]:
-    """Return how long a run takes from `resume` to its first batch, in seconds, and that iteration."""
+def time_resume(folder: Path, sampler: Any, num_batches: int) -> tuple[float, int]:
+    """Return the seconds from `resume` to the first batch, and its iteration."""
     trainer, objects, saver, loader = build(folder, sampler, num_batches * BATCH_SIZE)
     begin_s = time.perf_counter()
     took_s: list[float] = []
@@ -95,17 +94,17 @@ def time_to_go_on(folder: Path, sampler: Any, num_batches: int) -> tuple[float, 
 def main() -> int:
     """Measure, print, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="the same: it takes a few seconds anyway")
+    parser.add_argument("--quick", action="store_true", help="no effect: the benchmark takes a few seconds")
     parser.parse_args()
     warnings.simplefilter("error")
     with tempfile.TemporaryDirectory() as name:
         ours, torchs = Path(name) / "ours", Path(name) / "torchs"
         length = NUM_BATCHES * BATCH_SIZE
         save_in_the_middle(ours, ResumableSampler(length, seed=7), NUM_BATCHES)
-        timed = [time_to_go_on(ours, ResumableSampler(length, seed=7), NUM_BATCHES) for _ in range(ROUNDS)]
+        timed = [time_resume(ours, ResumableSampler(length, seed=7), NUM_BATCHES) for _ in range(ROUNDS)]
         small = NUM_BATCHES // FRACTION
         save_in_the_middle(torchs, RandomSampler(range(small * BATCH_SIZE)), small)
-        dropped_s, _ = time_to_go_on(torchs, RandomSampler(range(small * BATCH_SIZE)), small)
+        dropped_s, _ = time_resume(torchs, RandomSampler(range(small * BATCH_SIZE)), small)
     best_s = min(took_s for took_s, _ in timed)
     iterations = {iteration for _, iteration in timed}
     seconds = ", ".join(f"{took_s:.3f}" for took_s, _ in timed)

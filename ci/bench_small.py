@@ -1,16 +1,16 @@
-"""What many small tensors cost: the size of the file, saving and loading, beside torch.save and ignite.
+"""Measure file size, saving and loading of many small tensors, with distckpt, torch.save and ignite.
 
-Three states, in interleaved rounds; figures are medians, ratios are of medians of the same run:
+Three states, in interleaved rounds; times are medians, ratios are of medians of the same run:
 
-* 50,000 tensors of 64 bytes: the file at most 1.3 times torch.save's; saving and loading not slower than torch.save and
-  torch.load, although distckpt syncs the file, and checks each byte before it loads it.
+* 50,000 tensors of 64 bytes. The file is at most 1.3 times as large as torch.save's. Saving and loading take no longer
+  than torch.save and torch.load, although distckpt syncs the file and checks each byte before it loads it.
 * 4,000 small layers with AdamW's state: the size of the file.
-* 596 tensors of 16 MiB together: a cold load, the file dropped from the page cache, not slower than ignite's
+* 596 tensors of 16 MiB together: a load with the file dropped from the page cache takes no longer than ignite's
   ``Checkpoint.load_objects``.
 
-Run it as ``PYTHONPATH=. python ci/bench_small.py [--quick] [--rounds 7] [--folder DIR]``. ``--quick`` has a tenth of
-the tensors, and 3 rounds. Exit status 1 where a file is larger than its bar. Times are only printed, since other work
-on the machine changes them.
+Run it as ``PYTHONPATH=. python ci/bench_small.py [--quick] [--rounds 7] [--folder DIR]``. ``--quick`` takes a tenth of
+the tensors and 3 rounds. Exit status 1 if a file is larger than its limit. Times are printed and not judged, because
+other work on the machine changes them.
 """
 
 import argparse
@@ -30,13 +30,13 @@ from torch import nn
 
 from distckpt import Checkpoint, DiskSaver
 
-MOST_OF_TORCHS = 1.3
+MAX_SIZE_RATIO = 1.3
 NUM_SMALL, NUM_LAYERS, NUM_MEDIUM, MEDIUM_BYTES = 50_000, 4_000, 596, 16 << 20
 WIDTH = 8
 
 
 class Holder:
-    """An object whose state is what it was given."""
+    """An object with a given state."""
 
     def __init__(self, state: Any = None) -> None:
         self.state = state
@@ -46,7 +46,7 @@ class Holder:
         return self.state
 
     def load_state_dict(self, state: Any) -> None:
-        """Take it over."""
+        """Set the state."""
         self.state = state
 
 
@@ -54,27 +54,27 @@ class Buffers(nn.Module):
     """A module of equal buffers.
 
     Args:
-        num: how many.
-        num_bytes: of all together.
+        num: number of buffers.
+        num_bytes: size of all buffers together.
     """
 
     def __init__(self, num: int, num_bytes: int) -> None:
         super().__init__()
         for number in range(num):
-            self.register_buffer(f"part_{number}", torch.full((num_bytes // num // 4,), float(number)))
+            self.register_buffer(f"buffer_{number}", torch.full((num_bytes // num // 4,), float(number)))
 
 
-def forget(path: Path) -> None:
+def drop_from_page_cache(path: Path) -> None:
     """Drop a file from the page cache."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measured(
+def measure(
     works: dict[str, Callable[[], Any]], rounds: int, before: Callable[[], None] = lambda: None
 ) -> tuple[float, float]:
-    """Return the median seconds of each of two works, which take turns; the first round does not count."""
+    """Return the median seconds of two functions, which run alternately; the first round warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds + 1):
         for name, work in works.items():
@@ -93,30 +93,30 @@ def print_ratio(what: str, times: tuple[float, float], whose: str) -> None:
     print(f"  {what:12s} {ours:8.3f} s   {whose} {theirs:8.3f} s   x {ours / theirs:.2f}{mark}")
 
 
-def sizes_told(own: Path, torchs: Path, bar: float) -> bool:
-    """Print the sizes of two files; returns whether ours is within its bar."""
+def print_sizes(own: Path, torchs: Path, bar: float) -> bool:
+    """Print the sizes of two files; return True if distckpt's is within its limit."""
     ours, theirs = own.stat().st_size, torchs.stat().st_size
     print(f"  {'file':12s} {ours / 1e6:8.2f} MB  torch.save {theirs / 1e6:8.2f} MB  x {ours / theirs:.2f}")
     return ours <= bar * theirs
 
 
-def small(folder: Path, num: int, rounds: int) -> bool:
+def bench_small_tensors(folder: Path, num: int, rounds: int) -> bool:
     """Save and load many tensors of 64 bytes."""
     state = {"m": {f"layer.{number}.weight": torch.full((16,), float(number)) for number in range(num)}}
     own, torchs, saver = folder / "own" / "a.pt", folder / "torch.pt", DiskSaver(folder / "own")
     print(f"{num} tensors of 64 bytes")
-    times = measured({"own": lambda: saver(state, "a.pt"), "torch": lambda: torch.save(state, torchs)}, rounds)
-    is_good = sizes_told(own, torchs, MOST_OF_TORCHS)
+    times = measure({"own": lambda: saver(state, "a.pt"), "torch": lambda: torch.save(state, torchs)}, rounds)
+    is_small_enough = print_sizes(own, torchs, MAX_SIZE_RATIO)
     print_ratio("saving", times, "torch.save")
     works = {
         "own": lambda: Checkpoint.load_objects({"m": Holder()}, own),
         "torch": lambda: torch.load(torchs, weights_only=True),
     }
-    print_ratio("loading", measured(works, rounds), "torch.load")
-    return is_good
+    print_ratio("loading", measure(works, rounds), "torch.load")
+    return is_small_enough
 
 
-def layers(folder: Path, num: int) -> bool:
+def bench_layers(folder: Path, num: int) -> bool:
     """Save small layers with AdamW's state."""
     model = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(num))
     optimizer = torch.optim.AdamW(model.parameters())
@@ -127,45 +127,45 @@ def layers(folder: Path, num: int) -> bool:
     DiskSaver(folder / "layers")(state, "a.pt")
     torch.save(state, folder / "layers.pt")
     print(f"{num} layers of {WIDTH} x {WIDTH} with AdamW")
-    return sizes_told(folder / "layers" / "a.pt", folder / "layers.pt", MOST_OF_TORCHS)
+    return print_sizes(folder / "layers" / "a.pt", folder / "layers.pt", MAX_SIZE_RATIO)
 
 
-def medium(folder: Path, num: int, num_bytes: int, rounds: int) -> bool:
+def bench_cold_load(folder: Path, num: int, num_bytes: int, rounds: int) -> bool:
     """Load tensors of some kilobytes each from storage."""
     model = Buffers(num, num_bytes)
     own, torchs = folder / "medium" / "a.pt", folder / "medium.pt"
     DiskSaver(folder / "medium")({"m": model.state_dict()}, "a.pt")
     torch.save({"m": model.state_dict()}, torchs)
 
-    def forget_both() -> None:
-        forget(own)
-        forget(torchs)
+    def drop_both() -> None:
+        drop_from_page_cache(own)
+        drop_from_page_cache(torchs)
 
     print(f"{num} tensors of {num_bytes >> 20} MiB together, from storage")
-    is_good = sizes_told(own, torchs, MOST_OF_TORCHS)
+    is_small_enough = print_sizes(own, torchs, MAX_SIZE_RATIO)
     works = {
         "own": lambda: Checkpoint.load_objects({"m": model}, own),
         "ignite": lambda: ignite.handlers.Checkpoint.load_objects({"m": model}, torchs),
     }
-    print_ratio("cold load", measured(works, rounds, forget_both), "ignite")
-    return is_good
+    print_ratio("cold load", measure(works, rounds, drop_both), "ignite")
+    return is_small_enough
 
 
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, help="that are timed (7)")
-    parser.add_argument("--folder", type=Path, help="on the disk to measure (the working directory)")
+    parser.add_argument("--rounds", type=int, help="number of timed rounds (7)")
+    parser.add_argument("--folder", type=Path, help="a folder on the disk to measure (the working directory)")
     parser.add_argument("--quick", action="store_true", help="a tenth of the tensors, 3 rounds")
     arguments = parser.parse_args()
-    part, rounds = (10, arguments.rounds or 3) if arguments.quick else (1, arguments.rounds or 7)
+    divisor, rounds = (10, arguments.rounds or 3) if arguments.quick else (1, arguments.rounds or 7)
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory(dir=arguments.folder or Path.cwd(), prefix=".bench-small-") as text:
         folder = Path(text)
         good = [
-            small(folder, NUM_SMALL // part, rounds),
-            layers(folder, NUM_LAYERS // part),
-            medium(folder, NUM_MEDIUM, MEDIUM_BYTES, rounds),
+            bench_small_tensors(folder, NUM_SMALL // divisor, rounds),
+            bench_layers(folder, NUM_LAYERS // divisor),
+            bench_cold_load(folder, NUM_MEDIUM, MEDIUM_BYTES, rounds),
         ]
     return 0 if all(good) else 1
 

@@ -1,12 +1,12 @@
-"""What one vote per step costs, counted and timed on real Gloo ranks, beside ignite's handlers, in one run.
+"""Count and time the vote per step on Gloo ranks, in one run with ignite's handlers.
 
-TerminateOnNan, TimeLimit, Preemption and Checkpoint are attached to one engine. Rounds of all variants are
-interleaved, so that a busy machine slows all alike; the figures are medians over rounds. Run it as
+TerminateOnNan, TimeLimit, Preemption and Checkpoint are attached to one engine. Rounds of all variants are interleaved,
+so that a busy machine slows all equally; times are medians over rounds. Run it as
 ``PYTHONPATH=. python ci/bench_vote.py [--quick] [--rounds N] [--json FILE]``. Ranks of one machine reduce through
-shared memory; the rows with "Gloo" do without it (``DISTCKPT_SHARED_MEMORY=0``), as ranks of several machines have to.
+shared memory. Rows with "Gloo" do not (``DISTCKPT_SHARED_MEMORY=0``), as ranks of several machines cannot.
 
-Exit status 1 where the number of reductions is not one an iteration, or an exact vote costs more than 1.3 x a bare
-all-reduce. The 2% of an overlapped vote are printed, but do not fail a run: a busy machine's noise is larger.
+Exit status 1 if an iteration has more or fewer reductions than one, or if an exact vote costs more than 1.3 bare
+all-reduces. The 2% limit of an overlapped vote is printed and does not fail the run: a busy machine's noise is larger.
 """
 
 import argparse
@@ -34,23 +34,23 @@ import distckpt
 from distckpt.backends.control_group import SHARED_MEMORY_VARIABLE, ControlGroup
 from distckpt.backends.detect import current
 
-EXACT_BAR = 1.3
-OVERLAPPED_BAR = 1.02
+MAX_EXACT_RATIO = 1.3
+MAX_OVERLAPPED_RATIO = 1.02
 STEP_S = 0.005
-OUTPUT = {"loss": 0.5, "y": torch.full((32, 10), 0.5)}  # of a loop that does nothing else
-LOSS = 0.5  # of a step of 5 ms: what most training steps return
+OUTPUT = {"loss": 0.5, "y": torch.full((32, 10), 0.5)}  # in the loop that does nothing else
+LOSS = 0.5  # in steps of 5 ms
 
 
 class Weights:
-    """What the checkpoints would hold."""
+    """An object to save."""
 
     def state_dict(self) -> dict[str, int]:
-        """Return next to nothing."""
+        """Return a small state."""
         return {"weights": 1}
 
 
 def never_better() -> Callable[[Engine], float]:
-    """Return a score that falls from call to call: a checkpoint looks at it each time, and saves once."""
+    """Return a score function whose score falls at each call, so that a checkpoint compares it and saves once."""
     falling = iter(range(0, -(2**31), -1))
     return lambda _: float(next(falling))
 
@@ -84,7 +84,7 @@ def attached(trainer: Engine, variant: str, folder: str) -> Iterator[None]:
 
 
 def seconds_per_iteration(variant: str, step: Callable[[], None] | None, num_iterations: int) -> float:
-    """Collective. Run an engine, and return the seconds that an iteration takes on this rank."""
+    """Collective. Run an engine; return the seconds per iteration on this rank."""
     marks: list[float] = []
 
     def process(engine: Engine, _batch: Any) -> Any:
@@ -96,7 +96,7 @@ def seconds_per_iteration(variant: str, step: Callable[[], None] | None, num_ite
         step()
         return LOSS
 
-    warm_up = 4  # the ranks meet, and the first checkpoint is written
+    warm_up = 4  # the ranks synchronise, and the first checkpoint is written
     trainer = Engine(process)
     with tempfile.TemporaryDirectory() as folder, attached(trainer, variant, folder):
 
@@ -110,7 +110,7 @@ def seconds_per_iteration(variant: str, step: Callable[[], None] | None, num_ite
 
 
 def seconds_per_reduction(num_reductions: int) -> float:
-    """Collective. Return the seconds of one bare all-reduce of eight int64."""
+    """Collective. Return the seconds of one all-reduce of eight int64."""
     values = torch.zeros(8, dtype=torch.int64)
     dist.barrier()
     begin = time.perf_counter()
@@ -120,7 +120,7 @@ def seconds_per_reduction(num_reductions: int) -> float:
 
 
 def count_reductions(num_iterations: int) -> list[int]:
-    """Collective. Return how many reductions begin, and gathers, in each iteration with the four handlers."""
+    """Collective. Return the number of collectives in each iteration with the four handlers."""
     counts = [0] * (num_iterations + 2)
     engines: list[Engine] = []
 
@@ -143,13 +143,15 @@ def count_reductions(num_iterations: int) -> list[int]:
     finally:
         for name in names:
             setattr(ControlGroup, name, originals[name])
-    return counts[2 : num_iterations + 1]  # in the first iteration the ranks meet and save; the last ends the epoch
+    return counts[
+        2 : num_iterations + 1
+    ]  # the ranks synchronise and save in the first iteration; the last ends the epoch
 
 
 @contextlib.contextmanager
 def over_gloo() -> Iterator[None]:
-    """Let the group do without shared memory."""
-    host: ControlGroup = current()._control_group  # type: ignore[attr-defined]  # noqa: SLF001 - to measure both ways in one run
+    """Disable shared memory."""
+    host: ControlGroup = current()._control_group  # type: ignore[attr-defined]  # noqa: SLF001 - to measure both in one run
     memory, host._memory = host._memory, None  # noqa: SLF001 - as above
     try:
         yield
@@ -157,8 +159,8 @@ def over_gloo() -> Iterator[None]:
         host._memory = memory  # noqa: SLF001 - as above
 
 
-def computing(seconds: float) -> Callable[[], None]:
-    """Return a step of fixed work that takes about so long on a core of its own."""
+def make_computing_step(seconds: float) -> Callable[[], None]:
+    """Return a step of fixed work that takes about `seconds` on an idle core."""
     matrix = torch.randn(192, 192)
     begin = time.perf_counter()
     for _ in range(300):
@@ -173,7 +175,7 @@ def computing(seconds: float) -> Callable[[], None]:
 
 
 def measure(rank: int, world_size: int, store: str, arguments: argparse.Namespace, results: Any) -> None:
-    """Be one rank: time everything, round by round."""
+    """Run one rank: time all variants, round by round."""
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
@@ -186,7 +188,7 @@ def measure(rank: int, world_size: int, store: str, arguments: argparse.Namespac
     n, m = arguments.iterations, arguments.steps
     steps = {"the host waits": lambda: time.sleep(STEP_S)}
     if world_size <= (os.cpu_count() or 1):
-        steps["the host computes"] = computing(STEP_S)
+        steps["the host computes"] = make_computing_step(STEP_S)
     for number in range(arguments.rounds + 1):
         taken = {"bare": seconds_per_reduction(n)}
         for variant in ("none", "ignite", "exact"):
@@ -205,7 +207,7 @@ def measure(rank: int, world_size: int, store: str, arguments: argparse.Namespac
     counts = count_reductions(50)
     if rank == 0:
         medians = {name: statistics.median(values) * 1e6 for name, values in seconds.items()}
-        # Of neighbours in time: a ratio of medians would compare different moments of a busy machine.
+        # Ratios within a round: a ratio of medians would compare different moments of a busy machine.
         ratios = {
             f"{what}, {variant}": statistics.median(
                 with_it / without
@@ -219,8 +221,8 @@ def measure(rank: int, world_size: int, store: str, arguments: argparse.Namespac
     distckpt.finalize()
 
 
-def tell(result: dict[str, Any]) -> tuple[bool, bool]:
-    """Print one world's table; return whether the exact and the overlapped bar were kept."""
+def print_table(result: dict[str, Any]) -> tuple[bool, bool]:
+    """Print the table of one world size; return whether the exact and the overlapped vote are within their limits."""
     us, ratios = result["us"], result["ratios"]
     bare = us["bare"]
     print(f"\n{result['world_size']} ranks; microseconds, medians. One bare all-reduce of 8 int64: {bare:.0f}")
@@ -235,20 +237,20 @@ def tell(result: dict[str, Any]) -> tuple[bool, bool]:
         for name in ("ignite", "lagged", "lagged, Gloo", "exact"):
             print(f"  {name:44} {us[f'{what}, {name}']:8.0f} {'':15} {ratios[f'{what}, {name}']:8.3f}")
     is_one = set(result["reductions"]) == {1}
-    is_cheap = (us["loop, exact"] - us["loop, none"]) / bare <= EXACT_BAR
-    is_hidden = all(ratio <= OVERLAPPED_BAR for name, ratio in ratios.items() if name.endswith(", lagged"))
+    is_cheap = (us["loop, exact"] - us["loop, none"]) / bare <= MAX_EXACT_RATIO
+    is_hidden = all(ratio <= MAX_OVERLAPPED_RATIO for name, ratio in ratios.items() if name.endswith(", lagged"))
     print(f"  one reduction an iteration: {'OK' if is_one else 'NO'}")
-    print(f"  an exact vote costs at most {EXACT_BAR} x a bare all-reduce: {'OK' if is_cheap else 'NO'}")
+    print(f"  an exact vote costs at most {MAX_EXACT_RATIO} x a bare all-reduce: {'OK' if is_cheap else 'NO'}")
     print(f"  lag=1 costs a step of 5 ms at most 2%: {'OK' if is_hidden else 'NO'}")
     return is_one and is_cheap, is_hidden
 
 
 def main() -> int:
-    """Print the tables of 2 and 3 ranks; return 1 where a bar that holds on any machine is missed."""
+    """Print the tables of 2 and 3 ranks; return 1 if a limit that holds on any machine is exceeded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--iterations", type=int, default=300, help="of a loop that does nothing else")
-    parser.add_argument("--steps", type=int, default=60, help="of 5 ms")
+    parser.add_argument("--iterations", type=int, default=300, help="iterations of the loop that does nothing else")
+    parser.add_argument("--steps", type=int, default=60, help="steps of 5 ms")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="2 rounds")
     arguments = parser.parse_args()
@@ -261,7 +263,7 @@ def main() -> int:
             multiprocessing.spawn(measure, (world_size, f"{folder}/store", arguments, results), nprocs=world_size)  # type: ignore[no-untyped-call]  # torch ships it without types
             found.append(results.get())
     print("TerminateOnNan + TimeLimit + Preemption + Checkpoint on one engine; ignite: its three of the four")
-    verdicts = [tell(result) for result in found]
+    verdicts = [print_table(result) for result in found]
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return int(not all(is_right for is_right, _ in verdicts))

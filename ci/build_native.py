@@ -1,12 +1,12 @@
-"""Compile ``distckpt/_native/copy_crc.c``, which the package can do without.
+"""Compile the optional C extension ``distckpt/_native/copy_crc.c``.
 
-Run as ``python ci/build_native.py``: it compiles into the checkout, where there is no newer result, for programs that
-import distckpt from there (by ``PYTHONPATH``). Git ignores what it writes. Exit status 1 where it cannot be compiled.
+``python ci/build_native.py`` compiles into the checkout, for programs that import distckpt from there. It does nothing
+if the result is newer than the source. Git ignores the result. Exit status 1 if the extension cannot be compiled.
 
-As hatchling's build hook (pyproject.toml) it compiles for the wheel. Then the wheel is one for this platform and any
-CPython from 3.11 on (tag ``cp311-abi3``). Where nothing can be compiled the wheel is without it, and for any platform.
+As hatchling's build hook (pyproject.toml) it compiles for the wheel, which is then for this platform and CPython 3.11+
+(tag ``cp311-abi3``). If the extension cannot be compiled, the wheel is for any platform and does not contain it.
 
-``CC``, ``CFLAGS`` and ``LDFLAGS`` are heeded. Python's headers are needed, as well as the compiler.
+Needs a C compiler and Python's headers. ``CC``, ``CFLAGS`` and ``LDFLAGS`` are used.
 """
 
 import os
@@ -28,31 +28,31 @@ FLAGS = "-std=c11 -O2 -fPIC -shared -fvisibility=hidden -Wall -Wextra"
 LIMIT_S = 120.0
 
 
-def why_not() -> str | None:
-    """Return why the source is of no use on this platform; None where it is."""
+def reason_not_to_build() -> str | None:
+    """Return why the extension is of no use on this platform; None if it is useful."""
     if sys.platform != "linux" or platform.machine() not in {"x86_64", "aarch64"} or sys.maxsize < 2**32:
-        return f"{platform.system()} on {platform.machine()} has no kernel there"
+        return f"{platform.system()} on {platform.machine()} has no kernel in the extension"
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
         return "a Python without GIL has no stable ABI"
     return None
 
 
 def find_compiler() -> list[str]:
-    """Return the command of the C compiler: that of ``CC``, or the one that made this Python, if it is here, or cc."""
-    of_python = shlex.split(sysconfig.get_config_var("CC") or "cc")
-    return shlex.split(os.environ.get("CC", "")) or (of_python if shutil.which(of_python[0]) else ["cc"])
+    """Return the command of the C compiler: ``CC``, else the compiler that built this Python if it exists, else cc."""
+    pythons = shlex.split(sysconfig.get_config_var("CC") or "cc")
+    return shlex.split(os.environ.get("CC", "")) or (pythons if shutil.which(pythons[0]) else ["cc"])
 
 
 def compile_to(result: Path) -> str | None:
-    """Compile, in one step: `result` is there whole, or as it was.
+    """Compile, and replace `result` atomically.
 
     Args:
-        result: the file to make.
+        result: the file to write.
 
     Returns:
-        None, or why it could not be made.
+        None, or the reason why the extension could not be compiled.
     """
-    reason = why_not()
+    reason = reason_not_to_build()
     if reason is not None:
         return reason
     compiler = find_compiler()
@@ -72,18 +72,18 @@ def compile_to(result: Path) -> str | None:
 
 
 def build_in_place() -> str | None:
-    """Compile into the checkout, unless what is there is newer than the source. Safe to do twice at once.
+    """Compile into the checkout, unless the result there is newer than the source. Safe to run twice at once.
 
     Returns:
-        None, or why it could not be made.
+        None, or the reason why the extension could not be compiled.
     """
     newest = max(path.stat().st_mtime for path in (SOURCE, Path(__file__)))
     return None if RESULT.exists() and RESULT.stat().st_mtime >= newest else compile_to(RESULT)
 
 
 def get_build_hook() -> type:
-    """Return hatchling's hook; hatchling looks for a function of this name."""
-    # Environments that only compile in place have no hatchling.
+    """Return hatchling's build hook; hatchling calls this function by name."""
+    # Not every environment that compiles in place has hatchling.
     from hatchling.builders.hooks.plugin.interface import BuildHookInterface  # noqa: PLC0415
 
     class Native(BuildHookInterface[Any]):
@@ -99,7 +99,7 @@ def get_build_hook() -> type:
                     build_data["pure_python"] = False
                     build_data["tag"] = f"{TAG}-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
             if reason is not None:
-                self.app.display_warning(f"{SOURCE.name} is left out, and saves take longer: {reason}")
+                self.app.display_warning(f"the wheel lacks {SOURCE.name}, so saves take longer: {reason}")
 
         def finalize(self, version: str, *_: object) -> None:
             if version != "editable":

@@ -1,6 +1,6 @@
-"""Build the wheel as an installer would and check what users get from it, with a C compiler and without one.
+"""Build the wheel with and without a C compiler, install it, and test the installed package.
 
-Everything happens in a scratch folder; needs the build backend in the environment, and no network.
+Works in a scratch folder. Needs the build backend in the environment, and no network.
 """
 
 import os
@@ -28,33 +28,36 @@ print(f"imports from the installed wheel; public names: {len(distckpt.__all__)};
 
 
 def main() -> int:
-    """Build both wheels, and check each."""
+    """Build and check both wheels."""
     with tempfile.TemporaryDirectory(prefix="distckpt-wheel-") as name:
         scratch = Path(name)
-        with_compiler = is_sound(scratch / "compiler", {"CFLAGS": "-Werror"}, is_native=True)
-        without = is_sound(scratch / "none", {"CC": "/nonexistent/cc"}, is_native=False)
+        with_compiler = build_and_check(scratch / "compiler", {"CFLAGS": "-Werror"}, is_native=True)
+        without = build_and_check(scratch / "none", {"CC": "/nonexistent/cc"}, is_native=False)
     return 0 if with_compiler and without else 1
 
 
-def is_sound(scratch: Path, settings: Mapping[str, str], *, is_native: bool) -> bool:
-    """Build, look inside, install into an empty folder, import from there, and test the checksums there.
+def build_and_check(scratch: Path, settings: Mapping[str, str], *, is_native: bool) -> bool:
+    """Build a wheel, check its content, install it into an empty folder, and test the installed package.
 
     Args:
-        scratch: a folder of its own, which is made.
+        scratch: a new folder.
         settings: environment variables for the build.
-        is_native: whether the wheel has to hold what is compiled.
+        is_native: whether the wheel must contain the C extension.
+
+    Returns:
+        True if the wheel has no problem.
     """
     build = ("wheel", "--no-build-isolation", "--no-deps", "--no-cache-dir", "--wheel-dir", str(scratch), str(ROOT))
     pip(*build, settings=settings)
     (wheel,) = scratch.glob("distckpt-*.whl")
-    problems = contents(wheel, is_native=is_native)
+    problems = find_problems(wheel, is_native=is_native)
     if TAGS[is_native] not in wheel.name:
         problems.append(f"has no tag {TAGS[is_native]}")
     installed = scratch / "installed"
     pip("install", "--no-deps", "--no-index", "--target", str(installed), str(wheel))
-    if not runs(scratch, installed, "-c", _IMPORT, str(installed)):
-        problems.append("cannot be used")
-    # By path and without the settings of the tree, which would import distckpt from there.
+    if not run_python(scratch, installed, "-c", _IMPORT, str(installed)):
+        problems.append("cannot be imported")
+    # By path, and without the checkout's settings, which would import distckpt from the checkout.
     pytest = (
         "-m",
         "pytest",
@@ -68,34 +71,34 @@ def is_sound(scratch: Path, settings: Mapping[str, str], *, is_native: bool) -> 
         "-p",
         "no:cacheprovider",
     )
-    if not runs(scratch, installed, *pytest, "--noconftest", "--import-mode=importlib", str(TESTS)):
-        problems.append("fails the tests of the checksums")
+    if not run_python(scratch, installed, *pytest, "--noconftest", "--import-mode=importlib", str(TESTS)):
+        problems.append("fails the checksum tests")
     for problem in problems:
         print(f"{wheel.name}: {problem}")
     print(f"{wheel.name}: {wheel.stat().st_size} bytes", flush=True)
     return not problems
 
 
-def runs(scratch: Path, installed: Path, *arguments: str) -> bool:
-    """Run Python with the installed wheel, and return True if it succeeds."""
+def run_python(scratch: Path, installed: Path, *arguments: str) -> bool:
+    """Return True if Python runs with the installed wheel and succeeds."""
     environment = {"PYTHONPATH": str(installed), "PATH": "/usr/bin:/bin"}
     done = subprocess.run([sys.executable, *arguments], cwd=scratch, env=environment, check=False, timeout=240)
     return done.returncode == 0
 
 
-def contents(wheel: Path, *, is_native: bool) -> list[str]:
-    """Return what is missing from the wheel, and what should not be in it."""
+def find_problems(wheel: Path, *, is_native: bool) -> list[str]:
+    """Return files that the wheel lacks, and files that it should not contain."""
     with zipfile.ZipFile(wheel) as archive:
         inside = {item for item in archive.namelist() if ".dist-info/" not in item}
     package = ROOT / "distckpt"
     wanted = {str(path.relative_to(ROOT)) for path in package.rglob("*.py*") if path.suffix in {".py", ".pyi"}}
     wanted |= {"distckpt/py.typed"} | ({NATIVE} if is_native else set())
     problems = [f"lacks {item}" for item in sorted(wanted - inside)]
-    return problems + [f"should not hold {item}" for item in sorted(inside - wanted)]
+    return problems + [f"should not contain {item}" for item in sorted(inside - wanted)]
 
 
 def pip(*arguments: str, settings: Mapping[str, str] | None = None) -> None:
-    """Run pip, quietly and offline as far as packages go."""
+    """Run pip quietly; exit if it fails."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-qq", "--no-input", *arguments]
     environment = {**os.environ, **(settings or {})}
     if subprocess.run(command, check=False, timeout=240, cwd=ROOT, env=environment).returncode:

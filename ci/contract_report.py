@@ -1,10 +1,9 @@
-"""Show every test of the contract x every backend, from the outcomes of the runs of all environments.
+"""Print a table of every contract test x every backend.
 
-    python ci/contract_report.py FILE...    files that `pytest --outcomes FILE` wrote
+    python ci/contract_report.py FILE...    files that `pytest --outcomes FILE` wrote, one per environment
 
-A cell counts the cases that passed. It fails on a test that failed or was skipped, on a clause of the contract that one
-of the backends of this run lacks, and where a backend has no column at all. NCCL needs a GPU: without one its column
-says so.
+A cell counts the cases that passed. Exit status 1 if a test failed or was skipped, if a clause of the contract did not
+run on one of the backends, or if a backend did not run at all. NCCL needs a GPU; without one its column says so.
 """
 
 import argparse
@@ -17,14 +16,14 @@ from typing import Any
 COLUMNS = ("serial", "gloo", "ours", "horovod", "xla", "nccl")
 TITLES = {"ours": "plug-in"}
 NEEDED = ("serial", "gloo", "horovod", "xla")
-OF_SEVERAL_RANKS = {"gloo", "horovod", "xla"}
+MULTI_RANK = {"gloo", "horovod", "xla"}
 
 
 class Report:
-    """The outcomes of all runs.
+    """Outcomes of all runs.
 
     Args:
-        outcomes: one for each test, as `tests/support/outcomes.py` writes them.
+        outcomes: one entry per test, as `tests/support/outcomes.py` writes them.
     """
 
     def __init__(self, outcomes: list[dict[str, Any]]) -> None:
@@ -37,17 +36,17 @@ class Report:
         self._backends = {one["backend"] for one in outcomes}
 
     def problems(self) -> list[str]:
-        """Return what is not as it should be."""
+        """Return the problems, one line each."""
         found = [f"{backend} was not run" for backend in NEEDED if backend not in self._backends]
         for test, cell in sorted(self._cells.items()):
             found += [f"{test}: {num} {what} on {where}" for (where, what), num in cell.items() if what != "passed"]
-            asked = {backend for backend, _ in cell}
-            if test in self._clauses - set(self._reasons) and not asked >= OF_SEVERAL_RANKS:
-                found.append(f"{test}: a clause of the contract that was not asked of {OF_SEVERAL_RANKS - asked}")
+            ran = {backend for backend, _ in cell}
+            if test in self._clauses - set(self._reasons) and not ran >= MULTI_RANK:
+                found.append(f"{test}: a clause of the contract that did not run on {MULTI_RANK - ran}")
         return found
 
     def show(self) -> None:
-        """Print the table, its notes and the totals."""
+        """Print the table, its notes and totals."""
         width = max((len(test) for test in self._cells), default=0)
         notes = {why: number for number, why in enumerate(sorted(set(self._reasons.values())), start=1)}
         print(f"{'test':{width}}" + "".join(f"{TITLES.get(column, column):>9}" for column in COLUMNS))
@@ -55,8 +54,8 @@ class Report:
             note = f"  ({notes[self._reasons[test]]})" if test in self._reasons else ""
             print(f"{test:{width}}" + "".join(f"{self._text(test, column):>9}" for column in COLUMNS) + note)
         for why, number in notes.items():
-            print(f"({number}) not of every backend: {why}")
-        print("-: not of this backend: a question of several ranks, or of one runtime's own entry point")
+            print(f"({number}) not on every backend: {why}")
+        print("-: not on this backend: needs several ranks, or tests one runtime's entry point")
         if "nccl" not in self._backends:
             print("NCCL: not run, no GPU")
         totals = Counter(one["backend"] for one in self._outcomes if one["outcome"] == "passed")
@@ -71,7 +70,7 @@ class Report:
 
 
 def main(paths: list[Path]) -> int:
-    """Print the report; return 1 if something is not as it should be."""
+    """Print the report; return 1 if there are problems."""
     report = Report([one for path in paths for one in json.loads(path.read_text(encoding="utf-8"))["outcomes"]])
     report.show()
     problems = report.problems()
