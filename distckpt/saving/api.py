@@ -58,7 +58,7 @@ def save(
 ) -> Path:
     """Collective. Save the state of objects as one file, and return when it is durable. Call it on all ranks.
 
-    1. (all ranks) check the arguments, and that they agree between ranks.
+    1. (all ranks) check the arguments, and that they are equal on all ranks.
     2. (all ranks) consolidate sharded optimizer states, and call ``state_dict()`` on every object.
     3. (writers) write and sync the file under a temporary name: rank `save_on_rank`, or several ranks.
     4. (coordinator) give the file its name, and sync the directory. A file of that name is replaced atomically.
@@ -122,12 +122,12 @@ def async_save(
     Call it on all ranks. It saves as :func:`save` does, but returns when training may change the objects again.
 
     The file becomes durable without further calls: the coordinator's thread commits it. With `share_write` that thread
-    learns of the other writers through the job's key-value store; in a job without one (Horovod, XLA in several
+    is told of the other writers through the job's key-value store; in a job without one (Horovod, XLA in several
     processes) :meth:`PendingSave.wait` commits. No thread issues collectives, so errors of other ranks, and the commit,
     are known on all ranks only after :meth:`PendingSave.wait` or :meth:`PendingSave.result`. Both are collective.
 
-    An error is also logged on the rank where it occurs. A process that ends waits for its own part of the save, and
-    warns if the file was not saved. A save to the path of a pending one waits for that one's commit.
+    An error is also logged on the rank where it occurs. An exiting process waits for its own part of the save, and
+    warns if the file was not saved. A save to the path of a pending save waits for its commit.
 
     Args:
         objects: see :func:`save`.

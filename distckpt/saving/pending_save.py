@@ -1,8 +1,8 @@
 """A save between the return of ``start_save`` and the commit: steps 5 to 8 of :mod:`distckpt.saving.protocol`.
 
-Threads of a pending save issue no collectives. The ranks learn of each other's work in :meth:`PendingSave.advance`,
-which is collective, or, where several ranks write one file, through the job's key-value store
-(:class:`WriteCompletions`): the coordinator can then commit while all ranks train.
+Threads of a pending save issue no collectives. The ranks exchange their results in :meth:`PendingSave.advance`, which
+is collective. If several ranks write one file, the job's key-value store (:class:`WriteCompletions`) can tell the
+coordinator earlier, so that it commits while all ranks train.
 """
 
 import contextlib
@@ -46,14 +46,14 @@ class PendingSave:
     own part of the save, and warns if the file was not saved.
 
     Attributes:
-        path: of the file on the coordinator; None in a save of a handler's.
+        path: path of the file; None in a save by a handler.
         filename: name of the file.
         coordinator: rank that commits the file.
-        layout_difference: why the coordinator writes the whole file though several ranks were to; None if it does not.
-        problems: of each rank, the files that it could not remove; empty before the end.
-        own_problems: of this rank.
+        layout_difference: why several ranks cannot write the file together; None if they can.
+        problems: the files that could not be removed, by rank; empty before the end.
+        own_problems: the files that this rank could not remove.
         has_committed: whether this rank has committed the file, whatever happened on other ranks.
-        committed_at_s: time of that on the monotonic clock, in seconds; None before, and on other ranks.
+        committed_at_s: time of the commit on the monotonic clock, in seconds; None before, and on other ranks.
         duration_s: seconds from the start to the end; 0.0 before.
 
     Example:
@@ -104,7 +104,7 @@ class PendingSave:
         self._future: Future[dict[str, Any]] | None = None
         self._checksums: list[Checksums] = []
         self._is_committing = len(self._writers) == 1
-        self._is_over = False
+        self._has_ended = False
         self._error: BaseException | None = None
         self._at_exit = Finalize(None, self._report_at_exit, exitpriority=0) if reports_errors else None
         self._completions: WriteCompletions | None = None
@@ -131,7 +131,7 @@ class PendingSave:
         On the coordinator it means that the file is committed, or that the save failed; on other ranks, that their
         bytes are written. Ranks may see it at different times, so it must not decide whether to call :meth:`wait`.
         """
-        if self._is_over:
+        if self._has_ended:
             return True
         is_waiting_for_ranks = self._writer.is_coordinator and not self.has_committed and self._failure() is None
         return not self.is_pending and not is_waiting_for_ranks
@@ -140,22 +140,22 @@ class PendingSave:
         """Collective. Block until the file is committed.
 
         1. (all ranks) block until this rank's work has ended.
-        2. (all ranks) exchange errors. An error on one rank ends the save on all.
-        3. (coordinator) if several ranks write and the coordinator did not hear of them while they trained: commit.
-        4. (all ranks) hear of the commit.
+        2. (all ranks) exchange results. An error on one rank ends the save on all.
+        3. (coordinator) commit, unless the key-value store has told it of the other writers before.
+        4. (all ranks) exchange the result of the commit.
 
-        Afterwards it returns at once, or raises the same error.
+        A later call returns at once, or raises the same error.
 
         Args:
-            timeout_s: seconds to wait; None for no limit other than that for a slow disk (half an hour).
+            timeout_s: seconds to wait; None for as long as a slow disk may take (half an hour).
 
         Raises:
-            TimeoutError: the save is not over; on every rank. It goes on, and can be waited for again.
+            TimeoutError: the save has not ended; on every rank. It continues, and :meth:`wait` may be called again.
             RemoteRankError: the save failed on some rank; on every rank, with the type of the error there.
             SaveError: with one rank, the file could not be written. A file that `path` named before is untouched.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while not self._is_over:
+        while not self._has_ended:
             if deadline is not None:
                 self._wait_for_ranks(deadline)
             self.advance()
@@ -174,7 +174,7 @@ class PendingSave:
             timeout_s: seconds to wait for the other ranks; None for half an hour.
 
         Returns:
-            Whether the save is over.
+            Whether the save has ended.
 
         Raises:
             RemoteRankError: the save failed on some rank; on every rank. With one rank: that rank's error.
@@ -239,21 +239,21 @@ class PendingSave:
         return self._future is None or not wait_for_futures([self._future], timeout=within_s).not_done
 
     def _end(self, error: BaseException | None) -> None:
-        self._is_over, self._error = True, error
+        self._has_ended, self._error = True, error
         if self._at_exit is not None:
             self._at_exit.cancel()
 
     def _wait_for_ranks(self, deadline: float) -> None:
-        """Collective. Wait until every rank's step has ended; raise TimeoutError on all ranks if one is late."""
+        """Collective. Wait until every rank's step has ended; raise TimeoutError on all ranks if one has not."""
 
         def is_done() -> bool:
             return self._is_done(within_s=max(deadline - time.monotonic(), 0.0))
 
         point = self._sync_point(f"waiting for {self.filename}")
         answers = phases.run(self.backend, point, is_done, timeout_s=self._timeout_s)
-        late = [str(rank) for rank, answer in enumerate(answers) if not answer]
-        if late:
-            msg = f"{self._where()} is not saved yet: rank {', '.join(late)} is still writing. The save goes on"
+        missing = [str(rank) for rank, answer in enumerate(answers) if not answer]
+        if missing:
+            msg = f"{self._where()} is not saved yet: rank {', '.join(missing)} is still writing. The save continues"
             raise TimeoutError(msg)
 
     def _start(self, work: Callable[[], dict[str, Any]], *, has_work: bool) -> None:
@@ -333,16 +333,16 @@ class PendingSave:
 
 
 class WriteCompletions:
-    """Notes in the job's key-value store by which the writers of one file tell the coordinator of their work.
+    """Entries in the job's key-value store by which the writers of one file report to the coordinator.
 
-    First a writer publishes its checksums, so that the coordinator can make the file's tail during the write; then that
-    its bytes are durable. Notes are an optimization: if the store fails, the ranks exchange the same in a collective.
-    All methods may be called from any thread.
+    A writer first publishes its checksums, so that the coordinator can make the file's tail during the write. It then
+    publishes that its bytes are durable. This only saves time: if the store fails, the ranks exchange the same in a
+    collective. All methods may be called from any thread.
 
     Args:
         store: the job's key-value store.
         handler: name of the saving handler, the same on all ranks.
-        save_id: id of the save, unique and the same on all ranks. Notes of other saves are ignored.
+        save_id: id of the save, unique and the same on all ranks. Entries of other saves are ignored.
     """
 
     _STORE_TIMEOUT_S = 10.0
@@ -385,14 +385,14 @@ class WriteCompletions:
         except (OSError, TimeoutError):
             self.cancel()
 
-    def _get(self, keys: Sequence[str], is_late: Callable[[], bool], *, poll_s: float) -> list[Checksums] | None:
-        while not is_late() and not self._is_cancelled.is_set():
+    def _get(self, keys: Sequence[str], has_expired: Callable[[], bool], *, poll_s: float) -> list[Checksums] | None:
+        while not has_expired() and not self._is_cancelled.is_set():
             try:
-                notes = self._store.get_many(keys, limit_s=self._STORE_TIMEOUT_S)
+                entries = self._store.get_many(keys, limit_s=self._STORE_TIMEOUT_S)
             except (OSError, TimeoutError):
                 self.cancel()
                 return None
-            read = [json.loads(note) for note in notes if note is not None]
+            read = [json.loads(entry) for entry in entries if entry is not None]
             found: list[Checksums | None] = [checksums for save_id, checksums in read if save_id == self._save_id]
             if None in found:
                 return None

@@ -6,16 +6,17 @@
 4. (all ranks) plan the file's image. If several ranks write the file, compare their plans; if these differ, the
    coordinator writes the whole file. In a background save, copy the state to host memory: training may continue.
 5. (each writer) write and sync a range of the image. In a background save this runs on a thread, without collectives.
-6. (all ranks) hear of all writers. An error on one rank is raised on every rank, and the file is deleted.
-7. (coordinator) write the tail and commit the file; then remove what it replaces. Runs on a thread as well.
-8. (all ranks) hear of the commit, and take over the new history.
+6. (all ranks) exchange the writers' results. An error on one rank is raised on every rank, and the file is deleted.
+7. (coordinator) write the tail and commit the file; then remove the files that it replaces. In a background save this
+   runs on a thread too.
+8. (all ranks) exchange the result of the commit, and adopt the new history.
 
 :func:`start_save` runs steps 3 to 5; :class:`~distckpt.saving.pending_save.PendingSave` runs the rest. A coordinator
-that writes alone takes step 7 right after step 5; so does one that learns of the other writers from the job's key-value
-store.
+that writes alone takes step 7 right after step 5. So does a coordinator that learns of the other writers from the job's
+key-value store.
 
 :func:`save_by_handler` replaces steps 4 to 7 where a save handler writes: its call returns when the file is durable.
-:func:`remove` removes what is replaced.
+:func:`remove` then removes the replaced files.
 
 IMPORTANT: nothing is removed before the new file is committed; where several ranks each commit a file of their own, not
 before step 8. The exception is a save handler that may store several names in one place: there the removal comes first.
@@ -91,8 +92,8 @@ def start_save(
         optimizer_storages: returns those of the storages that only an optimizer's step changes, with device types.
         make_writer: returns this rank's writer.
         group: the ranks that write.
-        remove_replaced: removes what the file replaces, on the coordinator; None if the caller removes it.
-        annotate: adds rank, step and what is intact to an error.
+        remove_replaced: removes the files that this one replaces, on the coordinator; None if the caller does it.
+        annotate: adds rank, step and the intact checkpoint to an error.
         timeout_s: seconds to wait for the other ranks; None for the default.
         path: full path of the file, for messages.
         reports_errors: whether each rank logs its errors, and warns at exit of a file that was not saved.
@@ -159,7 +160,7 @@ def _check_replicas(checksums: Sequence[Sequence[Sequence[Any]]], coordinator: i
         names = [one[0] for one, other in zip(ours, theirs, strict=False) if one != other]
         what = f"the first tensor that differs is {names[0]}" if names else f"{len(theirs)} tensors against {len(ours)}"
         msg = (
-            f"what should be equal on all ranks is not: {what}, on rank {rank} other than on rank {coordinator}. "
+            f"replicas differ between rank {rank} and rank {coordinator}: {what}. "
             "Nothing was saved. Was a parameter changed on one rank alone, or a gradient not reduced?"
         )
         raise ReplicasDiffer(msg)
@@ -197,7 +198,7 @@ def save_by_handler(
         agreed: what :func:`decide` returned; nothing is saved if it holds no decision.
         consolidate: gathers sharded state on the coordinator; collective.
         capture: returns the checkpoint on this rank.
-        remove_first: removes what has to go before the write, and returns the removed names; collective.
+        remove_first: removes files that must go before the write, and returns their names; collective.
         write: passes the checkpoint to the save handler on this rank.
         all_write: whether every rank may take long. Otherwise the coordinator waits `timeout_s` for the other ranks.
         timeout_s: seconds to wait for the other ranks; None for the default.
