@@ -75,7 +75,7 @@ class Background(Foreground):
     options: ClassVar[dict[str, Any]] = {"background": True}
 
     def __init__(self, job: Job) -> None:
-        for needed in ("is_in_flight", "wait_until_finished"):
+        for needed in ("has_pending_save", "wait_until_finished"):
             if not hasattr(distckpt.Checkpoint, needed):
                 msg = f"Checkpoint has no {needed}"
                 raise MissingError(msg)

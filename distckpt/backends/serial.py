@@ -1,5 +1,7 @@
 """The backend of a program without a distributed runtime: one rank, on which every collective is the identity."""
 
+from typing import Any
+
 import torch
 
 from distckpt.backends.base import Backend, ReduceOp, TensorOp
@@ -40,3 +42,20 @@ class SerialBackend(Backend):
     def store_barrier(self, name: str, *, depends_on: str | None, timeout_s: float | None) -> str | None:
         del name, depends_on, timeout_s
         return None
+
+
+class SingleRank(SerialBackend):
+    """A world of one rank, for a save during an exception: the other ranks may never come.
+
+    It keeps the rank's number in the job, and issues no collectives.
+
+    Args:
+        backend: the job's backend.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.rank = backend.rank
+
+    def sync_device(self, tree: Any, *, to_host: bool) -> Any:
+        return self._backend.sync_device(tree, to_host=to_host)

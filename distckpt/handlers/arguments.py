@@ -1,73 +1,65 @@
-"""What the handlers' arguments have to be.
-
-Owns the errors of their constructors: they name the argument, what was given and what is expected.
-"""
+"""Checks of the handlers' arguments. An error names the argument, the given value, and what is expected."""
 
 import numbers
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from distckpt._values import check_timeout
 from distckpt.handlers.save_handler import BaseSaveHandler
+from distckpt.handlers.save_intent import Settings
 from distckpt.saving.capture import check_objects
 
-__all__ = ["check_callables", "check_include_self", "check_rank", "check_values"]
+_KINDS: dict[str, Any] = {
+    "filename_prefix": str,
+    "score_name": str | None,
+    "filename_pattern": str | None,
+    "n_saved": numbers.Integral | None,
+}
 
 
-def check_values(
-    to_save: object, save_handler: object, prefix: object, n_saved: object, score_name: object, pattern: object
-) -> None:
-    """Check the arguments that are plain values.
+def check_settings(handler: Settings) -> None:
+    """Check the arguments of a Checkpoint.
 
     Raises:
         TypeError: an argument is of the wrong type.
         ValueError: an argument has a wrong value.
     """
-    if not isinstance(to_save, Mapping):
-        msg = f"Argument `to_save` should be a dictionary, but given {type(to_save)}"
+    if not isinstance(handler.to_save, Mapping):
+        msg = f"Argument `to_save` should be a dictionary, but given {type(handler.to_save)}"
         raise TypeError(msg)
-    check_objects(dict(to_save), "state_dict")
-    if not (isinstance(save_handler, str | Path | BaseSaveHandler) or callable(save_handler)):
+    check_objects(dict(handler.to_save), "state_dict")
+    if not (isinstance(handler.save_handler, str | Path | BaseSaveHandler) or callable(handler.save_handler)):
         msg = (
             "Argument `save_handler` should be a string or Path object or callable or inherit from BaseSaveHandler, "
-            f"but given {type(save_handler)}"
+            f"but given {type(handler.save_handler)}"
         )
         raise TypeError(msg)
-    for name, value, kind in (
-        ("filename_prefix", prefix, str),
-        ("score_name", score_name, str | None),
-        ("filename_pattern", pattern, str | None),
-        ("n_saved", n_saved, numbers.Integral | None),
-    ):
+    for name, kind in _KINDS.items():
+        value = getattr(handler, name)
         if not isinstance(value, kind) or (name == "n_saved" and isinstance(value, bool)):
             expected = "int | None" if name == "n_saved" else getattr(kind, "__name__", kind)
             msg = f"Argument {name} should be {expected}, but given {type(value)}"
             raise TypeError(msg)
-    if isinstance(n_saved, numbers.Integral) and n_saved < 1:
-        msg = f"n_saved must be a positive integer or None, got {n_saved}"
+    if handler.n_saved is not None and handler.n_saved < 1:
+        msg = f"n_saved must be a positive integer or None, got {handler.n_saved}"
         raise ValueError(msg)
-
-
-def check_callables(score_function: object, global_step_transform: object) -> None:
-    """Check the arguments that are functions.
-
-    Raises:
-        TypeError: an argument is not callable.
-    """
-    if score_function is not None and not callable(score_function):
-        msg = f"score_function should be a function, got {type(score_function)} instead."
-        raise TypeError(msg)
-    if global_step_transform is not None and not callable(global_step_transform):
-        msg = f"global_step_transform should be a function, got {type(global_step_transform)} instead."
-        raise TypeError(msg)
+    for name in ("score_function", "global_step_transform"):
+        function = getattr(handler, name)
+        if function is not None and not callable(function):
+            msg = f"{name} should be a function, got {type(function)} instead."
+            raise TypeError(msg)
+    check_include_self(handler.to_save, include_self=handler.include_self)
+    check_rank(handler.save_on_rank)
+    check_timeout(handler.timeout_s)
 
 
 def check_include_self(to_save: Mapping[str, Any], *, include_self: bool) -> None:
-    """Check that the handler's own state finds a place among the objects.
+    """Check that the handler's own state can be added to the objects.
 
     Raises:
-        TypeError: `to_save` cannot be changed.
-        ValueError: its place is taken.
+        TypeError: `to_save` is immutable.
+        ValueError: `to_save` has the key ``checkpointer``.
     """
     if not include_self:
         return
@@ -80,7 +72,7 @@ def check_include_self(to_save: Mapping[str, Any], *, include_self: bool) -> Non
 
 
 def check_rank(rank: object, name: str = "save_on_rank") -> None:
-    """Check an argument that is a rank. Whether the job has it is known at the first event only.
+    """Check an argument that is a rank. The first event checks whether the job has it.
 
     Raises:
         TypeError: it is no int.
@@ -94,12 +86,12 @@ def check_rank(rank: object, name: str = "save_on_rank") -> None:
         raise ValueError(msg)
 
 
-def check_choice(name: str, given: object, choices: Sequence[object]) -> None:
-    """Check an argument that is one of a few.
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Check an argument that has to be one of `choices`.
 
     Raises:
         ValueError: it is none of them.
     """
-    if given not in choices:
-        msg = f"Argument {name} should be one of {', '.join(map(repr, choices))}, but given {given!r}"
+    if value not in choices:
+        msg = f"Argument {name} should be one of {', '.join(map(repr, choices))}, but given {value!r}"
         raise ValueError(msg)

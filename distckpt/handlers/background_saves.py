@@ -1,10 +1,10 @@
-"""A Checkpoint's save that goes on beside training: who asks for it, when it is over, and where a run waits for it.
+"""A Checkpoint's save that is written while training continues: when the ranks ask whether it is done, and who waits.
 
-Owns the poll after each iteration and the drains at a run's ends. How a save goes on lies in
-:mod:`distckpt.saving.pending_save`.
+The save itself is a :class:`~distckpt.saving.pending_save.PendingSave`.
 """
 
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,23 +15,21 @@ from distckpt.backends.detect import current
 from distckpt.coordination.phases import HandlerId
 from distckpt.coordination.votes import Answer, VoteKind
 from distckpt.errors import RemoteRankError
-from distckpt.handlers.engine_events import get_firing_engines
+from distckpt.handlers.engine_events import find_engine_handling_exception, get_firing_engines
 from distckpt.handlers.engine_votes import Poller, count_votes, start_polling, stop_polling
 from distckpt.saving.pending_save import PendingSave
 
-__all__ = ["Flights"]
-
 _logger = logging.getLogger(__name__)
 
-Landed = Callable[[PendingSave, BaseException | None], None]
-"""Takes over what became of a flight: committed, or the error."""
+OnEnd = Callable[[PendingSave, BaseException | None], None]
+"""Called on all ranks when a save has ended: with None if it is committed, else with the error."""
 
 
-class Flights(Poller):
-    """What one Checkpoint has in flight: nothing, or one save.
+class BackgroundSaves(Poller):
+    """The pending save of one Checkpoint, if any.
 
-    It polls the outermost engine that fires as the save begins: after each iteration all ranks vote on whether somebody
-    is still at work, together with all else that is voted on, and nothing is waited for.
+    It polls the outermost engine that fires as the save starts. After each iteration all ranks vote on whether a rank
+    is still writing, together with the other votes. Nobody waits for the save before it has ended on all ranks.
 
     Args:
         timeout_s: seconds to wait for the other ranks; None for the default.
@@ -44,126 +42,120 @@ class Flights(Poller):
     def __init__(self, timeout_s: float | None) -> None:
         self.timeout_s = timeout_s
         self._handler_id = HandlerId("Checkpoint in the background")
-        self._flight: PendingSave | None = None
+        self._pending: PendingSave | None = None
         self._voted_on: PendingSave | None = None
         self._engine: Engine | None = None
-        self._landed: Landed | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Flights":
-        """Return a new one: a copy of a Checkpoint has nothing in flight."""
-        return Flights(self.timeout_s)
+        self._on_end: OnEnd | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Start anew in another process."""
-        return (Flights, (self.timeout_s,))
+        """Leave the pending save out of copies and pickles."""
+        return (BackgroundSaves, (self.timeout_s,))
 
     def __bool__(self) -> bool:
-        """Tell whether something is in flight. The same on every rank."""
-        return self._flight is not None
+        """Return True if a save is pending. The same on every rank."""
+        return self._pending is not None
 
-    def begin(self, engine: Engine, flight: PendingSave, landed: Landed) -> None:
-        """All ranks. Take a flight that has begun.
-
-        Args:
-            engine: on whose event.
-            flight: see there.
-            landed: called on all ranks when it is over, in an event of the engine that is polled or where somebody
-                waited for it.
-        """
-        self._flight, self._landed = flight, landed
+    def add(self, engine: Engine, pending: PendingSave, on_end: OnEnd) -> None:
+        """All ranks. Poll a save that has started on an event of `engine`; call `on_end` when it has ended."""
+        self._pending, self._on_end = pending, on_end
         self._engine = next(iter(get_firing_engines()), engine)
         start_polling(self._engine, self)
 
     def poll(self, engine: Engine) -> None:
-        """All ranks. Vote."""
-        if self._flight is not None:
+        """All ranks. Vote on the pending save."""
+        if self._pending is not None:
             self._vote(engine, current())
 
     def _probe(self, engine: Engine) -> Answer:
         del engine
-        self._voted_on = self._flight
-        return _nothing_to_tell if self._flight is not None and self._flight.is_pending else None
+        self._voted_on = self._pending
+        return _report_nothing if self._pending is not None and self._pending.is_pending else None
 
     def _act(self, engine: Engine, said: Mapping[int, Any]) -> None:
-        """Collective: no rank is at work on it any more."""
+        """Collective. No rank is writing any more."""
         del engine, said
-        if self._flight is not None and self._flight is self._voted_on:
+        if self._pending is not None and self._pending is self._voted_on:
             self._advance()
 
-    def land(self) -> None:
-        """Collective. Wait until nothing is in flight.
+    def wait(self) -> None:
+        """Collective. Block until no save is pending. While an engine handles an exception: :meth:`abort`.
 
         Raises:
-            RemoteRankError: it failed on some rank; on every rank. In a world of one what was raised.
+            RemoteRankError: the save failed on some rank; on every rank. In a world of one the original error.
         """
-        if self._flight is not None and self._engine is not None:
+        if find_engine_handling_exception() is not None and current().world_size > 1:
+            self.abort(handled_exception())
+            return
+        if self._pending is not None and self._engine is not None:
             count_votes(self._engine)
-        while self._flight is not None:
+        while self._pending is not None:
             self._advance()
 
-    def _advance(self, patience_s: float | None = None) -> None:
-        flight = self._flight
-        if flight is None:
-            return
-        try:
-            is_over = flight.advance(timeout_s=patience_s)
-        except BaseException as error:
-            self._end(flight, error)
-            raise
-        if is_over:
-            self._end(flight, None)
-
-    def _end(self, flight: PendingSave, error: BaseException | None) -> None:
-        engine, landed = self._engine, self._landed
-        self._flight = self._engine = self._landed = None
-        if engine is not None:
-            stop_polling(engine, self)
-        if landed is not None:
-            landed(flight, error)
-
     def wait_all(self, engine: Engine) -> None:
-        """Collective. Wait until nothing is in flight, for the engine's run ends."""
+        """Collective. Block until no save is pending, at the end of the engine's run."""
         del engine
-        self.land()
+        self.wait()
 
     def abort(self, error: BaseException) -> None:
-        """Wait for what is in flight, for an exception leaves the engine's run.
+        """Wait for the pending save when an exception leaves the engine's run.
 
-        It is taken over where all ranks are bound to come here. Else each rank finishes its own work: a rank that
-        writes alone commits the file, and :func:`~distckpt.resume` finds it.
+        Collective if all ranks are bound to come here: then the save is taken over. Otherwise each rank finishes its
+        own work. A rank that writes alone commits the file, and :func:`~distckpt.resume` finds it.
         """
-        flight = self._flight
-        if flight is None:
+        pending = self._pending
+        if pending is None:
             return
         try:
-            if flight.backend is current() and (flight.backend.world_size == 1 or isinstance(error, RemoteRankError)):
-                while self._flight is not None:
-                    # Without a watch nobody tells a rank that waits for one which went another way.
+            if pending.backend is current() and (pending.backend.world_size == 1 or isinstance(error, RemoteRankError)):
+                while self._pending is not None:
+                    # Without a heartbeat monitor only the time-out ends a wait for a rank that went elsewhere.
                     self._advance(default_timeout_s() if self.timeout_s is None else self.timeout_s)
                 return
-        except Exception as failure:  # noqa: BLE001 - the run's own error is the one that is raised
-            _log_left(flight, f"{type(failure).__name__}: {failure}")
+        except Exception as failure:  # noqa: BLE001 - the run's own error is the one to raise
+            _log_aborted(pending, f"{type(failure).__name__}: {failure}")
             return
-        flight.wait_local()
-        flight.give_up()
-        self._end(flight, error)
-        _log_left(flight, f"rank {flight.backend.rank} has ended its part, and another rank was to commit the file")
+        pending.wait_local()
+        pending.give_up()
+        self._end(pending, error)
+        _log_aborted(
+            pending, f"rank {pending.backend.rank} has ended its part, and another rank was to commit the file"
+        )
+
+    def _advance(self, timeout_s: float | None = None) -> None:
+        pending = self._pending
+        if pending is None:
+            return
+        try:
+            is_over = pending.advance(timeout_s=timeout_s)
+        except BaseException as error:
+            self._end(pending, error)
+            raise
+        if is_over:
+            self._end(pending, None)
+
+    def _end(self, pending: PendingSave, error: BaseException | None) -> None:
+        engine, on_end = self._engine, self._on_end
+        self._pending = self._engine = self._on_end = None
+        if engine is not None:
+            stop_polling(engine, self)
+        if on_end is not None:
+            on_end(pending, error)
 
 
-def _log_left(flight: PendingSave, why_not: str) -> None:
-    """Log what became of a save that was under way as the run failed. Rank-local: each rank that writes knows its own.
+def handled_exception() -> BaseException:
+    """Return the exception that an engine handles; a new one if EXCEPTION_RAISED was fired without one."""
+    return sys.exc_info()[1] or RuntimeError("EXCEPTION_RAISED was fired without an exception")
 
-    Args:
-        flight: it is over on this rank.
-        why_not: why this rank has not committed it, if it has not.
-    """
-    level = logging.WARNING if flight.writes else logging.DEBUG
-    if flight.has_committed:
-        _logger.log(level, "Checkpoint: %s was being saved as the run failed, and is on the disk", flight.filename)
+
+def _log_aborted(pending: PendingSave, reason: str) -> None:
+    """Log whether this rank has committed a save that was pending as the run failed; `reason` if it has not."""
+    level = logging.WARNING if pending.writes else logging.DEBUG
+    if pending.has_committed:
+        _logger.log(level, "Checkpoint: %s was being saved as the run failed, and is on the disk", pending.filename)
     else:
         message = "Checkpoint: %s was being saved as the run failed, and may not be on the disk: %s"
-        _logger.log(level, message, flight.filename, why_not)
+        _logger.log(level, message, pending.filename, reason)
 
 
-def _nothing_to_tell() -> None:
-    """Return what a rank tells of its being at work."""
+def _report_nothing() -> None:
+    """Return what a rank reports with its vote."""

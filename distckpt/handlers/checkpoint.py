@@ -1,120 +1,90 @@
-"""Saving and loading objects during a run.
-
-Owns :class:`Checkpoint`: what a user asks for, on an engine's event. How the ranks agree, how a file becomes
-durable, and in which order, lies below.
-"""
+"""The Checkpoint handler: when it saves, and what users ask it. :mod:`distckpt.handlers.checkpoint_save` saves."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from ignite.base.mixins import Serializable
 from ignite.engine import Engine, Events, State
 
-from distckpt._values import check_timeout, is_numpy_scalar, plain_score
+from distckpt._values import plain_score
+from distckpt.backends.base import Backend
 from distckpt.backends.detect import current
+from distckpt.backends.serial import SingleRank
+from distckpt.coordination.liveness import ensure_monitor
 from distckpt.coordination.phases import HandlerId
 from distckpt.coordination.votes import Answer, VoteKind
-from distckpt.handlers import arguments
-from distckpt.handlers.background_saves import Flights
-from distckpt.handlers.checkpoint_helpers import CheckpointHelpers
-from distckpt.handlers.checkpoint_history import ON_DISK, KnownEngines
-from distckpt.handlers.checkpoint_saving import CheckpointSaving
-from distckpt.handlers.compat import accept_older_order, deprecated
+from distckpt.handlers import compat
+from distckpt.handlers.arguments import check_settings
+from distckpt.handlers.background_saves import BackgroundSaves, handled_exception
+from distckpt.handlers.checkpoint_history import AttachedEngines, CheckpointHistory, RunIteration
+from distckpt.handlers.checkpoint_history import Item as _Item
+from distckpt.handlers.checkpoint_save import CheckpointSave
 from distckpt.handlers.disk_saver import DiskSaver
-from distckpt.handlers.early_save import Moment
 from distckpt.handlers.engine_events import (
     find_engine_handling_exception,
-    get_firing_engines,
+    get_tracked_handlers,
     is_iteration_event,
     restore_event_name,
 )
-from distckpt.handlers.engine_votes import Voter, announce_errors, count_votes, is_nonfinite
+from distckpt.handlers.engine_votes import Voter, announce_errors, count_votes, is_nonfinite, next_sync_point
 from distckpt.handlers.ignite_hooks import CheckpointEvents, get_handlers
-from distckpt.handlers.progress import num_completed_epochs, position_of
-from distckpt.handlers.runs import Origin, num_saved
-from distckpt.handlers.save_handler import BaseSaveHandler, refuse_overrides
-from distckpt.policy import retention
-from distckpt.policy.decision import SaveIntent, SavePolicy
-from distckpt.policy.naming import check_name
-from distckpt.policy.scores import check_rule
-from distckpt.saving.capture import needs_consolidation
-
-__all__ = ["Checkpoint", "UserFacts", "name_of"]
-
-_LAST = (Events.COMPLETED, Events.TERMINATE)
-_SERIALS = itertools.count()
-"""Tells which of two handlers was made before the other."""
-_OLDER_ORDER = (
-    "to_save",
-    "save_handler",
-    "filename_prefix",
-    "score_function",
-    "score_name",
-    "n_saved",
-    "global_step_transform",
-    "archived",
-    "filename_pattern",
-    "include_self",
-    "greater_or_equal",
-    "save_on_rank",
+from distckpt.handlers.own_files import FileNaming, OwnFiles
+from distckpt.handlers.save_handler import BaseSaveHandler, directory_of, is_same_directory, storage_saver
+from distckpt.handlers.save_intent import (
+    UserFacts,
+    call_user_functions,
+    coordinator_of,
+    may_want,
+    name_of,
+    policy_of,
 )
-_INSTEAD = {
-    "_setup_checkpoint": "Put objects into `to_save` whose `state_dict` returns what is to be saved.",
-    "_check_objects": "Give the objects in `to_save` a `state_dict`, or wrap them in a class that has one.",
-    "_get_filename_pattern": "Pass `filename_pattern`.",
-    "_check_lt_n_saved": "Pass `n_saved`, or a `score_function`.",
-    "_compare_fn": "Pass `greater_or_equal`, or a `score_function`.",
-}
+from distckpt.handlers.save_log import SkipLog
+from distckpt.loading import api
+from distckpt.loading.api import LoadReport
+from distckpt.policy.naming import check_name, default_pattern, format_score
+from distckpt.policy.scores import check_rule, get_default_score_fn
+
+_SERIALS = itertools.count()
 
 
-class UserFacts(NamedTuple):
-    """What the user's functions return on this rank.
+class Checkpoint(Serializable, Voter):
+    """Handler that saves objects during a run, the same on every rank, and keeps the best or the latest checkpoints.
 
-    Attributes:
-        global_step: the step that the file is named by; None if it is named by a score alone.
-        score: the score; None without a ``score_function``.
-    """
-
-    global_step: Any
-    score: int | float | None
-
-
-class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
-    """Handler that saves objects during a run, the same on every rank, and keeps the best or latest of them.
-
-    Attach it on all ranks. What is saved, under which name, and what it replaces is decided once from every rank's
-    facts. A call returns when the file is durable; only then is an older one removed. An error on any rank is raised
-    on every rank, and what was saved before is untouched. With a :class:`DiskSaver` that saves in the background a call
-    returns earlier, and the rest follows a few iterations later.
+    Attach it on all ranks. The ranks decide together what is saved, under which name, and what it replaces. A call
+    returns when the file is durable, and only then older files are removed. An error on one rank is raised on every
+    rank, and earlier checkpoints stay as they are. With a :class:`DiskSaver` that saves in the background, a call
+    returns earlier, and the save completes a few iterations later.
 
     Args:
-        to_save: objects with ``state_dict`` and ``load_state_dict``, in mappings and lists nested at will.
-            DistributedDataParallel, DataParallel and torch.compile are seen through.
+        to_save: objects with ``state_dict`` and ``load_state_dict``, in nested mappings and lists.
+            DistributedDataParallel, DataParallel and torch.compile are unwrapped.
         save_handler: a directory (str or Path), a :class:`BaseSaveHandler`, or a callable that takes
             ``(checkpoint, filename, metadata)`` or ``(checkpoint, filename)``. A custom one is called on every rank.
-        filename_prefix: leads the file name.
-        score_function: takes the engine, returns a number; the highest are kept. NaN is never better than anything:
-            it saves nothing.
-        score_name: goes into the file name. Alone it means ``get_default_score_fn(score_name)``.
-        n_saved: how many are kept; None for all.
-        global_step_transform: takes ``(engine, event_name)``, returns the global step;
-            see :func:`global_step_from_engine`.
-        filename_pattern: with the fields ``filename_prefix``, ``name``, ``score``, ``score_name``, ``global_step`` and
-            ``ext``.
-        include_self: save this handler's own state too, under ``checkpointer``.
-        greater_or_equal: whether a checkpoint of the same score replaces the lowest one.
-        save_on_rank: the coordinator, which saves. A :class:`DiskSaver`'s own ``save_on_rank`` comes first.
-        archived: without effect, deprecated.
-        score_rule: which score counts when the ranks' differ: ``"mean"``, ``"min"``, ``"max"``, or the
-            ``"coordinator"``'s. Equal scores are taken as they are.
+        filename_prefix: the beginning of the file name.
+        score_function: takes the engine and returns a number. The checkpoints with the highest scores are kept. NaN is
+            not better than any score, and is not saved.
+        score_name: the score's name in the file name. Alone it means ``get_default_score_fn(score_name)``.
+        n_saved: the number of checkpoints to keep; None keeps all.
+        global_step_transform: takes ``(engine, event_name)`` and returns the global step; see
+            :func:`global_step_from_engine`.
+        filename_pattern: a pattern with the fields ``filename_prefix``, ``name``, ``score``, ``score_name``,
+            ``global_step`` and ``ext``.
+        include_self: whether to save this handler's state too, under the key ``checkpointer``.
+        greater_or_equal: whether a checkpoint of equal score replaces the lowest one.
+        save_on_rank: the coordinator, which writes. A :class:`DiskSaver`'s own ``save_on_rank`` takes precedence.
+        archived: deprecated, without effect.
+        score_rule: which score counts when the ranks' scores differ: ``"mean"``, ``"min"``, ``"max"``, or the
+            ``"coordinator"``'s.
         timeout_s: seconds to wait for the other ranks; None for ``DISTCKPT_TIMEOUT_S``, or 300.
 
     Attributes:
-        to_save: see above.
-        save_handler: see above; may be assigned.
-        ext: the files' extension, ``pt``.
-        last_save_s: how many seconds the last save took on this rank; 0.0 before the first.
+        to_save: the objects.
+        save_handler: the save handler. It may be assigned.
+        ext: the extension of the files, ``pt``.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -134,16 +104,24 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
     """
 
     SAVED_CHECKPOINT = CheckpointEvents.SAVED_CHECKPOINT
+    Item = _Item
+    keeps_history: bool = False
+    """Whether :meth:`reset` forgets nothing, as before the first batch of a resumed run."""
     vote_kind = VoteKind.SAVE_WANTED
-    may_run_early = False  # what it saves is the state of its own call
+    may_run_early = False  # a call saves the state at its own place among the handlers
     lag = None
     every = None
+    _state_dict_all_req_keys = ("_saved",)
+
+    setup_filename_pattern = staticmethod(default_pattern)
+    get_default_score_fn = staticmethod(get_default_score_fn)
+    load_objects = staticmethod(api.load_objects)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        refuse_overrides(cls, _INSTEAD)
+        compat.refuse_overrides(cls, compat.CHECKPOINT_OVERRIDES)
 
-    @accept_older_order(_OLDER_ORDER, lambda given: isinstance(given.get("filename_pattern"), bool))
+    @compat.accept_older_order(compat.CHECKPOINT_ORDER, lambda given: isinstance(given.get("filename_pattern"), bool))
     def __init__(
         self,
         to_save: Mapping[str, Any],
@@ -162,27 +140,13 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
         score_rule: str = "mean",
         timeout_s: float | None = None,
     ) -> None:
-        arguments.check_values(to_save, save_handler, filename_prefix, n_saved, score_name, filename_pattern)
-        arguments.check_callables(score_function, global_step_transform)
-        arguments.check_include_self(to_save, include_self=include_self)
-        arguments.check_rank(save_on_rank)
-        check_timeout(timeout_s)
-        self.score_rule = check_rule(score_rule)
         if archived is not None:
-            deprecated(
-                "Argument archived is deprecated and has no effect: checkpoints are not compressed", stacklevel=4
-            )
+            compat.deprecated(compat.ARCHIVED, stacklevel=4)
         self.to_save = to_save
+        self.save_handler: Any = save_handler
         self.filename_prefix = filename_prefix
-        self.save_handler: Callable[..., Any] | BaseSaveHandler = (
-            DiskSaver(save_handler, create_dir=True, save_on_rank=save_on_rank)
-            if isinstance(save_handler, str | Path)
-            else save_handler
-        )
         self.score_name = score_name
-        if score_name is not None and score_function is None:
-            score_function = self.get_default_score_fn(score_name)
-        self.score_function = score_function
+        self.score_function: Callable[..., Any] | None = score_function
         self.n_saved = n_saved
         self.ext = "pt"
         self.global_step_transform = global_step_transform
@@ -190,221 +154,288 @@ class Checkpoint(CheckpointHelpers, CheckpointSaving, Voter):
         self.include_self = include_self
         self.greater_or_equal = greater_or_equal
         self.save_on_rank = save_on_rank
+        self.score_rule = check_rule(score_rule)
         self.timeout_s = timeout_s
-        if filename_prefix and isinstance(self.save_handler, DiskSaver):
+        check_settings(self)
+        if isinstance(save_handler, str | Path):
+            self.save_handler = DiskSaver(save_handler, create_dir=True, save_on_rank=save_on_rank)
+        if score_name is not None and score_function is None:
+            self.score_function = self.get_default_score_fn(score_name)
+        if filename_prefix and storage_saver(self.save_handler) is not None:
             check_name(f"{filename_prefix}_", what="filename_prefix")
-        self._saved: list[Checkpoint.Item] = []
-        self._strays: tuple[str, ...] = ()
-        # The saving rank's, which may be another than this rank's; of the handler it was heard for.
-        self._directory: tuple[Any, str | None] = (None, None)
-        self._is_agreed = False
-        self._known = KnownEngines()
-        self._origin: Origin | None = None
-        self._former = frozenset[str]()
-        self._run_key: tuple[Any, ...] | None = None
-        self._is_untouched = True
-        self._is_given = False
-        self._saved_iteration: int | None = None
-        self._saved_in: dict[str, str] = {}
-        self._serial = next(_SERIALS)
-        self._unseen: Any = None
-        self._facts: UserFacts | None = None
-        self._asked_on: Engine | None = None
-        self._is_wanted = False
-        self.last_save_s = 0.0
-        self._saved_at = self._ended_at = Moment()
-        self._unsaved = (Moment(), "")
-        self._is_early = self._is_forced = False
-        self._flights = Flights(timeout_s)
+        self._history = CheckpointHistory()
+        self._background_saves = BackgroundSaves(timeout_s)
         self._handler_id = HandlerId("Checkpoint")
-        self._warned: set[str] = set()
-
-    # -- saving ------------------------------------------------------------------------------------
+        self._engines = AttachedEngines()
+        self._serial = next(_SERIALS)
+        self._skip_log = SkipLog()
+        self._asking_engine: Engine | None = None  # the engine on whose vote round it asks whether to save
+        self._facts: UserFacts | None = None
+        self._is_wanted = self._is_early = self._is_forced = False
+        self._ended_at = RunIteration()
 
     def __call__(self, engine: Engine, *_args: Any, **_kwargs: Any) -> None:
-        """Collective. Save if this event deserves it, unless the step is voted NaN.
+        """Collective. Save if this event calls for it, unless the step was voted NaN.
 
-        1. (all ranks) hold the vote: of the engine, and of those in whose events it runs. A score of an event of each
-           iteration is put on the same ballot, so that nothing more is reduced where no rank wants to save.
-        2. (all ranks) save the state of this call; see :mod:`distckpt.saving.protocol` for the protocol.
+        1. (all ranks) count the votes of the engine, and of the engines in whose events it runs. In an event of each
+           iteration the wish to save is one of the votes: if no rank wants to save, no other collective follows.
+        2. (all ranks) save the present state; see :mod:`distckpt.saving.protocol`.
 
-        While an engine handles an exception (``EXCEPTION_RAISED``) this is rank-local: the saving rank saves alone,
-        since the other ranks may never come.
+        While an engine handles an exception (``EXCEPTION_RAISED``), a call is rank-local: the coordinator saves alone,
+        because the other ranks may never come.
 
         Raises:
-            RemoteRankError: something failed on some rank; alike on every rank, and of the type that was raised there.
+            RemoteRankError: the save failed on some rank; on every rank, with the type of the error there.
             SaveError: in a world of one, the checkpoint could not be written.
-            CommitNotDurable: it is there, but may not survive a power cut.
+            CommitNotDurable: the file is in place, but may not survive a power cut.
         """
         restore_event_name(engine)
-        handling = find_engine_handling_exception()
-        if handling is not None and current().world_size > 1:
-            handlers = get_handlers(handling, Events.EXCEPTION_RAISED)
-            # ignite takes an exception for caught where some handler of EXCEPTION_RAISED does not raise. To save is not
-            # to catch: on one rank of several the run cannot go on.
-            announce_errors(handling, is_uncaught=all(isinstance(handler, Checkpoint) for handler in handlers))
-            self._save_alone(engine, lambda: self._intend(engine))
-            return
-        # Without a function of the user's it saves whenever it is called. Elsewhere its calls are too few to ask first.
-        decides = self.score_function is not None or self.global_step_transform is not None
         backend = current()
         has_others = backend.world_size > 1
-        asks = decides and has_others and is_iteration_event(engine)
-        self._asked_on, self._facts, self._is_wanted = (engine if asks else None), None, not asks
+        failing = find_engine_handling_exception()
+        if failing is not None and has_others:
+            handlers = get_handlers(failing, Events.EXCEPTION_RAISED)
+            # ignite takes an exception for caught if a handler of EXCEPTION_RAISED does not raise it. A Checkpoint does
+            # not catch it: with one rank missing the run cannot continue.
+            announce_errors(failing, is_uncaught=all(isinstance(handler, Checkpoint) for handler in handlers))
+            self._save_alone(engine, backend)
+            return
+        # Without user functions every call saves. On events other than iterations a vote costs more than it spares.
+        has_functions = self.score_function is not None or self.global_step_transform is not None
+        asks = has_functions and has_others and is_iteration_event(engine)
+        self._asking_engine, self._facts, self._is_wanted = (engine if asks else None), None, not asks
         try:
             count_votes(engine, self, backend if has_others else None, asks=asks)
         finally:
-            self._asked_on = None
-        facts = self._facts
+            self._asking_engine = None
         if is_nonfinite(engine):
-            self._log_unsaved(engine, "it was voted NaN")
-        elif self._is_wanted and not self._ended_at.is_now(engine):
-            self._save(engine, lambda: self._intend(engine, facts))
-        elif facts is not None and not self._is_wanted:
-            self._log_refused(engine, facts.score, self._history())
-
-    def on_attach(self, engine: Engine, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Note where the handler is attached, and with what."""
-        self._known.add(engine)
-        for given in (*args, *kwargs.values()):
-            if isinstance(given, Mapping) and given:
-                self._known.names.add(name_of(given))
+            self._skip_log.write(self, engine, "it was voted NaN")
+        elif self._is_wanted and not self._ended_at.is_present(engine):
+            self._save(engine, backend, self._facts)
+        elif self._facts is not None and not self._is_wanted:
+            self._skip_log.refused(self, self._history, engine, self._facts.score)
 
     def _probe(self, engine: Engine) -> Answer:
-        if engine is not self._asked_on:
-            return None  # by its name alone: ranks of which only some save come from different places
+        if engine is not self._asking_engine:
+            return None  # registers the handler: ranks at different places are detected by its name
         facts = self._facts = self._find_facts(engine)
-        return _nothing_to_tell if self._may_want(engine, facts) else None
+        is_wanted = not self._history.is_agreed or self._is_forced
+        is_wanted = is_wanted or may_want(self, self._history, facts, engine, is_early=self._is_early)
+        return _report_nothing if is_wanted else None
 
     def _act(self, engine: Engine, said: Mapping[int, Any]) -> None:
         del engine, said
         self._is_wanted = True
 
-    def _may_want(self, engine: Engine, facts: UserFacts) -> bool:
-        """Tell whether this rank's facts call for a save. Where no rank's do, the agreed score's would not either."""
-        if not self._is_agreed or self._is_forced:
-            return True
-        priority, history = retention.rank_candidate(
-            self._saved,
-            score=facts.score,
-            global_step=facts.global_step,
-            is_mid_epoch=self._is_of_begun_epoch(facts, next(iter(get_firing_engines()), engine)),
-            former=self._former,
-        )
-        return retention.wants(history, priority, n_saved=self.n_saved, greater_or_equal=self.greater_or_equal)
-
-    def _is_of_begun_epoch(self, facts: UserFacts, outermost: Engine) -> bool:
-        """Return True if a save under an epoch's number comes before that epoch's end, which is to replace it."""
-        if self.global_step_transform is None or facts.score is not None:
-            return False
-        step, epoch = facts.global_step, outermost.state.epoch
-        # Outside of a run the state may have been made by hand: what was trained is not known.
-        is_whole = bool(get_firing_engines()) and type(step) in (int, float) and step == epoch
-        return self._is_early or (is_whole and num_completed_epochs(outermost) < epoch)
-
-    def _object_id(self) -> str | None:
-        return self.save_handler.ticket if isinstance(self.save_handler, DiskSaver) else None
+    def _find_facts(self, engine: Engine) -> UserFacts:
+        return call_user_functions(self, engine)
 
     def has_saved_at(self, engine: Engine) -> bool:
-        """Tell whether the engine's present iteration has been saved. The same on every rank."""
-        return self._saved_at.is_now(engine)
+        """Return True if the engine's present iteration has been saved. The same on every rank."""
+        return self._history.saved_at.is_present(engine)
 
     def save_early(self, engine: Engine, event: Any, calls: Sequence[Callable[[Engine], Any]] = ()) -> None:
-        """Collective. Save what is there as the run is ended, as `event` would, which may not have come yet.
+        """Collective. Save the present state because the run is being ended, as `event` would.
 
-        The file is named as on `event`. In the middle of an epoch, where `event` counts epochs, half a step is taken
-        off its priority: the end of that epoch, after a resume, replaces it. What has been saved at this iteration is
-        not saved again, neither now nor on another event.
+        The file is named as on `event`. In the middle of an epoch, if `event` counts epochs, the priority is half a
+        step lower: after a resume the end of that epoch replaces the file. An iteration is saved only once, by this
+        call or on another event.
 
         Args:
-            engine: whose run is ended.
-            event: what the handler is attached to.
-            calls: how it is called there, with what else it was attached with; empty for a call with the engine alone.
+            engine: the engine whose run is ended.
+            event: the event that the handler is attached to.
+            calls: the calls on that event, with other arguments; empty for a call with the engine alone.
         """
+        if not self.has_saved_at(engine):
+            present, is_within_epoch = engine.last_event_name, is_iteration_event(engine)
+            self._is_early = is_within_epoch and State.event_to_attr.get(event) != "iteration"
+            self._is_forced = True
+            try:
+                for call in calls or (self,):
+                    engine.last_event_name = event  # listeners to an earlier save may have fired other events
+                    call(engine)
+            finally:
+                engine.last_event_name, self._is_early, self._is_forced = present, False, False
         if self.has_saved_at(engine):
-            self._ended_at = self._saved_at
+            self._ended_at = self._history.saved_at
+
+    def _save(self, engine: Engine, backend: Backend, facts: UserFacts | None) -> None:
+        """Collective. Save, if the ranks decide to."""
+        save, saver = self._make_save(engine, backend, facts), storage_saver(self.save_handler)
+        if self._background_saves:
+            if saver is not None and saver.when_busy == "skip" and not self._is_forced:
+                self._skip_log.write(self, engine, "the last save is still pending (when_busy='skip')")
+                return
+            self._background_saves.wait()
+        monitor = ensure_monitor(backend, self.timeout_s)
+        if monitor is not None:
+            monitor.clear_caught_failure()
+        object_id = self._object_id()
+        sync_point = next_sync_point(self._handler_id, backend, engine, depends_on=object_id, timeout_s=self.timeout_s)
+        if save.decide(sync_point):
+            save.run(self._background_saves)
+
+    def _save_alone(self, engine: Engine, backend: Backend) -> None:
+        """Rank-local. Save on the coordinator while an exception is handled; the other ranks may never come."""
+        error, saver = handled_exception(), storage_saver(self.save_handler)
+        self._background_saves.abort(error)
+        if saver is not None and saver.writes_on_one_rank and backend.rank != coordinator_of(self):
             return
-        present, is_within = engine.last_event_name, is_iteration_event(engine)
-        self._is_early, self._is_forced = is_within and State.event_to_attr.get(event) != "iteration", True
-        try:
-            for call in calls or (self,):
-                engine.last_event_name = event  # a listener to the save before may have fired others
-                call(engine)
-        finally:
-            engine.last_event_name, self._is_early, self._is_forced = present, False, False
-        if self.has_saved_at(engine):
-            self._ended_at = self._saved_at
-
-    def _find_facts(self, engine: Engine) -> UserFacts:
-        """Rank-local. Call the user's functions."""
-        global_step: Any = None
-        if self.global_step_transform is not None:
-            global_step = self.global_step_transform(engine, engine.last_event_name)
-        score = None
-        if self.score_function is not None:
-            score = plain_score(self.score_function(engine))
-        elif global_step is None:
-            global_step = engine.state.get_event_attrib_value(Events.ITERATION_COMPLETED)
+        if self.has_saved_at(engine):  # ignite handles an exception twice: where it is raised, and around the run
+            return
+        if is_nonfinite(engine):
+            self._skip_log.write(self, engine, "it was voted NaN")
         else:
-            _check_is_number(global_step)
-        return UserFacts(global_step.item() if is_numpy_scalar(global_step) else global_step, score)
+            self._make_save(engine, SingleRank(backend)).run_alone(error)
 
-    def _intend(self, engine: Engine, facts: UserFacts | None = None) -> SaveIntent:
-        if facts is None:
-            facts = self._find_facts(engine)
-        engines = (*get_firing_engines(), engine)
-        outermost = engines[0]
-        run = self._enter_run(engines)
-        return SaveIntent(
-            policy=self._rules(),
-            save_on_rank=self._coordinator(),
-            global_step=facts.global_step,
-            score=facts.score,
-            history=self._history(),
-            orphans=self._strays,
-            directory=str(self.save_handler.dirname) if isinstance(self.save_handler, ON_DISK) else None,
-            needs_consolidation=needs_consolidation(self.to_save),
-            knows_writers=not isinstance(self.save_handler, DiskSaver) or self.save_handler.knows_writers(current()),
-            removal=int(self._removal()),
-            handler=self._owner(engines).identity if isinstance(self.save_handler, ON_DISK) else None,
-            run=run.as_json(),
-            number=num_saved(outermost),
-            data=position_of(outermost),
-            former=tuple(sorted(self._former)),
-            is_mid_epoch=self._is_of_begun_epoch(facts, outermost),
-            is_final=self._is_forced or (len(engines) > 1 and outermost.last_event_name in _LAST),
-            is_saved=self._saved_at.is_now(engine) or self._is_saved_before(outermost),
+    def _make_save(self, engine: Engine, backend: Backend, facts: UserFacts | None = None) -> CheckpointSave:
+        return CheckpointSave(
+            handler=self,
+            history=self._history,
+            find_own_files=self._find_own_files,
+            find_facts=lambda: self._find_facts(engine) if facts is None else facts,
+            engine=engine,
+            backend=backend,
+            skip_log=self._skip_log,
+            is_early=self._is_early,
+            is_forced=self._is_forced,
         )
 
-    def _rules(self) -> SavePolicy:
-        return SavePolicy(
-            prefix=self.filename_prefix,
-            name=name_of(self.to_save),
-            ext=self.ext,
-            pattern=self.filename_pattern,
-            score_name=self.score_name,
-            n_saved=self.n_saved,
-            greater_or_equal=self.greater_or_equal,
-            score_rule=self.score_rule,
+    def _object_id(self) -> str | None:
+        saver = storage_saver(self.save_handler)
+        return None if saver is None else saver.object_id
+
+    def attached(self, engine: Engine, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Note the engine that the handler is attached to, and the objects in its arguments."""
+        self._engines.add(engine)
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Mapping) and value:
+                self._engines.names.add(name_of(value))
+
+    def _find_own_files(self, engines: Iterable[Engine] = (), *, loaded_name: str | None = None) -> OwnFiles:
+        """Return what tells this handler's files from those of other handlers on its engines, and on `engines`."""
+        directory = directory_of(self.save_handler)
+        known = [one for engine in self._engines.union(engines) for one in get_tracked_handlers(engine)]
+        handlers = {id(one): one for one in known if isinstance(one, Checkpoint) and one is not self}.values()
+        own, *others = (
+            FileNaming(
+                policy=policy_of(one),
+                names=one._object_names(),  # noqa: SLF001 - a Checkpoint's
+                is_scored=one.score_function is not None,
+                has_transform=one.global_step_transform is not None,
+                serial=one._serial,  # noqa: SLF001
+                kept=frozenset(item.filename for item in one._history.items),  # noqa: SLF001
+            )
+            for one in (self, *(one for one in handlers if is_same_directory(one.save_handler, self.save_handler)))
         )
+        return OwnFiles(directory, own, others, saved_in=self._history.saved_in, loaded_name=loaded_name)
 
-    def _coordinator(self) -> int:
-        return self.save_handler.save_on_rank if isinstance(self.save_handler, ON_DISK) else self.save_on_rank
+    def _object_names(self) -> frozenset[str]:
+        """Return the names of the objects in the handler's files; empty if it does not know yet what it saves."""
+        return frozenset({name_of(self.to_save)})
+
+    @property
+    def _saved(self) -> list[_Item]:
+        return self._history.items  # ignite's name
+
+    @property
+    def last_checkpoint(self) -> str | Path | None:
+        """The kept checkpoint of highest priority: with a score the best one, else the latest.
+
+        A path if the save handler is a :class:`DiskSaver`, else the file name; None if there is none.
+        """
+        if not self._history.items:
+            return None
+        filename, directory = self._history.items[-1].filename, directory_of(self.save_handler)
+        if directory is None:
+            return filename
+        handler, agreed = self._history.directory
+        return Path(agreed if handler is self.save_handler and agreed is not None else directory) / filename
+
+    @property
+    def last_save_s(self) -> float:
+        """The duration of the last save on this rank in seconds; 0.0 before the first one."""
+        return self._history.last_save_s
+
+    @property
+    def has_pending_save(self) -> bool:
+        """Whether a save in the background is pending. The same on every rank."""
+        return bool(self._background_saves)
+
+    def wait_until_finished(self) -> None:
+        """Collective. Block until no save in the background is pending. Call it on all ranks.
+
+        Afterwards the save is in the history, and ``last_checkpoint`` returns it.
+
+        Raises:
+            RemoteRankError: the save failed on some rank; on every rank, with the type of the error there.
+            SaveError: in a world of one, the checkpoint could not be written.
+        """
+        self._background_saves.wait()
+
+    def reset(self) -> None:
+        """Forget the saved checkpoints, for an engine that runs several times independently. The files stay.
+
+        A handler of STARTED may call it in a resumed run: that run keeps its history.
+        """
+        if not self.keeps_history:
+            self._history.replace()
+
+    def state_dict(self) -> "OrderedDict[str, list[tuple[int | float, str]]]":
+        """Return the history: ``_saved``, a list of (priority, file name), lowest priority first."""
+        return OrderedDict(_saved=list(self._history.entries))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Replace the history. If the coordinator alone loads it, it holds on all ranks from the next event on.
+
+        Args:
+            state_dict: the result of :meth:`state_dict`. The key ``saved`` of older releases is accepted.
+
+        Raises:
+            TypeError: it is no mapping.
+            ValueError: it lacks ``_saved``.
+        """
+        if isinstance(state_dict, Mapping) and "_saved" not in state_dict and "saved" in state_dict:
+            state_dict = {"_saved": state_dict["saved"]}
+        super().load_state_dict(state_dict)
+        entries = [(plain_score(priority), str(name)) for priority, name in state_dict["_saved"]]
+        self._history.replace(entries, is_user_given=True)
+
+    def reload_objects(
+        self,
+        to_load: Mapping[str, Any],
+        load_kwargs: Mapping[str, Any] | None = None,
+        *,
+        verify: bool = True,
+        **filename_components: Any,
+    ) -> LoadReport:
+        """Load one of this handler's files into objects; see :meth:`load_objects`.
+
+        Args:
+            to_load: objects with ``load_state_dict``.
+            load_kwargs: keyword arguments of ``nn.Module.load_state_dict``.
+            verify: whether to compare the file with its checksums before any object is changed.
+            filename_components: ``name``, ``score`` and ``global_step``, which make the file name.
+
+        Returns:
+            The keys that a load with ``strict=False`` has ignored.
+
+        Raises:
+            AttributeError: the save handler is no :class:`DiskSaver`.
+            Exception: as :meth:`load_objects`.
+        """
+        directory = directory_of(self.save_handler)
+        if directory is None:
+            msg = f"Checkpoint's `save_handler` should be of type `DiskSaver`, given {type(self.save_handler)}"
+            raise AttributeError(msg)
+        policy, score = policy_of(self), filename_components.get("score")
+        has_score = self.score_function is not None or policy.pattern is not None
+        filename = replace(policy, name=filename_components.get("name", policy.name)).filename(
+            score=(format_score(score) if isinstance(score, float) else str(score)) if has_score else None,
+            global_step=filename_components.get("global_step"),
+        )
+        return api.load_objects(to_load, directory / filename, verify=verify, **(load_kwargs or {}))
 
 
-def name_of(to_save: Mapping[str, Any]) -> str:
-    """Return the constant part of the names of files that hold these objects."""
-    return str(next(iter(to_save))) if len(to_save) == 1 else "checkpoint"
-
-
-def _nothing_to_tell() -> None:
-    """Return what a rank tells of its wish to save."""
-
-
-def _check_is_number(global_step: Any) -> None:
-    """Refuse what could not be a priority: as text, "9" would be higher than "10"."""
-    try:
-        plain_score(global_step)
-    except ValueError:
-        msg = f"Output of global_step_transform should be a number, but given {type(global_step)}"
-        raise ValueError(msg) from None
+def _report_nothing() -> None:
+    """Return what a rank reports with its vote."""

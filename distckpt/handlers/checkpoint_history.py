@@ -1,86 +1,50 @@
-"""What a Checkpoint has saved: which files are kept, and how one of them is found again.
+"""The checkpoints that one handler keeps, and the run that saved them."""
 
-Owns the history that is saved and loaded with a Checkpoint. Must not know how a file is written.
-"""
-
-import dataclasses
-import os
 import weakref
-from abc import abstractmethod
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from ignite.base.mixins import Serializable
 from ignite.engine import Engine
-from ignite.handlers.checkpoint import DiskSaver as IgniteDiskSaver
 
-from distckpt._values import plain_score
-from distckpt.handlers.disk_saver import DiskSaver
-from distckpt.handlers.engine_events import get_tracked_handlers
-from distckpt.handlers.runs import Origin
-from distckpt.loading import api
-from distckpt.loading.api import LoadReport
-from distckpt.policy.decision import SavePolicy
-from distckpt.policy.naming import format_score, printable
+from distckpt.errors import CommitNotDurable
+from distckpt.handlers.engine_votes import get_run_number
+from distckpt.handlers.own_files import OwnFiles
+from distckpt.handlers.runs import Origin, propose_run, run_key, run_of, untrained_iteration
+from distckpt.policy.decision import AgreedSave
 from distckpt.policy.retention import Entry
-from distckpt.ptformat.records import Record
-
-__all__ = ["ON_DISK", "CheckpointHistory", "IgniteDiskSaver", "KnownEngines", "Owner", "shown"]
-
-ON_DISK = (DiskSaver, IgniteDiskSaver)
+from distckpt.ptformat.records import Run
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Owner:
-    """What tells the files of a handler from those of others. Any thread.
+class Item(NamedTuple):
+    """A kept checkpoint."""
 
-    Attributes:
-        identity: how its files are named, and its place among those that name theirs alike; as a record has it.
-        names: of the objects in its files; empty where it does not know what it saves.
-        held: the files that other handlers keep in the same directory.
-        saved_in: the ids of the runs in which this process saved the handler's files, by their names.
-    """
-
-    identity: Mapping[str, Any]
-    names: frozenset[str]
-    held: frozenset[str]
-    saved_in: Mapping[str, str]
-
-    def has(self, handler: Mapping[str, Any]) -> bool:
-        """Return True if a record names this handler."""
-        given, own = dict(handler), dict(self.identity)
-        own.pop("name", None)
-        name = given.pop("name", None)
-        return given == own and (not self.names or name in self.names)
-
-    def refuse(self, filename: str, record: Record | None) -> None:
-        """Raise an error where a file is another handler's.
-
-        Args:
-            filename: which file is to be removed.
-            record: what it says of itself; None for nothing.
-
-        Raises:
-            ValueError: it is another handler's.
-        """
-        if filename in self.held:
-            msg = "another handler of this program keeps it"
-            raise ValueError(msg)
-        if record is not None and not self.has(record.handler):
-            msg = f"its manifest says that another handler saved it ({shown(record.handler)})"
-            raise ValueError(msg)
-        if record is not None and self.saved_in.get(filename, record.run.id) != record.run.id:
-            msg = f"its manifest says that another run has saved it since ({record.run.id})"
-            raise ValueError(msg)
+    priority: int | float
+    filename: str
 
 
-class KnownEngines:
+class RunIteration:
+    """An iteration of an engine's run. Without an engine, and in a copy, it is never the present one."""
+
+    def __init__(self, engine: Engine | None = None) -> None:
+        self._engine = None if engine is None else weakref.ref(engine)
+        self._number = None if engine is None else (get_run_number(engine), engine.state.iteration)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave the engine out of copies and pickles."""
+        return (RunIteration, ())
+
+    def is_present(self, engine: Engine) -> bool:
+        """Return True if the engine is in this iteration of this run."""
+        if self._engine is None or self._engine() is not engine:
+            return False
+        return self._number == (get_run_number(engine), engine.state.iteration)
+
+
+class AttachedEngines:
     """The engines that a handler is attached to. A copy of the handler is attached to none.
 
     Attributes:
-        names: what the single object is called with which the handler was attached, of each time it was.
+        names: the names of the objects that the handler was attached with.
     """
 
     def __init__(self) -> None:
@@ -88,212 +52,148 @@ class KnownEngines:
         self.names: set[str] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Leave the engines behind."""
-        return (KnownEngines, ())
+        """Leave the engines out of copies and pickles."""
+        return (AttachedEngines, ())
 
     def add(self, engine: Engine) -> None:
-        """Note an engine."""
+        """Add an engine."""
         self._engines.add(engine)
 
-    def with_others(self, engines: Iterable[Engine]) -> list[Engine]:
-        """Return the engines that are still there, and `engines`, each once."""
-        return list({id(one): one for one in (*self._engines, *engines)}.values())
+    def union(self, engines: Iterable[Engine]) -> list[Engine]:
+        """Return the engines that are alive, and `engines`, each once."""
+        return list({id(engine): engine for engine in (*self._engines, *engines)}.values())
 
 
-def shown(handler: Mapping[str, Any]) -> str:
-    """Return what a message says of a handler's identity."""
-    told = [f"{key}={value!r}" for key, value in handler.items() if value not in (None, "", False, 0)]
-    return printable(", ".join(told))
+class CheckpointHistory:
+    """The history of one Checkpoint. Rank-local; issues no collectives.
 
+    Attributes:
+        items: the kept checkpoints, lowest priority first.
+        orphans: files that an earlier save had to remove and could not. The next save removes them.
+        is_agreed: whether all ranks have the same history.
+        former: names of the items that former runs saved.
+        saved_in: the id of the run in which this process saved a file, by file name.
+        saved_at: the iteration of the last save.
+        last_save_s: the duration of the last save on this rank in seconds; 0.0 before the first one.
+        unseen_handler: the save handler if its files were not found where it saves; else None.
+        directory: the save handler of the last save, and the coordinator's directory. This rank's may be another one.
+        version: changes when the history is replaced, by a load or a reset.
+    """
 
-class CheckpointHistory(Serializable):
-    """The part of :class:`~distckpt.Checkpoint` that remembers."""
-
-    _state_dict_all_req_keys = ("_saved",)
-    save_handler: Any
-    score_function: Callable[..., Any] | None
-    global_step_transform: Callable[..., int] | None
-    ext: str
-    _saved: "list[CheckpointHistory.Item]"
-    _strays: tuple[str, ...]
-    _directory: tuple[Any, str | None]
-    _is_agreed: bool
-    _known: "KnownEngines"
-    _serial: int
-    _origin: Origin | None
-    _former: frozenset[str]
-    _run_key: tuple[Any, ...] | None
-    _is_untouched: bool
-    _is_given: bool
-    _saved_iteration: int | None
-    _saved_in: dict[str, str]
-
-    keeps_history: bool = False
-    """Whether :meth:`reset` forgets nothing: before the first batch of a resumed run."""
-
-    class Item(NamedTuple):
-        """A kept checkpoint."""
-
-        priority: int | float
-        filename: str
-
-    @abstractmethod
-    def _rules(self) -> SavePolicy:
-        """Return how files are named."""
-
-    def _naming(self) -> dict[str, Any]:
-        """Return what names the handler's files: what a user does not change from one run to the next."""
-        rules = self._rules()
-        return {
-            "prefix": rules.prefix,
-            "name": rules.name,
-            "ext": rules.ext,
-            "pattern": rules.pattern,
-            "score_name": rules.score_name,
-            "is_scored": self.score_function is not None,
-        }
-
-    def _peers(self, engines: Iterable[Engine] = ()) -> "list[CheckpointHistory]":
-        """Return the other handlers that save into the same directory, as far as the engines know them.
-
-        Args:
-            engines: where to look beside those that this handler is attached to.
-        """
-        where = self._place()
-        known = [one for engine in self._known.with_others(engines) for one in get_tracked_handlers(engine)]
-        others = {id(one): one for one in known if isinstance(one, CheckpointHistory) and one is not self}
-        return [one for one in others.values() if where is not None and one._place() == where]  # noqa: SLF001 - its kind's
-
-    def _names(self) -> frozenset[str]:
-        """Return the names of the objects in the handler's files; empty where it does not know what it saves."""
-        return frozenset({self._rules().name})
-
-    def _order(self, peers: "Iterable[CheckpointHistory]") -> int:
-        """Return how many of the handlers that name their files as this one does were made before it."""
-        naming = {**self._naming(), "name": None}
-        alike = [one for one in peers if {**one._naming(), "name": None} == naming and one._names() & self._names()]  # noqa: SLF001 - its kind's
-        return sum(one._serial < self._serial for one in alike)  # noqa: SLF001 - its kind's
-
-    def _owner(self, engines: Iterable[Engine] = ()) -> "Owner":
-        """Return what tells the handler's files from those of others in its directory.
-
-        Its identity is the same in the next run: how its files are named, and, among handlers that name theirs alike
-        in one directory, how many of them were made before.
-
-        Args:
-            engines: where others may be attached, beside those that this handler is attached to.
-        """
-        peers = self._peers(engines)
-        return Owner(
-            identity={**self._naming(), "order": self._order(peers)},
-            names=self._names(),
-            held=frozenset(item.filename for one in peers for item in one._saved),  # noqa: SLF001 - its kind's
-            saved_in=dict(self._saved_in),
-        )
-
-    def _place(self) -> str | None:
-        return os.path.realpath(self.save_handler.dirname) if isinstance(self.save_handler, ON_DISK) else None
+    def __init__(self) -> None:
+        self.items: list[Item] = []
+        self.orphans: tuple[str, ...] = ()
+        self.is_agreed = False
+        self.former = frozenset[str]()
+        self.saved_in: dict[str, str] = {}
+        self.saved_at = RunIteration()
+        self.last_save_s = 0.0
+        self.unseen_handler: Any = None
+        self.directory: tuple[Any, str | None] = (None, None)
+        self.version = 0
+        self._origin: Origin | None = None
+        self._run_key: tuple[Any, ...] | None = None
+        self._iteration: int | None = None
+        self._is_searched = False
+        self._is_user_given = False
 
     @property
-    def last_checkpoint(self) -> str | Path | None:
-        """The kept checkpoint of highest priority: with a score the best, else the latest.
+    def entries(self) -> tuple[Entry, ...]:
+        """The items as plain tuples."""
+        return tuple((item.priority, item.filename) for item in self.items)
 
-        A path with a :class:`DiskSaver`, else the file name; None when there is none.
-        """
-        if not self._saved:
-            return None
-        filename = self._saved[-1].filename
-        if not isinstance(self.save_handler, ON_DISK):
-            return filename
-        return self._path_of(filename)
-
-    def _path_of(self, filename: str) -> Path:
-        handler, directory = self._directory
-        if handler is self.save_handler and directory is not None:
-            return Path(directory) / filename
-        path: Path = self.save_handler.dirname / filename
-        return path
-
-    def reset(self) -> None:
-        """Forget the saved checkpoints, for an engine that runs several times independently. Files stay.
-
-        Called by a handler of STARTED in a resumed run it forgets nothing: that run goes on with its history.
-        """
-        if not self.keeps_history:
-            self._take_history((), ())
-
-    def _take_history(
-        self, kept: Iterable[Entry], strays: Iterable[str], iteration: int | None = None, origin: Origin | None = None
-    ) -> None:
-        """Take over what was saved before, in place of what the handler knows.
-
-        Args:
-            kept: the history, lowest priority first.
-            strays: files that the next save is to remove.
-            iteration: the engine's, at the last save.
-            origin: what the next run goes on from.
-        """
-        self._saved = [CheckpointHistory.Item(*entry) for entry in kept]
-        self._strays = tuple(strays)
-        self._is_agreed = self._is_untouched = self._is_given = False
-        self._run_key, self._saved_iteration, self._origin = None, iteration, origin
-        self._saved_in = {}
-
-    def _go_on(self, origin: Origin) -> None:
-        """Take what was loaded for the history of the runs that the next one goes on from."""
-        self._origin, self._is_given = origin, False
-
-    def state_dict(self) -> "OrderedDict[str, list[tuple[int | float, str]]]":
-        """Return the history: ``_saved``, a list of (priority, file name), lowest priority first."""
-        return OrderedDict(_saved=[(item.priority, item.filename) for item in self._saved])
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over a history. Loaded on the coordinator alone, it holds on every rank from the next event on.
-
-        Args:
-            state_dict: what :meth:`state_dict` returned; an older release's ``saved`` is accepted.
-
-        Raises:
-            TypeError: it is no mapping.
-            ValueError: it lacks ``_saved``.
-        """
-        if isinstance(state_dict, Mapping) and "_saved" not in state_dict and "saved" in state_dict:
-            state_dict = {"_saved": state_dict["saved"]}
-        super().load_state_dict(state_dict)
-        self._take_history(((plain_score(priority), str(name)) for priority, name in state_dict["_saved"]), ())
-        self._is_given = True
-
-    def reload_objects(
+    def replace(
         self,
-        to_load: Mapping[str, Any],
-        load_kwargs: Mapping[str, Any] | None = None,
+        entries: Iterable[Entry] = (),
+        orphans: Iterable[str] = (),
         *,
-        verify: bool = True,
-        **filename_components: Any,
-    ) -> LoadReport:
-        """Load one of this handler's files into objects, found by its name's components; see ``load_objects``.
+        iteration: int | None = None,
+        origin: Origin | None = None,
+        is_user_given: bool = False,
+    ) -> None:
+        """Replace the history by a loaded one.
 
         Args:
-            to_load: objects with ``load_state_dict``.
-            load_kwargs: for ``nn.Module.load_state_dict``.
-            verify: compare the file with its checksums before any object is touched.
-            filename_components: ``name``, ``score``, ``global_step``.
-
-        Returns:
-            The keys that a load with ``strict=False`` has passed over.
-
-        Raises:
-            AttributeError: the save handler is no :class:`DiskSaver`.
-            Exception: what ``load_objects`` raises.
+            entries: the kept checkpoints, lowest priority first.
+            orphans: files that the next save removes.
+            iteration: the engine's iteration at the last save; None if unknown.
+            origin: what the next run resumes.
+            is_user_given: whether a user loaded it. Then it counts as this run's, not as a former run's.
         """
-        if not isinstance(self.save_handler, ON_DISK):
-            msg = f"Checkpoint's `save_handler` should be of type `DiskSaver`, given {type(self.save_handler)}"
-            raise AttributeError(msg)  # noqa: TRY004 - ignite's type
-        rules = self._rules()
-        rules = dataclasses.replace(rules, name=filename_components.get("name", rules.name))
-        score = filename_components.get("score")
-        told = format_score(score) if isinstance(score, float) else str(score)
-        has_score = self.score_function is not None or rules.pattern is not None
-        filename = rules.filename(score=told if has_score else None, global_step=filename_components.get("global_step"))
-        path = self.save_handler.dirname / filename
-        return api.load_objects(to_load, path, verify=verify, **(load_kwargs or {}))
+        self._set(entries, orphans)
+        self.is_agreed, self._is_searched, self._is_user_given = False, True, is_user_given
+        self._run_key, self._iteration, self._origin = None, iteration, origin
+        self.saved_in = {}
+        self.version += 1
+
+    def _set(self, entries: Iterable[Entry], orphans: Iterable[str]) -> None:
+        self.items, self.orphans = [Item(*entry) for entry in entries], tuple(orphans)
+
+    def resume_from(self, origin: Origin) -> None:
+        """Count the history as that of the runs which the next run resumes."""
+        self._origin, self._is_user_given = origin, False
+
+    def enter_run(self, engines: Sequence[Engine], own: OwnFiles, *, is_coordinator: bool) -> Run:
+        """Return the run that a save belongs to, as this rank knows it.
+
+        In the first save of a resumed run the coordinator searches the directory for the handler's former files.
+        """
+        run, is_new = run_of(engines[0]).run, self._run_key != run_key(engines[0])
+        files = own.survey() if is_coordinator and is_new and (run is None or not self._is_searched) else {}
+        if run is None:
+            started_s = [record.run.started_s for record in files.values() if record is not None]
+            run = propose_run(engines[0], self._origin, max(started_s, default=0.0))
+        if is_new and not self._is_searched and run.lineage:
+            newest = own.find_newest(files, run.root)
+            found = None if newest is None else own.recorded_history(newest, files)
+            if found is not None:
+                self.replace(found.entries, found.orphans, iteration=found.iteration, origin=self._origin)
+        if is_new:
+            self.former = frozenset(() if self._is_user_given else [item.filename for item in self.items])
+        return run
+
+    def is_saved_before(self, outermost: Engine) -> bool:
+        """Return True if a former run saved the present state: nothing was trained since."""
+        return self._iteration is not None and self._iteration == untrained_iteration(outermost)
+
+    def adopt(self, agreed: AgreedSave, outermost: Engine) -> None:
+        """All ranks. Take over the coordinator's history, and the run of the outermost engine; count the save."""
+        intent = agreed.intent
+        self._set(intent.history, intent.orphans)
+        if intent.run is None:
+            return
+        run = run_of(outermost)
+        run.run, run.num_saved = Run.from_json(intent.run), intent.number + (agreed.decision is not None)
+        self._run_key, self._origin, self._is_searched, self._is_user_given = run_key(outermost), None, True, False
+        self.former = frozenset(intent.former)
+        if agreed.decision is not None:
+            filename = agreed.decision.filename
+            self.former -= {filename}
+            self._iteration = outermost.state.iteration
+            known = {name for _, name in intent.history} | set(intent.orphans)
+            self.saved_in = {name: run_id for name, run_id in self.saved_in.items() if name in known}
+            self.saved_in[filename] = str(intent.run["id"])
+
+    def commit(self, agreed: AgreedSave, *, took_s: float) -> None:
+        """Take over a committed save. What it evicts is an orphan until it is removed."""
+        if agreed.decision is not None:
+            self._set(agreed.decision.kept, agreed.decision.evicted)
+        self.last_save_s = took_s
+
+    def remove(self, removed: Collection[str]) -> None:
+        """Drop files that are removed before a save. The others stay in the history if the save fails."""
+        self.items = [item for item in self.items if item.filename not in removed]
+        kept = {item.filename for item in self.items}
+        self.orphans = tuple(name for name in self.orphans if name not in kept)
+
+    def fail(self, agreed: AgreedSave, error: BaseException) -> None:
+        """Note the file that a failed save may have left."""
+        if agreed.decision is None:
+            return
+        filename = agreed.decision.filename
+        is_overwritten = any(name == filename for _, name in agreed.intent.history)
+        if isinstance(error, CommitNotDurable) and is_overwritten:
+            self._set(agreed.decision.kept, agreed.decision.evicted)  # the older file is replaced already
+        elif not is_overwritten and (isinstance(error, CommitNotDurable) or not isinstance(error, Exception)):
+            # The file may be there: its directory was not synced, or an interrupt came during the rename.
+            self.orphans = (*self.orphans, filename)

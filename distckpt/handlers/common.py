@@ -1,8 +1,7 @@
-"""``ignite.contrib.engines.common`` with this library's handlers: the same functions, with the same arguments.
+"""``ignite.contrib.engines.common`` with distckpt's handlers: the same functions with the same arguments.
 
 ignite's functions make ignite's own Checkpoint, EarlyStopping and TerminateOnNan, whatever a program imports. The
-functions that make one of these are written anew here. :func:`setup_common_training_handlers` leaves all other handlers
-to ignite's function. The rest of ignite's module is handed on as it is.
+functions that make one of these are written anew here. The rest of ignite's module is exported unchanged.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -82,22 +81,8 @@ def setup_common_training_handlers(
 ) -> None:
     """Attach the handlers that most training runs have, in ignite's order. Call it on all ranks.
 
-    Args:
-        trainer: the training engine.
-        train_sampler: its ``set_epoch`` is called as an epoch starts, in a job of several ranks.
-        to_save: what a :class:`Checkpoint` saves; None for no Checkpoint.
-        save_every_iters: every how many iterations.
-        output_path: the Checkpoint's directory, which may hold files already. Not together with `save_handler`.
-        lr_scheduler: stepped after each iteration, or, if it is ignite's, before it.
-        with_gpu_stats: attach ignite's GpuInfo.
-        output_names: names for the running averages of the engine's output; None for none.
-        with_pbars: attach progress bars, on rank 0.
-        with_pbar_on_iters: one of them for each iteration.
-        log_every_iters: how often the bar and the GPU's numbers are renewed, in iterations.
-        stop_on_nan: attach :class:`TerminateOnNan`.
-        clear_cuda_cache: empty CUDA's cache after each epoch.
-        save_handler: the Checkpoint's.
-        kwargs: keyword arguments of :class:`Checkpoint`.
+    The arguments are those of ignite's function. A :class:`Checkpoint` is attached if `to_save` is given, and a
+    :class:`TerminateOnNan` if `stop_on_nan` is true; ignite's function attaches the other handlers.
 
     Raises:
         ValueError: `output_path` and `save_handler` are both given, or neither of them with `to_save`.
@@ -122,7 +107,7 @@ def setup_common_training_handlers(
         raise ValueError(msg)
     if stop_on_nan:
         trainer.add_event_handler(Events.ITERATION_COMPLETED, TerminateOnNan())
-    # ignite attaches the Checkpoint between these two groups: it saves the scheduler's state of after its step.
+    # ignite attaches the Checkpoint between these two groups, so that it saves the scheduler's state after the step.
     _ignites.setup_common_training_handlers(
         trainer, lr_scheduler=lr_scheduler, clear_cuda_cache=clear_cuda_cache, with_pbars=False, stop_on_nan=False
     )
@@ -157,21 +142,18 @@ def gen_save_best_models_by_val_score(
     score_sign: float = 1.0,
     **kwargs: Any,
 ) -> Checkpoint:
-    """Attach a :class:`Checkpoint` that keeps the best models by one of the evaluator's metrics. Call it on all ranks.
+    """Attach a :class:`Checkpoint` that keeps the best models by a metric of the evaluator. Call it on all ranks.
 
     Args:
-        save_handler: the Checkpoint's.
-        evaluator: the engine whose metric is the score, when its run has completed.
+        save_handler: the Checkpoint's save handler.
+        evaluator: the engine whose metric is the score at the end of its run.
         models: a model, or models by name.
-        metric_name: in ``evaluator.state.metrics``.
-        n_saved: how many are kept.
-        trainer: the engine whose epoch goes into the file name; None for no epoch.
-        tag: leads the score's name.
-        score_sign: 1.0, or -1.0 for metrics of which the smaller is better.
+        metric_name: the key in ``evaluator.state.metrics``.
+        n_saved: the number of checkpoints to keep.
+        trainer: the engine whose epoch is in the file name; None for no epoch.
+        tag: the beginning of the score's name.
+        score_sign: 1.0, or -1.0 for a metric of which smaller values are better.
         kwargs: keyword arguments of :class:`Checkpoint`.
-
-    Returns:
-        The Checkpoint.
 
     Example:
         >>> import tempfile
@@ -210,26 +192,7 @@ def save_best_model_by_val_score(
 ) -> Checkpoint:
     """Attach a :class:`Checkpoint` that keeps the best models in a directory. Call it on all ranks.
 
-    Args:
-        output_path: the directory, which may hold files already.
-        evaluator: see :func:`gen_save_best_models_by_val_score`, as for all that follows.
-        model: the model.
-        metric_name: the score.
-        n_saved: how many are kept.
-        trainer: the engine whose epoch goes into the file name.
-        tag: leads the score's name.
-        score_sign: 1.0 or -1.0.
-        kwargs: keyword arguments of :class:`Checkpoint`.
-
-    Returns:
-        The Checkpoint.
-
-    Example:
-        >>> import tempfile
-        >>> evaluator = Engine(lambda engine, batch: None)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     type(save_best_model_by_val_score(folder, evaluator, nn.Linear(1, 1), "acc")).__name__
-        'Checkpoint'
+    The directory may hold files. The other arguments are those of :func:`gen_save_best_models_by_val_score`.
     """
     return gen_save_best_models_by_val_score(
         DiskSaver(output_path, require_empty=False),
@@ -247,17 +210,14 @@ def save_best_model_by_val_score(
 def add_early_stopping_by_val_score(
     patience: int, evaluator: Engine, trainer: Engine, metric_name: str, score_sign: float = 1.0
 ) -> EarlyStopping:
-    """Attach an :class:`EarlyStopping` by one of the evaluator's metrics. Call it on all ranks.
+    """Attach an :class:`EarlyStopping` by a metric of the evaluator. Call it on all ranks.
 
     Args:
-        patience: how many runs of the evaluator to wait for an improvement.
-        evaluator: the engine whose metric is the score, when its run has completed.
+        patience: the number of runs of the evaluator to wait for an improvement.
+        evaluator: the engine whose metric is the score at the end of its run.
         trainer: the engine to stop.
-        metric_name: in ``evaluator.state.metrics``.
-        score_sign: 1.0, or -1.0 for metrics of which the smaller is better.
-
-    Returns:
-        The EarlyStopping.
+        metric_name: the key in ``evaluator.state.metrics``.
+        score_sign: 1.0, or -1.0 for a metric of which smaller values are better.
 
     Example:
         >>> trainer, evaluator = Engine(lambda engine, batch: None), Engine(lambda engine, batch: None)

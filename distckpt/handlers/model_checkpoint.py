@@ -1,7 +1,4 @@
-"""Saving objects that are named when the handler is attached.
-
-Owns :class:`ModelCheckpoint`.
-"""
+"""The ModelCheckpoint handler: a Checkpoint whose objects are arguments of the call."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,45 +7,26 @@ from typing import Any
 from ignite.engine import Engine
 
 from distckpt.handlers.arguments import check_include_self
-from distckpt.handlers.checkpoint import Checkpoint, UserFacts, name_of
-from distckpt.handlers.checkpoint_history import ON_DISK
-from distckpt.handlers.compat import accept_older_order, deprecated
-from distckpt.handlers.disk_saver import DiskSaver, ShareWrite, WhenBusy
+from distckpt.handlers.checkpoint import Checkpoint
+from distckpt.handlers.compat import ARCHIVED, MODEL_CHECKPOINT_ORDER, accept_older_order, deprecated
+from distckpt.handlers.disk_saver import DiskSaver, ShareWrite
+from distckpt.handlers.save_handler import WhenBusy, directory_of
+from distckpt.handlers.save_intent import UserFacts, name_of
 from distckpt.saving.capture import check_objects
 
-__all__ = ["ModelCheckpoint"]
-
-_OLDER_ORDER = (
-    "dirname",
-    "filename_prefix",
-    "save_interval",
-    "score_function",
-    "score_name",
-    "n_saved",
-    "atomic",
-    "require_empty",
-    "create_dir",
-    "save_as_state_dict",
-    "global_step_transform",
-    "archived",
-    "filename_pattern",
-    "include_self",
-    "greater_or_equal",
-    "save_on_rank",
-)
-_PATTERN_AT = _OLDER_ORDER.index("filename_pattern")
+_PATTERN_AT = MODEL_CHECKPOINT_ORDER.index("filename_pattern")
 _UNSET: Any = object()
 
 
 def _older_order(args: tuple[Any, ...]) -> tuple[str, ...]:
-    """Return the order of 0.4.13, or that of releases before 0.4.9, where include_self stood in the pattern's place."""
+    """Return the order of 0.4.13, or that of releases before 0.4.9, with include_self in the pattern's place."""
     if len(args) > _PATTERN_AT and isinstance(args[_PATTERN_AT], bool):
-        return (*_OLDER_ORDER[:_PATTERN_AT], "include_self")
-    return _OLDER_ORDER
+        return (*MODEL_CHECKPOINT_ORDER[:_PATTERN_AT], "include_self")
+    return MODEL_CHECKPOINT_ORDER
 
 
 def _is_older(given: dict[str, Any]) -> bool:
-    """Tell from types that stand at the wrong place in today's order: an interval, a function, a count."""
+    """Return True if types do not fit today's order: an interval, a function or a count is in the wrong place."""
     return (
         isinstance(given.get("score_function"), int)
         or callable(given.get("score_name"))
@@ -58,36 +36,19 @@ def _is_older(given: dict[str, Any]) -> bool:
 
 
 class ModelCheckpoint(Checkpoint):
-    """Handler that saves objects to a local directory; they are named where it is attached.
+    """Handler that saves objects to a local directory. They are named where the handler is attached.
 
-    It is called with ``(engine, to_save)``.
+    It is called with ``(engine, to_save)``. The arguments are those of :class:`Checkpoint`, and of the
+    :class:`DiskSaver` that it makes.
 
     Args:
         dirname: the directory.
-        filename_prefix: leads the file name.
-        score_function: see :class:`Checkpoint`.
-        score_name: see :class:`Checkpoint`.
-        n_saved: see :class:`Checkpoint`.
-        atomic: see :class:`DiskSaver`.
-        require_empty: see :class:`DiskSaver`.
-        create_dir: see :class:`DiskSaver`.
-        global_step_transform: see :class:`Checkpoint`.
-        filename_pattern: see :class:`Checkpoint`.
-        include_self: see :class:`Checkpoint`.
-        greater_or_equal: see :class:`Checkpoint`.
-        save_on_rank: see :class:`Checkpoint`.
-        archived: without effect, deprecated.
-        save_interval: deprecated; 1 is accepted, anything else is an error: filter the event instead.
+        filename_prefix: see :class:`Checkpoint`, as for `score_function` to `n_saved` and `global_step_transform` to
+            `timeout_s`.
+        atomic: see :class:`DiskSaver`, as for `require_empty`, `create_dir`, and `background` to `kwargs`.
+        archived: deprecated, without effect.
+        save_interval: deprecated; 1 is accepted, other values are errors: filter the event instead.
         save_as_state_dict: deprecated; has to be True.
-        score_rule: see :class:`Checkpoint`.
-        timeout_s: see :class:`Checkpoint`.
-        background: see :class:`DiskSaver`.
-        when_busy: see :class:`DiskSaver`.
-        overlap_copy: see :class:`DiskSaver`.
-        own_memory: see :class:`DiskSaver`.
-        share_write: see :class:`DiskSaver`.
-        check_replicas: see :class:`DiskSaver`.
-        kwargs: keyword arguments of ``torch.save``.
 
     Example:
         >>> import os, tempfile
@@ -168,32 +129,30 @@ class ModelCheckpoint(Checkpoint):
             timeout_s=timeout_s,
         )
 
-    def _names(self) -> frozenset[str]:
-        called = {name_of(self.to_save)} if self.to_save else set()
-        return frozenset(self._known.names | called)
-
-    @property
-    def last_checkpoint(self) -> Path | None:
-        """The path of the kept checkpoint of highest priority; None when there is none."""
-        if not self._saved:
-            return None
-        if not isinstance(self.save_handler, ON_DISK):
-            msg = f"Internal error, save_handler should be DiskSaver, but has {type(self.save_handler)}."
-            raise RuntimeError(msg)  # noqa: TRY004 - ignite's type
-        return self._path_of(self._saved[-1].filename)
-
     def __call__(self, engine: Engine, to_save: Mapping[str, Any]) -> None:
-        """Collective. Save `to_save` if this event deserves it; see :meth:`Checkpoint.__call__`.
+        """Collective. Save `to_save` if this event calls for it; see :meth:`Checkpoint.__call__`.
 
         Raises:
-            RuntimeError: there is nothing to save.
+            RuntimeError: `to_save` is empty.
             TypeError: an object has no ``state_dict``.
         """
         self.to_save = to_save
         super().__call__(engine)
 
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """The path of the kept checkpoint of highest priority; None if there is none."""
+        last = super().last_checkpoint
+        if last is not None and directory_of(self.save_handler) is None:
+            msg = f"Internal error, save_handler should be DiskSaver, but has {type(self.save_handler)}."
+            raise RuntimeError(msg)
+        return None if last is None else Path(last)
+
+    def _object_names(self) -> frozenset[str]:
+        return frozenset(self._engines.names | ({name_of(self.to_save)} if self.to_save else set()))
+
     def _find_facts(self, engine: Engine) -> UserFacts:
-        # In the phase where every rank hears of every rank's error, not before it.
+        # In the phase that reports every rank's error to every rank, not before it.
         if len(self.to_save) == 0:
             msg = "No objects to checkpoint found."
             raise RuntimeError(msg)
@@ -204,7 +163,7 @@ class ModelCheckpoint(Checkpoint):
 
 def _check_older(archived: object, save_interval: int | None, save_as_state_dict: object) -> None:
     if archived is not _UNSET:
-        deprecated("Argument archived is deprecated and has no effect: checkpoints are not compressed", stacklevel=5)
+        deprecated(ARCHIVED, stacklevel=5)
     if save_interval is not None:
         msg = (
             "Argument save_interval is deprecated and should be None. Please, use events filtering instead, "

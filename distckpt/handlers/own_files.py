@@ -1,28 +1,27 @@
-"""Which files in a directory are a Checkpoint's own, and what it has kept.
+"""The files of one Checkpoint, told from those of other handlers in the same directory.
 
-A file with a record says whose it is. One without is read by its name: the way back from a name to step and score is
-here. Rank-local; issues no collectives.
+A file with a record (:mod:`distckpt.ptformat.records`) names its handler. Without a record the file's name decides.
 """
 
+import functools
+import logging
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from ignite.engine import Engine
-
-from distckpt.handlers.checkpoint_history import CheckpointHistory
 from distckpt.policy.decision import SavePolicy
+from distckpt.policy.naming import printable
 from distckpt.policy.retention import Entry
-from distckpt.ptformat.records import Record
+from distckpt.ptformat.records import Record, read_records
 
-__all__ = ["History", "OwnFiles"]
-
+_logger = logging.getLogger(__name__)
 _NUMBER = r"-?(?:\d+(?:\.\d+)?|inf)"
 
 
 class _Marker(str):
-    """A placeholder in a file name, whatever the format that a pattern asks for."""
+    """A placeholder in a file name, in whatever format a pattern asks for."""
 
     __slots__ = ()
 
@@ -33,241 +32,269 @@ class _Marker(str):
         return str(self)
 
 
-_STEP, _SCORE, _NAME = (_Marker(f"\0{what}\0") for what in ("step", "score", "name"))
-_FIELDS: dict[str, tuple[str, str]] = {_STEP: ("step", _NUMBER), _SCORE: ("score", _NUMBER), _NAME: ("name", r"[^/]+?")}
+_STEP, _SCORE, _NAME = (_Marker(f"\0{field}\0") for field in ("step", "score", "name"))
+_GROUPS: dict[str, tuple[str, str]] = {_STEP: ("step", _NUMBER), _SCORE: ("score", _NUMBER), _NAME: ("name", r"[^/]+?")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class History:
-    """What a handler that goes on with a run has saved before.
+class FileNaming:
+    """How one Checkpoint names its files.
 
     Attributes:
-        kept: its history, lowest priority first.
-        strays: what its last save was to remove, and is still there.
-        iteration: the engine's, at its last save; None where that is unknown.
+        policy: the prefix, pattern, and other parts of the name.
+        names: the keys of the objects in its files; empty if it does not know yet what it saves.
+        is_scored: whether it has a score function.
+        has_transform: whether it has a ``global_step_transform``.
+        serial: the number of Checkpoints that this process made before.
+        kept: the files in its history.
     """
 
-    kept: tuple[Entry, ...]
-    strays: tuple[str, ...]
+    policy: SavePolicy
+    names: frozenset[str]
+    is_scored: bool
+    has_transform: bool
+    serial: int
+    kept: frozenset[str]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The values that users do not change from one run to the next."""
+        policy = self.policy
+        return {
+            "prefix": policy.prefix,
+            "name": policy.name,
+            "ext": policy.ext,
+            "pattern": policy.pattern,
+            "score_name": policy.score_name,
+            "is_scored": self.is_scored,
+        }
+
+    def is_alike(self, other: "FileNaming") -> bool:
+        """Return True if the names of both handlers' files may be the same."""
+        return {**self.identity, "name": None} == {**other.identity, "name": None} and bool(self.names & other.names)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedHistory:
+    """The history in a file's record: kept checkpoints, files still to remove, and the engine's iteration."""
+
+    entries: tuple[Entry, ...]
+    orphans: tuple[str, ...]
     iteration: int | None
 
 
 class OwnFiles:
-    """The files of one handler.
+    """Tells the files of one Checkpoint. Rank-local; issues no collectives.
 
     Args:
-        handler: whose files they are.
-        engines: where other handlers may be attached, beside those that this one is attached to.
-        objects_name: what files of the objects that are loaded would be called, for a handler that was neither called
-            nor attached, and does not know what it saves.
+        directory: the directory that it saves into; None if there is none.
+        naming: how it names its files.
+        others: how the other handlers that save there name theirs.
+        saved_in: the ids of the runs in which this process saved the handler's files, by name.
+        loaded_name: what files of the loaded objects are called, for a handler that does not know yet what it saves.
 
-    Raises:
-        KeyError: its pattern names an unknown field.
-
-    Example:
-        >>> import tempfile
-        >>> from torch import nn
-        >>> from distckpt import Checkpoint
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     own = OwnFiles(Checkpoint({"model": nn.Linear(1, 1)}, folder, filename_prefix="last"))
-        >>> own.is_named("last_model_12.pt"), own.is_named("best_model_12.pt"), own.is_named("last_model_x.pt")
-        (True, False, False)
+    Attributes:
+        identity: the handler's identity in records, the same in the next run.
     """
 
     def __init__(
-        self, handler: CheckpointHistory, engines: Iterable[Engine] = (), *, objects_name: str | None = None
+        self,
+        directory: Path | None,
+        naming: FileNaming,
+        others: Sequence[FileNaming],
+        *,
+        saved_in: Mapping[str, str] | None = None,
+        loaded_name: str | None = None,
     ) -> None:
-        engines = list(engines)
-        self._owner = handler._owner(engines)  # noqa: SLF001 - a friend's: what tells its files
-        self._names = self._owner.names
-        self._objects_name = objects_name
-        self._is_scored = handler.score_function is not None
-        self._has_transform = handler.global_step_transform is not None
-        has_step = self._has_transform or not self._is_scored
-        self._regexes = [
-            _regex_of(handler._rules(), name, is_scored=self._is_scored, has_step=has_step)  # noqa: SLF001 - the same
-            for name in self._names or [_NAME]
-        ]
-        self._others = [
+        self._directory = directory
+        self._naming = naming
+        self._others = others
+        self._saved_in = dict(saved_in or {})
+        self._loaded_name = loaded_name
+        order = sum(one.serial < naming.serial for one in others if one.is_alike(naming))
+        self.identity = {**naming.identity, "order": order}
+
+    @functools.cached_property
+    def _regexes(self) -> list[re.Pattern[str]]:
+        is_scored = self._naming.is_scored
+        has_step = self._naming.has_transform or not is_scored
+        names = self._naming.names or [_NAME]
+        return [_regex_of(self._naming.policy, name, is_scored=is_scored, has_step=has_step) for name in names]
+
+    @functools.cached_property
+    def _other_regexes(self) -> list[re.Pattern[str]]:
+        return [
             regex
-            for one in handler._peers(engines)  # noqa: SLF001 - the same
-            for name in one._names() or [_NAME]  # noqa: SLF001 - the same
-            for regex in _regexes_of(one._rules(), name, is_scored=one.score_function is not None)  # noqa: SLF001 - the same
+            for one in self._others
+            for name in one.names or [_NAME]
+            for regex in _regexes_of(one.policy, name, is_scored=one.is_scored)
         ]
-        self.is_nested = any("/" in regex.pattern.replace("[^/]", "") for regex in self._regexes)
 
-    # -- whose they are ----------------------------------------------------------------------------
+    @property
+    def is_nested(self) -> bool:
+        """Whether the names contain folders."""
+        return any("/" in regex.pattern.replace("[^/]", "") for regex in self._regexes)
 
-    def is_named(self, name: str) -> bool:
-        """Return True if the handler could have given this name."""
+    def survey(self) -> dict[str, Record | None]:
+        """Return the files in the directory, and their records. Log a warning if it cannot be listed."""
+        if self._directory is None:
+            return {}
+        try:
+            return read_records(self._directory, self._naming.policy.ext, is_nested=self.is_nested)
+        except NotADirectoryError:  # the write raises it, with rank, step and path
+            return {}
+        except OSError as error:  # no reason to lose a save
+            message = "Checkpoint: the files in %s cannot be listed, and older ones stay: %s"
+            _logger.warning(message, self._directory, error)
+            return {}
+
+    def has_record(self, record: Record) -> bool:
+        """Return True if the record names this handler."""
+        recorded, own = dict(record.handler), dict(self.identity)
+        own.pop("name", None)
+        name = recorded.pop("name", None)
+        return recorded == own and (not self._naming.names or name in self._naming.names)
+
+    def has_name(self, name: str) -> bool:
+        """Return True if this handler may have given a file this name."""
         return any(regex.fullmatch(name) for regex in self._regexes)
 
-    def is_recorded(self, record: Record) -> bool:
-        """Return True if the record says that the file is this handler's."""
-        return self._owner.has(record.handler)
-
     def candidates(self, files: Mapping[str, Record | None]) -> list[str]:
-        """Return what a resume may load: files that say they are the handler's, or are named so and say nothing.
-
-        Args:
-            files: what is in the directory.
-        """
+        """Return the files to resume from: those whose record, or without a record whose name, is the handler's."""
         own = [
             name
             for name, record in files.items()
-            if (self.is_recorded(record) if record is not None else self.is_named(name))
+            if (self.has_record(record) if record is not None else self.has_name(name))
         ]
-        if not self._names and self._objects_name is not None:
-            alike = [name for name in own if _objects_name(files[name]) in (None, self._objects_name)]
+        if not self._naming.names and self._loaded_name is not None:
+            names = {name: None if record is None else record.handler.get("name") for name, record in files.items()}
+            alike = [name for name in own if names[name] in (None, self._loaded_name)]
             own = alike if any(files[name] is not None for name in alike) else own
         return own
 
     def is_own(self, name: str, files: Mapping[str, Record | None]) -> bool:
-        """Return True if a file is provably the handler's, and may be removed.
+        """Return True if a file is certainly the handler's, and may be removed.
 
-        A file without a record is where its name is this handler's, and cannot be another's: of another handler that
-        saves there now, or of one whose files are there.
+        A file without a record is, if no other handler that saves there, or has saved there, may have named it so.
         """
         if name not in files:
             return False
         record = files[name]
         if record is not None:
-            return self.is_recorded(record)
-        if not self.is_named(name) or any(regex.fullmatch(name) for regex in self._others):
+            return self.has_record(record)
+        if not self.has_name(name) or any(regex.fullmatch(name) for regex in self._other_regexes):
             return False
         others = {tuple(sorted(one.handler.items(), key=str)): one for one in files.values() if one is not None}
         return not any(
             regex.fullmatch(name)
             for one in others.values()
-            if not self.is_recorded(one)
+            if not self.has_record(one)
             for regex in _regexes_of_record(one)
         )
 
-    # -- what was kept -----------------------------------------------------------------------------
+    def refuse_removal(self, filename: str, record: Record | None) -> None:
+        """Raise ValueError if a file to remove belongs to another handler, or to another run. Any thread."""
+        if any(filename in one.kept for one in self._others):
+            msg = "another handler of this program keeps it"
+            raise ValueError(msg)
+        if record is not None and not self.has_record(record):
+            values = [f"{key}={value!r}" for key, value in record.handler.items() if value not in (None, "", False, 0)]
+            msg = f"its manifest says that another handler saved it ({printable(', '.join(values))})"
+            raise ValueError(msg)
+        if record is not None and self._saved_in.get(filename, record.run.id) != record.run.id:
+            msg = f"its manifest says that another run has saved it since ({record.run.id})"
+            raise ValueError(msg)
 
-    def newest_of(self, files: Mapping[str, Record | None], root: str, passed_over: Collection[str] = ()) -> str | None:
-        """Return the handler's newest file of the runs that went on from one another; None if there is none.
+    def find_newest(self, files: Mapping[str, Record | None], root: str, damaged: Collection[str] = ()) -> str | None:
+        """Return the handler's newest intact file of all runs that go back to the run `root`; None if there is none.
 
-        A run that died may have saved files of this handler, and none of the one that is resumed from. So the files of
-        all runs count that have the first one in common.
-
-        Args:
-            files: what is in the directory.
-            root: the id of the first of the runs.
-            passed_over: files that are damaged.
+        The run to resume may have died before it saved a file of this handler: so the files of all these runs count.
         """
         own = {
             name: record.order
             for name, record in files.items()
-            if record is not None and record.run.root == root and name not in passed_over and self.is_recorded(record)
+            if record is not None and record.run.root == root and name not in damaged and self.has_record(record)
         }
         return max(own, key=lambda name: own[name], default=None)
 
-    def recorded_history(self, name: str, files: Mapping[str, Record | None]) -> History | None:
-        """Return what the handler had kept when it saved a file, as far as it is still there; None without a record.
-
-        Args:
-            name: the file's.
-            files: what is in the directory.
-        """
+    def recorded_history(self, name: str, files: Mapping[str, Record | None]) -> RecordedHistory | None:
+        """Return the history that a file records, without files that are gone; None if it has no record."""
         record = files.get(name)
         if record is None:
             return None
-        kept = tuple(entry for entry in record.kept if entry[1] == name or self.is_own(entry[1], files))
-        held = {name for _, name in kept}
-        strays = tuple(one for one in record.evicted if one not in held and self.is_own(one, files))
-        return History(kept=kept, strays=strays, iteration=record.iteration)
+        entries = tuple(entry for entry in record.kept if entry[1] == name or self.is_own(entry[1], files))
+        kept = {name for _, name in entries}
+        orphans = tuple(one for one in record.evicted if one not in kept and self.is_own(one, files))
+        return RecordedHistory(entries=entries, orphans=orphans, iteration=record.iteration)
 
-    def priority_of(self, name: str, *, is_mid_epoch: bool) -> int | float | None:
-        """Return the priority of a file of the handler's, as far as its name tells it; None if it does not.
-
-        Args:
-            name: the file's.
-            is_mid_epoch: whether it was saved in the middle of an epoch. Where steps are counted in epochs, half of
-                one is taken off then, as a save does: the end of that epoch replaces it.
-        """
-        found = next(filter(None, (regex.fullmatch(name) for regex in self._regexes)), None)
-        told = None if found is None else found.groupdict().get("score" if self._is_scored else "step")
-        if told is None:
-            return None
-        value = int(told) if re.fullmatch(r"-?\d+", told) else float(told)
-        return value - 0.5 if is_mid_epoch and self._has_transform and not self._is_scored else value
-
-    def named_history(
-        self, resumed: str, others: Sequence[str], *, n_saved: int | None, is_mid_epoch: bool
-    ) -> list[Entry] | None:
-        """Return what a handler that resumes from a file without a record has saved, as far as the names tell it.
+    def named_history(self, resumed: str, others: Iterable[str], *, is_mid_epoch: bool) -> list[Entry] | None:
+        """Return the history that the names of files without records tell; None if they tell no priority.
 
         Args:
-            resumed: the file that it resumes from; always part of it.
-            others: its other files that are whole, as far as is known.
-            n_saved: how many are kept. Files beyond that are left alone.
+            resumed: the file that the handler resumes from. The history holds it.
+            others: the handler's other files that are intact. Those beyond ``n_saved`` are left alone.
             is_mid_epoch: whether `resumed` was saved in the middle of an epoch.
-
-        Returns:
-            Priorities and names, lowest first; None where the name of `resumed` does not tell its own.
         """
-        priority = self.priority_of(resumed, is_mid_epoch=is_mid_epoch)
+        priority = self._priority_of(resumed)
         if priority is None:
             return None
-        known = [(self.priority_of(name, is_mid_epoch=False), name) for name in others if name != resumed]
-        entries = [
-            (value, name) for value, name in known if value is not None and (self._is_scored or value < priority)
-        ]
+        is_scored = self._naming.is_scored
+        if is_mid_epoch and self._naming.has_transform and not is_scored:
+            priority -= 0.5  # as rank_candidate does
+        known = [(self._priority_of(name), name) for name in others if name != resumed]
+        entries = [(value, name) for value, name in known if value is not None and (is_scored or value < priority)]
         entries.sort()
+        n_saved = self._naming.policy.n_saved
         if n_saved is not None:
-            entries = entries[len(entries) - n_saved + 1 :] if n_saved <= len(entries) else entries
+            entries = entries[max(0, len(entries) - n_saved + 1) :]
         return sorted([*entries, (priority, resumed)])
 
-
-def _objects_name(record: Record | None) -> Any:
-    return None if record is None else record.handler.get("name")
+    def _priority_of(self, name: str) -> int | float | None:
+        match = next(filter(None, (regex.fullmatch(name) for regex in self._regexes)), None)
+        text = None if match is None else match.groupdict().get("score" if self._naming.is_scored else "step")
+        if text is None:
+            return None
+        return int(text) if re.fullmatch(r"-?\d+", text) else float(text)
 
 
 def _regexes_of_record(record: Record) -> list[re.Pattern[str]]:
-    """Return what matches the names of a handler's files, from what one of them says of it."""
-    found = record.handler
-    is_scored = bool(found.get("is_scored"))
+    handler = record.handler
     try:
-        rules = SavePolicy(
-            prefix=str(found["prefix"]),
-            name=str(found["name"]),
-            ext=str(found["ext"]),
-            pattern=found["pattern"],
-            score_name=found["score_name"],
+        policy = SavePolicy(
+            prefix=str(handler["prefix"]),
+            name=str(handler["name"]),
+            ext=str(handler["ext"]),
+            pattern=handler["pattern"],
+            score_name=handler["score_name"],
             n_saved=None,
             greater_or_equal=False,
             score_rule="mean",
         )
-        return _regexes_of(rules, rules.name, is_scored=is_scored)
-    except (KeyError, ValueError, AttributeError, TypeError, IndexError):  # another release's, or made by hand
+        return _regexes_of(policy, policy.name, is_scored=bool(handler.get("is_scored")))
+    except (KeyError, ValueError, AttributeError, TypeError, IndexError):  # another release's record, or made by hand
         return []
 
 
-def _regexes_of(rules: SavePolicy, objects_name: str, *, is_scored: bool) -> list[re.Pattern[str]]:
-    """Return what matches the names of a handler's files, where it is not known whether these hold a step."""
-    steps = [True, False] if is_scored else [True]
-    return [_regex_of(rules, objects_name, is_scored=is_scored, has_step=has_step) for has_step in steps]
+def _regexes_of(policy: SavePolicy, name: str, *, is_scored: bool) -> list[re.Pattern[str]]:
+    """Return expressions for a handler's names, if it is unknown whether names with a score hold a step too."""
+    return [
+        _regex_of(policy, name, is_scored=is_scored, has_step=has_step)
+        for has_step in ([True, False] if is_scored else [True])
+    ]
 
 
-def _regex_of(rules: SavePolicy, objects_name: str, *, is_scored: bool, has_step: bool) -> re.Pattern[str]:
-    name = replace(rules, name=objects_name).filename(
-        score=_SCORE if is_scored else None,
-        global_step=_STEP if has_step else None,
+def _regex_of(policy: SavePolicy, name: str, *, is_scored: bool, has_step: bool) -> re.Pattern[str]:
+    filename = replace(policy, name=name).filename(
+        score=_SCORE if is_scored else None, global_step=_STEP if has_step else None
     )
-    return re.compile(_expression_of(name))
-
-
-def _expression_of(name: str) -> str:
-    """Turn a name with markers into a regular expression; a field that comes again has to be the same again."""
-    regex, seen = "", set[str]()
-    for part in re.split("(\0[a-z]+\0)", name):
-        field = _FIELDS.get(part)
-        if field is None:
-            regex += re.escape(part)
-        elif field[0] in seen:
-            regex += f"(?P={field[0]})"
+    expression, groups = "", set[str]()
+    for part in re.split("(\0[a-z]+\0)", filename):
+        group, number = _GROUPS.get(part, (None, ""))
+        if group is None:
+            expression += re.escape(part)
+        elif group in groups:
+            expression += f"(?P={group})"  # the same value again
         else:
-            seen.add(field[0])
-            regex += f"(?P<{field[0]}>{field[1]})"
-    return regex
+            groups.add(group)
+            expression += f"(?P<{group}>{number})"
+    return re.compile(expression)

@@ -22,15 +22,15 @@ from distckpt._values import check_timeout
 from distckpt.backends.detect import current
 from distckpt.coordination import phases
 from distckpt.errors import LoadError
-from distckpt.handlers.checkpoint import Checkpoint, name_of
-from distckpt.handlers.checkpoint_history import ON_DISK
+from distckpt.handlers.checkpoint import Checkpoint
 from distckpt.handlers.disk_saver import DiskSaver
 from distckpt.handlers.fast_forward import FastForward
-from distckpt.handlers.histories import handlers_beside, take_histories
 from distckpt.handlers.object_trees import find_path, iter_objects
-from distckpt.handlers.own_files import OwnFiles
 from distckpt.handlers.restored_state import RestoredState
+from distckpt.handlers.resume_histories import find_handlers, restore_histories
 from distckpt.handlers.resume_point import ResumePoint, find_engine, find_resume_point
+from distckpt.handlers.save_handler import directory_of
+from distckpt.handlers.save_intent import coordinator_of, name_of
 from distckpt.loading import api, select
 from distckpt.loading.restore import PreparedLoad, check_complete, prepare
 from distckpt.loading.verify_on_ranks import LoadContext
@@ -205,9 +205,11 @@ def resume(
     for verb, keys in {"lacks": loaded.report.missing, "has unused keys:": loaded.report.unexpected}.items():
         if keys:
             _logger.log(level, "resume: %s %s %s", chosen.path, verb, ", ".join(keys))
-    history = take_histories(
+    history = restore_histories(
         backend,
-        (handler, to_load, engine),
+        handler,
+        to_load,
+        engine,
         parse_record(loaded.record),
         chosen.path,
         {directory / name for name in chosen.refused},
@@ -218,7 +220,7 @@ def resume(
         point = find_resume_point(engine, to_load, loaded.record, backend.rank, backend.world_size)
         objects = dict(zip(names, (obj for _, obj in iter_objects(to_load)), strict=True))
         objects |= {f"the {type(obj).__name__}": obj for obj, _ in loaded.extras}
-        restored = RestoredState(objects, handlers_beside(handler, to_load, [engine]), load_again, timeout_s)
+        restored = RestoredState(objects, find_handlers(handler, to_load, [engine]), load_again, timeout_s)
         FastForward(engine, point, restored, skip_batches=skip_batches, timeout_s=timeout_s)
     resumed = _describe(chosen, engine, point, loaded.record)
     names += ["the engine" for obj, _ in loaded.extras if obj is engine]
@@ -246,13 +248,15 @@ def resume(
 def _find_source(given: object) -> tuple[Path, int]:
     """Return the directory of the candidates, and the coordinator."""
     if isinstance(given, Checkpoint):
-        saver = given.save_handler
-        if not isinstance(saver, ON_DISK):
-            msg = f"Argument dirname_or_handler is a Checkpoint whose save_handler is no DiskSaver but {type(saver)}"
+        directory = directory_of(given.save_handler)
+        if directory is None:
+            kind = type(given.save_handler)
+            msg = f"Argument dirname_or_handler is a Checkpoint whose save_handler is no DiskSaver but {kind}"
             raise TypeError(msg)
-        return Path(saver.dirname), given._coordinator()  # noqa: SLF001 - a friend's
-    if isinstance(given, ON_DISK):
-        return Path(given.dirname), given.save_on_rank
+        return directory, coordinator_of(given)
+    directory = directory_of(given)
+    if directory is not None:
+        return directory, given.save_on_rank  # type: ignore[attr-defined]  # a DiskSaver
     if isinstance(given, str | os.PathLike):
         return Path(given).expanduser(), 0
     msg = f"Argument dirname_or_handler should be a directory, a DiskSaver or a Checkpoint, but given {type(given)}"
@@ -264,7 +268,9 @@ def _list_candidates(
 ) -> dict[str, Any]:
     """Return the candidates' names, newest first, those that are provably the handler's, and the number of others."""
     engines = [obj for _, obj in iter_objects(to_load) if isinstance(obj, Engine)]
-    own = None if handler is None else OwnFiles(handler, engines, objects_name=name_of(to_load))
+    own = None
+    if handler is not None:
+        own = handler._find_own_files(engines, loaded_name=name_of(to_load))  # noqa: SLF001 - resume's half
     ext = "pt" if handler is None else handler.ext
     files = read_records(directory, ext, is_nested=own is not None and own.is_nested)
     names = list(files) if own is None else own.candidates(files)
@@ -389,8 +395,8 @@ def _find_history(
     others = [name for name in names if name not in chosen.refused]
     entries = None
     if chosen.name in names:
-        own = OwnFiles(handler)
-        entries = own.named_history(chosen.name, others, n_saved=handler.n_saved, is_mid_epoch=is_mid_epoch)
+        own = handler._find_own_files()  # noqa: SLF001 - resume's half
+        entries = own.named_history(chosen.name, others, is_mid_epoch=is_mid_epoch)
     if entries is None:
         return None, "the handler's history is unknown, and older files stay (include_self=True saves it)"
     return {"_saved": entries}, f"the handler's history is read from the names of {len(entries)} files"

@@ -1,32 +1,42 @@
-"""What a Checkpoint hands its states to.
-
-Owns the contract of a save handler, and how one is called.
-"""
+"""Save handlers: the base class, and what a Checkpoint may ask of any of them."""
 
 import inspect
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
 
 from ignite.handlers.checkpoint import BaseSaveHandler as _IgniteSaveHandler
+from ignite.handlers.checkpoint import DiskSaver as _IgniteDiskSaver
 
-__all__ = ["BaseSaveHandler", "hand_over", "refuse_overrides"]
+from distckpt.backends.base import Backend
+from distckpt.coordination.phases import SyncPoint
+from distckpt.policy.decision import RemovalOrder, SaveDecision
+from distckpt.ptformat.manifest import Manifest
+from distckpt.saving.rank_writer import RankWriter
+from distckpt.saving.writer_group import WriterGroup
+from distckpt.storage.base import Storage
 
-_NUM_ARGUMENTS = 3
+WhenBusy = Literal["wait", "skip"]
 
 
 class BaseSaveHandler(_IgniteSaveHandler):
-    """Base class for save handlers.
+    """Base class of save handlers.
 
-    A save handler is called on every rank, in the same order; a handler that writes on one rank looks at the rank
-    itself. What it raises on one rank is raised on all.
+    A Checkpoint calls its save handler on every rank, in the same order. A handler that writes on one rank checks the
+    rank itself. An error on one rank is raised on all.
 
-    A handler may keep several names in one place, a fixed key for one. Nobody but the handler knows which, so
-    :class:`~distckpt.Checkpoint` calls ``remove`` for an evicted checkpoint before it saves the new one, as ignite
-    does. A :class:`~distckpt.DiskSaver` and its subclasses save first, and remove afterwards.
+    A handler may store several names in one place, such as a fixed key. Only the handler knows, so a
+    :class:`~distckpt.Checkpoint` calls ``remove`` for evicted checkpoints before it saves the new one, as ignite does.
+    :class:`~distckpt.DiskSaver` and its subclasses save first, and remove afterwards.
 
-    Each library's handlers count as save handlers of the other: those derived from ignite's class of the same name
-    are instances of this class, and this class derives from ignite's.
+    The handlers of ignite are instances of this class, and this class derives from ignite's.
+
+    Attributes:
+        storage: the storage in which a Checkpoint writes files itself, with manifests, in the background and from
+            several ranks. None: it only calls this handler, and ``remove``.
 
     Example:
         >>> class InMemory(BaseSaveHandler):
@@ -40,6 +50,8 @@ class BaseSaveHandler(_IgniteSaveHandler):
         ...         del self.files[filename]
     """
 
+    storage: Storage | None = None
+
     @abstractmethod
     def __call__(self, checkpoint: Mapping[str, Any], filename: str, metadata: Mapping[str, Any] | None = None) -> None:
         """Save `checkpoint` as `filename`.
@@ -52,51 +64,120 @@ class BaseSaveHandler(_IgniteSaveHandler):
 
     @abstractmethod
     def remove(self, filename: str) -> None:
-        """Remove the checkpoint `filename`.
-
-        Args:
-            filename: the checkpoint's name.
-        """
+        """Remove the checkpoint `filename`."""
 
     @classmethod
     def __subclasshook__(cls, candidate: type) -> Any:
-        # register() would refuse this as a circle: this class derives from ignite's.
+        # register() would refuse a circle: this class derives from ignite's.
         return True if cls is BaseSaveHandler and _IgniteSaveHandler in candidate.__mro__ else NotImplemented
 
 
-def refuse_overrides(cls: type, instead: Mapping[str, str]) -> None:
-    """Refuse a subclass that overrides a method of ignite's which this library never calls.
+class StorageSaver(Protocol):
+    """A save handler with a storage, as a Checkpoint uses it. :class:`~distckpt.DiskSaver` is one."""
 
-    Args:
-        cls: the subclass, from its base's ``__init_subclass__``.
-        instead: by the method's name, what to do instead.
+    save_on_rank: int
+    background: bool
+    when_busy: WhenBusy
 
-    Raises:
-        TypeError: the class, or a class that it derives from, has such a method.
-    """
-    for name, advice in instead.items():
-        if hasattr(cls, name):
-            msg = f"{cls.__qualname__} overrides `{name}`, which ignite calls and distckpt does not. {advice}"
-            raise TypeError(msg)
+    @property
+    def storage(self) -> Storage:
+        """The storage."""
+
+    @property
+    def object_id(self) -> str | None:
+        """The id under which ranks report that the handler's construction failed; None if they cannot."""
+
+    @property
+    def removal_order(self) -> RemovalOrder:
+        """When evicted files are removed."""
+
+    @property
+    def saves_in_steps(self) -> bool:
+        """Whether a save is a :class:`~distckpt.saving.pending_save.PendingSave`, in which the ranks vote."""
+
+    @property
+    def writes_on_one_rank(self) -> bool:
+        """Whether the coordinator alone writes files of its own."""
+
+    @property
+    def writes_one_file(self) -> bool:
+        """Whether a save writes no file but the named one."""
+
+    def knows_writers(self, backend: Backend) -> bool:
+        """Rank-local. Return True if this rank knows which ranks write."""
+
+    def find_group(
+        self, backend: Backend, sync_point: Callable[[str], SyncPoint], *, is_known: bool, timeout_s: float | None
+    ) -> WriterGroup:
+        """Return the ranks that write. Collective unless `is_known`."""
+
+    def make_writer(
+        self, backend: Backend, filename: str, manifest: Manifest, group: WriterGroup, key: str = ""
+    ) -> RankWriter:
+        """Rank-local. Return this rank's writer of a save in steps."""
+
+    def save_with_manifest(
+        self, checkpoint: Any, filename: str, manifest: Manifest, key: str, metadata: Mapping[str, Any]
+    ) -> None:
+        """Rank-local. Save a file with its manifest, and return when it is durable."""
+
+    def refuse_last_loadable(self, filename: str, decision: SaveDecision) -> None:
+        """Rank-local. Raise ``StillNeeded`` if `filename` is the newest file that can be loaded. Any thread."""
+
+    def keeping(self, files: frozenset[tuple[int, int]]) -> AbstractContextManager[None]:
+        """Rank-local. Keep ``remove`` from removing the files with these devices and inodes."""
 
 
-def hand_over(
+def storage_saver(handler: object) -> StorageSaver | None:
+    """Return the handler if a Checkpoint may write into its storage; None if it can only be called."""
+    # A program's own handler may have an attribute of that name.
+    has_storage = getattr(handler, "storage", None) is not None and hasattr(handler, "make_writer")
+    return cast("StorageSaver", handler) if has_storage else None
+
+
+def directory_of(handler: Any) -> Path | None:
+    """Return the local directory of a DiskSaver, ignite's or distckpt's; None for other handlers."""
+    return Path(handler.dirname) if isinstance(handler, _IgniteDiskSaver) else None
+
+
+def removal_order_of(handler: object) -> RemovalOrder:
+    """Return when a Checkpoint with this save handler removes evicted files."""
+    saver = storage_saver(handler)
+    if saver is not None:
+        return saver.removal_order
+    if isinstance(handler, _IgniteDiskSaver):
+        is_own = runs_methods_of(handler, _IgniteDiskSaver, "__call__", "_save_func", "remove")
+        return RemovalOrder.AFTER if is_own else RemovalOrder.AFTER_KEEPING
+    return RemovalOrder.BEFORE if isinstance(handler, BaseSaveHandler) else RemovalOrder.NEVER
+
+
+def is_same_directory(one: object, other: object) -> bool:
+    """Return True if two save handlers write into the same local directory."""
+    first, second = directory_of(one), directory_of(other)
+    return first is not None and second is not None and os.path.realpath(first) == os.path.realpath(second)
+
+
+def runs_methods_of(handler: object, cls: type, *methods: str) -> bool:
+    """Return True if `handler` runs the methods of `cls`, overridden neither by a subclass nor on the instance."""
+    found = (getattr(type(handler) if name == "__call__" else handler, name, None) for name in methods)
+    return all(getattr(one, "__func__", one) is getattr(cls, name) for name, one in zip(methods, found, strict=True))
+
+
+def call_handler(
     handler: Callable[..., Any], checkpoint: Mapping[str, Any], filename: str, metadata: Mapping[str, Any]
 ) -> None:
     """Call `handler` with as many arguments as its signature takes: three, or two."""
-    if _takes_three(handler):
-        handler(checkpoint, filename, metadata)
-    else:
-        handler(checkpoint, filename)
+    arguments = (checkpoint, filename, metadata)
+    handler(*(arguments if _takes(handler, arguments) else arguments[:2]))
 
 
-def _takes_three(handler: Callable[..., Any]) -> bool:
+def _takes(handler: Callable[..., Any], arguments: tuple[Any, ...]) -> bool:
     try:
         signature = inspect.signature(handler)
-    except (TypeError, ValueError):  # written in C, and silent about it
+    except (TypeError, ValueError):  # written in C, without a signature
         return True
     try:
-        signature.bind(*range(_NUM_ARGUMENTS))
+        signature.bind(*arguments)
     except TypeError:
         return False
     return True

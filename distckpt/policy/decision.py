@@ -149,34 +149,27 @@ class SaveDecision:
 class AgreedSave:
     """What the ranks agreed on, the same on every rank.
 
-    The attributes that :class:`SaveIntent` has too are the coordinator's, unless said otherwise.
-
     Attributes:
         coordinator: the rank that decides and commits.
+        intent: the coordinator's intent. All ranks take over its history and its run.
         scores: every rank's score if they differ, else None.
         score: the score that counts; None without a score function.
         decision: the save; None if nothing is saved.
-        needs_consolidation: True if it is on any rank.
-        knows_writers: True if it is on all ranks.
+        needs_consolidation: whether it is set on any rank.
+        knows_writers: whether it is set on all ranks.
         removal: the highest of all ranks.
         data: every rank's position, in rank order.
     """
 
     coordinator: int
-    history: tuple[Entry, ...]
-    orphans: tuple[str, ...]
-    directory: str | None
+    intent: SaveIntent
     scores: tuple[int | float, ...] | None
     score: int | float | None
     decision: SaveDecision | None
-    needs_consolidation: bool = False
-    knows_writers: bool = True
-    removal: int = RemovalOrder.AFTER
-    handler: Mapping[str, Any] | None = None
-    run: Mapping[str, Any] | None = None
-    number: int = 0
-    data: tuple[Mapping[str, Any], ...] = ()
-    former: tuple[str, ...] = ()
+    needs_consolidation: bool
+    knows_writers: bool
+    removal: int
+    data: tuple[Mapping[str, Any], ...]
 
 
 def decide_from(intents: Sequence[SaveIntent]) -> AgreedSave:
@@ -209,20 +202,14 @@ def decide_from(intents: Sequence[SaveIntent]) -> AgreedSave:
     is_saved = is_forced or own.policy.wants(history, priority)
     return AgreedSave(
         coordinator=coordinator,
-        history=own.history,
-        orphans=own.orphans,
-        directory=own.directory,
+        intent=own,
         scores=scores,
         score=score,
         decision=_make_decision(own, history, score, priority) if is_saved else None,
         needs_consolidation=any(intent.needs_consolidation for intent in intents),
         knows_writers=all(intent.knows_writers for intent in intents),
         removal=max(intent.removal for intent in intents),
-        handler=own.handler,
-        run=own.run,
-        number=own.number,
         data=tuple(intent.data for intent in intents),
-        former=own.former,
     )
 
 

@@ -225,7 +225,7 @@ def save_by_handler(
         try:
             write(captured[0])
         except SaveError as error:
-            kept = [entry for entry in agreed.history if entry[1] not in removed]
+            kept = [entry for entry in agreed.intent.history if entry[1] not in removed]
             raise add_context(error, backend.rank, point.step, filename, kept) from error
 
     write_timeout_s = default_timeout_s() if timeout_s is None else timeout_s

@@ -36,8 +36,6 @@ import torch
 from ignite.engine import Engine, Events
 
 from distckpt import Checkpoint, DiskSaver, ModelCheckpoint, resume
-from distckpt.handlers.checkpoint_history import Owner
-from distckpt.handlers.checkpoint_saving import CheckpointSaving
 from distckpt.handlers.own_files import OwnFiles
 from distckpt.policy.retention import admit, wants
 from distckpt.ptformat.records import Record
@@ -284,7 +282,7 @@ def _run_start(program: Program, number: int, folder: Path) -> None:
         objects["trainer"] = Stamp(trainer, number)
     handlers = [_attached(program, at, start, folder, trainer, objects, journal) for at in range(len(program.specs))]
     _watch(journal, handlers, stamp)
-    source = handlers[0].save_handler.dirname if program.by_directory else handlers[0]  # type: ignore[union-attr]  # on disk
+    source = handlers[0].save_handler.dirname if program.by_directory else handlers[0]
     found = resume(objects, source, engine=None if program.begins_anew else trainer)
     journal.note(
         "resumed",
@@ -354,7 +352,7 @@ def _score(program: Program, at: int, trainer: Engine, journal: Journal) -> floa
 
 def _watch(journal: Journal, handlers: list[Checkpoint], stamp: Stamp) -> None:
     """Note each commit and each removal, and who is about it."""
-    save, commit, remove = CheckpointSaving._save, LocalNewFile.commit, LocalStorage.remove
+    save, commit, remove = Checkpoint._save, LocalNewFile.commit, LocalStorage.remove
 
     def save_and_say_who(self: Any, *args: Any) -> None:
         stamp.handler = next(at for at, one in enumerate(handlers) if one is self)
@@ -380,7 +378,7 @@ def _watch(journal: Journal, handlers: list[Checkpoint], stamp: Stamp) -> None:
         remove(self, name)
         journal.reach("after removal")
 
-    CheckpointSaving._save = save_and_say_who  # type: ignore[method-assign,assignment]
+    Checkpoint._save = save_and_say_who  # type: ignore[method-assign,assignment]
     LocalNewFile.commit = commit_and_note  # type: ignore[method-assign]
     LocalStorage.remove = note_and_remove  # type: ignore[method-assign]
 
@@ -394,12 +392,12 @@ class Kept:
 
     Attributes:
         entries: priorities and names, lowest first; a step counts as how many files were saved before.
-        strays: what may still be there, for it was killed before the removal.
+        orphans: what may still be there, for it was killed before the removal.
         has_saved: whether it has saved in the present start: then nothing may be left to remove once that has ended.
     """
 
     entries: list[tuple[float, str]] = field(default_factory=list)
-    strays: set[str] = field(default_factory=set)
+    orphans: set[str] = field(default_factory=set)
     has_saved: bool = False
 
 
@@ -488,7 +486,7 @@ class Expected:
             priority = float(self.num_saves)
         retained = admit(kept.entries, (priority, name), n_saved=start.n_saved[at])
         kept.entries, kept.has_saved = list(retained.kept), True
-        kept.strays = {one for one in (*retained.evicted, *kept.strays) if one != name}
+        kept.orphans = {one for one in (*retained.evicted, *kept.orphans) if one != name}
 
     def _removed(self, line: dict[str, Any], start: Start) -> None:
         del start
@@ -496,12 +494,12 @@ class Expected:
         self.result.num_removals += 1
         if line["owner"] not in (at, None):
             self.find(f"handler {at} removed {name}, which is handler {line['owner']}'s")
-        if name not in self.kept[at].strays and at not in self.collided:
+        if name not in self.kept[at].orphans and at not in self.collided:
             self.find(f"handler {at} removed {name}, and should have kept {self.kept[at].entries}")
         path = self.path(at, name)
         self.owner.pop(path, None)
         self.saved_at.pop(path, None)
-        self.kept[at].strays.discard(name)
+        self.kept[at].orphans.discard(name)
 
     def _kept(self, line: dict[str, Any], start: Start) -> None:
         del start
@@ -527,7 +525,7 @@ class Expected:
                 if path.name in FOREIGN or owner is None or owner in self.collided:
                     continue
                 kept = self.kept[owner]
-                known = {entry[1] for entry in kept.entries} | (set() if kept.has_saved else kept.strays)
+                known = {entry[1] for entry in kept.entries} | (set() if kept.has_saved else kept.orphans)
                 if name.partition("/")[2] not in known:
                     self.find(f"{name} is left of handler {owner}")
             for name in () if self.program.by_directory else FOREIGN:
@@ -593,32 +591,32 @@ def _in_a_fork(work: Callable[[], None], errors: Path) -> int:
 
 
 def _forget_histories() -> None:
-    OwnFiles.newest_of = lambda *_args, **_kwargs: None  # type: ignore[method-assign]
+    OwnFiles.find_newest = lambda *_args, **_kwargs: None  # type: ignore[method-assign]
 
 
 def _mistake_others() -> None:
-    Owner.has = lambda *_args: True  # type: ignore[method-assign]
+    OwnFiles.has_record = lambda *_args: True  # type: ignore[method-assign]
 
 
 def _order_by_clock() -> None:
     Record.order = property(lambda self: (0.0, "", int(self.engine["iteration"])))  # type: ignore[assignment,method-assign]
 
 
-def _forget_strays() -> None:
+def _forget_orphans() -> None:
     found = OwnFiles.recorded_history
 
-    def without_strays(self: OwnFiles, *args: Any) -> Any:
+    def without_orphans(self: OwnFiles, *args: Any) -> Any:
         history = found(self, *args)
-        return None if history is None else replace(history, strays=())
+        return None if history is None else replace(history, orphans=())
 
-    OwnFiles.recorded_history = without_strays  # type: ignore[method-assign,assignment]
+    OwnFiles.recorded_history = without_orphans  # type: ignore[method-assign,assignment]
 
 
 BREAKAGES: dict[str, Callable[[], None]] = {
     "handlers forget what they kept": _forget_histories,
     "every file is taken for the handler's own": _mistake_others,
     "files are ordered by their iteration": _order_by_clock,
-    "what a killed save had still to remove is forgotten": _forget_strays,
+    "what a killed save had still to remove is forgotten": _forget_orphans,
 }
 """Ways to break the code: the programs have to find each."""
 

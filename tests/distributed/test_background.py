@@ -65,7 +65,7 @@ def trainer_that_notes(handler: Checkpoint, seen: list[tuple[int, str | None, bo
     @trainer.on(Events.ITERATION_STARTED)
     def note(engine: Engine) -> None:
         last = handler.last_checkpoint
-        seen.append((engine.state.iteration, None if last is None else Path(last).name, handler.is_in_flight))
+        seen.append((engine.state.iteration, None if last is None else Path(last).name, handler.has_pending_save))
 
     return trainer
 
@@ -82,7 +82,7 @@ def test_ranks_train_on_while_one_writes_and_take_over_in_the_same_iteration(tmp
     @trainer.on(Events.ITERATION_STARTED(once=6))
     def open_it() -> None:
         job.barrier()
-        assert handler.is_in_flight
+        assert handler.has_pending_save
         assert handler.last_checkpoint is None
         if job.rank() == 0:
             assert not (tmp_path / "obj_2.pt").exists()
@@ -90,9 +90,9 @@ def test_ranks_train_on_while_one_writes_and_take_over_in_the_same_iteration(tmp
 
     @trainer.on(Events.ITERATION_STARTED(once=7))
     def let_it_be_written() -> None:
-        flight = handler._flights._flight
-        if flight is not None:
-            flight.wait_local()
+        pending = handler._background_saves._pending
+        if pending is not None:
+            pending.wait_local()
         job.barrier()
 
     with slow_disk(0, "written"):
@@ -117,9 +117,9 @@ def test_an_error_on_the_saving_rank_is_everybodys_and_the_one_before_stands(tmp
     def break_it() -> None:
         if job.rank() == 0:
             job.store().set("fail", "1")
-        flight = handler._flights._flight
-        assert flight is not None
-        flight.wait_local()
+        pending = handler._background_saves._pending
+        assert pending is not None
+        pending.wait_local()
         job.barrier()
 
     full = OSError(errno.ENOSPC, "No space left on device")
@@ -213,7 +213,7 @@ def fail_alone(folder: Path, which: int) -> str:
     try:
         trainer.run([0] * 4)
     except Exception as error:  # noqa: BLE001 - whatever it is, the test looks at it
-        assert not handler.is_in_flight
+        assert not handler.has_pending_save
         return type(error).__name__
     return ""
 

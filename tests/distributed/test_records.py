@@ -8,7 +8,7 @@ import pytest
 from ignite.engine import Engine, Events
 
 from distckpt import Checkpoint, DiskSaver, resume
-from distckpt.handlers.runs import present_run
+from distckpt.handlers.runs import run_of
 from distckpt.ptformat.records import read_record
 from tests.distributed.programs import all_equal, gather, idle_engine, model_of
 from tests.support import job, run_distributed
@@ -45,7 +45,7 @@ def run(folder: Path, epochs: int, *, where: str, model_only: bool = False) -> t
 
 
 def _run_of(trainer: Engine) -> dict[str, Any] | None:
-    run = present_run(trainer)
+    run = run_of(trainer).run
     return None if run is None else run.as_json()
 
 

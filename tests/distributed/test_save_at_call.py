@@ -105,7 +105,7 @@ def save_while_swapped(
 
     def call() -> None:
         checkpoint(on)
-        is_there.append(checkpoint.is_in_flight or checkpoint.last_checkpoint is not None)
+        is_there.append(checkpoint.has_pending_save or checkpoint.last_checkpoint is not None)
 
     nan = TerminateOnNan(timeout_s=LIMIT_S, lag=lag)
     if order == "after":
@@ -220,14 +220,16 @@ def test_a_save_in_the_background_is_voted_on_with_the_score_of_another(tmp_path
 
         @trainer.on(Events.ITERATION_STARTED(once=3))
         def pretend_to_write() -> None:
-            flight = latest._flights._flight
-            if flight is not None:
-                release.append(flight)
-                vars(latest._flights)["_probe"] = lambda _engine: lambda: None  # it is written for three iterations
+            pending = latest._background_saves._pending
+            if pending is not None:
+                release.append(pending)
+                vars(latest._background_saves)["_probe"] = lambda _engine: (
+                    lambda: None
+                )  # it is written for three iterations
 
         @trainer.on(Events.ITERATION_STARTED(once=6))
         def end_it() -> None:
-            vars(latest._flights).pop("_probe", None)
+            vars(latest._background_saves).pop("_probe", None)
 
         trainer.run([0] * 8)
     assert release, "it was under way in the third iteration"

@@ -219,7 +219,7 @@ def test_a_file_is_committed_before_the_next_vote(tmp_path: Path) -> None:
     deadline = time.monotonic() + 20.0
     while not (tmp_path / "checkpoint_0.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert handler.is_in_flight, "nobody has voted"
+    assert handler.has_pending_save, "nobody has voted"
     verify(tmp_path / "checkpoint_0.pt")
     handler.wait_until_finished()
     assert gather(Path(str(handler.last_checkpoint)).name) == ["checkpoint_0.pt"] * 2

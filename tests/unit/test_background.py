@@ -107,7 +107,7 @@ def test_training_goes_on_while_it_is_written_and_changes_nothing_of_it(tmp_path
 
     @trainer.on(Events.ITERATION_COMPLETED)
     def look(engine: Engine) -> None:
-        seen.append((handler.is_in_flight, handler.last_checkpoint))
+        seen.append((handler.has_pending_save, handler.last_checkpoint))
         if engine.state.iteration == 5:
             gate.is_open.set()
 
@@ -132,7 +132,7 @@ def test_it_is_taken_over_after_an_iteration_in_which_it_is_durable(tmp_path: Pa
     def open_it() -> None:
         assert names_in(tmp_path) == [name for name in names_in(tmp_path) if name.endswith(".tmp")]
         gate.is_open.set()
-        handler._flights._flight.wait_local()  # type: ignore[union-attr]
+        handler._background_saves._pending.wait_local()  # type: ignore[union-attr]
 
     trainer.run([0] * 7)
     assert told == [6]
@@ -173,7 +173,7 @@ def test_one_that_completed_itself_begins_is_waited_for(tmp_path: Path) -> None:
     handler = Checkpoint({"obj": Notebook({"a": 1})}, saver(tmp_path))
     trainer.add_event_handler(Events.COMPLETED, handler)
     trainer.run([0, 1])
-    assert not handler.is_in_flight
+    assert not handler.has_pending_save
     assert handler.last_checkpoint == tmp_path / "obj_2.pt"
 
 
@@ -190,7 +190,7 @@ def test_one_of_an_evaluators_is_taken_over_in_the_trainers_iterations(tmp_path:
         seen.append((engine.state.iteration, handler.last_checkpoint and Path(handler.last_checkpoint).name))
         if engine.state.iteration == 4:
             gate.is_open.set()
-            handler._flights._flight.wait_local()  # type: ignore[union-attr]
+            handler._background_saves._pending.wait_local()  # type: ignore[union-attr]
 
     trainer.run([0, 1], max_epochs=3)
     assert seen[:5] == [(1, None), (2, None), (3, None), (4, None), (5, "obj_1.0000.pt")]
@@ -234,7 +234,7 @@ def test_a_second_one_is_skipped_where_that_is_asked_for(tmp_path: Path, gate: G
     @trainer.on(Events.ITERATION_STARTED(once=4))
     def open_it() -> None:
         gate.is_open.set()
-        handler._flights._flight.wait_local()  # type: ignore[union-attr]
+        handler._background_saves._pending.wait_local()  # type: ignore[union-attr]
 
     trainer.run([0] * 5)
     assert names_in(tmp_path) == ["obj_1.pt", "obj_5.pt"]
@@ -275,7 +275,7 @@ def test_an_error_is_raised_after_an_iteration_and_the_one_before_stands(tmp_pat
     def break_it() -> None:
         gate.error = OSError(errno.ENOSPC, "No space left on device")
         gate.is_open.set()
-        handler._flights._flight.wait_local()  # type: ignore[union-attr]
+        handler._background_saves._pending.wait_local()  # type: ignore[union-attr]
 
     with pytest.raises(SaveError, match=r"rank 0, step 4: cannot save .*obj_4.pt: .*obj_2.pt is intact") as caught:
         trainer.run([0, 1], max_epochs=4)
@@ -298,7 +298,7 @@ def test_an_error_is_raised_at_the_end_of_the_run_at_the_latest(tmp_path: Path, 
     with pytest.raises(SaveError, match=r"cannot save .*obj_1\.pt"):
         trainer.run([0])
     assert names_in(tmp_path) == []
-    assert not handler.is_in_flight
+    assert not handler.has_pending_save
 
 
 def test_what_cannot_be_begun_is_an_error_at_once(tmp_path: Path) -> None:
@@ -306,7 +306,7 @@ def test_what_cannot_be_begun_is_an_error_at_once(tmp_path: Path) -> None:
     (tmp_path / "folder").rmdir()
     with pytest.raises(FileNotFoundError):
         handler(idle_engine())
-    assert not handler.is_in_flight
+    assert not handler.has_pending_save
     (tmp_path / "folder").mkdir()
     handler(idle_engine())  # the memory is free again
     handler.wait_until_finished()
@@ -331,8 +331,8 @@ def test_an_exception_that_leaves_the_run_waits_for_it(tmp_path: Path, gate: Gat
 def test_an_interrupt_while_somebody_waits_leaves_the_writing_alone(tmp_path: Path, gate: Gate) -> None:
     handler = Checkpoint({"obj": Notebook({"a": torch.ones(5000)})}, saver(tmp_path))
     handler(idle_engine())
-    flight = handler._flights._flight
-    assert flight is not None
+    pending = handler._background_saves._pending
+    assert pending is not None
     threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
     threading.Timer(0.6, gate.is_open.set).start()
     with pytest.raises(KeyboardInterrupt):
@@ -347,7 +347,7 @@ def test_an_interrupt_while_somebody_waits_leaves_the_writing_alone(tmp_path: Pa
 def test_a_file_of_torchs_other_format_is_written_in_the_foreground(tmp_path: Path) -> None:
     handler = Checkpoint({"obj": Notebook({"a": 1})}, saver(tmp_path, _use_new_zipfile_serialization=False))
     handler(idle_engine())
-    assert not handler.is_in_flight
+    assert not handler.has_pending_save
     assert torch.load(tmp_path / "obj_0.pt", weights_only=True) == {"a": 1}
 
 
@@ -368,7 +368,7 @@ def test_a_preempted_run_ends_with_its_last_iteration_durable(tmp_path: Path, ga
         trainer.run([0] * 9)
     assert trainer.state.iteration == 4
     assert names_in(tmp_path) == ["obj_2.pt", "obj_4.pt"]
-    assert not handler.is_in_flight
+    assert not handler.has_pending_save
 
 
 @pytest.mark.parametrize("lag", [0, 1])
@@ -391,12 +391,12 @@ def test_a_history_that_is_reset_meanwhile_stays_so(tmp_path: Path, gate: Gate) 
     assert names_in(tmp_path) == ["obj_0.pt"]
 
 
-def test_a_copy_has_nothing_in_flight(tmp_path: Path, gate: Gate) -> None:
+def test_a_copy_has_nothing_pending(tmp_path: Path, gate: Gate) -> None:
     handler = Checkpoint({"obj": Notebook({"a": 1})}, saver(tmp_path))
     handler(idle_engine())
     twin = copy.deepcopy(handler)
-    assert handler.is_in_flight
-    assert not twin.is_in_flight
+    assert handler.has_pending_save
+    assert not twin.has_pending_save
     gate.is_open.set()
     handler.wait_until_finished()
 

@@ -155,7 +155,7 @@ def test_what_could_not_be_removed_before_a_failed_write_is_still_in_the_history
     with pytest.raises(_OwnError):
         handler(engine)
     assert handler.state_dict() == {"_saved": [(1, "model_1.pt")]}
-    assert handler._strays == ()
+    assert handler._history.orphans == ()
 
 
 def test_a_state_that_cannot_be_captured_is_found_out_before_anything_is_removed() -> None:

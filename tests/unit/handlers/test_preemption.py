@@ -568,7 +568,7 @@ def test_the_end_of_the_epoch_replaces_it_after_a_resume(tmp_path: Path, n_saved
             global_step_transform=global_step_from_engine(trainer),
             filename_pattern="{filename_prefix}_{global_step}.{ext}",
         )
-        saver.save_handler.require_empty = False  # type: ignore[union-attr]  # a DiskSaver
+        saver.save_handler.require_empty = False
         trainer.add_event_handler(Events.EPOCH_COMPLETED, saver)
         return trainer, saver, {"trainer": trainer, "checkpointer": saver}
 
@@ -767,7 +767,7 @@ def test_a_save_in_time_is_told_with_what_was_left(
 def test_a_save_that_took_longer_than_what_is_left_is_warned_of(log: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     trainer = trainer_that({3: send})
     slow, quick = (Checkpoint({"trainer": trainer}, tmp_path / name) for name in ("slow", "quick"))
-    slow.last_save_s, quick.last_save_s = 40.0, 4.0
+    slow._history.last_save_s, quick._history.last_save_s = 40.0, 4.0
     Preemption(trainer, [slow, quick], grace_s=30)
     trainer.run([0] * 5)
     assert "30.0 s are left, and the last save took 44.0 s: that of iteration 3 may not end in time" in log.text

@@ -92,7 +92,7 @@ def test_handlers_that_name_their_files_alike_are_told_apart(tmp_path: Path) -> 
     handlers = [Checkpoint({"model": linear(1)}, saver) for _ in range(2)]
     for handler in reversed(handlers):
         trainer.add_event_handler(Events.EPOCH_COMPLETED, handler)
-    orders = [handler._owner().identity["order"] for handler in handlers]
+    orders = [handler._find_own_files().identity["order"] for handler in handlers]
     assert orders == [0, 1]
 
 

@@ -1,0 +1,177 @@
+"""What one rank knows before the ranks decide on a save: the user's functions, and the handler's settings."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from ignite.engine import Engine, Events
+
+from distckpt._values import is_numpy_scalar, plain_score
+from distckpt.backends.detect import current
+from distckpt.handlers.checkpoint_history import CheckpointHistory
+from distckpt.handlers.engine_events import find_engine_handling_exception, get_firing_engines
+from distckpt.handlers.own_files import OwnFiles
+from distckpt.handlers.progress import num_completed_epochs, position_of
+from distckpt.handlers.runs import run_of
+from distckpt.handlers.save_handler import directory_of, removal_order_of, storage_saver
+from distckpt.policy.decision import RemovalOrder, SaveIntent, SavePolicy
+from distckpt.policy.retention import rank_candidate
+from distckpt.policy.scores import ScoreRule
+from distckpt.saving.capture import needs_consolidation
+
+_RUN_ENDS = (Events.COMPLETED, Events.TERMINATE)
+
+
+class Settings(Protocol):
+    """The public attributes of a :class:`~distckpt.Checkpoint`. Users may assign them between saves."""
+
+    to_save: Mapping[str, Any]
+    save_handler: Any
+    filename_prefix: str
+    score_function: Callable[..., Any] | None
+    score_name: str | None
+    n_saved: int | None
+    ext: str
+    global_step_transform: Callable[..., int] | None
+    filename_pattern: str | None
+    include_self: bool
+    greater_or_equal: bool
+    save_on_rank: int
+    score_rule: ScoreRule
+    timeout_s: float | None
+
+    @property
+    def last_checkpoint(self) -> str | Path | None:
+        """The kept checkpoint of highest priority."""
+
+
+class UserFacts(NamedTuple):
+    """The results of the user's functions on this rank.
+
+    Attributes:
+        global_step: the step in the file name; None if the name holds a score alone.
+        score: the score; None without a ``score_function``.
+    """
+
+    global_step: Any
+    score: int | float | None
+
+
+def name_of(to_save: Mapping[str, Any]) -> str:
+    """Return the name of the objects in file names: the single object's key, or ``checkpoint``."""
+    return str(next(iter(to_save))) if len(to_save) == 1 else "checkpoint"
+
+
+def coordinator_of(handler: Settings) -> int:
+    """Return the rank that decides and commits, as this rank was told."""
+    saver = handler.save_handler
+    rank: int = handler.save_on_rank if directory_of(saver) is None else saver.save_on_rank
+    return rank
+
+
+def policy_of(handler: Settings) -> SavePolicy:
+    """Return the policy of a handler's present settings."""
+    return SavePolicy(
+        prefix=handler.filename_prefix,
+        name=name_of(handler.to_save),
+        ext=handler.ext,
+        pattern=handler.filename_pattern,
+        score_name=handler.score_name,
+        n_saved=handler.n_saved,
+        greater_or_equal=handler.greater_or_equal,
+        score_rule=handler.score_rule,
+    )
+
+
+def call_user_functions(handler: Settings, engine: Engine) -> UserFacts:
+    """Rank-local. Return the step and the score of the present event; raise ValueError if one is no number."""
+    step: Any = None
+    if handler.global_step_transform is not None:
+        step = handler.global_step_transform(engine, engine.last_event_name)
+    score = None
+    if handler.score_function is not None:
+        score = plain_score(handler.score_function(engine))
+    elif step is None:
+        step = engine.state.get_event_attrib_value(Events.ITERATION_COMPLETED)
+    else:
+        try:
+            plain_score(step)  # as text, "9" would rank above "10"
+        except ValueError:
+            msg = f"Output of global_step_transform should be a number, but given {type(step)}"
+            raise ValueError(msg) from None
+    return UserFacts(step.item() if is_numpy_scalar(step) else step, score)
+
+
+def is_mid_epoch(handler: Settings, facts: UserFacts, engine: Engine, *, is_early: bool) -> bool:
+    """Return True if the step is the number of an epoch that is not over, whose end is to replace the save.
+
+    `engine` is the outermost engine that fires, `is_early` tells that the run is being ended in the middle of an epoch.
+    """
+    if handler.global_step_transform is None or facts.score is not None:
+        return False
+    step, epoch = facts.global_step, engine.state.epoch
+    # Outside of a run a user may have set the state: it does not tell what was trained.
+    is_epoch = bool(get_firing_engines()) and type(step) in (int, float) and step == epoch
+    return is_early or (is_epoch and num_completed_epochs(engine) < epoch)
+
+
+def may_want(
+    handler: Settings, history: CheckpointHistory, facts: UserFacts, engine: Engine, *, is_early: bool
+) -> bool:
+    """Return True if this rank's facts call for a save. If no rank's do, then the agreed score does not either."""
+    priority, entries = rank_candidate(
+        history.items,
+        score=facts.score,
+        global_step=facts.global_step,
+        is_mid_epoch=is_mid_epoch(handler, facts, next(iter(get_firing_engines()), engine), is_early=is_early),
+        former=history.former,
+    )
+    return policy_of(handler).wants(entries, priority)
+
+
+def make_intent(
+    handler: Settings,
+    history: CheckpointHistory,
+    own: OwnFiles,
+    engines: Sequence[Engine],
+    facts: UserFacts,
+    *,
+    is_early: bool,
+    is_forced: bool,
+) -> SaveIntent:
+    """Rank-local. Return what this rank knows. A resumed run's first save restores the history that files record.
+
+    Args:
+        handler: the Checkpoint.
+        history: its history.
+        own: tells its files.
+        engines: the engines that fire, outermost first, and the engine on whose event it saves.
+        facts: the results of its functions.
+        is_early: see :func:`is_mid_epoch`.
+        is_forced: whether the run is being ended.
+    """
+    backend, coordinator, saver = current(), coordinator_of(handler), handler.save_handler
+    searches = backend.rank == coordinator or find_engine_handling_exception() is not None
+    run = history.enter_run(engines, own, is_coordinator=searches)
+    directory, stored = directory_of(saver), storage_saver(saver)
+    outermost, is_nested = engines[0], len(engines) > 1
+    return SaveIntent(
+        policy=policy_of(handler),
+        save_on_rank=coordinator,
+        global_step=facts.global_step,
+        score=facts.score,
+        history=history.entries,
+        orphans=history.orphans,
+        directory=None if directory is None else str(directory),
+        needs_consolidation=needs_consolidation(handler.to_save),
+        knows_writers=stored is None or stored.knows_writers(backend),
+        removal=int(RemovalOrder.BEFORE if history.unseen_handler is saver else removal_order_of(saver)),
+        handler=None if directory is None else own.identity,
+        run=run.as_json(),
+        number=run_of(outermost).num_saved,
+        data=position_of(outermost),
+        former=tuple(sorted(history.former)),
+        is_mid_epoch=is_mid_epoch(handler, facts, outermost, is_early=is_early),
+        is_final=is_forced or (is_nested and outermost.last_event_name in _RUN_ENDS),
+        is_saved=history.saved_at.is_present(engines[-1]) or history.is_saved_before(outermost),
+    )
