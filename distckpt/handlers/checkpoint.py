@@ -313,7 +313,7 @@ class Checkpoint(Serializable, Voter):
                 self._engines.names.add(name_of(value))
 
     def _find_own_files(self, engines: Iterable[Engine] = (), *, loaded_name: str | None = None) -> OwnFiles:
-        """Return what tells this handler's files from those of other handlers on its engines, and on `engines`."""
+        """Return what identifies this handler's files among those of other handlers on its engines, and `engines`."""
         directory = directory_of(self.save_handler)
         known = [one for engine in self._engines.union(engines) for one in get_tracked_handlers(engine)]
         handlers = {id(one): one for one in known if isinstance(one, Checkpoint) and one is not self}.values()

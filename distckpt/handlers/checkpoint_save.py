@@ -52,11 +52,11 @@ class CheckpointSave:
     Attributes:
         handler: the Checkpoint.
         history: its history.
-        find_own_files: returns what tells its files; takes the engines that fire.
+        find_own_files: takes the engines that fire, and returns what identifies its files.
         find_facts: calls the user's functions.
         engine: the engine on whose event it saves.
         backend: the job's backend, or a :class:`SingleRank`.
-        skip_log: logs and warns of what is not saved.
+        skip_log: logs the iterations that are not saved.
         is_early: whether the run is being ended in the middle of an epoch.
         is_forced: whether the run is being ended.
         log: measures the save.
@@ -228,7 +228,7 @@ class CheckpointSave:
         self.history.saved_at = RunIteration(self.engine)
 
         def end(pending: PendingSave, error: BaseException | None) -> None:
-            # A load or a reset meanwhile has replaced the history: the file stays, and is not part of it.
+            # If a load or a reset has replaced the history, the file stays in place but is not part of the history.
             is_current = self.history.version == version
             if error is None:
                 self._end(pending, written, is_current=is_current, removes_at_commit=removes_at_commit)
@@ -316,7 +316,7 @@ class CheckpointSave:
             saver.save_with_manifest(checkpoint, filename, self._build_manifest(), self._object_key(), metadata)
 
     def _watch_writes(self) -> WrittenFiles | None:
-        """Return what finds the files that the save writes; None if the save handler's names are distinct files."""
+        """Return an object that finds the written files; None if the save handler's names are distinct files."""
         directory = directory_of(self.handler.save_handler)
         if self.agreed.removal != RemovalOrder.AFTER_KEEPING or not self.decision.evicted or directory is None:
             return None
@@ -328,7 +328,7 @@ class CheckpointSave:
         """Collective. Remove evicted files before the write, if they have to be; return the removed ones."""
         if self.agreed.removal != RemovalOrder.BEFORE:
             return []
-        self._remove(self.sync_point("removing what is evicted"), self.decision.evicted, None)
+        self._remove(self.sync_point("removing evicted files first"), self.decision.evicted, None)
         self._orphans = self.history.orphans
         removed = [name for name in self.decision.evicted if name not in self._orphans]
         self.history.remove(removed)
@@ -346,18 +346,18 @@ class CheckpointSave:
             self.history.orphans = ()
             return
         if self.agreed.removal == RemovalOrder.AFTER or not evicted:
-            self._remove(self.sync_point("removing what was evicted"), evicted, None)
+            self._remove(self.sync_point("removing evicted files"), evicted, None)
             return
         try:
             # On all ranks before any rank removes: a handler need not check its rank.
             found = phases.run(
                 self.backend,
-                self.sync_point("keeping what was written"),
+                self.sync_point("keeping the written files"),
                 lambda: written is not None and written.keep(),
                 timeout_s=self.handler.timeout_s,
             )
             if any(found):
-                self._remove(self.sync_point("removing what was evicted"), evicted, written)
+                self._remove(self.sync_point("removing evicted files"), evicted, written)
             else:
                 self.history.unseen_handler = self.handler.save_handler
         finally:

@@ -1,4 +1,4 @@
-"""The files of one Checkpoint, told from those of other handlers in the same directory.
+"""The files of one Checkpoint among those of other handlers in the same directory.
 
 A file with a record (:mod:`distckpt.ptformat.records`) names its handler. Without a record the file's name decides.
 """
@@ -84,7 +84,7 @@ class RecordedHistory:
 
 
 class OwnFiles:
-    """Tells the files of one Checkpoint. Rank-local; issues no collectives.
+    """Identifies the files of one Checkpoint. Rank-local; issues no collectives.
 
     Args:
         directory: the directory that it saves into; None if there is none.
@@ -228,7 +228,7 @@ class OwnFiles:
         return RecordedHistory(entries=entries, orphans=orphans, iteration=record.iteration)
 
     def named_history(self, resumed: str, others: Iterable[str], *, is_mid_epoch: bool) -> list[Entry] | None:
-        """Return the history that the names of files without records tell; None if they tell no priority.
+        """Return the history that follows from names of files without records; None if they hold no priority.
 
         Args:
             resumed: the file that the handler resumes from. The history holds it.

@@ -63,7 +63,7 @@ def name_of(to_save: Mapping[str, Any]) -> str:
 
 
 def coordinator_of(handler: Settings) -> int:
-    """Return the rank that decides and commits, as this rank was told."""
+    """Return the rank that decides and commits, according to this rank's settings."""
     saver = handler.save_handler
     rank: int = handler.save_on_rank if directory_of(saver) is None else saver.save_on_rank
     return rank
@@ -105,12 +105,12 @@ def call_user_functions(handler: Settings, engine: Engine) -> UserFacts:
 def is_mid_epoch(handler: Settings, facts: UserFacts, engine: Engine, *, is_early: bool) -> bool:
     """Return True if the step is the number of an epoch that is not over, whose end is to replace the save.
 
-    `engine` is the outermost engine that fires, `is_early` tells that the run is being ended in the middle of an epoch.
+    `engine` is the outermost engine that fires. `is_early`: the run is being ended in the middle of an epoch.
     """
     if handler.global_step_transform is None or facts.score is not None:
         return False
     step, epoch = facts.global_step, engine.state.epoch
-    # Outside of a run a user may have set the state: it does not tell what was trained.
+    # Outside of a run a user may have set the state: it does not show what was trained.
     is_epoch = bool(get_firing_engines()) and type(step) in (int, float) and step == epoch
     return is_early or (is_epoch and num_completed_epochs(engine) < epoch)
 
@@ -144,7 +144,7 @@ def make_intent(
     Args:
         handler: the Checkpoint.
         history: its history.
-        own: tells its files.
+        own: identifies its files.
         engines: the engines that fire, outermost first, and the engine on whose event it saves.
         facts: the results of its functions.
         is_early: see :func:`is_mid_epoch`.

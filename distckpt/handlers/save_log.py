@@ -78,7 +78,7 @@ class SaveLog:
         return self._durable_s
 
     def write(self, rank: int, agreed: AgreedSave, policy: SavePolicy, orphans: Collection[str]) -> None:
-        """Log the line. Another message tells why `orphans`, which are evicted files, could not be removed."""
+        """Log the line. `orphans` are evicted files that could not be removed; another message gives the reason."""
         decision, level = agreed.decision, log_level(rank, {agreed.coordinator}, logging.INFO)
         if decision is None or not _logger.isEnabledFor(level):
             return

@@ -84,7 +84,7 @@ class _OwnError(RuntimeError):
 
 
 class _Prefixed(DiskSaver):
-    """Maps each name to a file of its own, and fails where it is told to."""
+    """Maps each name to a file of its own, and fails where a test wants it."""
 
     fails = False
 

@@ -275,5 +275,5 @@ def test_a_save_left_out_is_told_of_once_where_several_events_of_an_iteration_as
     for event in (Events.ITERATION_COMPLETED, Events.COMPLETED, Events.TERMINATE)[:events]:
         trainer.add_event_handler(event, handler)
     trainer.run([0] * 5)
-    told = [one.getMessage() for one in caplog.records if "is not saved" in one.getMessage()]
-    assert told == [f"Checkpoint: iteration 3 is not saved: it was voted NaN. The last one is {tmp_path}/model_2.pt."]
+    texts = [one.getMessage() for one in caplog.records if "is not saved" in one.getMessage()]
+    assert texts == [f"Checkpoint: iteration 3 is not saved: it was voted NaN. The last one is {tmp_path}/model_2.pt."]

@@ -23,9 +23,9 @@ from tests.unit.toys import InMemory, idle_engine, linear
     ],
 )
 def test_older_arguments_are_taken_and_warned_of(tmp_path: Path, older: dict[str, Any], words: str) -> None:
-    with pytest.warns(DeprecationWarning, match=words) as told:
+    with pytest.warns(DeprecationWarning, match=words) as caught:
         handler = ModelCheckpoint(tmp_path, "p", **older)
-    assert told[0].filename == __file__
+    assert caught[0].filename == __file__
     handler(idle_engine(), {"model": linear(0)})
     assert [path.name for path in tmp_path.iterdir()] == ["p_model_0.pt"]
 

@@ -82,9 +82,9 @@ def test_order_of_the_ranks_does_not_matter(scores: list[float], rule: ScoreRule
     ],
 )
 def test_scores_that_differ(scores: list[float], rule: ScoreRule, agreed: float, *, differed: bool) -> None:
-    value, told = agreed_score(scores, rule, 0)
+    value, differ = agreed_score(scores, rule, 0)
     assert bits(value) == bits(agreed)
-    assert told is differed
+    assert differ is differed
 
 
 @pytest.mark.parametrize("scores", [[1.7e308, 1.6e308], [1.7e308, 1.6e308, 1.5e308], [-1.7e308, -1.6e308]])

@@ -122,11 +122,11 @@ def test_training_goes_on_while_it_is_written_and_changes_nothing_of_it(tmp_path
 
 
 def test_it_is_taken_over_after_an_iteration_in_which_it_is_durable(tmp_path: Path, gate: Gate) -> None:
-    trainer, told = idle_engine(), list[int]()
+    trainer, fired = idle_engine(), list[int]()
     trainer.register_events(*CheckpointEvents)
     handler = Checkpoint({"obj": Notebook({"a": 1})}, saver(tmp_path), n_saved=1)
     on_iterations(trainer, handler, every=4)
-    trainer.add_event_handler(CheckpointEvents.SAVED_CHECKPOINT, lambda engine: told.append(engine.state.iteration))
+    trainer.add_event_handler(CheckpointEvents.SAVED_CHECKPOINT, lambda engine: fired.append(engine.state.iteration))
 
     @trainer.on(Events.ITERATION_STARTED(once=6))
     def open_it() -> None:
@@ -135,7 +135,7 @@ def test_it_is_taken_over_after_an_iteration_in_which_it_is_durable(tmp_path: Pa
         handler._background_saves._pending.wait_local()  # type: ignore[union-attr]
 
     trainer.run([0] * 7)
-    assert told == [6]
+    assert fired == [6]
     assert names_in(tmp_path) == ["obj_4.pt"]
 
 

@@ -78,28 +78,28 @@ def test_two_checkpoints_on_one_event_see_the_same_event() -> None:
 
 def test_a_listener_may_be_there_before_the_first_save() -> None:
     trainer = idle_engine()
-    told: list[int] = []
+    fired: list[int] = []
 
     @trainer.on(Checkpoint.SAVED_CHECKPOINT)
     def saved(engine: Engine) -> None:
-        told.append(engine.state.iteration)
+        fired.append(engine.state.iteration)
 
     handler = Checkpoint({"model": nn.Identity()}, InMemory())
     trainer.add_event_handler(Events.ITERATION_COMPLETED(every=2), handler)
     trainer.run([0] * 5)
-    assert told == [2, 4]
+    assert fired == [2, 4]
     assert Checkpoint.SAVED_CHECKPOINT is CheckpointEvents.SAVED_CHECKPOINT
 
 
 def test_a_listener_may_listen_to_several_events_at_once() -> None:
     trainer = idle_engine()
-    told: list[int] = []
+    fired: list[int] = []
     trainer.add_event_handler(
-        Checkpoint.SAVED_CHECKPOINT | Events.COMPLETED, lambda: told.append(trainer.state.iteration)
+        Checkpoint.SAVED_CHECKPOINT | Events.COMPLETED, lambda: fired.append(trainer.state.iteration)
     )
     trainer.add_event_handler(Events.ITERATION_COMPLETED, Checkpoint({"model": nn.Identity()}, InMemory()))
     trainer.run([0] * 2)
-    assert told == [1, 2, 2]
+    assert fired == [1, 2, 2]
 
 
 def test_other_unknown_events_are_still_refused() -> None:
@@ -124,12 +124,12 @@ def test_the_event_fires_after_the_file_is_there_and_the_old_one_gone(tmp_path: 
 
 def test_nothing_fires_when_nothing_was_saved() -> None:
     trainer = idle_engine()
-    told: list[int] = []
-    trainer.add_event_handler(Checkpoint.SAVED_CHECKPOINT, lambda: told.append(trainer.state.epoch))
+    fired: list[int] = []
+    trainer.add_event_handler(Checkpoint.SAVED_CHECKPOINT, lambda: fired.append(trainer.state.epoch))
     handler = Checkpoint({"model": nn.Identity()}, InMemory(), score_function=_by_epoch([2, 1, 3]))
     trainer.add_event_handler(Events.EPOCH_COMPLETED, handler)
     trainer.run([0], max_epochs=3)
-    assert told == [1, 3]
+    assert fired == [1, 3]
 
 
 def test_the_event_name_is_put_back_when_a_listener_fails() -> None:

@@ -159,16 +159,16 @@ def test_a_name_that_is_no_text_becomes_one() -> None:
 
 
 def test_the_transform_is_told_engine_and_event() -> None:
-    told: list[Any] = []
+    calls: list[Any] = []
 
     def transform(engine: Engine, event: Any) -> int:
-        told.append((engine, event))
+        calls.append((engine, event))
         return 1
 
     engine = idle_engine()
     handler = Checkpoint({"model": nn.Identity()}, InMemory(), global_step_transform=transform)
     handler(engine)
-    assert told == [(engine, engine.last_event_name)]
+    assert calls == [(engine, engine.last_event_name)]
 
 
 PATTERNS: list[tuple[dict[str, bool], str]] = [
