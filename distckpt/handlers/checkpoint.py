@@ -114,8 +114,11 @@ class Checkpoint(Serializable, Voter):
     _state_dict_all_req_keys = ("_saved",)
 
     setup_filename_pattern = staticmethod(default_pattern)
+    """Return a file name pattern with the chosen fields; see :func:`distckpt.policy.naming.default_pattern`."""
     get_default_score_fn = staticmethod(get_default_score_fn)
+    """Return a score function that reads a metric; see :func:`distckpt.policy.scores.get_default_score_fn`."""
     load_objects = staticmethod(api.load_objects)
+    """Load a checkpoint into objects, all of them or none; see :func:`distckpt.loading.api.load_objects`."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
