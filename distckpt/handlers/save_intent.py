@@ -15,7 +15,7 @@ from distckpt.handlers.progress import num_completed_epochs, position_of
 from distckpt.handlers.runs import run_of
 from distckpt.handlers.save_handler import directory_of, removal_order_of, storage_saver
 from distckpt.policy.decision import RemovalOrder, SaveIntent, SavePolicy
-from distckpt.policy.retention import rank_candidate
+from distckpt.policy.retention import rank_candidate, wants
 from distckpt.policy.scores import ScoreRule
 from distckpt.saving.capture import needs_consolidation
 
@@ -126,7 +126,8 @@ def may_want(
         is_mid_epoch=is_mid_epoch(handler, facts, next(iter(get_firing_engines()), engine), is_early=is_early),
         former=history.former,
     )
-    return policy_of(handler).wants(entries, priority)
+    # Without a SavePolicy: this may run in every iteration.
+    return wants(entries, priority, n_saved=handler.n_saved, greater_or_equal=handler.greater_or_equal)
 
 
 def make_intent(
