@@ -308,7 +308,7 @@ class Checkpoint(Serializable, Voter):
         saver = storage_saver(self.save_handler)
         return None if saver is None else saver.object_id
 
-    def attached(self, engine: Engine, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def on_attach(self, engine: Engine, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Note the engine that the handler is attached to, and the objects in its arguments."""
         self._engines.add(engine)
         for value in (*args, *kwargs.values()):
