@@ -71,9 +71,9 @@ class BackgroundSaves(Poller):
         self._voted_on = self._pending
         return _report_nothing if self._pending is not None and self._pending.is_pending else None
 
-    def _act(self, engine: Engine, said: Mapping[int, Any]) -> None:
+    def _act(self, engine: Engine, reports: Mapping[int, Any]) -> None:
         """Collective. No rank is writing any more."""
-        del engine, said
+        del engine, reports
         if self._pending is not None and self._pending is self._voted_on:
             self._advance()
 

@@ -226,8 +226,8 @@ class Checkpoint(Serializable, Voter):
         is_wanted = is_wanted or may_want(self, self._history, facts, engine, is_early=self._is_early)
         return _report_nothing if is_wanted else None
 
-    def _act(self, engine: Engine, said: Mapping[int, Any]) -> None:
-        del engine, said
+    def _act(self, engine: Engine, reports: Mapping[int, Any]) -> None:
+        del engine, reports
         self._is_wanted = True
 
     def _find_facts(self, engine: Engine) -> UserFacts:
