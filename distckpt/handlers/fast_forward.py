@@ -59,7 +59,7 @@ class FastForward:
     6. ITERATION_STARTED: without data, set the generators here. If the iteration had been started before the save,
        restore the objects that handlers have changed.
 
-    If the run starts at another iteration, nothing of this happens. Without `skip_batches`, no batch is dropped.
+    If the run starts at another iteration, the handlers do nothing. Without `skip_batches`, no batch is dropped.
     """
 
     def __init__(

@@ -4,7 +4,7 @@ In a resumed run the handlers of STARTED run again, and in an interrupted epoch 
 metrics and counters, step schedulers, initialise models: the restored state holds the results already. So the state is
 captured before these handlers, and what they have changed is restored after them.
 
-A large tensor is not copied. A fingerprint tells whether it was changed; if so, it is loaded from the checkpoint again.
+A large tensor is not copied. If its fingerprint has changed, it is loaded from the checkpoint again.
 """
 
 import contextlib

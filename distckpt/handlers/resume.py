@@ -293,7 +293,7 @@ def _agree_on_coordinator(named: Sequence[int]) -> int:
 
 @dataclass(slots=True, kw_only=True)
 class _Loaded:
-    """What :func:`_load` has loaded."""
+    """The result of :func:`_load`."""
 
     record: Mapping[str, Any]  # the checkpoint's; empty without one
     engine: Engine | None  # as given, or found in `to_load`
@@ -326,7 +326,7 @@ def _load(
         loaded = _find_extras(nameless, chosen, names, to_load, engine or find_engine(to_load, record), record)
         unread = chosen.file if chosen.file.read_structure() else None
         fitted.append((loaded, prepare(to_load, chosen.state, options, unread, loaded.extras)))
-        chosen.state = None  # what nothing refers to is not read
+        chosen.state = None  # tensors without a reference are not read
         fitted[0][1].fill()
 
     def load() -> None:
@@ -418,7 +418,7 @@ def _make_reloader(
                 raise LoadError(msg)
             state = file.state()
             prepared = prepare(to_load, state, options, file if file.read_structure() else None, only=objects)
-            del state  # what nothing refers to is not read
+            del state  # tensors without a reference are not read
             prepared.load()
 
     return load_again
