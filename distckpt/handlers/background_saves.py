@@ -99,8 +99,8 @@ class BackgroundSaves(Poller):
     def abort(self, error: BaseException) -> None:
         """Wait for the pending save when an exception leaves the engine's run.
 
-        Collective if all ranks are bound to come here: then the save is taken over. Otherwise each rank finishes its
-        own work. A rank that writes alone commits the file, and :func:`~distckpt.resume` finds it.
+        Collective if all ranks are sure to come here: then the save completes. Otherwise each rank finishes its own
+        work. A rank that writes alone commits the file, and :func:`~distckpt.resume` finds it.
         """
         pending = self._pending
         if pending is None:

@@ -334,7 +334,7 @@ class Checkpoint(Serializable, Voter):
         return OwnFiles(directory, own, others, saved_in=self._history.saved_in, loaded_name=loaded_name)
 
     def _object_names(self) -> frozenset[str]:
-        """Return the names of the objects in the handler's files; empty if it does not know yet what it saves."""
+        """Return the names of the objects in the handler's files; empty if they are not known yet."""
         return frozenset({name_of(self.to_save)})
 
     @property

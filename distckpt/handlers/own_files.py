@@ -42,7 +42,7 @@ class FileNaming:
 
     Attributes:
         policy: the prefix, pattern, and other parts of the name.
-        names: the keys of the objects in its files; empty if it does not know yet what it saves.
+        names: the keys of the objects in its files; empty if they are not known yet.
         is_scored: whether it has a score function.
         has_transform: whether it has a ``global_step_transform``.
         serial: the number of Checkpoints that this process made before.
@@ -91,7 +91,7 @@ class OwnFiles:
         naming: how it names its files.
         others: how the other handlers that save there name theirs.
         saved_in: the ids of the runs in which this process saved the handler's files, by name.
-        loaded_name: what files of the loaded objects are called, for a handler that does not know yet what it saves.
+        loaded_name: the name of the loaded objects in file names, for a handler that has not been called yet.
 
     Attributes:
         identity: the handler's identity in records, the same in the next run.

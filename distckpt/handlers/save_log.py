@@ -52,7 +52,7 @@ class SkipLog:
         """Warn, unless `what` was warned of before."""
         if what not in self._warned:
             self._warned.add(what)
-            warnings.warn(f"Checkpoint: {text} This is said once.", stacklevel=5)
+            warnings.warn(f"Checkpoint: {text} This warning appears once.", stacklevel=4)
 
 
 def describe_last(last_checkpoint: str | Path | None) -> str:

@@ -1,4 +1,4 @@
-"""What all ranks save and what it replaces: a pure function of every rank's :class:`SaveIntent`."""
+"""The decision on a save and on what it replaces: a pure function of every rank's :class:`SaveIntent`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
