@@ -333,7 +333,7 @@ def test_parameter_that_differs_between_ranks_is_named(tmp_path: Path, *, backgr
             one.model.module[2].weight[3, 4] += 1e-6
     error = raised(lambda: one.trainer.run([0], max_epochs=2))
     assert isinstance(error, ReplicasDiffer)
-    assert "model.2.weight, on rank 1 other than on rank 0" in str(error)
+    assert "between rank 1 and rank 0: the first tensor that differs is model.2.weight" in str(error)
     job.barrier()
     assert sorted(os.listdir(tmp_path)) == ["checkpoint_1.pt"]
     job.barrier()
