@@ -2,7 +2,7 @@
 # Set up, check, test and benchmark distckpt; works on a fresh clone. All stages run even if an earlier one fails. A summary
 # ends the output, and the exit code is 0 if every stage passed.
 #
-#   ci/test.sh                       every stage, on a selection of the tests' cases: some 12 minutes on two cores
+#   ci/test.sh                       every stage, on a selection of the tests' cases (aim: 12 minutes on two cores)
 #   ci/test.sh --full                every stage, on all cases and crash trials, and on the newest torch: some hours
 #   ci/test.sh --checks              linters, types, layers, the wheel, the documentation
 #   ci/test.sh --tests               pytest only
