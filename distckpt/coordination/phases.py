@@ -33,7 +33,7 @@ class SyncPoint:
 
     Attributes:
         handler: the handler's name and number, as in ``Checkpoint#0``.
-        phase: the phase, and the event that led to it.
+        phase: the phase's description, and the event that led to it.
         step: the engine's iteration, for messages. It may differ between ranks: the shards of an evaluator's data can
             have unequal lengths.
         sequence: a number that has to be equal on all ranks: the count of the handler's calls, or an iteration.
@@ -57,7 +57,7 @@ class SyncPoint:
 def run(backend: Backend, point: SyncPoint, work: Callable[[], T], *, timeout_s: float | None = None) -> list[T]:
     """Collective. Call `work` on every rank, and return the results of all ranks.
 
-    Takes steps 1 to 6 of the module's protocol.
+    Runs steps 1 to 6 of the module's protocol.
 
     Args:
         backend: the job's backend.
@@ -112,8 +112,8 @@ def run(backend: Backend, point: SyncPoint, work: Callable[[], T], *, timeout_s:
 
 
 def raise_unreported(own: BaseException, lost: CollectiveError) -> NoReturn:
-    """Raise this rank's own error, with a note that the other ranks could not be told of it."""
-    own.add_note(f"The other ranks were not told of it: {lost}")
+    """Raise this rank's own error, with a note that the other ranks do not know of it."""
+    own.add_note(f"The other ranks do not know of it: {lost}")
     context = own.__context__ or lost
     try:
         raise own
@@ -124,8 +124,8 @@ def raise_unreported(own: BaseException, lost: CollectiveError) -> NoReturn:
 class HandlerId:
     """The name of one handler, equal on all ranks, and the count of its calls.
 
-    Constructors issue no collectives: only at a handler's first event can the ranks find out whether all of them have
-    it. After the process group is destroyed and made again, the handler is named and counted anew.
+    Constructors issue no collectives, so the ranks compare their handlers at a handler's first event. If the process
+    group is destroyed and created again, the handler gets a new name and a new count.
 
     Args:
         kind: the handler's class name.
@@ -143,7 +143,7 @@ class HandlerId:
         return {"kind": self._kind}
 
     def __setstate__(self, state: dict[str, str]) -> None:
-        """Start anew."""
+        """Restore the kind; the count starts at 0."""
         self.__init__(state["kind"])  # type: ignore[misc]  # the constructor sets every attribute
 
     def advance(
@@ -163,7 +163,7 @@ class HandlerId:
             self._backend, self._name, self._sequence = backend, object_id or self._kind, 0
             self._is_known = backend.world_size == 1
         if not self._is_known:
-            # The name stays if this fails: a second try must not look like a second handler.
+            # The name is kept if this fails, so that a second attempt does not appear as a second handler.
             note = backend.store_barrier(f"the first event of {self._name}", depends_on=depends_on, timeout_s=timeout_s)
             if note is not None:
                 failure = RankFailure(**wire.decode(note.encode("ascii")))

@@ -32,7 +32,11 @@ _POLL_S = 0.0002
 
 
 class VoteKind(IntEnum):
-    """What a handler can report, in the order in which results are acted on."""
+    """What a handler can report. Results are handled in this order.
+
+    A round reduces one number per kind, after one for failures. :meth:`~distckpt.backends.base.Backend.check_in_sync`
+    takes at most eight numbers, so there can be at most seven kinds.
+    """
 
     NAN = 0
     """The output holds NaN or infinity."""
@@ -63,7 +67,7 @@ class DeviceFlag(Protocol):
 
 
 Detail = Callable[[], Any]
-"""Returns what the other ranks are told of a yes; called in step 3."""
+"""Returns the report of a yes, for the other ranks; called in step 3."""
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""The Checkpoint handler: when it saves, and what users ask it. :mod:`distckpt.handlers.checkpoint_save` saves."""
+"""The Checkpoint handler: its arguments, its events and its history. :mod:`distckpt.handlers.checkpoint_save` saves."""
 
 import itertools
 from collections import OrderedDict
@@ -67,7 +67,8 @@ class Checkpoint(Serializable, Voter):
         filename_prefix: the beginning of the file name.
         score_function: takes the engine and returns a number. The checkpoints with the highest scores are kept. NaN is
             not better than any score, and is not saved.
-        score_name: the score's name in the file name. Alone it means ``get_default_score_fn(score_name)``.
+        score_name: the score's name in the file name. Without `score_function`, the score is
+            ``get_default_score_fn(score_name)``.
         n_saved: the number of checkpoints to keep; None keeps all.
         global_step_transform: takes ``(engine, event_name)`` and returns the global step; see
             :func:`global_step_from_engine`.
@@ -106,7 +107,7 @@ class Checkpoint(Serializable, Voter):
     SAVED_CHECKPOINT = CheckpointEvents.SAVED_CHECKPOINT
     Item = _Item
     keeps_history: bool = False
-    """Whether :meth:`reset` forgets nothing, as before the first batch of a resumed run."""
+    """Whether :meth:`reset` keeps the history; True before the first batch of a resumed run."""
     vote_kind = VoteKind.SAVE_WANTED
     may_run_early = False  # a call saves the state at its own place among the handlers
     lag = None
@@ -198,12 +199,12 @@ class Checkpoint(Serializable, Voter):
         failing = find_engine_handling_exception()
         if failing is not None and has_others:
             handlers = get_handlers(failing, Events.EXCEPTION_RAISED)
-            # ignite takes an exception for caught if a handler of EXCEPTION_RAISED does not raise it. A Checkpoint does
+            # ignite treats an exception as handled if no handler of EXCEPTION_RAISED raises it. A Checkpoint does
             # not catch it: with one rank missing the run cannot continue.
             announce_errors(failing, is_uncaught=all(isinstance(handler, Checkpoint) for handler in handlers))
             self._save_alone(engine, backend)
             return
-        # Without user functions every call saves. On events other than iterations a vote costs more than it spares.
+        # Without user functions every call saves. On events other than iterations a vote costs more than it saves.
         has_functions = self.score_function is not None or self.global_step_transform is not None
         asks = has_functions and has_others and is_iteration_event(engine)
         self._asking_engine, self._facts, self._is_wanted = (engine if asks else None), None, not asks
@@ -247,7 +248,8 @@ class Checkpoint(Serializable, Voter):
         Args:
             engine: the engine whose run is ended.
             event: the event that the handler is attached to.
-            calls: the calls on that event, with other arguments; empty for a call with the engine alone.
+            calls: functions that call the handler with its arguments on that event; empty to call it with the engine
+            alone.
         """
         if not self.has_saved_at(engine):
             present, is_within_epoch = engine.last_event_name, is_iteration_event(engine)
@@ -389,7 +391,7 @@ class Checkpoint(Serializable, Voter):
         return OrderedDict(_saved=list(self._history.entries))
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Replace the history. If the coordinator alone loads it, it holds on all ranks from the next event on.
+        """Replace the history. If only the coordinator loads it, all ranks use it from the next event on.
 
         Args:
             state_dict: the result of :meth:`state_dict`. The key ``saved`` of older releases is accepted.
@@ -441,4 +443,4 @@ class Checkpoint(Serializable, Voter):
 
 
 def _report_nothing() -> None:
-    """Return what a rank reports with its vote."""
+    """Report a yes without a detail."""

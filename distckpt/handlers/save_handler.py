@@ -35,8 +35,9 @@ class BaseSaveHandler(_IgniteSaveHandler):
     The handlers of ignite are instances of this class, and this class derives from ignite's.
 
     Attributes:
-        storage: the storage in which a Checkpoint writes files itself, with manifests, in the background and from
-            several ranks. None: it only calls this handler, and ``remove``.
+        storage: the place to which a Checkpoint writes files itself, with manifests, in the background and from several
+            ranks. Such a handler is a :class:`StorageSaver`. None: the Checkpoint only calls this handler, and
+            ``remove``.
 
     Example:
         >>> class InMemory(BaseSaveHandler):

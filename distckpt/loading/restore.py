@@ -46,7 +46,7 @@ _Mismatches = list[tuple[str, StateMismatchError]]  # with the objects' names
 
 
 class _Order(IntEnum):
-    """The order of loading: the surer a load is to succeed, the later, except for objects without a rollback."""
+    """The order of loading: objects that are more likely to fail come first. Those without a rollback come late."""
 
     OWN_WAY = 0
     OPTIMIZER = 1
@@ -166,7 +166,7 @@ def prepare(
 
 
 def _use_targets(loads: Sequence[_ObjectLoad], file: OpenCheckpoint) -> None:
-    """Let live tensors that take their bytes straight from the file replace the tensors of the states."""
+    """Replace tensors of the states by live tensors, into which the file will be read directly."""
     proposed = [(one, target) for one in loads for target in one.find_targets(file)]
     kept = {id(target) for target in inplace.drop_overlapping([target for _, target in proposed])}
     for one in loads:
@@ -200,7 +200,7 @@ class PreparedLoad:
             Exception: an object's ``load_state_dict`` raised it. No object is changed.
         """
         self.fill()
-        wait_for_deferred_copies()  # a save under way gets the state of before
+        wait_for_deferred_copies()  # a pending save must get the former state
         for one in self._loads:  # before any object can refuse: a user's metric may gather here
             one.prepare_rollback(self._options)
         self._loads.sort(key=lambda one: one.order)
@@ -239,7 +239,8 @@ def _roll_back(begun: Sequence[_ObjectLoad], error: BaseException) -> None:
     """Restore the objects whose load has begun, and say in the error which ones.
 
     Raises:
-        PartialLoadError: some could not be restored; also of the type of `error`. An interrupt gets a note instead.
+        PartialLoadError: some objects could not be restored. It is also of the type of `error`. An interrupt gets a
+        note instead.
     """
     failed = {one.name: why for one in reversed(begun) if (why := one.roll_back())}
     restored = [repr(one.name) for one in begun if one.order is _Order.OWN_WAY and one.name not in failed]
@@ -261,7 +262,7 @@ def check_complete(to_load: Mapping[str, Any], state: Any) -> None:
     """Refuse a state that lacks some of the objects. Rank-local; issues no collectives, changes no object.
 
     Raises:
-        StateMismatchError: an object has no state, or a list another length; a ValueError too.
+        StateMismatchError: an object has no state, or a list has another length. It is a ValueError too.
     """
     _, mismatches = _pair_objects(to_load, state)
     if mismatches:

@@ -2,7 +2,7 @@
 
 1. (all ranks) make a ``SaveIntent``: this rank's step, score and history. User code runs here.
 2. (all ranks) compute the ``SaveDecision`` from all intents, by pure functions: :func:`decide`.
-3. (all ranks) consolidate state that is sharded over the ranks, then capture: call ``state_dict()``.
+3. (all ranks) gather the optimizer states of a ``ZeroRedundancyOptimizer``, then capture: call ``state_dict()``.
 4. (all ranks) plan the file's image. If several ranks write the file, compare their plans; if these differ, the
    coordinator writes the whole file. In a background save, copy the state to host memory: training may continue.
 5. (each writer) write and sync a range of the image. In a background save this runs on a thread, without collectives.
@@ -11,15 +11,16 @@
    runs on a thread too.
 8. (all ranks) exchange the result of the commit, and adopt the new history.
 
-:func:`start_save` runs steps 3 to 5; :class:`~distckpt.saving.pending_save.PendingSave` runs the rest. A coordinator
-that writes alone takes step 7 right after step 5. So does a coordinator that learns of the other writers from the job's
-key-value store.
+:func:`start_save` runs steps 3 and 4, and starts step 5; :class:`~distckpt.saving.pending_save.PendingSave` runs the
+rest. A coordinator that writes alone runs step 7 right after step 5. So does a coordinator that learns of the other
+writers from the job's key-value store.
 
-:func:`save_by_handler` replaces steps 4 to 7 where a save handler writes: its call returns when the file is durable.
-:func:`remove` then removes the replaced files.
+:func:`save_by_handler` replaces steps 4 to 7 for save handlers that write by themselves: the call returns when the file
+is durable. :func:`remove` then removes the replaced files.
 
-IMPORTANT: nothing is removed before the new file is committed; where several ranks each commit a file of their own, not
-before step 8. The exception is a save handler that may store several names in one place: there the removal comes first.
+IMPORTANT: nothing is removed before the new file is committed. If several ranks each commit a file of their own,
+nothing is removed before step 8. The exception is a save handler that may store several names in one place: there the
+removal comes first.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -85,8 +86,8 @@ def start_save(
         sync_point: makes a phase's sync point from its description.
         filename: name of the file.
         coordinator: rank that commits it.
-        consolidate: gathers sharded state on the coordinator; None if there is none. Collective, and apart from
-            `capture`, whose user code may fail on one rank.
+        consolidate: gathers optimizer states on the coordinator; None if there are none. It is collective, so it is not
+            done in `capture`, where user code may fail on one rank.
         capture: returns the checkpoint on this rank.
         replicas: returns the identities of the storages that are equal on all ranks.
         optimizer_storages: returns those of the storages that only an optimizer's step changes, with device types.
@@ -257,7 +258,7 @@ class Removal:
     Attributes:
         filename: name of the file.
         problem: why it was not removed; None if it was.
-        gone: whether something else had removed it. A later save tries again if not.
+        gone: whether the file no longer exists. If it does, a later save tries again.
     """
 
     filename: str

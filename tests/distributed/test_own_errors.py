@@ -41,7 +41,7 @@ def check_own(error: BaseException | None, own: BaseException) -> None:
     """Check that an error is the rank's own, and says that the others were not told."""
     assert error is own
     (note,) = own.__notes__
-    assert note.startswith("The other ranks were not told of it: rank 1: ")
+    assert note.startswith("The other ranks do not know of it: rank 1: ")
     assert isinstance(own.__context__, CollectiveError)
 
 
