@@ -3,7 +3,8 @@
 1. (coordinator) :func:`sort_newest_first` orders the files. Unreadable files come first, so that a damaged newest file
    is never skipped silently. Then come files whose manifests have a record, the last save first; names, iterations and
    modification times do not count. Then come files without a record, the highest iteration first: an
-   engine's, else the manifest's. Modification times break ties only, because copies (``cp``, ``rsync``) change them.
+   engine's, else the manifest's. Ties are broken by the time of the save, as the manifest has it. A file without a
+   manifest has its modification time instead, which copies (``cp``, ``rsync``) change.
 2. (all ranks) :func:`select_checkpoint` verifies one file after another on all ranks, until one is whole on all.
 """
 
@@ -95,34 +96,40 @@ def sort_newest_first(
         return list(mtimes_ns)
     orders = {name: record.order for name, record in files.items() if record is not None and name in mtimes_ns}
     keys = {
-        name: (_read_iteration(directory / name, engine_path), mtime_ns, Path(name).name)
+        name: (*_read_iteration_and_time(directory / name, engine_path, mtime_ns / 1e9), mtime_ns, Path(name).name)
         for name, mtime_ns in mtimes_ns.items()
         if name not in orders
     }
     unrecorded = sorted(keys, key=lambda name: keys[name], reverse=True)
-    num_unreadable = sum(iteration == math.inf for iteration, _, _ in keys.values())
+    num_unreadable = sum(iteration == math.inf for iteration, *_ in keys.values())
     recorded = sorted(orders, key=lambda name: orders[name], reverse=True)
     return [*unrecorded[:num_unreadable], *recorded, *unrecorded[num_unreadable:]]
 
 
-def _read_iteration(path: Path, engine_path: tuple[Any, ...] | None) -> float:
-    """Return a file's iteration, from an engine's state or the manifest; infinity if the file cannot be read."""
+def _read_iteration_and_time(path: Path, engine_path: tuple[Any, ...] | None, mtime_s: float) -> tuple[float, float]:
+    """Return a file's iteration, infinity if the file cannot be read, and the time of its save in seconds since 1970.
+
+    The iteration is an engine's, else the manifest's; the time is the manifest's, else `mtime_s`.
+    """
     try:
         with OpenCheckpoint(path) as file:
             if file.has_damaged_head():
-                return math.inf
+                return math.inf, mtime_s
             if file.read_structure():  # without the tensors
-                iteration = get_iteration(file.state(), engine_path)
-                head = file.head() if iteration < 0 else None
-                return iteration if head is None or head.iteration is None else head.iteration
+                iteration, head = get_iteration(file.state(), engine_path), file.head()
+                if head is None:
+                    return iteration, mtime_s
+                if iteration < 0 and head.iteration is not None:
+                    iteration = head.iteration
+                return iteration, mtime_s if head.wall_time_s is None else head.wall_time_s
         with ignore_warnings():  # reading it repeats them
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # noqa: BLE001 - torch cannot map its older format
         try:
             state = read_pt(path)
         except (LoadError, OSError):
-            return math.inf
-    return get_iteration(state, engine_path)
+            return math.inf, mtime_s
+    return get_iteration(state, engine_path), mtime_s
 
 
 def select_checkpoint(

@@ -84,12 +84,14 @@ class Head(NamedTuple):
         writer: the version of distckpt that wrote it.
         record: see :class:`Manifest`.
         iteration: see :class:`Manifest`.
+        wall_time_s: see :class:`Manifest`; None if it is no number.
     """
 
     schema: int
     writer: str
     record: Mapping[str, Any] | None = None
     iteration: int | None = None
+    wall_time_s: float | None = None
 
 
 _TENSOR_FIELDS = TensorEntry._fields
@@ -143,12 +145,13 @@ def read_head(data: bytes) -> Head:
         raise ValueError("it has no schema")
     versions, record = found.get("versions"), found.get("record")
     writer = versions.get("distckpt") if isinstance(versions, dict) else None
-    iteration = found.get("iteration")
+    iteration, wall_time_s = found.get("iteration"), found.get("wall_time_s")
     return Head(
         schema,
         writer if isinstance(writer, str) else "unknown",
         record if isinstance(record, dict) else None,
         iteration if type(iteration) is int else None,
+        wall_time_s if isinstance(wall_time_s, float) else None,
     )
 
 

@@ -139,6 +139,14 @@ def test_the_step_of_a_save_without_an_engine_counts_as_its_iteration(tmp_path: 
     assert distckpt.latest(tmp_path) == tmp_path / "b.pt"
 
 
+def test_saves_without_a_step_are_ordered_by_the_time_in_their_manifests(tmp_path: Path) -> None:
+    for name in ("b", "c", "a"):
+        distckpt.save({"model": linear(1)}, tmp_path / f"{name}.pt")
+    for time_s, name in enumerate(("a", "b", "c")):  # as a copy would leave them
+        os.utime(tmp_path / f"{name}.pt", (time_s, time_s))
+    assert distckpt.latest(tmp_path) == tmp_path / "a.pt"
+
+
 def test_a_damaged_file_is_passed_over_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     saved(tmp_path, num_epochs=2)
     newest = cut(tmp_path / "checkpoint_2.pt")
