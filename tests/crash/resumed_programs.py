@@ -363,9 +363,9 @@ def _watch(journal: Journal, handlers: list[Checkpoint], stamp: Stamp) -> None:
         done = commit(self, *args, **kwargs)
         trainer = stamp.trainer
         event = getattr(trainer.last_event_name, "name", "")
-        journal.note(
-            "saved", handler=stamp.handler, name=self.path.name, iteration=trainer.state.iteration, event=event
-        )
+        directory = handlers[stamp.handler].save_handler.dirname
+        name = self.path.relative_to(directory).as_posix()
+        journal.note("saved", handler=stamp.handler, name=name, iteration=trainer.state.iteration, event=event)
         journal.reach("after commit")
         return done
 

@@ -173,9 +173,9 @@ def test_killed_ranks_lose_no_acknowledged_checkpoint_and_all_go_on_from_the_sam
     for tally in tallies.values():
         assert tally.trials >= rank_kills
         assert tally.acknowledged > 0
-        assert 0 < tally.survivors < tally.one_rank < tally.trials
-    # Otherwise the moments lie elsewhere and prove nothing.
+    # Otherwise the moments lie elsewhere and prove nothing. A few jobs of one mode may all lose one rank.
     total = TallyOfRanks.sum(list(tallies.values()))
+    assert 0 < total.survivors < total.one_rank < total.trials
     assert total.cut_writing + total.cut_before_removal > 0.02 * rank_kills
 
 

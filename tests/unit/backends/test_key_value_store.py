@@ -388,6 +388,10 @@ class SlowEnd:  # takes time once the interpreter is being taken down
         sleep(1.0)
 
 slow = SlowEnd()
+
+def wait_until_inside():
+    is_inside.wait()
+    time.sleep(0.2)  # the thread still has to enter the store's own code, which no flag can tell
 """
 _GIVEN_UP = """
 kv = TorchKeyValueStore(store, lambda: True)
@@ -414,8 +418,10 @@ _ENDS = {
     "given up, the job over": _GIVEN_UP.replace("lambda: True", "lambda: False"),
     "given up, at exit": _IN_A_FUNCTION_AT_EXIT,
     "given up, beside a forked child": f"{_GIVEN_UP}\nif os.fork():\n    os.wait()",
-    "a helper's": "start_thread(call_slowly); is_inside.wait()",
-    "a daemon's": "one = threading.Thread(target=call_slowly, daemon=True); one.start(); join_at_exit(one)",
+    "a helper's": "start_thread(call_slowly); wait_until_inside()",
+    "a daemon's": (
+        "one = threading.Thread(target=call_slowly, daemon=True); one.start(); wait_until_inside(); join_at_exit(one)"
+    ),
 }
 
 
@@ -434,7 +440,7 @@ def test_a_process_that_ends_with_a_call_in_the_store_exits_with_0(server: Serve
 
 
 def test_control_a_daemon_thread_in_the_store_aborts_the_process(server: Server) -> None:
-    program = f"{_BEGIN}\nthreading.Thread(target=call_slowly, daemon=True).start(); is_inside.wait()"
+    program = f"{_BEGIN}\nthreading.Thread(target=call_slowly, daemon=True).start(); wait_until_inside()"
     assert run_to_its_end(program, server.port).returncode == -signal.SIGABRT
 
 
