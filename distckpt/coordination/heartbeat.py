@@ -376,7 +376,7 @@ class HeartbeatMonitor:
     # -- the job's failure; any thread -------------------------------------------------------------
 
     def _lose_store(self, what: str) -> None:
-        """Accept a failure of the store. The others cannot be told, but find out in the same way."""
+        """Accept a failure of the store. The other ranks find it out in the same way."""
         ranks, who = self._store_host.lost(self._store.host)
         self._accept(JobFailure(ranks=ranks, text=f"{what}{who}", by=self._rank, step=self.step))
 

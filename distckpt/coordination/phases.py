@@ -73,7 +73,7 @@ def run(backend: Backend, point: SyncPoint, work: Callable[[], T], *, timeout_s:
         RemoteRankError: `work` failed on some rank; the same error on every rank.
         DesyncError: the ranks are at different sync points; on every rank.
         CollectiveError: some rank did not arrive, or died.
-        BaseException: the exception of `work` on this rank, if the other ranks could not be told; a note says why.
+        BaseException: the exception of `work` on this rank, if the other ranks do not know of it; a note says why.
 
     Example:
         >>> from distckpt.backends.serial import SerialBackend

@@ -243,7 +243,7 @@ class _Vote:
         )
 
     def raise_local(self, lost: CollectiveError) -> NoReturn:
-        """Raise the probe's exception, which the other ranks cannot be told of; `lost` if there is none."""
+        """Raise the probe's exception, which the other ranks do not know of; `lost` if there is none."""
         if self.error is None or self.error is lost:
             raise lost
         raise_unreported(self.error, lost)

@@ -283,7 +283,7 @@ class EngineVotes:
         """Return the job's monitor; without a vote, start it for an error that is to be announced."""
         monitor = self._monitor if self._backend is backend else None
         if monitor is None and self.announces_errors:
-            with contextlib.suppress(CollectiveError):  # the store is lost: no rank can be told
+            with contextlib.suppress(CollectiveError):  # the store is lost: no rank would learn of it
                 monitor = ensure_heartbeat(backend, self._timeout_s)
         return monitor
 

@@ -122,7 +122,7 @@ def async_save(
     Call it on all ranks. It saves as :func:`save` does, but returns when training may change the objects again.
 
     The file becomes durable without further calls: the coordinator's thread commits it. With `share_write` that thread
-    is told of the other writers through the job's key-value store; in a job without one (Horovod, XLA in several
+    learns of the other writers through the job's key-value store; in a job without one (Horovod, XLA in several
     processes) :meth:`PendingSave.wait` commits. No thread issues collectives, so errors of other ranks, and the commit,
     are known on all ranks only after :meth:`PendingSave.wait` or :meth:`PendingSave.result`. Both are collective.
 

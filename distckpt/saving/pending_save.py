@@ -141,7 +141,7 @@ class PendingSave:
 
         1. (all ranks) block until this rank's work has ended.
         2. (all ranks) exchange results. An error on one rank ends the save on all.
-        3. (coordinator) commit, unless the key-value store has told it of the other writers before.
+        3. (coordinator) commit, unless its thread has: it may have learned of the other writers from the store.
         4. (all ranks) exchange the result of the commit.
 
         A later call returns at once, or raises the same error.
