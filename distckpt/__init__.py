@@ -1,54 +1,49 @@
 """Checkpoints and stop decisions that every rank agrees on: ignite's handlers, for data-parallel training.
 
-The handlers, and ignite with them, are imported when a handler's name is used first. That import also installs
-distckpt's hooks into ignite.
+A module is imported when one of its names is used first: the command line starts without torch. The handlers' import
+also imports ignite, and installs distckpt's hooks into it.
 """
 
 import importlib
 from typing import TYPE_CHECKING
 
-from distckpt.backends.entry import (
-    all_gather,
-    all_reduce,
-    available_backends,
-    backend,
-    barrier,
-    broadcast,
-    device,
-    finalize,
-    get_local_rank,
-    get_node_rank,
-    get_rank,
-    get_world_size,
-    hostname,
-    initialize,
-    one_rank_only,
-)
-from distckpt.backends.parallel import Parallel, spawn
-from distckpt.errors import (
-    CollectiveError,
-    CollectiveTimeout,
-    CommitNotDurable,
-    CorruptCheckpointError,
-    DesyncError,
-    DistckptError,
-    LoadError,
-    PartialLoadError,
-    RankLost,
-    RemoteRankError,
-    ReplicasDiffer,
-    SaveError,
-    ShardedStateError,
-    StateMismatchError,
-    UnsafeCheckpoint,
-    UnsupportedCheckpoint,
-)
-from distckpt.loading.api import LoadReport, latest, load
-from distckpt.samplers import ResumableSampler
-from distckpt.saving.api import async_save, save
-from distckpt.saving.pending_save import PendingSave
-
 if TYPE_CHECKING:
+    from distckpt.backends.entry import (
+        all_gather,
+        all_reduce,
+        available_backends,
+        backend,
+        barrier,
+        broadcast,
+        device,
+        finalize,
+        get_local_rank,
+        get_node_rank,
+        get_rank,
+        get_world_size,
+        hostname,
+        initialize,
+        one_rank_only,
+    )
+    from distckpt.backends.parallel import Parallel, spawn
+    from distckpt.errors import (
+        CollectiveError,
+        CollectiveTimeout,
+        CommitNotDurable,
+        CorruptCheckpointError,
+        DesyncError,
+        DistckptError,
+        LoadError,
+        PartialLoadError,
+        RankLost,
+        RemoteRankError,
+        ReplicasDiffer,
+        SaveError,
+        ShardedStateError,
+        StateMismatchError,
+        UnsafeCheckpoint,
+        UnsupportedCheckpoint,
+    )
     from distckpt.handlers import (
         BaseSaveHandler,
         Checkpoint,
@@ -65,6 +60,10 @@ if TYPE_CHECKING:
         resume,
         stop_reason,
     )
+    from distckpt.loading.api import LoadReport, latest, load
+    from distckpt.samplers import ResumableSampler
+    from distckpt.saving.api import async_save, save
+    from distckpt.saving.pending_save import PendingSave
 
 __all__ = [
     "BaseSaveHandler",
@@ -123,17 +122,73 @@ __all__ = [
     "stop_reason",
 ]
 
+_MODULES = (
+    "backends",
+    "coordination",
+    "errors",
+    "handlers",
+    "loading",
+    "policy",
+    "ptformat",
+    "samplers",
+    "saving",
+    "storage",
+)
+_HOMES = {
+    "distckpt.backends.entry": (
+        "all_gather",
+        "all_reduce",
+        "available_backends",
+        "backend",
+        "barrier",
+        "broadcast",
+        "device",
+        "finalize",
+        "get_local_rank",
+        "get_node_rank",
+        "get_rank",
+        "get_world_size",
+        "hostname",
+        "initialize",
+        "one_rank_only",
+    ),
+    "distckpt.backends.parallel": ("Parallel", "spawn"),
+    "distckpt.errors": (
+        "CollectiveError",
+        "CollectiveTimeout",
+        "CommitNotDurable",
+        "CorruptCheckpointError",
+        "DesyncError",
+        "DistckptError",
+        "LoadError",
+        "PartialLoadError",
+        "RankLost",
+        "RemoteRankError",
+        "ReplicasDiffer",
+        "SaveError",
+        "ShardedStateError",
+        "StateMismatchError",
+        "UnsafeCheckpoint",
+        "UnsupportedCheckpoint",
+    ),
+    "distckpt.loading.api": ("LoadReport", "latest", "load"),
+    "distckpt.samplers": ("ResumableSampler",),
+    "distckpt.saving.api": ("async_save", "save"),
+    "distckpt.saving.pending_save": ("PendingSave",),
+}
+"""The modules of the public names. A name that is not here is a handler's."""
+
 if not TYPE_CHECKING:  # type checkers would take any name for an existing one
 
     def __getattr__(name: str) -> object:
-        """Return a handler, or the package of handlers, and import it first."""
-        if name != "handlers" and name not in __all__:
+        """Return a public name or a module, and import it first."""
+        if name in _MODULES:
+            return importlib.import_module(f"distckpt.{name}")
+        if name not in __all__:
             msg = f"module {__name__!r} has no attribute {name!r}"
             raise AttributeError(msg)
-        handlers = importlib.import_module("distckpt.handlers")
-        if name == "handlers":
-            return handlers
-        value = globals()[name] = getattr(handlers, name)
+        home = next((module for module, names in _HOMES.items() if name in names), "distckpt.handlers")
+        value = globals()[name] = getattr(importlib.import_module(home), name)
         return value
 
 

@@ -13,8 +13,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
-
 EXIT_LIMIT_S = 10.0
 """How long a process waits at its end for a torch call that does not return, such as a call to a frozen store."""
 _MAX_THREADS = 4
@@ -35,6 +33,8 @@ def get_num_threads(world_size: int) -> int:
         >>> 1 <= get_num_threads(10_000) <= get_num_threads(1) <= 4
         True
     """
+    import torch  # noqa: PLC0415 - the command line reads files without torch
+
     text = os.environ.get("LOCAL_WORLD_SIZE", "")
     num_local = int(text) if text.isdecimal() and 0 < int(text) <= world_size else world_size
     num_cpus = len(os.sched_getaffinity(0)) // max(num_local, 1)

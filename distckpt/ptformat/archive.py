@@ -8,6 +8,7 @@ import contextlib
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from distckpt._checksum import crc32
 from distckpt.ptformat.gc_pause import gc_paused
@@ -29,6 +30,7 @@ from distckpt.ptformat.layout import (
 )
 from distckpt.ptformat.manifest import SCHEMA, Head, read_head
 from distckpt.storage.base import Readable
+from distckpt.storage.local import LocalFile
 
 _UNREADABLE = (ValueError, OverflowError, UnsupportedArchive)
 _TAIL_BYTES = 4096
@@ -148,6 +150,12 @@ def read_manifest_head(file: Readable) -> Head | None:
     except _UNREADABLE:
         pass
     return None
+
+
+def read_head_at(path: Path) -> Head | None:
+    """Return the head of a file's manifest; None if it has no manifest, or a damaged one."""
+    with LocalFile(path) as file:
+        return read_manifest_head(file)
 
 
 def _is_manifest(entry: DirectoryEntry) -> bool:

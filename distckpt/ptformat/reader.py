@@ -366,12 +366,6 @@ def verify(path: Path) -> None:
         file.verify()
 
 
-def read_head_at(path: Path) -> Head | None:
-    """Return the head of a file's manifest; None if it has no manifest, or a damaged one."""
-    with LocalFile(path) as file:
-        return read_manifest_head(file)
-
-
 def find_refused_names(file: StoredFile) -> list[str]:
     """Return the names in a complete checkpoint's pickle that keep it from being loaded without executing code."""
     try:

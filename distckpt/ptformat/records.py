@@ -12,8 +12,8 @@ from typing import Any
 
 from distckpt.policy.naming import is_temp
 from distckpt.policy.retention import Entry
+from distckpt.ptformat.archive import read_head_at
 from distckpt.ptformat.manifest import number_from
-from distckpt.ptformat.reader import read_head_at
 
 _NUMBERS = (int, float, bool)
 _NO_RUN = "the record names no run"

@@ -90,6 +90,19 @@ def test_importing_the_package_alone_does_not_import_ignite() -> None:
     assert run_fresh(program) == "[]"
 
 
+def test_importing_the_package_and_reading_records_does_not_import_torch() -> None:
+    program = (
+        "import sys, distckpt, distckpt.ptformat.records; distckpt.CorruptCheckpointError; distckpt.errors.LoadError; "
+        "dir(distckpt); print([name for name in ('torch', 'numpy') if name in sys.modules])"
+    )
+    assert run_fresh(program) == "[]"
+
+
+def test_every_module_is_an_attribute_of_the_package() -> None:
+    program = "import distckpt; print(distckpt.backends.__name__, distckpt.policy.__name__, distckpt.samplers.__name__)"
+    assert run_fresh(program) == "distckpt.backends distckpt.policy distckpt.samplers"
+
+
 @pytest.mark.parametrize("name", ["Checkpoint", "handlers"])
 def test_the_first_use_of_a_handler_installs_the_hooks_into_ignite(name: str) -> None:
     program = (

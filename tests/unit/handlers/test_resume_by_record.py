@@ -14,7 +14,7 @@ import torch
 from ignite.engine import Engine, Events
 
 from distckpt import Checkpoint, DiskSaver, ModelCheckpoint, global_step_from_engine, resume
-from distckpt.ptformat.reader import read_head_at
+from distckpt.ptformat.archive import read_head_at
 from tests.unit.ptformat.test_records import record_of
 from tests.unit.toys import Notebook, idle_engine
 

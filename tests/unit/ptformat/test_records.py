@@ -12,8 +12,8 @@ import torch
 from ignite.engine import Engine, Events
 
 from distckpt import Checkpoint, DiskSaver
+from distckpt.ptformat.archive import read_head_at
 from distckpt.ptformat.manifest import Manifest, from_json, read_head, to_json
-from distckpt.ptformat.reader import read_head_at
 from distckpt.ptformat.records import parse_record
 from tests.unit.toys import idle_engine, linear
 
