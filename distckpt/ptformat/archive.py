@@ -28,7 +28,7 @@ from distckpt.ptformat.layout import (
     read_last_entry,
     read_local_header,
 )
-from distckpt.ptformat.manifest import SCHEMA, Head, read_head
+from distckpt.ptformat.manifest import SCHEMA, Head, Manifest, from_json, read_head
 from distckpt.storage.base import Readable
 from distckpt.storage.local import LocalFile
 
@@ -131,10 +131,42 @@ def read_record_bytes(file: Readable, record: RecordLocation, inflated: int | No
 def read_manifest_head(file: Readable) -> Head | None:
     """Return the head of an open file's manifest; None if it has none, or a damaged one. Reads a few kilobytes.
 
-    The whole manifest is compared with its checksum: a damaged head could name another handler or an older run.
-
     Raises:
         OSError: the file cannot be read.
+    """
+    content = _manifest_content(file)
+    if content is not None:
+        with contextlib.suppress(ValueError):
+            return read_head(content)
+    return None
+
+
+def read_manifest(file: Readable, *, with_tensors: bool = True) -> Manifest | None:
+    """Return an open file's manifest; None if it has none, or a damaged one.
+
+    Args:
+        file: open for reading.
+        with_tensors: see :func:`~distckpt.ptformat.manifest.from_json`.
+
+    Raises:
+        NewerSchema: it has a newer schema.
+        OSError: the file cannot be read.
+    """
+    content = _manifest_content(file)
+    if content is None:
+        return None
+    with contextlib.suppress(ValueError):
+        head = read_head(content)
+        if head.schema > SCHEMA:
+            raise NewerSchema(head)
+        return from_json(content, with_tensors=with_tensors)
+    return None
+
+
+def _manifest_content(file: Readable) -> bytes | None:
+    """Return the manifest's bytes; None if there is none, or a damaged one.
+
+    The whole manifest is compared with its checksum: a damaged head could name another handler or an older run.
     """
     try:
         if not is_archive(file):
@@ -143,10 +175,10 @@ def read_manifest_head(file: Readable) -> Head | None:
             begin = max(0, file.num_bytes - _TAIL_BYTES)
             entry = read_last_entry(file.read(begin, _TAIL_BYTES), f"/{MANIFEST}")
             if entry is not None and not entry.is_deflated:
-                return read_head(_checked_content(file, entry))
+                return _checked_content(file, entry)
         for entry in reversed(read_directory(file.read, file.num_bytes).entries):  # another tool wrote the archive
             if _is_manifest(entry):
-                return read_head(_checked_content(file, entry))
+                return _checked_content(file, entry)
     except _UNREADABLE:
         pass
     return None

@@ -199,6 +199,17 @@ def read_directory(read: Callable[[int, int], bytes], num_bytes: int) -> Directo
     return Directory(entries, at, has_comment)
 
 
+def check_end(read: Callable[[int, int], bytes], num_bytes: int) -> None:
+    """Check that an archive of distckpt's layout ends with its directory and end records. Reads no more than those end.
+
+    Raises:
+        ValueError: it does not.
+    """
+    _, size, at, end_at, _ = _read_end(read, num_bytes)
+    if at + size != end_at or read(num_bytes - _END.size, len(_END_SIGNATURE)) != _END_SIGNATURE:
+        raise ValueError("its end is damaged, or bytes follow it")
+
+
 def read_last_entry(tail: bytes, suffix: str) -> DirectoryEntry | None:
     """Return the last entry of a directory, from the archive's last bytes; None if its name does not end with `suffix`.
 

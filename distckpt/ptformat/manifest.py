@@ -9,6 +9,7 @@ number in :data:`SCHEMA`: a newer schema is refused, an older one is read by its
 2. Each tensor is a list, in the order of ``tensor_fields``; small storages are aligned to 64 bytes.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -132,8 +133,7 @@ def read_head(data: bytes) -> Head:
     Raises:
         ValueError: it names no schema.
     """
-    first_line = data.partition(b"\n")[0].rstrip(b", ") + b"}"
-    for text in (first_line, data):  # all of it, in case another tool has formatted it
+    for text in (_first_line(data), data):  # all of it, in case another tool has formatted it
         try:
             found = json.loads(text)
         except (ValueError, RecursionError):
@@ -155,8 +155,16 @@ def read_head(data: bytes) -> Head:
     )
 
 
-def from_json(data: bytes) -> Manifest:
+def _first_line(data: bytes) -> bytes:
+    return data.partition(b"\n")[0].rstrip(b", ") + b"}"
+
+
+def from_json(data: bytes, *, with_tensors: bool = True) -> Manifest:
     """Return a manifest of this schema or an older one.
+
+    Args:
+        data: the record.
+        with_tensors: False for a manifest without its tensors, which takes as long for many tensors as for none.
 
     Raises:
         ValueError: it is no manifest, or has a newer schema.
@@ -165,7 +173,7 @@ def from_json(data: bytes) -> Manifest:
         schema = read_head(data).schema
         if schema > SCHEMA:
             raise ValueError(f"it has schema {schema}, and this version of distckpt reads up to {SCHEMA}")  # noqa: TRY301 - one error path
-        found = json.loads(data)
+        found = _load_without_tensors(data) if not with_tensors else json.loads(data)
         order = found.pop("tensor_fields", None)
         tensors = tuple(_tensor_entry(entry, order) for entry in found.pop("tensors", ()))
         known = {field.name: found[field.name] for field in fields(Manifest) if field.name in found}
@@ -174,6 +182,16 @@ def from_json(data: bytes) -> Manifest:
         return Manifest(**known, tensors=tensors)
     except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"invalid manifest: {error}") from error
+
+
+def _load_without_tensors(data: bytes) -> Any:
+    with contextlib.suppress(ValueError):
+        found = json.loads(_first_line(data))
+        if "schema" in found:
+            return found
+    return {
+        name: value for name, value in json.loads(data).items() if name != "tensors"
+    }  # another tool has formatted it
 
 
 def number_from(value: Any) -> Any:

@@ -4,6 +4,7 @@ All bytes go through the page cache, which the ranks of a machine share: a byte 
 not read from the disk again. The file is not mapped into memory, because a mapped file that shrinks ends the process.
 """
 
+import contextlib
 import ctypes
 import itertools
 import operator
@@ -27,6 +28,7 @@ from distckpt.ptformat.archive import (
     NotAnArchive,
     is_archive,
     read_archive,
+    read_manifest,
     read_manifest_head,
 )
 from distckpt.ptformat.gc_pause import gc_paused
@@ -34,8 +36,9 @@ from distckpt.ptformat.layout import RecordLocation, UnsupportedArchive
 from distckpt.ptformat.lazy_state import LazyState, NeedsTorchLoad, read_lazy_state
 from distckpt.ptformat.loadable import refused_names
 from distckpt.ptformat.manifest import SCHEMA, Head
+from distckpt.ptformat.pickler import pickle_state
 from distckpt.ptformat.torch_format import describe_format, load_by_torch
-from distckpt.ptformat.verify import Checksum, check_range, find_faults, split_ranges
+from distckpt.ptformat.verify import Checksum, Fault, check_range, find_faults, split_ranges
 from distckpt.storage.base import StoredFile, SupportsReadInto
 from distckpt.storage.local import LocalFile
 from distckpt.storage.readahead import staggered_ranges
@@ -195,11 +198,29 @@ class OpenCheckpoint:
             return []
         return [one for begin, end in ranges for one in check_range(self._file, self._archive, begin, end, source)]
 
-    def faults(self, checksums: Iterable[Sequence[Checksum]]) -> list[str]:
-        """Return a phrase for each damaged place, from what :meth:`check` found in all ranges, in order."""
+    def faults(self, checksums: Iterable[Sequence[Checksum]]) -> list[Fault]:
+        """Return the damaged places, from what :meth:`check` found in all ranges, in order."""
         if self._archive is None:
-            return [] if self._fault is None else [self._fault]
-        return find_faults(self._archive, checksums)
+            return [] if self._fault is None else [Fault(self._fault)]
+        found = find_faults(self._archive, checksums)
+        tensors = self._tensors_by_record() if found else {}
+        return [fault._replace(tensors=tuple(tensors.get(fault.record, ()))) for fault in found]
+
+    def _tensors_by_record(self) -> dict[str | None, list[str]]:
+        """Return the names of the tensors in each record, from the manifest, else from the pickle."""
+        found: dict[str | None, list[str]] = {}
+        with contextlib.suppress(NewerSchema, NeedsTorchLoad, RuntimeError):  # RuntimeError: a state of no known form
+            manifest = read_manifest(self._file)
+            if manifest is not None:
+                for entry in manifest.tensors:
+                    found.setdefault(entry.record, []).append(entry.name)
+            elif self._archive is not None:
+                lazy = read_lazy_state(self._archive, self._file)
+                pickled = pickle_state(lazy.state)
+                records = [lazy.storages[one._cdata][0].name for one in pickled.storages]  # noqa: SLF001 - as in lazy_state
+                for tensor in pickled.tensors():
+                    found.setdefault(records[tensor.storage], []).append(tensor.name)
+        return found
 
     def verify(self, source: SupportsReadInto | None = None) -> None:
         """Compare the file with its own checksums. Any thread. Files that are no archives pass.
@@ -213,11 +234,11 @@ class OpenCheckpoint:
         with self.readahead([]) if source is None else nullcontext(source) as chosen:
             self.raise_for_faults(self.faults([self.check([(0, self.num_bytes)], chosen)]))
 
-    def raise_for_faults(self, faults: Sequence[str]) -> None:
+    def raise_for_faults(self, faults: Sequence[Fault]) -> None:
         """Raise a CorruptCheckpointError that names the first faults, if there are any."""
         if faults:
             more = f", and {len(faults) - _MOST_FAULTS} more" if len(faults) > _MOST_FAULTS else ""
-            first = "; ".join(faults[:_MOST_FAULTS])
+            first = "; ".join(map(str, faults[:_MOST_FAULTS]))
             raise CorruptCheckpointError(f"{self.path} is no checkpoint, or is truncated or damaged: {first}{more}")
 
     # -- reading -----------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ computed checksums at all (``torch.serialization.set_crc32_options``): damage is
 import bisect
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from distckpt._checksum import combine_crc32, crc32
 from distckpt.ptformat.archive import Archive, NotAnArchive, read_archive, read_record_bytes
@@ -21,6 +22,27 @@ _READ_BYTES = 1 << 20
 Checksum = tuple[int, int, int]
 """Record number, CRC-32 of some of its bytes, and their number. With number -1: damage between records, its offset, its
 length."""
+
+
+class Fault(NamedTuple):
+    """A damaged place. As text it is a phrase.
+
+    Attributes:
+        what: what is wrong.
+        record: the damaged record's name; None for a place between records.
+        tensors: the tensors in that record, as far as known.
+    """
+
+    what: str
+    record: str | None = None
+    tensors: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """Return the phrase."""
+        if self.record is None:
+            return self.what
+        more = f" and {len(self.tensors) - 1} more" if len(self.tensors) > 1 else ""
+        return f"record {self.record}{f' (tensor {self.tensors[0]}{more})' if self.tensors else ''} {self.what}"
 
 
 def split_ranges(archive: Archive, num_ranks: int) -> list[tuple[int, int]]:
@@ -130,8 +152,8 @@ def _chunks(source: SupportsReadInto, begin: int, end: int) -> Iterator[tuple[in
         at += num_bytes
 
 
-def find_faults(archive: Archive, checksums: Iterable[Sequence[Checksum]]) -> list[str]:
-    """Return a phrase for each damaged place of a file. Pure.
+def find_faults(archive: Archive, checksums: Iterable[Sequence[Checksum]]) -> list[Fault]:
+    """Return the damaged places of a file. Pure.
 
     Args:
         archive: the file's directory.
@@ -141,7 +163,7 @@ def find_faults(archive: Archive, checksums: Iterable[Sequence[Checksum]]) -> li
     faults = []
     for number, crc, num_bytes in itertools.chain.from_iterable(checksums):
         if number < 0:
-            faults.append(f"its headers, padding or directory are damaged at byte {crc}")
+            faults.append(Fault(f"its headers, padding or directory are damaged at byte {crc}"))
         else:
             parts.setdefault(number, []).append((crc, num_bytes))
     if not archive.is_own and not _has_checksums(archive, parts):
@@ -153,11 +175,12 @@ def find_faults(archive: Archive, checksums: Iterable[Sequence[Checksum]]) -> li
             continue
         num_bytes = sum(size for _, size in found)
         if num_bytes < 0:
-            faults.append(f"record {record.name} does not inflate to its {length} bytes")
+            faults.append(Fault(f"does not inflate to its {length} bytes", record.name))
         elif num_bytes != length:
-            faults.append(f"record {record.name} has {num_bytes} of its {length} bytes")
+            faults.append(Fault(f"has {num_bytes} of its {length} bytes", record.name))
         elif combine_crc32(found) != crc:
-            faults.append(f"record {record.name} has checksum {combine_crc32(found):08x} and should have {crc:08x}")
+            what = f"has checksum {combine_crc32(found):08x} and should have {crc:08x}"
+            faults.append(Fault(what, record.name))
     return faults
 
 
@@ -171,7 +194,7 @@ def check_whole(file: Readable) -> list[str]:
         archive = read_archive(file)
     except (NotAnArchive, UnsupportedArchive) as error:
         return [str(error)]
-    return find_faults(archive, [check_range(file, archive, 0, archive.num_bytes)])
+    return [str(fault) for fault in find_faults(archive, [check_range(file, archive, 0, archive.num_bytes)])]
 
 
 def _has_checksums(archive: Archive, parts: dict[int, list[tuple[int, int]]]) -> bool:

@@ -15,7 +15,8 @@ from ignite.engine import Events
 from torch import nn
 
 from distckpt import Checkpoint, CorruptCheckpointError, DiskSaver
-from distckpt.ptformat.archive import read_archive
+from distckpt.ptformat.archive import read_archive, read_manifest
+from distckpt.ptformat.layout import check_end
 from distckpt.ptformat.manifest import SCHEMA, Manifest, TensorEntry, from_json, to_json
 from distckpt.ptformat.reader import read_pt, verify
 from distckpt.ptformat.verify import check_range, check_whole, find_faults, split_ranges
@@ -108,10 +109,61 @@ def test_the_message_names_file_and_record(path: Path) -> None:
     content[192 + 77] ^= 1
     path.write_bytes(content)
     with pytest.raises(
-        CorruptCheckpointError, match=r"a\.pt is .*record data/0 has checksum [0-9a-f]{8} and should have"
+        CorruptCheckpointError,
+        match=r"a\.pt is .*record data/0 \(tensor model\.weight\) has checksum [0-9a-f]{8} and should have",
     ):
         read_pt(path)
     assert torch.equal(read_pt(path, verified=False)["model"]["bias"], torch.ones(3)), "it can be asked for"
+
+
+def test_the_message_names_the_tensors_of_a_file_without_a_manifest(tmp_path: Path) -> None:
+    weight = torch.arange(1500, dtype=torch.float32)
+    torch.save({"model": {"weight": weight, "tied": weight, "bias": torch.ones(3)}}, tmp_path / "a.pt")
+    content = bytearray((tmp_path / "a.pt").read_bytes())
+    content[content.index(weight.numpy().tobytes()) + 50] ^= 1
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(
+        CorruptCheckpointError, match=r"record a/data/0 \(tensor model\.weight and 1 more\) has checksum"
+    ):
+        read_pt(tmp_path / "a.pt")
+
+
+def test_the_message_names_the_tensors_where_the_manifest_is_damaged_too(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[192 + 77] ^= 1
+    content[content.index(b'"tensors"')] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(
+        CorruptCheckpointError, match=r"record data/0 \(tensor model\.weight\) has .*record distckpt.json"
+    ):
+        read_pt(path)
+
+
+@pytest.mark.parametrize("change", ["nothing", "cut", "cut far", "longer", "another tool"])
+def test_the_end_alone_shows_whether_a_file_is_complete(path: Path, change: str) -> None:
+    content = path.read_bytes()
+    path.write_bytes({"cut": content[:-1], "cut far": content[:6000], "longer": content + b"\0"}.get(change, content))
+    if change == "another tool":
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.comment = b"mine"
+    with LocalFile(path) as file:
+        try:
+            check_end(file.read, file.num_bytes)
+        except ValueError:
+            assert change != "nothing"
+        else:
+            assert change == "nothing"
+
+
+def test_a_manifest_is_read_without_its_tensors(path: Path) -> None:
+    with LocalFile(path) as file:
+        whole, head = read_manifest(file), read_manifest(file, with_tensors=False)
+    assert whole is not None
+    assert head is not None
+    assert (len(whole.tensors), head.tensors) == (3, ())
+    assert head.wall_time_s == whole.wall_time_s
+    formatted = json.dumps(json.loads(to_json(whole)), indent=1).encode()
+    assert from_json(formatted, with_tensors=False) == head
 
 
 def test_nothing_live_is_touched_by_a_damaged_file(tmp_path: Path) -> None:
