@@ -1,0 +1,136 @@
+"""Compute which part of a whole tensor a rank's local shard stands for. Plain arithmetic: no ranks, no tensors.
+
+A part is given for each dimension, as ranges of indices in the order of the local shard. The shard's elements are those
+whose index is in a range of every dimension.
+
+torch applies placements from left to right. FSDP2 shards what tensor parallelism has sharded already, so it applies
+them from right to left, and calls the result ``_StridedShard``. Both orders give the same part where a dimension
+divides evenly. Elsewhere they may differ, and the shape of the local shard says which one was used.
+
+Source: ``torch.distributed.tensor.placement_types`` and ``FSDPParam._init_sharded_param`` of torch 2.9 to 2.13.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+Ranges = list[tuple[int, int]]
+"""Begin and end of runs of indices. Empty for a dimension of which a shard has nothing."""
+
+_SHARDS = frozenset({"Shard", "_StridedShard"})
+
+
+def local_ranges(
+    shape: Sequence[int],
+    mesh_shape: Sequence[int],
+    coordinate: Sequence[int],
+    placements: Sequence[Any],
+    local_shape: Sequence[int],
+) -> tuple[Ranges, ...]:
+    """Return the ranges of indices that a local shard stands for, for each dimension of the whole tensor.
+
+    Args:
+        shape: of the whole tensor.
+        mesh_shape: of the device mesh.
+        coordinate: of the rank in the mesh.
+        placements: of the tensor, one for each dimension of the mesh.
+        local_shape: of the local shard.
+
+    Raises:
+        ValueError: the placements are partial or of an unknown kind, or do not give a shard of that shape.
+
+    Example:
+        >>> from torch.distributed.tensor import Shard
+        >>> local_ranges((5, 3), (2,), (1,), (Shard(0),), (2, 3))
+        ([(3, 5)], [(0, 3)])
+    """
+    shards = _find_shards(mesh_shape, coordinate, placements)
+    found: list[Ranges] = []
+    for dim, (size, local_size) in enumerate(zip(shape, local_shape, strict=True)):
+        on_dim = [shard for shard in shards if shard[0] in (dim, dim - len(shape))]
+        candidates = [_split(size, on_dim)]
+        if (reverse := _as_fsdp(on_dim)) and (other := _split(size, reverse)) != candidates[0]:
+            candidates.append(other)
+        fitting = [one for one in candidates if num_indices(one) == local_size]
+        if len(fitting) != 1:
+            names = ", ".join(map(str, placements))
+            what = "several shards" if fitting else "no shard"
+            msg = (
+                f"placements ({names}) over a mesh of {'x'.join(map(str, mesh_shape))} ranks give {what} of shape "
+                f"{tuple(local_shape)} at {tuple(coordinate)} of a tensor of shape {tuple(shape)}"
+            )
+            raise ValueError(msg)
+        found += fitting
+    return tuple(found)
+
+
+def num_indices(ranges: Ranges) -> int:
+    """Return the number of indices in ranges."""
+    return sum(end - begin for begin, end in ranges)
+
+
+_Shard = tuple[int, int, int, int]  # dimension, number of parts, this rank's part, split factor
+
+
+def _find_shards(mesh_shape: Sequence[int], coordinate: Sequence[int], placements: Sequence[Any]) -> list[_Shard]:
+    shards: list[_Shard] = []
+    for num_parts, part, placement in zip(mesh_shape, coordinate, placements, strict=True):
+        # Over a mesh dimension of one rank, every placement is the whole tensor.
+        if num_parts == 1 or placement.is_replicate():
+            continue
+        if type(placement).__name__ not in _SHARDS:
+            msg = f"placement {placement} does not say which part of the tensor a rank holds"
+            raise ValueError(msg)
+        shards.append((placement.dim, num_parts, part, int(getattr(placement, "split_factor", 1))))
+    return shards
+
+
+def _as_fsdp(shards: list[_Shard]) -> list[_Shard]:
+    """Return the shards of a dimension in FSDP2's order; an empty list if FSDP2 has not made them."""
+    if not shards:
+        return []
+    (dim, num_parts, part, split_factor), *others = shards
+    is_fsdp = split_factor > 1 and split_factor == math.prod(one[1] for one in others)
+    return [*others, (dim, num_parts, part, 1)] if is_fsdp and all(one[3] == 1 for one in others) else []
+
+
+def _split(size: int, shards: list[_Shard]) -> Ranges:
+    """Return a rank's part of a dimension that several mesh dimensions shard, one after another."""
+    held: Ranges = [(0, size)] if size else []
+    for _, num_parts, part, split_factor in shards:
+        local_size = num_indices(held)
+        parts: Ranges = []
+        for outer in range(split_factor):
+            begin, end = _chunk(local_size, split_factor, outer)
+            inner_begin, inner_end = _chunk(end - begin, num_parts, part)
+            parts += _select(held, begin + inner_begin, begin + inner_end)
+        held = _merge(parts)
+    return held
+
+
+def _chunk(size: int, num_parts: int, part: int) -> tuple[int, int]:
+    """Return begin and end of a part as ``torch.chunk`` cuts it: the last parts are shorter, or empty."""
+    length = -(-size // num_parts)
+    return min(part * length, size), min((part + 1) * length, size)
+
+
+def _select(ranges: Ranges, begin: int, end: int) -> Ranges:
+    """Return the indices at the positions from `begin` to `end` of ranges."""
+    found: Ranges = []
+    at = 0
+    for first, last in ranges:
+        low, high = max(begin - at, 0), min(end - at, last - first)
+        if low < high:
+            found.append((first + low, first + high))
+        at += last - first
+    return found
+
+
+def _merge(ranges: Ranges) -> Ranges:
+    merged: Ranges = []
+    for begin, end in ranges:
+        if merged and merged[-1][1] == begin:
+            merged[-1] = merged[-1][0], end
+        else:
+            merged.append((begin, end))
+    return merged
