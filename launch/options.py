@@ -35,23 +35,26 @@ class Config:
     ballast_mb: int
     die_in_save: int | None
     fault: Fault | None
+    tp: int = 1
 
 
-def parse(argv: Sequence[str] | None = None) -> Config:
+def parse(argv: Sequence[str] | None = None, *, program: str = "train_digits.py") -> Config:
     """Read the command line.
 
     Args:
         argv: the arguments; ``None`` takes the process's own.
+        program: the script; ``train_fsdp.py`` has ``--tp``.
 
     Raises:
         SystemExit: help was asked for, or an argument is wrong.
     """
     parser = argparse.ArgumentParser(
-        prog="train_digits.py",
+        prog=program,
         description="Train a small network on scikit-learn's handwritten digits, on any number of ranks.",
     )
     add = parser.add_argument
-    where = Path("runs/digits")
+    is_sharded = program == "train_fsdp.py"
+    where = Path("runs/fsdp" if is_sharded else "runs/digits")
     add(
         "--output-dir",
         type=Path,
@@ -122,6 +125,8 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         "torch_xla's on each device of this machine",
     )
     add("--nproc-per-node", type=positive_number, metavar="N", help="start N ranks here, without any launcher")
+    if is_sharded:
+        add("--tp", type=positive_number, default=1, metavar="N", help="ranks that split each layer (%(default)s)")
 
     add = parser.add_argument_group("faults, for the demo and the tests").add_argument
     add(

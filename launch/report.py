@@ -15,7 +15,7 @@ from ignite.engine import Engine, Events
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from torch import nn
+from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,10 +142,10 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.2%}"
 
 
-def digest(model: nn.Module) -> str:
-    """Return the SHA-256 over all parameters, so that two runs can be told to be bit-equal."""
+def digest(state: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 over all tensors of a state, so that two runs can be told to be bit-equal."""
     sha = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(state.items()):
         sha.update(name.encode())
         sha.update(tensor.cpu().numpy().tobytes())
     return sha.hexdigest()

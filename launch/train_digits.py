@@ -14,15 +14,17 @@ watches them; must not know how a launcher works or how a checkpoint is written.
 
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import launchers
 import options
 import torch
+from batches import TrainBatches
 from die_in_save import DieInSave
-from digits import Net, Samples, TrainBatches, load
+from digits import Net, Samples, load
 from faults import num_restarts
 from ignite.engine import Engine, Events
 from ignite.metrics import Accuracy, Loss
@@ -30,6 +32,7 @@ from options import Config
 from report import Display, Summary, digest
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
 
 from distckpt import (
@@ -52,22 +55,70 @@ from distckpt import (
 )
 
 
-def main(local_rank: int, config: Config) -> None:
-    """Train on this rank. Collective: every rank of the job calls it, with the same `config`."""
+class Parallelism(Protocol):
+    """How the ranks share the work: what differs between this script and train_fsdp.py.
+
+    Attributes:
+        name: a few words for the summary.
+        data_rank: which share of a batch this rank trains.
+        data_world_size: number of shares of a batch.
+    """
+
+    name: str
+    data_rank: int
+    data_world_size: int
+
+    def build(self, config: Config) -> tuple[nn.Module, nn.Module, Optimizer]:
+        """Return the model as it is trained, the network in it, and the optimizer. Collective with several ranks."""
+
+    def state_of(self, net: nn.Module) -> dict[str, Tensor]:
+        """Return the whole tensors of the network's state. Collective where they are sharded."""
+
+    def spread(self, tensor: Tensor) -> Tensor:
+        """Return a tensor as the model's are: equal on all ranks, or sharded. Collective where it is sharded."""
+
+
+class Replicas:
+    """A full copy of the network on each rank. Each trains its share of a batch, and gradients are averaged."""
+
+    def __init__(self, config: Config) -> None:
+        del config
+        self.data_rank, self.data_world_size = get_rank(), get_world_size()
+        self.name = f"{self.data_world_size} ranks"
+
+    def build(self, config: Config) -> tuple[nn.Module, nn.Module, Optimizer]:
+        """Return the model, the network in it, and the optimizer."""
+        net = launchers.initial(Net, config.seed)
+        model = launchers.parallelize(net)
+        return model, net, launchers.distribute(torch.optim.AdamW(model.parameters(), lr=config.lr), model)
+
+    def state_of(self, net: nn.Module) -> dict[str, Tensor]:
+        """Return the network's state."""
+        return net.state_dict()
+
+    def spread(self, tensor: Tensor) -> Tensor:
+        """Return the tensor."""
+        return tensor
+
+
+def main(local_rank: int, config: Config, make_parallelism: Callable[[Config], Parallelism] = Replicas) -> None:
+    """Train on this rank. Collective: every rank of the job calls it, with the same arguments."""
     del local_rank  # ``device()`` is this rank's already
     refuse_to_mix_runs(config)
     rank, world_size = get_rank(), get_world_size()
     logging.basicConfig(format=f"rank {rank}: %(levelname)s: %(message)s")  # distckpt's warnings go to stderr
     backend = launchers.live_backend(config) or "one process"
-    ranks = f"{world_size} ranks, {backend}" if world_size > 1 else backend
+    parallelism = make_parallelism(config)
+    ranks = f"{parallelism.name}, {backend}" if world_size > 1 else backend
     display = Display(f"digits on {device().type}, {ranks}", is_shown=rank == 0)
     timer = Timer()
 
+    data_rank, data_world_size = parallelism.data_rank, parallelism.data_world_size
     train_samples, val_samples = load(device())
     batches = TrainBatches(
-        train_samples, batch_size=config.batch_size, seed=config.seed, rank=rank, world_size=world_size
+        train_samples, batch_size=config.batch_size, seed=config.seed, rank=data_rank, world_size=data_world_size
     )
-    run = build(config, val_samples.take(slice(rank, None, world_size)))
+    run = build(config, parallelism, val_samples.take(slice(data_rank, None, data_world_size)))
     display.attach(run.trainer)
 
     checkpoint = resume(run.to_resume, run.latest, engine=run.trainer) if resumes(config) else None
@@ -84,6 +135,7 @@ def main(local_rank: int, config: Config) -> None:
         run.fault.close()
 
     iterations, trained = all_gather(run.trainer.state.iteration), all_gather(run.trained_samples())
+    parameters = parallelism.state_of(run.net)
     if rank == 0:
         show(
             run,
@@ -92,7 +144,8 @@ def main(local_rank: int, config: Config) -> None:
             resumed_from=resumed_from,
             first_epoch=first_epoch,
             iterations=iterations,
-            trained=trained,
+            trained=trained[:: world_size // data_world_size],  # ranks that train the same samples follow each other
+            parameters=parameters,
             backend=backend,
             seconds=timer.value(),
         )
@@ -109,6 +162,7 @@ def show(
     first_epoch: int,
     iterations: list[int],
     trained: list[dict[str, list[int]]],
+    parameters: dict[str, Tensor],
     backend: str,
     seconds: float,
 ) -> None:
@@ -123,7 +177,7 @@ def show(
         samples={epoch: [number for one in trained for number in one[epoch]] for epoch in trained[0]},
         val_acc=run.trainer.state.metrics.get("val_acc"),
         best_val_acc=run.early_stopping.best_score,
-        parameters_sha256=digest(run.net),
+        parameters_sha256=digest(parameters),
         checkpoints=sorted(path.name for path in config.output_dir.glob("*.pt")),
         best_checkpoint=None if newest_best is None else Path(newest_best).name,
         world_size=get_world_size(),
@@ -174,11 +228,9 @@ class Run:
         }.get(reason or "", f"early: no better accuracy in {config.patience} epochs")
 
 
-def build(config: Config, val_samples: Samples) -> Run:
+def build(config: Config, parallelism: Parallelism, val_samples: Samples) -> Run:
     """Make model, engines and handlers. Collective where there are several ranks."""
-    net = launchers.initial(Net, config.seed)
-    model = launchers.parallelize(net)
-    optimizer = launchers.distribute(torch.optim.AdamW(model.parameters(), lr=config.lr), model)
+    model, net, optimizer = parallelism.build(config)
     scheduler = ExponentialLR(optimizer, gamma=0.9)
 
     seen: dict[int, list[Tensor]] = {}
@@ -208,7 +260,8 @@ def build(config: Config, val_samples: Samples) -> Run:
     @trainer.on(Events.EPOCH_STARTED)
     def fix_randomness() -> None:
         epoch = trainer.state.epoch
-        launchers.seed_step((config.seed * 1_000_003 + epoch) * 4099 + get_rank())  # dropout differs between ranks
+        # Dropout differs between samples, and not between ranks that compute parts of the same ones.
+        launchers.seed_step((config.seed * 1_000_003 + epoch) * 4099 + parallelism.data_rank)
 
     # From here on the order of the lines is the order of what happens at the end of an epoch.
     @trainer.on(Events.EPOCH_COMPLETED)
@@ -243,7 +296,8 @@ def build(config: Config, val_samples: Samples) -> Run:
         "rng": RngState(trainer),
     }
     latest = Checkpoint(
-        to_resume | {"ballast": Ballast(config.ballast_mb)},
+        to_resume
+        | {"ballast": Ballast(parallelism.spread(torch.full((config.ballast_mb << 20,), 7, dtype=torch.uint8)))},
         saver,
         "latest",
         n_saved=1,
@@ -286,12 +340,12 @@ def resumes(config: Config) -> bool:
 class Ballast:
     """Bytes that make a checkpoint larger and teach nothing."""
 
-    def __init__(self, num_mb: int) -> None:
-        self._bytes = torch.full((num_mb << 20,), 7, dtype=torch.uint8)
+    def __init__(self, values: Tensor) -> None:
+        self._values = values
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the bytes: uint8 (num_mb * 2**20,)."""
-        return {"bytes": self._bytes}
+        """Return the bytes: uint8 (N,)."""
+        return {"bytes": self._values}
 
 
 if __name__ == "__main__":
