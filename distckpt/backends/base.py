@@ -3,6 +3,7 @@
 A runtime implements the identity and the primitives. All other collectives follow from those.
 """
 
+import hashlib
 import math
 import os
 import zlib
@@ -272,6 +273,41 @@ class Backend(ABC):
 
         return finish_check
 
+    def gather_in_sync(
+        self, key: str, data: bytes, *, sequence: int = 0, description: object = None, timeout_s: float | None
+    ) -> list[bytes]:
+        """Collective. Check that all ranks are at the same sync point, and return the bytes of every rank.
+
+        1. (all ranks) :meth:`check_in_sync`, with the length of the bytes, and two numbers of their digest, each with
+           its negative.
+        2. (all ranks) only if the digests differ: gather the bytes.
+
+        Args:
+            key: has to be equal on all ranks.
+            data: this rank's bytes.
+            sequence: has to be equal on all ranks.
+            description: text for messages in place of the key; formatted only for an error.
+            timeout_s: see :class:`Backend`.
+
+        Returns:
+            The bytes of each rank, in rank order.
+
+        Raises:
+            DesyncError: the ranks are at different sync points; on every rank, naming all of them.
+        """
+        digest = hashlib.blake2b(data, digest_size=8).digest()
+        first, second = (int.from_bytes(half) & _HASH_BITS for half in (digest[:4], digest[4:]))
+        num_bytes, *largest = self.check_in_sync(
+            key,
+            [len(data), first, -first, second, -second],
+            sequence=sequence,
+            description=description,
+            timeout_s=timeout_s,
+        )
+        if largest == [first, -first, second, -second]:  # on every rank, or on none
+            return [data] * self.world_size
+        return self.gather_host(data, num_bytes, what=description or key, timeout_s=timeout_s)
+
     def all_reduce_ints(
         self, values: Sequence[int], op: ReduceOp = "SUM", *, what: str = "all_reduce", timeout_s: float | None = None
     ) -> list[int]:
@@ -289,8 +325,7 @@ class Backend(ABC):
         """Collective. Return every rank's small object, in rank order.
 
         1. (all ranks) encode the object, see :func:`distckpt.backends.wire.encode`; on failure the error.
-        2. (all ranks) agree on the largest size.
-        3. (all ranks) gather.
+        2. (all ranks) gather, see :meth:`gather_in_sync`.
 
         Raises:
             TypeError: some rank's object cannot be sent; on every rank.
@@ -300,8 +335,7 @@ class Backend(ABC):
         except Exception as error:  # noqa: BLE001 - the other ranks wait, whatever the error is
             text = str(error) if isinstance(error, TypeError) else f"{type(error).__name__}: {error}"
             data, problem = wire.encode([False, text]), error
-        num_bytes = self.check_in_sync(what, [len(data)], timeout_s=timeout_s)[0]
-        answers = [wire.decode(chunk) for chunk in self.gather_host(data, num_bytes, what=what, timeout_s=timeout_s)]
+        answers = [wire.decode(chunk) for chunk in self.gather_in_sync(what, data, timeout_s=timeout_s)]
         refused = [f"rank {rank}: {answer[1]}" for rank, answer in enumerate(answers) if not answer[0]]
         if refused:
             raise TypeError("; ".join(refused)) from problem

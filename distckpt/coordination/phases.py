@@ -4,10 +4,12 @@ The protocol of a phase:
 
 1. (all ranks) do the phase's own work, and catch any exception.
 2. (all ranks) reduce a header of twelve int64 with MAX: the sync point's digest and sequence number, each with its
-   negative, and the length of this rank's answer. Every collective of distckpt begins with such a header.
-3. (all ranks) if digest or sequence number differ between the ranks: gather the sync points, and raise
-   :class:`~distckpt.errors.DesyncError`, which names them, on every rank.
-4. (all ranks) gather the answers, padded to the longest.
+   negative, the length of this rank's answer, and the answer's digest with its negative. Every collective of distckpt
+   begins with such a header.
+3. (all ranks) if the sync point's digest or the sequence number differ between the ranks: gather the sync points, and
+   raise :class:`~distckpt.errors.DesyncError`, which names them, on every rank.
+4. (all ranks) if the digests of the answers differ: gather the answers, padded to the longest. Otherwise each rank has
+   the answer of all.
 5. (all ranks) if any rank failed: raise the same :class:`~distckpt.errors.RemoteRankError` on every rank.
 6. (all ranks) return the answers of all ranks, in rank order. A pure function of them has the same result on every
    rank. Where one rank decides, the caller picks that rank's answer.
@@ -67,7 +69,7 @@ def run(backend: Backend, point: SyncPoint, work: Callable[[], T], *, timeout_s:
         timeout_s: seconds to wait for the other ranks after `work`; None for the default.
 
     Returns:
-        One result per rank, in rank order; the same list on every rank.
+        One result per rank, in rank order; the same list on every rank. Equal results are one object.
 
     Raises:
         RemoteRankError: `work` failed on some rank; the same error on every rank.
@@ -89,17 +91,15 @@ def run(backend: Backend, point: SyncPoint, work: Callable[[], T], *, timeout_s:
         own_error = error
         data = wire.encode({"failure": asdict(RankFailure.from_exception(backend.rank, error, traceback.format_exc()))})
     try:
-        num_bytes = backend.check_in_sync(
-            point.key, [len(data)], sequence=point.sequence, description=str(point), timeout_s=timeout_s
-        )[0]
-        parts = backend.gather_host(data, num_bytes, what=str(point), timeout_s=timeout_s)
+        parts = backend.gather_in_sync(point.key, data, sequence=point.sequence, description=point, timeout_s=timeout_s)
     except DesyncError as error:
         raise error from own_error
     except CollectiveError as lost:
         if own_error is not None:
             raise_unreported(own_error, lost)
         raise
-    answers = [wire.decode(chunk) for chunk in parts]
+    decoded = {chunk: wire.decode(chunk) for chunk in set(parts)}  # mostly the same of all ranks
+    answers = [decoded[chunk] for chunk in parts]
     failures = [RankFailure(**answer["failure"]) for answer in answers if "failure" in answer]
     if own_error is not None and backend.is_passthrough(own_error):
         raise own_error  # the other ranks raise a RemoteRankError for it

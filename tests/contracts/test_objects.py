@@ -83,6 +83,26 @@ def test_objects_of_all_sizes_are_gathered_together(backend: Backend) -> None:
     assert received == [bytes([rank]) * size for rank, size in enumerate(sizes)]
 
 
+@clause(SEVERAL_RANKS)
+def test_bytes_are_gathered_only_where_they_differ(backend: Backend) -> None:
+    gathered: list[bytes] = []
+    gather = backend.gather_host
+
+    def count(data: bytes, num_bytes: int, **kwargs: Any) -> list[bytes]:
+        gathered.append(data)
+        return gather(data, num_bytes, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "gather_host", count)
+        for data in (b"", b"x", b"y" * 10_000):
+            assert backend.gather_in_sync("equal", data, timeout_s=None) == [data] * backend.world_size
+        assert not gathered
+        last = backend.world_size - 1
+        found = backend.gather_in_sync("one differs", b"b" if backend.rank == last else b"a", timeout_s=None)
+        assert found == [b"a"] * last + [b"b"]
+        assert len(gathered) == 1
+
+
 @clause()
 def test_a_megabyte_of_text_is_broadcast(backend: Backend) -> None:
     text = "検" * 350_000
