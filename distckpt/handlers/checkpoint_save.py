@@ -146,7 +146,9 @@ class CheckpointSave:
                 self.backend,
                 self.sync_point,
                 self.agreed,
-                consolidate=lambda: None if isinstance(self.backend, SingleRank) else self._consolidate(),
+                consolidate=self._consolidate
+                if self.agreed.needs_consolidation and not isinstance(self.backend, SingleRank)
+                else None,
                 capture=self._capture,
                 remove_first=self._remove_first,
                 write=self._write,
@@ -198,7 +200,7 @@ class CheckpointSave:
                 error.__context__ = context
 
     def _run_in_steps(self, saver: StorageSaver, background_saves: BackgroundSaves) -> None:
-        """Collective. Save in the background, or with several ranks that write."""
+        """Collective. Let the Checkpoint write into the saver's storage itself, in the background if so asked."""
         group = saver.find_group(
             self.backend, self.sync_point, is_known=self.agreed.knows_writers, timeout_s=self.handler.timeout_s
         )
@@ -223,6 +225,7 @@ class CheckpointSave:
             if removes_at_commit
             else None,
             annotate=lambda error: protocol.add_context(error, rank, step, filename, agreed.intent.history),
+            in_background=saver.background,
             timeout_s=self.handler.timeout_s,
         )
         self.history.saved_at = RunIteration(self.engine)
@@ -258,7 +261,7 @@ class CheckpointSave:
     ) -> None:
         """Collective. Take over a save that is committed."""
         if is_current:
-            self.history.commit(self.agreed, took_s=pending.duration_s)
+            self.history.commit(self.agreed, took_s=self.log.committed())
         if removes_at_commit:
             self._take_over(protocol.merge_removals(self.decision.evicted, pending.problems))
         else:
@@ -279,7 +282,7 @@ class CheckpointSave:
         if is_current and not pending.has_committed:
             self.history.fail(self.agreed, error)
         elif is_current:
-            self.history.commit(self.agreed, took_s=pending.duration_s)
+            self.history.commit(self.agreed, took_s=self.log.committed())
             if removes_at_commit:
                 self._take_over(protocol.merge_removals(self.decision.evicted, [pending.own_problems]))
         if pending.has_committed:
@@ -390,6 +393,7 @@ class CheckpointSave:
     def _remove_stored(self, filename: str, own: OwnFiles, saver: StorageSaver) -> None:
         """Rank-local, on the coordinator. Remove a file from the storage. Callable from any thread."""
         directory = directory_of(saver)
+        check_name(filename)
         own.refuse_removal(filename, None if directory is None else read_record(directory / filename))
         saver.refuse_last_loadable(filename, self.decision)
         saver.storage.remove(filename)

@@ -277,8 +277,10 @@ class DiskSaver(BaseSaveHandler):
     @property
     def saves_in_steps(self) -> bool:
         """Whether a Checkpoint's save is a :class:`~distckpt.saving.pending_save.PendingSave`."""
-        # Keyword arguments that choose another pickler or format need torch's own writer, which has no steps.
-        is_wanted = self.background or self.share_write is not None or self.check_replicas
+        # Keyword arguments that choose another pickler or format need torch's own writer, which has no steps. A
+        # subclass that removes files in its own way may have to do so first, which a save in the foreground can.
+        is_own = self.removal_order == RemovalOrder.AFTER
+        is_wanted = self.background or self.share_write is not None or self.check_replicas or is_own
         return is_wanted and uses_default_format(self.kwargs) and self.writes_one_file
 
     @property

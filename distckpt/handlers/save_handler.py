@@ -94,7 +94,7 @@ class StorageSaver(Protocol):
 
     @property
     def saves_in_steps(self) -> bool:
-        """Whether a save is a :class:`~distckpt.saving.pending_save.PendingSave`, in which the ranks vote."""
+        """Whether a save is a :class:`~distckpt.saving.pending_save.PendingSave`."""
 
     @property
     def writes_on_one_rank(self) -> bool:

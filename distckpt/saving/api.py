@@ -261,6 +261,7 @@ def _start(
         group=group,
         remove_replaced=None,
         annotate=functools.partial(_annotate, backend.rank, step, target, answers[save_on_rank]["exists"]),
+        in_background=in_background,
         timeout_s=timeout_s,
         path=target,
         reports_errors=in_background,

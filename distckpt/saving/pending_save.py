@@ -103,7 +103,7 @@ class PendingSave:
         self._begin_s = time.monotonic()
         self._future: Future[dict[str, Any]] | None = None
         self._checksums: list[Checksums] = []
-        self._is_committing = len(self._writers) == 1
+        self._writes_alone = self._is_committing = len(self._writers) == 1
         self._has_ended = False
         self._error: BaseException | None = None
         self._at_exit = Finalize(None, self._report_at_exit, exitpriority=0) if reports_errors else None
@@ -180,7 +180,7 @@ class PendingSave:
             RemoteRankError: the save failed on some rank; on every rank. With one rank: that rank's error.
             CommitNotDurable: the file has its name, but may not survive a power cut.
         """
-        step = "committing" if self._is_committing else "writing"
+        step = "saving" if self._writes_alone else "committing" if self._is_committing else "writing"
         point = self._sync_point(f"{step} {self.filename}")
         try:
             answers = phases.run(self.backend, point, self._outcome, timeout_s=timeout_s or self._timeout_s)

@@ -15,6 +15,9 @@
 rest. A coordinator that writes alone runs step 7 right after step 5. So does a coordinator that learns of the other
 writers from the job's key-value store.
 
+A save of one writer in the foreground takes three reductions, for steps 2, 4 and 8, and a gather if the ranks' intents
+differ. tests/distributed/test_collectives.py counts those of each way of saving.
+
 :func:`save_by_handler` replaces steps 4 to 7 for save handlers that write by themselves: the call returns when the file
 is durable. :func:`remove` then removes the replaced files.
 
@@ -75,6 +78,7 @@ def start_save(
     group: WriterGroup,
     remove_replaced: Callable[[], Problems] | None,
     annotate: Callable[[SaveError], SaveError],
+    in_background: bool,
     timeout_s: float | None,
     path: Path | None = None,
     reports_errors: bool = False,
@@ -95,6 +99,7 @@ def start_save(
         group: the ranks that write.
         remove_replaced: removes the files that this one replaces, on the coordinator; None if the caller does it.
         annotate: adds rank, step and the intact checkpoint to an error.
+        in_background: whether the state is copied to host memory before this returns.
         timeout_s: seconds to wait for the other ranks; None for the default.
         path: full path of the file, for messages.
         reports_errors: whether each rank logs its errors, and warns at exit of a file that was not saved.
@@ -111,13 +116,17 @@ def start_save(
         writer = make_writer()
         prepared.append(writer)
         state = backend.sync_device(capture(), to_host=writer.is_coordinator or writer.is_shared)
-        return writer.prepare(state, replicas=replicas, optimizer_storages=optimizer_storages)
+        try:
+            return writer.prepare(state, replicas=replicas, optimizer_storages=optimizer_storages)
+        except SaveError as error:
+            raise annotate(error) from error
 
     try:
         if consolidate is not None:
             phases.run(backend, sync_point(f"consolidating {filename}"), consolidate, timeout_s=timeout_s)
         # The long timeout: a rank may wait for staging memory until another save has written its bytes.
-        answers = phases.run(backend, sync_point(f"staging {filename}"), prepare, timeout_s=write_timeout_s)
+        staging_timeout_s = write_timeout_s if in_background or len(writers) > 1 else timeout_s
+        answers = phases.run(backend, sync_point(f"staging {filename}"), prepare, timeout_s=staging_timeout_s)
         (writer,) = prepared
         if group.check_replicas:
             point = sync_point(f"comparing replicas for {filename}")
@@ -184,7 +193,7 @@ def save_by_handler(
     sync_point: SyncPointFactory,
     agreed: AgreedSave,
     *,
-    consolidate: Callable[[], None],
+    consolidate: Callable[[], None] | None,
     capture: Callable[[], Any],
     remove_first: Callable[[], Sequence[str]],
     write: Callable[[Any], None],
@@ -197,7 +206,7 @@ def save_by_handler(
         backend: the job's backend.
         sync_point: makes a phase's sync point from its description.
         agreed: what :func:`decide` returned; nothing is saved if it holds no decision.
-        consolidate: gathers sharded state on the coordinator; collective.
+        consolidate: gathers sharded state on the coordinator; collective. None if there is none.
         capture: returns the checkpoint on this rank.
         remove_first: removes files that must go before the write, and returns their names; collective.
         write: passes the checkpoint to the save handler on this rank.
@@ -211,7 +220,8 @@ def save_by_handler(
     if agreed.decision is None:
         return
     filename = agreed.decision.filename
-    phases.run(backend, sync_point(f"consolidating {filename}"), consolidate, timeout_s=timeout_s)
+    if consolidate is not None:
+        phases.run(backend, sync_point(f"consolidating {filename}"), consolidate, timeout_s=timeout_s)
     captured: list[Any] = []
     writes = all_write or backend.rank == agreed.coordinator
 

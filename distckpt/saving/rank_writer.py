@@ -109,8 +109,8 @@ class RankWriter:
                 types of their devices.
 
         Returns:
-            What other ranks need: ``layout``, the image's digest. On the coordinator also ``file_token``, by which
-            they join the file, and ``save_id``, which is unique.
+            What other ranks need if several write the file: ``layout``, the image's digest. On the coordinator also
+            ``file_token``, by which they join the file, and ``save_id``, which is unique.
 
         Raises:
             ValueError: the name points outside the storage.
@@ -137,8 +137,10 @@ class RankWriter:
         answer["layout"] = snapshot.layout_digest() if self.is_shared else None
         if self.is_coordinator:
             self._file = self._storage.create(self.name)
-            answer |= {"file_token": self._file.token, "save_id": secrets.token_hex(8)}
-        self._stage(snapshot)
+            if self.is_shared:  # else the answers of all ranks are equal
+                answer |= {"file_token": self._file.token, "save_id": secrets.token_hex(8)}
+        if self.in_background or self.is_shared:
+            self._stage(snapshot)
         return answer
 
     def describe_layout(self) -> list[str]:
@@ -183,6 +185,8 @@ class RankWriter:
         snapshot = self._snapshot
         if self._file is None:
             self._file = self._storage.join(self.name, file_token or "")
+        if not self._has_memory:
+            self._stage(snapshot)
         try:
             if self.is_shared and self.is_coordinator:
                 self._file.allocate(snapshot.num_bytes)  # else the writers extend the file in turns

@@ -1,0 +1,175 @@
+"""The number of collectives that a save takes: reductions of headers, and gathers where answers differ.
+
+They are counted on a rank's own backend. Each way of saving saves three times, evicts the second time on, and the third
+save counts: the ranks are connected by then, and know who sees the directory.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import DiskSaver as IgniteDiskSaver
+
+import distckpt
+from distckpt import BaseSaveHandler, Checkpoint, DiskSaver
+from distckpt.backends.detect import current
+from tests.distributed.programs import all_equal, gather, model_of, raised, warned
+from tests.support import job, run_distributed
+from tests.support.selection import torch_only
+
+pytestmark = torch_only
+
+
+@contextlib.contextmanager
+def counted_collectives() -> Iterator[list[str]]:
+    """Collect the names of the collectives that this rank enters."""
+    entered: list[str] = []
+    backend = current()
+
+    def count(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def enter(*args: Any, **kwargs: Any) -> Any:
+            entered.append(name)
+            return call(*args, **kwargs)
+
+        return enter
+
+    names = {"start_max": "reduce", "reduce_host": "reduce", "gather_host": "gather"}
+    names |= {name: name for name in ("reduce_tensor", "gather_tensor", "broadcast_tensor")}
+    with pytest.MonkeyPatch.context() as patch:
+        for method, name in names.items():
+            patch.setattr(backend, method, count(name, getattr(backend, method)))
+        yield entered
+
+
+class KeyedSaver(BaseSaveHandler):
+    """Keeps checkpoints in a dict on the first rank."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, Any] = {}
+
+    def __call__(self, checkpoint: Mapping[str, Any], filename: str, metadata: Mapping[str, Any] | None = None) -> None:
+        del metadata
+        if job.rank() == 0:
+            self.files[filename] = checkpoint
+
+    def remove(self, filename: str) -> None:
+        if job.rank() == 0:
+            del self.files[filename]
+
+
+def handler_saves(saver: Any, *, scores_differ: bool) -> list[list[str]]:
+    """Save at the end of each of three epochs; return the collectives of each save."""
+
+    def score(engine: Engine) -> float:
+        return engine.state.epoch + (job.rank() / 10 if scores_differ else 0.0)
+
+    handler = Checkpoint({"model": model_of(1.0)}, saver, n_saved=1, score_function=score)
+    trainer = Engine(lambda _engine, _batch: None)
+    saves: list[list[str]] = []
+
+    @trainer.on(Events.EPOCH_COMPLETED)
+    def save(engine: Engine) -> None:
+        with counted_collectives() as entered:
+            handler(engine)
+            handler.wait_until_finished()
+        saves.append(entered)
+
+    with warned():  # of the scores that differ
+        trainer.run([0], max_epochs=3)
+    return saves
+
+
+def function_saves(folder: Path, save: Callable[..., Any]) -> list[list[str]]:
+    """Save three times to one path; return the collectives of each save."""
+    saves = []
+    for step in range(3):
+        with counted_collectives() as entered:
+            save({"model": model_of(float(step))}, folder / "model.pt", step=step)
+        saves.append(entered)
+    return saves
+
+
+def is_alike_on_ranks(entered: list[str]) -> bool:
+    return all_equal(gather(entered))
+
+
+def counts(entered: list[str]) -> tuple[int, int]:
+    assert set(entered) <= {"reduce", "gather"}
+    return entered.count("reduce"), entered.count("gather")
+
+
+SAVERS: dict[str, tuple[Callable[[Path], Any], tuple[int, int]]] = {
+    # Reductions: decide, stage, save.
+    "a DiskSaver": (DiskSaver, (3, 0)),
+    "in the background": (lambda folder: DiskSaver(folder, background=True), (3, 0)),
+    # Decide, stage (the file's token is gathered), write (the checksums are), commit.
+    "shared by a node": (lambda folder: DiskSaver(folder, share_write="node"), (4, 2)),
+    "shared by the world": (lambda folder: DiskSaver(folder, share_write="world"), (4, 2)),
+    "shared with compared replicas": (
+        lambda folder: DiskSaver(folder, share_write="node", check_replicas=True),
+        (5, 2),
+    ),
+    # Decide, capture, remove, save; ignite's DiskSaver removes afterwards.
+    "a custom save handler": (lambda _: KeyedSaver(), (4, 0)),
+    "ignite's DiskSaver": (lambda folder: IgniteDiskSaver(str(folder), require_empty=False), (4, 0)),
+}
+
+
+@pytest.mark.parametrize("scores_differ", [False, True], ids=["facts alike", "facts that differ"])
+@pytest.mark.parametrize("kind", SAVERS)
+@run_distributed(world_size=2)
+def test_a_save_by_a_handler_takes_so_many_collectives(tmp_path: Path, kind: str, *, scores_differ: bool) -> None:
+    make, (reductions, gathers) = SAVERS[kind]
+    *_, last = handler_saves(make(tmp_path), scores_differ=scores_differ)
+    assert counts(last) == (reductions, gathers + scores_differ), last
+    assert len(last) <= 4 or kind != "a DiskSaver"
+    assert is_alike_on_ranks(last)
+
+
+@run_distributed(world_size=2)
+def test_a_save_shared_in_the_background_takes_so_many_collectives(tmp_path: Path) -> None:
+    # The coordinator commits at once if the store tells it of the other writer, else after one more reduction.
+    *_, last = handler_saves(DiskSaver(tmp_path, share_write="node", background=True), scores_differ=False)
+    assert counts(last) in [(3, 2), (4, 2)], last
+    assert is_alike_on_ranks(last)
+
+
+FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[int, int]]] = {
+    # Check the arguments, stage, save.
+    "save": (distckpt.save, (3, 0)),
+    "async_save": (lambda *args, **kwargs: distckpt.async_save(*args, **kwargs).result(), (3, 0)),
+    # Two more reductions find the writers by a probe file, whose token is gathered.
+    "a shared save": (lambda *args, **kwargs: distckpt.save(*args, share_write="node", **kwargs), (6, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+@run_distributed(world_size=2)
+def test_a_save_without_an_engine_takes_so_many_collectives(tmp_path: Path, kind: str) -> None:
+    save, expected = FUNCTIONS[kind]
+    *_, last = function_saves(tmp_path, save)
+    assert counts(last) == expected, last
+    assert is_alike_on_ranks(last)
+
+
+@run_distributed(world_size=2)
+def test_a_state_that_fails_on_one_rank_takes_one_gather_to_tell(tmp_path: Path) -> None:
+    class Failing:
+        def state_dict(self) -> dict[str, torch.Tensor]:
+            if job.rank() == 1:
+                raise ValueError("broken")
+            return {"weight": torch.ones(1)}
+
+    handler = Checkpoint({"model": Failing()}, DiskSaver(tmp_path))
+    trainer = Engine(lambda _engine, _batch: None)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, handler)
+    with counted_collectives() as entered:
+        error = raised(lambda: trainer.run([0]))
+    assert "rank 1" in str(error)
+    assert "broken" in str(error)
+    assert counts(entered) == (2, 2), entered  # the ranks' proposals for the run's id are gathered first
+    assert gather(handler.last_checkpoint) == [None, None]
