@@ -38,7 +38,7 @@ from distckpt.ptformat.loadable import refused_names
 from distckpt.ptformat.manifest import SCHEMA, Head
 from distckpt.ptformat.pickler import pickle_state
 from distckpt.ptformat.torch_format import describe_format, load_by_torch
-from distckpt.ptformat.verify import Checksum, Fault, check_range, find_faults, split_ranges
+from distckpt.ptformat.verify import Checksum, Fault, check_range, find_faults, has_checksums, split_ranges
 from distckpt.storage.base import StoredFile, SupportsReadInto
 from distckpt.storage.local import LocalFile
 from distckpt.storage.readahead import staggered_ranges
@@ -198,13 +198,17 @@ class OpenCheckpoint:
             return []
         return [one for begin, end in ranges for one in check_range(self._file, self._archive, begin, end, source)]
 
-    def faults(self, checksums: Iterable[Sequence[Checksum]]) -> list[Fault]:
+    def faults(self, checksums: Sequence[Sequence[Checksum]]) -> list[Fault]:
         """Return the damaged places, from what :meth:`check` found in all ranges, in order."""
         if self._archive is None:
             return [] if self._fault is None else [Fault(self._fault)]
         found = find_faults(self._archive, checksums)
         tensors = self._tensors_by_record() if found else {}
         return [fault._replace(tensors=tuple(tensors.get(fault.record, ()))) for fault in found]
+
+    def has_checksums(self, checksums: Sequence[Sequence[Checksum]]) -> bool:
+        """Return True if the file has checksums to compare with; arguments as for :meth:`faults`."""
+        return self._archive is not None and has_checksums(self._archive, checksums)
 
     def _tensors_by_record(self) -> dict[str | None, list[str]]:
         """Return the names of the tensors in each record, from the manifest, else from the pickle."""

@@ -152,22 +152,30 @@ def _chunks(source: SupportsReadInto, begin: int, end: int) -> Iterator[tuple[in
         at += num_bytes
 
 
-def find_faults(archive: Archive, checksums: Iterable[Sequence[Checksum]]) -> list[Fault]:
+def has_checksums(archive: Archive, checksums: Iterable[Sequence[Checksum]]) -> bool:
+    """Return True if a file has checksums to compare with. Pure; arguments as for :func:`find_faults`."""
+    if archive.is_own:
+        return True
+    parts = _parts_of(one for one in itertools.chain.from_iterable(checksums) if one[0] >= 0)
+    return any(found[0][1] >= 0 and combine_crc32(found) == archive.crcs[number] for number, found in parts.items())
+
+
+def find_faults(archive: Archive, checksums: Sequence[Sequence[Checksum]]) -> list[Fault]:
     """Return the damaged places of a file. Pure.
 
     Args:
         archive: the file's directory.
         checksums: from :func:`check_range`, for ranges that cover the file, in order.
     """
-    parts: dict[int, list[tuple[int, int]]] = {}
-    faults = []
-    for number, crc, num_bytes in itertools.chain.from_iterable(checksums):
-        if number < 0:
-            faults.append(Fault(f"its headers, padding or directory are damaged at byte {crc}"))
-        else:
-            parts.setdefault(number, []).append((crc, num_bytes))
-    if not archive.is_own and not _has_checksums(archive, parts):
+    found_all = list(itertools.chain.from_iterable(checksums))
+    faults = [
+        Fault(f"its headers, padding or directory are damaged at byte {at}")
+        for number, at, _ in found_all
+        if number < 0
+    ]
+    if not has_checksums(archive, checksums):
         return []
+    parts = _parts_of(one for one in found_all if one[0] >= 0)
     for number, (record, crc) in enumerate(zip(archive.records, archive.crcs, strict=True)):
         found = parts.get(number, [])
         length = archive.inflated.get(number, record.num_bytes)
@@ -197,6 +205,8 @@ def check_whole(file: Readable) -> list[str]:
     return [str(fault) for fault in find_faults(archive, [check_range(file, archive, 0, archive.num_bytes)])]
 
 
-def _has_checksums(archive: Archive, parts: dict[int, list[tuple[int, int]]]) -> bool:
-    """Return True if another tool has computed checksums: at least one record has the right one."""
-    return any(found[0][1] >= 0 and combine_crc32(found) == archive.crcs[number] for number, found in parts.items())
+def _parts_of(checksums: Iterable[Checksum]) -> dict[int, list[tuple[int, int]]]:
+    parts: dict[int, list[tuple[int, int]]] = {}
+    for number, crc, num_bytes in checksums:
+        parts.setdefault(number, []).append((crc, num_bytes))
+    return parts

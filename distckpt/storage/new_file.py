@@ -230,15 +230,36 @@ def _remove_if_dead(parent: int, name: str) -> None:
     fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
     try:
         found = os.fstat(fd)
-        is_of_this_host = name.startswith(f"{TEMP_PREFIX}{_host_tag()}-")
-        is_stale = is_of_this_host or time.time() - found.st_mtime > _FOREIGN_STALE_S
-        if not stat.S_ISREG(found.st_mode) or not is_stale:
+        if not stat.S_ISREG(found.st_mode) or not _is_lock_known(name, found):
             return
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: the process that writes it is alive
         if os.stat(name, dir_fd=parent, follow_symlinks=False).st_ino == found.st_ino:
             os.unlink(name, dir_fd=parent)
     finally:
         close_quietly(fd)
+
+
+def _is_lock_known(name: str, found: os.stat_result) -> bool:
+    is_of_this_host = name.startswith(f"{TEMP_PREFIX}{_host_tag()}-")
+    return is_of_this_host or time.time() - found.st_mtime > _FOREIGN_STALE_S
+
+
+def is_being_written(path: Path) -> bool:
+    """Return True unless the process that writes a temporary file is dead, as far as this host can know.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not _is_lock_known(path.name, os.fstat(fd)):
+            return True
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        close_quietly(fd)
+    return False
 
 
 def text_of(error: OSError) -> str:

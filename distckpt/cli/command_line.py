@@ -1,0 +1,127 @@
+"""The arguments of the command ``distckpt``, and what its errors look like.
+
+A module of a command is imported when the command is called, and torch only where a command needs it.
+"""
+
+import argparse
+import contextlib
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distckpt.cli.errors import CommandError, ExitCode
+from distckpt.cli.output import Output, printable
+from distckpt.errors import CorruptCheckpointError, DistckptError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+_EPILOG = """exit codes: 0 all is well; 1 a checkpoint is damaged, two differ, or there is none; 2 the command could not
+be carried out; 130 interrupted"""
+
+
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit code.
+
+    Args:
+        arguments: without the program's name; None for this process's.
+
+    Example:
+        >>> main(["ls", "/dev/null"])  # prints "distckpt: /dev/null is no directory: ..."
+        2
+    """
+    parsed = build_parser().parse_args(arguments)
+    with contextlib.suppress(AttributeError):  # a stream that a program has put there
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # as suppressed
+    output = Output.to(sys.stdout, is_json=parsed.json)
+    before = _raise_on_sigterm()
+    try:
+        run: Callable[[argparse.Namespace, Output], int] = importlib.import_module(parsed.module).run
+        code = int(run(parsed, output))
+        sys.stdout.flush()
+    except (KeyboardInterrupt, _Terminated, CommandError, DistckptError, OSError, MemoryError) as error:
+        return int(_fail(error))
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+    return code
+
+
+def _fail(error: BaseException) -> int:
+    """Print one line that says why a command ends; return the exit code."""
+    if isinstance(error, BrokenPipeError):
+        with contextlib.suppress(OSError, ValueError):  # what the interpreter flushes at its end goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.PIPE_CLOSED
+    code, message = ExitCode.FAILED, str(error)
+    if isinstance(error, KeyboardInterrupt | _Terminated):
+        is_signal = isinstance(error, _Terminated)
+        message, code = ("terminated", ExitCode.TERMINATED) if is_signal else ("interrupted", ExitCode.INTERRUPTED)
+    elif isinstance(error, CommandError):
+        code = error.code
+    elif isinstance(error, CorruptCheckpointError):
+        code = ExitCode.FOUND
+    elif isinstance(error, MemoryError):
+        message = "there is not enough memory"
+    elif isinstance(error, OSError) and not isinstance(error, DistckptError):
+        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        message = f"{where}{error.strerror or error}"
+    with contextlib.suppress(OSError):  # standard error may be closed too
+        sys.stderr.write(f"distckpt: {printable(' '.join(message.split()))}\n")
+    return code
+
+
+def _raise_on_sigterm() -> Callable[[int, "FrameType | None"], object] | int | None:
+    """Let SIGTERM end a command as Ctrl-C does: nothing is left half done. Return the previous handler."""
+
+    def end(_signal: int, _frame: "FrameType | None") -> None:
+        raise _Terminated
+
+    try:
+        return signal.signal(signal.SIGTERM, end)
+    except ValueError:  # not the main thread
+        return None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(prog="distckpt", description="Look at checkpoints.", epilog=_EPILOG)
+    parser.add_argument("--version", action="version", version=f"distckpt {_version()}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, module: str, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=_EPILOG)
+        command.add_argument("--json", action="store_true", help="print JSON for programs")
+        command.set_defaults(module=f"distckpt.cli.{module}")
+        return command
+
+    command = add("ls", "listing", "list the checkpoints of a directory, and why each is kept")
+    command.add_argument("directory", type=Path, metavar="DIR")
+    command.add_argument("-r", "--recursive", action="store_true", help="search sub-folders too")
+    command.add_argument("--verify", action="store_true", help="read every byte, as the command verify does")
+
+    command = add("inspect", "inspection", "show a checkpoint's manifest and its tensors")
+    command.add_argument("file", type=Path, metavar="FILE")
+    command.add_argument("--key", metavar="NAME", help="show what is below this key, with values, such as model.weight")
+    command.add_argument("--no-norms", dest="norms", action="store_false", help="do not read the tensors' data")
+
+    command = add("verify", "verification", "compare every byte of checkpoints with their checksums")
+    command.add_argument("path", type=Path, metavar="FILE|DIR")
+    command.add_argument("-r", "--recursive", action="store_true", help="search sub-folders too")
+    return parser
+
+
+def _version() -> str:
+    try:
+        return metadata.version("distckpt")
+    except metadata.PackageNotFoundError:  # it runs from its source folder
+        return "(not installed)"

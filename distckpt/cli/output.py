@@ -1,0 +1,247 @@
+"""What commands print: tables and lines for people, JSON for programs.
+
+Text from files and file names is printed without control characters, which could change a terminal's state. In a
+terminal a table is as wide as the terminal: the least important columns are left out, then the longest names are cut.
+Elsewhere, as in a pipe, nothing is left out. rich adds styles in a terminal if it is installed.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TextIO
+
+_GAP = 2
+_LEAST_SHRUNK = 12
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_UNIT = 1024
+_AGES = ((60.0, 1.0, "s"), (3600.0, 60.0, "min"), (48 * 3600.0, 3600.0, "h"))
+_STYLES = {
+    "complete": "green",
+    "whole": "green",
+    "damaged": "bold red",
+    "unreadable": "bold red",
+    "left over": "yellow",
+    "being written": "yellow",
+    "delete": "bold red",
+    "keep": "green",
+}
+
+
+class Column(NamedTuple):
+    """A column of a table.
+
+    Attributes:
+        title: its head.
+        is_number: aligned to the right.
+        can_shrink: its longest texts may be cut in the middle.
+        is_optional: left out in a terminal if all its texts are ``-``.
+        least_width: left out in a narrower terminal; 0 to keep it always.
+    """
+
+    title: str
+    is_number: bool = False
+    can_shrink: bool = False
+    is_optional: bool = False
+    least_width: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """A table of texts.
+
+    Attributes:
+        title: a line above it; empty for none.
+        columns: its columns.
+        rows: one text a column each.
+    """
+
+    title: str = ""
+    columns: Sequence[Column]
+    rows: list[Sequence[str]] = field(default_factory=list)
+
+    def fitted(self, width: int | None) -> "Table":
+        """Return the table as it fits into a width, as far as possible; None is any width."""
+        texts = [[printable(text) for text in row] for row in self.rows]
+        numbers = list(range(len(self.columns)))
+        if width is not None:
+            numbers = [
+                number
+                for number, column in enumerate(self.columns)
+                if column.least_width <= width and not (column.is_optional and all(row[number] == "-" for row in texts))
+            ]
+        columns = [self.columns[number] for number in numbers]
+        rows: list[Sequence[str]] = [[row[number] for number in numbers] for row in texts]
+        widths = _widths(columns, rows)
+        for number, column in enumerate(columns):
+            excess = 0 if width is None else sum(widths) + _GAP * (len(widths) - 1) - width
+            if column.can_shrink and excess > 0:
+                widths[number] = max(widths[number] - excess, min(_LEAST_SHRUNK, widths[number]))
+                rows = [[*row[:number], shorten(row[number], widths[number]), *row[number + 1 :]] for row in rows]
+        return Table(title=printable(self.title), columns=columns, rows=rows)
+
+    def lines(self) -> list[str]:
+        """Return the table as plain lines."""
+        widths = _widths(self.columns, self.rows)
+        found = [self.title] if self.title else []
+        for row in ([column.title for column in self.columns], *self.rows):
+            cells = [
+                text.rjust(size) if column.is_number else text.ljust(size)
+                for text, size, column in zip(row, widths, self.columns, strict=True)
+            ]
+            found.append((" " * _GAP).join(cells).rstrip())
+        return found
+
+
+def _widths(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max([len(one.title), *(len(row[at]) for row in rows)]) for at, one in enumerate(columns)]
+
+
+class Output:
+    """Where a command prints.
+
+    Args:
+        stream: standard output.
+        is_json: print JSON alone.
+        width: of the terminal; None if `stream` is none.
+
+    Attributes:
+        is_json: as given.
+    """
+
+    def __init__(self, stream: TextIO, *, is_json: bool = False, width: int | None = None) -> None:
+        self._stream = stream
+        self._width = width
+        self.is_json = is_json
+
+    @classmethod
+    def to(cls, stream: TextIO, *, is_json: bool) -> "Output":
+        """Return an output that fits `stream`."""
+        return cls(stream, is_json=is_json, width=shutil.get_terminal_size().columns if stream.isatty() else None)
+
+    def line(self, text: str = "") -> None:
+        """Print a line for people."""
+        if not self.is_json:
+            self._stream.write(f"{printable(text)}\n")
+
+    def table(self, table: Table) -> None:
+        """Print a table for people."""
+        if self.is_json:
+            return
+        fitted = table.fitted(self._width)
+        if self._width is None or not _print_by_rich(fitted, self._stream, self._width):
+            self._stream.writelines(f"{line}\n" for line in fitted.lines())
+
+    def json(self, value: Any) -> None:
+        """Print JSON for programs."""
+        if self.is_json:
+            self._stream.write(json.dumps(to_plain(value), indent=1, allow_nan=False) + "\n")
+
+
+def _print_by_rich(table: Table, stream: TextIO, width: int) -> bool:
+    """Print a fitted table with styles; return False if rich is not installed."""
+    try:
+        from rich.console import Console  # noqa: PLC0415 - optional, and slow to import
+        from rich.table import Table as RichTable  # noqa: PLC0415 - as above
+        from rich.text import Text  # noqa: PLC0415 - as above
+    except ImportError:
+        return False
+    console = Console(file=stream, width=width, highlight=False)
+    drawn = RichTable(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
+    for column, size in zip(table.columns, _widths(table.columns, table.rows), strict=True):
+        justify: Any = "right" if column.is_number else "left"
+        drawn.add_column(Text(column.title), justify=justify, no_wrap=True, min_width=size)
+    for row in table.rows:
+        drawn.add_row(*(Text(text, style=_STYLES.get(text, "")) for text in row))
+    if table.title:
+        console.print(Text(table.title, style="bold"))
+    console.print(drawn)
+    return True
+
+
+def printable(text: str) -> str:
+    r"""Return a text with escapes for what is no printable character, such as control characters.
+
+    Example:
+        >>> printable("a\x1b[2Jb\udce9")
+        'a\\x1b[2Jb\\udce9'
+    """
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
+
+
+def shorten(text: str, width: int) -> str:
+    """Return a text of at most `width` characters, cut in the middle.
+
+    Example:
+        >>> shorten("checkpoint_1000.pt", 12)
+        'checkp~00.pt'
+    """
+    if len(text) <= width:
+        return text
+    last = (width - 1) // 2
+    return f"{text[: width - 1 - last]}~{text[len(text) - last :]}"
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Return a number of bytes with a unit.
+
+    Example:
+        >>> format_bytes(17), format_bytes(1536), format_bytes(3 << 30)
+        ('17 B', '1.5 KiB', '3.0 GiB')
+    """
+    amount = float(num_bytes)
+    for unit in _UNITS:
+        if amount < _UNIT or unit == _UNITS[-1]:
+            break
+        amount /= _UNIT
+    return f"{num_bytes:.0f} B" if unit == "B" else f"{amount:.1f} {unit}"
+
+
+def format_age(age_s: float) -> str:
+    """Return how long ago something was.
+
+    Example:
+        >>> format_age(5.2), format_age(130), format_age(86400), format_age(10 * 86400)
+        ('5 s', '2 min', '24 h', '10 d')
+    """
+    age_s = max(age_s, 0.0)
+    for limit_s, unit_s, unit in _AGES:
+        if age_s < limit_s:
+            return f"{int(age_s / unit_s)} {unit}"
+    return f"{int(age_s / 86400)} d"
+
+
+def format_number(value: float | None) -> str:
+    """Return a number as tables show it.
+
+    Example:
+        >>> format_number(None), format_number(7), format_number(0.123456789), format_number(float("nan"))
+        ('-', '7', '0.1235', 'nan')
+    """
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:.4g}"
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun.
+
+    Example:
+        >>> count(1, "file"), count(2, "file")
+        ('1 file', '2 files')
+    """
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def to_plain(value: Any) -> Any:
+    """Return a value as JSON has it: numbers that are not finite as text, as in a manifest."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)

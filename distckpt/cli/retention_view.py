@@ -1,0 +1,103 @@
+"""Which of a directory's checkpoints their handlers keep, from the newest record of each handler.
+
+Only a record tells: names and scores of files do not. The files of one handler are those with equal identities whose
+runs go back to one run; the newest of them has the handler's history.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from distckpt.cli.survey import FileEntry
+from distckpt.policy.naming import basename
+from distckpt.ptformat.records import Record
+
+HandlerKey = tuple[str, str]
+"""A handler's identity as JSON, and the first run of the lineage."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """The place of a file in its handler's history.
+
+    Attributes:
+        place: 1 for the file of highest priority.
+        num_kept: how many files the handler keeps.
+        is_scored: whether the priority is a score; else it is a step.
+    """
+
+    place: int
+    num_kept: int
+    is_scored: bool
+
+    def __str__(self) -> str:
+        """Return the place in words."""
+        return f"{ordinal(self.place)} of {self.num_kept}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetentionView:
+    """What the handlers of a directory keep.
+
+    Attributes:
+        kept: the place of each kept file, by name.
+        evicted: names of files that a handler removes, or has failed to.
+        missing: names that a handler keeps and that are not there.
+    """
+
+    kept: Mapping[str, Kept]
+    evicted: frozenset[str]
+    missing: tuple[str, ...]
+
+
+def ordinal(number: int) -> str:
+    """Return an ordinal number.
+
+    Example:
+        >>> [ordinal(number) for number in (1, 2, 3, 4, 11, 22, 113)]
+        ['1st', '2nd', '3rd', '4th', '11th', '22nd', '113th']
+    """
+    is_teen = number % 100 // 10 == 1
+    return f"{number}{'th' if is_teen else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"
+
+
+def key_of(record: Record) -> HandlerKey:
+    """Return what all records of one handler share."""
+    return json.dumps(record.handler, sort_keys=True, default=str), record.run.root
+
+
+def describe_handler(record: Record) -> str:
+    """Return a handler's name for people: how its files are called, and what they are ranked by."""
+    handler = record.handler
+    name = basename(str(handler.get("prefix") or ""), str(handler.get("name") or "checkpoint"))
+    score = f" by {handler.get('score_name') or 'score'}" if handler.get("is_scored") else " by step"
+    order = handler.get("order")
+    return f"{name}{score}{f' #{order + 1}' if isinstance(order, int) and order > 0 else ''}"
+
+
+def view_retention(entries: Sequence[FileEntry]) -> RetentionView:
+    """Return what the handlers of these files keep."""
+    kept: dict[str, Kept] = {}
+    evicted, missing = set[str](), list[str]()
+    names = {entry.name for entry in entries}
+    for record in newest_records(entries).values():
+        priorities = [name for _, name in record.kept]
+        for place, name in enumerate(reversed(priorities), start=1):
+            if name in names:
+                is_scored = bool(record.handler.get("is_scored"))
+                kept[name] = Kept(place=place, num_kept=len(priorities), is_scored=is_scored)
+            else:
+                missing.append(name)
+        evicted.update(record.evicted)
+    return RetentionView(kept=kept, evicted=frozenset(evicted & names - set(kept)), missing=tuple(sorted(missing)))
+
+
+def newest_records(entries: Iterable[FileEntry]) -> dict[HandlerKey, Record]:
+    """Return the newest record of each handler."""
+    found: dict[HandlerKey, Record] = {}
+    for entry in entries:
+        if entry.record is not None:
+            key = key_of(entry.record)
+            if key not in found or entry.record.order > found[key].order:
+                found[key] = entry.record
+    return found

@@ -1,0 +1,308 @@
+"""Open a checkpoint of any format to look into it: its state, with tensors whose bytes are read when asked for.
+
+The state's tensors are on the CPU and hold nothing (see :mod:`distckpt.ptformat.lazy_state`): memory that is never
+touched costs nothing. Their bytes are read in chunks, or a tensor at a time. Nothing from a file is executed.
+"""
+
+import contextlib
+import ctypes
+import itertools
+import math
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, Self
+
+import torch
+
+from distckpt.cli.errors import CommandError
+from distckpt.errors import CorruptCheckpointError
+from distckpt.ptformat.archive import NewerSchema, read_manifest
+from distckpt.ptformat.manifest import Manifest
+from distckpt.ptformat.reader import OpenCheckpoint
+from distckpt.ptformat.safetensors_format import DTYPES, SafetensorsHeader, read_safetensors_header
+from distckpt.ptformat.sharded import key_to_text
+from distckpt.storage.local import LocalFile
+
+CHUNK_BYTES = 4 << 20
+DCP_METADATA = ".metadata"
+_LEVELS = 64
+
+
+class Source(Protocol):
+    """An open checkpoint. A context that closes it.
+
+    Attributes:
+        path: of the file or directory.
+        kind: the format, for people.
+        manifest: None without one.
+        state: the saved state; its tensors are read by :func:`load` and :func:`chunks`.
+        num_bytes: length of its files.
+    """
+
+    path: Path
+    kind: str
+    manifest: Manifest | None
+    state: Any
+    num_bytes: int
+
+    def read(self, tensor: torch.Tensor, begin: int, memory: memoryview) -> None:
+        """Read bytes of a tensor's storage from offset `begin` on. Any thread."""
+
+    def reading(self) -> AbstractContextManager[None]:
+        """Return a context in which all of the checkpoint is read, in order."""
+
+    def __enter__(self) -> Self:
+        """Return the source."""
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+
+
+class Leaf(NamedTuple):
+    """A tensor or another value of a state, and the keys that lead to it, joined by dots."""
+
+    name: str
+    value: Any
+
+
+class _FileSource:
+    """What the formats of one file have in common."""
+
+    def __init__(self, file: LocalFile) -> None:
+        self.path, self.num_bytes = file.path, file.num_bytes
+        self.manifest: Manifest | None = None
+        self._file = file
+        self._read_into = file.read_into
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        with self._file.readahead([(0, self.num_bytes)]) as source:
+            self._read_into = source.read_into
+            try:
+                yield
+            finally:
+                self._read_into = self._file.read_into
+
+    def _offset_of(self, tensor: torch.Tensor) -> int | None:
+        raise NotImplementedError
+
+    def read(self, tensor: torch.Tensor, begin: int, memory: memoryview) -> None:
+        offset = self._offset_of(tensor)
+        if offset is None:  # the state has its bytes already
+            memory[:] = memory_at(tensor.untyped_storage().data_ptr() + begin, len(memory))
+            return
+        done = 0
+        while done < len(memory):
+            num_bytes = self._read_into(memory[done:], offset + begin + done)
+            if num_bytes == 0:
+                raise CorruptCheckpointError(f"{self.path} is truncated: it became shorter while it was read")
+            done += num_bytes
+
+
+class PtSource(_FileSource):
+    """A ``.pt`` file by distckpt or ``torch.save``."""
+
+    def __init__(self, path: Path) -> None:
+        file = LocalFile(path)
+        opened = OpenCheckpoint(file)  # closes the file if it raises
+        super().__init__(file)
+        self._opened = opened
+        try:
+            with contextlib.suppress(NewerSchema):  # OpenCheckpoint has raised it
+                self.manifest = read_manifest(file)
+            opened.read_structure()
+            self.state = opened.state()
+        except BaseException:
+            file.close()
+            raise
+        schema = "" if self.manifest is None else f", schema {self.manifest.schema}"
+        self.kind = f"a checkpoint of distckpt{schema}" if schema else "a file of torch.save"
+
+    def _offset_of(self, tensor: torch.Tensor) -> int | None:
+        return self._opened.offset_of(tensor)
+
+
+class SafetensorsSource(_FileSource):
+    """A safetensors file. Its state is a flat mapping.
+
+    Attributes:
+        header: the file's header.
+    """
+
+    kind = "a safetensors file"
+
+    def __init__(self, file: LocalFile, header: SafetensorsHeader) -> None:
+        super().__init__(file)
+        self.header = header
+        self._offsets: dict[int, int] = {}
+        self.state: dict[str, Any] = {}
+        for name, kind, shape, offset, _ in header.entries:
+            dtype = getattr(torch, DTYPES.get(kind, ""), None)
+            if dtype is None:
+                self.state[name] = UnknownTensor(kind, shape)
+                continue
+            tensor = self.state[name] = torch.empty(shape, dtype=dtype)
+            self._offsets[tensor.untyped_storage()._cdata] = offset  # noqa: SLF001 - torch's identity of a storage
+
+    def _offset_of(self, tensor: torch.Tensor) -> int | None:
+        return self._offsets[tensor.untyped_storage()._cdata]  # noqa: SLF001 - as above
+
+
+class UnknownTensor(NamedTuple):
+    """A tensor of a dtype that this torch does not have."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def open_source(path: Path) -> Source:
+    """Open a checkpoint of any known format.
+
+    Raises:
+        CommandError: there is none.
+        LoadError: it is damaged, unsafe or of another format.
+        OSError: it cannot be read.
+    """
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        raise CommandError(f"{path} does not exist: give a checkpoint's path") from None
+    if stat.S_ISDIR(found.st_mode):
+        raise CommandError(f"{path} is a directory: give a file in it (distckpt ls {path})")
+    if not stat.S_ISREG(found.st_mode):
+        raise CommandError(f"{path} is no regular file: give a checkpoint's path")
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(LocalFile(path))
+        try:
+            header = read_safetensors_header(file)
+        except ValueError as error:
+            if path.name.endswith(".safetensors"):
+                raise CorruptCheckpointError(f"{path} is no safetensors file, or is damaged: {error}") from error
+        else:
+            stack.pop_all()
+            return SafetensorsSource(file, header)
+    return PtSource(path)
+
+
+def leaves(state: Any) -> Iterator[Leaf]:
+    """Yield the tensors and the other values of a state: what is in nested mappings, lists and tuples."""
+    yield from _leaves(state, "", ())
+
+
+def _leaves(item: Any, name: str, parents: tuple[int, ...]) -> Iterator[Leaf]:
+    pairs = children_of(item)
+    if pairs is None or not pairs or id(item) in parents or len(parents) >= _LEVELS:
+        yield Leaf(name, item)
+        return
+    for key, value in pairs:
+        yield from _leaves(value, f"{name}.{key}" if name else key, (*parents, id(item)))
+
+
+def children_of(item: Any) -> list[tuple[str, Any]] | None:
+    """Return what a container of a state holds, by key as text; None for other objects."""
+    if isinstance(item, Mapping):
+        return [(key_to_text(key), value) for key, value in item.items()]
+    if isinstance(item, list | tuple) and not isinstance(item, torch.Size | UnknownTensor):
+        return [(str(number), value) for number, value in enumerate(item)]
+    return None
+
+
+def is_plain_tensor(value: Any) -> bool:
+    """Return True for a tensor whose elements are bytes of a storage: neither sparse nor quantised."""
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_quantized
+
+
+def num_bytes_of(tensor: torch.Tensor) -> int:
+    """Return the length of a tensor's elements."""
+    return math.prod(tensor.shape) * tensor.element_size()
+
+
+def load(source: Source, tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor with its bytes, in memory of its own."""
+    span = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    size = tensor.element_size()
+    buffer = torch.empty(span * size if tensor.numel() else 0, dtype=torch.uint8)
+    source.read(tensor, int(tensor.storage_offset()) * size, memory_of(buffer))
+    found: Any = torch.empty(0, dtype=tensor.dtype)
+    found = found.set_(buffer.untyped_storage(), 0, tensor.size(), tensor.stride())
+    found = found.conj().resolve_conj() if tensor.is_conj() else found
+    return found._neg_view().resolve_neg() if tensor.is_neg() else found  # type: ignore[no-any-return]  # noqa: SLF001 - torch's only way
+
+
+def chunk_ranges(tensor: torch.Tensor) -> list[tuple[int, int]]:
+    """Return first and last + 1 of the elements of each chunk of a tensor. One that is strided is one chunk."""
+    total = tensor.numel()
+    if not total:
+        return []
+    step = max(CHUNK_BYTES // tensor.element_size(), 1) if _is_dense(tensor) else total
+    return [(first, min(first + step, total)) for first in range(0, total, step)]
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
+def read_chunk(source: Source, tensor: torch.Tensor, first: int, last: int, buffer: torch.Tensor) -> torch.Tensor:
+    """Return elements of a tensor in their logical order, flat.
+
+    Args:
+        source: the checkpoint.
+        tensor: of its state.
+        first: number of the first element, from :func:`chunk_ranges`.
+        last: number of the last element + 1.
+        buffer: uint8 (n,): memory that the result may use.
+    """
+    if not _is_dense(tensor):
+        return load(source, tensor).contiguous().view(-1)
+    size = tensor.element_size()
+    part = buffer[: (last - first) * size]
+    source.read(tensor, (int(tensor.storage_offset()) + first) * size, memory_of(part))
+    return part.view(tensor.dtype)
+
+
+def chunks(source: Source, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield a tensor's elements, flat, in chunks that are valid until the next one."""
+    buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
+    for first, last in chunk_ranges(tensor):
+        yield read_chunk(source, tensor, first, last, buffer)
+
+
+def memory_of(buffer: torch.Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor of bytes."""
+    return memory_at(buffer.data_ptr(), buffer.numel())
+
+
+def memory_at(address: int, num_bytes: int) -> memoryview:
+    """Return memory at an address, which the caller keeps alive."""
+    return memoryview((ctypes.c_char * num_bytes).from_address(address)).cast("B") if num_bytes else memoryview(b"")
+
+
+def find_ties(state: Any) -> dict[str, str]:
+    """Return the names of tensors that view the same elements as an earlier one, each with the earlier one's name."""
+    seen: dict[tuple[Any, ...], str] = {}
+    ties: dict[str, str] = {}
+    for name, value in leaves(state):
+        if is_plain_tensor(value) and value.numel():
+            storage = value.untyped_storage()._cdata  # noqa: SLF001 - torch's identity of a storage
+            key = (storage, value.storage_offset(), tuple(value.shape), value.stride(), value.dtype)
+            first = seen.setdefault(key, name)
+            if first != name:
+                ties[name] = first
+    return ties
+
+
+def unique_names(state: Any) -> Iterator[Leaf]:
+    """Yield leaves as :func:`leaves` does; of equal names, such as of keys 1 and "1", the later ones get a number."""
+    seen: set[str] = set()
+    for name, value in leaves(state):
+        found = name if name not in seen else next(n for i in itertools.count(2) if (n := f"{name}#{i}") not in seen)
+        seen.add(found)
+        yield Leaf(found, value)
