@@ -9,6 +9,7 @@ The pass is in C (``_native/copy_crc.c``). It needs VPCLMULQDQ (x86-64: Intel si
 """
 
 import ctypes
+from array import array  # noqa: TC003 - the example uses it
 from collections.abc import Iterable
 
 from isal import isal_zlib
@@ -17,6 +18,8 @@ try:
     from distckpt._native import copy_crc as _native
 except ImportError:  # built without a compiler, or for another machine
     _native = None  # type: ignore[assignment]  # a module that may be absent has no type of its own
+if not hasattr(_native, "copy_rows"):  # built in this checkout from an older source
+    _native = None  # type: ignore[assignment]  # as above
 
 
 def crc32(data: bytes | bytearray | memoryview, before: int = 0) -> int:
@@ -38,33 +41,55 @@ def crc32(data: bytes | bytearray | memoryview, before: int = 0) -> int:
     return _native.check(data, before)
 
 
-def copy_with_crc32(to: int, source: int, num_bytes: int) -> int:
-    """Copy bytes between two addresses, and return their CRC-32. Any thread. Releases the GIL for large copies.
+def copy_rows(
+    target: memoryview,
+    shift: int,
+    sources: "array[int]",
+    rows: "array[int]",
+    first: int,
+    last: int,
+    crcs: "array[int]",
+) -> None:
+    """Copy many ranges of memory in one call. Any thread. Releases the GIL if there is a kernel.
 
     A kernel (see :func:`kernel_name`) reads each byte once, so the CRC-32 is the copy's even if another thread changes
-    the source meanwhile. Without a kernel the copy is read again.
+    the source meanwhile.
 
     Args:
-        to: address of the copy.
-        source: address of the bytes.
-        num_bytes: number of bytes.
+        target: contiguous bytes to copy into.
+        shift: offset of `target` in the space of the rows' offsets.
+        sources: addresses; an ``array("Q")``.
+        rows: an ``array("q")`` with four numbers a row: number of the source, offset of the first byte in it, offset of
+            the copy, and number of bytes. The sources have those bytes.
+        first: number of the first row to copy.
+        last: number of the last row plus 1.
+        crcs: an ``array("q")`` with one number a row. A kernel stores each row's CRC-32; without one they stay.
 
     Raises:
-        ValueError: the two ranges overlap, or `num_bytes` is negative.
+        ValueError: a row names no source, leaves `target`, or overlaps it. Rows before it are copied.
 
     Example:
-        >>> source, target = ctypes.create_string_buffer(b"123456789", 9), ctypes.create_string_buffer(9)
-        >>> hex(copy_with_crc32(ctypes.addressof(target), ctypes.addressof(source), 9)), target.raw
-        ('0xcbf43926', b'123456789')
+        >>> source, target = ctypes.create_string_buffer(b"123456789", 9), bytearray(4)
+        >>> rows = array("q", [0, 3, 102, 2, 0, 7, 100, 2])
+        >>> sources, crcs = array("Q", [ctypes.addressof(source)]), array("q", [-1, -1])
+        >>> copy_rows(memoryview(target), 100, sources, rows, 0, 2, crcs)
+        >>> bytes(target)
+        b'8945'
     """
-    if num_bytes < 0:
-        raise ValueError(f"cannot copy {num_bytes} bytes: num_bytes must be 0 or more")
-    if abs(to - source) < num_bytes:
-        raise ValueError(f"cannot copy {num_bytes} bytes from {source:#x} to {to:#x}: the ranges overlap")
-    if kernel_name() is None:
-        ctypes.memmove(to, source, num_bytes)
-        return int(isal_zlib.crc32((ctypes.c_char * num_bytes).from_address(to)))
-    return _native.copy(to, source, num_bytes)
+    if kernel_name() is not None:
+        _native.copy_rows(target, shift, sources, rows, first, last, crcs)
+        return
+    if not 0 <= first <= last <= len(rows) // 4:
+        raise ValueError("there are not as many rows")
+    begin = ctypes.addressof(ctypes.c_char.from_buffer(target)) if len(target) else 0
+    for number in range(first, last):
+        source, offset, at, num_bytes = rows[4 * number : 4 * number + 4]
+        at -= shift
+        fits = source in range(len(sources)) and min(offset, num_bytes, at, len(target) - at - num_bytes) >= 0
+        address = sources[source] + offset if fits else 0
+        if not fits or (address < begin + len(target) and address + num_bytes > begin):
+            raise ValueError(f"row {number} does not fit, or overlaps the target")
+        ctypes.memmove(begin + at, address, num_bytes)
 
 
 def kernel_name() -> str | None:

@@ -42,6 +42,7 @@
 #define MAX_BLOCK 256
 #define CACHE_LINE 64
 #define PREFETCH_BYTES 2048  /* how far ahead of the copy, by trial */
+#define ROWS_AHEAD 8         /* prefetched rows of a table */
 #define LEAST_UNLOCKED 16384 /* bytes; less takes 1 to 2 us, and the GIL is kept */
 
 #define KEEP(vector, place) __asm__ volatile("" : "+" place(vector)) /* no reading again: see above */
@@ -360,40 +361,72 @@ static const Kernel *kernel_named(const char *name)
     return NULL;
 }
 
-static PyObject *run_unlocked(const Kernel *kernel, uint8_t *to, const uint8_t *from, size_t num_bytes,
-                              unsigned long before)
+typedef struct {
+    int64_t source; /* number of the source */
+    int64_t begin;  /* offset of the first byte in it */
+    int64_t at;     /* offset of its copy, in the image */
+    int64_t num_bytes;
+} Row;
+
+/* Copy rows of a table, each with its CRC-32. Return the number of the first one that does not fit, or `last`. */
+static Py_ssize_t run_rows(const Kernel *kernel, const Py_buffer *target, Py_ssize_t shift, const Py_buffer *sources,
+                           const Row *rows, Py_ssize_t first, Py_ssize_t last, int64_t *crcs)
 {
-    uint32_t crc;
-    if (num_bytes < LEAST_UNLOCKED) {
-        crc = run(kernel, to, from, num_bytes, (uint32_t)before);
-    } else {
-        Py_BEGIN_ALLOW_THREADS
-        crc = run(kernel, to, from, num_bytes, (uint32_t)before);
-        Py_END_ALLOW_THREADS
+    const uintptr_t *addresses = sources->buf;
+    const int64_t num_sources = (int64_t)(sources->len / (Py_ssize_t)sizeof *addresses);
+    const uintptr_t low = (uintptr_t)target->buf, high = low + (uintptr_t)target->len;
+    for (Py_ssize_t number = first; number < last; number++) {
+        if (number + ROWS_AHEAD < last) { /* small sources lie anywhere in memory */
+            const Row *later = rows + number + ROWS_AHEAD;
+            if (later->source >= 0 && later->source < num_sources)
+                __builtin_prefetch((const void *)(addresses[later->source] + (uintptr_t)later->begin));
+        }
+        const Row *row = rows + number;
+        const int64_t at = row->at - shift;
+        if (row->source < 0 || row->source >= num_sources || row->begin < 0 || row->num_bytes < 0 || at < 0 ||
+            at > target->len || row->num_bytes > target->len - at)
+            return number;
+        const uintptr_t from = addresses[row->source] + (uintptr_t)row->begin;
+        if (from < high && from + (uintptr_t)row->num_bytes > low)
+            return number;
+        crcs[number] = run(kernel, (uint8_t *)target->buf + at, (const uint8_t *)from, (size_t)row->num_bytes, 0);
     }
-    return PyLong_FromUnsignedLong(crc);
+    return last;
 }
 
-static int as_address(PyObject *number, void *address)
+/* The caller knows that the sources have the rows' bytes. */
+static PyObject *copy_rows(PyObject *module, PyObject *arguments)
 {
-    *(void **)address = PyLong_AsVoidPtr(number);
-    return !PyErr_Occurred();
-}
-
-/* The caller has checked that the ranges exist and do not overlap: see checksum.py. */
-static PyObject *copy(PyObject *module, PyObject *arguments)
-{
-    void *to, *from;
-    Py_ssize_t num_bytes;
-    unsigned long before = 0;
+    PyObject *objects[4];
+    Py_buffer views[4]; /* target, sources, rows, crcs */
+    Py_ssize_t shift, first, last, num_views = 0, until = -1;
     const char *name = NULL;
     (void)module;
-    if (!PyArg_ParseTuple(arguments, "O&O&n|kz:copy", as_address, &to, as_address, &from, &num_bytes, &before, &name))
+    if (!PyArg_ParseTuple(arguments, "OnOOnnO|z:copy_rows", &objects[0], &shift, &objects[1], &objects[2], &first,
+                          &last, &objects[3], &name))
         return NULL;
     const Kernel *kernel = kernel_named(name);
     if (!kernel)
         return NULL;
-    return run_unlocked(kernel, to, from, (size_t)num_bytes, before);
+    for (; num_views < 4; num_views++)
+        if (PyObject_GetBuffer(objects[num_views], &views[num_views], num_views % 3 ? PyBUF_SIMPLE : PyBUF_WRITABLE))
+            goto end;
+    if (first < 0 || last < first || last > views[2].len / (Py_ssize_t)sizeof(Row) ||
+        last > views[3].len / (Py_ssize_t)sizeof(int64_t)) {
+        PyErr_SetString(PyExc_ValueError, "there are not as many rows");
+        goto end;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    until = run_rows(kernel, &views[0], shift, &views[1], views[2].buf, first, last, views[3].buf);
+    Py_END_ALLOW_THREADS
+    if (until < last)
+        PyErr_Format(PyExc_ValueError, "row %zd does not fit, or overlaps the target", until);
+end:
+    while (num_views--)
+        PyBuffer_Release(&views[num_views]);
+    if (PyErr_Occurred())
+        return NULL;
+    Py_RETURN_NONE;
 }
 
 static PyObject *check(PyObject *module, PyObject *arguments)
@@ -408,9 +441,16 @@ static PyObject *check(PyObject *module, PyObject *arguments)
     const Kernel *kernel = kernel_named(name);
     if (!kernel || PyObject_GetBuffer(data, &view, PyBUF_SIMPLE) < 0)
         return NULL;
-    PyObject *crc = run_unlocked(kernel, NULL, view.buf, (size_t)view.len, before);
+    uint32_t crc;
+    if (view.len < LEAST_UNLOCKED) {
+        crc = run(kernel, NULL, view.buf, (size_t)view.len, (uint32_t)before);
+    } else {
+        Py_BEGIN_ALLOW_THREADS
+        crc = run(kernel, NULL, view.buf, (size_t)view.len, (uint32_t)before);
+        Py_END_ALLOW_THREADS
+    }
     PyBuffer_Release(&view);
-    return crc;
+    return PyLong_FromUnsignedLong(crc);
 }
 
 static int set_up(PyObject *module)
@@ -441,9 +481,9 @@ static int set_up(PyObject *module)
 }
 
 static PyMethodDef functions[] = {
-    { "copy", copy, METH_VARARGS,
-      "copy(to, source, num_bytes, before=0, kernel=None)\n--\n\n"
-      "Copy bytes between two addresses, and return their CRC-32." },
+    { "copy_rows", copy_rows, METH_VARARGS,
+      "copy_rows(target, shift, sources, rows, first, last, crcs, kernel=None)\n--\n\n"
+      "Copy rows of a table into a buffer, and store the CRC-32 of each." },
     { "check", check, METH_VARARGS,
       "check(data, before=0, kernel=None)\n--\n\nReturn the CRC-32 of a contiguous buffer." },
     { NULL, NULL, 0, NULL },

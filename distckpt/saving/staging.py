@@ -11,30 +11,59 @@ forward pass, averaged weights in user code) is copied before training continues
 
 import contextlib
 import ctypes
+import functools
 import itertools
 import mmap
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from distckpt._checksum import copy_with_crc32, kernel_name
+from distckpt._checksum import copy_rows
 from distckpt._threads import helper_threads, start_thread, wait_all
 from distckpt.ptformat.image import CopyItem
 
 _CPU = torch.device("cpu")
-_ITEM_BYTES = 4 << 20
-"""Bytes that one thread copies before it reports progress."""
+_BATCH_BYTES, _BATCH_ITEMS = 4 << 20, 4096
+"""Most bytes, and most copies, that one thread makes before it reports progress."""
 
 
-def split_copies(copies: Iterable[CopyItem]) -> tuple[CopyItem, ...]:
+class Copies(tuple[CopyItem, ...]):  # noqa: SLOT001 - its cached properties need a __dict__
+    """Copies in ascending order of ``at``, also as a table for :func:`~distckpt._checksum.copy_rows`."""
+
+    @functools.cached_property
+    def rows(self) -> "array[int]":
+        """The fields of each copy."""
+        return array("q", itertools.chain.from_iterable(self))
+
+    @functools.cached_property
+    def batches(self) -> list[tuple[int, int]]:
+        """The first copy, and the last one plus 1, of each batch that a thread copies in one call."""
+        return self.batches_without(())
+
+    def batches_without(self, alone: Collection[int]) -> list[tuple[int, int]]:
+        """Return batches that consist of one copy for the storages in `alone`."""
+        batches: list[tuple[int, int]] = []
+        first, num_bytes, was_alone = 0, 0, False
+        for index, item in enumerate(self):
+            is_alone = item.storage in alone
+            num_bytes += item.num_bytes
+            if index > first and (num_bytes > _BATCH_BYTES or index - first == _BATCH_ITEMS or is_alone or was_alone):
+                batches.append((first, index))
+                first, num_bytes = index, item.num_bytes
+            was_alone = is_alone
+        return [*batches, (first, len(self))] if self else batches
+
+
+def split_copies(copies: Iterable[CopyItem]) -> Copies:
     """Split copies into items of at most 4 MiB, so that threads can share them."""
-    return tuple(
-        CopyItem(storage, begin + done, at + done, min(_ITEM_BYTES, num_bytes - done))
+    return Copies(
+        CopyItem(storage, begin + done, at + done, min(_BATCH_BYTES, num_bytes - done))
         for storage, begin, at, num_bytes in copies
-        for done in range(0, num_bytes, _ITEM_BYTES)
+        for done in range(0, num_bytes, _BATCH_BYTES)
     )
 
 
@@ -141,30 +170,30 @@ class Staging:
     ) -> None:
         self._storages = storages
         self._memory = memory
-        self._address = _address_of(memory)
         self._begin = begin
-        self._copies = copies
+        self._copies = copies if isinstance(copies, Copies) else Copies(copies)
         devices = [storage.device for storage in storages]
         accelerators = set(devices) - {_CPU}
+        self._on_device = {number for number, device in enumerate(devices) if device in accelerators}
         pairs = zip(storages, devices, strict=True)
-        self._sources = [None if device in accelerators else storage.data_ptr() for storage, device in pairs]
+        self._sources = array("Q", [0 if device in accelerators else one.data_ptr() for one, device in pairs])
         self._fetcher = _DeviceFetcher(accelerators)
-        self._computes_crcs = kernel_name() is not None
-        self._crcs: list[int | None] = [None] * len(copies)
+        self._batches = self._copies.batches_without(self._on_device) if accelerators else self._copies.batches
+        self._crcs = array("q", [-1]) * len(copies)
         self._index_of: dict[int, int] = {}  # of each copy, by its offset in the image
         self._next = itertools.count()
-        self._is_done = bytearray(len(copies))
-        self._num_done = 0  # without a gap
+        self._is_done = bytearray(len(self._batches))
+        self._num_done = 0  # batches without a gap
         self._changed = threading.Condition()
         self._num_waiting = 0
         self._error: BaseException | None = None
         self._threads: list[threading.Event] = []
 
     def run(self) -> None:
-        """Copy items until none is left to start. Raises the error of a failed copy, on this or another thread."""
+        """Copy batches until none is left to start. Raises the error of a failed copy, on this or another thread."""
         try:
             for index in self._next:
-                if index >= len(self._copies) or self._error is not None:
+                if index >= len(self._batches) or self._error is not None:
                     break
                 self._copy(index)
                 self._is_done[index] = 1
@@ -178,12 +207,7 @@ class Staging:
 
     def run_on(self, num_threads: int) -> None:
         """Copy everything on `num_threads` threads, including the calling one; return when all is copied."""
-        if num_threads == 1 and None not in self._sources:
-            for index in range(len(self._copies)):
-                self._copy(index)
-            self._is_done = bytearray(b"\1") * len(self._copies)
-            self._update_progress()
-            return
+        num_threads = min(num_threads, max(len(self._batches), 1))
         with self.running(num_threads - 1):
             self.run()
             self.wait_until(None)
@@ -208,7 +232,7 @@ class Staging:
 
     def stop(self) -> None:
         """Start no further copy; a thread that waits for one gets an error."""
-        if self._num_done < len(self._copies):
+        if self._num_done < len(self._batches):
             self._error = self._error or RuntimeError("the copying was stopped")
 
     def join(self) -> None:
@@ -240,24 +264,23 @@ class Staging:
         found = []
         while begin < end:
             index = self._index_of.get(begin)
-            crc = None if index is None else self._crcs[index]
-            if index is None or crc is None:
+            if index is None or self._crcs[index] < 0:
                 return None
             num_bytes = self._copies[index].num_bytes
-            found.append((crc, num_bytes))
+            found.append((self._crcs[index], num_bytes))
             begin += num_bytes
         return found
 
     def _is_past(self, offset: int | None) -> bool:
         num_done = self._num_done  # read once: another thread may increase it
-        if num_done == len(self._copies):
+        if num_done == len(self._batches):
             return True
-        return offset is not None and self._copies[num_done].at >= offset
+        return offset is not None and self._copies[self._batches[num_done][0]].at >= offset
 
     def _update_progress(self) -> None:
         with self._changed:
             first = self._is_done.find(0, self._num_done)
-            self._num_done = len(self._copies) if first < 0 else first
+            self._num_done = len(self._batches) if first < 0 else first
             self._changed.notify_all()
 
     def _run_quietly(self) -> None:
@@ -265,15 +288,13 @@ class Staging:
             self.run()
 
     def _copy(self, index: int) -> None:
-        storage, begin, at, num_bytes = self._copies[index]
-        source, offset = self._sources[storage], at - self._begin
-        if source is None:
-            target = torch.frombuffer(self._memory, dtype=torch.uint8, offset=offset, count=num_bytes)
+        first, last = self._batches[index]
+        storage, begin, at, num_bytes = self._copies[first]
+        if storage in self._on_device:
+            target = torch.frombuffer(self._memory, dtype=torch.uint8, offset=at - self._begin, count=num_bytes)
             self._fetcher.fetch(self._storages[storage], begin, target)
-        elif self._computes_crcs:
-            self._crcs[index] = copy_with_crc32(self._address + offset, source + begin, num_bytes)
         else:
-            ctypes.memmove(self._address + offset, source + begin, num_bytes)
+            copy_rows(self._memory, self._begin, self._sources, self._copies.rows, first, last, self._crcs)
 
 
 class _DeviceFetcher:

@@ -11,6 +11,7 @@ import sys
 import sysconfig
 import threading
 import zlib
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -65,16 +66,19 @@ class Room:
 ORIGIN = ctypes.create_string_buffer(BYTES, len(BYTES))
 
 
-def copied(copy: Callable[[int, int, int, int], int], num_bytes: int, *, to: int, source: int, before: int) -> None:
+def copy(copy_crc: ModuleType, room: Room, to: int, source: int, num_bytes: int, kernel: str | None = None) -> int:
+    """Copy bytes from an address, and return their CRC-32."""
+    rows, crcs = array("q", [0, 0, to, num_bytes]), array("q", [-1])
+    copy_crc.copy_rows(room.memory, 0, array("Q", [source]), rows, 0, 1, crcs, kernel)
+    return crcs[0]
+
+
+def copied(copy_crc: ModuleType, kernel: str, num_bytes: int, *, to: int, source: int) -> None:
     """Copy and check; compare the CRC-32, the copy, and the memory around it."""
     room = Room(to + num_bytes + 512)
-    crc = copy(room.address + to, ctypes.addressof(ORIGIN) + source, num_bytes, before)
-    assert crc == zlib.crc32(BYTES[source : source + num_bytes], before)
+    crc = copy(copy_crc, room, to, ctypes.addressof(ORIGIN) + source, num_bytes, kernel)
+    assert crc == zlib.crc32(BYTES[source : source + num_bytes])
     assert room.memory[:] == b"\xa5" * to + BYTES[source : source + num_bytes] + b"\xa5" * 512
-
-
-def with_kernel(copy_crc: ModuleType, kernel: str) -> Callable[[int, int, int, int], int]:
-    return lambda *arguments: int(copy_crc.copy(*arguments, kernel))
 
 
 def test_the_kernels_are_those_of_this_processor(copy_crc: ModuleType) -> None:
@@ -86,19 +90,18 @@ def test_every_length_is_copied_and_checked(copy_crc: ModuleType, kernel: str) -
     dice = random.Random(2)
     for num_bytes in range(5 * BLOCKS[kernel] + 2):
         to, source, before = dice.randrange(300), dice.randrange(4096), dice.randrange(1 << 32)
-        copied(with_kernel(copy_crc, kernel), num_bytes, to=to, source=source, before=before)
+        copied(copy_crc, kernel, num_bytes, to=to, source=source)
         data = BYTES[source : source + num_bytes]
         assert copy_crc.check(data, before, kernel) == zlib.crc32(data, before)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_alignment_is_copied_and_checked(copy_crc: ModuleType, kernel: str) -> None:
-    copy = with_kernel(copy_crc, kernel)
     for at in range(130):
         for num_bytes in (BLOCKS[kernel], 3 * BLOCKS[kernel] + 1, 5000 + at):
-            copied(copy, num_bytes, to=at, source=0, before=0)
-            copied(copy, num_bytes, to=0, source=at, before=1)
-            copied(copy, num_bytes, to=at, source=at, before=0xFFFFFFFF)
+            copied(copy_crc, kernel, num_bytes, to=at, source=0)
+            copied(copy_crc, kernel, num_bytes, to=0, source=at)
+            copied(copy_crc, kernel, num_bytes, to=at, source=at)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -106,7 +109,7 @@ def test_large_ranges_are_copied_and_checked(copy_crc: ModuleType, kernel: str) 
     dice = random.Random(3)
     for _ in range(40):
         num_bytes, to, source = dice.randrange(MIB), dice.randrange(5000), dice.randrange(MIB)
-        copied(with_kernel(copy_crc, kernel), num_bytes, to=to, source=source, before=7)
+        copied(copy_crc, kernel, num_bytes, to=to, source=source)
         view = memoryview(BYTES)[source : source + num_bytes]
         assert copy_crc.check(view, 7, kernel) == zlib.crc32(view, 7)
 
@@ -138,7 +141,7 @@ def test_the_crc_is_of_the_copy_even_if_a_thread_changes_the_source(copy_crc: Mo
     try:
         num_mixed = 0
         for _ in range(2000):
-            crc = copy_crc.copy(room.address + 5, address, len(source) - 5, 0, kernel)
+            crc = copy(copy_crc, room, 5, address, len(source) - 5, kernel)
             assert crc == zlib.crc32(room.memory[5:])
             num_mixed += len(set(room.memory[5::4096])) > 1
             if num_mixed > 20:
@@ -168,16 +171,15 @@ def _is_met(work: Callable[[], object]) -> bool:
 
 
 @pytest.mark.parametrize(("num_bytes", "is_released"), [(len(BYTES), True), (KIB, False)])
-def test_the_gil_is_released_for_large_work_only(copy_crc: ModuleType, num_bytes: int, *, is_released: bool) -> None:
+def test_the_gil_is_released_to_copy_and_to_check_much(
+    copy_crc: ModuleType, num_bytes: int, *, is_released: bool
+) -> None:
     room, view = Room(len(BYTES)), memoryview(BYTES)[:num_bytes]
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1000)
     try:
-        for work in (
-            lambda: copy_crc.copy(room.address, ctypes.addressof(ORIGIN), num_bytes),
-            lambda: copy_crc.check(view),
-        ):
-            assert any(_is_met(work) for _ in range(200)) == is_released
+        assert any(_is_met(lambda: copy_crc.check(view)) for _ in range(200)) == is_released
+        assert any(_is_met(lambda: copy(copy_crc, room, 0, ctypes.addressof(ORIGIN), len(BYTES))) for _ in range(200))
     finally:
         sys.setswitchinterval(interval)
 
@@ -187,10 +189,26 @@ def test_a_kernel_that_is_not_there_is_an_error(copy_crc: ModuleType) -> None:
         copy_crc.check(b"", 0, "avx1024")
 
 
-@pytest.mark.parametrize("arguments", [(), ("a", 1, 2), (1, 2), (1, 2, "many"), (1 << 70, 0, 0), (-1, "b", 0)])
-def test_arguments_that_are_none_are_errors(copy_crc: ModuleType, arguments: tuple[object, ...]) -> None:
-    with pytest.raises((TypeError, OverflowError)):
-        copy_crc.copy(*arguments)
+TABLE = (bytearray(8), 0, array("Q", [0]), array("q", [0, 0, 0, 0]), 0, 1, array("q", [0]))
+
+
+@pytest.mark.parametrize(
+    ("at", "value"),
+    [(0, "a"), (0, b"read-only"), (1, "b"), (2, 5), (3, None), (4, 1 << 70), (5, 0.5), (6, b"12345678")],
+)
+def test_arguments_that_are_none_are_errors(copy_crc: ModuleType, at: int, value: object) -> None:
+    copy_crc.copy_rows(*TABLE)
+    with pytest.raises((TypeError, OverflowError, BufferError)):
+        copy_crc.copy_rows(*TABLE[:at], value, *TABLE[at + 1 :])
+    with pytest.raises(TypeError):
+        copy_crc.copy_rows(*TABLE[:at])
+    TABLE[0].append(0)  # no error leaves a buffer in use
+    TABLE[0].pop()
+
+
+def test_a_table_without_room_for_checksums_is_an_error(copy_crc: ModuleType) -> None:
+    with pytest.raises(ValueError, match="not as many rows"):
+        copy_crc.copy_rows(*TABLE[:-1], array("q"))
 
 
 def test_what_has_no_bytes_in_a_row_is_an_error(copy_crc: ModuleType) -> None:

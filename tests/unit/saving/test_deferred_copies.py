@@ -66,7 +66,7 @@ def test_each_file_holds_the_state_of_its_iteration_despite_deferred_copies(
     trainer.add_event_handler(Events.ITERATION_COMPLETED, handler)
     trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda _: average.update_parameters(model))
     trainer.run([0] * 25)
-    assert slow_copies.count("distckpt-staging") > 25
+    assert slow_copies.count("distckpt-staging") >= 25
     for iteration, held in expected.items():
         path = tmp_path / f"checkpoint_{iteration}.pt"
         verify(path)
