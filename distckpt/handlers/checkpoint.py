@@ -329,7 +329,7 @@ class Checkpoint(Serializable, Voter):
                 is_scored=one.score_function is not None,
                 has_transform=one.global_step_transform is not None,
                 serial=one._serial,  # noqa: SLF001
-                kept=frozenset(item.filename for item in one._history.items),  # noqa: SLF001
+                kept=one._history.kept,  # noqa: SLF001
             )
             for one in (self, *(one for one in handlers if is_same_directory(one.save_handler, self.save_handler)))
         )
@@ -349,9 +349,9 @@ class Checkpoint(Serializable, Voter):
 
         A path if the save handler is a :class:`DiskSaver`, else the file name; None if there is none.
         """
-        if not self._history.items:
+        if not self._history.kept:
             return None
-        filename, directory = self._history.items[-1].filename, directory_of(self.save_handler)
+        (_, filename), directory = self._history.kept[-1], directory_of(self.save_handler)
         if directory is None:
             return filename
         handler, agreed = self._history.directory
@@ -388,7 +388,7 @@ class Checkpoint(Serializable, Voter):
 
     def state_dict(self) -> "OrderedDict[str, list[tuple[int | float, str]]]":
         """Return the history: ``_saved``, a list of (priority, file name), lowest priority first."""
-        return OrderedDict(_saved=list(self._history.entries))
+        return OrderedDict(_saved=list(self._history.kept))
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Replace the history. If only the coordinator loads it, all ranks use it from the next event on.

@@ -11,7 +11,7 @@ from distckpt.handlers.engine_votes import get_run_number
 from distckpt.handlers.own_files import OwnFiles
 from distckpt.handlers.runs import Origin, propose_run, run_key, run_of, untrained_iteration
 from distckpt.policy.decision import AgreedSave
-from distckpt.policy.retention import Entry
+from distckpt.policy.retention import Entry, History, digest_of
 from distckpt.ptformat.records import Run
 
 
@@ -68,11 +68,11 @@ class CheckpointHistory:
     """The history of one Checkpoint. Rank-local; issues no collectives.
 
     Attributes:
-        items: the kept checkpoints, lowest priority first.
+        kept: the kept checkpoints.
         orphans: files that an earlier save had to remove and could not. The next save removes them.
         is_agreed: whether all ranks have the same history.
-        former: names of the items that former runs saved.
-        saved_in: the id of the run in which this process saved a file, by file name.
+        former: names of the kept checkpoints that former runs saved.
+        saved_in: the id of the run in which this process saved a file, by file name. It may hold files that are gone.
         saved_at: the iteration of the last save.
         last_save_s: the duration of the last save on this rank in seconds; 0.0 before the first one.
         unseen_handler: the save handler if its files were not found where it saves; else None.
@@ -81,7 +81,7 @@ class CheckpointHistory:
     """
 
     def __init__(self) -> None:
-        self.items: list[Item] = []
+        self.kept = History()
         self.orphans: tuple[str, ...] = ()
         self.is_agreed = False
         self.former = frozenset[str]()
@@ -96,11 +96,21 @@ class CheckpointHistory:
         self._iteration: int | None = None
         self._is_searched = False
         self._is_user_given = False
+        self._digested = self.former, digest_of(())
 
     @property
-    def entries(self) -> tuple[Entry, ...]:
-        """The items as plain tuples."""
-        return tuple((item.priority, item.filename) for item in self.items)
+    def items(self) -> list[Item]:
+        """The kept checkpoints, lowest priority first."""
+        return [Item(*entry) for entry in self.kept]
+
+    @property
+    def digest(self) -> str:
+        """A digest of all that the ranks take over from the coordinator; not computed anew for each save."""
+        former, digest = self._digested
+        if former is not self.former:
+            digest = digest_of(sorted(self.former))
+            self._digested = self.former, digest
+        return digest_of((self.kept.digest, self.orphans, digest))
 
     def replace(
         self,
@@ -120,14 +130,11 @@ class CheckpointHistory:
             origin: what the next run resumes.
             is_user_given: whether a user loaded it. Then it counts as this run's, not as a former run's.
         """
-        self._set(entries, orphans)
+        self.kept, self.orphans = History(entries), tuple(orphans)
         self.is_agreed, self._is_searched, self._is_user_given = False, True, is_user_given
         self._run_key, self._iteration, self._origin = None, iteration, origin
         self.saved_in = {}
         self.version += 1
-
-    def _set(self, entries: Iterable[Entry], orphans: Iterable[str]) -> None:
-        self.items, self.orphans = [Item(*entry) for entry in entries], tuple(orphans)
 
     def resume_from(self, origin: Origin) -> None:
         """Count the history as that of the runs which the next run resumes."""
@@ -149,7 +156,7 @@ class CheckpointHistory:
             if found is not None:
                 self.replace(found.entries, found.orphans, iteration=found.iteration, origin=self._origin)
         if is_new:
-            self.former = frozenset(() if self._is_user_given else [item.filename for item in self.items])
+            self.former = frozenset(() if self._is_user_given else [name for _, name in self.kept])
         return run
 
     def is_saved_before(self, outermost: Engine) -> bool:
@@ -159,41 +166,42 @@ class CheckpointHistory:
     def adopt(self, agreed: AgreedSave, outermost: Engine) -> None:
         """All ranks. Take over the coordinator's history, and the run of the outermost engine; count the save."""
         intent = agreed.intent
-        self._set(intent.history, intent.orphans)
+        self.kept, self.orphans = intent.history, intent.orphans
         if intent.run is None:
             return
         run = run_of(outermost)
         run.run, run.num_saved = Run.from_json(intent.run), intent.number + (agreed.decision is not None)
         self._run_key, self._origin, self._is_searched, self._is_user_given = run_key(outermost), None, True, False
-        self.former = frozenset(intent.former)
+        self.former = intent.former
         if agreed.decision is not None:
             filename = agreed.decision.filename
-            self.former -= {filename}
+            if filename in self.former:
+                self.former -= {filename}
             self._iteration = outermost.state.iteration
-            known = {name for _, name in intent.history} | set(intent.orphans)
-            self.saved_in = {name: run_id for name, run_id in self.saved_in.items() if name in known}
+            if len(self.saved_in) > 2 * (len(intent.history) + len(intent.orphans) + 1):  # now and then
+                known = {name for _, name in intent.history}.union(intent.orphans)
+                self.saved_in = {name: run_id for name, run_id in self.saved_in.items() if name in known}
             self.saved_in[filename] = str(intent.run["id"])
 
     def commit(self, agreed: AgreedSave, *, took_s: float) -> None:
         """Take over a committed save. What it evicts is an orphan until it is removed."""
         if agreed.decision is not None:
-            self._set(agreed.decision.kept, agreed.decision.evicted)
+            self.kept, self.orphans = agreed.decision.kept, agreed.decision.evicted
         self.last_save_s = took_s
 
     def remove(self, removed: Collection[str]) -> None:
         """Drop files that are removed before a save. The others stay in the history if the save fails."""
-        self.items = [item for item in self.items if item.filename not in removed]
-        kept = {item.filename for item in self.items}
-        self.orphans = tuple(name for name in self.orphans if name not in kept)
+        self.kept = self.kept.replace(removed)
+        self.orphans = tuple(name for name in self.orphans if not self.kept.has_name(name))
 
     def fail(self, agreed: AgreedSave, error: BaseException) -> None:
         """Note the file that a failed save may have left."""
         if agreed.decision is None:
             return
         filename = agreed.decision.filename
-        is_overwritten = any(name == filename for _, name in agreed.intent.history)
+        is_overwritten = agreed.intent.history.has_name(filename)
         if isinstance(error, CommitNotDurable) and is_overwritten:
-            self._set(agreed.decision.kept, agreed.decision.evicted)  # the older file is replaced already
+            self.kept, self.orphans = agreed.decision.kept, agreed.decision.evicted  # the older file is replaced
         elif not is_overwritten and (isinstance(error, CommitNotDurable) or not isinstance(error, Exception)):
             # The file may be there: its directory was not synced, or an interrupt came during the rename.
             self.orphans = (*self.orphans, filename)

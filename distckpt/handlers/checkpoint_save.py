@@ -104,8 +104,7 @@ class CheckpointSave:
             return replace(intent, save_on_rank=0) if is_alone else intent
 
         self.sync_point = sync_point
-        point = sync_point("deciding what to save")
-        agreed = protocol.decide(self.backend, point, make, timeout_s=self.handler.timeout_s)
+        agreed = protocol.decide(self.backend, sync_point, make, timeout_s=self.handler.timeout_s)
         self.agreed = replace(agreed, coordinator=self.backend.rank) if is_alone else agreed
         self.history.adopt(agreed, engines[0])
         self.history.directory = (self.handler.save_handler, agreed.intent.directory)

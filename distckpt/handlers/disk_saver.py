@@ -357,8 +357,10 @@ class DiskSaver(BaseSaveHandler):
 
     def refuse_last_loadable(self, filename: str, decision: SaveDecision) -> None:
         """Raise StillNeeded if `filename` is the newest file that can be loaded. Rank-local. Any thread."""
-        written, others = decision.filename, [name for _, name in decision.kept if name != decision.filename]
-        is_last = written in self._unloadable and not any(is_loadable(self.dirname / name) for name in others)
+        written = decision.filename
+        is_last = written in self._unloadable and not any(
+            is_loadable(self.dirname / name) for _, name in decision.kept if name != written
+        )
         if is_last and is_loadable(self.dirname / filename):
             msg = f"{filename} is kept: load_objects would refuse every other"
             raise StillNeeded(msg)

@@ -13,7 +13,7 @@ from typing import Any
 
 from distckpt.policy.decision import SavePolicy
 from distckpt.policy.naming import printable
-from distckpt.policy.retention import Entry
+from distckpt.policy.retention import Entry, History
 from distckpt.ptformat.records import Record, read_records
 
 _logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class FileNaming:
         is_scored: whether it has a score function.
         has_transform: whether it has a ``global_step_transform``.
         serial: the number of Checkpoints that this process made before.
-        kept: the files in its history.
+        kept: its history.
     """
 
     policy: SavePolicy
@@ -54,7 +54,7 @@ class FileNaming:
     is_scored: bool
     has_transform: bool
     serial: int
-    kept: frozenset[str]
+    kept: History
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -109,7 +109,7 @@ class OwnFiles:
         self._directory = directory
         self._naming = naming
         self._others = others
-        self._saved_in = dict(saved_in or {})
+        self._saved_in = {} if saved_in is None else saved_in
         self._loaded_name = loaded_name
         order = sum(one.serial < naming.serial for one in others if one.is_alike(naming))
         self.identity = {**naming.identity, "order": order}
@@ -194,7 +194,7 @@ class OwnFiles:
 
     def refuse_removal(self, filename: str, record: Record | None) -> None:
         """Raise ValueError if a file to remove belongs to another handler, or to another run. Any thread."""
-        if any(filename in one.kept for one in self._others):
+        if any(one.kept.has_name(filename) for one in self._others):
             msg = "another handler of this program keeps it"
             raise ValueError(msg)
         if record is not None and not self.has_record(record):

@@ -84,7 +84,7 @@ def restore_histories(
             entries = [(priority, name) for priority, name in entries]
             handler._history.replace(entries, orphans, iteration=iteration, origin=origin)  # noqa: SLF001 - as above
         if handler is source:
-            num_files = len(handler.state_dict()["_saved"])
+            num_files = len(handler._history.kept)  # noqa: SLF001 - as above
             clause = f"the handler's history is what the checkpoint says of {num_files} files"
     return clause
 

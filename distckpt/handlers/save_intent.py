@@ -120,7 +120,7 @@ def may_want(
 ) -> bool:
     """Return True if this rank's facts call for a save. If no rank's do, then the agreed score does not either."""
     priority, entries = rank_candidate(
-        history.items,
+        history.kept,
         score=facts.score,
         global_step=facts.global_step,
         is_mid_epoch=is_mid_epoch(handler, facts, next(iter(get_firing_engines()), engine), is_early=is_early),
@@ -161,7 +161,7 @@ def make_intent(
         save_on_rank=coordinator,
         global_step=facts.global_step,
         score=facts.score,
-        history=history.entries,
+        history=history.kept,
         orphans=history.orphans,
         directory=None if directory is None else str(directory),
         needs_consolidation=needs_consolidation(handler.to_save),
@@ -171,7 +171,8 @@ def make_intent(
         run=run.as_json(),
         number=run_of(outermost).num_saved,
         data=position_of(outermost),
-        former=tuple(sorted(history.former)),
+        former=history.former,
+        digest=history.digest,
         is_mid_epoch=is_mid_epoch(handler, facts, outermost, is_early=is_early),
         is_final=is_forced or (is_nested and outermost.last_event_name in _RUN_ENDS),
         is_saved=history.saved_at.is_present(engines[-1]) or history.is_saved_before(outermost),

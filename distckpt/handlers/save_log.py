@@ -31,7 +31,7 @@ class SkipLog:
         if is_nan(score):
             self.write(handler, engine, "the score is NaN")
         elif score is None and not history.saved_at.is_present(engine):
-            step, name = history.items[0]
+            step, name = history.kept[0]
             reason = f"its step is not above that of {name}, {step}, the lowest of those kept"
             self.write(handler, engine, reason)
         else:  # usual: a score that is no better, or another event of an iteration that is saved
@@ -89,7 +89,8 @@ class SaveLog:
         size = "" if directory is None else _describe_size(path)
         clauses = [f"saved {path}: {size}stall {stall_s:.3f} s, durable after {durable_s:.3f} s"]
         ranked_by = "step" if agreed.score is None else policy.score_name or "score"
-        before = {name: priority for priority, name in agreed.intent.history}
+        named = {decision.filename, *decision.evicted}
+        before = {name: priority for priority, name in agreed.intent.history if name in named}
         if decision.filename in before:
             clauses.append(f"replaced the file of that name ({ranked_by} {before[decision.filename]})")
         for name in decision.evicted:

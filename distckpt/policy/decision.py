@@ -7,7 +7,7 @@ from typing import Any
 
 from distckpt.errors import DesyncError
 from distckpt.policy import naming, retention
-from distckpt.policy.retention import Entry
+from distckpt.policy.retention import History
 from distckpt.policy.scores import ScoreRule, agreed_score
 
 
@@ -76,7 +76,7 @@ class SavePolicy:
         }
         return naming.render(pattern, fields)
 
-    def wants(self, history: Sequence[Entry], priority: float) -> bool:
+    def wants(self, history: History, priority: float) -> bool:
         """Return True if a checkpoint of `priority` is to be saved; see :func:`~distckpt.policy.retention.wants`."""
         return retention.wants(history, priority, n_saved=self.n_saved, greater_or_equal=self.greater_or_equal)
 
@@ -90,7 +90,7 @@ class SaveIntent:
         save_on_rank: the coordinator.
         global_step: the step for the file name, and for the priority if there is no score.
         score: the score; None without a score function.
-        history: the kept checkpoints, lowest priority first.
+        history: the kept checkpoints.
         orphans: files that an earlier save had to remove and could not.
         directory: the local directory to save into; None if there is none.
         needs_consolidation: whether some object's state is distributed over the ranks.
@@ -101,6 +101,7 @@ class SaveIntent:
         number: the number of checkpoints that the run has saved.
         data: this rank's position in the training data, as plain JSON.
         former: the names in `history` that former runs saved.
+        digest: of `history`, `orphans` and `former`, which are equal on ranks with equal digests.
         is_mid_epoch: whether the step is the number of an epoch that is not over.
         is_final: whether the run ends here, so that the state has to be saved.
         is_saved: whether the present iteration has been saved.
@@ -110,7 +111,7 @@ class SaveIntent:
     save_on_rank: int
     global_step: Any
     score: int | float | None
-    history: tuple[Entry, ...]
+    history: History
     orphans: tuple[str, ...]
     directory: str | None = None
     needs_consolidation: bool = False
@@ -120,7 +121,8 @@ class SaveIntent:
     run: Mapping[str, Any] | None = None
     number: int = 0
     data: Mapping[str, Any] = field(default_factory=dict)
-    former: tuple[str, ...] = ()
+    former: frozenset[str] = frozenset()
+    digest: str = ""
     is_mid_epoch: bool = False
     is_final: bool = False
     is_saved: bool = False
@@ -141,7 +143,7 @@ class SaveDecision:
     filename: str
     priority: int | float
     metadata: Mapping[str, Any]
-    kept: tuple[Entry, ...]
+    kept: History
     evicted: tuple[str, ...]
 
 
@@ -183,8 +185,7 @@ def decide_from(intents: Sequence[SaveIntent]) -> AgreedSave:
         ValueError: the ranks name different coordinators, or one that does not exist.
         KeyError: the user's pattern holds an unknown field.
     """
-    _check_same_handler(intents)
-    coordinator = _find_coordinator(intents)
+    coordinator = find_coordinator(intents)
     own = intents[coordinator]
     score, scores = own.score, None
     if score is not None:
@@ -213,7 +214,7 @@ def decide_from(intents: Sequence[SaveIntent]) -> AgreedSave:
     )
 
 
-def _make_decision(own: SaveIntent, history: Sequence[Entry], score: float | None, priority: float) -> SaveDecision:
+def _make_decision(own: SaveIntent, history: History, score: float | None, priority: float) -> SaveDecision:
     policy = own.policy
     score_text = None if score is None else naming.format_score(score)
     filename = policy.filename(score=score_text, global_step=own.global_step)
@@ -232,7 +233,14 @@ def _make_decision(own: SaveIntent, history: Sequence[Entry], score: float | Non
     )
 
 
-def _find_coordinator(intents: Sequence[SaveIntent]) -> int:
+def find_coordinator(intents: Sequence[SaveIntent]) -> int:
+    """Return the rank that decides, if all ranks came with the same handler.
+
+    Raises:
+        DesyncError: the ranks came with different handlers.
+        ValueError: the ranks name different coordinators, or one that does not exist.
+    """
+    _check_same_handler(intents)
     named = [intent.save_on_rank for intent in intents]
     if len(set(named)) > 1:
         msg = f"Argument save_on_rank should be the same on every rank, but is, by rank: {named}"

@@ -27,25 +27,39 @@ removal comes first.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from distckpt.backends.base import Backend, default_timeout_s
 from distckpt.coordination import phases
 from distckpt.errors import CommitNotDurable, ReplicasDiffer, SaveError, save_error
-from distckpt.policy.decision import AgreedSave, SaveIntent, SavePolicy, decide_from
+from distckpt.policy.decision import AgreedSave, SaveIntent, SavePolicy, decide_from, find_coordinator
 from distckpt.policy.naming import printable
-from distckpt.policy.retention import Entry
+from distckpt.policy.retention import Entry, History
 from distckpt.saving.pending_save import WRITE_TIMEOUT_S, PendingSave, Problems, SyncPointFactory
 from distckpt.saving.rank_writer import RankWriter
 from distckpt.saving.writer_group import WriterGroup
 
+_KEPT = ("history", "orphans", "former")
+"""The fields of an intent that grow with the number of checkpoints. Their digest travels."""
+
 
 def decide(
-    backend: Backend, point: phases.SyncPoint, intend: Callable[[], SaveIntent], *, timeout_s: float | None
+    backend: Backend, sync_point: SyncPointFactory, intend: Callable[[], SaveIntent], *, timeout_s: float | None
 ) -> AgreedSave:
     """Collective. Run steps 1 and 2.
+
+    1. (all ranks) exchange the intents, with a digest of what each rank's handler keeps.
+    2. (all ranks) only if the digests differ: take what the coordinator's handler keeps. They differ after a failure on
+       some ranks, after a load on some, and where only the coordinator has searched its directory.
+    3. (all ranks) decide.
+
+    Args:
+        backend: the job's backend.
+        sync_point: makes a phase's sync point from its description.
+        intend: returns this rank's intent.
+        timeout_s: seconds to wait for the other ranks; None for the default.
 
     Raises:
         RemoteRankError: user code failed on some rank; on every rank.
@@ -53,15 +67,29 @@ def decide(
     """
     if backend.world_size == 1:
         return decide_from([intend()])
-    answers = phases.run(backend, point, lambda: asdict(intend()), timeout_s=timeout_s)
-    return decide_from([_intent(fields) for fields in answers])
+    made: list[SaveIntent] = []
 
+    def make() -> dict[str, Any]:
+        own = intend()
+        made.append(own)
+        sent = {one.name: getattr(own, one.name) for one in fields(own) if one.name not in _KEPT}
+        return sent | {"policy": asdict(own.policy)}
 
-def _intent(fields: Mapping[str, Any]) -> SaveIntent:
-    values = dict(fields)
-    policy = SavePolicy(**values.pop("policy"))
-    history = tuple((priority, name) for priority, name in values.pop("history"))
-    return SaveIntent(policy=policy, history=history, **values)
+    answers = phases.run(backend, sync_point("deciding what to save"), make, timeout_s=timeout_s)
+    (own,) = made
+    kept = {name: getattr(own, name) for name in _KEPT}
+    intents = [SaveIntent(**{**answer, "policy": SavePolicy(**answer["policy"])}, **kept) for answer in answers]
+    if len({intent.digest for intent in intents}) == 1:
+        return decide_from(intents)
+    coordinator = find_coordinator(intents)
+
+    def send() -> list[Any]:
+        return [list(own.history), own.orphans, own.former] if backend.rank == coordinator else []
+
+    point = sync_point("taking over what the coordinator keeps")
+    entries, orphans, former = phases.run(backend, point, send, timeout_s=timeout_s)[coordinator]
+    history = History(map(tuple, entries))
+    return decide_from([replace(intent, history=history, orphans=orphans, former=former) for intent in intents])
 
 
 def start_save(

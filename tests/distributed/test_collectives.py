@@ -138,6 +138,27 @@ def test_a_save_shared_in_the_background_takes_so_many_collectives(tmp_path: Pat
     assert is_alike_on_ranks(last)
 
 
+@pytest.mark.parametrize("saving", [0, 1])
+@run_distributed(world_size=2)
+def test_histories_that_differ_are_told_once_and_the_coordinators_counts(tmp_path: Path, saving: int) -> None:
+    handler = Checkpoint({"model": model_of(1.0)}, DiskSaver(tmp_path, save_on_rank=saving), n_saved=None)
+    trainer = Engine(lambda _engine, _batch: None)
+    saves: list[list[str]] = []
+
+    @trainer.on(Events.EPOCH_COMPLETED)
+    def save(engine: Engine) -> None:
+        if engine.state.epoch == 2:
+            handler.load_state_dict({"_saved": [(0, f"of_rank_{job.rank()}.pt")]})
+        with counted_collectives() as entered:
+            handler(engine)
+        saves.append(entered)
+
+    trainer.run([0], max_epochs=3)
+    assert [counts(entered) for entered in saves[1:]] == [(4, 2), (3, 0)], saves
+    theirs = (0, f"of_rank_{saving}.pt")
+    assert gather(handler.state_dict()["_saved"]) == [[theirs, (2, "model_2.pt"), (3, "model_3.pt")]] * 2
+
+
 FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[int, int]]] = {
     # Check the arguments, stage, save.
     "save": (distckpt.save, (3, 0)),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distckpt.policy.retention import Entry, admit, wants
+from distckpt.policy.retention import Entry, History, admit, rank_candidate, wants
 
 NAN = math.nan
 HUGE = 10**400  # beyond the range of floats
@@ -18,7 +18,7 @@ LIMITS = st.one_of(st.none(), st.integers(1, 4))
 
 def saved(entries: list[Entry], n_saved: int | None) -> list[Entry]:
     """Return the history after these saves, whatever `wants` says."""
-    history: tuple[Entry, ...] = ()
+    history = History()
     for entry in entries:
         history = admit(history, entry, n_saved=n_saved).kept
     return list(history)
@@ -117,7 +117,7 @@ def test_every_old_file_is_either_kept_or_evicted(saves: list[Entry], n_saved: i
 
 @given(st.lists(PRIORITIES, max_size=15), st.integers(1, 4), st.booleans())
 def test_best_scores_are_kept(scores: list[float], n_saved: int, greater_or_equal: bool) -> None:  # noqa: FBT001 - a strategy's
-    history: tuple[Entry, ...] = ()
+    history = History()
     for turn, score in enumerate(scores):
         if wants(history, score, n_saved=n_saved, greater_or_equal=greater_or_equal):
             history = admit(history, (score, f"{turn}.pt"), n_saved=n_saved).kept
@@ -130,7 +130,7 @@ def test_best_scores_are_kept(scores: list[float], n_saved: int, greater_or_equa
 @given(st.lists(st.one_of(PRIORITIES, st.just(NAN)), max_size=15), st.integers(1, 3))
 def test_nan_among_the_scores_changes_nothing(scores: list[float], n_saved: int) -> None:
     def history_of(values: list[float]) -> list[float]:
-        history: tuple[Entry, ...] = ()
+        history = History()
         for turn, value in enumerate(values):
             if wants(history, value, n_saved=n_saved, greater_or_equal=True):
                 history = admit(history, (value, f"{turn}.pt"), n_saved=n_saved).kept
@@ -145,3 +145,60 @@ def test_history_that_was_handed_in_is_not_changed(saves: list[Entry], n_saved: 
     before = list(history)
     admit(history, entry, n_saved=n_saved)
     assert history == before
+
+
+# -- histories of thousands ------------------------------------------------------------------------
+
+
+def admitted_slowly(history: list[Entry], entry: Entry, n_saved: int | None) -> list[Entry]:
+    """Return the history after a save, sorted anew."""
+    kept = [old for old in history if old[1] != entry[1]]
+    num_evicted = 0 if n_saved is None else max(0, len(kept) - n_saved + 1)
+    evicted = {name for _, name in kept[:num_evicted]}
+    return sorted([*(old for old in kept if old[1] not in evicted), entry], key=lambda one: one[0])
+
+
+@given(st.lists(st.tuples(PRIORITIES, NAMES), max_size=5), SAVES, LIMITS)
+def test_a_history_is_what_sorting_it_anew_gives(loaded: list[Entry], saves: list[Entry], n_saved: int | None) -> None:
+    # What a user loads may be in any order, and hold a name twice.
+    history, slow = History(loaded), list(loaded)
+    for entry in saves:
+        history, slow = admit(history, entry, n_saved=n_saved).kept, admitted_slowly(slow, entry, n_saved)
+        assert list(history) == slow
+        assert {name for name in "abcdefgh" if history.has_name(f"{name}.pt")} == {name[0] for _, name in slow}
+
+
+def test_a_history_knows_its_names_after_many_saves() -> None:
+    history = History((number, f"{number}.pt") for number in range(1000))
+    for number in range(1000, 2000):
+        history = admit(history, (number, f"{number}.pt"), n_saved=1000).kept
+        assert history.has_name(f"{number}.pt")
+        assert history.has_name(f"{number - 999}.pt")
+        assert not history.has_name(f"{number - 1000}.pt")
+    assert list(history) == [(number, f"{number}.pt") for number in range(1000, 2000)]
+
+
+@given(SAVES, st.tuples(PRIORITIES, NAMES), LIMITS)
+def test_the_same_saves_give_the_same_digest_and_others_another(
+    saves: list[Entry], entry: Entry, n_saved: int | None
+) -> None:
+    one, other = History(saves), History(saves)
+    assert one.digest == other.digest
+    one, other = admit(one, entry, n_saved=n_saved).kept, admit(other, entry, n_saved=n_saved).kept
+    assert one.digest == other.digest
+    assert admit(one, (1, "another.pt"), n_saved=n_saved).kept.digest != one.digest
+    assert one.replace([entry[1]]).digest != one.digest
+    assert History([(1, "a.pt"), (1, "b.pt")]).digest != History([(1, "b.pt"), (1, "a.pt")]).digest
+
+
+@given(SAVES, PRIORITIES, st.sets(NAMES))
+def test_files_of_former_runs_rank_below_a_new_step_that_is_not_above_them(
+    loaded: list[Entry], step: float, former: set[str]
+) -> None:
+    _, ranked = rank_candidate(History(loaded), score=None, global_step=step, is_mid_epoch=False, former=former)
+    if any(value >= step for value, name in loaded if name in former):
+        names = [name for _, name in loaded]
+        assert [name for _, name in ranked] == sorted(names, key=lambda name: name not in former)
+        assert all(value == -math.inf for value, name in ranked if name in former)
+    else:
+        assert list(ranked) == loaded
