@@ -5,7 +5,9 @@ The manifest's ``record`` is what a later run resumes from:
 * ``handler``: the handler's identity, the same in the next run (see ``OwnFiles.identity``);
 * ``run``: ``id``, ``started_s`` and ``lineage`` of the run (see :class:`~distckpt.ptformat.records.Run`);
 * ``number``: the number of checkpoints that the run had saved before, of all handlers;
-* ``kept``: the handler's history after this save, as pairs of priority and name, lowest first;
+* ``kept``: the handler's history after this save, as pairs of priority and name, lowest first. Of more than 100
+  checkpoints it has the new one alone: the records of the others' files have the others;
+* ``num_kept``: length of the history;
 * ``evicted``: the names of the files that this save removes after the commit;
 * ``engine``: of the outermost engine that fires: ``key`` (its place in ``to_save`` as a list; null if it is not there),
   ``iteration``, ``epoch``, ``max_epochs``, ``max_iters`` and ``epoch_length``;
@@ -21,9 +23,12 @@ from ignite.engine import Engine
 from distckpt.backends.base import Backend
 from distckpt.handlers.engine_events import get_firing_engines
 from distckpt.handlers.object_trees import find_path
-from distckpt.policy.decision import AgreedSave
+from distckpt.policy.decision import AgreedSave, SaveDecision
 from distckpt.ptformat.manifest import Manifest
 from distckpt.saving.api import describe_job
+
+_MAX_KEPT = 100
+"""A longer history is not recorded: each file would hold the names of all others."""
 
 
 def build_manifest(
@@ -66,12 +71,19 @@ def _make_record(engine: Engine, agreed: AgreedSave, to_save: Mapping[str, Any])
         "handler": dict(agreed.intent.handler),
         "run": dict(agreed.intent.run),
         "number": agreed.intent.number,
-        "kept": [list(entry) for entry in decision.kept],
+        "kept": _kept_in_record(decision),
+        "num_kept": len(decision.kept),
         "evicted": list(decision.evicted),
         "engine": {"key": list(path) if path is not None and is_plain else None}
         | {name: _as_int(getattr(outermost.state, name, None)) for name in counters},
         "data": dict(agreed.data[0]) if is_equal else [dict(position) for position in agreed.data],
     }
+
+
+def _kept_in_record(decision: SaveDecision) -> list[list[Any]]:
+    if len(decision.kept) > _MAX_KEPT:
+        return [[decision.priority, decision.filename]]
+    return [list(entry) for entry in decision.kept]
 
 
 def _as_int(value: object) -> int | None:

@@ -222,10 +222,29 @@ class OwnFiles:
         record = files.get(name)
         if record is None:
             return None
-        entries = tuple(entry for entry in record.kept if entry[1] == name or self.is_own(entry[1], files))
+        recorded = record.kept if len(record.kept) >= record.num_kept else self._found_entries(record, files)
+        entries = tuple(entry for entry in recorded if entry[1] == name or self.is_own(entry[1], files))
         kept = {name for _, name in entries}
         orphans = tuple(one for one in record.evicted if one not in kept and self.is_own(one, files))
         return RecordedHistory(entries=entries, orphans=orphans, iteration=record.iteration)
+
+    def _found_entries(self, last: Record, files: Mapping[str, Record | None]) -> list[Entry]:
+        """Return a history too long for a record: of the files up to the one with the record `last`.
+
+        If there are more files than the history had, then the handler has left the oldest ones alone.
+        """
+        own = {
+            name: record
+            for name, record in files.items()
+            if record is not None
+            and record.run.root == last.run.root
+            and record.order <= last.order
+            and name not in last.evicted
+            and self.has_record(record)
+        }
+        newest = sorted(own, key=lambda name: own[name].order)[-last.num_kept :]
+        found = [entry for name in newest for entry in own[name].kept if entry[1] == name]
+        return sorted(found, key=lambda entry: entry[0])
 
     def named_history(self, resumed: str, others: Iterable[str], *, is_mid_epoch: bool) -> list[Entry] | None:
         """Return the history that follows from names of files without records; None if they hold no priority.

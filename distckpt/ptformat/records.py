@@ -74,7 +74,8 @@ class Record:
         handler: the arguments by which its handler names files.
         run: the run that saved it.
         number: how many checkpoints that run had saved before.
-        kept: its handler's history after the save, lowest priority first.
+        kept: its handler's history after the save, lowest priority first; if it was long, the saved file alone.
+        num_kept: length of that history.
         evicted: the files that the save removed.
         engine: the saving engine's counters, and its key in the state.
         data: position in the training data: one mapping, or one a rank.
@@ -84,6 +85,7 @@ class Record:
     run: Run
     number: int
     kept: tuple[Entry, ...]
+    num_kept: int
     evicted: tuple[str, ...]
     engine: Mapping[str, Any]
     data: Mapping[str, Any] | Sequence[Mapping[str, Any]]
@@ -145,11 +147,13 @@ def parse_record(found: Mapping[str, Any] | None) -> Record | None:
     if not found:
         return None
     try:
+        kept = tuple((_number(priority), str(name)) for priority, name in found["kept"])
         return Record(
             handler=dict(found["handler"]),
             run=Run.from_json(found["run"]),
             number=int(found["number"]),
-            kept=tuple((_number(priority), str(name)) for priority, name in found["kept"]),
+            kept=kept,
+            num_kept=int(found.get("num_kept", len(kept))),
             evicted=tuple(map(str, found["evicted"])),
             engine=dict(found["engine"]),
             data=found["data"],

@@ -108,6 +108,25 @@ def test_a_record_is_read_without_reading_the_state_and_from_an_archive_written_
     assert record_of(again) == record_of(path)
 
 
+def test_a_long_history_is_not_recorded_but_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distckpt.handlers.build_manifest._MAX_KEPT", 2)
+    for name in ("old_1.pt", "checkpoint_1.pt"):  # of no handler, and of one without records
+        torch.save({}, tmp_path / name)
+    saved(tmp_path, n_saved=3, epochs=5)
+    record = parse_record(record_of(tmp_path / "checkpoint_20.pt"))
+    assert record is not None
+    assert (record.kept, record.num_kept) == (((20, "checkpoint_20.pt"),), 3)
+    handler = Checkpoint({"model": linear(1), "trainer": idle_engine()}, DiskSaver(tmp_path, require_empty=False))
+    own = handler._find_own_files()
+    found = own.recorded_history("checkpoint_20.pt", own.survey())
+    assert found is not None
+    assert found.entries == ((12, "checkpoint_12.pt"), (16, "checkpoint_16.pt"), (20, "checkpoint_20.pt"))
+    # A file that is newer than the resumed one is not part of its history, and a file too many is left alone.
+    found = own.recorded_history("checkpoint_16.pt", own.survey())
+    assert found is not None
+    assert found.entries == ((12, "checkpoint_12.pt"), (16, "checkpoint_16.pt"))
+
+
 def test_a_file_without_a_record_has_none(tmp_path: Path) -> None:
     torch.save({}, tmp_path / "plain.pt")
     (tmp_path / "empty.pt").write_bytes(b"")
