@@ -117,7 +117,26 @@ def build_parser() -> argparse.ArgumentParser:
     command = add("verify", "verification", "compare every byte of checkpoints with their checksums")
     command.add_argument("path", type=Path, metavar="FILE|DIR")
     command.add_argument("-r", "--recursive", action="store_true", help="search sub-folders too")
+
+    command = add("diff", "comparison", "compare two checkpoints key by key")
+    command.add_argument("first", type=Path, metavar="A")
+    command.add_argument("second", type=Path, metavar="B")
+
+    command = add("prune", "pruning", "delete the checkpoints that no rule keeps; without --yes only tell which")
+    command.add_argument("directory", type=Path, metavar="DIR")
+    command.add_argument("--keep-last", type=_number, metavar="N", help="keep the N newest of each handler")
+    command.add_argument("--keep-best", type=_number, metavar="K", help="keep the K of highest score of each handler")
+    command.add_argument("--keep-every", type=_number, metavar="M", help="keep those whose step is a multiple of M")
+    command.add_argument("-r", "--recursive", action="store_true", help="search sub-folders too")
+    command.add_argument("--yes", action="store_true", help="delete")
     return parser
+
+
+def _number(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
 
 
 def _version() -> str:

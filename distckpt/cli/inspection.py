@@ -1,7 +1,6 @@
 """``distckpt inspect``: a checkpoint's manifest, and its tensors as a tree."""
 
 import argparse
-import difflib
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -9,7 +8,7 @@ from typing import Any
 
 import torch
 
-from distckpt.cli.errors import CommandError, ExitCode
+from distckpt.cli.errors import ExitCode
 from distckpt.cli.output import Column, Output, Table, count, format_age, format_bytes, format_number
 from distckpt.cli.progress import Progress
 from distckpt.cli.retention_view import describe_handler
@@ -19,9 +18,11 @@ from distckpt.cli.sources import (
     Source,
     children_of,
     chunks,
+    describe_value,
+    dtype_name,
+    find_key,
     find_ties,
     is_plain_tensor,
-    leaves,
     num_bytes_of,
     open_source,
     unique_names,
@@ -36,9 +37,7 @@ _COLUMNS = (
     Column("SIZE", is_number=True),
     Column("NORM", is_number=True),
 )
-_VALUE_CHARS = 60
 _FIRST = 8
-_CLOSE = 3
 _SCALARS = (str, int, float, bool, complex, bytes, type(None))
 
 
@@ -47,7 +46,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     with open_source(arguments.file) as source:
         state, prefix = source.state, ""
         if arguments.key is not None:
-            state, prefix = _find(source.state, arguments.key), arguments.key
+            state, prefix = find_key(source.state, arguments.key), arguments.key
         ties = find_ties(source.state)
         found = [Leaf(".".join(filter(None, (prefix, name))), value) for name, value in unique_names(state)]
         tensors = [(name, value) for name, value in found if is_plain_tensor(value)]
@@ -68,30 +67,6 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         for name, value in (statistics or {}).items():
             output.line(f"{name}: {value if isinstance(value, list) else format_number(value)}")
     return ExitCode.OK
-
-
-def _find(state: Any, key: str) -> Any:
-    """Return what a key leads to. A key may hold dots itself."""
-    found = _search(state, key)
-    if not found:
-        names = [name for name, _ in leaves(state)]
-        close = difflib.get_close_matches(key, names, n=_CLOSE, cutoff=0.4) or names[:_CLOSE]
-        hint = f"; similar keys: {', '.join(close)}" if close else ""
-        raise CommandError(f"there is no key {key!r}{hint}")
-    return found[0]
-
-
-def _search(item: Any, key: str) -> list[Any]:
-    if not key:
-        return [item]
-    for name, value in children_of(item) or ():
-        if name == key:
-            return [value]
-        if key.startswith(f"{name}."):
-            found = _search(value, key[len(name) + 1 :])
-            if found:
-                return found
-    return []
 
 
 def _norm(source: Source, tensor: torch.Tensor, progress: Progress) -> float:
@@ -137,7 +112,7 @@ def _document(source: Source, found: list[Leaf], ties: Mapping[str, str], norms:
     tensors = [
         {
             "name": name,
-            "dtype": _dtype_of(value),
+            "dtype": dtype_name(value),
             "shape": list(value.shape),
             "num_bytes": num_bytes_of(value),
             "norm": norms.get(name),
@@ -165,23 +140,8 @@ def _manifest_document(manifest: Manifest) -> dict[str, Any]:
     return {**found, "versions": dict(manifest.versions), "record": manifest.record}
 
 
-def _dtype_of(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
 def _plain_value(value: Any) -> Any:
-    return value if isinstance(value, _SCALARS) and not isinstance(value, bytes | complex) else _text_of(value)
-
-
-def _text_of(value: Any) -> str:
-    """Return a value as one short text."""
-    if isinstance(value, torch.Tensor):
-        return f"a tensor of layout {value.layout}, shape {tuple(value.shape)}".replace("torch.", "")
-    try:
-        text = " ".join(repr(value).split())
-    except Exception:  # noqa: BLE001 - a class's own method
-        text = f"<{type(value).__name__}>"
-    return text if len(text) <= _VALUE_CHARS else f"{text[: _VALUE_CHARS - 3]}..."
+    return value if isinstance(value, _SCALARS) and not isinstance(value, bytes | complex) else describe_value(value)
 
 
 def _print_head(source: Source, output: Output) -> None:
@@ -221,12 +181,12 @@ def _add_rows(
         return
     shown = key or "(the whole file)"
     if not is_plain_tensor(item):
-        table.rows.append((f"{lead}{shown} = {_text_of(item)}", "", "", "", ""))
+        table.rows.append((f"{lead}{shown} = {describe_value(item)}", "", "", "", ""))
         return
     tie = f" = {ties[name]}" if name in ties else ""
     norm = f"{norms[name]:.6g}" if name in norms else "-"
     shape = f"({', '.join(map(str, item.shape))})"
-    table.rows.append((f"{lead}{shown}{tie}", _dtype_of(item), shape, format_bytes(num_bytes_of(item)), norm))
+    table.rows.append((f"{lead}{shown}{tie}", dtype_name(item), shape, format_bytes(num_bytes_of(item)), norm))
 
 
 def _is_short(item: Any) -> bool:

@@ -6,6 +6,7 @@ touched costs nothing. Their bytes are read in chunks, or a tensor at a time. No
 
 import contextlib
 import ctypes
+import difflib
 import itertools
 import math
 import stat
@@ -25,9 +26,11 @@ from distckpt.ptformat.safetensors_format import DTYPES, SafetensorsHeader, read
 from distckpt.ptformat.sharded import key_to_text
 from distckpt.storage.local import LocalFile
 
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 1 << 20
 DCP_METADATA = ".metadata"
 _LEVELS = 64
+_VALUE_CHARS = 60
+_CLOSE = 3
 
 
 class Source(Protocol):
@@ -260,9 +263,9 @@ def read_chunk(source: Source, tensor: torch.Tensor, first: int, last: int, buff
         last: number of the last element + 1.
         buffer: uint8 (n,): memory that the result may use.
     """
-    if not _is_dense(tensor):
-        return load(source, tensor).contiguous().view(-1)
     size = tensor.element_size()
+    if not _is_dense(tensor) or (last - first) * size > buffer.numel():
+        return load(source, tensor).contiguous().view(-1)[first:last]
     part = buffer[: (last - first) * size]
     source.read(tensor, (int(tensor.storage_offset()) + first) * size, memory_of(part))
     return part.view(tensor.dtype)
@@ -306,3 +309,49 @@ def unique_names(state: Any) -> Iterator[Leaf]:
         found = name if name not in seen else next(n for i in itertools.count(2) if (n := f"{name}#{i}") not in seen)
         seen.add(found)
         yield Leaf(found, value)
+
+
+def describe_value(value: Any) -> str:
+    """Return a tensor's form, or another value as one short text."""
+    if is_plain_tensor(value):
+        return f"{dtype_name(value)} ({', '.join(map(str, value.shape))})"
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of layout {value.layout}, shape {tuple(value.shape)}".replace("torch.", "")
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # noqa: BLE001 - a class's own method
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= _VALUE_CHARS else f"{text[: _VALUE_CHARS - 3]}..."
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    """Return the name of a tensor's dtype, such as ``float32``."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def find_key(state: Any, key: str) -> Any:
+    """Return what a key leads to. A key may hold dots itself.
+
+    Raises:
+        CommandError: there is no such key; the message names similar ones.
+    """
+    found = _search(state, key)
+    if not found:
+        names = [name for name, _ in leaves(state)]
+        close = difflib.get_close_matches(key, names, n=_CLOSE, cutoff=0.4) or names[:_CLOSE]
+        hint = f"; similar keys: {', '.join(close)}" if close else ""
+        raise CommandError(f"there is no key {key!r}{hint}")
+    return found[0]
+
+
+def _search(item: Any, key: str) -> list[Any]:
+    if not key:
+        return [item]
+    for name, value in children_of(item) or ():
+        if name == key:
+            return [value]
+        if key.startswith(f"{name}."):
+            found = _search(value, key[len(name) + 1 :])
+            if found:
+                return found
+    return []

@@ -77,6 +77,11 @@ class FileEntry:
         """The iteration that the manifest has."""
         return None if self.manifest is None else self.manifest.iteration
 
+    @property
+    def score(self) -> float | None:
+        """The score that the manifest has."""
+        return None if self.manifest is None else self.manifest.score
+
 
 def survey(directory: Path, *, recursive: bool) -> list[FileEntry]:
     """Return the checkpoints of a directory and what saves have left over, sorted by name.
