@@ -122,6 +122,17 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("first", type=Path, metavar="A")
     command.add_argument("second", type=Path, metavar="B")
 
+    command = add("convert", "conversion", "write a checkpoint in another format")
+    command.add_argument("file", type=Path, metavar="FILE")
+    command.add_argument(
+        "out", type=Path, metavar="OUT", help="NAME.pt, NAME.safetensors, or NAME for a directory of DCP"
+    )
+    command.add_argument("--only", metavar="NAME", help="only what is below this key, such as model")
+    command.add_argument(
+        "--to", choices=("pt", "safetensors", "dcp"), help="the format, if OUT's name does not tell it"
+    )
+    command.add_argument("--force", action="store_true", help="replace an existing file")
+
     command = add("prune", "pruning", "delete the checkpoints that no rule keeps; without --yes only tell which")
     command.add_argument("directory", type=Path, metavar="DIR")
     command.add_argument("--keep-last", type=_number, metavar="N", help="keep the N newest of each handler")

@@ -25,12 +25,12 @@ from distckpt.cli.sources import (
     Source,
     chunk_ranges,
     describe_value,
-    is_plain_tensor,
     num_bytes_of,
     open_source,
     read_chunk,
     unique_names,
 )
+from distckpt.cli.structure import is_plain_tensor
 
 _MOST_THREADS = 4
 _SHORT_FLOATS = (torch.float32, torch.float16, torch.bfloat16)

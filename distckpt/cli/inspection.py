@@ -22,11 +22,11 @@ from distckpt.cli.sources import (
     dtype_name,
     find_key,
     find_ties,
-    is_plain_tensor,
     num_bytes_of,
     open_source,
     unique_names,
 )
+from distckpt.cli.structure import is_plain_tensor
 from distckpt.ptformat.manifest import Manifest
 from distckpt.ptformat.records import parse_record
 

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple, Protocol, Self
 import torch
 
 from distckpt.cli.errors import CommandError
+from distckpt.cli.structure import MANIFEST, STRUCTURE, is_plain_tensor, unflatten
 from distckpt.errors import CorruptCheckpointError
 from distckpt.ptformat.archive import NewerSchema, read_manifest
-from distckpt.ptformat.manifest import Manifest
+from distckpt.ptformat.manifest import Manifest, from_json
 from distckpt.ptformat.reader import OpenCheckpoint
 from distckpt.ptformat.safetensors_format import DTYPES, SafetensorsHeader, read_safetensors_header
 from distckpt.ptformat.sharded import key_to_text
@@ -111,13 +112,17 @@ class _FileSource:
 
 
 class PtSource(_FileSource):
-    """A ``.pt`` file by distckpt or ``torch.save``."""
+    """A ``.pt`` file by distckpt or ``torch.save``.
+
+    Attributes:
+        opened: the file.
+    """
 
     def __init__(self, path: Path) -> None:
         file = LocalFile(path)
         opened = OpenCheckpoint(file)  # closes the file if it raises
         super().__init__(file)
-        self._opened = opened
+        self.opened = opened
         try:
             with contextlib.suppress(NewerSchema):  # OpenCheckpoint has raised it
                 self.manifest = read_manifest(file)
@@ -130,11 +135,11 @@ class PtSource(_FileSource):
         self.kind = f"a checkpoint of distckpt{schema}" if schema else "a file of torch.save"
 
     def _offset_of(self, tensor: torch.Tensor) -> int | None:
-        return self._opened.offset_of(tensor)
+        return self.opened.offset_of(tensor)
 
 
 class SafetensorsSource(_FileSource):
-    """A safetensors file. Its state is a flat mapping.
+    """A safetensors file. Its state is a flat mapping, unless ``distckpt convert`` has noted a structure.
 
     Attributes:
         header: the file's header.
@@ -146,14 +151,24 @@ class SafetensorsSource(_FileSource):
         super().__init__(file)
         self.header = header
         self._offsets: dict[int, int] = {}
-        self.state: dict[str, Any] = {}
+        flat: dict[str, Any] = {}
         for name, kind, shape, offset, _ in header.entries:
             dtype = getattr(torch, DTYPES.get(kind, ""), None)
             if dtype is None:
-                self.state[name] = UnknownTensor(kind, shape)
+                flat[name] = UnknownTensor(kind, shape)
                 continue
-            tensor = self.state[name] = torch.empty(shape, dtype=dtype)
+            tensor = flat[name] = torch.empty(shape, dtype=dtype)
             self._offsets[tensor.untyped_storage()._cdata] = offset  # noqa: SLF001 - torch's identity of a storage
+        self._flat = flat  # a tensor that the structure ties to another is no longer in the state
+        self.state: Any = flat
+        structure, manifest = header.metadata.get(STRUCTURE), header.metadata.get(MANIFEST)
+        try:
+            if structure is not None:
+                self.state = unflatten(structure, flat)
+            if manifest is not None:
+                self.manifest = from_json(manifest.encode())
+        except ValueError as error:
+            raise CorruptCheckpointError(f"{file.path} is damaged: {error}") from error
 
     def _offset_of(self, tensor: torch.Tensor) -> int | None:
         return self._offsets[tensor.untyped_storage()._cdata]  # noqa: SLF001 - as above
@@ -179,6 +194,10 @@ def open_source(path: Path) -> Source:
     except FileNotFoundError:
         raise CommandError(f"{path} does not exist: give a checkpoint's path") from None
     if stat.S_ISDIR(found.st_mode):
+        if (path / DCP_METADATA).is_file():
+            from distckpt.cli.dcp import DcpSource  # noqa: PLC0415 - slow to import
+
+            return DcpSource(path)
         raise CommandError(f"{path} is a directory: give a file in it (distckpt ls {path})")
     if not stat.S_ISREG(found.st_mode):
         raise CommandError(f"{path} is no regular file: give a checkpoint's path")
@@ -190,8 +209,9 @@ def open_source(path: Path) -> Source:
             if path.name.endswith(".safetensors"):
                 raise CorruptCheckpointError(f"{path} is no safetensors file, or is damaged: {error}") from error
         else:
+            source = SafetensorsSource(file, header)
             stack.pop_all()
-            return SafetensorsSource(file, header)
+            return source
     return PtSource(path)
 
 
@@ -216,11 +236,6 @@ def children_of(item: Any) -> list[tuple[str, Any]] | None:
     if isinstance(item, list | tuple) and not isinstance(item, torch.Size | UnknownTensor):
         return [(str(number), value) for number, value in enumerate(item)]
     return None
-
-
-def is_plain_tensor(value: Any) -> bool:
-    """Return True for a tensor whose elements are bytes of a storage: neither sparse nor quantised."""
-    return isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_quantized
 
 
 def num_bytes_of(tensor: torch.Tensor) -> int:

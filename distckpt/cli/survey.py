@@ -108,7 +108,9 @@ def _files(directory: Path, *, recursive: bool) -> Iterator[Path]:
     for entry in entries:
         path = directory / entry.name
         if entry.is_dir(follow_symlinks=False):
-            if recursive:
+            if is_temp(entry.name):  # an unfinished conversion
+                yield path
+            elif recursive:
                 with contextlib.suppress(PermissionError):
                     yield from _files(path, recursive=True)
         elif entry.is_symlink() or entry.is_file():
@@ -127,10 +129,10 @@ def look_at(path: Path, name: str) -> FileEntry | None:
         return None
     try:
         found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            return None
-        if is_temp(path.name):
+        if is_temp(path.name) and (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
             state, detail = _state_of_temp(path)
+        elif not stat.S_ISREG(found.st_mode):
+            return None
         else:
             with LocalFile(path) as file:
                 manifest = read_manifest(file, with_tensors=False)
@@ -164,8 +166,8 @@ def look_at(path: Path, name: str) -> FileEntry | None:
 
 def _state_of_temp(path: Path) -> tuple[State, str]:
     if is_being_written(path):
-        return State.BEING_WRITTEN, "a save writes it"
-    return State.LEFT_OVER, "its process is dead: the next save deletes it"
+        return State.BEING_WRITTEN, "a process writes it"
+    return State.LEFT_OVER, f"its process is dead: {'delete it' if path.is_dir() else 'the next save deletes it'}"
 
 
 def _find_damage(file: LocalFile, manifest: Manifest | None) -> str | None:

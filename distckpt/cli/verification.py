@@ -110,7 +110,7 @@ def _verify(path: Path, progress: Progress) -> Verified:
         if path.name.endswith(".safetensors"):
             return _verify_safetensors(path)
         with OpenCheckpoint(path) as file:
-            checksums = _check(file, progress)
+            checksums = check_file(file, progress)
             faults = file.faults(checksums)
             if not faults and not file.has_checksums(checksums):
                 file.state()  # raises what is wrong
@@ -132,7 +132,7 @@ def _verify_safetensors(path: Path) -> Verified:
     return Verified(NO_CHECKSUMS, (), (), num_bytes)
 
 
-def _check(file: OpenCheckpoint, progress: Progress) -> list[list[Checksum]]:
+def check_file(file: OpenCheckpoint, progress: Progress) -> list[list[Checksum]]:
     """Return the checksums of all ranges of a file, in order."""
     num_threads = max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0)), file.num_bytes // _LEAST_BYTES))
     stop = threading.Event()

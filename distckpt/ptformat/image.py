@@ -151,7 +151,7 @@ def _plan_image(sizes: tuple[int, ...], replicated: frozenset[int]) -> ImagePlan
 
 
 @functools.cache
-def _head_bytes() -> bytes:
+def head_bytes() -> bytes:
     """Return the first records of every file, with their headers."""
     records, _ = _head_locations()
     return b"".join(local_header(one, crc32(data)) + data for one, (_, data) in zip(records, _HEAD, strict=True))
@@ -201,7 +201,7 @@ class ShardBuffer:
             True if all checksums were computed.
         """
         try:
-            self._put(0, _head_bytes())
+            self._put(0, head_bytes())
             for first, last in self._groups():
                 end = min(self.plan.records[last - 1].end, self.end)
                 wait_for(end)
