@@ -93,9 +93,10 @@ SUMMARY+=("$(printf '%-20s %5d s  %s' set-up "$SECONDS" ok)")
 PYTHON="${PYTHONS[base]}"
 BIN="$(dirname "$PYTHON")"
 RESULTS="$(mktemp -d)"
-# Byte code is kept outside the tree: hundreds of processes import distckpt, and each would compile it.
-unset PYTHONDONTWRITEBYTECODE
-export PATH="$BIN:$PATH" PYTHONUNBUFFERED=1 PYTHONPATH="$ROOT" PYTHONPYCACHEPREFIX="$RESULTS/pycache"
+# Byte code is kept, in the usual __pycache__ folders: hundreds of processes import torch and distckpt, and each would
+# compile what it imports. In a second run pytest finds the tests compiled, too.
+unset PYTHONDONTWRITEBYTECODE PYTHONPYCACHEPREFIX
+export PATH="$BIN:$PATH" PYTHONUNBUFFERED=1 PYTHONPATH="$ROOT"
 trap 'rm -rf "$RESULTS"' EXIT
 
 # run_pytest NAME ARGUMENT...: run pytest in an environment, whose programs (torchrun) are on PATH.
