@@ -37,6 +37,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from distckpt import Checkpoint, DiskSaver, RemoteRankError, TerminateOnNan, TimeLimit
 from distckpt.backends import key_value_store
+from distckpt.backends.detect import current
+from distckpt.coordination.heartbeat import HeartbeatMonitor
 from distckpt.storage.direct_io import DirectFile
 from tests.crash.hosts import INTERFACE, address_of, enter
 
@@ -329,21 +331,30 @@ def end_slowly(me: Rank) -> None:
         saver = DiskSaver(me.folder / "checkpoints", background=moments.random() < 0.5)
         trainer.engine.add_event_handler(Events.EPOCH_COMPLETED, Checkpoint({"model": trainer.model}, saver))
     trainer.run(me.plan.at)
+    if me.plan.step == "slow store":
+        _leave_a_call_under_way(slow_s)
+        atexit.register(time.sleep, late_s)  # what other libraries do, before our functions
     if me.plan.fault == "nothing waits":
         threading.Thread.join = _do_not_join  # type: ignore[method-assign]  # in this process, which ends now
     elif leaves_group:
         dist.destroy_process_group()
-    if me.plan.step == "slow store":
-        look = key_value_store._get_many
-
-        def slow_look(store: dist.Store, keys: list[str]) -> list[str | None]:
-            with contextlib.suppress(dist.DistStoreError):
-                store.wait(["never"], timedelta(seconds=slow_s))
-            return look(store, keys)
-
-        key_value_store._get_many = slow_look
-        atexit.register(time.sleep, late_s)  # what other libraries do, before our functions
     vars(sys.modules["__main__"])["slow"] = _SlowEnd()
+
+
+def _leave_a_call_under_way(slow_s: float) -> None:
+    """Make each read of the job's store take `slow_s` seconds, and start one without waiting for its end."""
+    get_many = key_value_store._get_many
+
+    def get_many_slowly(store: dist.Store, keys: list[str]) -> list[str | None]:
+        with contextlib.suppress(dist.DistStoreError):
+            store.wait(["never"], timedelta(seconds=slow_s))
+        return get_many(store, keys)
+
+    key_value_store._get_many = get_many_slowly
+    monitor = current().monitor
+    assert isinstance(monitor, HeartbeatMonitor)
+    with contextlib.suppress(TimeoutError):
+        monitor._store.get_many(["never"], limit_s=0.05)
 
 
 class _SlowEnd:

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.crash
 
 AT_ONCE = 4
 """How many jobs run beside each other."""
-MOST_CONTROLS = 40
+MOST_CONTROLS = 12
 
 
 def exit_codes(jobs: Jobs, num_jobs: int, seed: int, **what: object) -> Counter[int]:
