@@ -4,7 +4,7 @@ A new launcher needs an entry in ``LAUNCHERS``, and its name in ``OF_THIS_RUNTIM
 """
 
 import contextlib
-import functools
+import fcntl
 import importlib
 import json
 import os
@@ -20,7 +20,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from tests.support import run_distributed
 from tests.support.runtime import RUNTIME
 from tests.support.selection import full_only, quick, torch_only
 
@@ -92,28 +94,33 @@ def unfinished_in(directory: Path) -> list[Path]:
     return [path for path in directory.iterdir() if path.suffix not in {".pt", ".json"}]
 
 
-@pytest.fixture(scope="module")
-def run_undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[str, dict[str, Any]]]:
-    """Return a function that runs four epochs under a launcher, once, and returns the output and the summary."""
-
-    @functools.cache
-    def run(name: str) -> tuple[str, dict[str, Any]]:
-        directory = tmp_path_factory.mktemp("undisturbed")
-        return train(LAUNCHERS[name].command, directory, "--epochs", "4"), summary_in(directory)
-
-    return run
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return the summary of four epochs under this runtime's first launcher: one run for all pytest processes."""
+    root = tmp_path_factory.getbasetemp()
+    directory = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "undisturbed"
+    directory.mkdir(exist_ok=True)
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (directory / "output").exists():
+            output = train(LAUNCHERS[OF_THIS_RUNTIME[0]].command, directory / "run", "--epochs", "4")
+            (directory / "output").write_text(output, encoding="utf-8")
+    summary = summary_in(directory / "run")
+    assert summary["stopped"] == "all 4 epochs done"
+    assert summary["stopped"] in (directory / "output").read_text(encoding="utf-8")
+    return summary
 
 
 @quick(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OF_THIS_RUNTIME)
 def test_run_killed_in_the_middle_of_a_save_resumes_to_the_same_parameters(
-    name: str, tmp_path: Path, run_undisturbed: Callable[[str], tuple[str, dict[str, Any]]]
+    name: str, tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
-    launcher, killed = LAUNCHERS[name], tmp_path / "killed"
-    shown, expected = run_undisturbed(name)
-    assert expected["stopped"] == "all 4 epochs done"
-    assert expected["stopped"] in shown
+    launcher, killed, expected = LAUNCHERS[name], tmp_path / "killed", undisturbed
+    if name != OF_THIS_RUNTIME[0]:
+        train(launcher.command, tmp_path / "undisturbed", "--epochs", "4")
+        expected = summary_in(tmp_path / "undisturbed")
     assert expected["world_size"] == launcher.world_size
     assert (expected["resumed_from"], expected["first_epoch"], expected["epoch"]) == (None, 1, 4)
     assert expected["val_acc"] > 0.9
@@ -177,9 +184,8 @@ def test_job_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
 
 @torch_only
 def test_rank_that_is_killed_costs_the_steps_since_the_last_checkpoint(
-    tmp_path: Path, run_undisturbed: Callable[[str], tuple[str, dict[str, Any]]]
+    tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
-    _, expected = run_undisturbed("torchrun")
     shown = train(
         TORCHRUN, tmp_path / "killed", "--epochs", "4", "--fault", "sigkill@50:1", environment={"MAX_RESTARTS": "1"}
     )
@@ -187,16 +193,15 @@ def test_rank_that_is_killed_costs_the_steps_since_the_last_checkpoint(
     again = summary_in(tmp_path / "killed")
     assert (again["first_epoch"], again["resumed_from"]) == (3, "latest_checkpoint_2.pt")
     for key in ("stopped", "epoch", "iterations", "val_acc", "best_val_acc", "parameters_sha256", "checkpoints"):
-        assert again[key] == expected[key], key
+        assert again[key] == undisturbed[key], key
 
 
 @quick(1)
 @torch_only
 @pytest.mark.parametrize("code", [0, 75])
 def test_rank_that_is_told_to_stop_stops_all_after_a_save_and_the_run_goes_on(
-    code: int, tmp_path: Path, run_undisturbed: Callable[[str], tuple[str, dict[str, Any]]]
+    code: int, tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
-    _, expected = run_undisturbed("spawn")
     command = (*LAUNCHERS["spawn"].command, "--epochs", "4")
     told = ("--fault", "sigterm@30:1", "--preempted-exit-code", str(code))
     shown = train(command, tmp_path / "told", *told, succeeds=code == 0)
@@ -210,7 +215,7 @@ def test_rank_that_is_told_to_stop_stops_all_after_a_save_and_the_run_goes_on(
     train(command, tmp_path / "told", "--resume")
     again = summary_in(tmp_path / "told")
     for key in ("stopped", "epoch", "val_acc", "best_val_acc", "parameters_sha256", "checkpoints"):
-        assert again[key] == expected[key], key
+        assert again[key] == undisturbed[key], key
 
 
 @torch_only
@@ -291,10 +296,18 @@ def test_finished_run_has_nothing_left_to_do_when_resumed(train_here: Callable[.
 
 
 @torch_only
+@run_distributed(world_size=2)
 def test_directory_of_another_run_is_refused_on_every_rank(tmp_path: Path) -> None:
     (tmp_path / "best_model_1_val_acc=0.5000.pt").touch()
-    printed = train(TORCHRUN, tmp_path, succeeds=False)
-    assert "holds another run's checkpoints: --resume goes on" in printed
+    dist.barrier()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(LAUNCH))
+        patch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)  # a rank of the harness seems to be started again
+        options, script = importlib.import_module("options"), importlib.import_module("train_digits")
+        with pytest.raises(SystemExit) as refusal:
+            script.main(0, options.parse(["--output-dir", str(tmp_path)]))
+    if dist.get_rank() == 0:
+        assert "holds another run's checkpoints: --resume goes on" in str(refusal.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best_model_1_val_acc=0.5000.pt"]
 
 
