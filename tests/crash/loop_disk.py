@@ -1,11 +1,12 @@
 """A file system of our own whose power can be cut: ext4 or xfs in a file, behind a loop device.
 
-Works in a mount namespace of its own, which `OWN_MOUNTS` gives to a process: nobody else sees the mounts, and
-when the last process in it ends, whatever it died of, the kernel unmounts them and frees the loop devices. So
-tests of several pytest-xdist workers never meet, and nothing has to be cleaned up after a kill.
+The process that mounts it first calls `unshare_mounts`: no other process sees its mounts, and when the last process of
+the namespace ends, even by a signal, the kernel unmounts them and frees the loop devices. So the tests of several
+pytest-xdist workers do not disturb each other, and a kill leaves nothing behind.
 """
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import struct
@@ -14,11 +15,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["KINDS", "OWN_MOUNTS", "LoopDisk", "mounted_tmpfs", "must", "try_mounts", "why_no_mounts"]
+__all__ = ["KINDS", "LoopDisk", "mounted_tmpfs", "must", "try_mounts", "unshare_mounts", "why_no_mounts"]
 
-OWN_MOUNTS: Sequence[str] = ("unshare", "--mount", "--propagation", "private")
-"""Command in front of a program that is to mount things unseen."""
-
+_CLONE_NEWNS = 0x20000  # linux/sched.h
 _LIMIT_S = 30.0
 _E2FSCK_REPAIRED = 3  # the bits of its exit code for errors that were repaired
 # Less than 300 MiB is no xfs. Only what is written takes room.
@@ -33,6 +32,18 @@ _NO_LOG_FLUSH = struct.pack("I", 2)
 
 def _command(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, capture_output=True, text=True, timeout=_LIMIT_S, check=False)
+
+
+def unshare_mounts() -> None:
+    """Move this thread, and the threads and processes that it starts from now on, into a mount namespace of its own.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
+    if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNS) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    must("mount", "--make-rprivate", "/")
 
 
 def why_no_mounts(directory: Path, *, kind: str = "ext4") -> str | None:
@@ -61,7 +72,9 @@ def try_mounts(directory: Path, what: str, script: str, *arguments: str) -> str 
     target = directory / f"probe-{what}"
     target.mkdir()
     try:
-        done = _command(*OWN_MOUNTS, "sh", "-c", script, "sh", str(target), *arguments)
+        done = _command(
+            "unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh", str(target), *arguments
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{type(error).__name__}: {error}"
     return None if done.returncode == 0 else done.stderr.strip() or f"exit code {done.returncode}"

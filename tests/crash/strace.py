@@ -1,14 +1,20 @@
-"""Run a rank under strace, and read from the trace what it did to one directory."""
+"""Trace a rank with strace, and read from the trace what it did to one directory."""
 
+import contextlib
+import ctypes
+import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Call", "calls_in", "changes", "command", "why_no_strace"]
+__all__ = ["Call", "calls_in", "changes", "traced", "why_no_strace"]
 
+_PR_SET_PTRACER, _ANY = 0x59616D61, ctypes.c_ulong(-1)  # linux/prctl.h
+_LIMIT_S = 30.0
 _LINE = re.compile(r"^(?P<pid>\d+) +(?P<name>\w+)\((?P<arguments>.*)\) += (?P<result>-?\d+|\?)")
 _UNFINISHED = re.compile(r"^(?P<pid>\d+) +(?P<start>.*) <unfinished \.\.\.>$")
 _RESUMED = re.compile(r"^(?P<pid>\d+) +<\.\.\. \w+ resumed>(?P<rest>.*)$")
@@ -41,9 +47,25 @@ def why_no_strace() -> str | None:
     return None if done.returncode == 0 else f"strace does not work here: {done.stderr.strip()}"
 
 
-def command(output: Path) -> Sequence[str]:
-    """Return what goes in front of a program to trace it: all threads, descriptors with their paths."""
-    return ("strace", "-f", "-y", "-qq", "-s", "0", "--seccomp-bpf", "-e", "trace=%file,%desc", "-o", str(output))
+@contextlib.contextmanager
+def traced(output: Path) -> Iterator[None]:
+    """Trace this process in the body: all threads, descriptors with their paths.
+
+    Raises:
+        RuntimeError: strace did not attach; the message contains what it printed.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PTRACER, _ANY)  # else only its ancestors may trace a process (Yama)
+    command = ["strace", "-f", "-y", "-s", "0", "-e", "trace=%file,%desc", "-o", str(output), "-p", str(os.getpid())]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        first = process.stderr.readline()
+        if "attached" not in first:
+            raise RuntimeError(f"strace does not trace this process: {first}{process.stderr.read()}")
+        try:
+            yield
+        finally:
+            process.send_signal(signal.SIGINT)  # it lets go of this process
+            process.communicate(timeout=_LIMIT_S)
 
 
 def calls_in(trace: Path, directory: Path, *, failed: bool = False) -> list[Call]:

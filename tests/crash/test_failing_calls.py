@@ -23,7 +23,7 @@ import torch.distributed as dist
 import distckpt
 from tests.crash.faults import Extent, faults_of
 from tests.crash.injected import HandlerMaker, Seats, Seen, Trouble, expected_of, judge, observe
-from tests.crash.loop_disk import OWN_MOUNTS, mounted_tmpfs, why_no_mounts
+from tests.crash.loop_disk import mounted_tmpfs, unshare_mounts, why_no_mounts
 from tests.crash.modes import MODES, disk_saver, is_shared
 from tests.crash.savers import Subject
 from tests.crash.shim import Called, How, Shim, build, why_no_compiler
@@ -216,6 +216,7 @@ def _real_troubles(root: str) -> Judged:
 
 
 def _full_disks(root: str) -> Judged:
+    unshare_mounts()
     tried, wrong = [], []
     # Where the writing is shared the ranks share the disk as well.
     for seats in (seats for mode in MODES if not is_shared(mode) for seats in _seats_where_one_rank_fails(mode)):
@@ -307,6 +308,6 @@ def test_a_full_disk_is_the_same_error_on_every_rank(tmp_path: Path, tell: Calla
     reason = why_no_mounts(tmp_path, kind="tmpfs")
     if reason is not None:
         pytest.skip(f"this machine does not allow to mount a small tmpfs: {reason}")
-    tried, wrong = _on_ranks(_full_disks, str(tmp_path), prefix=lambda _: OWN_MOUNTS)
+    tried, wrong = _on_ranks(_full_disks, str(tmp_path))
     tell(f"full disk on two ranks: {len(tried)} ({'; '.join(sorted(set(tried)))}), {len(wrong)} with a wrong end")
     assert not wrong, "\n".join(wrong)

@@ -4,6 +4,7 @@ Two saves with n_saved=1 into a directory that did not exist, so that the second
 the whole of what happens to the directory: nothing else may change anything in it.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from distckpt.policy.naming import is_temp
 from tests.crash import strace
 from tests.crash.subject import Counted, idle_engine, name_of, steps_in, whole_step
-from tests.support import fresh_ranks
+from tests.support import run_ranks
 
 pytestmark = pytest.mark.crash
 
@@ -38,8 +39,13 @@ def _strace_works() -> None:
         pytest.skip(reason)
 
 
-def _save_twice(places: Sequence[tuple[str, int, str]]) -> None:
-    """Two saves into each place: directory, saving rank, whose handler."""
+def _save_twice(places: Sequence[tuple[str, int, str]], traces: Sequence[str]) -> None:
+    """Save twice into each place, under strace. A place is a directory, the rank that saves, and whose handler."""
+    with strace.traced(Path(traces[int(os.environ["RANK"])])):
+        _save_into(places)
+
+
+def _save_into(places: Sequence[tuple[str, int, str]]) -> None:
     for directory, save_on_rank, whose in places:
         counted = Counted(NUM_FLOATS)
         handler: Any
@@ -57,12 +63,10 @@ def _trace(tmp_path: Path, world_size: int, places: Sequence[tuple[Path, int, st
     traces = [tmp_path / f"trace{rank}" for rank in range(world_size)]
     for directory, _, _ in places:
         directory.parent.mkdir()
-    with fresh_ranks(
+    run_ranks(
         _save_twice, world_size, [(str(directory), rank, whose) for directory, rank, whose in places],
-        backend="gloo" if world_size > 1 else None,
-        prefix=lambda rank: strace.command(traces[rank]),
-    ) as ranks:  # fmt: skip
-        ranks.finish(timeout_s=LIMIT_S)
+        [str(trace) for trace in traces], backend="gloo" if world_size > 1 else None, fresh=True, timeout_s=LIMIT_S,
+    )  # fmt: skip
     for directory, _, _ in places:
         assert steps_in(directory) == [2]
         assert whole_step(directory / NEW) == 2

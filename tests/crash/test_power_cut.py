@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.crash.loop_disk import KINDS, OWN_MOUNTS, LoopDisk, why_no_mounts
+from tests.crash.loop_disk import KINDS, LoopDisk, unshare_mounts, why_no_mounts
 from tests.crash.modes import MODES, world_size_of
 from tests.crash.program import saving, typical_save_s
 from tests.crash.tally import Tally, others_in, place_of
@@ -50,20 +50,15 @@ def kind(tmp_path: Path, request: pytest.FixtureRequest) -> str:
     return found
 
 
-def _cut_power(root: Path, kind: str, saver: str, cuts: int, seed: int, stop_at: float) -> TallyOfCuts:
-    """Cut the power `cuts` times, or as often as it takes until so many saves were lost."""
-    moments = random.Random(f"{seed}-{os.environ['RANK']}")
+def _cut_power(root: Path, kind: str, saver: str, cuts: int, seed: int, stop_at: float, span_s: float) -> TallyOfCuts:
+    """Cut the power `cuts` times, or until `stop_at` saves were lost, within `span_s` seconds after a save."""
+    moments = random.Random(f"{seed}-{os.environ['RANK']}-{saver}")
     directory = root / os.environ["RANK"]
     directory.mkdir(parents=True)
-    world_size = world_size_of(saver)
     disk = LoopDisk(directory, kind)
-    with disk.powered():
-        practice = disk.root / "practice"
-        practice.mkdir()
-        span_s = 1.5 * typical_save_s(practice, MODES[0], world_size)
     tally = TallyOfCuts()
     while tally.trials < cuts and tally.lost < stop_at:
-        _cut_once(disk, saver, world_size, (moments.randrange(4), moments.uniform(0.0, span_s)), tally)
+        _cut_once(disk, saver, world_size_of(saver), (moments.randrange(4), moments.uniform(0.0, span_s)), tally)
     return tally
 
 
@@ -96,7 +91,19 @@ def _cut_power_of_each(
     root: str, kind: str, savers: Sequence[str], cuts: int, seed: int, stop_at: float = math.inf
 ) -> dict[str, TallyOfCuts]:
     """Cut the power of the given savers, one kind after the other."""
-    return {saver: _cut_power(place_of(root, saver), kind, saver, cuts, seed, stop_at) for saver in savers}
+    unshare_mounts()
+    directory = Path(root) / f"practice-{os.environ['RANK']}"
+    directory.mkdir()
+    disk, spans_s = LoopDisk(directory, kind), dict[int, float]()
+    with disk.powered():
+        for world_size in sorted(set(map(world_size_of, savers))):
+            practice = disk.root / str(world_size)
+            practice.mkdir()
+            spans_s[world_size] = 1.5 * typical_save_s(practice, MODES[0], world_size)
+    return {
+        saver: _cut_power(place_of(root, saver), kind, saver, cuts, seed, stop_at, spans_s[world_size_of(saver)])
+        for saver in savers
+    }
 
 
 def test_a_power_cut_loses_no_acknowledged_checkpoint(
@@ -105,8 +112,7 @@ def test_a_power_cut_loses_no_acknowledged_checkpoint(
     share = -(-cuts // NUM_SERVERS)
     start = time.monotonic()
     with fresh_ranks(
-        _cut_power_of_each, NUM_SERVERS, str(tmp_path), kind, MODES, share, seed,
-        backend=None, prefix=lambda _: OWN_MOUNTS,
+        _cut_power_of_each, NUM_SERVERS, str(tmp_path), kind, MODES, share, seed, backend=None
     ) as servers:  # fmt: skip
         tallies = TallyOfCuts.sums([end.value for end in servers.finish(timeout_s=limit_s)])
     for mode, tally in tallies.items():
@@ -127,8 +133,7 @@ def test_the_same_cuts_find_out_savers_that_do_not_sync(
 ) -> None:
     savers = ("syncs nothing", "syncs no directory", "ignite")
     with fresh_ranks(
-        _cut_power_of_each, 1, str(tmp_path), kind, savers, CONTROL_CUTS, seed, CONTROL_LOSSES,
-        backend=None, prefix=lambda _: OWN_MOUNTS,
+        _cut_power_of_each, 1, str(tmp_path), kind, savers, CONTROL_CUTS, seed, CONTROL_LOSSES, backend=None
     ) as servers:  # fmt: skip
         tallies = servers.finish(timeout_s=LIMIT_S)[0].value
     tell(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.crash.loop_disk import OWN_MOUNTS
+from tests.crash.loop_disk import unshare_mounts
 from tests.crash.modes import MODES, world_size_of
 from tests.crash.program import saving
 from tests.crash.reordered import RecordedDisk, why_no_recorder
@@ -97,6 +97,7 @@ def _look_at_states_of_each(
     root: str, savers: Sequence[str], num: int, seed: int, stop_at: float = math.inf
 ) -> dict[str, TallyOfStates]:
     """Look at states that the given savers leave, one kind after the other."""
+    unshare_mounts()
     return {saver: _look_at_states(place_of(root, saver), saver, num, seed, stop_at) for saver in savers}
 
 
@@ -106,8 +107,7 @@ def test_no_order_of_blocks_loses_or_tears_a_checkpoint(
     share = -(-states // NUM_SERVERS)
     start = time.monotonic()
     with fresh_ranks(
-        _look_at_states_of_each, NUM_SERVERS, str(tmp_path), MODES, share, seed,
-        backend=None, prefix=lambda _: OWN_MOUNTS,
+        _look_at_states_of_each, NUM_SERVERS, str(tmp_path), MODES, share, seed, backend=None
     ) as servers:  # fmt: skip
         tallies = TallyOfStates.sums([end.value for end in servers.finish(timeout_s=limit_s)])
     for mode, tally in tallies.items():
@@ -131,8 +131,7 @@ def test_the_same_states_find_out_savers_that_do_not_sync(
 ) -> None:
     savers = ("syncs nothing", "syncs no directory", "ignite")
     with fresh_ranks(
-        _look_at_states_of_each, 1, str(tmp_path), savers, CONTROL_STATES, seed, CONTROL_LOSSES,
-        backend=None, prefix=lambda _: OWN_MOUNTS,
+        _look_at_states_of_each, 1, str(tmp_path), savers, CONTROL_STATES, seed, CONTROL_LOSSES, backend=None
     ) as servers:  # fmt: skip
         tallies = servers.finish(timeout_s=LIMIT_S)[0].value
     tell(

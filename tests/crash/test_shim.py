@@ -13,7 +13,7 @@ from tests.crash import strace
 from tests.crash.injected import Seats, Seen, Trouble, observe
 from tests.crash.savers import Subject
 from tests.crash.shim import Called, Shim, build, why_no_compiler
-from tests.support import fresh_ranks
+from tests.support import run_ranks
 
 pytestmark = pytest.mark.crash
 
@@ -28,7 +28,7 @@ def _handler(counted: Subject, directory: Path, _saving: int) -> Any:
     return counted.handler(directory)
 
 
-def _watch_a_save(directory: str) -> tuple[Seen, Sequence[Called]]:
+def _watch_a_save(directory: str, trace: str) -> tuple[Seen, Sequence[Called]]:
     shim, begin, end = Shim(), Path(directory, "begin"), Path(directory, "end")
     begin.touch()
     end.touch()
@@ -41,7 +41,9 @@ def _watch_a_save(directory: str) -> tuple[Seen, Sequence[Called]]:
             end.stat()
 
     calm = Trouble(what="none", start=between_marks, expected="saved", errno=errno.EIO)
-    return observe(Path(directory) / "checkpoints", Seats(rank=0, saving=0, failing=0), calm, _handler), shim.log()
+    with strace.traced(Path(trace)):
+        seen = observe(Path(directory) / "checkpoints", Seats(rank=0, saving=0, failing=0), calm, _handler)
+    return seen, shim.log()
 
 
 def _in_the_shims_words(call: strace.Call) -> str:
@@ -59,10 +61,9 @@ def test_the_shim_sees_every_call_that_strace_sees(tmp_path: Path, tell: Callabl
     environment, trace = {"LD_PRELOAD": str(build(tmp_path))}, tmp_path / "trace"
     place = tmp_path / "place"
     place.mkdir()
-    with fresh_ranks(
-        _watch_a_save, 1, str(place), backend=None, env=environment, prefix=lambda _: strace.command(trace)
-    ) as ranks:
-        seen, log = ranks.finish(timeout_s=LIMIT_S)[0].value
+    ((seen, log),) = run_ranks(
+        _watch_a_save, 1, str(place), str(trace), backend=None, env=environment, fresh=True, timeout_s=LIMIT_S
+    )
     assert seen.outcome == "saved"
     calls = strace.calls_in(trace, place, failed=True)
     (begin, end) = [

@@ -57,14 +57,11 @@ def _live_writer(directory: Path) -> Iterator[Callable[[], list[str]]]:
     os.close(theirs)
 
 
-def _kill_savers(root: str, saver: str, kills: int, seed: int, stop_at: str) -> Tally:
-    """Kill `kills` savers, or as many as it takes until a finding begins with `stop_at`."""
-    moments = random.Random(f"{seed}-{os.environ['RANK']}")
-    directory = Path(root) / os.environ["RANK"]
+def _kill_savers(root: Path, saver: str, kills: int, seed: int, stop_at: str, span_s: float) -> Tally:
+    """Kill `kills` savers within `span_s` seconds after a save, or as many until a finding contains `stop_at`."""
+    moments = random.Random(f"{seed}-{os.environ['RANK']}-{saver}")
+    directory = root / os.environ["RANK"]
     directory.mkdir(parents=True)
-    practice = directory.with_name(f"{directory.name}-practice")
-    practice.mkdir()
-    span_s = 1.5 * typical_save_s(practice, MODES[0])
     tally = Tally()
     with _live_writer(directory) as let_it_go_on:
         (live,) = others_in(directory)
@@ -108,9 +105,11 @@ def _kill_one(directory: Path, saver: str, newest: int, moment: tuple[int, float
 
 def _kill_each(root: str, savers: dict[str, str], kills: int, seed: int) -> dict[str, Tally]:
     """Kill the given savers, one kind after the other, each until its word stands in a finding."""
+    practice = Path(root) / f"practice-{os.environ['RANK']}"
+    practice.mkdir()
+    span_s = 1.5 * typical_save_s(practice, MODES[0])
     return {
-        saver: _kill_savers(str(place_of(root, saver)), saver, kills, seed, stop_at=word)
-        for saver, word in savers.items()
+        saver: _kill_savers(place_of(root, saver), saver, kills, seed, word, span_s) for saver, word in savers.items()
     }
 
 

@@ -10,6 +10,7 @@ server writes the child's process id, and its exit code when it has ended.
 import contextlib
 import ctypes
 import functools
+import gc
 import importlib
 import os
 import pickle
@@ -26,11 +27,12 @@ from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PRELOAD = {
-    "gloo": ("distckpt.handlers", "tests.support.rank_main"),
-    "horovod": ("horovod.torch", "distckpt.handlers", "tests.support.rank_main"),
-    "xla": ("torch_xla.core.xla_model", "distckpt.handlers", "tests.support.xla_main"),
+    "gloo": ("torch._dynamo", "distckpt.handlers", "tests.support.rank_main"),
+    "horovod": ("horovod.torch", "torch._dynamo", "distckpt.handlers", "tests.support.rank_main"),
+    "xla": ("torch_xla.core.xla_model", "torch._dynamo", "distckpt.handlers", "tests.support.xla_main"),
 }
-"""Modules that the server imports, by runtime."""
+"""Modules that the server imports, by runtime. The first optimizer or DistributedDataParallel of a process imports
+torch._dynamo, which would take half a second in each rank."""
 _NOT_INHERITED = ("LD_", "PYTHON", "OMP_", "MKL_", "OPENBLAS_", "GLIBC_", "MALLOC_", "TORCH_")
 """Prefixes of variables that take effect only when a process starts or imports torch."""
 # A child's program is called at the bottom of the stack, so that it ends as any program does.
@@ -212,6 +214,7 @@ def serve(runtime: str, descriptor: int) -> Callable[[], int]:
         warnings.simplefilter("ignore")
         for name in _PRELOAD[runtime]:
             importlib.import_module(name)
+    gc.freeze()  # or the last collection of each child copies all of torch's pages
     connection = socket.socket(fileno=descriptor)
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)

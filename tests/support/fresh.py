@@ -1,4 +1,4 @@
-"""Ranks for one test only: for signals, kills, exit codes and wrappers such as strace, which would damage a pool."""
+"""Ranks for one test only: for signals, kills and exit codes, which would damage a pool."""
 
 import contextlib
 import tempfile
@@ -71,7 +71,6 @@ def fresh_ranks(
     *args: object,
     backend: str | None = "gloo",
     env: Mapping[str, str] | None = None,
-    prefix: Callable[[int], Sequence[str]] | None = None,
     collective_timeout_s: float = 120.0,
 ) -> Iterator[FreshRanks]:
     """Start `function(*args)` on new processes, which are killed when the block ends.
@@ -82,7 +81,6 @@ def fresh_ranks(
         *args: picklable arguments.
         backend: backend of the default process group; None leaves torch.distributed uninitialised.
         env: additional environment variables, set before the processes start.
-        prefix: rank -> command in front of that rank's Python, such as strace and its options.
         collective_timeout_s: timeout of the default process group.
 
     Example:
@@ -102,7 +100,7 @@ def fresh_ranks(
     )
     with tempfile.TemporaryDirectory(prefix="distckpt-ranks-") as directory, contextlib.ExitStack() as stack:
         handles = []
-        for handle in start(world_size, Path(directory), prefix=prefix, environment=env):
+        for handle in start(world_size, Path(directory), environment=env):
             stack.callback(handle.kill)
             handles.append(handle)
         for handle in handles:

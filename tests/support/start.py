@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing import Pipe
 from pathlib import Path
 
@@ -20,7 +20,6 @@ def start(
     directory: Path,
     *,
     first: int = 0,
-    prefix: Callable[[int], Sequence[str]] | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> list[RankHandle]:
     """Start ranks and return their handles, in rank order, without waiting for them.
@@ -29,23 +28,21 @@ def start(
         world_size: number of ranks of the job.
         directory: for logs and stacks.
         first: the first rank to start; earlier ranks run already.
-        prefix: rank -> command in front of that rank's Python; None for none.
         environment: additional variables.
     """
     # Importing Horovod's launcher sets variables in this process that a rank under horovodrun does not have.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("HOROVOD_")}
     variables = {**inherited, **(environment or {}), "PYTHONUNBUFFERED": "1"}
-    fork = prefix is None and can_fork(environment or {})
+    fork = can_fork(environment or {})
     ranks = range(first, world_size)
     if RUNTIME == "xla":
         # The calling thread executes; each replica that waits takes a thread, and two cores have only two by default.
         variables |= {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(world_size)}
         variables |= {"PJRT_CPU_ASYNC_CLIENT": "0", "XLA_THREAD_POOL_SIZE": str(4 + 2 * world_size)}
-        return _start(ranks, "tests.support.xla_main", directory, prefix(0) if prefix else (), variables, fork=fork)
+        return _start(ranks, "tests.support.xla_main", directory, variables, fork=fork)
     handles = []
     for rank in ranks:
-        command = prefix(rank) if prefix else ()
-        handles += _start([rank], "tests.support.rank_main", directory, command, variables, fork=fork)
+        handles += _start([rank], "tests.support.rank_main", directory, variables, fork=fork)
     return handles
 
 
@@ -53,7 +50,6 @@ def _start(
     ranks: Sequence[int],
     module: str,
     directory: Path,
-    prefix: Sequence[str],
     variables: dict[str, str],
     *,
     fork: bool,
@@ -72,7 +68,7 @@ def _start(
     else:
         with log_file.open("ab") as log:
             process = subprocess.Popen(
-                [*prefix, sys.executable, "-m", module, *arguments, *map(str, descriptors)],
+                [sys.executable, "-m", module, *arguments, *map(str, descriptors)],
                 cwd=_ROOT,
                 env=variables,
                 stdin=subprocess.DEVNULL,

@@ -1,10 +1,8 @@
 """Ranks of a test's own: killed, stopped, exiting and wrapped, as `tests.support.fresh` promises."""
 
 import os
-import shutil
 import signal
 import threading
-from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -58,16 +56,3 @@ def test_a_stopped_fresh_rank_is_reported_as_stopped() -> None:
         os.kill(ranks.pid(1), signal.SIGSTOP)
         with pytest.raises(RankFailedError, match="the process is stopped"):
             ranks.finish(timeout_s=1.0)
-
-
-@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
-def test_a_fresh_rank_can_run_under_another_program(tmp_path: Path) -> None:
-    trace = tmp_path / "trace"
-    with fresh_ranks(
-        _pid, 2, prefix=lambda rank: ["strace", "-f", "-qq", "-e", "trace=none", "-o", str(trace)] if rank else []
-    ) as ranks:
-        pids = [ranks.pid(0), ranks.pid(1)]
-        ends = ranks.finish()
-    assert [end.value for end in ends] == pids
-    assert [end.exit_code for end in ends] == [0, 0]
-    assert trace.exists()
