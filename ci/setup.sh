@@ -9,7 +9,7 @@
 #   horovod    torch 2.13 and Horovod 0.28, built from source: some minutes, once
 #   xla        torch 2.9 and torch_xla 2.9, with the CUDA packages that this torch needs: about 7 GB
 #   newest     torch 2.14.1 and otherwise as base, with the CUDA packages that this torch needs: about 6 GB
-#   bench      torch 2.13 and torchsnapshot, for ci/bench_save.py
+#   bench      torch 2.13, torchsnapshot and torch_checkpointing, for ci/bench_save.py
 #   docs       mkdocs and its plugins, for ci/docs.sh; no torch
 #   readme     what the README's install lines install, at base's versions
 #   all        base, horovod, xla and newest; --print-python prints one path a line, in this order
@@ -87,7 +87,7 @@ contents_of() {
 check_of() {
     case "$1" in
         base | newest) printf '%s\n' 'import torch, ignite, isal' ;;
-        bench) printf '%s\n' 'import ignite, isal, torchsnapshot' ;;
+        bench) printf '%s\n' 'import ignite, isal, torch_checkpointing, torchsnapshot' ;;
         readme) printf '%s\n' 'import distckpt' ;;
         docs) printf '%s\n' 'import material, mkdocs, mkdocstrings' ;;
         horovod) printf '%s\n' 'import horovod.torch as hvd; hvd.init(); assert hvd.size() == 1; hvd.shutdown()' ;;

@@ -66,6 +66,9 @@ class Contestant:
         is_ours: whether it is distckpt's.
         is_background: whether training continues before the data are written.
         writes_one_file: whether only rank 0 writes. Otherwise all ranks sync files.
+        starts_process: whether it starts a process, which takes seconds.
+        reshards: whether ranks without a GPU load what another number of ranks saved.
+        consolidates: whether it can make one file of its checkpoint, and is measured doing so.
 
     Raises:
         MissingError: the installed version lacks what is needed.
@@ -76,6 +79,9 @@ class Contestant:
     is_ours: ClassVar[bool] = False
     is_background: ClassVar[bool] = False
     writes_one_file: ClassVar[bool] = False
+    starts_process: ClassVar[bool] = False
+    reshards: ClassVar[bool] = True
+    consolidates: ClassVar[bool] = False
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -115,8 +121,12 @@ class Contestant:
         """Return the path of the checkpoint that a save to `path` wrote."""
         return path
 
-    def load(self, path: Path) -> None:
-        """Load the checkpoint saved to `path` into the live objects. All ranks."""
+    def load(self, where: Path) -> None:
+        """Load the checkpoint at `where` into the live objects. All ranks."""
+        raise NotImplementedError
+
+    def consolidate(self, where: Path, target: Path) -> None:
+        """Make one file, which plain torch.load opens, of the checkpoint at `where`. Rank 0 calls it."""
         raise NotImplementedError
 
     def remove(self, path: Path) -> None:

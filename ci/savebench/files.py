@@ -66,13 +66,22 @@ def children_of(pid: int) -> Iterator[int]:
 
 def read_from_storage(pid: int) -> int:
     """Return the bytes that a process and its descendants have read from storage."""
+    return _counted(pid, "read_bytes:")
+
+
+def written_to_storage(pid: int) -> int:
+    """Return the bytes that a process and its descendants have written, or will write, to storage."""
+    return _counted(pid, "write_bytes:")
+
+
+def _counted(pid: int, name: str) -> int:
     total = 0
     for one in children_of(pid):
         try:
             lines = Path(f"/proc/{one}/io").read_text(encoding="ascii").splitlines()
         except OSError:
             continue
-        total += sum(int(line.split()[1]) for line in lines if line.startswith("read_bytes:"))
+        total += sum(int(line.split()[1]) for line in lines if line.startswith(name))
     return total
 
 

@@ -1,9 +1,11 @@
 """The training job whose state is saved: a small GPT with AdamW under DistributedDataParallel."""
 
+import contextlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -81,36 +83,52 @@ class Job:
         meeting: exchanges values between the ranks.
         state_bytes: approximate size of the model and the optimizer's state.
         folder: folder for checkpoints.
+        device: where the model is.
 
     Attributes:
         model: the model as the user trains it, wrapped.
         module: the model inside.
         optimizer: AdamW, whose states exist.
         num_steps: number of steps taken.
+        step_guard: returns a context in which the optimizer may change the state, for contestants that still copy it.
+        is_sharded: whether each rank has a shard of the state; otherwise each has all of it.
     """
 
-    def __init__(self, meeting: Meeting, state_bytes: int, folder: Path) -> None:
+    is_sharded: ClassVar[bool] = False
+
+    def __init__(self, meeting: Meeting, state_bytes: int, folder: Path, device: torch.device) -> None:
         self.meeting = meeting
         self.rank, self.world_size = meeting.rank, meeting.world_size
-        self.folder = folder
+        self.folder, self.device = folder, device
         torch.manual_seed(1)
         width, self._num_words = shape_of(state_bytes)
-        self.module = SmallGpt(width, self._num_words)
-        self.model = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
+        self.module = SmallGpt(width, self._num_words).to(device)
+        self.model = self.parallelize()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self._random = torch.Generator().manual_seed(self.rank)
         self.num_steps = 0
+        self.step_guard: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
         for _ in range(2):  # after the first, DistributedDataParallel orders its buckets by the gradients
-            self.step()
+            self.train()
+
+    def parallelize(self) -> nn.Module:
+        """Collective. Return the model as it is trained."""
+        devices = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(self.module, device_ids=devices, gradient_as_bucket_view=True)
 
     def step(self, *_: Any) -> float:
+        """Collective. Take the step that the engine repeats; return the loss."""
+        return self.train()
+
+    def train(self) -> float:
         """Collective. Train on one batch; return the loss."""
-        tokens = torch.randint(self._num_words, (1, CONTEXT + 1), generator=self._random)
+        tokens = torch.randint(self._num_words, (1, CONTEXT + 1), generator=self._random).to(self.device)
         logits = self.model(tokens[:, :-1])
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         self.optimizer.zero_grad(set_to_none=False)
         loss.backward()  # type: ignore[no-untyped-call]  # torch ships it without types
-        self.optimizer.step()
+        with self.step_guard():
+            self.optimizer.step()
         self.num_steps += 1
         return loss.item()
 
@@ -132,7 +150,7 @@ class Job:
             thing.load_state_dict(state[name])
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield every live tensor of the state, with its name."""
+        """Yield every live tensor of the state, with its name. A sharded one has the size of the whole."""
         yield from self.module.state_dict().items()
         for index, kept in self.optimizer.state_dict()["state"].items():
             for name, tensor in sorted(kept.items()):
@@ -143,10 +161,14 @@ class Job:
         sizes = [tensor.nbytes for _, tensor in self.tensors()]
         return len(sizes), sum(sizes)
 
+    def local_tensors(self) -> Iterator[torch.Tensor]:
+        """Yield what this rank holds of every tensor."""
+        yield from (tensor for _, tensor in self.tensors())
+
     def fingerprint(self) -> int:
-        """Return a checksum of the state."""
+        """Collective. Return a checksum of the state."""
         total = 0
         for name, tensor in self.tensors():
             total = zlib.crc32(name.encode(), total)
-            total = zlib.crc32(tensor.detach().contiguous().view(-1).numpy().data, total)
+            total = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).numpy().data, total)
         return total

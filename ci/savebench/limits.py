@@ -6,6 +6,7 @@ import os
 import time
 from pathlib import Path
 
+from ci.savebench.device_limits import measure_device_copies
 from ci.savebench.files import files_of
 from ci.savebench.job import Job
 
@@ -22,12 +23,16 @@ def measure_limits(job: Job) -> dict[str, float]:
     with mmap.mmap(-1, size) as source, mmap.mmap(-1, size) as target:
         for memory in (source, target):
             ctypes.memset(_address_of(memory), 1, size)  # no page faults below
-        taken = {
-            "memcpy_s": _copy(job, source, target, size),
-            "memcpy_share_s": _copy(job, source, target, share),
-            "tensors_s": _copy_tensors(job, target, 0, size),
-            "tensors_share_s": _copy_tensors(job, target, job.rank * share, share),
-        }
+        first, num_bytes = (0, size) if job.is_sharded else (job.rank * share, share)
+        if job.device.type == "cuda":
+            taken = measure_device_copies(job, size, first, num_bytes)
+        else:
+            taken = {
+                "memcpy_s": _copy(job, source, target, size),
+                "memcpy_share_s": _copy(job, source, target, share),
+                "tensors_s": _copy_tensors(job, target, 0, size),
+                "tensors_share_s": _copy_tensors(job, target, first, num_bytes),
+            }
         if job.rank == 0:
             path.unlink(missing_ok=True)
             os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
@@ -58,7 +63,7 @@ def _copy(job: Job, source: mmap.mmap, target: mmap.mmap, size: int) -> float:
 def _copy_tensors(job: Job, target: mmap.mmap, begin: int, num_bytes: int) -> float:
     """Copy a range of the concatenated live tensors, one memcpy per tensor."""
     copies, at = [], 0
-    for _, tensor in job.tensors():
+    for tensor in job.local_tensors():
         first, last = max(begin - at, 0), min(begin + num_bytes - at, tensor.nbytes)
         if first < last:
             copies.append((at + first - begin, tensor.data_ptr() + first, last - first))

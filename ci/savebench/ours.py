@@ -48,9 +48,9 @@ class Foreground(Contestant):
         del path
         return Path(self._checkpoint.last_checkpoint)
 
-    def load(self, path: Path) -> None:
+    def load(self, where: Path) -> None:
         """Load on every rank."""
-        distckpt.Checkpoint.load_objects(self.job.wrapped(), self.where(path))
+        distckpt.Checkpoint.load_objects(self.job.wrapped(), where)
 
     def remove(self, path: Path) -> None:
         """Do nothing: the next save removes the file."""

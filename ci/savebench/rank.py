@@ -16,8 +16,8 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,11 @@ from ci.savebench.contestant import Contestant, MissingError, folder_name
 from ci.savebench.field import FIELD
 from ci.savebench.job import Job
 from ci.savebench.limits import LIMITS, measure_limits
-from ci.savebench.measure import save_and_load
+from ci.savebench.measure import load_cold, save_and_load
 from ci.savebench.meeting import Meeting
 from ci.savebench.memory import Memory
 from ci.savebench.sampler import sample
+from ci.savebench.sharded_job import ShardedJob
 
 GROUP_LIMIT = timedelta(seconds=120)
 PR_SET_PDEATHSIG = 1
@@ -53,6 +54,9 @@ class Plan:
         folder: folder for checkpoints.
         journal: file that rank 0 writes to.
         port: port of the parent's store.
+        is_sharded: whether each rank has a shard of the state.
+        device: type of the device that has the model.
+        saved: path and fingerprint of a checkpoint by contestant, to load only; empty to save and load.
     """
 
     world_size: int
@@ -63,6 +67,9 @@ class Plan:
     folder: Path
     journal: Path
     port: int
+    is_sharded: bool = False
+    device: str = "cpu"
+    saved: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 
     def log_of(self, rank: int) -> Path:
         """Return the file that takes a rank's standard error."""
@@ -82,11 +89,18 @@ def run_rank(rank: int, plan: Plan) -> None:
     warnings.simplefilter("ignore")
     store = dist.TCPStore("127.0.0.1", plan.port, is_master=False, timeout=GROUP_LIMIT)
     group_store = dist.PrefixStore("group", store)
-    dist.init_process_group("gloo", store=group_store, rank=rank, world_size=plan.world_size, timeout=GROUP_LIMIT)
+    device, backend = torch.device(plan.device), "gloo"
+    if plan.device == "cuda":
+        device = torch.device("cuda", rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        if plan.world_size <= torch.cuda.device_count():  # NCCL refuses ranks that share a GPU
+            backend = "nccl"
+    dist.init_process_group(backend, store=group_store, rank=rank, world_size=plan.world_size, timeout=GROUP_LIMIT)
     meeting = Meeting(dist.PrefixStore("bench", store), rank, plan.world_size)
     journal = Journal(plan.journal if rank == 0 else None)
     try:
-        Rounds(Job(meeting, plan.state_bytes, plan.folder), journal, plan).run()
+        kind = ShardedJob if plan.is_sharded else Job
+        Rounds(kind(meeting, plan.state_bytes, plan.folder, device), journal, plan).run()
         distckpt.finalize()
     except Exception:  # noqa: BLE001 - it goes to the journal; the parent kills ranks that hang in a collective
         Journal(plan.journal).write(kind="error", rank=rank, text=traceback.format_exc())
@@ -159,7 +173,8 @@ class Rounds:
 
     def _set_up(self, name: str) -> None:
         with self._measuring(name, self._plan.first_round):
-            self._clear(name)  # an earlier world may have left files
+            if name not in self._plan.saved:
+                self._clear(name)  # an earlier world may have left files
             try:
                 self._contestants[name] = FIELD[name](self._job)
             except (MissingError, ImportError) as error:
@@ -167,9 +182,14 @@ class Rounds:
 
     def _measure(self, name: str, number: int) -> None:
         if name == LIMITS:
-            measured = measure_limits(self._job)
+            measured: dict[str, Any] = measure_limits(self._job)
+        elif name in self._plan.saved:
+            where, fingerprint = self._plan.saved[name]
+            measured = load_cold(self._job, self._contestants[name], Path(where))
+            measured["is_snapshot"] = set(measured["restored"]) == {fingerprint}
         else:
-            measured = save_and_load(self._job, self._contestants[name], self._path(name))
+            keeps = self._plan.is_sharded and number == self._plan.num_rounds  # for a world of another size
+            measured = save_and_load(self._job, self._contestants[name], self._path(name), keeps=keeps)
         self._journal.write(kind="measured", name=name, round=number, **measured)
 
     def _path(self, name: str) -> Path:

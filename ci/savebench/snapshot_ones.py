@@ -25,9 +25,9 @@ class SnapshotTake(Contestant):
         """Save on all ranks."""
         self._snapshot.take(path=str(path), app_state=self.job.objects(), replicated=["**"])
 
-    def load(self, path: Path) -> None:
+    def load(self, where: Path) -> None:
         """Restore on all ranks."""
-        self._snapshot(path=str(path)).restore(app_state=self.job.objects())
+        self._snapshot(path=str(where)).restore(app_state=self.job.objects())
 
 
 class SnapshotAsyncTake(SnapshotTake):

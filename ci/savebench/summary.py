@@ -45,6 +45,33 @@ class Row:
     num_torn: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardedRow:
+    """What is measured of a contestant beside its :class:`Row`, where each rank has a shard of the state.
+
+    Attributes:
+        load_by_read: load relative to a raw read and one memcpy of a rank's share.
+        written_by_size: bytes that all ranks wrote, relative to the state.
+        received_bytes: bytes that all ranks received from each other until the save was durable.
+        consolidate_s: making one file of the checkpoint; None if it is one file, or was not measured.
+    """
+
+    load_by_read: float
+    written_by_size: float
+    received_bytes: float
+    consolidate_s: Spread | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadRow:
+    """A contestant's loads by a job of another size."""
+
+    load_s: Spread
+    load_by_read: float
+    read_by_size: float
+    num_torn: int
+
+
 def limits_of(measured: Measured) -> dict[str, Spread]:
     """Return the limits, without the warm-up round."""
     rounds = _timed(measured.rounds.get(LIMITS, {})).values()
@@ -53,13 +80,55 @@ def limits_of(measured: Measured) -> dict[str, Spread]:
 
 def rows_of(measured: Measured) -> list[Row]:
     """Return a row for each contestant with results of a timed round."""
-    found = []
+    return [
+        _row(measured, name, timed, num_torn=sum(not one["is_snapshot"] for one in measured.rounds[name].values()))
+        for name, timed in _contestants(measured).items()
+    ]
+
+
+def sharded_rows_of(measured: Measured) -> dict[str, ShardedRow]:
+    """Return a row for each contestant with results of a timed round."""
+    found = {}
+    for name, rounds in _contestants(measured).items():
+        consolidated = [one["consolidate_s"] for one in rounds.values() if "consolidate_s" in one]
+        found[name] = ShardedRow(
+            load_by_read=_load_by_read(measured, rounds, "memcpy_share_s"),
+            written_by_size=statistics.median(one["written_bytes"] / measured.num_bytes for one in rounds.values()),
+            received_bytes=statistics.median(one["received_bytes"] for one in rounds.values()),
+            consolidate_s=Spread.of(consolidated) if consolidated else None,
+        )
+    return found
+
+
+def loads_of(measured: Measured) -> dict[str, LoadRow]:
+    """Return a row for each contestant that a world loaded only."""
+    found = {}
+    for name, rounds in _contestants(measured).items():
+        found[name] = LoadRow(
+            load_s=Spread.of(one["load_s"] for one in rounds.values()),
+            load_by_read=_load_by_read(measured, rounds, "memcpy_share_s"),
+            read_by_size=statistics.median(one["read_bytes"] / one["checkpoint_bytes"] for one in rounds.values()),
+            num_torn=sum(not one["is_snapshot"] for one in measured.rounds[name].values()),
+        )
+    return found
+
+
+def _contestants(measured: Measured) -> dict[str, dict[int, dict[str, Any]]]:
+    """Return the timed rounds in which the limits were measured too, by contestant."""
     limits = measured.rounds.get(LIMITS, {})
+    found = {}
     for name, rounds in measured.rounds.items():
         timed = {number: one for number, one in _timed(rounds).items() if number in limits}
         if name != LIMITS and timed:
-            found.append(_row(measured, name, timed, num_torn=sum(not one["is_snapshot"] for one in rounds.values())))
+            found[name] = timed
     return found
+
+
+def _load_by_read(measured: Measured, rounds: dict[int, dict[str, Any]], copy: str) -> float:
+    limits = measured.rounds[LIMITS]
+    return Spread.of(
+        one["load_s"] / (one["raw_read_s"] + limits[number][copy]) for number, one in rounds.items()
+    ).median
 
 
 def _timed(rounds: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
@@ -84,9 +153,7 @@ def _row(measured: Measured, name: str, rounds: dict[int, dict[str, Any]], *, nu
         stall_by_share=ratio("stall_s", "memcpy_share_s"),
         stall_by_tensors=ratio("stall_s", "tensors_share_s"),
         durable_by_write=ratio("durable_s", "write_s"),
-        load_by_read=Spread.of(
-            one["load_s"] / (one["raw_read_s"] + limits[number]["memcpy_s"]) for number, one in rounds.items()
-        ).median,
+        load_by_read=_load_by_read(measured, rounds, "memcpy_s"),
         read_by_size=statistics.median(one["read_bytes"] / one["checkpoint_bytes"] for one in numbers),
         file_by_size=statistics.median(one["checkpoint_bytes"] / measured.num_bytes for one in numbers),
         extra_bytes=measured.extra_bytes.get(name),

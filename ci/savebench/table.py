@@ -1,5 +1,7 @@
 """Results as tables in plain text."""
 
+from collections.abc import Mapping, Sequence
+
 from ci.savebench.field import FIELD
 from ci.savebench.summary import Row, Spread, limits_of, rows_of
 from ci.savebench.world import Measured, summary_of
@@ -36,18 +38,31 @@ them nothing here; distckpt and ignite's handler remove it in the save, distckpt
 
 def table_of(measured: Measured) -> str:
     """Return the table of one world, with its limits and the contestants without results."""
+    rows = {row.name: _cells(row) for row in rows_of(measured)}
+    return table_with(measured, HEADS, rows)
+
+
+def table_with(measured: Measured, heads: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
+    """Return a table of one world, with its limits and the contestants without results.
+
+    Args:
+        measured: the world.
+        heads: one for each column; the first is empty.
+        rows: the cells of each contestant, its name first.
+    """
     ranks = "1 rank" if measured.world_size == 1 else f"{measured.world_size} ranks"
     lines = [f"{ranks}; state: {measured.num_tensors} tensors, {measured.num_bytes / MIB:.0f} MiB"]
     limits = limits_of(measured)
     if limits:
-        copies = f"memcpy of all {_spread(limits['memcpy_s'])}, of a range {_spread(limits['memcpy_share_s'])}"
-        copies += f"; tensor by tensor {_spread(limits['tensors_s'])}, of a range {_spread(limits['tensors_share_s'])}"
-        storage = f"raw write {_spread(limits['write_s'])}; raw read {_spread(limits['read_s'])}"
+        copy, share, each, each_share = (
+            spread_text(limits[name]) for name in ("memcpy_s", "memcpy_share_s", "tensors_s", "tensors_share_s")
+        )
+        copies = f"memcpy of all {copy}, of a range {share}; tensor by tensor {each}, of a range {each_share}"
+        storage = f"raw write {spread_text(limits['write_s'])}; raw read {spread_text(limits['read_s'])}"
         lines.append(f"  limits, s: {copies}; {storage}")
     order = list(FIELD)
-    rows = sorted(rows_of(measured), key=lambda row: order.index(row.name))
-    cells = [HEADS, *map(_cells, rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(HEADS))]
+    cells = [heads, *(rows[name] for name in sorted(rows, key=order.index))]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(heads))]
     widths[0] = max(widths[0], *map(len, measured.left_out), 0)
     for first, *others in cells:
         padded = [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
@@ -61,21 +76,22 @@ def table_of(measured: Measured) -> str:
 def _cells(row: Row) -> tuple[str, ...]:
     return (
         row.name,
-        _spread(row.stall_s),
+        spread_text(row.stall_s),
         f"{row.stall_by_memcpy:.2f}",
         f"{row.stall_by_share:.2f}",
         f"{row.stall_by_tensors:.2f}",
-        _spread(row.durable_s),
+        spread_text(row.durable_s),
         f"{row.durable_by_write:.2f}",
-        _spread(row.load_s),
+        spread_text(row.load_s),
         f"{row.load_by_read:.2f}",
         f"{row.read_by_size:.2f}",
         "-" if row.extra_bytes is None else f"{row.extra_bytes / MIB:.0f}",
         f"{row.step_ratio:.2f}" if FIELD[row.name].is_background else "-",
-        _spread(row.lost_s),
+        spread_text(row.lost_s),
         f"NOT a snapshot ({row.num_torn} x)" if row.num_torn else "bit for bit",
     )
 
 
-def _spread(spread: Spread) -> str:
+def spread_text(spread: Spread) -> str:
+    """Return a median, and the smallest and largest value."""
     return f"{spread.median:.3f} ({spread.low:.3f}-{spread.high:.3f})"

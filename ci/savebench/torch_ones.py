@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ignite.engine import Engine, Events
-from torch.distributed.checkpoint import staging
+from torch.distributed.checkpoint import DefaultSavePlanner, staging
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from ci.savebench.contestant import Contestant, MissingError
@@ -30,9 +31,9 @@ class TorchSave(Contestant):
         if self.job.rank == 0:
             torch.save(self.job.state(), path)
 
-    def load(self, path: Path) -> None:
+    def load(self, where: Path) -> None:
         """Load on every rank."""
-        self.job.load_state(torch.load(path, map_location="cpu", weights_only=True))
+        self.job.load_state(torch.load(where, map_location="cpu", weights_only=True))
 
 
 class IgniteCheckpoint(Contestant):
@@ -59,9 +60,9 @@ class IgniteCheckpoint(Contestant):
         (found,) = self.folder.glob("*.pt")
         return found
 
-    def load(self, path: Path) -> None:
+    def load(self, where: Path) -> None:
         """Load on every rank."""
-        ignite.handlers.Checkpoint.load_objects(self.job.wrapped(), checkpoint=str(self.where(path)))
+        ignite.handlers.Checkpoint.load_objects(self.job.wrapped(), checkpoint=str(where))
 
     def remove(self, path: Path) -> None:
         """Do nothing: the next save removes the file."""
@@ -71,6 +72,7 @@ class DcpSave(Contestant):
     """torch.distributed.checkpoint.save: each rank writes a part."""
 
     name = "DCP save"
+    consolidates = True
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
@@ -82,11 +84,15 @@ class DcpSave(Contestant):
         """Save on all ranks."""
         dcp.save(self.job.state(), checkpoint_id=path, process_group=self._group)
 
-    def load(self, path: Path) -> None:
+    def load(self, where: Path) -> None:
         """Load everything in place on every rank."""
         state = self.job.state()
-        dcp.load(state, checkpoint_id=path, process_group=self._group)
+        dcp.load(state, checkpoint_id=where, process_group=self._group)
         self.job.load_state(state)
+
+    def consolidate(self, where: Path, target: Path) -> None:
+        """Read everything into one process, and torch.save it."""
+        dcp_to_torch_save(where, target)
 
     def close(self) -> None:
         """Destroy the group."""
@@ -98,7 +104,7 @@ class DcpThread(DcpSave):
 
     name = "DCP async_save"
     is_background = True
-    options: ClassVar[dict[str, Any]] = {}
+    consolidates = False  # its files are those of DCP save
 
     def save(self, path: Path) -> None:
         """Copy the state, and start the write."""
@@ -118,11 +124,22 @@ class DcpThread(DcpSave):
             self._future.result()
 
 
+class DcpCache(DcpThread):
+    """async_save that plans once, and checks later that the plan still holds."""
+
+    name = "DCP async_save, plan cache"
+
+    def extra_arguments(self) -> dict[str, Any]:
+        """Return the planner."""
+        return {"planner": DefaultSavePlanner(enable_plan_caching=True)}
+
+
 class DcpStager(DcpThread):
     """async_save with a stager that reuses its memory."""
 
     name = "DCP async_save, stager"
     is_memory_shared: ClassVar[bool] = False
+    options: ClassVar[dict[str, bool]] = {"use_pinned_memory": False, "use_non_blocking_copy": False}
 
     def __init__(self, job: Job) -> None:
         if not hasattr(staging, "DefaultStager"):
@@ -131,10 +148,9 @@ class DcpStager(DcpThread):
         super().__init__(job)
         self._stager = staging.DefaultStager(
             staging.StagingOptions(
-                use_pinned_memory=False,
                 use_shared_memory=self.is_memory_shared,
                 use_async_staging=False,
-                use_non_blocking_copy=False,
+                **self.options,
             )
         )
 
@@ -148,10 +164,24 @@ class DcpStager(DcpThread):
         super().close()
 
 
+class DcpPinned(DcpStager):
+    """The same in pinned memory, copied from the device without blocking until its end."""
+
+    name = "DCP async_save, pinned"
+    options: ClassVar[dict[str, bool]] = {"use_pinned_memory": True, "use_non_blocking_copy": True}
+
+    def __init__(self, job: Job) -> None:
+        if not torch.cuda.is_available():
+            msg = "pinned memory needs a CUDA device"
+            raise MissingError(msg)
+        super().__init__(job)
+
+
 class DcpProcess(DcpThread):
     """async_save in a process that is reused."""
 
     name = "DCP async_save, process"
+    starts_process = True
 
     def extra_arguments(self) -> dict[str, Any]:
         """Return the process type."""
@@ -167,6 +197,7 @@ class DcpProcessStager(DcpStager):
     """async_save in a process, with a stager in shared memory."""
 
     name = "DCP async_save, process, stager"
+    starts_process = True
     is_memory_shared = True
 
     def extra_arguments(self) -> dict[str, Any]:
