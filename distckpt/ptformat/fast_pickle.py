@@ -10,7 +10,7 @@ opcodes that are used here.
 
 import struct
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -40,6 +40,10 @@ _NONE, _TRUE, _FALSE = b"N", b"\x88", b"\x89"
 _SHORT_TUPLES = {1: b"\x85", 2: b"\x86", 3: b"\x87"}
 _LEVELS: Final = 64
 """Most levels of a plain state."""
+
+
+_TensorForm = tuple[torch.dtype, int, torch.device | None, int, tuple[int, ...], tuple[int, ...], bool]
+"""dtype, bytes of the storage, device unless it is the CPU, offset, shape, strides, requires_grad."""
 
 
 class NotPlain(Exception):  # noqa: N818 - a reason, always caught
@@ -87,11 +91,13 @@ class PlainPickle(NamedTuple):
         data: the pickle.
         storages: the live storages, by number; each once.
         tensors: name, form and number of the storage of each tensor.
+        walk: what was read of the state.
     """
 
     data: bytes
     storages: list[torch.UntypedStorage]
     tensors: Iterator[tuple[str, Form, int]]
+    walk: "PlainWalk"
 
 
 def pickle_plain(state: Any) -> PlainPickle:
@@ -106,10 +112,15 @@ def pickle_plain(state: Any) -> PlainPickle:
         >>> len(pickled.storages), [name for name, _, _ in pickled.tensors]
         (1, ['a'])
     """
-    walk = _Walk()
+    walk = PlainWalk()
     walk.put(state, "", 0)
     tensors = zip(walk.names, walk.forms, walk.numbers, strict=True)
-    return PlainPickle(b"".join((_PROTOCOL, *walk.out, _STOP)), walk.storages, tensors)
+    return PlainPickle(join_parts(walk.out), walk.storages, tensors, walk)
+
+
+def join_parts(parts: Sequence[bytes]) -> bytes:
+    """Return the pickle that consists of the parts of a :class:`PlainWalk`."""
+    return b"".join((_PROTOCOL, *parts, _STOP))
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
@@ -125,27 +136,43 @@ def is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
-class _Walk:
+class PlainWalk:
+    """A walk over a plain state.
+
+    IMPORTANT: whatever it reads of a state is compared by :mod:`distckpt.ptformat.state_form` too.
+
+    Attributes:
+        out: the pickle in parts, see :func:`join_parts`.
+        scalars_at: for each number and text that is no key, the index of its bytes in `out`.
+        storages: the live storages, by number; each once.
+        names: of the tensors.
+        forms: of the tensors, for the manifest.
+        numbers: of the tensors' storages.
+        tensor_forms: all that was read of each tensor, except for its storage's number: dtype, bytes of its storage,
+            device unless it is the CPU, offset, shape, strides, requires_grad. Tensors of one form share it.
+    """
+
     def __init__(self) -> None:
         self.out: list[bytes] = []
+        self.scalars_at: list[int] = []
         self.storages: list[torch.UntypedStorage] = []
         # One item a tensor. No tuples: many new objects make the garbage collector examine all.
         self.names: list[str] = []
         self.forms: list[Form] = []
         self.numbers: list[int] = []
+        self.tensor_forms: list[_TensorForm] = []
         self._memo: dict[Any, bytes] = {}  # what is written once -> the bytes that refer to it
         self._seen: set[int] = set()  # containers and tensors
         self._numbers: dict[int, int] = {}  # torch's identity of a storage -> its number
         self._dtypes: dict[int, torch.dtype] = {}  # address of the data -> dtype
-        self._forms: dict[Any, tuple[bytes, bytes, Form]] = {}
+        self._forms: dict[_TensorForm, tuple[bytes, bytes, Form, _TensorForm]] = {}
         self._keys: dict[str, bytes] = {}  # many mappings have the same keys
 
     def put(self, value: Any, path: str, level: int) -> None:
+        """Pickle an object, which has a path and is in as many containers as `level` says; raise NotPlain."""
         kind = type(value)
         if kind is torch.Tensor:
             self._put_tensor(value, path)
-        elif kind is str:
-            self.out.append(_text(value))
         elif kind is dict or kind is OrderedDict:
             self._put_mapping(value, path, level)
         elif kind is list:
@@ -158,7 +185,8 @@ class _Walk:
         elif kind is tuple:
             self._put_tuple(value, path, level)
         else:
-            self.out.append(_scalar(value, kind))
+            self.scalars_at.append(len(self.out))
+            self.out.append(scalar_bytes(value))
 
     def _see(self, value: Any, level: int) -> None:
         """Raise NotPlain for an object that pickle would write once and refer to later, or that contains itself."""
@@ -203,14 +231,14 @@ class _Walk:
                         data = keys[key] = _text(key)
                     out.append(data)
                 else:
-                    out.append(_scalar(key, type(key)))
+                    out.append(scalar_bytes(key))
                 if type(item) is torch.Tensor:
                     self._put_tensor(item, f"{lead}{key}")
                 else:
                     self.put(item, f"{lead}{key}", level + 1)
             out.append(_SET_ITEMS)
         if is_ordered and vars(value):  # a module's `_metadata`
-            self.put(dict(vars(value)), "", level + 1)
+            self.put(vars(value), "", level + 1)
             out.append(_BUILD)
 
     def _put_tensor(self, tensor: torch.Tensor, path: str) -> None:
@@ -234,11 +262,12 @@ class _Walk:
         found = self._forms.get(form)
         if found is None:
             # Twice: the first tensor writes its parts in full, and later ones refer to them.
-            found = (*self._form_of(*form, storage), Form(dtype, tuple(shape), offset))
-            self._forms[form] = (*self._form_of(*form, storage), found[2])
+            found = (*self._form_of(*form, storage), Form(dtype, tuple(shape), offset), form)
+            self._forms[form] = (*self._form_of(*form, storage), *found[2:])
         self.out += (found[0], _storage_key(number), found[1])
         self.names.append(path)
         self.forms.append(found[2])
+        self.tensor_forms.append(found[3])
         self.numbers.append(number)
 
     def _form_of(
@@ -319,7 +348,9 @@ def _integer(value: int) -> bytes:
     return b"\x8a" + bytes((length,)) + value.to_bytes(length, "little", signed=True)
 
 
-def _scalar(value: Any, kind: type) -> bytes:
+def scalar_bytes(value: Any) -> bytes:
+    """Return the opcodes of None, a bool, int, float or str; raise NotPlain for anything else."""
+    kind = type(value)
     if value is None:
         return _NONE
     if kind is bool:

@@ -18,11 +18,13 @@ from typing import Any
 import torch
 
 from distckpt.errors import ShardedStateError
-from distckpt.ptformat.fast_pickle import TYPES, Form, NotPlain, TensorLocation, is_plain, pickle_plain
+from distckpt.ptformat.fast_pickle import TYPES, Form, NotPlain, PlainWalk, TensorLocation, is_plain, pickle_plain
 from distckpt.ptformat.loadable import CALLED, RefusedObject, find_refused
 from distckpt.ptformat.sharded import as_whole, describe_shard, find_paths, key_to_text, may_be_sharded, sharded_error
+from distckpt.ptformat.storage_facts import StorageFacts
 
-_FAST_PROTOCOL = 2
+PLAIN_PROTOCOL = 2
+"""The protocol of plain pickles, and the only one that ``torch.load(weights_only=True)`` reads."""
 _NEVER_STORAGES = frozenset(
     {str, int, float, bool, type(None), tuple, list, dict, OrderedDict, torch.Tensor, torch.Size}
 )
@@ -39,12 +41,16 @@ class PickledState:
         storages: the live storages, by number; each once.
         forms: name, form and number of the storage of each tensor in nested mappings and sequences.
         refused: the first objects that loading will refuse; empty if there are none.
+        walk: what was read of a plain state; None for others.
+        facts: of the storages, if they are known.
     """
 
     data: bytes
     storages: tuple[torch.UntypedStorage, ...]
     forms: Sequence[tuple[str, Form, int]]
     refused: Sequence[RefusedObject] = ()
+    walk: PlainWalk | None = None
+    facts: StorageFacts | None = None
 
     def tensors(self) -> Iterator[TensorLocation]:
         """Yield the tensors that have names. Any thread."""
@@ -75,10 +81,10 @@ def pickle_state(state: Any, *, protocol: int = 2) -> PickledState:
         >>> [storage.nbytes() for storage in pickled.storages], [tensor.name for tensor in pickled.tensors()]
         ([8], ['a'])
     """
-    if protocol == _FAST_PROTOCOL:
+    if protocol == PLAIN_PROTOCOL:
         with contextlib.suppress(NotPlain):
-            data, storages, forms = pickle_plain(state)
-            return PickledState(data, tuple(storages), tuple(forms))
+            data, storages, forms, walk = pickle_plain(state)
+            return PickledState(data, tuple(storages), tuple(forms), walk=walk)
     return pickle_like_torch(state, protocol=protocol)
 
 
@@ -155,7 +161,7 @@ class _Pickler(pickle.Pickler):
                 plain: Any = as_whole(obj)
                 if plain is not obj:
                     found = self.reducer_override(plain)
-                    return plain.__reduce_ex__(_FAST_PROTOCOL) if found is NotImplemented else found
+                    return plain.__reduce_ex__(PLAIN_PROTOCOL) if found is NotImplemented else found
             if isinstance(obj, CALLED):
                 self.called[id(obj)] = obj
             else:

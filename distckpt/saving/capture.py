@@ -258,7 +258,8 @@ def _may_need_replacement(state: Any) -> bool:
         if kind is dict or kind is OrderedDict:
             if not _PLAIN.issuperset(map(type, one)):
                 return True
-            todo += [item for item in one.values() if type(item) not in _PLAIN]
+            if not _PLAIN.issuperset(map(type, one.values())):
+                todo += [item for item in one.values() if type(item) not in _PLAIN]
             if kind is OrderedDict:
                 todo += [item for name, item in vars(one).items() if name != "_metadata"]
         elif kind is list or kind is tuple:

@@ -126,6 +126,7 @@ class RankWriter:
             replicated=replicas() if self.is_shared or self._check_replicas else (),
             pickle_protocol=self._pickle_protocol,
             num_threads=self._num_threads,
+            forms=self._memory.forms,
         )
         if self._write_range is None:
             return answer

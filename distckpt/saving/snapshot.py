@@ -19,7 +19,9 @@ from distckpt._threads import helper_threads
 from distckpt.ptformat.image import CopyItem, ImagePlan, ShardBuffer, build_tail, combine_checksums, plan_image
 from distckpt.ptformat.loadable import RefusedObject
 from distckpt.ptformat.manifest import Manifest, TensorEntry, to_json
-from distckpt.ptformat.pickler import pickle_state
+from distckpt.ptformat.pickler import PLAIN_PROTOCOL, PickledState, pickle_state
+from distckpt.ptformat.state_form import StateForms
+from distckpt.ptformat.storage_facts import StorageFacts
 from distckpt.saving.staging import HostMemory, OptimizerStepGuard, Staging, split_copies
 from distckpt.storage.base import BLOCK_BYTES, NewFile
 
@@ -66,6 +68,7 @@ class Snapshot:
         replicated: identities (``UntypedStorage._cdata``) of the storages that are equal on all ranks.
         pickle_protocol: version of the pickle format.
         num_threads: number of threads that copy.
+        forms: the forms of earlier states; a state of such a form is not pickled anew.
     """
 
     def __init__(
@@ -76,11 +79,13 @@ class Snapshot:
         replicated: Collection[int] = (),
         pickle_protocol: int = 2,
         num_threads: int = 1,
+        forms: StateForms | None = None,
     ) -> None:
-        self._pickled = pickle_state(state, protocol=pickle_protocol)
-        storages = self._pickled.storages
-        replicas = [index for index, one in enumerate(storages) if one._cdata in replicated]  # noqa: SLF001 - torch's identity
-        self._plan = plan_image([storage.nbytes() for storage in storages], replicas)
+        self._pickled = _pickle(state, pickle_protocol, StateForms() if forms is None else forms)
+        self._facts = self._pickled.facts or StorageFacts.of(self._pickled.storages)
+        identities = self._facts.identities if replicated else ()
+        replicas = [index for index, identity in enumerate(identities) if identity in replicated]
+        self._plan = plan_image(self._facts.sizes, replicas)
         self._replicas = frozenset(replicas)
         self._write_range = write_range
         self._num_threads = num_threads
@@ -102,9 +107,9 @@ class Snapshot:
         return self._plan.end
 
     @property
-    def devices(self) -> set[str]:
+    def devices(self) -> frozenset[str]:
         """Types of the devices that hold the state."""
-        return {device.type for device in {storage.device for storage in self._pickled.storages}}
+        return self._facts.devices
 
     def layout_digest(self) -> int:
         """Return a digest of the image's layout. Ranks with equal digests can write one file together.
@@ -148,7 +153,7 @@ class Snapshot:
             is_deferred = [storage._cdata in deferred for storage in storages]  # noqa: SLF001 - torch's identity
             self._deferred = Staging(storages, [one for one in copies if is_deferred[one.storage]], view, begin)
             copies = tuple(one for one in copies if not is_deferred[one.storage])
-        self._staging = Staging(storages, copies, view, begin)
+        self._staging = Staging(storages, copies, view, begin, addresses=self._facts.addresses)
 
     def copy_to_host(self) -> None:
         """Copy the bytes; return when training may continue. Optimizers wait for the deferred copies."""
@@ -267,6 +272,12 @@ class Snapshot:
             entries.append(TensorEntry(name, dtype, shape, record, offset + begin_bytes, num_bytes, crc))
         data = build_tail(self._plan, crcs, self._pickled.data, to_json(replace(manifest, tensors=tuple(entries))))
         return _Tail(checksums, crcs, data)
+
+
+def _pickle(state: Any, protocol: int, forms: StateForms) -> PickledState:
+    if protocol != PLAIN_PROTOCOL:
+        return pickle_state(state, protocol=protocol)
+    return forms.match(state) or forms.keep(state, pickle_state(state))
 
 
 def _required(one: _T | None) -> _T:

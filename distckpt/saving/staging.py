@@ -25,6 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from distckpt._checksum import copy_rows
 from distckpt._threads import helper_threads, start_thread, wait_all
 from distckpt.ptformat.image import CopyItem
+from distckpt.ptformat.state_form import StateForms
 
 _CPU = torch.device("cpu")
 _BATCH_BYTES, _BATCH_ITEMS = 4 << 20, 4096
@@ -74,6 +75,7 @@ class HostMemory:
 
     Attributes:
         num_bytes: allocated bytes.
+        forms: the forms of the states that were staged here.
 
     Example:
         >>> memory = HostMemory()
@@ -86,6 +88,7 @@ class HostMemory:
         self._in_use = threading.Lock()
         self._is_pinned = False
         self.num_bytes = 0
+        self.forms = StateForms()
 
     def reserve(self) -> None:
         """Wait until no save uses the memory, and take it. The wait depends on no other rank."""
@@ -163,20 +166,29 @@ class Staging:
         copies: the ranges to copy, in ascending order of ``at``; see :func:`split_copies`.
         memory: the target.
         begin: offset in the image of the target's first byte.
+        addresses: of the sources; None if they are not known, or not in host memory.
     """
 
     def __init__(
-        self, storages: Sequence[torch.UntypedStorage], copies: Sequence[CopyItem], memory: memoryview, begin: int
+        self,
+        storages: Sequence[torch.UntypedStorage],
+        copies: Sequence[CopyItem],
+        memory: memoryview,
+        begin: int,
+        *,
+        addresses: "array[int] | None" = None,
     ) -> None:
         self._storages = storages
         self._memory = memory
         self._begin = begin
         self._copies = copies if isinstance(copies, Copies) else Copies(copies)
-        devices = [storage.device for storage in storages]
+        devices = [] if addresses is not None else [storage.device for storage in storages]
         accelerators = set(devices) - {_CPU}
         self._on_device = {number for number, device in enumerate(devices) if device in accelerators}
-        pairs = zip(storages, devices, strict=True)
-        self._sources = array("Q", [0 if device in accelerators else one.data_ptr() for one, device in pairs])
+        if addresses is None:
+            pairs = enumerate(storages)
+            addresses = array("Q", [0 if number in self._on_device else one.data_ptr() for number, one in pairs])
+        self._sources = addresses
         self._fetcher = _DeviceFetcher(accelerators)
         self._batches = self._copies.batches_without(self._on_device) if accelerators else self._copies.batches
         self._crcs = array("q", [-1]) * len(copies)

@@ -1,0 +1,54 @@
+"""What a save needs to know of a state's storages, read once for each."""
+
+import operator
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+_CHUNK: Final = 512
+IDENTITY: Final = operator.attrgetter("_cdata")
+"""Returns torch's identity of a storage."""
+_DEVICE: Final = operator.attrgetter("device")
+
+
+@dataclass(frozen=True, slots=True)
+class StorageFacts:
+    """Facts of some storages, in their order.
+
+    Attributes:
+        identities: torch's identities (``UntypedStorage._cdata``).
+        sizes: in bytes.
+        devices: types of the devices.
+        addresses: of the bytes, an ``array("Q")``; None unless all storages are in host memory.
+    """
+
+    identities: Sequence[int]
+    sizes: Sequence[int]
+    devices: frozenset[str]
+    addresses: "array[int] | None"
+
+    @classmethod
+    def of(cls, storages: Sequence[torch.UntypedStorage]) -> "StorageFacts":
+        """Read them.
+
+        Example:
+            >>> StorageFacts.of([torch.ones(2).untyped_storage()]).sizes
+            [8]
+        """
+        identities, sizes, devices = list[int](), list[int](), set[torch.device]()
+        for part in chunks(storages):
+            identities += map(IDENTITY, part)
+            sizes += map(torch.UntypedStorage.nbytes, part)
+            devices.update(map(_DEVICE, part))
+        types = frozenset(device.type for device in devices)
+        addresses = array("Q", map(torch.UntypedStorage.data_ptr, storages)) if types <= {"cpu"} else None
+        return cls(identities, sizes, types, addresses)
+
+
+def chunks(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """Yield parts that stay in the processor's cache while one attribute after another is read."""
+    for begin in range(0, len(items), _CHUNK):
+        yield items[begin : begin + _CHUNK]
