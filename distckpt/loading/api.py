@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from distckpt._threads import get_num_threads
+from distckpt._unwrap import unwrap
 from distckpt._values import check_timeout
 from distckpt.backends.detect import current
+from distckpt.loading.dtensors import refuse_unloadable
 from distckpt.loading.report import LoadReport
 from distckpt.loading.restore import PreparedLoad, prepare
 from distckpt.loading.select import select_checkpoint, sort_newest_first
 from distckpt.loading.verify_on_ranks import LoadContext, RefusedCheckpoint, verify_on_all_ranks
 from distckpt.ptformat.reader import OpenCheckpoint
 from distckpt.ptformat.records import read_records
-from distckpt.saving.capture import check_objects, refuse_sharded
+from distckpt.saving.capture import check_objects, map_named
 
 __all__ = ["LoadReport", "check_to_load", "latest", "load", "load_objects"]
 
@@ -192,9 +194,9 @@ def check_to_load(to_load: object) -> None:
 
     Raises:
         TypeError: `to_load` is not a mapping, or an object has no ``load_state_dict``.
-        ShardedStateError: an object holds sharded tensors.
+        ShardedStateError: an object is sharded in another way than by DTensors.
     """
     if not isinstance(to_load, Mapping):
         raise TypeError(f"Argument to_load should be a dictionary, but given {type(to_load)}")
     check_objects(dict(to_load), "load_state_dict")
-    refuse_sharded(to_load)
+    map_named(lambda name, obj: refuse_unloadable(name, unwrap(obj)), dict(to_load))

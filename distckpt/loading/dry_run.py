@@ -14,6 +14,7 @@ from torch import nn
 
 from distckpt._messages import ignore_warnings
 from distckpt.errors import state_mismatch_error
+from distckpt.loading.dtensors import free_gathered_parameters, local_tensor
 from distckpt.loading.plain_objects import get_tensors, has_memory, is_plain_module, is_plain_tensor, loads_by_name
 from distckpt.loading.report import LoadReport
 
@@ -43,20 +44,22 @@ def try_load(module: nn.Module, state: Any, options: Mapping[str, Any], name: st
     """
     if not is_plain_module(module):
         return None
+    free_gathered_parameters(module)
     live = get_tensors(module)
+    memory = {key: local_tensor(one) for key, one in live.items()}
     given = {key: state[key] for key in live if key in state} if isinstance(state, Mapping) else {}
     tensors = {key: one for key, one in given.items() if torch.overrides.is_tensor_like(one)}  # type: ignore[no-untyped-call]  # torch ships it without types
-    if not all(map(is_plain_tensor, (*tensors.values(), *live.values()))):
+    if not all(map(is_plain_tensor, (*tensors.values(), *memory.values()))):
         return None
     is_assigned = bool(options.get("assign"))
-    if any(_overlaps(one, live[key]) or (is_assigned and one.is_inference()) for key, one in tensors.items()):
+    if any(_overlaps(one, memory[key]) or (is_assigned and one.is_inference()) for key, one in tensors.items()):
         return None
     outcome: _Outcome = (None, [], [], [])
     if not (_is_alike(state, tensors, live, options) and loads_by_name(module)):
         outcome = _load_twin(module, _on_meta(state, given), options)
     error, missing, unexpected, messages = outcome
     if error is None and not is_assigned:
-        reasons = {key: _copy_refusal(live[key], given[key]) for key in tensors}
+        reasons = {key: _copy_refusal(memory[key], given[key]) for key in tensors}
         messages = [f'While copying the parameter named "{key}", {why}' for key, why in reasons.items() if why]
         if messages:
             lines = [f"Error(s) in loading state_dict for {type(module).__name__}:", *messages]
@@ -142,7 +145,12 @@ def _on_meta(state: Any, given: Mapping[str, Any]) -> Any:
 
 
 def _copy_refusal(live: torch.Tensor, given: torch.Tensor) -> str | None:
-    """Return why ``live.copy_(given)`` would fail for tensors of one shape; None if it would not."""
+    """Return why ``live.copy_(given)`` would fail for tensors of one shape; None if it would not.
+
+    Args:
+        live: a live tensor; of a DTensor, the local shard, whose part of `given` would be copied.
+        given: the state's tensor.
+    """
     if live.is_inference() and not torch.is_inference_mode_enabled():
         return "which is an inference tensor: load it inside torch.inference_mode(), or make it outside."
     if given.device.type == "meta" and live.device.type != "meta":
@@ -153,7 +161,7 @@ def _copy_refusal(live: torch.Tensor, given: torch.Tensor) -> str | None:
         return "some of whose elements share memory, as after expand(): clone() it first."
     if live.dtype not in _COPYABLE or given.dtype not in _COPYABLE:
         try:
-            live.detach().clone().copy_(given)
+            live.detach().clone().copy_(given if given.shape == live.shape else live.to(given.dtype))
         except RuntimeError as error:
             return f"an exception occurred : {error.args}."
     return None

@@ -3,6 +3,9 @@
 An :class:`InplaceTarget` is a live tensor that may take its bytes from the file. It replaces the state's tensor in the
 state. So torch's ``load_state_dict`` copies it onto itself, which does nothing, and does all the rest of a load.
 Nothing refers to the state's tensor any more, so the reader does not read it.
+
+A live DTensor takes the part of the file's tensor that its local shard stands for. Where it cannot, a new DTensor like
+it does, before any object is changed.
 """
 
 import copy
@@ -13,12 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from distckpt.loading.dtensors import empty_like, find_dtensors, get_part, local_tensor
+from distckpt.loading.part_reads import TensorPart, is_dense, read_parts
 from distckpt.loading.plain_objects import get_tensors, is_plain_tensor
 from distckpt.ptformat.reader import OpenCheckpoint
 
 _UNSHARED = {0: object()}  # nothing else refers to the object
 _UNSHARED_TENSOR = torch.empty(1)  # nothing else refers to its storage
-_BOUNCE_BYTES = 16 << 20  # read at once into a buffer, where a tensor cannot take the bytes directly
 
 
 class InplaceTarget(NamedTuple):
@@ -27,18 +31,12 @@ class InplaceTarget(NamedTuple):
     Attributes:
         path: the keys that lead to the state's tensor.
         live: the live tensor.
-        stride: the state's strides; its shape is the live tensor's.
-        dtype: the state's.
-        offset: where the bytes begin in the file; None if they may not go straight into the live tensor.
-        is_direct: False if the bytes go through a buffer first, because layout, dtype or device differ.
+        part: what its memory takes of the file; None if the bytes may not go straight into it.
     """
 
     path: tuple[Any, ...]
     live: torch.Tensor
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    offset: int | None
-    is_direct: bool = True
+    part: TensorPart | None
 
 
 def find_module_targets(module: nn.Module, state: Mapping[str, Any], file: OpenCheckpoint) -> list[InplaceTarget]:
@@ -84,6 +82,7 @@ def _is_unshared(mapping: Mapping[Any, Any], key: Any) -> bool:
 
 def _owns_memory(tensor: torch.Tensor) -> bool:
     """Return True if no other tensor, array or process uses the tensor's memory."""
+    tensor = local_tensor(tensor)
     if not _takes_bytes(tensor):
         return True  # the file's bytes do not go straight into it
     storage, unshared = tensor.untyped_storage(), _UNSHARED_TENSOR.untyped_storage()
@@ -92,73 +91,74 @@ def _owns_memory(tensor: torch.Tensor) -> bool:
     return is_torch_memory and count(storage._cdata) <= count(unshared._cdata)  # noqa: SLF001 - torch's identity of a storage
 
 
+def find_new_targets(obj: Any, state: Any, file: OpenCheckpoint) -> list[InplaceTarget]:
+    """Return a new DTensor as a target for each tensor of the file that replaces a live DTensor, or becomes one."""
+    targets = []
+    for path, live, given in find_dtensors(obj, state):
+        if file.offset_of(given) is not None:
+            target = _make_target(path, empty_like(live, given.dtype), given, file, may_bounce=True)
+            targets += [target] if target.part is not None else []
+    return targets
+
+
 def _make_target(
     path: tuple[Any, ...], live: torch.Tensor, given: torch.Tensor, file: OpenCheckpoint, *, may_bounce: bool
 ) -> InplaceTarget:
-    target = InplaceTarget(path, live, (), given.dtype, None)
-    if not (_takes_bytes(live) and _takes_bytes(given) and live.shape == given.shape and given.is_cpu):
+    target, memory = InplaceTarget(path, live, None), local_tensor(live)
+    if not (_takes_bytes(memory) and _takes_bytes(given) and live.shape == given.shape and given.is_cpu):
         return target
     begin = file.offset_of(given)
-    if begin is None or not given.numel() or not (_is_dense(given) and _is_dense(live)):
-        return target
-    has_same_layout = live.dtype == given.dtype and _strides(live) == _strides(given)
-    is_direct = live.is_cpu and has_same_layout
-    may_copy = may_bounce or (has_same_layout and live.is_cuda)
-    if not is_direct and (not may_copy or (live.dtype != given.dtype and (live.is_complex() or given.is_complex()))):
+    if begin is None or not given.numel() or not (is_dense(given) and is_dense(memory)):
         return target
     offset = begin + int(given.storage_offset()) * given.dtype.itemsize
-    return target._replace(stride=given.stride(), offset=offset, is_direct=is_direct)
+    ranges, is_row_major = get_part(live), given.is_contiguous()
+    part = TensorPart(memory, ranges, given.shape, given.stride(), given.dtype, offset, is_row_major)
+    if not (memory.is_cpu and part.is_laid_out_like_file()):
+        may_copy = may_bounce or (memory.is_cuda and part.is_laid_out_like_file())
+        is_same_kind = memory.dtype == given.dtype or not (memory.is_complex() or given.is_complex())
+        if not (may_copy and is_same_kind):
+            return target
+    return target._replace(part=part)
 
 
 def _takes_bytes(tensor: torch.Tensor) -> bool:
     return is_plain_tensor(tensor) and (tensor.is_cpu or tensor.is_cuda) and not (tensor.is_conj() or tensor.is_neg())
 
 
-def _strides(tensor: torch.Tensor) -> list[int]:
-    """Return the strides of the dimensions that have more than one element; other strides mean nothing."""
-    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1]
-
-
-def _is_dense(tensor: torch.Tensor) -> bool:
-    """Return True if the tensor's elements fill a block of memory, without gaps and overlaps."""
-    if tensor.is_contiguous():
-        return True
-    expected = 1
-    dimensions = zip(tensor.stride(), tensor.shape, strict=True)
-    for stride, size in sorted((stride, size) for stride, size in dimensions if size != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
 def drop_overlapping(targets: Sequence[InplaceTarget]) -> list[InplaceTarget]:
     """Return the targets of one load that share no memory with others, unless these are read from the same bytes."""
     groups: list[list[InplaceTarget]] = []
-    reads: list[set[tuple[Any, ...]]] = []
+    reads: list[set[Any]] = []
+    alone: list[InplaceTarget] = []  # shards of no elements
     group_end = ("", 0)
     for device, begin, end, number in sorted((*_span(one), number) for number, one in enumerate(targets)):
         if begin == end:
+            alone.append(targets[number])
             continue
         if (device, begin) >= group_end:
             groups.append([])
             reads.append(set())
         groups[-1].append(targets[number])
-        reads[-1].add((begin, end, targets[number].offset, targets[number].dtype))
+        reads[-1].add((begin, end, _source(targets[number].part)))
         group_end = max(group_end, (device, end))
     alike = [group for group, its_reads in zip(groups, reads, strict=True) if len(its_reads) == 1]
-    return [target for group in alike for target in group if target.offset is not None]
+    return [target for group in (alone, *alike) for target in group if target.part is not None]
+
+
+def _source(part: TensorPart | None) -> Any:
+    """Return what a part is read from, to compare."""
+    return None if part is None else (part.offset, part.dtype, str(part.ranges))
 
 
 def _span(target: InplaceTarget) -> tuple[str, int, int]:
-    """Return the live tensor's device, and the addresses where it begins and ends."""
-    live = target.live
-    device = "cpu" if live.is_cpu else str(live.device)
-    if not (live.is_cpu or live.is_cuda) or live.layout is not torch.strided or not live.numel():
+    """Return the device of a target's memory, and the addresses where it begins and ends."""
+    memory = local_tensor(target.live)
+    device = "cpu" if memory.is_cpu else str(memory.device)
+    if not (memory.is_cpu or memory.is_cuda) or memory.layout is not torch.strided or not memory.numel():
         return device, 0, 0
-    if _is_dense(live):
-        return device, live.data_ptr(), live.data_ptr() + live.nbytes
-    storage = live.untyped_storage()
+    if is_dense(memory):
+        return device, memory.data_ptr(), memory.data_ptr() + memory.nbytes
+    storage = memory.untyped_storage()
     return device, storage.data_ptr(), storage.data_ptr() + storage.nbytes()
 
 
@@ -175,7 +175,6 @@ def replace_tensors(state: Any, tensors: Iterable[tuple[tuple[Any, ...], torch.T
     return twin
 
 
-@torch.no_grad()
 def read_into(targets: Sequence[InplaceTarget], file: OpenCheckpoint) -> None:
     """Read each target's bytes into its memory, once where targets share it.
 
@@ -183,26 +182,6 @@ def read_into(targets: Sequence[InplaceTarget], file: OpenCheckpoint) -> None:
         OSError: reading failed; some tensors have been written to.
     """
     once = {_span(target)[:2]: target for target in targets}.values()
-    direct = [(one.live.data_ptr(), one.live.nbytes, one.offset) for one in once if one.is_direct]
-    file.read((address, num_bytes, offset) for address, num_bytes, offset in direct if offset is not None)
-    for target in once:
-        if not target.is_direct and target.offset is not None:
-            _bounce(target, target.offset, file)
-
-
-def _bounce(target: InplaceTarget, offset: int, file: OpenCheckpoint) -> None:
-    """Read a tensor's bytes through a buffer, in steps if both layouts are contiguous."""
-    live, dtype = target.live.detach(), target.dtype
-    layout = torch.empty_strided(live.size(), target.stride, dtype=dtype, device="meta")
-    if not (live.is_contiguous() and layout.is_contiguous()):
-        buffer = torch.empty_strided(live.size(), target.stride, dtype=dtype, device="cpu")
-        file.read([(buffer.data_ptr(), buffer.nbytes, offset)])
-        live.copy_(buffer)
-        return
-    live = live.view(-1)
-    step = max(_BOUNCE_BYTES // dtype.itemsize, 1)
-    buffer = torch.empty(min(step, live.numel()), dtype=dtype, device="cpu")
-    for begin in range(0, live.numel(), step):
-        filled = buffer[: live.numel() - begin]
-        file.read([(filled.data_ptr(), filled.nbytes, offset + begin * dtype.itemsize)])
-        live[begin : begin + step].copy_(filled)
+    pairs = ((target.part, local_tensor(target.live)) for target in once)
+    # FSDP2 may have replaced a local shard since it became a target.
+    read_parts([part._replace(memory=memory) for part, memory in pairs if part is not None], file)

@@ -17,6 +17,9 @@ from torch.nn.modules import module as torch_module
 
 _TORCH_FILES = tuple(f"{torch.__path__[0]}/{name}" for name in ("nn/", "optim/", "_compile.py", "_dynamo/eval_frame"))
 _ATTRIBUTE_ACCESS = ("__setattr__", "__delattr__", "__getattribute__", "__getattr__")
+_FSDP2_FILES = (
+    f"{torch.__path__[0]}/distributed/fsdp/_fully_shard/"  # its hooks free gathered parameters, and pad shards
+)
 _OWN_RULES = ("_load_from_state_dict", "set_extra_state")
 _MODULE_METHODS = ("load_state_dict", "get_extra_state", *_OWN_RULES, *_ATTRIBUTE_ACCESS)
 _MODULE_HOOKS = ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
@@ -45,10 +48,17 @@ def is_plain_module(module: nn.Module) -> bool:
     return all(
         _has_torch_methods(kind, _MODULE_METHODS) and not issubclass(kind, torch.jit.ScriptModule) for kind in kinds
     ) and all(
-        not any(vars(child).get(name) for name in (*_MODULE_METHODS, *_MODULE_HOOKS))
+        not any(vars(child).get(name) for name in _MODULE_METHODS)
+        and all(_is_fsdp2_hook(hook) for name in _MODULE_HOOKS for hook in (vars(child).get(name) or {}).values())
         and all(type(vars(child).get(name)) in (dict, OrderedDict) for name in ("_parameters", "_buffers", "_modules"))
         for child in children
     )
+
+
+def _is_fsdp2_hook(hook: Any) -> bool:
+    wrapper: Any = torch_module._WrappedHook  # noqa: SLF001 - torch wraps pre-hooks
+    function = hook.hook if type(hook) is wrapper else hook
+    return isinstance(function, FunctionType) and function.__code__.co_filename.startswith(_FSDP2_FILES)
 
 
 def loads_by_name(module: nn.Module) -> bool:

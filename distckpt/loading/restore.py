@@ -6,7 +6,7 @@ bytes straight from the file replace the tensors of the state.
 
 :meth:`PreparedLoad.load` changes the objects:
 
-1. copy the state of every object that is not plain, for a rollback.
+1. copy the state of every object that is not plain, for a rollback. Give it DTensors where it has DTensors.
 2. load these objects by their own ``load_state_dict``, then plain optimizers, then objects without a copy. If one
    refuses its state, all loaded objects are rolled back.
 3. load plain modules: they are known to fit, so they need no copy.
@@ -15,7 +15,7 @@ bytes straight from the file replace the tensors of the state.
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -34,12 +34,12 @@ from distckpt.errors import (
 )
 from distckpt.loading import inplace
 from distckpt.loading.dry_run import try_load
+from distckpt.loading.dtensors import find_dtensors, make_like_own, slice_like
 from distckpt.loading.plain_objects import is_plain_optimizer
 from distckpt.loading.report import LoadReport, join_mismatches, join_reports
-from distckpt.loading.rollback import make_rollback, own_state
+from distckpt.loading.rollback import Rollback, make_rollback, own_state
 from distckpt.ptformat.reader import OpenCheckpoint
 from distckpt.saving.capture import plain_state
-from distckpt.saving.sharded_objects import to_dtensors_like
 from distckpt.saving.staging import wait_for_deferred_copies
 
 _Mismatches = list[tuple[str, StateMismatchError]]  # with the objects' names
@@ -61,6 +61,7 @@ class _ObjectLoad:
     Attributes:
         name: the keys that lead to the object.
         targets: its tensors that are read straight from the file.
+        new_targets: DTensors for its state, which are read before any object is changed.
         report: the keys that the dry run passed over.
         rollback: restores the object; None if that is impossible or not needed.
     """
@@ -70,8 +71,9 @@ class _ObjectLoad:
     state: Any
     order: _Order = _Order.OWN_WAY
     targets: list[inplace.InplaceTarget] = field(default_factory=list)
+    new_targets: list[inplace.InplaceTarget] = field(default_factory=list)
     report: LoadReport = field(default_factory=LoadReport)
-    rollback: Callable[[], None] | None = None
+    rollback: Rollback | None = None
 
     def examine(self, options: dict[str, Any]) -> None:
         """Raise StateMismatchError if the state does not fit, as far as that can be known."""
@@ -93,20 +95,37 @@ class _ObjectLoad:
     def prepare_rollback(self, options: Mapping[str, Any]) -> None:
         if self.order is _Order.OPTIMIZER:  # its ``load_state_dict`` makes new containers: keep the old ones
             held = {"state": self.obj.state, "param_groups": self.obj.param_groups}
-            self.rollback = functools.partial(vars(self.obj).update, held)
+            self.rollback = Rollback(functools.partial(vars(self.obj).update, held))
         elif self.order is _Order.OWN_WAY:
             self.rollback = make_rollback(self.obj, options if isinstance(self.obj, nn.Module) else {})
             self.order = _Order.OWN_WAY if self.rollback else _Order.WITHOUT_ROLLBACK
+
+    def use_new_targets(self, file: OpenCheckpoint) -> None:
+        """Replace tensors of the state by DTensors, into which the file will be read before any object is changed."""
+        self.new_targets = inplace.find_new_targets(self.obj, self.state, file)
+        self.replace_tensors((target.path, target.live) for target in self.new_targets)
+
+    def use_slices(self) -> None:
+        """Replace tensors of the state, which have been read, by DTensors with this rank's part of them."""
+        found = find_dtensors(self.obj, self.state)
+        self.replace_tensors((path, slice_like(live, given)) for path, live, given in found)
+        if self.rollback is not None:
+            self.state = make_like_own(self.rollback.state, self.state)
+
+    def replace_tensors(self, tensors: Iterable[tuple[tuple[Any, ...], torch.Tensor]]) -> None:
+        """Replace tensors of the state, each given with the keys that lead to it."""
+        replaced = list(tensors)
+        if replaced:
+            self.state = inplace.replace_tensors(self.state, replaced)
 
     def load(self, options: Mapping[str, Any]) -> LoadReport:
         if self.order is _Order.PLAIN_MODULE:
             self.obj.load_state_dict(self.state, **options)
             return self.report
-        state = to_dtensors_like(self.obj, self.state)
         if not isinstance(self.obj, nn.Module):
-            self.obj.load_state_dict(state)
+            self.obj.load_state_dict(self.state)
             return LoadReport()
-        keys: Any = self.obj.load_state_dict(state, **options)
+        keys: Any = self.obj.load_state_dict(self.state, **options)
         missing, unexpected = getattr(keys, "missing_keys", ()), getattr(keys, "unexpected_keys", ())
         return LoadReport(missing=tuple(missing), unexpected=tuple(unexpected)).with_prefix(self.name)
 
@@ -115,7 +134,7 @@ class _ObjectLoad:
         if self.rollback is None:
             return "there is no copy of its state"
         try:
-            self.rollback()
+            self.rollback.restore()
         except BaseException as error:  # noqa: BLE001 - a user's code, or an interrupt: the others are rolled back too
             return f"{type(error).__name__}: {error}"
         return ""
@@ -160,8 +179,11 @@ def prepare(
             mismatches.append((one.name, error))
     if mismatches:
         raise join_mismatches(mismatches)
-    if file is not None and not options.get("assign"):
-        _use_targets(loads, file)
+    if file is not None:
+        if not options.get("assign"):
+            _use_targets(loads, file)
+        for one in loads:
+            one.use_new_targets(file)
     return PreparedLoad(loads, options, file)
 
 
@@ -171,8 +193,7 @@ def _use_targets(loads: Sequence[_ObjectLoad], file: OpenCheckpoint) -> None:
     kept = {id(target) for target in inplace.drop_overlapping([target for _, target in proposed])}
     for one in loads:
         one.targets = [target for owner, target in proposed if owner is one and id(target) in kept]
-        if one.targets:
-            one.state = inplace.replace_tensors(one.state, ((target.path, target.live) for target in one.targets))
+        one.replace_tensors((target.path, target.live) for target in one.targets)
 
 
 @dataclass(slots=True)
@@ -186,6 +207,10 @@ class PreparedLoad:
     def fill(self) -> None:
         """Read the data that does not go straight into live tensors. Changes no object."""
         if self._file is not None:
+            for one in self._loads:
+                if one.new_targets:
+                    inplace.read_into(one.new_targets, self._file)
+                    one.new_targets = []
             self._file.fill()
 
     def load(self) -> LoadReport:
@@ -203,6 +228,8 @@ class PreparedLoad:
         wait_for_deferred_copies()  # a pending save must get the former state
         for one in self._loads:  # before any object can refuse: a user's metric may gather here
             one.prepare_rollback(self._options)
+        for one in self._loads:
+            one.use_slices()
         self._loads.sort(key=lambda one: one.order)
         begun: list[_ObjectLoad] = []
         reports = []

@@ -8,11 +8,13 @@ import copy
 import functools
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from distckpt.loading.dtensors import local_tensor
 from distckpt.loading.plain_objects import TENSOR_TYPES, has_memory
 
 # An ignite metric's methods. Its state_dict() gathers the ranks' states, which only all ranks together can do.
@@ -21,8 +23,21 @@ _COMPARED = (bool, int, float, complex, str, bytes, set)
 _CONTAINERS = (dict, list, deque, set, bytearray, array.array)
 
 
-def make_rollback(obj: Any, options: Mapping[str, Any]) -> Callable[[], None] | None:
-    """Copy an object's state, and return the function that restores it; None if no copy can be made.
+@dataclass(frozen=True, slots=True)
+class Rollback:
+    """How an object is restored.
+
+    Attributes:
+        restore: restores it.
+        state: the copy of its state; None if there is none.
+    """
+
+    restore: Callable[[], None]
+    state: Any = None
+
+
+def make_rollback(obj: Any, options: Mapping[str, Any]) -> Rollback | None:
+    """Copy an object's state, and return how to restore it; None if no copy can be made.
 
     Args:
         obj: the object; its class may have a method ``distckpt_rollback()`` that returns such a function.
@@ -30,12 +45,11 @@ def make_rollback(obj: Any, options: Mapping[str, Any]) -> Callable[[], None] | 
     """
     try:
         if hasattr(type(obj), "distckpt_rollback"):  # it loads state that is not its own, as RngState does
-            rollback: Callable[[], None] = obj.distckpt_rollback()
-            return rollback
+            return Rollback(obj.distckpt_rollback())
         states = [(copy_state(own_state(obj)), {key: options[key] for key in options if key != "assign"})]
         if options.get("assign"):  # first assign the former tensors themselves: an optimizer may hold them
             states.insert(0, (obj.state_dict(keep_vars=True), dict(options)))
-        return functools.partial(_restore, obj, states)
+        return Rollback(functools.partial(_restore, obj, states), states[-1][0])
     except Exception:  # noqa: BLE001 - a user's code; the load itself may succeed
         return None
 
@@ -75,9 +89,7 @@ def is_same(one: Any, other: Any, done: dict[tuple[int, int], Any] | None = None
     """
     done = {} if done is None else done
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and one is not other:
-        if one.shape != other.shape or one.layout is not torch.strided or one.is_nested:
-            return one.shape == other.shape
-        return bool(((one == other) | ((one != one) & (other != other))).all())  # noqa: PLR0124 - NaN
+        return one.shape == other.shape and _has_same_values(local_tensor(one), local_tensor(other))
     if isinstance(one, Mapping | list | tuple | deque):
         if (id(one), id(other)) in done:
             return True
@@ -88,6 +100,13 @@ def is_same(one: Any, other: Any, done: dict[tuple[int, int], Any] | None = None
             pairs = zip(one, other, strict=False)
             return len(one) == len(other) and all(is_same(first, second, done) for first, second in pairs)
     return one is other or type(one) not in _COMPARED or bool(one == other or (one != one and other != other))  # noqa: PLR0124
+
+
+def _has_same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return True if two tensors are equal, or cannot be compared. Of DTensors, local shards are compared."""
+    if one.shape != other.shape or one.layout is not torch.strided or one.is_nested:
+        return one.shape == other.shape
+    return bool(((one == other) | ((one != one) & (other != other))).all())  # noqa: PLR0124 - NaN
 
 
 def copy_state(value: Any, done: dict[int, Any] | None = None) -> Any:

@@ -58,22 +58,6 @@ def is_dtensor(tensor: torch.Tensor) -> bool:
     return may_be_sharded(type(tensor)) and _kind_of(type(tensor)) == "dtensor"
 
 
-def match_dtensor(live: torch.Tensor, given: Any) -> Any:
-    """Return `given` as a DTensor like `live`, if that is a replicated DTensor. Rank-local; issues no collectives.
-
-    Args:
-        live: a live tensor.
-        given: what to load into it. Returned unchanged if it is no plain tensor of the same shape.
-    """
-    if not is_dtensor(live) or describe_shard(live) is not None:
-        return given
-    if not isinstance(given, torch.Tensor) or is_dtensor(given) or given.shape != live.shape:
-        return given
-    it: Any = live
-    local = given.detach().to(it._local_tensor.device)  # noqa: SLF001 - to_local() returns a new tensor
-    return type(it).from_local(local, it.device_mesh, it.placements, run_check=False)
-
-
 def describe_shard(tensor: torch.Tensor) -> str | None:
     """Return a phrase that describes a sharded tensor; None if this rank holds all of it. Rank-local.
 

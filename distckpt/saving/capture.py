@@ -77,17 +77,12 @@ def capture(
             obj = unwrap(obj)
             if _is_sharded_optimizer(obj) and rank != save_on_rank:
                 return {}
-            refuse_sharded_object(name, obj, save_on_rank=save_on_rank)
+            refuse_sharded_object(name, obj, save_on_rank)
             state = obj.state_dict()
         return plain_state(state, f"to_save[{name!r}]")
 
     captured: dict[str, Any] = map_named(state_of, dict(to_save))
     return captured
-
-
-def refuse_sharded(to_load: Mapping[str, Any]) -> None:
-    """Raise ShardedStateError if an object to load into holds sharded tensors. Rank-local; issues no collectives."""
-    map_named(lambda name, obj: refuse_sharded_object(name, unwrap(obj)), dict(to_load))
 
 
 def consolidate(to_save: Mapping[str, Any], *, save_on_rank: int) -> dict[int, Any]:

@@ -16,6 +16,7 @@ from torch import nn
 
 from distckpt import Checkpoint, CorruptCheckpointError, DiskSaver, PartialLoadError
 from distckpt.loading.inplace import InplaceTarget, drop_overlapping, read_into
+from distckpt.loading.part_reads import TensorPart
 from distckpt.ptformat.reader import OpenCheckpoint
 from tests.unit.loading.test_dry_run import KINDS, bits, other_state
 from tests.unit.toys import Notebook, Refuses, equal, linear, snapshot
@@ -404,7 +405,11 @@ def test_targets_that_share_memory_exclude_each_other() -> None:
     base = torch.zeros(10)
 
     def target(live: torch.Tensor, offset: int | None) -> InplaceTarget:
-        return InplaceTarget((), live, live.stride(), live.dtype, offset)
+        ranges = [[(0, len(live))]]
+        if offset is None:
+            return InplaceTarget((), live, None)
+        part = TensorPart(live, ranges, live.shape, live.stride(), live.dtype, offset, is_row_major=True)
+        return InplaceTarget((), live, part)
 
     first, same, part, apart = target(base[:4], 8), target(base[:4], 8), target(base[2:5], 16), target(base[6:], 32)
     assert drop_overlapping([first, same, apart]) == [first, same, apart]
