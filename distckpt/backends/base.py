@@ -142,6 +142,23 @@ class Backend(ABC):
         Lengths may differ between ranks. `num_bytes`, the same on every rank, is not less than any of them.
         """
 
+    def exchange_host(
+        self, parts: Sequence[bytes | bytearray], num_received: Sequence[int], *, what: object, timeout_s: float | None
+    ) -> list[memoryview]:
+        """Collective. Send bytes to each rank, and return what each rank has sent to this one.
+
+        Args:
+            parts: for each rank.
+            num_received: number of bytes from each rank.
+            what: see :class:`Backend`.
+            timeout_s: see :class:`Backend`.
+
+        Raises:
+            NotImplementedError: the runtime cannot do it.
+        """
+        msg = f"the backend {self.name} cannot exchange bytes between ranks"
+        raise NotImplementedError(msg)
+
     @abstractmethod
     def reduce_tensor(self, tensor: torch.Tensor, op: TensorOp) -> torch.Tensor:
         """Collective. Reduce a tensor of any shape on its device; return a new one."""

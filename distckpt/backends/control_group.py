@@ -9,6 +9,7 @@ meanwhile: the first outcome, "done" or "aborted", that a rank writes to the key
 
 import atexit
 import contextlib
+import itertools
 import os
 import time
 import weakref
@@ -151,6 +152,22 @@ class ControlGroup:
         if mine.numel():
             self.run(lambda transport: transport.gather(result, mine, timeout_s), what=what, timeout_s=timeout_s)
         return [from_bytes(chunk, tensor) for chunk in result]
+
+    def exchange(
+        self, parts: Sequence[bytes | bytearray], num_received: Sequence[int], *, what: object, timeout_s: float
+    ) -> list[memoryview]:
+        """Collective. Send a part to each rank; return what each rank has sent."""
+        num_sent = [len(part) for part in parts]
+        memory = bytearray(sum(num_received) + 1)  # torch takes no empty buffer
+        mine = torch.frombuffer(bytearray().join((*parts, b"\0")), dtype=torch.uint8)[:-1]
+        result = torch.frombuffer(memory, dtype=torch.uint8)[:-1]
+        self.run(
+            lambda transport: transport.exchange(result, mine, num_received, num_sent, timeout_s),
+            what=what,
+            timeout_s=timeout_s,
+        )
+        data, ends = memoryview(memory), itertools.accumulate(num_received)
+        return [data[end - num_bytes : end] for end, num_bytes in zip(ends, num_received, strict=True)]
 
     def broadcast(self, tensor: torch.Tensor, src: int, *, what: object, timeout_s: float) -> torch.Tensor:
         """Collective. Return the CPU tensor of rank `src`, as a new one."""

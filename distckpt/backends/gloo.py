@@ -68,6 +68,17 @@ class GlooTransport(Transport):
         options.rootTensor = 0
         return self._track(self._group.broadcast([result], _limited(options, timeout_s)))
 
+    def exchange(
+        self,
+        result: torch.Tensor,
+        mine: torch.Tensor,
+        num_received: Sequence[int],
+        num_sent: Sequence[int],
+        timeout_s: float,
+    ) -> Any:
+        options = _limited(c10d.AllToAllOptions(), timeout_s)
+        return self._track(self._group.alltoall_base(result, mine, list(num_received), list(num_sent), options))
+
     def start_max(self, values: list[int], timeout_s: float) -> TensorMaxWork:
         result = torch.tensor(values)
         return TensorMaxWork(self.reduce(result, "MAX", timeout_s), result)

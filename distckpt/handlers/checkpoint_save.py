@@ -40,6 +40,7 @@ from distckpt.ptformat.records import read_record
 from distckpt.saving import protocol
 from distckpt.saving.capture import capture, consolidate, find_optimizer_storages, find_replicas, refuse_unconsolidated
 from distckpt.saving.pending_save import PendingSave
+from distckpt.saving.shards import Shards
 from distckpt.storage.written_files import WrittenFiles
 
 _logger = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ class CheckpointSave:
     agreed: AgreedSave = field(init=False)
     decision: SaveDecision = field(init=False)
     _gathered: dict[int, Any] = field(default_factory=dict)
+    _shards: Shards | None = None  # where sharded tensors are saved
     _problems: list[str] = field(default_factory=list)
     _orphans: tuple[str, ...] = ()
 
@@ -207,6 +209,7 @@ class CheckpointSave:
         own, written, version = self.find_own_files(get_firing_engines()), self._watch_writes(), self.history.version
         filename, rank, step = self.decision.filename, self.backend.rank, self.sync_point("").step
         evicted, agreed = self.decision.evicted, self.agreed
+        self._shards = shards = Shards(rank, self.backend.world_size)
         pending = protocol.start_save(
             self.backend,
             self.sync_point,
@@ -223,6 +226,8 @@ class CheckpointSave:
             remove_replaced=(lambda: protocol.remove_local(evicted, lambda name: self._remove_stored(name, own, saver)))
             if removes_at_commit
             else None,
+            shards=shards,
+            shard_writers=saver.shard_writers(self.backend, timeout_s=self.handler.timeout_s),
             annotate=lambda error: protocol.add_context(error, rank, step, filename, agreed.intent.history),
             in_background=saver.background,
             timeout_s=self.handler.timeout_s,
@@ -294,7 +299,11 @@ class CheckpointSave:
     def _capture(self) -> dict[str, Any]:
         gathered, self._gathered = self._gathered, {}  # a background save must not keep it in memory
         checkpoint = capture(
-            self.handler.to_save, rank=self.backend.rank, save_on_rank=self.agreed.coordinator, gathered=gathered
+            self.handler.to_save,
+            rank=self.backend.rank,
+            save_on_rank=self.agreed.coordinator,
+            gathered=gathered,
+            shards=self._shards,
         )
         if self.handler.include_self:
             checkpoint["checkpointer"] = OrderedDict(_saved=list(self.decision.kept))

@@ -31,7 +31,7 @@ from distckpt.saving.protocol import StillNeeded
 from distckpt.saving.rank_writer import RankWriter, write_file
 from distckpt.saving.snapshot import WHOLE
 from distckpt.saving.staging import HostMemory, thread_memory
-from distckpt.saving.writer_group import WriterCache, WriterGroup, find_writers
+from distckpt.saving.writer_group import ShardWriters, WriterCache, WriterGroup, find_writers
 from distckpt.storage.local import LocalFile, LocalStorage, make_directory
 from distckpt.storage.written_files import identity_of
 
@@ -134,7 +134,7 @@ class DiskSaver(BaseSaveHandler):
         self.overlap_copy = bool(overlap_copy)
         self._atomic = bool(atomic)
         self._memory = HostMemory() if own_memory else None
-        self._writers = WriterCache()
+        self._writers, self._shard_writers = WriterCache(), WriterCache()
         self._unloadable: set[str] = set()  # files written here that loading refuses
         self._kept = frozenset[tuple[int, int]]()
         self._key = ""
@@ -324,6 +324,10 @@ class DiskSaver(BaseSaveHandler):
                 self._writers.put(backend, self.storage, self.save_on_rank, found)
             ranks = found
         return WriterGroup(ranks=ranks, check_replicas=self.check_replicas)
+
+    def shard_writers(self, backend: Backend, *, timeout_s: float | None) -> ShardWriters:
+        """Rank-local. Return what finds the ranks that write sharded tensors."""
+        return ShardWriters(backend, self.storage, self.save_on_rank, self._shard_writers, timeout_s)
 
     def make_writer(
         self, backend: Backend, filename: str, manifest: Manifest, group: WriterGroup, key: str = ""

@@ -16,7 +16,7 @@ from distckpt.coordination.phases import SyncPoint
 from distckpt.policy.decision import RemovalOrder, SaveDecision
 from distckpt.ptformat.manifest import Manifest
 from distckpt.saving.rank_writer import RankWriter
-from distckpt.saving.writer_group import WriterGroup
+from distckpt.saving.writer_group import ShardWriters, WriterGroup
 from distckpt.storage.base import Storage
 
 WhenBusy = Literal["wait", "skip"]
@@ -111,6 +111,9 @@ class StorageSaver(Protocol):
         self, backend: Backend, sync_point: Callable[[str], SyncPoint], *, is_known: bool, timeout_s: float | None
     ) -> WriterGroup:
         """Return the ranks that write. Collective unless `is_known`."""
+
+    def shard_writers(self, backend: Backend, *, timeout_s: float | None) -> ShardWriters:
+        """Rank-local. Return what finds the ranks that write sharded tensors."""
 
     def make_writer(
         self, backend: Backend, filename: str, manifest: Manifest, group: WriterGroup, key: str = ""

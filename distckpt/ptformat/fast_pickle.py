@@ -15,6 +15,8 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
+from distckpt.ptformat.sharded import TensorShard
+
 TYPES: Final[Mapping[torch.dtype, Any]] = {
     torch.float64: torch.DoubleStorage,
     torch.float32: torch.FloatStorage,
@@ -89,7 +91,7 @@ class PlainPickle(NamedTuple):
 
     Attributes:
         data: the pickle.
-        storages: the live storages, by number; each once.
+        storages: the live storages, in the order of their numbers; each once.
         tensors: name, form and number of the storage of each tensor.
         walk: what was read of the state.
     """
@@ -100,8 +102,12 @@ class PlainPickle(NamedTuple):
     walk: "PlainWalk"
 
 
-def pickle_plain(state: Any) -> PlainPickle:
+def pickle_plain(state: Any, num_shards: int = 0) -> PlainPickle:
     """Pickle a plain state by protocol 2. Rank-local; issues no collectives.
+
+    Args:
+        state: to pickle.
+        num_shards: number of the first storage; the numbers below are those of sharded tensors.
 
     Raises:
         NotPlain: it is not plain.
@@ -112,7 +118,7 @@ def pickle_plain(state: Any) -> PlainPickle:
         >>> len(pickled.storages), [name for name, _, _ in pickled.tensors]
         (1, ['a'])
     """
-    walk = PlainWalk()
+    walk = PlainWalk(num_shards)
     walk.put(state, "", 0)
     tensors = zip(walk.names, walk.forms, walk.numbers, strict=True)
     return PlainPickle(join_parts(walk.out), walk.storages, tensors, walk)
@@ -141,10 +147,13 @@ class PlainWalk:
 
     IMPORTANT: whatever it reads of a state is compared by :mod:`distckpt.ptformat.state_form` too.
 
+    Args:
+        num_shards: number of the first storage.
+
     Attributes:
         out: the pickle in parts, see :func:`join_parts`.
         scalars_at: for each number and text that is no key, the index of its bytes in `out`.
-        storages: the live storages, by number; each once.
+        storages: the live storages, in the order of their numbers; each once.
         names: of the tensors.
         forms: of the tensors, for the manifest.
         numbers: of the tensors' storages.
@@ -152,7 +161,8 @@ class PlainWalk:
             device unless it is the CPU, offset, shape, strides, requires_grad. Tensors of one form share it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_shards: int = 0) -> None:
+        self._num_shards = num_shards
         self.out: list[bytes] = []
         self.scalars_at: list[int] = []
         self.storages: list[torch.UntypedStorage] = []
@@ -184,6 +194,8 @@ class PlainWalk:
                 self.out.append(_APPEND_ITEMS)
         elif kind is tuple:
             self._put_tuple(value, path, level)
+        elif kind is TensorShard:
+            self._put_shard(value, path)
         else:
             self.scalars_at.append(len(self.out))
             self.out.append(scalar_bytes(value))
@@ -250,7 +262,7 @@ class PlainWalk:
         identity = storage._cdata  # noqa: SLF001 - torch's identity of a storage
         number = self._numbers.get(identity)
         if number is None:
-            number = self._numbers[identity] = len(self.storages)
+            number = self._numbers[identity] = self._num_shards + len(self.storages)
             self.storages.append(storage)
         at = storage.data_ptr()
         if self._dtypes.setdefault(at, dtype) is not dtype and at != 0:
@@ -259,6 +271,17 @@ class PlainWalk:
         shape, offset = tensor.shape, int(tensor.storage_offset())
         device = None if tensor.is_cpu else tensor.device
         form = (dtype, storage.nbytes(), device, offset, shape, tensor.stride(), tensor.requires_grad)
+        self._put_form(form, storage, number, path)
+
+    def _put_shard(self, shard: TensorShard, path: str) -> None:
+        if shard.dtype not in TYPES or shard.is_parameter or id(shard) in self._seen:
+            raise NotPlain
+        self._seen.add(id(shard))
+        form = (shard.dtype, shard.num_bytes, None, 0, shard.shape, shard.strides, shard.requires_grad)
+        self._put_form(form, None, shard.number, path)
+
+    def _put_form(self, form: _TensorForm, storage: torch.UntypedStorage | None, number: int, path: str) -> None:
+        dtype, _, _, offset, shape, _, _ = form
         found = self._forms.get(form)
         if found is None:
             # Twice: the first tensor writes its parts in full, and later ones refer to them.
@@ -279,11 +302,11 @@ class PlainWalk:
         shape: tuple[int, ...],
         stride: tuple[int, ...],
         requires_grad: bool,  # noqa: FBT001 - a field of a form
-        storage: torch.UntypedStorage,
+        storage: torch.UntypedStorage | None,
     ) -> tuple[bytes, bytes]:
         """Return a tensor's bytes before and after the number of its storage."""
         kind = TYPES[dtype]
-        location = "cpu" if device is None else torch.serialization.location_tag(storage)
+        location = "cpu" if device is None or storage is None else torch.serialization.location_tag(storage)
         before = (
             self._global("torch._utils", "_rebuild_tensor_v2")
             + _MARK + _MARK + self._text_once("storage") + self._global(kind.__module__, kind.__name__)

@@ -12,7 +12,7 @@ import math
 import pickle
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,15 @@ import torch
 from distckpt.errors import ShardedStateError
 from distckpt.ptformat.fast_pickle import TYPES, Form, NotPlain, PlainWalk, TensorLocation, is_plain, pickle_plain
 from distckpt.ptformat.loadable import CALLED, RefusedObject, find_refused
-from distckpt.ptformat.sharded import as_whole, describe_shard, find_paths, key_to_text, may_be_sharded, sharded_error
+from distckpt.ptformat.sharded import (
+    TensorShard,
+    as_whole,
+    describe_shard,
+    find_paths,
+    key_to_text,
+    may_be_sharded,
+    sharded_error,
+)
 from distckpt.ptformat.storage_facts import StorageFacts
 
 PLAIN_PROTOCOL = 2
@@ -38,7 +46,7 @@ class PickledState:
 
     Attributes:
         data: the pickle.
-        storages: the live storages, by number; each once.
+        storages: the live storages, in the order of their numbers; each once.
         forms: name, form and number of the storage of each tensor in nested mappings and sequences.
         refused: the first objects that loading will refuse; empty if there are none.
         walk: what was read of a plain state; None for others.
@@ -64,15 +72,19 @@ class PickledState:
             yield TensorLocation(name, text, shape, number, begin_bytes, num_bytes)
 
 
-def pickle_state(state: Any, *, protocol: int = 2) -> PickledState:
+def pickle_state(
+    state: Any, *, protocol: int = 2, num_shards: int = 0, shards: Mapping[int, TensorShard] | None = None
+) -> PickledState:
     """Pickle `state` so that ``torch.load`` returns what it would return from ``torch.save``'s. Rank-local.
 
     Args:
         state: to pickle.
         protocol: of the pickle; ``torch.load(weights_only=True)`` reads 2 only.
+        num_shards: number of the first storage; the numbers below are those of sharded tensors.
+        shards: what stands for sharded tensors, by their ids, where the state still holds the tensors themselves.
 
     Raises:
-        ShardedStateError: it holds a tensor of which this rank has a shard.
+        ShardedStateError: it holds another tensor of which this rank has a shard.
         RuntimeError: two storages view the same memory as different types.
         Exception: the error of a user's object that cannot be pickled.
 
@@ -83,21 +95,23 @@ def pickle_state(state: Any, *, protocol: int = 2) -> PickledState:
     """
     if protocol == PLAIN_PROTOCOL:
         with contextlib.suppress(NotPlain):
-            data, storages, forms, walk = pickle_plain(state)
+            data, storages, forms, walk = pickle_plain(state, num_shards)
             return PickledState(data, tuple(storages), tuple(forms), walk=walk)
-    return pickle_like_torch(state, protocol=protocol)
+    return pickle_like_torch(state, protocol=protocol, num_shards=num_shards, shards=shards)
 
 
-def pickle_like_torch(state: Any, *, protocol: int = 2) -> PickledState:
+def pickle_like_torch(
+    state: Any, *, protocol: int = 2, num_shards: int = 0, shards: Mapping[int, TensorShard] | None = None
+) -> PickledState:
     """Pickle `state` to the bytes of ``torch.save``; else as :func:`pickle_state` does."""
     buffer = io.BytesIO()
-    pickler = _Pickler(buffer, protocol)
+    pickler = _Pickler(buffer, protocol, num_shards, shards or {})
     with name_sharded_tensor(state):
         pickler.dump(state)
     data = buffer.getvalue()
     kinds, called = pickler.kinds.values(), pickler.called.values()
     refused = find_refused(state, data, kinds=kinds, called=called, protocol=protocol)
-    return PickledState(data, tuple(pickler.storages), tuple(_named(state, pickler.numbers)), refused)
+    return PickledState(data, tuple(pickler.storages), tuple(_named(state, pickler.numbers, shards or {})), refused)
 
 
 @contextlib.contextmanager
@@ -129,8 +143,10 @@ class _Storage:
 
 
 class _Pickler(pickle.Pickler):
-    def __init__(self, buffer: io.BytesIO, protocol: int) -> None:
+    def __init__(self, buffer: io.BytesIO, protocol: int, num_shards: int, shards: Mapping[int, TensorShard]) -> None:
         super().__init__(buffer, protocol)
+        self._num_shards = num_shards
+        self._shards = shards
         self.storages: list[torch.UntypedStorage] = []
         self.numbers: dict[int, str] = {}  # torch's identity of a storage -> its number
         self.kinds: dict[int, type] = {}  # types without opcodes of their own
@@ -157,11 +173,9 @@ class _Pickler(pickle.Pickler):
         if kind is OrderedDict and not obj and not vars(obj):  # each tensor has one, for hooks
             return OrderedDict, ()
         if kind is not torch.Tensor:
-            if may_be_sharded(kind):
-                plain: Any = as_whole(obj)
-                if plain is not obj:
-                    found = self.reducer_override(plain)
-                    return plain.__reduce_ex__(PLAIN_PROTOCOL) if found is NotImplemented else found
+            found = self._reduce_sharded(obj, kind)
+            if found is not None:
+                return found
             if isinstance(obj, CALLED):
                 self.called[id(obj)] = obj
             else:
@@ -183,6 +197,20 @@ class _Pickler(pickle.Pickler):
         )
         return torch._utils._rebuild_tensor_v2, args  # noqa: SLF001 - the name that every .pt file calls
 
+    def _reduce_sharded(self, obj: Any, kind: type) -> Any:
+        """Return how a sharded or replicated tensor is pickled; None for other objects."""
+        if kind is TensorShard:
+            return _reduce_shard(obj)
+        if not may_be_sharded(kind):
+            return None
+        if id(obj) in self._shards:
+            return _reduce_shard(self._shards[id(obj)])
+        plain: Any = as_whole(obj)
+        if plain is obj:
+            return None
+        found = self.reducer_override(plain)
+        return plain.__reduce_ex__(PLAIN_PROTOCOL) if found is NotImplemented else found
+
     def _pid_of(self, storage: torch.UntypedStorage, dtype: torch.dtype, kind: Any, numel: int) -> tuple[Any, ...]:
         device = storage.device
         if device.type != "meta":
@@ -193,13 +221,29 @@ class _Pickler(pickle.Pickler):
         identity = storage._cdata  # noqa: SLF001 - torch's identity of a storage
         key = self.numbers.get(identity)
         if key is None:
-            key = self.numbers[identity] = str(len(self.numbers))
+            key = self.numbers[identity] = str(self._num_shards + len(self.numbers))
             self.storages.append(storage)
         location = "cpu" if device.type == "cpu" else torch.serialization.location_tag(storage)
         return ("storage", kind, key, location, numel)
 
 
-def _named(state: Any, numbers: Mapping[int, str]) -> Iterator[tuple[str, Form, int]]:
+def _reduce_shard(shard: TensorShard) -> tuple[Any, ...]:
+    """Return how a sharded tensor is pickled: as the whole tensor would be."""
+    if shard.is_parameter:
+        rebuild: Any = torch._utils._rebuild_parameter  # noqa: SLF001 - the name that every .pt file calls; below too
+        return rebuild, (replace(shard, is_parameter=False), shard.requires_grad, OrderedDict())
+    kind = TYPES.get(shard.dtype)
+    numel = shard.num_bytes if kind is None else math.prod(shard.shape)
+    pid = ("storage", torch.UntypedStorage if kind is None else kind, str(shard.number), "cpu", numel)
+    args: tuple[Any, ...] = (_Storage(pid), 0, shard.shape, shard.strides, shard.requires_grad, OrderedDict())
+    if kind is None:
+        return torch._utils._rebuild_tensor_v3, (*args, shard.dtype)  # noqa: SLF001
+    return torch._utils._rebuild_tensor_v2, args  # noqa: SLF001
+
+
+def _named(
+    state: Any, numbers: Mapping[int, str], shards: Mapping[int, TensorShard]
+) -> Iterator[tuple[str, Form, int]]:
     """Yield name, form and number of the storage of the tensors.
 
     A user's object may raise anything when its keys, shape or storage are read. It is saved, but has no names.
@@ -209,7 +253,10 @@ def _named(state: Any, numbers: Mapping[int, str]) -> Iterator[tuple[str, Form, 
     while todo:
         path, item, level = todo.pop()
         try:
-            if isinstance(item, torch.Tensor):
+            shard = item if isinstance(item, TensorShard) else shards.get(id(item))
+            if shard is not None:
+                yield path, Form(shard.dtype, shard.shape, 0), shard.number
+            elif isinstance(item, torch.Tensor):
                 form, storage = _form_of(item)
                 if storage in numbers:
                     yield path, form, int(numbers[storage])
@@ -220,7 +267,7 @@ def _named(state: Any, numbers: Mapping[int, str]) -> Iterator[tuple[str, Form, 
                 todo += [
                     (f"{lead}{key_to_text(key)}", value, level + 1)
                     for key, value in reversed(pairs)
-                    if isinstance(value, torch.Tensor | dict | list | tuple)
+                    if isinstance(value, torch.Tensor | TensorShard | dict | list | tuple)
                 ]
         except Exception:  # noqa: BLE001, S112 - see above
             continue

@@ -6,9 +6,11 @@ None of the tensor types is imported: a type that no module has defined yet has 
 import contextlib
 import copyreg
 import functools
+import math
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -16,9 +18,46 @@ from torch import nn
 
 from distckpt.errors import ShardedStateError
 
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorShard:
+    """Stands in a state for a sharded tensor. The file holds the whole tensor, row by row.
+
+    Attributes:
+        number: of its record; the first sharded tensor of a state has 0. Tensors of one storage have one number.
+        dtype: of the elements.
+        shape: of the whole tensor.
+        requires_grad: as the tensor's.
+        is_parameter: whether the tensor is an ``nn.Parameter``.
+    """
+
+    number: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    requires_grad: bool = False
+    is_parameter: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of the whole tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Strides of the whole tensor, in elements."""
+        return row_major_strides(self.shape)
+
+
+@functools.lru_cache(maxsize=1024)
+def row_major_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides of a contiguous tensor, in elements."""
+    return tuple(math.prod(max(size, 1) for size in shape[dim + 1 :]) for dim in range(len(shape)))
+
+
 HINT: Final = (
-    "Sharded state cannot be saved or loaded yet. Use an object whose state_dict() and load_state_dict() handle the "
-    "whole state, by torch.distributed.checkpoint.state_dict with StateDictOptions(full_state_dict=True), or by "
+    "DTensors of shards and replicas are saved by distckpt.save, and by a Checkpoint with a DiskSaver. For others use "
+    "an object whose state_dict() and load_state_dict() handle the whole state, by "
+    "torch.distributed.checkpoint.state_dict with StateDictOptions(full_state_dict=True), or by "
     "FullyShardedDataParallel's FULL_STATE_DICT."
 )
 _FLAT: Final = "_fsdp_flattened"

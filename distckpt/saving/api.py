@@ -36,8 +36,9 @@ from distckpt.saving.capture import (
 from distckpt.saving.pending_save import WRITE_TIMEOUT_S, PendingSave
 from distckpt.saving.protocol import start_save
 from distckpt.saving.rank_writer import RankWriter
+from distckpt.saving.shards import Shards
 from distckpt.saving.staging import thread_memory
-from distckpt.saving.writer_group import WriterGroup, find_writers
+from distckpt.saving.writer_group import ShardWriters, WriterGroup, find_writers
 from distckpt.storage.local import LocalStorage
 
 ShareWrite = Literal["node", "world"] | None
@@ -225,9 +226,10 @@ def _start(
         )
     group = WriterGroup(ranks=ranks, check_replicas=bool(check_replicas))
     gathered: dict[int, Any] = {}
+    shards = Shards(backend.rank, backend.world_size)
 
     def capture_state() -> Any:
-        state = capture(objects, rank=backend.rank, save_on_rank=save_on_rank, gathered=gathered)
+        state = capture(objects, rank=backend.rank, save_on_rank=save_on_rank, gathered=gathered, shards=shards)
         return next(iter(state.values())) if len(state) == 1 else state
 
     def make_writer() -> RankWriter:
@@ -260,6 +262,8 @@ def _start(
         make_writer=make_writer,
         group=group,
         remove_replaced=None,
+        shards=shards,
+        shard_writers=ShardWriters(backend, storage, save_on_rank, timeout_s=timeout_s),
         annotate=functools.partial(_annotate, backend.rank, step, target, answers[save_on_rank]["exists"]),
         in_background=in_background,
         timeout_s=timeout_s,

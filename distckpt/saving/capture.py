@@ -10,8 +10,16 @@ from torch import nn
 
 from distckpt._unwrap import unwrap, unwrap_once
 from distckpt._values import has_python_value, is_numpy_scalar
-from distckpt.ptformat.sharded import as_whole, describe_shard, may_be_sharded, sharded_error
+from distckpt.ptformat.sharded import (
+    TensorShard,
+    as_whole,
+    describe_shard,
+    key_to_text,
+    may_be_sharded,
+    sharded_error,
+)
 from distckpt.saving.sharded_objects import refuse_sharded_object
+from distckpt.saving.shards import Shards
 from distckpt.saving.staging import has_step_hook
 
 _PLAIN = frozenset({torch.Tensor, str, int, float, bool, type(None)})
@@ -51,7 +59,12 @@ def check_objects(tree: Any, method: str) -> None:
 
 
 def capture(
-    to_save: Mapping[str, Any], *, rank: int, save_on_rank: int, gathered: Mapping[int, Any] | None = None
+    to_save: Mapping[str, Any],
+    *,
+    rank: int,
+    save_on_rank: int,
+    gathered: Mapping[int, Any] | None = None,
+    shards: Shards | None = None,
 ) -> dict[str, Any]:
     """Call ``state_dict()`` on every object. All ranks.
 
@@ -60,13 +73,15 @@ def capture(
         rank: this rank.
         save_on_rank: the coordinator. Other ranks get ``{}`` for a ZeroRedundancyOptimizer.
         gathered: what :func:`consolidate` returned; None if it was not called.
+        shards: takes sharded tensors; None to refuse them.
 
     Returns:
         The same tree with states in place of objects. Its tensors are the live ones. Replicated DTensors are replaced
-        by plain tensors, NumPy scalars by Python's: ``torch.load(weights_only=True)`` refuses them.
+        by plain tensors, sharded ones by :class:`~distckpt.ptformat.sharded.TensorShard`, NumPy scalars by Python's:
+        ``torch.load(weights_only=True)`` refuses them.
 
     Raises:
-        ShardedStateError: an object or its state is sharded.
+        ShardedStateError: an object or its state is sharded in a way that cannot be saved.
     """
     known = gathered or {}
 
@@ -79,7 +94,7 @@ def capture(
                 return {}
             refuse_sharded_object(name, obj, save_on_rank)
             state = obj.state_dict()
-        return plain_state(state, f"to_save[{name!r}]")
+        return plain_state(state, f"to_save[{name!r}]", shards=shards)
 
     captured: dict[str, Any] = map_named(state_of, dict(to_save))
     return captured
@@ -220,13 +235,16 @@ def _has_fsdp(obj: Any) -> bool:
     return any(isinstance(module, fsdp.FullyShardedDataParallel) for module in obj.modules())
 
 
-def plain_state(state: Any, where: str = "the state", *, convert_numpy: bool = True) -> Any:
+def plain_state(
+    state: Any, where: str = "the state", *, convert_numpy: bool = True, shards: Shards | None = None
+) -> Any:
     """Replace fully replicated DTensors by plain tensors, and NumPy scalars by Python's.
 
     Args:
         state: the state of one object.
         where: name of the state, for messages.
         convert_numpy: whether NumPy scalars are replaced.
+        shards: takes sharded tensors, which are replaced too; None to refuse them.
 
     Returns:
         The state. Containers in which nothing is replaced are returned as they are.
@@ -234,7 +252,9 @@ def plain_state(state: Any, where: str = "the state", *, convert_numpy: bool = T
     Raises:
         ShardedStateError: the state holds a tensor of which this rank has a shard.
     """
-    return _Replacement(where, convert_numpy=convert_numpy).of(state, ()) if _may_need_replacement(state) else state
+    if not _may_need_replacement(state):
+        return state
+    return _Replacement(where, convert_numpy=convert_numpy, shards=shards).of(state, ())
 
 
 def _may_need_replacement(state: Any) -> bool:
@@ -267,8 +287,9 @@ def _may_need_replacement(state: Any) -> bool:
 class _Replacement:
     """One walk over a state. A tensor that it holds twice is replaced by one tensor."""
 
-    def __init__(self, where: str, *, convert_numpy: bool) -> None:
+    def __init__(self, where: str, *, convert_numpy: bool, shards: Shards | None) -> None:
         self._where = where
+        self._shards = shards
         self._convert_numpy = convert_numpy
         self._tensors: dict[int, torch.Tensor] = {}
         self._done: dict[int, tuple[Any, Any]] = {}  # container and replacement, by the container's id
@@ -309,10 +330,13 @@ class _Replacement:
             return kind(items)
         return kind._make(items) if hasattr(kind, "_make") else state  # a named tuple; the pickler converts others
 
-    def _tensor(self, tensor: torch.Tensor, path: tuple[Any, ...]) -> torch.Tensor:
+    def _tensor(self, tensor: torch.Tensor, path: tuple[Any, ...]) -> torch.Tensor | TensorShard:
+        at = f", key {'.'.join(map(key_to_text, path))!r}," if path else ""
+        replaced = None if self._shards is None else self._shards.replace(tensor, f"{self._where}{at}".rstrip(","))
+        if replaced is not None:
+            return replaced
         problem = describe_shard(tensor)
         if problem is not None:
-            at = f", key {'.'.join(map(str, path))!r}," if path else ""
             raise sharded_error(f"{self._where}{at}", problem)
         if id(tensor) not in self._tensors:
             self._tensors[id(tensor)] = as_whole(tensor)

@@ -39,7 +39,9 @@ from distckpt.policy.naming import printable
 from distckpt.policy.retention import Entry, History
 from distckpt.saving.pending_save import WRITE_TIMEOUT_S, PendingSave, Problems, SyncPointFactory
 from distckpt.saving.rank_writer import RankWriter
-from distckpt.saving.writer_group import WriterGroup
+from distckpt.saving.shard_exchange import ShardExchange
+from distckpt.saving.shards import Shards
+from distckpt.saving.writer_group import ShardWriters, WriterGroup
 
 _KEPT = ("history", "orphans", "former")
 """The fields of an intent that grow with the number of checkpoints. Their digest travels."""
@@ -107,6 +109,8 @@ def start_save(
     remove_replaced: Callable[[], Problems] | None,
     annotate: Callable[[SaveError], SaveError],
     in_background: bool,
+    shards: Shards,
+    shard_writers: ShardWriters,
     timeout_s: float | None,
     path: Path | None = None,
     reports_errors: bool = False,
@@ -128,6 +132,8 @@ def start_save(
         remove_replaced: removes the files that this one replaces, on the coordinator; None if the caller does it.
         annotate: adds rank, step and the intact checkpoint to an error.
         in_background: whether the state is copied to host memory before this returns.
+        shards: takes the sharded tensors of what `capture` returns.
+        shard_writers: finds the ranks that write if there are sharded tensors.
         timeout_s: seconds to wait for the other ranks; None for the default.
         path: full path of the file, for messages.
         reports_errors: whether each rank logs its errors, and warns at exit of a file that was not saved.
@@ -145,9 +151,12 @@ def start_save(
         prepared.append(writer)
         state = backend.sync_device(capture(), to_host=writer.is_coordinator or writer.is_shared)
         try:
-            return writer.prepare(state, replicas=replicas, optimizer_storages=optimizer_storages)
+            answer = writer.prepare(state, shards=shards, replicas=replicas, optimizer_storages=optimizer_storages)
         except SaveError as error:
             raise annotate(error) from error
+        if answer["shards"] is not None:
+            answer["knows_writers"] = shard_writers.is_known()
+        return answer
 
     try:
         if consolidate is not None:
@@ -160,14 +169,16 @@ def start_save(
             point = sync_point(f"comparing replicas for {filename}")
             checksums = phases.run(backend, point, writer.replica_checksums, timeout_s=write_timeout_s)
             _check_replicas(checksums, coordinator)
-        if len(writers) > 1 and len({answers[rank]["layout"] for rank in writers}) > 1:
+        exchange = ShardExchange(backend, sync_point, filename, timeout_s=write_timeout_s)
+        writers = exchange.run(writer, answers, shard_writers, coordinator) or writers
+        if len({answers[rank]["layout"] for rank in writers}) > 1:
             point = sync_point(f"comparing layouts of {filename}")
             layouts = phases.run(backend, point, writer.describe_layout, timeout_s=timeout_s)
             layout_difference = _layout_difference({rank: layouts[rank] for rank in writers}, coordinator)
-            if layout_difference is not None:
-                point = sync_point(f"staging all of {filename}")
-                phases.run(backend, point, writer.write_alone, timeout_s=write_timeout_s)
-                writers = (coordinator,)
+        if layout_difference is not None:
+            point = sync_point(f"staging all of {filename}")
+            phases.run(backend, point, writer.write_alone, timeout_s=write_timeout_s)
+            writers = (coordinator,)
     except BaseException:
         for writer in prepared:
             writer.abort()

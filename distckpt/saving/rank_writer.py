@@ -22,6 +22,7 @@ from distckpt.ptformat.manifest import Manifest
 from distckpt.ptformat.reader import find_refused_names
 from distckpt.ptformat.torch_format import uses_default_format, write_pt
 from distckpt.ptformat.verify import check_whole
+from distckpt.saving.shards import Shards
 from distckpt.saving.snapshot import WHOLE, Checksums, ExchangeChecksums, Snapshot, WriteRange
 from distckpt.saving.staging import HostMemory
 from distckpt.storage.base import NewFile, Storage
@@ -82,6 +83,7 @@ class RankWriter:
         self._snapshot: Snapshot | None = None
         self._file: NewFile | None = None
         self._has_memory = False
+        self._staging_error: BaseException | None = None
 
     @property
     def is_shared(self) -> bool:
@@ -97,19 +99,22 @@ class RankWriter:
         self,
         state: Any,
         *,
+        shards: Shards | None = None,
         replicas: Callable[[], Collection[int]] = frozenset,
         optimizer_storages: Callable[[], Mapping[int, str]] = dict,
     ) -> dict[str, Any]:
-        """Run step 1.
+        """Run step 1. With sharded tensors, :meth:`gather_shards` and :meth:`stage_shards` have to follow.
 
         Args:
             state: what ``torch.save`` takes.
+            shards: its sharded tensors; None if there are none.
             replicas: returns the identities of the storages that are equal on all ranks.
             optimizer_storages: returns the identities of the storages that only an optimizer's step changes, and the
                 types of their devices.
 
         Returns:
-            What other ranks need if several write the file: ``layout``, the image's digest. On the coordinator also
+            What other ranks need: ``shards``, the digest of the sharded tensors, and ``homes``, the ranks of those on
+            one rank. If several ranks write the file also ``layout``, the image's digest, and on the coordinator
             ``file_token``, by which they join the file, and ``save_id``, which is unique.
 
         Raises:
@@ -117,32 +122,82 @@ class RankWriter:
             SaveError: the storage failed.
             MemoryError: there is not enough host memory.
         """
-        answer: dict[str, Any] = {"layout": None, "file_token": None, "save_id": None}
-        if self._write_range is None and not self._check_replicas:
+        answer: dict[str, Any] = {"layout": None, "shards": None, "homes": [], "file_token": None, "save_id": None}
+        has_shards = shards is not None and len(shards) > 0
+        if self._write_range is None and not self._check_replicas and not has_shards:
             return answer
         snapshot = self._snapshot = Snapshot(
             state,
             write_range=self._write_range or WHOLE,
+            shards=shards,
             replicated=replicas() if self.is_shared or self._check_replicas else (),
             pickle_protocol=self._pickle_protocol,
             num_threads=self._num_threads,
             forms=self._memory.forms,
         )
-        if self._write_range is None:
+        if has_shards:
+            answer |= {"shards": snapshot.shards_digest(), "homes": shards.homes if shards is not None else []}
+        elif self._write_range is None:
             return answer
         if self.is_coordinator and snapshot.refused and self._on_refused is not None:
             self._on_refused(snapshot.refused)
         if self.in_background and not snapshot.devices.isdisjoint(self._deferred_devices):
             found = optimizer_storages()
             self._deferred = {identity for identity, device in found.items() if device in self._deferred_devices}
-        answer["layout"] = snapshot.layout_digest() if self.is_shared else None
+        answer["layout"] = snapshot.layout_digest() if self.is_shared and not has_shards else None
         if self.is_coordinator:
             self._file = self._storage.create(self.name)
-            if self.is_shared:  # else the answers of all ranks are equal
+            if self.is_shared or has_shards:  # else the answers of all ranks are equal
                 answer |= {"file_token": self._file.token, "save_id": secrets.token_hex(8)}
-        if self.in_background or self.is_shared:
+        if (self.in_background or self.is_shared) and not has_shards:
             self._stage(snapshot)
         return answer
+
+    def settle_shards(self, homes: Sequence[int]) -> None:
+        """Take the tensors of one rank from where the coordinator has them."""
+        if self._snapshot is not None:
+            self._snapshot.settle_shards(homes)
+
+    def shard_ranks(self) -> set[int]:
+        """Return the ranks that hold sharded tensors."""
+        return set() if self._snapshot is None else self._snapshot.shard_ranks()
+
+    def describe_shards(self) -> list[str]:
+        """Return phrases that must be equal on all ranks for these to write their shards."""
+        return [] if self._snapshot is None else self._snapshot.describe_shards()
+
+    def twin_checksums(self) -> list[list[Any]]:
+        """Return number, place and checksum of this rank's rows of each tensor that has twins on other ranks."""
+        return [] if self._snapshot is None else self._snapshot.twin_checksums()
+
+    def gather_shards(self, write_range: WriteRange | None, num_ranks: int) -> tuple[list[bytearray], list[int]]:
+        """Find this rank's rows of the sharded tensors. Collective where tensors are redistributed.
+
+        Args:
+            write_range: this rank's place among all writers; None if it writes nothing.
+            num_ranks: number of ranks.
+
+        Returns:
+            What each rank writes of this rank's rows, and how many bytes each rank sends to this one.
+        """
+        self._write_range = write_range
+        if write_range is None or self._snapshot is None:
+            return [bytearray() for _ in range(num_ranks)], [0] * num_ranks
+        self._bind(self._snapshot)
+        return self._snapshot.outgoing(num_ranks), self._snapshot.num_incoming(num_ranks)
+
+    def stage_shards(self, received: Sequence[memoryview]) -> None:
+        """Take what the ranks have sent; in a background save copy the rest to host memory.
+
+        Never raises: :meth:`write` raises the error, since other ranks learn of it only there.
+        """
+        try:
+            if self._write_range is not None and self._snapshot is not None:
+                self._snapshot.place_received(received)
+                if self.in_background:
+                    self._snapshot.copy_to_host()
+        except BaseException as error:  # noqa: BLE001 - an interrupt too: the other ranks go on
+            self._staging_error = error
 
     def describe_layout(self) -> list[str]:
         """Return phrases that must be equal on all writers; none if this rank writes nothing."""
@@ -161,17 +216,20 @@ class RankWriter:
             self._release_memory()
 
     def _stage(self, snapshot: Snapshot, *, whole: bool = False) -> None:
+        self._bind(snapshot, whole=whole)
+        if self.in_background:
+            snapshot.copy_to_host()
+
+    def _bind(self, snapshot: Snapshot, *, whole: bool = False) -> None:
         if not self._has_memory:
             self._memory.reserve()
             self._has_memory = True
         snapshot.wait_copied()
-        snapshot.bind_buffer(self._memory, whole=whole, deferred=self._deferred)
-        if self.in_background:
-            snapshot.copy_to_host()
+        snapshot.bind_buffer(self._memory, self._write_range, whole=whole, deferred=self._deferred)
 
     def write(
         self, file_token: str | None = None, exchange: ExchangeChecksums | None = None
-    ) -> list[tuple[int, int, int]]:
+    ) -> list[tuple[int, int, int, int]]:
         """Run step 2.
 
         Args:
@@ -181,6 +239,8 @@ class RankWriter:
         Returns:
             The range's checksums, for the coordinator's :meth:`finish`.
         """
+        if self._staging_error is not None:
+            raise self._staging_error
         if self._write_range is None or self._snapshot is None:
             return []
         snapshot = self._snapshot

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distckpt.ptformat.sharded import describe_shard, is_flat_shard, none_sharded, sharded_error
+from distckpt.ptformat.sharded import describe_shard, is_dtensor, is_flat_shard, none_sharded, sharded_error
 
 MANAGED = "_is_fsdp_managed_module"
 _FULL = "FULL_STATE_DICT"
@@ -41,6 +41,8 @@ def _refuse_optimizer(where: str, optimizer: torch.optim.Optimizer) -> None:
         if none_sharded(group["params"]):
             continue
         for index, parameter in enumerate(group["params"]):
+            if is_dtensor(parameter):  # its states are saved as what they stand for
+                continue
             if (problem := describe_shard(parameter)) is not None:
                 raise sharded_error(f"{where}, an optimizer: its parameter {index} of group {group_index}", problem)
 

@@ -7,6 +7,7 @@ coordinator then writes the tail: the pickle, the manifest and the archive's dir
 import contextlib
 import ctypes
 import functools
+import hashlib
 import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -16,19 +17,25 @@ import torch
 
 from distckpt._checksum import crc32
 from distckpt._threads import helper_threads
-from distckpt.ptformat.image import CopyItem, ImagePlan, ShardBuffer, build_tail, combine_checksums, plan_image
+from distckpt.ptformat.image import ImagePlan, ShardBuffer, build_tail, combine_checksums, plan_image
 from distckpt.ptformat.loadable import RefusedObject
 from distckpt.ptformat.manifest import Manifest, TensorEntry, to_json
 from distckpt.ptformat.pickler import PLAIN_PROTOCOL, PickledState, pickle_state
 from distckpt.ptformat.state_form import StateForms
 from distckpt.ptformat.storage_facts import StorageFacts
-from distckpt.saving.staging import HostMemory, OptimizerStepGuard, Staging, split_copies
+from distckpt.saving.rank_plan import RankPlan, Writers, plan_rank
+from distckpt.saving.shard_rows import gather_rows, place_received
+from distckpt.saving.sharding import ShardLayout
+from distckpt.saving.shards import Shards
+from distckpt.saving.staging import Copies, HostMemory, OptimizerStepGuard, Staging, split_copies
 from distckpt.storage.base import BLOCK_BYTES, NewFile
 
 _T = TypeVar("_T")
-_Records = list[tuple[int, int, int]]
+_DIGEST_BYTES = 7
+"""The ranks compare digests as numbers that fit into int64."""
+_Records = list[tuple[int, int, int, int]]
 Checksums = Sequence[Sequence[int]]
-"""Checksums of one range: (record's index, CRC-32, number of bytes) for each record in it."""
+"""Checksums of what one rank writes: (record's index, offset in it, CRC-32, number of bytes) for each record's part."""
 ExchangeChecksums = Callable[[Checksums, threading.Event], "Sequence[Checksums] | None"]
 """Publishes this rank's checksums, and returns those of the other ranks in the order of their ranges. It returns None
 if they do not arrive before the event is set, or if this rank needs none. Called on a helper thread."""
@@ -41,11 +48,24 @@ class WriteRange(NamedTuple):
         writer_index: of this rank among the writers.
         num_writers: number of ranks that write the file.
         coordinator_index: of the coordinator among the writers; its range is the image's last one.
+        ranks: the writers; needed for sharded tensors only.
     """
 
     writer_index: int
     num_writers: int
     coordinator_index: int
+    ranks: tuple[int, ...] = ()
+
+    @property
+    def writers(self) -> Writers:
+        """The ranks that write."""
+        ranks = self.ranks or tuple(range(self.num_writers))
+        return Writers(ranks, ranks[self.coordinator_index])
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        return self.writers.ranks[self.writer_index]
 
 
 WHOLE = WriteRange(0, 1, 0)
@@ -65,6 +85,7 @@ class Snapshot:
     Args:
         state: what ``torch.save`` takes.
         write_range: the range to stage and write.
+        shards: the state's sharded tensors; None if there are none.
         replicated: identities (``UntypedStorage._cdata``) of the storages that are equal on all ranks.
         pickle_protocol: version of the pickle format.
         num_threads: number of threads that copy.
@@ -76,16 +97,23 @@ class Snapshot:
         state: Any,
         *,
         write_range: WriteRange = WHOLE,
+        shards: Shards | None = None,
         replicated: Collection[int] = (),
         pickle_protocol: int = 2,
         num_threads: int = 1,
         forms: StateForms | None = None,
     ) -> None:
-        self._pickled = _pickle(state, pickle_protocol, StateForms() if forms is None else forms)
+        self._shards = Shards(0, 1) if shards is None else shards
+        first = len(self._shards)
+        if first:
+            self._pickled = pickle_state(state, protocol=pickle_protocol, num_shards=first, shards=self._shards.by_id)
+        else:
+            self._pickled = _pickle(state, pickle_protocol, StateForms() if forms is None else forms)
         self._facts = self._pickled.facts or StorageFacts.of(self._pickled.storages)
         identities = self._facts.identities if replicated else ()
-        replicas = [index for index, identity in enumerate(identities) if identity in replicated]
-        self._plan = plan_image(self._facts.sizes, replicas)
+        replicas = [number for number, identity in enumerate(identities, first) if identity in replicated]
+        sizes = [*(shard.num_bytes for shard in self._shards.tensors), *self._facts.sizes]
+        self._plan = plan_image(sizes if first else self._facts.sizes, replicas, first)
         self._replicas = frozenset(replicas)
         self._write_range = write_range
         self._num_threads = num_threads
@@ -94,6 +122,9 @@ class Snapshot:
         self._buffer: ShardBuffer | None = None
         self._staging: Staging | None = None
         self._deferred: Staging | None = None
+        self._outgoing: dict[int, bytearray] = {}  # by rank, what it writes of this rank's shards
+        self._view = memoryview(b"")
+        self._known: dict[int, tuple[int, int]] = {}  # CRC-32 and length of what was not staged, by offset
         self._guard: OptimizerStepGuard | None = None
 
     @property
@@ -109,7 +140,7 @@ class Snapshot:
     @property
     def devices(self) -> frozenset[str]:
         """Types of the devices that hold the state."""
-        return self._facts.devices
+        return self._facts.devices.union(source.device for source in self._shards)
 
     def layout_digest(self) -> int:
         """Return a digest of the image's layout. Ranks with equal digests can write one file together.
@@ -128,32 +159,95 @@ class Snapshot:
         ]
         return [*tensors, f"{self._plan.shared_end} bytes of replicas, {self._plan.end} bytes in all"]
 
+    def describe_shards(self) -> list[str]:
+        """Return phrases that must be equal on all ranks for these to write their shards into one file."""
+        return [
+            *map(str, self._shards),
+            f"{len(self._replicas)} replicas, {self._plan.shared_end} bytes up to their end",
+        ]
+
+    def shard_ranks(self) -> set[int]:
+        """Return the ranks that hold sharded tensors."""
+        return {rank for mesh in {layout.mesh for layout in self._shards.layouts} for rank in mesh.ranks}
+
+    def settle_shards(self, homes: Sequence[int]) -> None:
+        """Take the tensors of one rank from where the coordinator has them; see :meth:`Shards.settle`."""
+        self._shards.settle(homes)
+
+    def twin_checksums(self) -> list[list[Any]]:
+        """Return number, place and checksum of this rank's rows of each tensor that has twins on other ranks."""
+        twins = [(number, one) for number, one in enumerate(self._shards) if one.has_twins]
+        return [[number, one.place, one.checksum()] for number, one in twins]
+
+    def shards_digest(self) -> int:
+        """Return a digest of :meth:`describe_shards`."""
+        text = "\n".join(self.describe_shards())
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).digest(), "little")
+
     def replica_checksums(self) -> list[tuple[str, int]]:
         """Return the checksum of each storage that should be equal on all ranks, with the name of a tensor in it."""
         names = {tensor.storage: tensor.name for tensor in reversed(list(self._pickled.tensors()))}
-        storages = self._pickled.storages
-        return [(names.get(index, f"data/{index}"), _crc_of(storages[index])) for index in sorted(self._replicas)]
+        storages, first = self._pickled.storages, len(self._shards)
+        replicas = sorted(self._replicas)
+        return [(names.get(number, f"data/{number}"), _crc_of(storages[number - first])) for number in replicas]
 
-    def bind_buffer(self, memory: HostMemory, *, whole: bool = False, deferred: Collection[int] = ()) -> None:
+    def bind_buffer(
+        self,
+        memory: HostMemory,
+        write_range: WriteRange | None = None,
+        *,
+        whole: bool = False,
+        deferred: Collection[int] = (),
+    ) -> None:
         """Prepare to stage into `memory`, which the caller has reserved until the image is written.
 
         Args:
             memory: the staging memory.
+            write_range: replaces the range that the constructor got.
             whole: stage the whole image instead of this rank's range.
             deferred: identities of the storages that :meth:`copy_to_host` may copy after it has returned.
         """
+        if write_range is not None:
+            self._write_range = write_range
         if whole:
             self._write_range = WHOLE
-        begin, end = _range_of(self._plan, self._write_range)
-        storages = self._pickled.storages
-        view = memory.view(end - begin, pinned="cuda" in self.devices)
-        self._buffer = ShardBuffer(self._plan, view, begin, end)
-        copies = _copies_of(self._plan, begin, end)
+        plan, copies = _rank_plan_of(self._plan, self._shards.layouts, self._write_range)
+        view = memory.view(plan.num_bytes, pinned="cuda" in self.devices)
+        storages: list[torch.UntypedStorage] = list(self._pickled.storages)
+        if len(self._shards):
+            rows = gather_rows(self._shards, plan, copies, view)
+            storages, offsets = [*rows.storages, *storages], rows.offsets
+            copies = Copies(
+                one._replace(begin=one.begin + offsets[one.storage]) if one.storage < len(offsets) else one
+                for one in copies
+                if one.at not in rows.checksums
+            )
+            self._known, self._outgoing, self._view = rows.checksums, rows.outgoing, view
+        self._buffer = ShardBuffer(self._plan, view, plan.segments, plan.late)
         if deferred:
             is_deferred = [storage._cdata in deferred for storage in storages]  # noqa: SLF001 - torch's identity
-            self._deferred = Staging(storages, [one for one in copies if is_deferred[one.storage]], view, begin)
-            copies = tuple(one for one in copies if not is_deferred[one.storage])
-        self._staging = Staging(storages, copies, view, begin, addresses=self._facts.addresses)
+            self._deferred = Staging(storages, [one for one in copies if is_deferred[one.storage]], view, 0)
+            copies = Copies(one for one in copies if not is_deferred[one.storage])
+        addresses = None if len(self._shards) else self._facts.addresses
+        self._staging = Staging(storages, copies, view, 0, addresses=addresses)
+
+    def outgoing(self, num_ranks: int) -> list[bytearray]:
+        """Return what each rank writes of this rank's shards. Call it after :meth:`bind_buffer`."""
+        return [self._outgoing.get(rank, bytearray()) for rank in range(num_ranks)]
+
+    def num_incoming(self, num_ranks: int) -> list[int]:
+        """Return how many bytes each rank sends to this one."""
+        received = self._rank_plan().receives
+        return [sum(one.num_bytes for one in received.get(rank, ())) for rank in range(num_ranks)]
+
+    def place_received(self, parts: Sequence[memoryview]) -> None:
+        """Copy what the ranks have sent into the buffer.
+
+        Args:
+            parts: from each rank.
+        """
+        self._known |= place_received(dict(enumerate(parts)), self._rank_plan(), self._view)
+        self._outgoing = {}
 
     def copy_to_host(self) -> None:
         """Copy the bytes; return when training may continue. Optimizers wait for the deferred copies."""
@@ -198,7 +292,9 @@ class Snapshot:
                 file.write(chunk[:num_aligned], at)
                 self._rest = bytes(chunk[num_aligned:])  # of the image's last chunk only; written with the tail
         self.wait_copied()
+        buffer.keep_late()
         self._staging = self._deferred = None
+        self._view = memoryview(b"")
         return buffer.checked
 
     def verify_written(self, file: NewFile) -> None:
@@ -207,10 +303,9 @@ class Snapshot:
         Call it after :meth:`write_image` and a sync, while the staging memory is still reserved. Raises SaveError.
         """
         buffer = _required(self._buffer)
-        end = buffer.end // BLOCK_BYTES * BLOCK_BYTES
-        if file.has_hole(buffer.begin, end):
+        if any(file.has_hole(begin, end // BLOCK_BYTES * BLOCK_BYTES) for begin, end, _ in buffer.segments):
             for at, chunk in buffer.chunks():
-                file.compare(chunk[: max(min(len(chunk), end - at), 0)], at)
+                file.compare(chunk[: len(chunk) // BLOCK_BYTES * BLOCK_BYTES], at)
 
     def write_tail(self, file: NewFile, checksums: Sequence[Checksums], manifest: Manifest) -> int:
         """Write what follows the image, and the record headers that no range's writer could complete. Any thread.
@@ -228,6 +323,8 @@ class Snapshot:
             self._tail = self._make_tail(records, manifest)
         writers = self._write_range
         ends = [end for _, end in self._plan.write_ranges(writers.num_writers, writers.coordinator_index)]
+        for offset, chunk in _required(self._buffer).complete_late(self._tail.crcs):
+            file.write(chunk, offset)
         for offset, header in self._plan.boundary_headers(ends, self._tail.crcs):
             file.write(header, offset)
             file.compare(header, offset)  # a lost write leaves no hole here: the block was written before
@@ -257,8 +354,19 @@ class Snapshot:
             self._deferred.wait_until(offset)
 
     def _checksums_of(self, begin: int, end: int) -> list[tuple[int, int]] | None:
-        found = _required(self._staging).checksums(begin, end)
-        return self._deferred.checksums(begin, end) if found is None and self._deferred is not None else found
+        """Return CRC-32 and length of each piece between two offsets in the memory; None if some are not known."""
+        staged = [one for one in (self._staging, self._deferred) if one is not None]
+        found: list[tuple[int, int]] = []
+        while begin < end:
+            piece = self._known.get(begin) or next(filter(None, (one.checksum_at(begin) for one in staged)), None)
+            if piece is None:
+                return None
+            found.append(piece)
+            begin += piece[1]
+        return found if begin == end else None
+
+    def _rank_plan(self) -> RankPlan:
+        return _rank_plan_of(self._plan, self._shards.layouts, self._write_range)[0]
 
     def _make_tail(self, checksums: list[_Records], manifest: Manifest) -> _Tail:
         crcs = combine_checksums(self._plan, checksums)
@@ -288,17 +396,16 @@ def _required(one: _T | None) -> _T:
 
 
 def _as_records(checksums: Sequence[Checksums]) -> list[_Records]:
-    return [[(one[0], one[1], one[2]) for one in records] for records in checksums]
+    return [[(one[0], one[1], one[2], one[3]) for one in records] for records in checksums]
 
 
 @functools.lru_cache(maxsize=8)
-def _range_of(plan: ImagePlan, write_range: WriteRange) -> tuple[int, int]:
-    return plan.write_ranges(write_range.num_writers, write_range.coordinator_index)[write_range.writer_index]
-
-
-@functools.lru_cache(maxsize=8)
-def _copies_of(plan: ImagePlan, begin: int, end: int) -> tuple[CopyItem, ...]:
-    return split_copies(plan.copy_items(begin, end))
+def _rank_plan_of(
+    plan: ImagePlan, layouts: tuple[ShardLayout, ...], write_range: WriteRange
+) -> tuple[RankPlan, Copies]:
+    """Return a rank's plan, and its copies in items that threads can share."""
+    found = plan_rank(plan, layouts, write_range.writers, write_range.rank)
+    return found, split_copies(found.copies)
 
 
 def _crc_of(storage: torch.UntypedStorage) -> int:

@@ -265,23 +265,18 @@ class Staging:
             if self._error is not None:
                 raise self._error
 
-    def checksums(self, begin: int, end: int) -> list[tuple[int, int]] | None:
-        """Return CRC-32 and number of bytes of each copy between two offsets in the image, once they are copied.
+    def checksum_at(self, at: int) -> tuple[int, int] | None:
+        """Return CRC-32 and number of bytes of the copy to an offset, once it is copied.
 
         Returns:
-            None if no copy begins at `begin`, or the copies were not checksummed.
+            None if there is no copy to `at`, or it was not checksummed.
         """
         if not self._index_of:
             self._index_of = {item.at: index for index, item in enumerate(self._copies)}
-        found = []
-        while begin < end:
-            index = self._index_of.get(begin)
-            if index is None or self._crcs[index] < 0:
-                return None
-            num_bytes = self._copies[index].num_bytes
-            found.append((self._crcs[index], num_bytes))
-            begin += num_bytes
-        return found
+        index = self._index_of.get(at)
+        if index is None or self._crcs[index] < 0:
+            return None
+        return self._crcs[index], self._copies[index].num_bytes
 
     def _is_past(self, offset: int | None) -> bool:
         num_done = self._num_done  # read once: another thread may increase it

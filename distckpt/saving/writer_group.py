@@ -37,7 +37,9 @@ class WriterGroup:
     def range_of(self, rank: int) -> WriteRange | None:
         """Return the range that a rank writes; None for nothing."""
         num_writers = len(self.ranks)
-        return WriteRange(self.ranks.index(rank), num_writers, num_writers - 1) if rank in self.ranks else None
+        if rank not in self.ranks:
+            return None
+        return WriteRange(self.ranks.index(rank), num_writers, num_writers - 1, self.ranks)
 
 
 def find_writers(
@@ -83,6 +85,51 @@ def find_writers(
         if rank != coordinator and sees and (node == home or not same_node)
     ]
     return (*others, coordinator)
+
+
+class ShardWriters:
+    """Finds the ranks that see the coordinator's storage: all of them write a sharded tensor's file.
+
+    Args:
+        backend: the job's backend.
+        storage: this rank's storage.
+        coordinator: rank that commits the file.
+        cache: keeps the result for later saves; None to find it anew.
+        timeout_s: seconds to wait for the other ranks; None for the default.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        storage: Storage,
+        coordinator: int,
+        cache: "WriterCache | None" = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        self._backend = backend
+        self._storage = storage
+        self._coordinator = coordinator
+        self._cache = WriterCache() if cache is None else cache
+        self._timeout_s = timeout_s
+
+    def is_known(self) -> bool:
+        """Rank-local. Return True if this rank knows the ranks."""
+        return self._cache.get(self._backend, self._storage, self._coordinator) is not None
+
+    def find(self, sync_point: Callable[[str], phases.SyncPoint], *, is_known: bool) -> tuple[int, ...]:
+        """Return the ranks, the coordinator last. Collective unless `is_known`, on every rank."""
+        found = self._cache.get(self._backend, self._storage, self._coordinator) if is_known else None
+        if found is None:
+            found = find_writers(
+                self._backend,
+                sync_point,
+                self._storage,
+                coordinator=self._coordinator,
+                same_node=False,
+                timeout_s=self._timeout_s,
+            )
+            self._cache.put(self._backend, self._storage, self._coordinator, found)
+        return found
 
 
 class WriterCache:

@@ -256,7 +256,7 @@ def test_tail_is_made_while_the_image_is_written(tmp_path: Path, word: str) -> N
 
     def leave_another(self: WriteCompletions, rank: int, checked: Any) -> None:
         if word == "is another's":
-            leave(self, rank, [(number, crc ^ 1, num_bytes) for number, crc, num_bytes in checked])
+            leave(self, rank, [(index, begin, crc ^ 1, num_bytes) for index, begin, crc, num_bytes in checked])
 
     with pytest.MonkeyPatch.context() as patch, slow_writes_and_noted_tails() as (ends, tails):
         if word != "comes":

@@ -1,0 +1,116 @@
+"""The part of a save in which the ranks bring the bytes of sharded tensors to their writers.
+
+1. (all ranks) compare the sharded tensors. If they differ, all ranks raise an error that names the first difference.
+2. (all ranks) find the ranks that see the coordinator's storage, unless they are known. All ranks that hold rows have
+   to be among them.
+3. (all ranks) find this rank's rows; redistribute where a rank holds no rows.
+4. (all ranks) exchange the bytes that another rank writes: parts of blocks, and small tensors.
+5. (all ranks) stage. An error is raised where the ranks exchange the results of writing.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from distckpt.backends.base import Backend
+from distckpt.coordination import phases
+from distckpt.errors import SaveError, ShardedStateError
+from distckpt.saving.pending_save import SyncPointFactory
+from distckpt.saving.rank_writer import RankWriter
+from distckpt.saving.shards import find_shard_difference
+from distckpt.saving.writer_group import ShardWriters, WriterGroup
+
+
+class ShardExchange:
+    """Steps 1 to 5, for one file.
+
+    Args:
+        backend: the job's backend.
+        sync_point: makes a phase's sync point from its description.
+        filename: name of the file.
+        timeout_s: seconds to wait for the other ranks.
+    """
+
+    def __init__(self, backend: Backend, sync_point: SyncPointFactory, filename: str, *, timeout_s: float) -> None:
+        self._backend = backend
+        self._sync_point = sync_point
+        self._filename = filename
+        self._timeout_s = timeout_s
+
+    def run(
+        self, writer: RankWriter, answers: Sequence[Mapping[str, Any]], shard_writers: ShardWriters, coordinator: int
+    ) -> tuple[int, ...]:
+        """Collective. Run the steps; return the ranks that write, the coordinator last; none without sharded tensors.
+
+        Args:
+            writer: this rank's, prepared.
+            answers: what each rank's :meth:`RankWriter.prepare` returned, and whether it ``knows_writers``.
+            shard_writers: finds the ranks that write.
+            coordinator: rank that commits the file.
+
+        Raises:
+            ShardedStateError: the ranks have different sharded tensors; on every rank.
+            SaveError: a rank that holds rows does not see the directory; on every rank.
+            RemoteRankError: a step failed on some rank; on every rank.
+        """
+        backend, filename = self._backend, self._filename
+        if all(answer["shards"] is None for answer in answers):
+            return ()
+        if len({answer["shards"] for answer in answers}) > 1:
+            point = self._sync_point(f"comparing the shards of {filename}")
+            self._raise_difference(phases.run(backend, point, writer.describe_shards, timeout_s=self._timeout_s))
+        homes = answers[coordinator]["homes"]
+        for rank, answer in enumerate(answers):
+            differ = [at for at, other in zip(homes, answer["homes"], strict=True) if at not in (other, coordinator)]
+            if differ:
+                msg = f"a sharded tensor is on rank {differ[0]} for rank {coordinator}, but elsewhere for rank {rank}"
+                raise ShardedStateError(f"{msg}. Nothing was saved")
+        writer.settle_shards(homes)
+        is_known = all(answer.get("knows_writers") for answer in answers)
+        ranks = shard_writers.find(self._sync_point, is_known=is_known)
+        group = WriterGroup(ranks=ranks)
+        sent: list[tuple[list[bytearray], list[int]]] = []
+
+        def gather() -> list[list[Any]]:
+            blind = sorted(writer.shard_ranks() - set(ranks))
+            if blind:
+                self._raise_blind(blind, coordinator)
+            sent.append(writer.gather_shards(group.range_of(backend.rank), backend.world_size))
+            return writer.twin_checksums()
+
+        point = self._sync_point(f"gathering the shards of {filename}")
+        self._compare_twins(writer, phases.run(backend, point, gather, timeout_s=self._timeout_s))
+        ((parts, num_received),) = sent
+        point = self._sync_point(f"exchanging the shards of {filename}")
+        writer.stage_shards(backend.exchange_host(parts, num_received, what=point, timeout_s=self._timeout_s))
+        return ranks
+
+    def _raise_difference(self, descriptions: Sequence[Sequence[str]]) -> None:
+        difference = find_shard_difference(descriptions)
+        if difference is not None:
+            msg = (
+                f"the ranks hold different sharded tensors: {difference}. Nothing was saved. All ranks have to save "
+                "the same tensors, with the same placements over the same device mesh"
+            )
+            raise ShardedStateError(msg)
+
+    def _compare_twins(self, writer: RankWriter, checksums: Sequence[Sequence[Sequence[Any]]]) -> None:
+        """Raise an error if ranks of different device meshes hold different rows under one key."""
+        known: dict[tuple[int, int], tuple[int, int]] = {}
+        for rank, found in enumerate(checksums):
+            for number, place, checksum in found:
+                if place is None:
+                    continue
+                first, expected = known.setdefault((number, place), (rank, checksum))
+                if checksum != expected:
+                    msg = (
+                        f"rank {first} and rank {rank} hold different values of {writer.describe_shards()[number]}. "
+                        "Nothing was saved. Give objects that differ between ranks keys of their own"
+                    )
+                    raise ShardedStateError(msg)
+
+    def _raise_blind(self, blind: Sequence[int], coordinator: int) -> None:
+        msg = (
+            f"{self._filename} was not written: rank {', '.join(map(str, blind))} holds shards, but does not see the "
+            f"directory of rank {coordinator}. All ranks need the directory, on a shared file system"
+        )
+        raise SaveError(msg)

@@ -1,0 +1,312 @@
+"""A sharded state is saved as one plain file with whole tensors, each rank writing the bytes that it holds."""
+
+import itertools
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import distckpt
+from distckpt import Checkpoint, DiskSaver
+from distckpt.ptformat.reader import verify
+from tests.distributed.programs import raised
+from tests.support import job, run_distributed
+
+pytestmark = [
+    pytest.mark.only_on("gloo", why="device meshes over Gloo"),
+    pytest.mark.filterwarnings("ignore"),  # torch warns of its own calls
+]
+DTYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn)
+
+
+class Stateful:
+    """An object whose state is what the test says."""
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+
+    def state_dict(self) -> Any:
+        return self.state
+
+    def load_state_dict(self, state: Any) -> None:
+        self.state = state
+
+
+def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.arange(torch.Size(shape).numel(), dtype=torch.float32).remainder(199).reshape(shape).to(dtype)
+
+
+def mesh_of(*shape: int) -> DeviceMesh:
+    return init_device_mesh("cpu", shape)
+
+
+def shard(whole_tensor: torch.Tensor, mesh: DeviceMesh, placements: list[Any], **_: Any) -> DTensor:
+    return distribute_tensor(whole_tensor, mesh, placements, src_data_rank=None)  # Gloo cannot scatter every dtype
+
+
+def tensors_of(world_size: int, dtype: torch.dtype) -> dict[str, DTensor]:
+    """Return a DTensor of each kind that this number of ranks allows: small, of one block and a bit, and large ones."""
+    line = mesh_of(world_size)
+    found = {
+        "rows": shard(numbers(24, 5000, dtype=dtype), line, [Shard(0)]),
+        "uneven": shard(numbers(4 * world_size + 1, 17_001, dtype=dtype), line, [Shard(0)]),
+        "some empty": shard(numbers(1, 90_001, dtype=dtype), line, [Shard(0)]),
+        "small": shard(numbers(5, 3, dtype=dtype), line, [Shard(0)]),
+        "one row": shard(numbers(1, 3, dtype=dtype), line, [Shard(0)]),
+        "vector": shard(numbers(70_001, dtype=dtype), line, [Shard(0)]),
+        "nothing": shard(numbers(0, 7, dtype=dtype), line, [Shard(0)]),
+        "columns": shard(numbers(300, 301, dtype=dtype), line, [Shard(1)]),
+        "middle": shard(numbers(7, 50, 301, dtype=dtype), line, [Shard(1)]),
+        "whole": shard(numbers(3, 4, dtype=dtype), line, [Replicate()]),
+        "part of the ranks": shard(numbers(90, 1001, dtype=dtype), DeviceMesh("cpu", [0]), [Shard(0)]),
+    }
+    last = DeviceMesh("cpu", list(range(world_size // 2, world_size)))
+    found["on the last ranks"] = shard(numbers(91, 1001, dtype=dtype), last, [Shard(0)])
+    found["whole on the last ranks"] = shard(numbers(99, 1001, dtype=dtype), last, [Replicate()])
+    if world_size % 2 == 0:
+        square = mesh_of(2, world_size // 2)
+        found["HSDP"] = shard(numbers(64, 4096, dtype=dtype), square, [Replicate(), Shard(0)])
+        found["HSDP, small"] = shard(numbers(7, 11, dtype=dtype), square, [Replicate(), Shard(0)])
+        found["shards of replicas"] = shard(numbers(65, 4000, dtype=dtype), square, [Shard(0), Replicate()])
+        found["two dimensions"] = shard(numbers(130, 700, dtype=dtype), square, [Shard(0), Shard(1)])
+        found["rows twice"] = shard(numbers(131, 700, dtype=dtype), square, [Shard(0), Shard(0)])
+    return found
+
+
+def whole(tree: Any) -> Any:
+    """Return a state with whole tensors in place of DTensors. Collective."""
+    if isinstance(tree, DTensor):
+        return tree.full_tensor()
+    if isinstance(tree, torch.Tensor):
+        return tree.clone()
+    if isinstance(tree, Mapping):
+        return {key: whole(item) for key, item in tree.items()}
+    return [whole(item) for item in tree] if isinstance(tree, list | tuple) else tree
+
+
+def assert_equal(found: Any, expected: Any, name: str = "") -> None:
+    if isinstance(expected, torch.Tensor):
+        assert type(found) is torch.Tensor, name
+        assert found.dtype is expected.dtype, name
+        assert found.shape == expected.shape, name
+        ours, theirs = (one.contiguous().reshape(-1).view(torch.uint8) for one in (found, expected))
+        assert torch.equal(ours, theirs), name
+    elif isinstance(expected, Mapping):
+        assert list(found) == list(expected), name
+        for key, item in expected.items():
+            assert_equal(found[key], item, f"{name}.{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), name
+        for index, item in enumerate(expected):
+            assert_equal(found[index], item, f"{name}[{index}]")
+    else:
+        assert found == expected, name
+
+
+def check_file(path: Path, expected: Any) -> None:
+    """Compare a file with the expected state on rank 0; all ranks wait."""
+    if job.rank() == 0:
+        verify(path)
+        assert_equal(torch.load(path, weights_only=True, mmap=True), expected)
+        path.unlink()
+    job.barrier()
+
+
+def save(objects: Mapping[str, Any], path: Path, how: str) -> None:
+    if how == "foreground":
+        distckpt.save(objects, path)
+    elif how == "background":
+        distckpt.async_save(objects, path).wait()
+    else:
+        background = how.endswith("background")
+        handler = Checkpoint(dict(objects), DiskSaver(path.parent, require_empty=False, background=background))
+        engine = Engine(lambda _engine, _batch: None)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, handler)
+        engine.run([0])
+        if job.rank() == 0:
+            (path.parent / str(handler.last_checkpoint)).rename(path)
+        job.barrier()
+
+
+def known(tensors: Mapping[str, DTensor]) -> dict[str, torch.Tensor]:
+    """Return the whole tensors; a rank outside of a mesh cannot gather them."""
+    return {name: numbers(*one.shape, dtype=one.dtype) for name, one in tensors.items()}
+
+
+def save_each(world_size: int, folder: Path) -> int:
+    count = 0
+    for dtype, how in itertools.product(DTYPES, ("foreground", "background", "handler", "handler background")):
+        state: dict[str, Any] = {
+            "tensors": tensors_of(world_size, dtype),
+            "plain": torch.ones(3),
+            "number": 7,
+            "text": "x",
+        }
+        expected = state | {"tensors": known(state["tensors"])}
+        save({"one": Stateful(state)}, folder / "file.pt", how)
+        check_file(folder / "file.pt", expected)
+        count += len(state["tensors"])
+    return count
+
+
+@run_distributed(world_size=2, timeout_s=120)
+def test_two_ranks_save_every_placement_as_whole_tensors(tmp_path: Path) -> None:
+    assert save_each(2, tmp_path) == 216
+
+
+@run_distributed(world_size=3, timeout_s=120)
+def test_three_ranks_save_every_placement_as_whole_tensors(tmp_path: Path) -> None:
+    assert save_each(3, tmp_path) == 156
+
+
+@run_distributed(world_size=4, timeout_s=120)
+def test_four_ranks_save_every_placement_as_whole_tensors(tmp_path: Path) -> None:
+    assert save_each(4, tmp_path) == 216
+
+
+def trained(mesh: DeviceMesh, *, tensor_parallel: bool = False) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(257, 300), nn.ReLU(), nn.Linear(300, 130), nn.LayerNorm(130))
+    if tensor_parallel:
+        plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+        parallelize_module(model, mesh["tp"], plan)
+        mesh = mesh["dp"]
+    for layer in model:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for _ in range(2):
+        model(torch.randn(8, 257)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+@run_distributed(world_size=4, timeout_s=120)
+def test_fsdp_and_tensor_parallel_models_and_their_optimizers_are_whole_in_the_file(tmp_path: Path) -> None:
+    meshes = {
+        "FSDP2": (mesh_of(4), False),
+        "HSDP": (init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards")), False),
+        "FSDP2+TP": (init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp")), True),
+    }
+    for (name, (mesh, is_parallel)), how in itertools.product(meshes.items(), ("foreground", "handler background")):
+        model, optimizer = trained(mesh, tensor_parallel=is_parallel)
+        expected = {"model": whole(model.state_dict()), "optimizer": whole(optimizer.state_dict())}
+        placements = [str(getattr(one, "placements", "")) for one in model.parameters()]
+        assert any("_StridedShard" in one for one in placements) == (name == "FSDP2+TP")
+        save({"model": model, "optimizer": optimizer}, tmp_path / "file.pt", how)
+        check_file(tmp_path / "file.pt", expected)
+
+
+@run_distributed(world_size=2, timeout_s=60)
+def test_tied_and_nested_tensors_keep_their_form(tmp_path: Path) -> None:
+    line = mesh_of(2)
+    tied = shard(numbers(10, 9), line, [Shard(0)])
+    twin = tied.detach()
+    deep: Any = Counter()  # a mapping whose items stay as they are
+    deep["a"] = shard(numbers(4), line, [Shard(0)])
+    parameter = nn.Parameter(shard(numbers(6), line, [Shard(0)]))
+    ordered = OrderedDict(x=(tied, {"y": twin}), z=tied)
+    state = {"ordered": ordered, "deep": deep, "parameter": parameter}
+    distckpt.save({"one": Stateful(state)}, tmp_path / "file.pt")
+    job.barrier()
+    found = torch.load(tmp_path / "file.pt", weights_only=True)
+    assert torch.equal(found["ordered"]["z"], numbers(10, 9))
+    assert found["ordered"]["z"].untyped_storage()._cdata == found["ordered"]["x"][1]["y"].untyped_storage()._cdata
+    assert torch.equal(found["deep"]["a"], numbers(4))
+    assert isinstance(found["parameter"], nn.Parameter)
+    assert torch.equal(found["parameter"], numbers(6))
+
+
+@run_distributed(world_size=2, timeout_s=60)
+def test_a_background_save_holds_the_state_of_its_call(tmp_path: Path) -> None:
+    model, optimizer = trained(mesh_of(2))
+    expected = {"model": whole(model.state_dict()), "optimizer": whole(optimizer.state_dict())}
+    pending = distckpt.async_save({"model": model, "optimizer": optimizer}, tmp_path / "file.pt")
+    for _ in range(3):
+        model(torch.randn(8, 257)).square().sum().backward()
+        optimizer.step()
+    pending.wait()
+    check_file(tmp_path / "file.pt", expected)
+
+
+@run_distributed(world_size=2, timeout_s=60)
+def test_states_that_differ_beside_the_shards_do_not_matter(tmp_path: Path) -> None:
+    mine = shard(numbers(70, 999), mesh_of(2), [Shard(0)])
+    extra = {f"own {index}": torch.ones(50_000 * (index + 1)) for index in range(3 * job.rank())}
+    state = {"first": extra, "shard": mine, "rank": job.rank()}
+    distckpt.save({"one": Stateful(state)}, tmp_path / "file.pt", save_on_rank=1)
+    job.barrier()
+    verify(tmp_path / "file.pt")
+    found = torch.load(tmp_path / "file.pt", weights_only=True)
+    assert found["rank"] == 1
+    assert torch.equal(found["shard"], numbers(70, 999))
+    assert [one.numel() for one in found["first"].values()] == [50_000, 100_000, 150_000]
+
+
+def _different(kind: str) -> Any:
+    first, line = job.rank() == 0, mesh_of(2)
+    mine = shard(numbers(8, 3), line, [Shard(0)])
+    others: dict[str, Callable[[], Any]] = {
+        "shape": lambda: shard(numbers(8, 3 if first else 4), line, [Shard(0)], src_data_rank=None),
+        "dtype": lambda: mine.clone() if first else mine.double(),
+        "placement": lambda: shard(numbers(8, 3), line, [Shard(0 if first else 1)], src_data_rank=None),
+        "missing": lambda: mine.clone() if first else torch.ones(1),
+    }
+    return {"a": mine, "b": others[kind]()}
+
+
+@pytest.mark.parametrize("kind", ["shape", "dtype", "placement", "missing"])
+@run_distributed(world_size=2, timeout_s=60)
+def test_ranks_with_different_shards_raise_one_error_that_names_tensor_and_rank(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "file.pt"
+    good = {"one": Stateful({"a": shard(numbers(8, 3), mesh_of(2), [Shard(0)])})}
+    distckpt.save(good, path)
+    for how in ("foreground", "background"):
+        error = raised(partial(save, {"one": Stateful(_different(kind))}, path, how))
+        assert "to_save['one'], key 'b'" in str(error), error
+        assert "rank 1" in str(error)
+        assert "rank 0" in str(error)
+    job.barrier()
+    assert torch.equal(torch.load(path, weights_only=True)["a"], numbers(8, 3))
+    assert [one.name for one in tmp_path.iterdir()] == ["file.pt"]
+
+
+@run_distributed(world_size=2, timeout_s=60)
+def test_a_partial_tensor_is_refused_by_name(tmp_path: Path) -> None:
+    partial = DTensor.from_local(torch.ones(2), mesh_of(2), [Partial()])
+    error = raised(lambda: distckpt.save({"one": Stateful({"sum": partial})}, tmp_path / "file.pt"))
+    assert "to_save['one'], key 'sum'" in str(error)
+    assert "summands" in str(error)
+
+
+@run_distributed(world_size=2, timeout_s=60)
+def test_a_rank_that_does_not_see_the_directory_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / str(job.rank())
+    folder.mkdir()
+    state = {"a": shard(numbers(8, 3), mesh_of(2), [Shard(0)])}
+    error = raised(lambda: distckpt.save({"one": Stateful(state)}, folder / "file.pt"))
+    assert "rank 1 holds shards, but does not see the directory of rank 0" in str(error)
+    assert list(folder.iterdir()) == []
+
+
+@run_distributed(world_size=2, timeout_s=60)
+def test_a_handler_removes_what_a_sharded_save_replaces(tmp_path: Path) -> None:
+    model, optimizer = trained(mesh_of(2))
+    handler = Checkpoint({"model": model, "optimizer": optimizer}, DiskSaver(tmp_path, background=True), n_saved=2)
+    engine = Engine(lambda _engine, _batch: None)
+    engine.add_event_handler(Events.EPOCH_COMPLETED, handler)
+    engine.run([0], max_epochs=4)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["checkpoint_3.pt", "checkpoint_4.pt"]
+    for one in tmp_path.iterdir():
+        verify(one)
