@@ -53,34 +53,6 @@ if [ "$IS_FULL" -eq 1 ]; then
     [ "${#RUNTIMES[@]}" -lt 3 ] || RUNTIMES+=(newest)
 fi
 
-SUMMARY=()
-FAILED=0
-
-# stage NAME LIMIT_S COMMAND...: run and time the command, and record its result for the summary.
-stage() {
-    local name="$1" limit_s="$2" begin="$SECONDS" status=0 verdict
-    shift 2
-    printf '\n=== %s\n' "$name"
-    timeout --foreground --kill-after=20 "$limit_s" "$@" || status=$?
-    case "$status" in
-        0) verdict=ok ;;
-        124 | 137) verdict="FAILED (over its limit of $limit_s s)" ;;
-        *) verdict="FAILED (exit code $status)" ;;
-    esac
-    [ "$status" -eq 0 ] || FAILED=$((FAILED + 1))
-    SUMMARY+=("$(printf '%-20s %5d s  %s' "$name" $((SECONDS - begin)) "$verdict")")
-}
-
-summarize() {
-    printf '\n=== summary\n'
-    printf '%s\n' "${SUMMARY[@]}"
-    if [ "$FAILED" -eq 0 ]; then
-        printf 'all %d stages passed in %d s\n' "${#SUMMARY[@]}" "$SECONDS"
-    else
-        printf '%d of %d stages FAILED, %d s\n' "$FAILED" "${#SUMMARY[@]}" "$SECONDS"
-    fi
-}
-
 printf '=== set-up\n'
 declare -A PYTHONS
 ENVIRONMENTS=(base "${RUNTIMES[@]}")

@@ -120,8 +120,13 @@ SEVERAL_RANKS: Sequence[Implementation] = tuple(one for one in EVERY if one.worl
 
 
 def not_run() -> Sequence[str]:
-    """Say of each implementation that has no part in this run why it has not."""
-    return () if RUNTIME != "gloo" or _nccl_jobs() else ("nccl: not run, no GPU",)
+    """Return a line for each implementation that does not run, with the reason."""
+    if RUNTIME != "gloo":
+        return ()
+    sizes = [job.world_size for job in _nccl_jobs()]
+    if not sizes:
+        return ("nccl: not run, no GPU",)
+    return () if max(sizes) > 1 else ("nccl-2: not run, NCCL refuses two ranks that share the only GPU",)
 
 
 def clause(
