@@ -23,14 +23,14 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return local
 
 
-def get_part(tensor: torch.Tensor) -> tuple[Ranges, ...]:
-    """Return the ranges of indices of the whole tensor that this rank holds, for each dimension.
+def get_part(tensor: torch.Tensor) -> tuple[Ranges, ...] | None:
+    """Return the ranges of indices of the whole tensor that this rank holds, for each dimension; None if it holds all.
 
     Raises:
         ValueError: the placements do not say which part it is.
     """
     if not is_dtensor(tensor):
-        return tuple([(0, size)] for size in tensor.shape)
+        return None
     it: Any = tensor
     coordinate = it.device_mesh.get_coordinate()
     if coordinate is None:
@@ -56,7 +56,7 @@ def slice_like(live: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
     made = empty_like(live, given.dtype)
     if local_tensor(made).numel():
         part = given.detach()
-        for dim, ranges in enumerate(get_part(live)):
+        for dim, ranges in enumerate(get_part(live) or ()):
             part = torch.cat([part.narrow(dim, begin, end - begin) for begin, end in ranges], dim)
         local_tensor(made).copy_(part)
     return made

@@ -147,7 +147,7 @@ def drop_overlapping(targets: Sequence[InplaceTarget]) -> list[InplaceTarget]:
 
 def _source(part: TensorPart | None) -> Any:
     """Return what a part is read from, to compare."""
-    return None if part is None else (part.offset, part.dtype, str(part.ranges))
+    return part and (part.offset, part.dtype, part.ranges and tuple(map(tuple, part.ranges)))
 
 
 def _span(target: InplaceTarget) -> tuple[str, int, int]:

@@ -27,7 +27,7 @@ class TensorPart(NamedTuple):
 
     Attributes:
         memory: a dense tensor of the part's shape.
-        ranges: of indices of the file's tensor, for each dimension.
+        ranges: of indices of the file's tensor, for each dimension; None if the part is the whole tensor.
         stride: of the file's tensor, which is dense.
         shape: of the file's tensor.
         dtype: of the file's tensor.
@@ -36,7 +36,7 @@ class TensorPart(NamedTuple):
     """
 
     memory: torch.Tensor
-    ranges: Sequence[Ranges]
+    ranges: Sequence[Ranges] | None
     shape: Sequence[int]
     stride: Sequence[int]
     dtype: torch.dtype
@@ -56,9 +56,11 @@ class TensorPart(NamedTuple):
         memory = self.memory
         if not (self.is_row_major and memory.is_cpu and memory.dtype == self.dtype and memory.is_contiguous()):
             return None
-        if memory.shape[1:] != self.shape[1:] or any(len(ranges) != 1 for ranges in self.ranges):
-            return None
-        begin = self.ranges[0][0][0] * self.stride[0] if self.ranges else 0
+        begin = 0
+        if self.ranges:
+            if memory.shape[1:] != self.shape[1:] or any(len(one) != 1 for one in self.ranges):
+                return None
+            begin = self.ranges[0][0][0] * self.stride[0]
         return ReadRequest(memory.data_ptr(), memory.nbytes, self.offset + begin * self.dtype.itemsize)
 
     def boxes(self) -> list["_Box"]:
@@ -70,11 +72,12 @@ class TensorPart(NamedTuple):
         memory = self.memory.detach().permute([*flat, *dims])[(0,) * len(flat)]
         stride = [self.stride[dim] for dim in dims]
         boxes = []
-        for ranges in itertools.product(*(_with_position(self.ranges[dim]) for dim in dims)):
+        ranges = [[(0, size)] for size in self.shape] if self.ranges is None else self.ranges
+        for one in itertools.product(*(_with_position(ranges[dim]) for dim in dims)):
             box = memory
-            for dim, (begin, end, position) in enumerate(ranges):
+            for dim, (begin, end, position) in enumerate(one):
                 box = box.narrow(dim, position, end - begin)
-            first = sum(begin * step for (begin, _, _), step in zip(ranges, stride, strict=True))
+            first = sum(begin * step for (begin, _, _), step in zip(one, stride, strict=True))
             boxes.append(_Box(box, stride, self.dtype, self.offset + first * self.dtype.itemsize))
         return boxes
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -339,6 +340,25 @@ def test_collective_load_and_resume_load_sharded_objects(tmp_path: Path) -> None
         assert equal(whole(its_optimizer.state_dict()), optimizer.state_dict())
 
 
+def moments(optimizer: torch.optim.Optimizer) -> Iterator[Any]:
+    for state in optimizer.state.values():
+        yield from (state["exp_avg"], state["exp_avg_sq"])
+
+
+@run_distributed(world_size=2)
+def test_tied_parameters_stay_tied(tmp_path: Path) -> None:
+    def tied() -> Any:
+        net = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+        net[1].weight = net[0].weight
+        return net
+
+    wanted = tied().state_dict()
+    net = fully_shard(tied(), mesh=init_device_mesh("cpu", (2,)))
+    load({"net": net}, saved(tmp_path, {"net": wanted}))
+    assert net[0].weight is net[1].weight
+    assert torch.equal(net[1].weight.full_tensor(), wanted["0.weight"])
+
+
 @run_distributed(world_size=2)
 def test_ranks_read_their_own_shards_once_and_nothing_else(tmp_path: Path) -> None:
     net = nn.Linear(512, 512, bias=False)
@@ -356,12 +376,15 @@ def test_ranks_read_their_own_shards_once_and_nothing_else(tmp_path: Path) -> No
         read.extend(num_bytes for _, num_bytes, _ in noted)
         real(self, noted)
 
-    for _ in range(2):  # a fresh optimizer, then one that has a state
+    for is_fresh in (True, False):
         read.clear()
+        memory = [one.to_local().data_ptr() for one in (sharded.weight, *moments(fresh))]
         with mock.patch.object(OpenCheckpoint, "read", count):
             load({"net": sharded, "optimizer": fresh}, file, verify=False)
         shard = 512 * 512 * 4 // 2
         assert sorted(read) == [4, shard, shard, shard]  # a step, and three shards
+        if not is_fresh:
+            assert [one.to_local().data_ptr() for one in (sharded.weight, *moments(fresh))] == memory
     assert equal(whole(fresh.state_dict()), optimizer.state_dict())
 
 
@@ -479,6 +502,27 @@ def test_shapes_and_keys_that_differ_are_one_error_that_names_them(tmp_path: Pat
     report = load({"net": sharded}, {"net": state}, strict=False)
     assert (report.missing, report.unexpected) == (("net.last.bias",), ("net.extra",))
     assert not local(sharded.state_dict())["first.weight"].any()
+
+
+@run_distributed(world_size=2)
+def test_shard_of_another_shape_than_its_placements_give_is_refused(tmp_path: Path) -> None:
+    file = saved(tmp_path, {"net": {"a": torch.ones(5)}})
+    mesh = init_device_mesh("cpu", (2,))
+    odd = DTensor.from_local(
+        torch.zeros(4 - 3 * job.rank()), mesh, [Shard(0)], run_check=False, shape=torch.Size([5]), stride=(1,)
+    )
+    with pytest.raises(ShardedStateError, match=r"a DTensor whose placements \(S\(0\)\) over a mesh of 2 ranks give"):
+        load({"net": Tensors({"a": odd})}, file)
+
+
+@run_distributed(world_size=2)
+def test_shards_in_a_wrapper_are_refused(tmp_path: Path) -> None:
+    file = saved(tmp_path, {"net": {"a": torch.ones(4)}})
+    wrapper: Any = LocalShardsWrapper([torch.zeros(2)], [(2 * job.rank(),)])
+    mesh = init_device_mesh("cpu", (2,))
+    held = DTensor.from_local(wrapper, mesh, [Shard(0)], run_check=False, shape=torch.Size([4]), stride=(1,))
+    with pytest.raises(ShardedStateError, match=r"to_load\['net'\], key 'a', is a DTensor with placements"):
+        load({"net": Tensors({"a": held})}, file)
 
 
 @run_distributed(world_size=2)
