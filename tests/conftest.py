@@ -31,8 +31,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item], config: pytest.Config) -> None:
-    """Leave out tests that do not belong to this run; mark the tests of tests/crash/."""
+    """Leave out tests that do not belong to this run, put slow files first, and mark the tests of tests/crash/."""
     selection.deselect(items, config)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)  # a long test that started last would run alone
     for item in items:
         outcomes.record_reason(item)
         if "crash" in item.path.parts:
