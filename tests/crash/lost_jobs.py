@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from tests.crash.lost_ranks import Plan, start_time_of
+from tests.crash.lost_programs import Plan
+from tests.crash.lost_ranks import start_time_of
 
 __all__ = ["EXIT_BLOCKED", "End", "Job", "Jobs", "Table"]
 
@@ -215,7 +216,7 @@ class Jobs:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def start(self, **what: Any) -> Job:
-        """Start a job; see :class:`~tests.crash.lost_ranks.Plan` for what it can be."""
+        """Start a job; see :class:`~tests.crash.lost_programs.Plan` for what it can be."""
         plan = Plan(folder=tempfile.mkdtemp(dir=self._folder), **what)
         job = Job(plan, self._order({"start": plan.encode()}))
         self._jobs.append(job)

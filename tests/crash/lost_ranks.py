@@ -3,402 +3,33 @@
     python -m tests.crash.lost_ranks serve          # orders on stdin, one JSON object a line; answers on stdout
     torchrun ... -m tests.crash.lost_ranks rank <plan.json>
 
-Owns what a rank of such a job runs, and how the job's processes begin: alone (as ``python train.py`` on each rank),
-spawned by a parent, or under torchrun's agent. Every rank writes what happens to it, with the time, as one line into
-the job's log. The side that starts jobs and reads the logs lies in `tests.crash.lost_jobs`.
+Ranks start alone (as ``python train.py`` on each rank), spawned by a parent, or under torchrun's agent. They run a
+program of `tests.crash.lost_programs`. The test starts jobs and reads their logs with `tests.crash.lost_jobs`.
 """
 
-import atexit
 import contextlib
 import gc
 import importlib
 import json
 import logging
-import math
 import multiprocessing
 import multiprocessing.connection
 import os
-import random
 import signal
 import sys
-import threading
-import time
 import traceback
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
-import torch.distributed as dist
-from ignite.engine import Engine, Events
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from distckpt import Checkpoint, DiskSaver, RemoteRankError, TerminateOnNan, TimeLimit
-from distckpt.backends import key_value_store
-from distckpt.backends.detect import current
-from distckpt.coordination.heartbeat import HeartbeatMonitor
-from distckpt.storage.direct_io import DirectFile
 from tests.crash.hosts import INTERFACE, address_of, enter
+from tests.crash.lost_programs import PROGRAMS, Plan, Rank, form_group
 
-__all__ = ["PROGRAMS", "Plan", "start_time_of"]
+__all__ = ["start_time_of"]
 
-_LINGER_S = 60.0  # longer than any trial; the test ends it
 _LOOPBACK = "127.0.0.1"
-_STEP_S = 0.02
-_UNDER_WAY = 5
-_MANY = 2000  # iterations that take longer than any trial
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What a job is to do.
-
-    Attributes:
-        folder: the job's own, for its log, its ranks' output, and what the test says to it.
-        program: which of `PROGRAMS`.
-        world_size: number of ranks.
-        launcher: "nobody": each rank is a program of its own, and rank 0 hosts the store; "parent": a process
-            spawned them, and rank 0 hosts the store; "agent": torchrun's agent, which hosts the store; "torchrun": the
-            real program, which takes seconds to start.
-        hosts: the namespaces of hosts (see `tests.crash.hosts`) on which equally many ranks run each, in order, with an
-            agent of their own where there are agents; empty to stay in that of the server.
-        port: on the first host, where the agents of several hosts meet.
-        victim: the rank that is lost.
-        fault: how: "SIGKILL", "SIGSTOP", "exception", "exception like a lost peer's", "sys.exit",
-            "os._exit", "sleeps", or, of a program that ends well, "nothing waits".
-        at: in which iteration.
-        step: "vote": the step has no collective; "ddp": a backward pass of DistributedDataParallel on Gloo. Some
-            programs know others.
-        step_s: how long a step takes.
-        lingers: ranks that catch the error and stay.
-        lag: of the votes.
-        timeout_s: the limit.
-        seed: of random moments.
-    """
-
-    folder: str
-    program: str = "train"
-    world_size: int = 4
-    launcher: str = "nobody"
-    hosts: tuple[str, ...] = ()
-    port: int = 0
-    victim: int = 0
-    fault: str = "none"
-    at: int = 30
-    step: str = "vote"
-    step_s: float = 0.02
-    lingers: tuple[int, ...] = ()
-    lag: int | None = None
-    timeout_s: float = 3.0
-    seed: int = 0
-
-    def encode(self) -> str:
-        """Return it as JSON."""
-        return json.dumps(asdict(self))
-
-    @staticmethod
-    def decode(text: str) -> "Plan":
-        """Rebuild it from :meth:`encode`."""
-        fields = json.loads(text)
-        return Plan(**{**fields, "lingers": tuple(fields["lingers"]), "hosts": tuple(fields["hosts"])})
-
-    def host_of(self, rank: int) -> int:
-        """Return the number of the host that a rank is on."""
-        return rank * len(self.hosts) // self.world_size
-
-
-class Rank:
-    """One rank of a job, and its voice.
-
-    Args:
-        plan: the job's.
-        rank: which one.
-    """
-
-    def __init__(self, plan: Plan, rank: int) -> None:
-        self.plan, self.rank = plan, rank
-        self.folder = Path(plan.folder)
-        self.is_victim = rank == plan.victim
-        self._log = os.open(self.folder / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-
-    def tell(self, what: str, **fields: object) -> None:
-        """Write a line into the job's log."""
-        line = {"rank": self.rank, "what": what, "at_s": time.monotonic(), **fields}
-        os.write(self._log, (json.dumps(line) + "\n").encode())  # short: it goes in whole or not at all
-
-    def has_heard(self, word: str) -> bool:
-        """Tell whether the test has said `word`."""
-        return (self.folder / word).exists()
-
-    def await_word(self, word: str, limit_s: float = _LINGER_S) -> None:
-        """Wait until the test has said `word`."""
-        deadline = time.monotonic() + limit_s
-        while not self.has_heard(word) and time.monotonic() < deadline:
-            time.sleep(0.01)
-
-    def say(self, word: str) -> None:
-        """Say `word`, as the test could."""
-        (self.folder / word).touch()
-
-    def ended(self, error: BaseException | None, engine: Engine, raised: BaseException | None = None) -> None:
-        """Tell how a run ended."""
-        cause = None if error is None else error.__cause__
-        self.tell(
-            "ended",
-            iteration=engine.state.iteration,
-            kinds=[] if error is None else [kind.__name__ for kind in type(error).__mro__],
-            text="" if error is None else str(error),
-            missing=list(getattr(error, "missing", ())),
-            failed=[failure.rank for failure in error.failures] if isinstance(error, RemoteRankError) else [],
-            cause="" if cause is None else f"{type(cause).__name__}: {cause}"[-1500:],
-            is_own=error is not None and error is raised,
-        )
-
-    def linger(self) -> None:
-        """Stay, if this rank is to, until the test ends it."""
-        if self.rank in self.plan.lingers:
-            self.tell("lingers")
-            self.await_word("enough")
-
-
-# -- what a rank runs --------------------------------------------------------------------------------
-
-
-class _Trainer:
-    """An engine with handlers that vote, whose process function commits the fault.
-
-    Args:
-        me: the rank.
-        fails_in_step: whether the process function does it; else the program.
-    """
-
-    def __init__(self, me: Rank, *, fails_in_step: bool = True) -> None:
-        self.me = me
-        self._fails_in_step = fails_in_step and me.is_victim
-        # The words of the other one are those of a collective that broke; it is the user's all the same.
-        is_alike = me.plan.fault == "exception like a lost peer's"
-        self._error = RuntimeError("connection to the data server timed out") if is_alike else KeyError("bad batch")
-        model: torch.nn.Module = torch.nn.Linear(4, 4)
-        self.model = torch.nn.parallel.DistributedDataParallel(model) if me.plan.step == "ddp" else model
-        self.engine = Engine(self._step)
-        self.engine.add_event_handler(Events.ITERATION_COMPLETED, TerminateOnNan(lag=me.plan.lag))
-        self.engine.add_event_handler(Events.ITERATION_COMPLETED, TimeLimit(600))
-
-    def _step(self, engine: Engine, _batch: Any) -> dict[str, Any]:
-        if self._fails_in_step and engine.state.iteration == self.me.plan.at:
-            self.fail()
-        if engine.state.iteration == _UNDER_WAY:
-            self.me.tell("under way")
-        time.sleep(self.me.plan.step_s)
-        if self.me.plan.step == "ddp":
-            self.model(torch.ones(2, 4)).sum().backward()
-        is_over = self.me.rank == 0 and self.me.has_heard("stop")
-        return {"loss": torch.full((2,), math.nan if is_over else 0.0)}  # on which all ranks stop together
-
-    def fail(self) -> None:
-        """Commit the fault; returns only from those that one returns from."""
-        fault = self.me.plan.fault
-        self.me.tell("fault")
-        if fault in ("SIGKILL", "SIGSTOP"):
-            os.kill(os.getpid(), getattr(signal, fault))
-        elif fault.startswith("exception"):
-            raise self._error
-        elif fault == "sys.exit":
-            sys.exit(0)
-        elif fault == "os._exit":
-            os._exit(0)
-        elif fault == "sleeps":
-            self.me.await_word("awake")
-        self.me.tell("after the fault")
-
-    def run(self, num_iterations: int = _MANY) -> None:
-        """Run, tell how it ended, and linger if this rank is to."""
-        try:
-            self.engine.run(range(num_iterations), max_epochs=1)
-        except Exception as error:  # noqa: BLE001 - how it ends is what is looked for
-            self.me.ended(error, self.engine, self._error)
-        else:
-            self.me.ended(None, self.engine)
-        self.me.linger()
-
-
-def train(me: Rank) -> None:
-    """Train until the victim commits the fault in its step, or the test says "stop"."""
-    _Trainer(me).run()
-
-
-def save(me: Rank) -> None:
-    """Commit the fault in the middle of writing a checkpoint, on the rank that writes: rank 0."""
-    trainer = _Trainer(me, fails_in_step=False)
-    write = DirectFile.write
-
-    def failing_write(self: DirectFile, data: memoryview, offset: int) -> None:
-        write(self, data, offset)
-        if trainer.engine.state.iteration == me.plan.at:
-            trainer.fail()
-
-    DirectFile.write = failing_write  # type: ignore[method-assign]  # in this process, which the test ends
-    handler = Checkpoint({"model": trainer.model}, DiskSaver(me.folder / "checkpoints"), n_saved=None)
-    trainer.engine.add_event_handler(Events.ITERATION_COMPLETED(every=me.plan.at // 2), handler)
-    trainer.run()
-
-
-def evaluate(me: Rank) -> None:
-    """Commit the fault in the process function of an evaluator that runs within the trainer's events."""
-    trainer = _Trainer(me, fails_in_step=False)
-
-    def evaluate_step(engine: Engine, _batch: Any) -> torch.Tensor:
-        if me.is_victim and engine.state.iteration == 3 and trainer.engine.state.iteration == me.plan.at:
-            trainer.fail()
-        return torch.zeros(2)
-
-    evaluator = Engine(evaluate_step)
-    if me.plan.step == "voting evaluator":
-        evaluator.add_event_handler(Events.ITERATION_COMPLETED, TerminateOnNan())
-    trainer.engine.add_event_handler(
-        Events.ITERATION_COMPLETED(every=me.plan.at // 2), lambda: evaluator.run(range(6), max_epochs=1)
-    )
-    trainer.run()
-
-
-def run_again(me: Rank) -> None:
-    """All ranks raise the same in the same iteration, catch it, and run again: quickly twice, then slowly."""
-    engine = _engine_that_fails(me)
-    for attempt in range(3):
-        if attempt and me.plan.step == "new engine":
-            engine = _engine_that_fails(me)
-        engine.state.max_epochs = None  # begin anew
-        vars(engine)["attempt"] = attempt
-        error = ValueError(f"attempt {attempt}")
-        vars(engine)["error"] = error
-        try:
-            engine.run(range(me.plan.at + 2 if attempt < 2 else 3), max_epochs=1)
-        except ValueError as caught:
-            me.ended(caught, engine, error)
-        except Exception as caught:  # noqa: BLE001 - how it ends is what is looked for
-            me.ended(caught, engine)
-            return
-        else:
-            me.ended(None, engine)
-
-
-def _engine_that_fails(me: Rank) -> Engine:
-    def step(engine: Engine, _batch: Any) -> torch.Tensor:
-        attempt: int = vars(engine)["attempt"]
-        if attempt < 2 and engine.state.iteration == me.plan.at:
-            if me.plan.step == "one after the other":
-                time.sleep(0.3 * me.rank)
-            raise vars(engine)["error"]
-        time.sleep((0.0, _STEP_S, 1.3)[attempt])  # 1.3 s: longer than a rank is patient before it looks for news
-        return torch.zeros(2)
-
-    engine = Engine(step)
-    engine.add_event_handler(Events.ITERATION_COMPLETED, TerminateOnNan())
-    return engine
-
-
-def end_early(me: Rank) -> None:
-    """The victim's data end before the others': it ends its run, and lingers or leaves."""
-    trainer = _Trainer(me, fails_in_step=False)
-    if me.is_victim:
-        trainer.engine.add_event_handler(Events.COMPLETED, lambda: me.tell("fault"))
-    trainer.run(me.plan.at if me.is_victim else _MANY)
-
-
-def end_well(me: Rank) -> None:
-    """A job without any fault, whose ranks end their processes at different moments."""
-    _Trainer(me).run(me.plan.at)
-    moments = random.Random(me.plan.seed)
-    pauses_s = [moments.choice((0.0, 0.05, 0.4, 1.2)) for _ in range(me.plan.world_size)]
-    if me.plan.seed % 2:
-        dist.destroy_process_group()
-    time.sleep(pauses_s[me.rank])
-
-
-def end_slowly(me: Rank) -> None:
-    """A job without any fault, whose ranks end in every way in which a thread of ours could be left in the store.
-
-    The store is slow or not (`step`), other libraries take their time at exit, and so does the interpreter's end. With
-    the fault "nothing waits" this process waits for no thread of distckpt's, as a control.
-    """
-    moments = random.Random(me.plan.seed)
-    slow_s, late_s = moments.choice(((0.2, 0.3), (0.5, 0.0)))
-    leaves_group, saves = moments.random() < 0.25, moments.random() < 0.5
-    trainer = _Trainer(me)
-    if saves:
-        saver = DiskSaver(me.folder / "checkpoints", background=moments.random() < 0.5)
-        trainer.engine.add_event_handler(Events.EPOCH_COMPLETED, Checkpoint({"model": trainer.model}, saver))
-    trainer.run(me.plan.at)
-    if me.plan.step == "slow store":
-        _leave_a_call_under_way(slow_s)
-        atexit.register(time.sleep, late_s)  # what other libraries do, before our functions
-    if me.plan.fault == "nothing waits":
-        threading.Thread.join = _do_not_join  # type: ignore[method-assign]  # in this process, which ends now
-    elif leaves_group:
-        dist.destroy_process_group()
-    vars(sys.modules["__main__"])["slow"] = _SlowEnd()
-
-
-def _leave_a_call_under_way(slow_s: float) -> None:
-    """Make each read of the job's store take `slow_s` seconds, and start one without waiting for its end."""
-    get_many = key_value_store._get_many
-
-    def get_many_slowly(store: dist.Store, keys: list[str]) -> list[str | None]:
-        with contextlib.suppress(dist.DistStoreError):
-            store.wait(["never"], timedelta(seconds=slow_s))
-        return get_many(store, keys)
-
-    key_value_store._get_many = get_many_slowly
-    monitor = current().monitor
-    assert isinstance(monitor, HeartbeatMonitor)
-    with contextlib.suppress(TimeoutError):
-        monitor._store.get_many(["never"], limit_s=0.05)
-
-
-class _SlowEnd:
-    """Takes time once the interpreter is being taken down."""
-
-    def __del__(self, sleep: Callable[[float], None] = time.sleep) -> None:
-        sleep(0.5)
-
-
-def _do_not_join(self: threading.Thread, timeout: float | None = None) -> None:
-    del self, timeout
-
-
-def two_jobs(me: Rank) -> None:
-    """Two process groups, one after the other: what belongs to the first ends with it."""
-    for number in range(2):
-        if number:
-            _form(me, number)
-        _Trainer(me).run(4)
-        me.tell("threads in the job", names=_our_threads())
-        dist.destroy_process_group()
-        deadline = time.monotonic() + 5.0
-        while _our_threads() and time.monotonic() < deadline:
-            time.sleep(0.02)
-        me.tell("threads after the job", names=_our_threads())
-
-
-def _our_threads() -> list[str]:
-    return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("distckpt"))
-
-
-PROGRAMS: dict[str, Callable[[Rank], None]] = {
-    "train": train,
-    "save": save,
-    "evaluate": evaluate,
-    "run again": run_again,
-    "end early": end_early,
-    "end well": end_well,
-    "end slowly": end_slowly,
-    "two jobs": two_jobs,
-}
-
-
-# -- how a rank begins and ends ----------------------------------------------------------------------
 
 
 def start_time_of(pid: int) -> int | None:
@@ -423,30 +54,10 @@ def rank_main(plan: Plan, rank: int) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", force=True)
     logging.getLogger("ignite").setLevel(logging.CRITICAL)
     me.tell("started", pid=os.getpid(), start=start_time_of(os.getpid()))
-    _form(me, 0)
+    form_group(me, 0)
     me.tell("formed")
     me.await_word("go")
     PROGRAMS[plan.program](me)
-
-
-def _form(me: Rank, number: int) -> None:
-    """Form the rank's process group: the first one, or a later one."""
-    if me.plan.launcher in ("agent", "torchrun"):
-        dist.init_process_group("gloo")
-        return
-    limit = timedelta(seconds=60)
-    address = address_of(0) if me.plan.hosts else _LOOPBACK
-    port = me.folder / f"port_{number}"
-    if me.rank == 0:
-        # What env:// does on rank 0, except that the system chooses the port.
-        store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=limit)
-        port.with_suffix(".new").write_text(str(store.port), encoding="ascii")
-        port.with_suffix(".new").rename(port)
-    else:
-        me.await_word(port.name)
-        number = int(port.read_text(encoding="ascii"))
-        store = dist.TCPStore(address, number, is_master=False, timeout=limit)
-    dist.init_process_group("gloo", store=store, rank=me.rank, world_size=me.plan.world_size)
 
 
 def _rank_of_agent(text: str) -> NoReturn:

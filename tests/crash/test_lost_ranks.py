@@ -1,6 +1,6 @@
 """A rank that dies, freezes, raises or leaves: all others end with an error that names it, within seconds.
 
-The programs lie in `tests.crash.lost_ranks`. At the end a table tells how long the last one of the others took.
+The programs are in `tests.crash.lost_programs`. At the end a table tells how long the last one of the others took.
 """
 
 import signal

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 import distckpt
-from tests.crash.resumed_programs import BREAKAGES, program_of
+from tests.crash.program_plans import program_of
+from tests.crash.resumed_programs import BREAKAGES
 from tests.support.selection import quick
 
 pytestmark = pytest.mark.crash

@@ -1,0 +1,157 @@
+"""The files and histories that a random program has to leave, computed with lists in place of files."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distckpt.policy.retention import admit, wants
+from tests.crash.program_plans import FOREIGN, Program, Result, Start
+
+__all__ = ["Expected"]
+
+
+@dataclass
+class Kept:
+    """What one handler has to keep.
+
+    Attributes:
+        entries: priorities and names, lowest first; a step counts as how many files were saved before.
+        orphans: what may still be there, for it was killed before the removal.
+        has_saved: whether it has saved in the present start: then nothing may be left to remove once that has ended.
+    """
+
+    entries: list[tuple[float, str]] = field(default_factory=list)
+    orphans: set[str] = field(default_factory=set)
+    has_saved: bool = False
+
+
+class Expected:
+    """What has to be on the disk, and in the handlers' histories.
+
+    Args:
+        program: see there.
+        result: takes what is wrong.
+    """
+
+    def __init__(self, program: Program, result: Result) -> None:
+        self.program = program
+        self.result = result
+        self.kept = [Kept() for _ in program.specs]
+        self.owner: dict[str, int] = {}
+        self.saved_at: dict[str, int] = {}
+        self.scores: dict[int, float] = {}
+        self.wanted: dict[int, bool] = {}
+        self.num_saves = 0
+        self.collided: set[int] = set()
+
+    def path(self, at: int, name: str) -> str:
+        """Return where a handler's file lies."""
+        return f"{self.program.specs[at].folder}/{name}"
+
+    def find(self, text: str) -> None:
+        """Note what is wrong."""
+        self.result.findings.append(text)
+
+    def take(self, line: dict[str, Any], start: Start) -> None:
+        """Follow what a start did."""
+        getattr(self, f"_{line['what']}")(line, start)
+
+    def _resumed(self, line: dict[str, Any], start: Start) -> None:
+        del start
+        self.scores.clear()
+        self.wanted.clear()
+        for kept in self.kept:
+            kept.has_saved = False
+        spec = self.program.specs[0]
+        own = {
+            path: at
+            for path, at in self.saved_at.items()
+            if (self.owner.get(path) == 0 or self.program.by_directory) and path.startswith(f"{spec.folder}/")
+        }
+        newest = max(own, key=lambda path: own[path], default=None)
+        if line["file"] is None:  # it starts afresh: what is there is of a run that it does not continue
+            self.kept = [Kept() for _ in self.program.specs]
+            self.owner.clear()
+        if self.program.by_directory and any("/" in path.partition("/")[2] for path in own):
+            return  # a directory's folders are not looked into
+        if line["file"] != newest:
+            self.find(f"resumed from {line['file']}, and the newest is {newest}")
+        self.result.num_resumes += line["file"] is not None
+        if newest is not None and not self.program.by_directory and 0 not in self.collided:
+            names, wanted = [name for _, name in line["history"]], [name for _, name in self.kept[0].entries]
+            if names != wanted:
+                self.find(f"the history is {names} after a resume, and not {wanted}")
+
+    def _scored(self, line: dict[str, Any], start: Start) -> None:
+        at, score = line["handler"], float(line["score"])
+        self._settle(at)
+        self.scores[at] = score
+        self.result.num_decisions += 1
+        self.wanted[at] = wants(self.kept[at].entries, score, n_saved=start.n_saved[at], greater_or_equal=False)
+
+    def _settle(self, at: int) -> None:
+        """See that the last decision of a handler was the right one."""
+        if self.wanted.pop(at, False) and at not in self.collided:
+            self.find(f"handler {at}: a score of {self.scores[at]!r} was not saved, with {self.kept[at].entries}")
+
+    def _saved(self, line: dict[str, Any], start: Start) -> None:
+        at, name = line["handler"], line["name"]
+        spec, kept, path = self.program.specs[at], self.kept[at], self.path(at, name)
+        self.num_saves += 1
+        self.result.num_saves += 1
+        if self.owner.get(path, at) != at:
+            self.collided |= {at, self.owner[path]}
+        self.owner[path], self.saved_at[path] = at, self.num_saves
+        if spec.is_scored:
+            if not self.wanted.pop(at, False) and at not in self.collided:
+                self.find(f"handler {at}: {name} was saved for {self.scores.get(at)!r}, with {kept.entries}")
+            priority = self.scores[at]
+        else:
+            priority = float(self.num_saves)
+        retained = admit(kept.entries, (priority, name), n_saved=start.n_saved[at])
+        kept.entries, kept.has_saved = list(retained.kept), True
+        kept.orphans = {one for one in (*retained.evicted, *kept.orphans) if one != name}
+
+    def _removed(self, line: dict[str, Any], start: Start) -> None:
+        del start
+        at, name = line["handler"], line["name"]
+        self.result.num_removals += 1
+        if line["owner"] not in (at, None):
+            self.find(f"handler {at} removed {name}, which is handler {line['owner']}'s")
+        if name not in self.kept[at].orphans and at not in self.collided:
+            self.find(f"handler {at} removed {name}, and should have kept {self.kept[at].entries}")
+        path = self.path(at, name)
+        self.owner.pop(path, None)
+        self.saved_at.pop(path, None)
+        self.kept[at].orphans.discard(name)
+
+    def _kept(self, line: dict[str, Any], start: Start) -> None:
+        del start
+        at = line["handler"]
+        self._settle(at)
+        wanted = [name for _, name in self.kept[at].entries]
+        if at not in self.collided and line["names"] and line["names"] != wanted:
+            self.find(f"handler {at} keeps {line['names']}, and should keep {wanted}")
+
+    def _ended(self, line: dict[str, Any], start: Start) -> None:
+        del line, start
+
+    def look(self, folder: Path) -> None:
+        """Compare with the disk: what is kept is there, and what is there is kept, or was about to be removed."""
+        for at, kept in enumerate(self.kept):
+            gone = [name for _, name in kept.entries if not (folder / self.path(at, name)).exists()]
+            if gone and at not in self.collided:
+                self.find(f"handler {at} keeps {gone}, which is not there")
+        for where in ("a", "b"):
+            for path in (folder / where).rglob("*.pt"):
+                name = path.relative_to(folder).as_posix()
+                owner = self.owner.get(name)
+                if path.name in FOREIGN or owner is None or owner in self.collided:
+                    continue
+                kept = self.kept[owner]
+                known = {entry[1] for entry in kept.entries} | (set() if kept.has_saved else kept.orphans)
+                if name.partition("/")[2] not in known:
+                    self.find(f"{name} is left of handler {owner}")
+            for name in () if self.program.by_directory else FOREIGN:
+                if not (folder / where / name).exists():
+                    self.find(f"{where}/{name} of another program was removed")

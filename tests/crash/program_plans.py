@@ -1,0 +1,175 @@
+"""Random programs of handlers, and how often each is started and killed: `program_of` draws them from a seed."""
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["FOREIGN", "Program", "Result", "Spec", "Start", "program_of"]
+
+FOREIGN = ("notes.pt", "other_7.pt")
+"""Files of another program: without a record, and named as no handler of ours names its files."""
+KILLS = ("iteration", "before commit", "after commit", "before removal", "after removal")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """One handler.
+
+    Attributes:
+        folder: of its directory.
+        prefix: its ``filename_prefix``.
+        is_whole: whether it saves all objects, or one.
+        is_scored: whether it has a ``score_function``.
+        score_name: its score's name.
+        pattern: its ``filename_pattern``.
+        has_step: whether the name has a step, where it has a score.
+        is_text: whether that step is text.
+        n_saved: how many it keeps.
+        event: on which it saves: ``epoch``, ``end`` for epochs and the end of the run, or a number of iterations.
+        is_called: whether it is a ModelCheckpoint.
+        on_evaluator: whether it is attached to an evaluator that runs in the trainer's event.
+        include_self: whether its own history is saved too.
+    """
+
+    folder: str
+    prefix: str
+    is_whole: bool
+    is_scored: bool
+    score_name: str | None
+    pattern: str | None
+    has_step: bool
+    is_text: bool
+    n_saved: int | None
+    event: str | int
+    is_called: bool
+    on_evaluator: bool
+    include_self: bool
+
+    @property
+    def naming(self) -> tuple[Any, ...]:
+        """What may not be equal for two handlers."""
+        return (self.folder, self.prefix, self.is_whole, self.pattern)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """One start of a program.
+
+    Attributes:
+        kill: how it is killed; None for not at all.
+        at: after how many such moments.
+        clock_s: what is added to the wall time.
+        is_copied: whether the directories were copied before, with other modification times.
+        steps: what the steps are counted in: ``iteration``, ``epoch``, or ``small`` fractions.
+        n_saved: by handler.
+    """
+
+    kill: str | None
+    at: int
+    clock_s: float
+    is_copied: bool
+    steps: str
+    n_saved: tuple[int | None, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A program and its starts.
+
+    Attributes:
+        specs: its handlers; the first is the one that is resumed from.
+        starts: see there.
+        epoch_length: in iterations.
+        max_epochs: of the last start, if it is not killed.
+        by_directory: whether the directory is resumed from, not the handler.
+        begins_anew: whether the trainer is not saved, so that each start begins at iteration 0.
+        seed: of its scores.
+    """
+
+    specs: tuple[Spec, ...]
+    starts: tuple[Start, ...]
+    epoch_length: int
+    max_epochs: int
+    by_directory: bool
+    begins_anew: bool
+    seed: str
+
+
+@dataclass(kw_only=True)
+class Result:
+    """What came of a program.
+
+    Attributes:
+        findings: what was wrong.
+        num_starts: how often it was started.
+        num_kills: how often it was killed.
+        num_resumes: how often something was resumed from.
+        num_saves: how many files were committed.
+        num_removals: how many were removed.
+        num_decisions: how often a score was wanted or not.
+    """
+
+    findings: list[str] = field(default_factory=list)
+    num_starts: int = 0
+    num_kills: int = 0
+    num_resumes: int = 0
+    num_saves: int = 0
+    num_removals: int = 0
+    num_decisions: int = 0
+
+
+def program_of(seed: str) -> Program:
+    """Return the program of a seed."""
+    chance = random.Random(seed)
+    specs: list[Spec] = []
+    num_specs = chance.choice((1, 2, 2, 3, 3))
+    while len(specs) < num_specs:
+        spec = _spec(chance, is_first=not specs)
+        if spec.naming not in [one.naming for one in specs]:
+            specs.append(spec)
+    num_starts = chance.randint(2, 6)
+    by_directory = chance.random() < 0.2 and all(spec.is_whole for spec in specs)
+    starts = [_start(chance, specs, is_last=number == num_starts - 1) for number in range(num_starts)]
+    return Program(
+        specs=tuple(specs),
+        starts=tuple(starts),
+        epoch_length=chance.randint(2, 4),
+        max_epochs=chance.randint(4, 8),
+        by_directory=by_directory,
+        begins_anew=not by_directory and not specs[0].on_evaluator and chance.random() < 0.2,
+        seed=seed,
+    )
+
+
+def _spec(chance: random.Random, *, is_first: bool) -> Spec:
+    is_scored = chance.random() < (0.2 if is_first else 0.7)
+    pattern = chance.choice((None, None, None, "{name}-{global_step}.{ext}", "sub/{name}_{global_step}.{ext}"))
+    if is_scored and pattern is not None:
+        pattern = pattern.replace("{global_step}", "{global_step}_{score}")
+    has_step = is_scored and (pattern is not None or chance.random() < 0.5)
+    return Spec(
+        folder=chance.choice(("a", "a", "b")),
+        prefix=chance.choice(("", "", "best", "x")),
+        is_whole=is_first or chance.random() < 0.6,
+        is_scored=is_scored,
+        score_name=chance.choice((None, "acc")) if is_scored else None,
+        pattern=pattern,
+        has_step=has_step,
+        is_text=has_step and chance.random() < 0.3,
+        n_saved=chance.choice((1, 1, 2, 3, None)),
+        event=chance.choice(("epoch", "epoch", "end", 1, 2, 3)),
+        is_called=pattern is None and chance.random() < 0.2,
+        on_evaluator=is_scored and chance.random() < 0.3,
+        include_self=chance.random() < 0.2,
+    )
+
+
+def _start(chance: random.Random, specs: list[Spec], *, is_last: bool) -> Start:
+    return Start(
+        kill=None if is_last else chance.choice(KILLS),
+        at=chance.randint(1, 8),
+        clock_s=chance.choice((0.0, 0.0, -1e6, 1e6, -3.0)),
+        is_copied=chance.random() < 0.2,
+        steps=chance.choice(("iteration", "iteration", "epoch", "small")),
+        n_saved=tuple(chance.choice((spec.n_saved, spec.n_saved, spec.n_saved, 1, 2)) for spec in specs),
+    )
