@@ -97,7 +97,7 @@ def seed() -> int:
 
 
 @pytest.fixture
-def tell(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
+def report(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
     """Return a function that prints a line past pytest's capture, in pytest-xdist's workers too."""
 
     def say(text: str) -> None:
@@ -108,7 +108,7 @@ def tell(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
 
 
 @pytest.fixture(scope="module")
-def tell_in_the_end(request: pytest.FixtureRequest) -> Iterator[Callable[[object], None]]:
+def report_at_end(request: pytest.FixtureRequest) -> Iterator[Callable[[object], None]]:
     """Return a function that stores an object, whose text is printed past pytest's capture at the end of the module."""
     kept: list[object] = []
     yield kept.append
@@ -119,10 +119,10 @@ def tell_in_the_end(request: pytest.FixtureRequest) -> Iterator[Callable[[object
 
 
 @pytest.fixture(scope="module")
-def table(tell_in_the_end: Callable[[object], None]) -> Table:
+def table(report_at_end: Callable[[object], None]) -> Table:
     """Return a table of the survivors' times, which is printed at the end of the module."""
     times = Table()
-    tell_in_the_end(times)
+    report_at_end(times)
     return times
 
 

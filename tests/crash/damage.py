@@ -1,4 +1,4 @@
-"""What can become of a file of which every byte was written: flipped, cut off, grown, full of holes, mixed up."""
+"""Damage to a whole file: flipped bytes, truncation, growth, holes, swapped blocks."""
 
 import itertools
 import random

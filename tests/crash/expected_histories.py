@@ -12,12 +12,12 @@ __all__ = ["Expected"]
 
 @dataclass
 class Kept:
-    """What one handler has to keep.
+    """The files that one handler has to keep.
 
     Attributes:
-        entries: priorities and names, lowest first; a step counts as how many files were saved before.
-        orphans: what may still be there, for it was killed before the removal.
-        has_saved: whether it has saved in the present start: then nothing may be left to remove once that has ended.
+        entries: priorities and names, lowest first. The priority without a score is the number of files saved before.
+        orphans: files that may still exist, because a kill came before their removal.
+        has_saved: whether the handler has saved in the present start. It leaves no orphans then.
     """
 
     entries: list[tuple[float, str]] = field(default_factory=list)
@@ -26,11 +26,11 @@ class Kept:
 
 
 class Expected:
-    """What has to be on the disk, and in the handlers' histories.
+    """The files on the disk and in the handlers' histories, as they should be.
 
     Args:
-        program: see there.
-        result: takes what is wrong.
+        program: the program.
+        result: its findings get what is wrong.
     """
 
     def __init__(self, program: Program, result: Result) -> None:
@@ -45,15 +45,15 @@ class Expected:
         self.collided: set[int] = set()
 
     def path(self, at: int, name: str) -> str:
-        """Return where a handler's file lies."""
+        """Return the path of a handler's file."""
         return f"{self.program.specs[at].folder}/{name}"
 
     def find(self, text: str) -> None:
-        """Note what is wrong."""
+        """Add a finding."""
         self.result.findings.append(text)
 
     def take(self, line: dict[str, Any], start: Start) -> None:
-        """Follow what a start did."""
+        """Follow one line of a start's journal."""
         getattr(self, f"_{line['what']}")(line, start)
 
     def _resumed(self, line: dict[str, Any], start: Start) -> None:
@@ -69,11 +69,11 @@ class Expected:
             if (self.owner.get(path) == 0 or self.program.by_directory) and path.startswith(f"{spec.folder}/")
         }
         newest = max(own, key=lambda path: own[path], default=None)
-        if line["file"] is None:  # it starts afresh: what is there is of a run that it does not continue
+        if line["file"] is None:  # it starts afresh: the files are of a run that it does not continue
             self.kept = [Kept() for _ in self.program.specs]
             self.owner.clear()
         if self.program.by_directory and any("/" in path.partition("/")[2] for path in own):
-            return  # a directory's folders are not looked into
+            return  # resume does not search the folders of a directory
         if line["file"] != newest:
             self.find(f"resumed from {line['file']}, and the newest is {newest}")
         self.result.num_resumes += line["file"] is not None
@@ -90,7 +90,7 @@ class Expected:
         self.wanted[at] = wants(self.kept[at].entries, score, n_saved=start.n_saved[at], greater_or_equal=False)
 
     def _settle(self, at: int) -> None:
-        """See that the last decision of a handler was the right one."""
+        """Check the last decision of a handler."""
         if self.wanted.pop(at, False) and at not in self.collided:
             self.find(f"handler {at}: a score of {self.scores[at]!r} was not saved, with {self.kept[at].entries}")
 
@@ -137,7 +137,7 @@ class Expected:
         del line, start
 
     def look(self, folder: Path) -> None:
-        """Compare with the disk: what is kept is there, and what is there is kept, or was about to be removed."""
+        """Compare with the disk: kept files exist, and others do not, except orphans."""
         for at, kept in enumerate(self.kept):
             gone = [name for _, name in kept.entries if not (folder / self.path(at, name)).exists()]
             if gone and at not in self.collided:

@@ -1,4 +1,4 @@
-"""Which calls of a save fail, and how: all of it, or a selection."""
+"""The faults of the system calls of a save: all of them, or a selection."""
 
 import errno
 import itertools
@@ -9,7 +9,7 @@ from tests.crash.shim import Called, Fault, How
 
 __all__ = ["Extent", "faults_of"]
 
-# EINTR only once: the kernel does not go on so for ever, and Python would.
+# EINTR only once: Python repeats the call for as long as it fails so.
 _ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
 _SAMPLE_EACH = 5
 Extent = Literal["whole", "quick", "sample"]
@@ -19,8 +19,9 @@ def faults_of(calls: Sequence[Called], extent: Extent) -> Iterator[Fault]:
     """Yield each call's failures.
 
     Args:
-        calls: of a save without failures.
-        extent: `whole`: with each error, once and from then on. `quick`: each call with some of them. `sample`: some.
+        calls: the calls of a save without faults.
+        extent: `whole`: each call with each error, once and from then on. `quick`: each call with some errors.
+            `sample`: a fifth of these.
     """
     faults = _faults_of(calls, is_whole=extent == "whole")
     return itertools.islice(faults, 0, None, _SAMPLE_EACH if extent == "sample" else 1)
@@ -43,7 +44,7 @@ def _faults_of(calls: Sequence[Called], *, is_whole: bool) -> Iterator[Fault]:
 
 
 def _of_its_own(name: str, nth: int, *, is_last: bool) -> Iterator[Fault]:
-    """Yield what only such a call can do."""
+    """Yield the faults that only this kind of call can have."""
     if name == "write":
         for how in (How.SHORT, How.ZERO, How.TORN):
             yield Fault(call=name, nth=nth, how=how)

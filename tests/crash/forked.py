@@ -1,7 +1,7 @@
 """Processes that run until they are killed, forked from one that has imported torch.
 
-A fork costs some ten milliseconds where a fresh Python with torch costs seconds. The forking process runs no
-threads of its own and computes on one, so the children start clean. What they do is not said here.
+A fork takes some ten milliseconds; a new Python with torch takes seconds. The forking process runs one thread, so that
+its children start without locks that another thread holds.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from typing import NoReturn
 __all__ = ["Body", "Child", "Job", "forked"]
 
 Body = Callable[[Callable[[int], None]], int | None]
-"""Runs in a child, is given a function that sends a step, and returns the exit code, if it is not 0."""
+"""Runs in a child with a function that sends a step; returns the exit code, or None for 0."""
 
 _ACK = struct.Struct("<q")
 _PR_SET_PDEATHSIG = 1
@@ -31,15 +31,15 @@ _STACKS_S, _STACKS_BYTES = 1.0, 1 << 16
 
 
 class Child:
-    """A forked process that says on a pipe which steps it takes for saved.
+    """A forked process that sends the steps that it has saved through a pipe.
 
     Args:
         body: runs in the child.
 
     Attributes:
-        acknowledged: the steps.
+        acknowledged: the steps that it has sent.
         pid: 0 once it is reaped.
-        stood_at: where its threads stood, if it was waited for in vain.
+        stood_at: the stacks of its threads, if it did not end in time; else empty.
     """
 
     def __init__(self, body: Body) -> None:
@@ -55,7 +55,7 @@ class Child:
         os.close(theirs)
 
     def wait_for(self, num_acks: int) -> None:
-        """Wait until so many steps were sent, counting the first one, which only says that the child is ready."""
+        """Wait until the child has sent `num_acks` steps. The first one means that it is ready."""
         deadline = time.monotonic() + _LIMIT_S
         while len(self.acknowledged) < num_acks:
             if not self._take(deadline - time.monotonic()):
@@ -63,26 +63,26 @@ class Child:
                 raise RuntimeError(f"a saving child sent {self.acknowledged} and then no more")
 
     def take_in(self) -> None:
-        """Take in what it has sent by now."""
+        """Receive what it has sent so far."""
         while self._take(0.0):
             pass
 
     def signal(self) -> None:
-        """SIGKILL it, and wait for nothing. Does nothing once it is reaped."""
+        """Send SIGKILL without waiting for its end. Does nothing once the child is reaped."""
         if self.pid:
             os.kill(self.pid, signal.SIGKILL)
 
     def kill(self) -> None:
-        """SIGKILL it, reap it, and take in what it has sent before. Does nothing the second time."""
+        """Kill and reap it, and receive what it sent before. Does nothing the second time."""
         if self.pid:
             self.signal()
             self.finish()
 
     def finish(self, limit_s: float = _LIMIT_S) -> int | None:
-        """Wait for its end and take in what it has sent.
+        """Wait for its end and receive what it has sent.
 
         Returns:
-            The exit code, minus the signal's number if killed; None if it has not ended: it is killed then.
+            The exit code, minus the signal's number if killed; None if it did not end in time and was killed here.
         """
         deadline = time.monotonic() + limit_s
         while self._take(deadline - time.monotonic()):
@@ -123,7 +123,7 @@ class Job:
     """The ranks of one job, each a :class:`Child`.
 
     Args:
-        bodies: what each rank does.
+        bodies: the function of each rank.
     """
 
     def __init__(self, bodies: Sequence[Body]) -> None:
@@ -137,11 +137,11 @@ class Job:
 
     @property
     def acknowledged(self) -> list[int]:
-        """The steps that any rank has taken for saved, in order, after the one that it began with."""
+        """The steps that any rank has saved, in order, without the one that it began with."""
         return sorted({step for rank in self.ranks for step in rank.acknowledged[1:]})
 
     def wait_for(self, num_acks: int) -> None:
-        """As :meth:`Child.wait_for`, each rank."""
+        """Wait for each rank as :meth:`Child.wait_for` does."""
         try:
             for rank in self.ranks:
                 rank.wait_for(num_acks)
@@ -150,25 +150,25 @@ class Job:
             raise
 
     def take_in(self) -> None:
-        """Take in what the ranks have sent by now."""
+        """Receive what the ranks have sent so far."""
         for rank in self.ranks:
             rank.take_in()
 
     def kill(self) -> None:
-        """SIGKILL all ranks at once. Does nothing the second time."""
+        """Kill all ranks at once. Does nothing the second time."""
         for rank in self.ranks:
             rank.signal()
         for rank in self.ranks:
             rank.kill()
 
     def finish(self, limit_s: float = _LIMIT_S) -> list[int | None]:
-        """As :meth:`Child.finish`, each rank that has not been reaped."""
+        """Finish each rank that has not been reaped, as :meth:`Child.finish` does."""
         return [rank.finish(limit_s) for rank in self.ranks if rank.pid]
 
 
 @contextlib.contextmanager
 def forked(body: Body) -> Iterator[Child]:
-    """Fork a :class:`Child`, wait until it is ready, and kill it in the end."""
+    """Fork a :class:`Child`, wait until it is ready, and kill it at the end of the body."""
     child = Child(body)
     try:
         child.wait_for(1)

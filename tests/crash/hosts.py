@@ -1,9 +1,9 @@
 """Two hosts and a link between them that can be cut: network namespaces, joined by veth pairs and a bridge in a third.
 
-Each says that it was booted by itself, as two machines do: what looks for a shorter way between ranks of one machine
-finds none. Nobody else sees them. A namespace lives as long as a process is in it: here a *keeper*, which ends as soon
-as the process that started it does. So nothing is left behind, whatever a test dies of, and tests of several
-pytest-xdist workers never meet. Needs to be root, and `ip` (Debian's iproute2).
+Each host has a boot id of its own, as two machines have, so that distckpt does not use shared memory between them. A
+namespace exists while a process is in it: here a *keeper*, which ends with the process that started it. So a test
+leaves nothing behind, even if it is killed, and the tests of several pytest-xdist workers do not disturb each other.
+Needs root, and `ip` (Debian's iproute2).
 """
 
 import contextlib
@@ -21,12 +21,12 @@ from typing import Literal, Self, get_args
 __all__ = ["CUTS", "INTERFACE", "Cut", "Hosts", "address_of", "enter"]
 
 Cut = Literal["interface down on host A", "cable out at host B", "silent loss"]
-"""Who notices that the link is cut: the kernel of host A, which did it; that of host B, which has no carrier; nobody,
-since the switch drops all that comes, without a word."""
+"""How the link is cut. Host A's kernel notices the first, host B's the second. No kernel notices the third: the switch
+drops all packets."""
 CUTS: tuple[Cut, ...] = get_args(Cut)
 
 INTERFACE = "wire"
-"""What each host calls its end of the link."""
+"""The name of the link's end on each host."""
 
 _LIMIT_S = 30.0
 _NAMES = ("a", "b")
@@ -42,7 +42,7 @@ def address_of(host: int) -> str:
 
 
 def enter(namespaces: str) -> None:
-    """Move this process onto a host. It must not have other threads yet: they would stay behind.
+    """Move this process onto a host. Call it before the process starts other threads, which would stay behind.
 
     Args:
         namespaces: one of :attr:`Hosts.namespaces`.
@@ -65,7 +65,7 @@ class Hosts:
     """Two hosts, A and B, whose link works until it is cut. A context; the hosts end with it.
 
     Attributes:
-        namespaces: where :func:`enter` finds each host.
+        namespaces: the argument of :func:`enter` for each host.
     """
 
     def __enter__(self) -> Self:
@@ -84,26 +84,26 @@ class Hosts:
                 _ip(self._switch, "link", "set", port, "master", "bridge", "up")
                 _ip(self._hosts[number], "address", "add", f"{address_of(number)}/24", "dev", INTERFACE)
                 _ip(self._hosts[number], "link", "set", INTERFACE, "up")
-            # Between two isolated ports a bridge drops everything, without a word; port_b joins it for a cut.
+            # Between two isolated ports a bridge drops all packets. A cut isolates port_b too.
             _ip(self._switch, "link", "set", "port_a", "type", "bridge_slave", "isolated", "on")
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_error: object) -> None:
-        """End the keepers; the kernel removes what was theirs."""
+        """End the keepers; the kernel then removes the namespaces."""
         self._stack.close()
 
     def free_port(self) -> int:
-        """Return a port that nobody listens on, on either host."""
+        """Return a port that is free on both hosts."""
         return next(self._ports)
 
     def cut(self, how: Cut) -> None:
-        """Cut the link: from now on nothing gets through, in either direction, and no connection is reset."""
+        """Cut the link in both directions. No connection is reset."""
         self._cut = how
         self._set(how, is_cut=True)
 
     def mend(self) -> None:
-        """Join the hosts again, if they are not."""
+        """Join the hosts again, if the link is cut."""
         if self._cut is not None:
             self._set(self._cut, is_cut=False)
             self._cut = None
@@ -119,7 +119,7 @@ class Hosts:
 
 @contextlib.contextmanager
 def _keeper() -> Iterator[int]:
-    """Have a process with a network, a loopback interface and the number of a boot of its own; yields its id."""
+    """Start a process with a network, a loopback interface and a boot id of its own; yield its process id."""
     script = f'ip link set lo up && mount --bind "$1" {_BOOT_ID} && echo ready && exec cat'
     with tempfile.NamedTemporaryFile(prefix="distckpt-boot-") as boot:
         boot.write(f"{uuid.uuid4()}\n".encode())

@@ -1,7 +1,7 @@
-"""One failure in the middle of a save, on a real job: what each rank saw, and whether that is right.
+"""One failure in the middle of a save, on a real job: each rank's observations, and whether they are right.
 
-`observe` runs on every rank and returns what the rank saw; `judge` is given every rank's and says what is wrong
-with it. The judge is a pure function, so that broken savers go through it exactly as distckpt does.
+`observe` runs on every rank and returns its observations; `judge` finds what is wrong in those of all ranks. The judge
+is a pure function, so that it treats broken savers exactly as distckpt.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from tests.crash.subject import Counted, idle_engine, name_of, steps_in, whole_s
 from tests.crash.trained import Trained
 from tests.distributed.programs import logged
 
-__all__ = ["Expected", "HandlerMaker", "Seats", "Seen", "Trouble", "expected_of", "judge", "observe"]
+__all__ = ["Expected", "HandlerMaker", "Roles", "Seen", "Trouble", "expected_of", "judge", "observe"]
 
 Expected = Literal["saved", "failed", "not durable"]
 HandlerMaker = Callable[[Subject, Path, int], Any]
@@ -33,22 +33,22 @@ DEAD = f"{TEMP_PREFIX}{new_file._host_tag()}-1-of-the-dead{TEMP_SUFFIX}"
 """A temporary file that a dead process of this host has left behind."""
 _NUM_FLOATS = 300_000
 _FIRST, _SECOND, _THIRD = 1, 2, 3
-# What Python calls once more after EINTR (PEP 475).
+# Calls that Python repeats after EINTR (PEP 475).
 _MADE_AGAIN = {"openat", "write", "fsync", "flock", "fstat"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trouble:
-    """What goes wrong during the second of three saves.
+    """The fault during the second of three saves.
 
     Attributes:
-        what: a phrase.
-        start: makes a context in which it is wrong; entered on the failing rank.
-        expected: what every rank has to be told.
-        errno: what the error has to name.
-        may_stay: whether the second file may stay for ever, since its rename was done but reported as failed.
-        may_harm_nothing: whether it may leave every byte right, and then be no failure: of a write that is torn, what
-            is missing may have stood there before, as the zeros that fill up a record's header.
+        what: its name in messages.
+        start: returns a context in which the fault occurs; entered on the failing rank.
+        expected: the outcome that every rank has to see.
+        errno: the number that the error has to name.
+        may_stay: whether the second file may stay for ever: its rename was done but reported as failed.
+        may_harm_nothing: whether it may leave every byte right, and is no failure then. The missing bytes of a torn
+            write may equal those that were there before, such as the zeros at the end of a record's header.
     """
 
     what: str
@@ -61,27 +61,27 @@ class Trouble:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """What one rank saw. Of the last six all but `open_files` are filled on the saving rank only.
+    """One rank's observations. Of the last six, only `open_files` is set on other ranks than the saving one.
 
     Attributes:
-        outcome: of the second save: `saved`, or the error's type.
-        message: the error's, if there was one.
+        outcome: `saved`, or the type of the second save's error.
+        message: the error's message; empty without one.
         kinds: the error's type and its bases.
-        told: what is logged of removals in the second save.
-        last: the handler's last checkpoint after it.
+        removal_warnings: log lines of the second save about removals.
+        last: the name of the handler's last checkpoint after the second save.
         third: `saved`, or the error of the third save.
         whole: the steps that load after the second save.
-        faults: what is wrong with any byte of the second file, where it is there.
+        faults: what is wrong in the second file; empty if there is none.
         problems: files that do not load, after the second or the third save.
         open_files: descriptors into the directory that the second save left open.
-        others: files that are no checkpoints, after the third save.
-        steps: checkpoints that are there after the third save.
+        others: files after the third save that are no checkpoints.
+        steps: steps of the checkpoints after the third save.
     """
 
     outcome: str
     message: str
     kinds: tuple[str, ...]
-    told: tuple[str, ...]
+    removal_warnings: tuple[str, ...]
     last: str
     third: str
     whole: tuple[int, ...] = ()
@@ -93,14 +93,14 @@ class Seen:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seats:
-    """Who does what, and how.
+class Roles:
+    """The ranks' roles, and the way of saving.
 
     Attributes:
         rank: this rank.
         saving: the rank that saves; where several write, the one that commits.
-        failing: the rank that is in trouble.
-        mode: how is saved.
+        failing: the rank with the fault.
+        mode: the way of saving, one of `MODES`.
     """
 
     rank: int
@@ -109,37 +109,37 @@ class Seats:
     mode: str = MODES[0]
 
 
-def observe(directory: Path, seats: Seats, trouble: Trouble, make: HandlerMaker) -> Seen:
-    """Collective. Save three times, the second time in trouble.
+def observe(directory: Path, roles: Roles, trouble: Trouble, make: HandlerMaker) -> Seen:
+    """Collective. Save three times, with the fault in the second save.
 
     Args:
-        directory: does not exist yet; is removed in the end.
-        seats: see :class:`Seats`.
-        trouble: on the failing rank; the others only need its phrase.
+        directory: does not exist yet; is removed at the end.
+        roles: see :class:`Roles`.
+        trouble: used on the failing rank.
         make: makes the handler.
     """
-    counted = Trained() if is_shared(seats.mode) else Counted(_NUM_FLOATS)
-    handler = make(counted, directory, seats.saving)
-    here, fails_here = seats.rank == seats.saving, seats.rank == seats.failing
-    save = partial(_save, handler, counted, seats.mode)
+    counted = Trained() if is_shared(roles.mode) else Counted(_NUM_FLOATS)
+    handler = make(counted, directory, roles.saving)
+    here, fails_here = roles.rank == roles.saving, roles.rank == roles.failing
+    save = partial(_save, handler, counted, roles.mode)
     save(_FIRST)
     if here:
         (directory / DEAD).write_bytes(b"half a checkpoint")
     error: Exception | None = None
     in_trouble = trouble.start(directory) if fails_here else contextlib.nullcontext()
-    with logged("distckpt") as told, in_trouble:
+    with logged("distckpt") as removal_warnings, in_trouble:
         try:
             save(_SECOND)
-        except Exception as caught:  # noqa: BLE001 - whatever it is, it is what this rank saw
+        except Exception as caught:  # noqa: BLE001 - any error is an observation
             error = caught
     seen: dict[str, Any] = {
         "outcome": "saved" if error is None else type(error).__name__,
         "message": str(error or ""),
         "kinds": tuple(base.__name__ for base in type(error).__mro__),
-        "told": tuple(one for one in told if "while removing older checkpoints" in one),
+        "removal_warnings": tuple(one for one in removal_warnings if "while removing older checkpoints" in one),
         "last": Path(handler.last_checkpoint or "").name,
     }
-    del error  # it holds frames, and these may hold descriptors
+    del error  # its frames may hold descriptors
     seen["open_files"] = _open_files(directory)
     if here:
         whole, problems = whole_steps(directory)
@@ -188,10 +188,10 @@ def _open_files(directory: Path) -> tuple[str, ...]:
 
 
 def expected_of(fault: Fault, calls: Sequence[Called]) -> Expected:
-    """Say what a fault has to lead to, from the calls of a save without one.
+    """Return the outcome that a fault has to have, given the calls of a save without a fault.
 
-    A failure before the rename, or of it, fails the save. A failing fsync of the directory leaves it not durable.
-    What comes after, and what clears up before, does no harm to the checkpoint: it is not an error.
+    A failure before the rename, or of it, fails the save. A failing fsync of the directory leaves the file not
+    durable. A failure after it, or while temporary files are cleared, does not harm the checkpoint and is no error.
     """
     counts = 0
     for index, call in enumerate(calls):
@@ -214,27 +214,27 @@ def _expected_of_call(fault: Fault, index: int, calls: Sequence[Called]) -> Expe
         return "saved" if fault.errno == errno.EINVAL else "not durable"
     of_new_file = is_temp(call.path) and call.path != DEAD
     if of_new_file and call.name == "openat" and call in calls[:index]:
-        return "saved"  # opened once more, for O_DIRECT: without it the bytes go the usual way
+        return "saved"  # opened again for O_DIRECT; if that fails, the bytes take the buffered way
     if of_new_file and call.name in {"openat", "write", "fsync", "fstat"}:
         return "failed"
     if call.name == "rename":
         return "failed"
-    # The directory is opened twice: to write into it, and to remove from it. Files in it are opened for their records.
+    # The directory is opened twice, for writing and for removing. Files in it are opened to read their records.
     return "failed" if call.name == "openat" and call.path == "" and call not in calls[:index] else "saved"
 
 
-def judge(directory: Path, seats: Seats, trouble: Trouble, seen: Sequence[Seen]) -> list[str]:
-    """Say what is wrong with what the ranks saw."""
-    here = seen[seats.saving]
+def judge(directory: Path, roles: Roles, trouble: Trouble, seen: Sequence[Seen]) -> list[str]:
+    """Return what is wrong in the ranks' observations."""
+    here = seen[roles.saving]
     open_files = [path for one in seen for path in one.open_files]
     saved = here.outcome == "saved"
     outcome: Expected = "saved" if saved else "not durable" if "CommitNotDurable" in here.kinds else "failed"
     is_unharmed = trouble.may_harm_nothing and saved and _SECOND in here.whole and not here.faults
     acknowledged = _SECOND if all(one.outcome == "saved" for one in seen) else _FIRST
-    named = f"rank {seats.failing}", f"step {_SECOND}", str(directory), errno.errorcode[trouble.errno]
+    named = f"rank {roles.failing}", f"step {_SECOND}", str(directory), errno.errorcode[trouble.errno]
     wrong = {
         f"the ranks saw different things: {[(one.outcome, one.message) for one in seen]}": (
-            len({(one.outcome, one.message, one.kinds, one.told) for one in seen}) > 1
+            len({(one.outcome, one.message, one.kinds, one.removal_warnings) for one in seen}) > 1
         ),
         f"expected {trouble.expected}, saw {outcome}: {here.message}": (
             outcome != trouble.expected and not is_unharmed
@@ -243,7 +243,9 @@ def judge(directory: Path, seats: Seats, trouble: Trouble, seen: Sequence[Seen])
             not saved and not all(text in here.message for text in named)
         ),
         f"lost: step {acknowledged} was acknowledged, {here.whole} load": acknowledged not in here.whole,
-        "the older checkpoint stays and nobody was told": saved and _FIRST in here.whole and not here.told,
+        "the older checkpoint stays and no warning says so": saved
+        and _FIRST in here.whole
+        and not here.removal_warnings,
         f"last_checkpoint is {[one.last for one in seen]}, not {name_of(acknowledged)}": any(
             one.last != name_of(acknowledged) for one in seen
         ),
@@ -255,5 +257,5 @@ def judge(directory: Path, seats: Seats, trouble: Trouble, seen: Sequence[Seen])
             set(here.steps) - ({_SECOND} if trouble.may_stay else set()) != {_THIRD}
         ),
     }
-    who = f"{trouble.what}, on rank {seats.failing}, rank {seats.saving} saves"
+    who = f"{trouble.what}, on rank {roles.failing}, rank {roles.saving} saves"
     return [f"{who}: {problem}" for problem, is_so in wrong.items() if is_so]

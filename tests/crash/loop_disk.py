@@ -47,10 +47,10 @@ def unshare_mounts() -> None:
 
 
 def why_no_mounts(directory: Path, *, kind: str = "ext4") -> str | None:
-    """Try to mount once; returns what the machine said when it does not allow it.
+    """Try to mount; return the machine's error if it does not allow it, else None.
 
     Args:
-        directory: to try in.
+        directory: where to try.
         kind: one of `KINDS`, in a file behind a loop device, or `tmpfs`.
     """
     script = 'mount -t tmpfs tmpfs "$1"'
@@ -61,13 +61,13 @@ def why_no_mounts(directory: Path, *, kind: str = "ext4") -> str | None:
 
 
 def try_mounts(directory: Path, what: str, script: str, *arguments: str) -> str | None:
-    """Run a shell script that mounts something and unmounts it; returns what the machine said when it did not work.
+    """Run a shell script that mounts and unmounts something; return the machine's error, or None if it worked.
 
     Args:
-        directory: to try in.
-        what: a name that nothing there has.
-        script: `$1` is an empty folder, other names that begin so are free.
-        *arguments: the script's others.
+        directory: where to try.
+        what: a new name in the directory.
+        script: `$1` is an empty folder, and names that begin with its name are free.
+        *arguments: `$2` and so on.
     """
     target = directory / f"probe-{what}"
     target.mkdir()
@@ -88,8 +88,8 @@ class LoopDisk:
         kind: one of `KINDS`.
 
     Attributes:
-        image: the file that it is in.
-        root: where it is mounted.
+        image: the file that contains it.
+        root: the mount point.
     """
 
     def __init__(self, directory: Path, kind: str = "ext4") -> None:
@@ -101,7 +101,7 @@ class LoopDisk:
 
     @contextlib.contextmanager
     def powered(self, image: Path | None = None) -> Iterator[Path]:
-        """Have it mounted in the block, under the yielded path; from another file, if one is given."""
+        """Mount it at the yielded path during the body, from `image` if one is given."""
         self.power_on(image)
         try:
             yield self.root
@@ -113,9 +113,9 @@ class LoopDisk:
         must("mount", "-o", "loop", str(image or self.image), str(self.root))
 
     def power_on_repaired(self, image: Path) -> bool:
-        """Mount an image, by the help of e2fsck where ext4 itself refuses it; tell whether that was so.
+        """Mount an image; repair it first with e2fsck if ext4 refuses it, and return True then.
 
-        A superblock of ext4's or of its journal's that is half-written is no matter of what was saved.
+        A half-written superblock of ext4 or of its journal says nothing about the checkpoints.
         """
         done = _command("mount", "-o", "loop", str(image), str(self.root))
         if done.returncode == 0:
@@ -131,7 +131,7 @@ class LoopDisk:
         must("umount", str(self.root))
 
     def cut(self) -> None:
-        """Cut the power: every later write fails, and what was not on the disk is lost at the next `power_on`."""
+        """Cut the power: later writes fail, and unwritten data are gone at the next `power_on`."""
         fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.ioctl(fd, _SHUTDOWN, _NO_LOG_FLUSH)
@@ -141,7 +141,7 @@ class LoopDisk:
 
 @contextlib.contextmanager
 def mounted_tmpfs(directory: Path, size: str) -> Iterator[None]:
-    """Have a tmpfs of a limited size at `directory` in the block."""
+    """Mount a tmpfs of a limited size at `directory` during the body."""
     must("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(directory))
     try:
         yield
@@ -150,7 +150,7 @@ def mounted_tmpfs(directory: Path, size: str) -> Iterator[None]:
 
 
 def must(*words: str) -> None:
-    """Run a command; one that finds a device busy, another worker's or a dying process's, may try again."""
+    """Run a command, and again while it reports a busy device: a process that still ends may use it."""
     deadline = time.monotonic() + _LIMIT_S
     while (done := _command(*words)).returncode != 0:
         if "busy" not in done.stderr or time.monotonic() > deadline:

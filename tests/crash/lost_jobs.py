@@ -1,7 +1,6 @@
-"""Jobs of `tests.crash.lost_ranks`, seen from the test that starts them.
+"""Jobs of `tests.crash.lost_ranks`, seen from their test: the server, the jobs' logs, and a table of times.
 
-Owns the server's process, the jobs' logs, and the table of how long the others took. Whatever a trial comes to, no
-process of a job is left: each is known by its id and the time at which it started.
+No process of a job outlives its test. Each is identified by its id and its start time.
 """
 
 import contextlib
@@ -26,7 +25,7 @@ __all__ = ["EXIT_BLOCKED", "End", "Job", "Jobs", "Table"]
 EXIT_BLOCKED = 70
 _ROOT = Path(__file__).resolve().parents[2]
 _START_LIMIT_S = 60.0
-_TRY_S = 15.0  # of that, before an agent's job is started once more
+_TRY_S = 15.0  # after which an agent's job is started again
 _POLL_S = 0.02
 _NOISE = ("frame #", "Exception raised from", "<omitting python frames>")  # of torch's C++ stacks
 _ENVIRONMENT = {
@@ -40,19 +39,19 @@ _ENVIRONMENT = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class End:
-    """How one rank ended.
+    """The end of one rank.
 
     Attributes:
-        rank: which one.
-        after_s: seconds from the fault to the moment when the error had left the run, or the process was gone.
+        rank: its number.
+        after_s: seconds from the fault to the end of the run, or of the process.
         gone_s: seconds from the fault to the end of the process; None while it lives.
         kinds: names of the error's type and of its bases; empty without an error.
-        text: the error, or what a process that ended itself wrote.
+        text: the error's message, or the output of a process that ended itself.
         cause: the error's ``__cause__``.
         named: the ranks that the error names.
-        iteration: the engine's.
-        is_own: whether the error is the very object that the rank raised.
-        was_blocked: the process was ended, because its training thread could not be.
+        iteration: the engine's iteration.
+        is_own: whether the error is the object that the rank raised.
+        was_blocked: whether distckpt ended the process, because its training thread was blocked.
     """
 
     rank: int
@@ -68,7 +67,7 @@ class End:
 
 
 class Job:
-    """A job under way. Made by :class:`Jobs`."""
+    """A running job. :class:`Jobs` makes it."""
 
     def __init__(self, plan: Plan, pid: int) -> None:
         self.plan, self.pid = plan, pid
@@ -78,8 +77,8 @@ class Job:
         self._lines: list[dict[str, Any]] = []
         self._num_read = 0
 
-    def told(self, what: str, rank: int | None = None) -> list[dict[str, Any]]:
-        """Return what ranks have told so far."""
+    def events(self, what: str, rank: int | None = None) -> list[dict[str, Any]]:
+        """Return the log lines of one kind so far, of one rank or of all."""
         self._look()
         return [line for line in self._lines if line["what"] == what and rank in (None, line["rank"])]
 
@@ -92,28 +91,28 @@ class Job:
         deadline = time.monotonic() + limit_s
         while not condition():
             if time.monotonic() > deadline:
-                raise AssertionError(f"{what}: not within {limit_s:g} s\n{self.story()}")
+                raise AssertionError(f"{what}: not within {limit_s:g} s\n{self.describe()}")
             time.sleep(_POLL_S)
 
     def form(self, limit_s: float = _START_LIMIT_S) -> None:
         """Wait until the ranks have formed their group."""
-        self.wait_for(lambda: len(self.told("formed")) == self.plan.world_size, "forming", limit_s)
+        self.wait_for(lambda: len(self.events("formed")) == self.plan.world_size, "forming", limit_s)
 
     def say(self, word: str) -> None:
-        """Say a word that ranks wait for."""
+        """Say a word to the ranks, which may wait for it."""
         (self.folder / word).touch()
 
     def pid_of(self, rank: int) -> int:
         """Return a rank's process id."""
-        return int(self.told("started", rank)[0]["pid"])
+        return int(self.events("started", rank)[0]["pid"])
 
     def is_alive(self, rank: int) -> bool:
-        """Tell whether the rank's process runs, or is stopped."""
-        started = self.told("started", rank)
+        """Return True if the rank's process exists, running or stopped."""
+        started = self.events("started", rank)
         return bool(started) and start_time_of(started[0]["pid"]) == started[0]["start"]
 
     def send(self, rank: int, number: signal.Signals) -> None:
-        """Send a signal to a rank, if it is still there."""
+        """Send a signal to a rank, if its process exists."""
         if self.is_alive(rank):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid_of(rank), number)
@@ -124,8 +123,8 @@ class Job:
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
     def end(self, rank: int) -> End | None:
-        """Return how a rank's run ended, or its process; None while it runs."""
-        ended = self.told("ended", rank)
+        """Return the end of a rank's run or process; None while it runs."""
+        ended = self.events("ended", rank)
         gone_s = self._gone_s.get(rank)
         begin_s = self.fault_s or 0.0
         after_s = None if gone_s is None else gone_s - begin_s
@@ -137,20 +136,20 @@ class Job:
             return End(rank=rank, after_s=last["at_s"] - begin_s, gone_s=after_s, kinds=kinds, named=named, **fields)
         if after_s is None:
             return None
-        exited = self.told("exited", rank)
+        exited = self.events("exited", rank)
         text = self.output(rank)
         is_blocked = f"the process ends, exit code {EXIT_BLOCKED}" in text
         if exited and is_blocked:
-            assert exited[0]["code"] == EXIT_BLOCKED, self.story()
+            assert exited[0]["code"] == EXIT_BLOCKED, self.describe()
         return End(rank=rank, after_s=after_s, gone_s=after_s, text=text, was_blocked=is_blocked)
 
     def is_over(self, rank: int) -> bool:
-        """Tell whether a rank's process has ended, or lingers as it is to."""
+        """Return True if a rank's process has ended, or lingers as planned."""
         self._look()
-        return rank in self._gone_s or (rank in self.plan.lingers and bool(self.told("lingers", rank)))
+        return rank in self._gone_s or (rank in self.plan.lingers and bool(self.events("lingers", rank)))
 
-    def story(self) -> str:
-        """Return all that is known, for a test that fails."""
+    def describe(self) -> str:
+        """Return the plan, the log and the output, for the message of a failing test."""
         lines = [f"{self.plan}"]
         for line in self._lines:
             at_s = line["at_s"] - (self.fault_s or self._lines[0]["at_s"])
@@ -163,12 +162,12 @@ class Job:
         return "\n".join(lines)
 
     def kill_launcher(self) -> None:
-        """Kill what started the ranks; it is not reaped yet, so that its number is its own."""
+        """Kill the launcher. It has not been reaped, so that no other process has its id."""
         self.fault_s = time.monotonic()
         os.kill(self.pid, signal.SIGKILL)
 
     def kill(self) -> None:
-        """Kill every rank that is still there."""
+        """Kill the ranks whose processes exist."""
         for rank in range(self.plan.world_size):
             self.send(rank, signal.SIGKILL)
 
@@ -185,12 +184,12 @@ class Job:
             if line["what"] == "started" and start_time_of(line["pid"]) != line["start"]:
                 self._gone_s.setdefault(line["rank"], now_s)
         for line in self._lines:
-            if line["what"] == "exited":  # the parent knows better, where there is one
+            if line["what"] == "exited":  # a parent's time is more exact
                 self._gone_s[line["rank"]] = line["at_s"]
 
 
 class Jobs:
-    """The server, and the jobs that it has started. A context; all processes end with it."""
+    """The server and its jobs: a context manager, at whose end all processes end."""
 
     def __enter__(self) -> Self:
         """Start the server."""
@@ -216,14 +215,14 @@ class Jobs:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def start(self, **what: Any) -> Job:
-        """Start a job; see :class:`~tests.crash.lost_programs.Plan` for what it can be."""
+        """Start a job; the arguments are those of :class:`~tests.crash.lost_programs.Plan`."""
         plan = Plan(folder=tempfile.mkdtemp(dir=self._folder), **what)
         job = Job(plan, self._order({"start": plan.encode()}))
         self._jobs.append(job)
         return job
 
     def start_all(self, plans: Sequence[dict[str, Any]]) -> list[Job]:
-        """Start several jobs, and let their ranks go together."""
+        """Start several jobs, whose ranks then begin together."""
         jobs = [self.start(**what) for what in plans]
         for number, what in enumerate(plans):
             jobs[number] = self._formed(jobs[number], what)
@@ -232,10 +231,10 @@ class Jobs:
         return jobs
 
     def _formed(self, job: Job, what: dict[str, Any]) -> Job:
-        """Wait until a job's ranks have formed their group; start it once more if they do not.
+        """Wait until a job's ranks have formed their group; start the job again if they do not.
 
-        torchrun's agent has threads when it forks the ranks, as torch's own does with this start method: one time in
-        hundreds all of them hang in ``init_process_group``, before anything of distckpt's has run.
+        torchrun's agent has threads when it forks the ranks. One time in hundreds all ranks hang in
+        ``init_process_group``, before they use distckpt.
         """
         try:
             job.form(_TRY_S)
@@ -251,7 +250,7 @@ class Jobs:
         return again
 
     def end(self, jobs: Sequence[Job]) -> None:
-        """Kill what is left of some jobs."""
+        """Kill the remaining processes of some jobs."""
         for job in jobs:
             if job in self._jobs:
                 self._jobs.remove(job)
@@ -270,18 +269,18 @@ class Jobs:
 
 
 class Table:
-    """How long the others took, a line a trial."""
+    """The survivors' times, one line per trial."""
 
     def __init__(self) -> None:
         self._rows: dict[tuple[str, ...], dict[str, float]] = {}
 
     def add(self, job: Job, ends: Sequence[End], lost: str | None = None) -> None:
-        """Note the last survivor's end.
+        """Add the last survivor's time.
 
         Args:
             job: the job.
-            ends: how the others ended.
-            lost: what was lost; the plan's victim, unless it is said.
+            ends: the survivors' ends.
+            lost: the lost part; None for the plan's victim.
         """
         plan = job.plan
         how = "some linger" if plan.lingers else "all leave"

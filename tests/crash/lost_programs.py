@@ -43,29 +43,29 @@ _MANY = 2000  # iterations that take longer than any trial
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a job is to do.
+    """The plan of a job.
 
     Attributes:
-        folder: the job's own, for its log, its ranks' output, and what the test says to it.
-        program: which of `PROGRAMS`.
+        folder: the job's folder, for its log, its ranks' output, and the test's words.
+        program: a key of `PROGRAMS`.
         world_size: number of ranks.
-        launcher: "nobody": each rank is a program of its own, and rank 0 hosts the store; "parent": a process
-            spawned them, and rank 0 hosts the store; "agent": torchrun's agent, which hosts the store; "torchrun": the
-            real program, which takes seconds to start.
-        hosts: the namespaces of hosts (see `tests.crash.hosts`) on which equally many ranks run each, in order, with an
-            agent of their own where there are agents; empty to stay in that of the server.
-        port: on the first host, where the agents of several hosts meet.
+        launcher: "nobody": each rank is a separate program, and rank 0 hosts the store; "parent": a process spawns
+            them, and rank 0 hosts the store; "agent": torchrun's agent, which hosts the store; "torchrun": the real
+            program, which takes seconds to start.
+        hosts: the namespaces of hosts (see `tests.crash.hosts`). An equal number of ranks runs on each, in order, and
+            an agent where there are agents. Empty for the server's namespace.
+        port: the port on the first host where the agents of several hosts meet.
         victim: the rank that is lost.
-        fault: how: "SIGKILL", "SIGSTOP", "exception", "exception like a lost peer's", "sys.exit",
+        fault: "SIGKILL", "SIGSTOP", "exception", "exception like a lost peer's", "sys.exit",
             "os._exit", "sleeps", or, of a program that ends well, "nothing waits".
-        at: in which iteration.
+        at: the iteration of the fault.
         step: "vote": the step has no collective; "ddp": a backward pass of DistributedDataParallel on Gloo. Some
-            programs know others.
-        step_s: how long a step takes.
+            programs have other kinds.
+        step_s: seconds that a step takes.
         lingers: ranks that catch the error and stay.
-        lag: of the votes.
-        timeout_s: the limit.
-        seed: of random moments.
+        lag: the votes' lag.
+        timeout_s: the time limit.
+        seed: the seed of random moments.
     """
 
     folder: str
@@ -100,11 +100,11 @@ class Plan:
 
 
 class Rank:
-    """One rank of a job, and its voice.
+    """One rank of a job: it writes the job's log.
 
     Args:
-        plan: the job's.
-        rank: which one.
+        plan: the job's plan.
+        rank: its number.
     """
 
     def __init__(self, plan: Plan, rank: int) -> None:
@@ -113,13 +113,13 @@ class Rank:
         self.is_victim = rank == plan.victim
         self._log = os.open(self.folder / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
-    def tell(self, what: str, **fields: object) -> None:
+    def report(self, what: str, **fields: object) -> None:
         """Write a line into the job's log."""
         line = {"rank": self.rank, "what": what, "at_s": time.monotonic(), **fields}
-        os.write(self._log, (json.dumps(line) + "\n").encode())  # short: it goes in whole or not at all
+        os.write(self._log, (json.dumps(line) + "\n").encode())  # short, so that it is written whole or not at all
 
     def has_heard(self, word: str) -> bool:
-        """Tell whether the test has said `word`."""
+        """Return True if the test has said `word`."""
         return (self.folder / word).exists()
 
     def await_word(self, word: str, limit_s: float = _LINGER_S) -> None:
@@ -129,13 +129,13 @@ class Rank:
             time.sleep(0.01)
 
     def say(self, word: str) -> None:
-        """Say `word`, as the test could."""
+        """Say `word` to the other ranks, as the test can."""
         (self.folder / word).touch()
 
     def ended(self, error: BaseException | None, engine: Engine, raised: BaseException | None = None) -> None:
-        """Tell how a run ended."""
+        """Report how a run ended."""
         cause = None if error is None else error.__cause__
-        self.tell(
+        self.report(
             "ended",
             iteration=engine.state.iteration,
             kinds=[] if error is None else [kind.__name__ for kind in type(error).__mro__],
@@ -147,9 +147,9 @@ class Rank:
         )
 
     def linger(self) -> None:
-        """Stay, if this rank is to, until the test ends it."""
+        """Stay until the test ends the rank, if the plan says so."""
         if self.rank in self.plan.lingers:
-            self.tell("lingers")
+            self.report("lingers")
             self.await_word("enough")
 
 
@@ -157,17 +157,17 @@ class Rank:
 
 
 class _Trainer:
-    """An engine with handlers that vote, whose process function commits the fault.
+    """An engine with handlers that vote. Its process function commits the fault.
 
     Args:
         me: the rank.
-        fails_in_step: whether the process function does it; else the program.
+        fails_in_step: whether the process function commits the fault; if not, the program does.
     """
 
     def __init__(self, me: Rank, *, fails_in_step: bool = True) -> None:
         self.me = me
         self._fails_in_step = fails_in_step and me.is_victim
-        # The words of the other one are those of a collective that broke; it is the user's all the same.
+        # The first has the words of a broken collective, and is still the user's error.
         is_alike = me.plan.fault == "exception like a lost peer's"
         self._error = RuntimeError("connection to the data server timed out") if is_alike else KeyError("bad batch")
         model: torch.nn.Module = torch.nn.Linear(4, 4)
@@ -180,17 +180,17 @@ class _Trainer:
         if self._fails_in_step and engine.state.iteration == self.me.plan.at:
             self.fail()
         if engine.state.iteration == _UNDER_WAY:
-            self.me.tell("under way")
+            self.me.report("under way")
         time.sleep(self.me.plan.step_s)
         if self.me.plan.step == "ddp":
             self.model(torch.ones(2, 4)).sum().backward()
         is_over = self.me.rank == 0 and self.me.has_heard("stop")
-        return {"loss": torch.full((2,), math.nan if is_over else 0.0)}  # on which all ranks stop together
+        return {"loss": torch.full((2,), math.nan if is_over else 0.0)}  # all ranks stop together on a NaN
 
     def fail(self) -> None:
-        """Commit the fault; returns only from those that one returns from."""
+        """Commit the fault. Returns if the rank survives it."""
         fault = self.me.plan.fault
-        self.me.tell("fault")
+        self.me.report("fault")
         if fault in ("SIGKILL", "SIGSTOP"):
             os.kill(os.getpid(), getattr(signal, fault))
         elif fault.startswith("exception"):
@@ -201,13 +201,13 @@ class _Trainer:
             os._exit(0)
         elif fault == "sleeps":
             self.me.await_word("awake")
-        self.me.tell("after the fault")
+        self.me.report("after the fault")
 
     def run(self, num_iterations: int = _MANY) -> None:
-        """Run, tell how it ended, and linger if this rank is to."""
+        """Run, report how it ended, and linger if the plan says so."""
         try:
             self.engine.run(range(num_iterations), max_epochs=1)
-        except Exception as error:  # noqa: BLE001 - how it ends is what is looked for
+        except Exception as error:  # noqa: BLE001 - any end is reported
             self.me.ended(error, self.engine, self._error)
         else:
             self.me.ended(None, self.engine)
@@ -236,7 +236,7 @@ def save(me: Rank) -> None:
 
 
 def evaluate(me: Rank) -> None:
-    """Commit the fault in the process function of an evaluator that runs within the trainer's events."""
+    """Commit the fault in the process function of an evaluator that runs in the trainer's events."""
     trainer = _Trainer(me, fails_in_step=False)
 
     def evaluate_step(engine: Engine, _batch: Any) -> torch.Tensor:
@@ -254,7 +254,7 @@ def evaluate(me: Rank) -> None:
 
 
 def run_again(me: Rank) -> None:
-    """All ranks raise the same in the same iteration, catch it, and run again: quickly twice, then slowly."""
+    """Raise the same error on all ranks in the same iteration, catch it, and run again: quickly twice, then slowly."""
     engine = _engine_that_fails(me)
     for attempt in range(3):
         if attempt and me.plan.step == "new engine":
@@ -267,7 +267,7 @@ def run_again(me: Rank) -> None:
             engine.run(range(me.plan.at + 2 if attempt < 2 else 3), max_epochs=1)
         except ValueError as caught:
             me.ended(caught, engine, error)
-        except Exception as caught:  # noqa: BLE001 - how it ends is what is looked for
+        except Exception as caught:  # noqa: BLE001 - any end is reported
             me.ended(caught, engine)
             return
         else:
@@ -281,7 +281,7 @@ def _engine_that_fails(me: Rank) -> Engine:
             if me.plan.step == "one after the other":
                 time.sleep(0.3 * me.rank)
             raise vars(engine)["error"]
-        time.sleep((0.0, _STEP_S, 1.3)[attempt])  # 1.3 s: longer than a rank is patient before it looks for news
+        time.sleep((0.0, _STEP_S, 1.3)[attempt])  # 1.3 s: longer than a rank waits before it reads the store
         return torch.zeros(2)
 
     engine = Engine(step)
@@ -290,15 +290,15 @@ def _engine_that_fails(me: Rank) -> Engine:
 
 
 def end_early(me: Rank) -> None:
-    """The victim's data end before the others': it ends its run, and lingers or leaves."""
+    """End the victim's run before the others': its data end first. It lingers or leaves."""
     trainer = _Trainer(me, fails_in_step=False)
     if me.is_victim:
-        trainer.engine.add_event_handler(Events.COMPLETED, lambda: me.tell("fault"))
+        trainer.engine.add_event_handler(Events.COMPLETED, lambda: me.report("fault"))
     trainer.run(me.plan.at if me.is_victim else _MANY)
 
 
 def end_well(me: Rank) -> None:
-    """A job without any fault, whose ranks end their processes at different moments."""
+    """End a job without a fault; its ranks end at different moments."""
     _Trainer(me).run(me.plan.at)
     moments = random.Random(me.plan.seed)
     pauses_s = [moments.choice((0.0, 0.05, 0.4, 1.2)) for _ in range(me.plan.world_size)]
@@ -308,10 +308,10 @@ def end_well(me: Rank) -> None:
 
 
 def end_slowly(me: Rank) -> None:
-    """A job without any fault, whose ranks end in every way in which a thread of ours could be left in the store.
+    """End a job without a fault, in every way in which one of distckpt's threads could still use the store.
 
-    The store is slow or not (`step`), other libraries take their time at exit, and so does the interpreter's end. With
-    the fault "nothing waits" this process waits for no thread of distckpt's, as a control.
+    The store may be slow (`step`). Exit functions of other libraries, and the interpreter's end, take time. With the
+    fault "nothing waits" the process waits for no thread of distckpt's, as a control.
     """
     moments = random.Random(me.plan.seed)
     slow_s, late_s = moments.choice(((0.2, 0.3), (0.5, 0.0)))
@@ -323,9 +323,9 @@ def end_slowly(me: Rank) -> None:
     trainer.run(me.plan.at)
     if me.plan.step == "slow store":
         _leave_a_call_under_way(slow_s)
-        atexit.register(time.sleep, late_s)  # what other libraries do, before our functions
+        atexit.register(time.sleep, late_s)  # an exit function of another library, which runs before distckpt's
     if me.plan.fault == "nothing waits":
-        threading.Thread.join = _do_not_join  # type: ignore[method-assign]  # in this process, which ends now
+        threading.Thread.join = _do_not_join  # type: ignore[method-assign]  # this process ends now
     elif leaves_group:
         dist.destroy_process_group()
     vars(sys.modules["__main__"])["slow"] = _SlowEnd()
@@ -348,7 +348,7 @@ def _leave_a_call_under_way(slow_s: float) -> None:
 
 
 class _SlowEnd:
-    """Takes time once the interpreter is being taken down."""
+    """Takes time while the interpreter shuts down."""
 
     def __del__(self, sleep: Callable[[float], None] = time.sleep) -> None:
         sleep(0.5)
@@ -359,17 +359,17 @@ def _do_not_join(self: threading.Thread, timeout: float | None = None) -> None:
 
 
 def two_jobs(me: Rank) -> None:
-    """Two process groups, one after the other: what belongs to the first ends with it."""
+    """Use two process groups, one after the other, and report distckpt's threads during and after each."""
     for number in range(2):
         if number:
             form_group(me, number)
         _Trainer(me).run(4)
-        me.tell("threads in the job", names=_our_threads())
+        me.report("threads in the job", names=_our_threads())
         dist.destroy_process_group()
         deadline = time.monotonic() + 5.0
         while _our_threads() and time.monotonic() < deadline:
             time.sleep(0.02)
-        me.tell("threads after the job", names=_our_threads())
+        me.report("threads after the job", names=_our_threads())
 
 
 def _our_threads() -> list[str]:
@@ -389,7 +389,7 @@ PROGRAMS: dict[str, Callable[[Rank], None]] = {
 
 
 def form_group(me: Rank, number: int) -> None:
-    """Form the rank's process group: the first one, or a later one."""
+    """Form the rank's process group, the first one or a later one."""
     if me.plan.launcher in ("agent", "torchrun"):
         dist.init_process_group("gloo")
         return

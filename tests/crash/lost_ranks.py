@@ -1,4 +1,4 @@
-"""Jobs of several ranks of which one is lost, forked from a server that has imported torch.
+"""Start the ranks of jobs that lose a rank, as forks of a server that has imported torch.
 
     python -m tests.crash.lost_ranks serve          # orders on stdin, one JSON object a line; answers on stdout
     torchrun ... -m tests.crash.lost_ranks rank <plan.json>
@@ -33,7 +33,7 @@ _LOOPBACK = "127.0.0.1"
 
 
 def start_time_of(pid: int) -> int | None:
-    """Return when a process started, in the kernel's ticks; None if it is gone. Tells it from a later one."""
+    """Return the start time of a process in kernel ticks; None if it has ended. It tells apart processes of one id."""
     with contextlib.suppress(OSError):
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
         return None if fields[0] in ("Z", "X") else int(fields[19])
@@ -41,7 +41,7 @@ def start_time_of(pid: int) -> int | None:
 
 
 def rank_main(plan: Plan, rank: int) -> None:
-    """Be one rank: form the job, run the program, say how it ended."""
+    """Run one rank: form the process group, run the program, report how it ended."""
     me = Rank(plan, rank)
     output = os.open(me.folder / f"output_{rank}", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     os.dup2(output, 1)
@@ -53,15 +53,15 @@ def rank_main(plan: Plan, rank: int) -> None:
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", force=True)
     logging.getLogger("ignite").setLevel(logging.CRITICAL)
-    me.tell("started", pid=os.getpid(), start=start_time_of(os.getpid()))
+    me.report("started", pid=os.getpid(), start=start_time_of(os.getpid()))
     form_group(me, 0)
-    me.tell("formed")
+    me.report("formed")
     me.await_word("go")
     PROGRAMS[plan.program](me)
 
 
 def _rank_of_agent(text: str) -> NoReturn:
-    """Be a rank that torchrun's agent has forked. One that returned would wait for the agent to read its result."""
+    """Run a rank that torchrun's agent has forked. It does not return: the agent would read its result."""
     rank_main(Plan.decode(text), int(os.environ["RANK"]))
     sys.stderr.flush()
     os._exit(0)
@@ -71,7 +71,7 @@ def _rank_of_agent(text: str) -> NoReturn:
 
 
 class _IsRank(BaseException):
-    """This process is a rank now: unwind, and let the interpreter end as a program's does."""
+    """Unwinds a process that has become a rank, so that its interpreter ends as that of a program."""
 
     def __init__(self, plan: Plan, rank: int) -> None:
         super().__init__(rank)
@@ -104,7 +104,7 @@ def _job_main(plan: Plan) -> None:
 
 
 def _be_a_shell(plan: Plan) -> None:
-    """Start each rank as a program of its own, and reap it.
+    """Fork each rank as a separate program, and reap it.
 
     Raises:
         _IsRank: in each rank.
@@ -119,7 +119,7 @@ def _be_a_shell(plan: Plan) -> None:
         children.append(pid)
     for _ in children:
         pid, status = os.waitpid(-1, 0)
-        Rank(plan, children.index(pid)).tell("exited", code=os.waitstatus_to_exitcode(status))
+        Rank(plan, children.index(pid)).report("exited", code=os.waitstatus_to_exitcode(status))
 
 
 def _be_a_parent(plan: Plan) -> None:
@@ -133,12 +133,12 @@ def _be_a_parent(plan: Plan) -> None:
         multiprocessing.connection.wait([process.sentinel for process in left.values()])
         for rank, process in list(left.items()):
             if process.exitcode is not None:
-                Rank(plan, rank).tell("exited", code=process.exitcode)
+                Rank(plan, rank).report("exited", code=process.exitcode)
                 del left[rank]
 
 
 def _be_an_agent(plan: Plan, host: int) -> None:
-    """Be torchrun's agent on a host, or become torchrun."""
+    """Run torchrun's agent on a host, or replace this process by torchrun."""
     num_hosts = max(len(plan.hosts), 1)
     num_ranks = plan.world_size // num_hosts
     endpoint, own = f"{_LOOPBACK}:0", _LOOPBACK
@@ -169,7 +169,7 @@ def _be_an_agent(plan: Plan, host: int) -> None:
 
 
 def _fork_job(plan: Plan) -> int:
-    """Fork the process that starts a job's ranks; returns its id, which is that of its process group, too.
+    """Fork the process that starts a job's ranks; return its id, which is its process group's too.
 
     Raises:
         _IsRank: in each rank of a job without a launcher.
@@ -188,14 +188,14 @@ def _fork_job(plan: Plan) -> int:
         code = 0
     except _IsRank:
         raise
-    except BaseException:  # noqa: BLE001 - nothing may reach the server's own code
+    except BaseException:  # noqa: BLE001 - no error of a child may reach the server's code
         traceback.print_exc()
     sys.stderr.flush()
     os._exit(code)
 
 
 def serve() -> None:
-    """Start and end jobs, as told on stdin, until it is closed; then end all of them.
+    """Start and end jobs on orders from stdin, until stdin is closed; then end all of them.
 
     Raises:
         _IsRank: in each rank of a job without a launcher.
@@ -229,14 +229,14 @@ def _answer(value: object) -> None:
 
 
 def _end_job(pid: int) -> None:
-    """Kill a job's processes. Its first one is not reaped before, so that its number is nobody else's."""
+    """Kill a job's processes. The first one is reaped only here, so that no other process has its id."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
 
 
 def main(arguments: list[str]) -> None:
-    """Serve, or be one rank under the real torchrun."""
+    """Run the server, or one rank under the real torchrun."""
     torch.set_num_threads(1)
     if arguments[0] == "rank":
         rank_main(Plan.decode(Path(arguments[1]).read_text(encoding="utf-8")), int(os.environ["RANK"]))

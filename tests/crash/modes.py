@@ -1,6 +1,6 @@
-"""The ways of saving that the crash tests go through, and what each asks of `DiskSaver`.
+"""The ways of saving that the crash tests run, and the arguments of `DiskSaver` for each.
 
-One place: a new way of saving is one more entry, and every kind of trial is done in it.
+A new way of saving is one more entry; every kind of trial then runs it.
 """
 
 import os
@@ -27,15 +27,15 @@ def disk_saver(directory: str | os.PathLike[str], mode: str, kind: type[DiskSave
 
 
 def is_background(saver: str) -> bool:
-    """Tell whether training goes on while a file is written. A broken saver does nothing of the kind."""
+    """Return True if training continues while a file is written. False for the broken savers."""
     return bool(_ARGUMENTS.get(saver, {}).get("background"))
 
 
 def is_shared(saver: str) -> bool:
-    """Tell whether several ranks write one file."""
+    """Return True if several ranks write one file."""
     return "share_write" in _ARGUMENTS.get(saver, {})
 
 
 def world_size_of(saver: str) -> int:
-    """Return how many ranks it takes."""
+    """Return the number of ranks of a job that saves so."""
     return 2 if is_shared(saver) else 1

@@ -1,4 +1,4 @@
-"""What a saving process does until it is killed or the power is cut: resume, train, save, say what was saved.
+"""The program of a saving process that is killed or loses its power: resume, train, save, send each saved step.
 
 The same program for each way of saving, on one rank or on several; and for the broken savers. A step is said to be
 saved when the handler's `last_checkpoint` is of it: in the background that is some steps later.
@@ -27,14 +27,14 @@ from tests.support.store import connect, job_namespace
 __all__ = ["EXIT_LOST", "EXIT_OTHERWISE", "saving", "typical_save_s"]
 
 EXIT_LOST, EXIT_OTHERWISE = 3, 4
-"""Exit codes of a rank that was told that the job is over, by an error that is meant for it, and by another."""
+"""Exit codes of a rank that distckpt's error ended, and of one that another error ended."""
 
-# Its tensor is larger than what the writer gathers: a save is several writes.
+# Its tensor is larger than the writer's buffer, so that a save is several writes.
 _NUM_FLOATS = 300_000
 _FOR_EVER = 10**6
-# How long a rank waits for one that died where only a time limit tells.
+# A rank's time limit, for waits that only a limit ends when another rank has died.
 _TIMEOUT_S = 10
-# In the background, training goes on between two saves.
+# Iterations from one save to the next in the background: training continues between them.
 _EVERY = 3
 
 
@@ -46,28 +46,28 @@ def saving(
     after: int,
     num_saves: int = _FOR_EVER,
     world_size: int = 1,
-    told: Callable[[int], None] = lambda _: None,
+    on_saved: Callable[[int], None] = lambda _: None,
 ) -> Iterator[Job]:
-    """Fork a job that goes on with what is in a directory, wait until it is ready, and kill it in the end.
+    """Fork a job that resumes from a directory, wait until it is ready, and kill it at the end of the body.
 
     The first step that each rank sends says from which it goes on.
 
     Args:
-        directory: where to.
-        saver: which of `SAVERS`.
-        after: a single rank goes on from this step; several find out by themselves.
-        num_saves: how many, if it is to end by itself.
-        world_size: how many ranks.
-        told: is called on rank 0 for each step that it takes for saved, before the test hears of it.
+        directory: the directory of its checkpoints.
+        saver: a key of `SAVERS`.
+        after: the step from which a single rank continues; several ranks find it by themselves.
+        num_saves: number of saves, after which the job ends.
+        world_size: number of ranks.
+        on_saved: called on rank 0 with each saved step, before the step is sent to the test.
     """
     if world_size == 1:
-        bodies: list[Body] = [lambda send: _one_rank(directory, saver, after, num_saves, told, send)]
+        bodies: list[Body] = [lambda send: _one_rank(directory, saver, after, num_saves, on_saved, send)]
     else:
-        # An optimizer and DDP import it when they are first made, which takes half a second: once, before the forks.
+        # Once, before the forks: the first optimizer or DDP of a process imports it, which takes half a second.
         importlib.import_module("torch._dynamo")
         number = _next_number()
         bodies = [
-            lambda send, rank=rank: _a_rank(directory, saver, num_saves, number, rank, world_size, told, send)  # type: ignore[misc]
+            lambda send, rank=rank: _a_rank(directory, saver, num_saves, number, rank, world_size, on_saved, send)  # type: ignore[misc]
             for rank in range(world_size)
         ]
     job = Job(bodies)
@@ -91,14 +91,14 @@ def _one_rank(
     saver: str,
     after: int,
     num_saves: int,
-    told: Callable[[int], None],
+    on_saved: Callable[[int], None],
     send: Callable[[int], None],
 ) -> int:
     counted = Counted(_NUM_FLOATS, step=after)
     handler = SAVERS[saver](counted, directory)
     _take_over(handler, directory)
     send(after)
-    _train(counted, handler, saver, num_saves, told, send)
+    _train(counted, handler, saver, num_saves, on_saved, send)
     return 0
 
 
@@ -113,7 +113,7 @@ def _a_rank(
     number: int,
     rank: int,
     world_size: int,
-    told: Callable[[int], None],
+    on_saved: Callable[[int], None],
     send: Callable[[int], None],
 ) -> int:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -129,10 +129,10 @@ def _a_rank(
         if saver not in MODES:
             _take_over(handler, directory)
         send(trained.step)
-        _train(trained, handler, saver, num_saves, told if rank == 0 else lambda _: None, send)
+        _train(trained, handler, saver, num_saves, on_saved if rank == 0 else lambda _: None, send)
     except distckpt.DistckptError:
         return EXIT_LOST
-    except (RuntimeError, OSError):  # the job's own collectives'
+    except (RuntimeError, OSError):  # of the job's own collectives
         return EXIT_OTHERWISE
     return 0
 
@@ -142,30 +142,30 @@ def _train(
     handler: Any,
     saver: str,
     num_saves: int,
-    told: Callable[[int], None],
+    on_saved: Callable[[int], None],
     send: Callable[[int], None],
 ) -> None:
     known = [handler.last_checkpoint]
     every = _EVERY if is_background(saver) else 1
 
-    def tell() -> None:
+    def report() -> None:
         if handler.last_checkpoint != known[0]:
             known[0] = handler.last_checkpoint
             step = step_of(Path(known[0]))
-            told(step)
+            on_saved(step)
             send(step)
 
     engine = Engine(lambda _engine, _batch: subject.advance())
     engine.add_event_handler(Events.ITERATION_COMPLETED(every=every), handler)
-    engine.add_event_handler(Events.ITERATION_COMPLETED, tell)
+    engine.add_event_handler(Events.ITERATION_COMPLETED, report)
     engine.run([0], max_epochs=num_saves * every)
     if every > 1:
         handler.wait_until_finished()
-        tell()
+        report()
 
 
 def typical_save_s(directory: Path, saver: str, world_size: int = 1) -> float:
-    """Measure how long it takes from one save to the next here; leaves its files in `directory`."""
+    """Return the median seconds from one save to the next, measured in `directory`, which keeps the files."""
     seconds = []
     with saving(directory, saver, after=0, num_saves=8, world_size=world_size) as job:
         for count in range(2, 10):

@@ -7,7 +7,7 @@ from typing import Any
 __all__ = ["FOREIGN", "Program", "Result", "Spec", "Start", "program_of"]
 
 FOREIGN = ("notes.pt", "other_7.pt")
-"""Files of another program: without a record, and named as no handler of ours names its files."""
+"""Files of another program: without a record, and with names that no handler of the programs uses."""
 KILLS = ("iteration", "before commit", "after commit", "before removal", "after removal")
 
 
@@ -16,18 +16,18 @@ class Spec:
     """One handler.
 
     Attributes:
-        folder: of its directory.
+        folder: the name of its directory.
         prefix: its ``filename_prefix``.
         is_whole: whether it saves all objects, or one.
         is_scored: whether it has a ``score_function``.
-        score_name: its score's name.
+        score_name: its score's name; None for none.
         pattern: its ``filename_pattern``.
-        has_step: whether the name has a step, where it has a score.
+        has_step: whether a name with a score has a step too.
         is_text: whether that step is text.
-        n_saved: how many it keeps.
-        event: on which it saves: ``epoch``, ``end`` for epochs and the end of the run, or a number of iterations.
+        n_saved: number of files that it keeps; None for all.
+        event: when it saves: ``epoch``, ``end`` for epochs and the end of the run, or a number of iterations.
         is_called: whether it is a ModelCheckpoint.
-        on_evaluator: whether it is attached to an evaluator that runs in the trainer's event.
+        on_evaluator: whether it is attached to an evaluator, which runs in an event of the trainer.
         include_self: whether its own history is saved too.
     """
 
@@ -47,7 +47,7 @@ class Spec:
 
     @property
     def naming(self) -> tuple[Any, ...]:
-        """What may not be equal for two handlers."""
+        """The arguments that must differ between two handlers."""
         return (self.folder, self.prefix, self.is_whole, self.pattern)
 
 
@@ -56,12 +56,12 @@ class Start:
     """One start of a program.
 
     Attributes:
-        kill: how it is killed; None for not at all.
-        at: after how many such moments.
-        clock_s: what is added to the wall time.
-        is_copied: whether the directories were copied before, with other modification times.
-        steps: what the steps are counted in: ``iteration``, ``epoch``, or ``small`` fractions.
-        n_saved: by handler.
+        kill: the moment of its kill, one of `KILLS`; None for none.
+        at: number of such moments until the kill.
+        clock_s: seconds added to the wall time.
+        is_copied: whether the directories are copied first, with other modification times.
+        steps: the unit of the steps: ``iteration``, ``epoch``, or ``small`` fractions.
+        n_saved: number of kept files, for each handler.
     """
 
     kill: str | None
@@ -77,13 +77,13 @@ class Program:
     """A program and its starts.
 
     Attributes:
-        specs: its handlers; the first is the one that is resumed from.
-        starts: see there.
-        epoch_length: in iterations.
-        max_epochs: of the last start, if it is not killed.
-        by_directory: whether the directory is resumed from, not the handler.
+        specs: its handlers. The program resumes from the first one.
+        starts: its starts.
+        epoch_length: iterations of an epoch.
+        max_epochs: number of epochs of the first start; each later start trains one more.
+        by_directory: whether it resumes from the directory, and not from the handler.
         begins_anew: whether the trainer is not saved, so that each start begins at iteration 0.
-        seed: of its scores.
+        seed: the seed of its scores.
     """
 
     specs: tuple[Spec, ...]
@@ -97,16 +97,16 @@ class Program:
 
 @dataclass(kw_only=True)
 class Result:
-    """What came of a program.
+    """The results of a program.
 
     Attributes:
         findings: what was wrong.
-        num_starts: how often it was started.
-        num_kills: how often it was killed.
-        num_resumes: how often something was resumed from.
-        num_saves: how many files were committed.
-        num_removals: how many were removed.
-        num_decisions: how often a score was wanted or not.
+        num_starts: number of starts.
+        num_kills: number of kills.
+        num_resumes: number of resumes from a file.
+        num_saves: number of committed files.
+        num_removals: number of removed files.
+        num_decisions: number of decisions about a score.
     """
 
     findings: list[str] = field(default_factory=list)

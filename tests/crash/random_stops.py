@@ -1,4 +1,4 @@
-"""Short runs that something stops at a random moment on a random rank: what a rank of such a job does.
+"""Short runs that are stopped at a random moment on a random rank: the program of a rank.
 
 Owns the plan of a run, which each rank and the test compute from the same seed; how its trainer and handlers are made;
 and how a signal, a time-out or a NaN comes into it. Signals are real ones, sent by another thread or another process
@@ -31,9 +31,9 @@ __all__ = ["KINDS", "LIMIT_S", "Cause", "End", "Plan", "plan_of", "run_job"]
 
 Kind = Literal["nan", "time_limit", "preempted"]
 KINDS: tuple[Kind, ...] = ("nan", "time_limit", "preempted")
-"""What can stop a run, by the stop reason."""
+"""The causes of a stop, by stop reason."""
 LIMIT_S = 20.0
-"""How long a rank waits for another one, and the most that a run may take."""
+"""Seconds that a rank waits for another one, and the limit of a run."""
 
 _HOURS_S = 3600
 _STEP_S = 0.003
@@ -42,19 +42,19 @@ _HANDLERS = ("nan", "time", "preemption", "checkpoint", "best", "evaluator")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cause:
-    """Something that stops a run.
+    """A cause of a stop.
 
     Attributes:
-        kind: what.
-        rank: on which rank.
-        share: when, as a share of the time that the run takes without it, counted from its first step.
-        is_early: counted from before the run instead, while the ranks are being connected.
-        iteration: of a NaN: in which iteration.
-        place: of a NaN: where in the output.
-        value: of a NaN: what is there.
-        sender: of a signal: the rank that sends it, from a thread; of a time-out: unequal to `rank` if a thread moves
+        kind: the stop reason.
+        rank: the rank on which it occurs.
+        share: its time, as a share of the run's usual length, from the run's first step.
+        is_early: whether the time begins before the run instead, while the ranks connect.
+        iteration: a NaN's iteration.
+        place: a NaN's place in the output.
+        value: the value at this place.
+        sender: a signal's sending rank, which uses a thread; for a time-out, unequal to `rank` if a thread moves
             the clock, else it runs out by itself.
-        number: of a signal: which.
+        number: a signal's number.
     """
 
     kind: Kind
@@ -70,21 +70,21 @@ class Cause:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A run, the same on all ranks.
+    """The plan of a run, the same on all ranks.
 
     Attributes:
-        seed: what it was made from.
+        seed: the seed from which it was drawn.
         world_size: number of ranks.
-        num_epochs: how many.
-        epoch_length: iterations in each.
-        order: in which order the handlers are attached, by name.
-        causes: what happens.
-        pace: lag and interval.
-        paced: the handlers to which these are given.
-        save_every: the Checkpoint saves each so-many-th iteration; 0 for each epoch.
-        n_saved: how many it keeps.
+        num_epochs: number of epochs.
+        epoch_length: iterations of an epoch.
+        order: the handlers' names, in the order in which they are attached.
+        causes: the causes of a stop.
+        pace: the votes' lag and interval.
+        paced: the handlers that get this pace.
+        save_every: iterations between two saves of the Checkpoint; 0 for each epoch.
+        n_saved: number of files that it keeps.
         is_coupled: whether a step reduces a gradient over the ranks.
-        evaluator_every: an evaluator runs each so-many-th iteration; 0 for each epoch.
+        evaluator_every: iterations between two runs of the evaluator; 0 for each epoch.
     """
 
     seed: str
@@ -102,26 +102,26 @@ class Plan:
 
     @property
     def num_iterations(self) -> int:
-        """Its full length."""
+        """The iterations of a run that is not stopped."""
         return self.num_epochs * self.epoch_length
 
     @property
     def breaks_at(self) -> float:
-        """From which iteration on the weights hold NaN."""
+        """The first iteration after which the weights contain NaN."""
         return min((cause.iteration for cause in self.causes if cause.kind == "nan"), default=math.inf)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class End:
-    """How a run ended on one rank.
+    """The end of a run on one rank.
 
     Attributes:
-        iteration: the last one.
-        reason: the stop reason; `HUNG` where a collective of the job's was not answered.
-        history: names of the files that the Checkpoint believes in.
-        best: of the one that keeps the best.
-        preempted: what Preemption says.
-        took_s: seconds.
+        iteration: the last iteration.
+        reason: the stop reason; `HUNG` if a collective of the job was not answered.
+        history: names of the files in the Checkpoint's history.
+        best: names of the files in the history of the Checkpoint with a score.
+        preempted: `Preemption.preempted`.
+        took_s: the run's seconds.
     """
 
     iteration: int
@@ -133,12 +133,12 @@ class End:
 
 
 def plan_of(seed: str, world_size: int, kinds: tuple[Kind, ...] | None = None, **given: Any) -> Plan:
-    """Return the run that a seed stands for.
+    """Return the plan of a seed.
 
     Args:
         seed: any text.
         world_size: number of ranks.
-        kinds: what happens; None to let the seed say it.
+        kinds: the causes; None to draw them from the seed.
         **given: attributes of the plan that are not left to the seed.
     """
     draw = random.Random(seed)
@@ -191,8 +191,8 @@ def run_job(
     Args:
         folder: run n saves in its subfolder `n`.
         plans: of equal world size.
-        library: "ignite" for the control: handlers that each rank obeys by itself.
-        hang_limit_s: timeout of the job's own collectives; a run in which one is not answered is the job's last.
+        library: "ignite" for the control, in which each rank stops by its own handlers.
+        hang_limit_s: timeout of the job's own collectives. The job ends with a run in which one times out.
     """
     __tracebackhide__ = True
     ends = run_ranks(
@@ -229,15 +229,15 @@ _PLACES: tuple[Callable[[float], Any], ...] = (
     torch.tensor,
     lambda value: value,
 )
-"""Outputs that a number can break."""
+"""Outputs of a step that can contain a NaN."""
 
 
 class _Run:
     """A run on one rank.
 
     Args:
-        plan: which.
-        folder: where it saves.
+        plan: its plan.
+        folder: the folder of its checkpoints.
     """
 
     def __init__(self, plan: Plan, folder: str) -> None:
@@ -252,7 +252,7 @@ class _Run:
         plan, trainer = self.plan, self.trainer
         to_save = {"weights": self._weights}
         self.checkpoint = Checkpoint(to_save, f"{folder}/latest", n_saved=plan.n_saved, timeout_s=LIMIT_S)
-        # Another score on each rank: their mean decides, and where no rank's own calls for a save none is asked for.
+        # Each rank has another score. Their mean decides.
         self.best = Checkpoint(
             to_save,
             f"{folder}/best",
@@ -297,7 +297,7 @@ class _Run:
         return _PLACES[place](value)
 
     def run(self) -> End:
-        """Run, let happen what happens, and return how it ended."""
+        """Run with the causes, and return how the run ended."""
         pids: list[Any] = [None] * self.plan.world_size
         dist.all_gather_object(pids, os.getpid())
         try:
@@ -309,7 +309,7 @@ class _Run:
                 begin_s = time.monotonic()
                 self.trainer.run([0] * self.plan.epoch_length, max_epochs=self.plan.num_epochs)
                 took_s = time.monotonic() - begin_s
-            dist.barrier()  # no signal is under way any more
+            dist.barrier()  # all signals have arrived
         finally:
             self._close()
         return self._end(took_s)
@@ -328,8 +328,8 @@ class _Run:
         )
 
     def _arranged(self, cause: Cause, pids: list[int]) -> Iterator[tuple[float, Callable[[], None]]]:
-        """Yield what this rank has to do at which time of the run, in seconds, for a cause."""
-        # About what a run takes: the longest pause of any rank, the vote, and a save now and then.
+        """Yield the times of a cause, in seconds of the run, and what this rank does then."""
+        # The usual length of a run: the longest pause of any rank, the votes, and some saves.
         after_s = cause.share * self.plan.num_iterations * 2 * _STEP_S
         if cause.kind == "preempted" and self.rank == cause.sender:
             yield after_s, lambda: os.kill(pids[cause.rank], cause.number)
@@ -344,7 +344,7 @@ class _Run:
 
 
 class _RunOfControl(_Run):
-    """The same run with handlers that stop the rank on which they stand: ignite's, and a flag that a signal sets."""
+    """The same run with handlers that stop their own rank only: ignite's, and a flag that a signal sets."""
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan, "")
@@ -373,14 +373,14 @@ class _RunOfControl(_Run):
 
 
 class _Happening:
-    """What happens beside a run, on threads; a context that ends when all that has begun is done."""
+    """Actions on threads beside a run: a context manager that waits for all of them at its end."""
 
     def __init__(self) -> None:
         self._later: list[threading.Timer] = []
         self._begun: list[threading.Timer] = []
 
     def arrange(self, after_s: float, act: Callable[[], None], *, is_early: bool) -> None:
-        """Let `act` be done: so long after the beginning of the run, or of its first step; an early one begins now."""
+        """Call `act` after some seconds: from now if it is early, else from the run's first step."""
         timer = threading.Timer(after_s, act)
         if is_early:
             timer.start()
@@ -389,7 +389,7 @@ class _Happening:
             self._later.append(timer)
 
     def begin(self) -> None:
-        """Let time pass for what is not early."""
+        """Start the time of the actions that are not early."""
         for timer in self._later:
             timer.start()
         self._begun += self._later
@@ -399,6 +399,6 @@ class _Happening:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        """Wait for all that has begun."""
+        """Wait for all actions."""
         for timer in self._begun:
             timer.join(LIMIT_S)

@@ -1,7 +1,6 @@
-"""An nbdkit plugin: a disk that writes down what is done to it.
+"""An nbdkit plugin: a disk that records each write and each flush.
 
-Runs in nbdkit's own Python, not in the tests'. Each write and each flush goes to a log, as `tests.crash.reordered`
-reads it. The disk itself is a file.
+Runs in nbdkit's own Python. `tests.crash.reordered` reads the log. The disk itself is a file.
 
     nbdkit python recorder.py image=... log=...
 """
@@ -19,7 +18,7 @@ _given: dict[str, str] = {}
 
 
 def config(key: str, value: str) -> None:
-    """Take an argument."""
+    """Keep an argument of the command line."""
     _given[key] = value
 
 
@@ -33,7 +32,7 @@ class _Disk:
 
 
 def open(readonly: bool) -> _Disk:  # noqa: A001, FBT001 - named by nbdkit
-    """Return what the other functions are given."""
+    """Return the handle that nbdkit passes to the other functions."""
     del readonly
     return _Disk()
 
@@ -44,19 +43,19 @@ def get_size(disk: _Disk) -> int:
 
 
 def can_fua(disk: _Disk) -> Any:
-    """Say that a write may ask to be flushed: as a flush of its own."""
+    """Return that nbdkit shall replace a write with a flush by the two."""
     del disk
     return nbdkit.FUA_EMULATE
 
 
 def pread(disk: _Disk, buffer: Any, offset: int, flags: int) -> None:
-    """Read."""
+    """Read bytes."""
     del flags
     os.preadv(disk.image, [buffer], offset)
 
 
 def pwrite(disk: _Disk, buffer: Any, offset: int, flags: int) -> None:
-    """Write."""
+    """Write bytes, and record them."""
     del flags
     data = bytes(buffer)
     os.pwrite(disk.image, data, offset)
@@ -64,6 +63,6 @@ def pwrite(disk: _Disk, buffer: Any, offset: int, flags: int) -> None:
 
 
 def flush(disk: _Disk, flags: int) -> None:
-    """Note that all that was written before is durable."""
+    """Record that all earlier writes are durable."""
     del flags
     disk.note(_FLUSH, 0, b"")

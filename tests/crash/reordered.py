@@ -1,9 +1,9 @@
-"""A disk that writes down what it is told, and the states that a power cut can leave it in.
+"""A disk that records its writes, and the states in which a power cut can leave it.
 
-A disk may write what it has not flushed in any order, and a block by halves. Here each write and each flush between a
-file system and its disk is recorded (nbdkit, behind nbdfuse and a loop device), together with the moments at which a
-save was acknowledged. A state is then: all that came before some moment, but of what was not flushed only a random
-part. To be used in a mount namespace of its own (:mod:`tests.crash.loop_disk`).
+A disk may write unflushed blocks in any order, and half of a block. Here each write and each flush between a file
+system and its disk is recorded (nbdkit, behind nbdfuse and a loop device), with the moments at which a save was
+acknowledged. A state contains all flushed writes before some moment, and a random part of the unflushed ones. Call
+`tests.crash.loop_disk.unshare_mounts` first.
 """
 
 import contextlib
@@ -25,22 +25,22 @@ _WRITE, _FLUSH, _ACKNOWLEDGED = b"W", b"F", b"A"
 _PLUGIN = Path(__file__).with_name("recorder.py")
 _LIMIT_S = 30.0
 _BLOCK, _SECTOR = 4096, 512
-# How much of what was not flushed is lost, and how much of the rest is written by halves.
+# Shares of the unflushed blocks that are lost, and of the rest that are half-written.
 _LOST = (0.1, 0.5, 0.9)
 _TORN = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """What a power cut has left.
+    """A state of the disk after a power cut.
 
     Attributes:
-        moment: after so many writes and flushes, in which the disk was cut off.
+        moment: number of writes and flushes before the power cut.
         acknowledged: the last step that had been acknowledged by then; 0 for none.
-        num_blocks: how many blocks were written and not flushed.
-        num_lost: how many of them are lost.
-        num_torn: how many are half-written.
-        is_repaired: whether ext4 refused it, so that e2fsck had to repair it first.
+        num_blocks: number of blocks that were written and not flushed.
+        num_lost: number of these that are lost.
+        num_torn: number of these that are half-written.
+        is_repaired: whether e2fsck had to repair the file system, because ext4 refused it.
     """
 
     moment: int
@@ -60,7 +60,7 @@ class _Event:
 
 
 class RecordedDisk:
-    """An ext4 of which every write is recorded.
+    """An ext4 whose writes are recorded.
 
     Args:
         directory: exists; holds images and mount points.
@@ -76,16 +76,16 @@ class RecordedDisk:
         self.root = self._disk.root
 
     def acknowledge(self, step: int) -> None:
-        """Note that a step is taken for saved. From any process."""
+        """Record that a step is acknowledged. Any process may call it."""
         os.write(self._log_fd, _HEADER.pack(_ACKNOWLEDGED, step, 0))
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[Path]:
-        """Have it mounted in the block, under the yielded path, and record."""
+        """Mount it at the yielded path and record its writes during the body."""
         served = self._server / "disk"
         nbdkit = ["nbdkit", "--single", "python", str(_PLUGIN), f"image={self._disk.image}", f"log={self._log}"]
         server = subprocess.Popen(
-            # Ends with this process, whatever that dies of; nbdkit ends with nbdfuse.
+            # It ends with this process, even if that is killed; nbdkit ends with nbdfuse.
             ["setpriv", "--pdeathsig", "KILL", "nbdfuse", str(served), "--command", *nbdkit],
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -104,7 +104,7 @@ class RecordedDisk:
                 server.communicate()
 
     def states(self, num: int, draw: random.Random) -> Iterator[State]:
-        """Yield random states in the order of their moments; in the block of each, the disk is as it was left."""
+        """Yield random states in the order of their moments; during the body the disk is mounted in that state."""
         events = list(_events_in(self._log))
         moments = sorted(draw.randint(1, len(events)) for _ in range(num))
         durable, pending, acknowledged, done = bytearray(self._before), list[_Event](), 0, 0
@@ -121,7 +121,7 @@ class RecordedDisk:
             done = moment
             left = bytearray(durable)
             lost, torn, blocks = _write_some(left, pending, draw)
-            # A file of its own: a loop device that is not quite gone yet would show what was in the one before.
+            # A new file: a loop device that is still being removed would show the content of the last one.
             image = self._disk.image.with_name(f"state{number}")
             image.write_bytes(left)
             is_repaired = self._disk.power_on_repaired(image)
@@ -140,7 +140,7 @@ class RecordedDisk:
 
 
 def _write_some(image: bytearray, writes: list[_Event], draw: random.Random) -> tuple[int, int, int]:
-    """Write a random part of some writes; return how many blocks are lost, are torn, and were to be written."""
+    """Write a random part of some writes; return the numbers of lost, of torn and of all blocks."""
     share_lost = draw.choice(_LOST)
     lost = torn = blocks = 0
     for write in writes:
@@ -181,7 +181,7 @@ def _await_file(path: Path, server: "subprocess.Popen[bytes]") -> None:
 
 
 def why_no_recorder(directory: Path) -> str | None:
-    """Try to record once; returns what the machine said when it does not allow it."""
+    """Try to record; return the machine's error if it does not allow it, else None."""
     return try_mounts(directory, "recorder", _TRY, str(_PLUGIN))
 
 

@@ -46,11 +46,11 @@ from tests.crash.program_plans import FOREIGN, Program, Result, Spec, Start, pro
 __all__ = ["BREAKAGES", "run_program"]
 
 SCORES = (0.1, 0.12341, 0.12342, 0.12343, 0.5, 0.5, 0.9, 3e-05, 1e-05, 2e-05, math.nan, -0.25, math.inf, -math.inf)
-_MEMORY = Path("/dev/shm")  # noqa: S108 - a process is killed, and no machine: nothing has to reach a disk
+_MEMORY = Path("/dev/shm")  # noqa: S108 - a kill of a process loses nothing in memory files
 
 
 class Stamp:
-    """An object whose state says who saved it, and when."""
+    """An object whose state contains the handler, the iteration and the start of the save."""
 
     def __init__(self, trainer: Engine, start: int) -> None:
         self.trainer = trainer
@@ -62,15 +62,15 @@ class Stamp:
         return {"handler": self.handler, "iteration": self.trainer.state.iteration, "start": self.start}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take nothing over."""
+        """Ignore the state."""
 
 
 class Journal:
-    """What a start does, line by line in a file, and the moment at which it is killed.
+    """The journal of a start, a file of one line per action. It kills the process at the planned moment.
 
     Args:
         path: the file.
-        start: see there.
+        start: the start's plan.
     """
 
     def __init__(self, path: Path, start: Start) -> None:
@@ -83,7 +83,7 @@ class Journal:
         os.write(self._fd, (json.dumps({"what": what, **facts}) + "\n").encode())
 
     def reach(self, moment: str) -> None:
-        """Die here, if this is the moment."""
+        """Kill this process, if this is the planned moment."""
         if moment == self._start.kill:
             self._num_left -= 1
             if self._num_left == 0:
@@ -91,7 +91,7 @@ class Journal:
 
 
 def stamp_in(path: Path) -> dict[str, Any]:
-    """Return who saved a file; nothing for a file of another program."""
+    """Return the stamp in a file; empty for a file of another program."""
     state = torch.load(path, weights_only=True)
     found = state.get("stamp", state)
     return dict(found) if "handler" in found else {}
@@ -179,10 +179,10 @@ def _score(program: Program, at: int, trainer: Engine, journal: Journal) -> floa
 
 
 def _watch(journal: Journal, handlers: list[Checkpoint], stamp: Stamp) -> None:
-    """Note each commit and each removal, and who is about it."""
+    """Write each commit and each removal into the journal, with the handler."""
     save, commit, remove = Checkpoint._save, LocalNewFile.commit, LocalStorage.remove
 
-    def save_and_say_who(self: Any, *args: Any) -> None:
+    def save_and_stamp(self: Any, *args: Any) -> None:
         stamp.handler = next(at for at, one in enumerate(handlers) if one is self)
         save(self, *args)
 
@@ -206,13 +206,13 @@ def _watch(journal: Journal, handlers: list[Checkpoint], stamp: Stamp) -> None:
         remove(self, name)
         journal.reach("after removal")
 
-    Checkpoint._save = save_and_say_who  # type: ignore[method-assign,assignment]
+    Checkpoint._save = save_and_stamp  # type: ignore[method-assign,assignment]
     LocalNewFile.commit = commit_and_note  # type: ignore[method-assign]
     LocalStorage.remove = note_and_remove  # type: ignore[method-assign]
 
 
 def run_program(program: Program, root: Path) -> Result:
-    """Run a program, start after start, in a folder; return what came of it."""
+    """Run a program, start after start, in a folder; return the result."""
     result = Result()
     expected = Expected(program, result)
     folder = root / "0"
@@ -259,7 +259,7 @@ def _in_a_fork(work: Callable[[], None], errors: Path) -> int:
             os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
             work()
             code = 0
-        except BaseException:  # noqa: BLE001 - a child of a fork leaves in no other way
+        except BaseException:  # noqa: BLE001 - a forked child must not return
             traceback.print_exc()
         finally:
             sys.stderr.flush()
@@ -296,11 +296,11 @@ BREAKAGES: dict[str, Callable[[], None]] = {
     "files are ordered by their iteration": _order_by_clock,
     "what a killed save had still to remove is forgotten": _forget_orphans,
 }
-"""Ways to break the code: the programs have to find each."""
+"""Ways to break the code. The programs have to find each of them."""
 
 
 def main() -> None:
-    """Run some programs, and print what came of them."""
+    """Run some programs, and print their results."""
     seed, first, num = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)

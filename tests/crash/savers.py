@@ -1,4 +1,4 @@
-"""The saver under test, and broken ones that the same trials have to find out.
+"""The saver under test, and broken savers, whose faults the same trials have to find.
 
 Each entry of `SAVERS` makes a handler that saves something in a directory; those under test are named by the mode in
 which they save. It is called in a process that is about to be killed, so a broken saver may patch distckpt in place. A
@@ -46,7 +46,7 @@ class _UnsyncedSaver(BaseSaveHandler):
 
 
 class _HastySaver(BaseSaveHandler):
-    """Lets a thread save what training goes on to change, and says at once that it is done."""
+    """Saves in a thread while training changes the state, and reports success at once."""
 
     def __init__(self, saver: DiskSaver) -> None:
         self._saver, self.dirname = saver, saver.dirname
@@ -75,19 +75,19 @@ def _in_place(counted: Subject, directory: Path) -> Any:
 
 
 def _never_clears(counted: Subject, directory: Path) -> Any:
-    """Leave the temporary files of the dead."""
+    """Leave the temporary files of dead processes."""
     vars(local)["remove_dead_temps"] = lambda _parent: None
     return _distckpt(counted, directory)
 
 
 def _clears_the_living(counted: Subject, directory: Path) -> Any:
-    """Remove every temporary file, whoever writes it."""
+    """Remove every temporary file, also those of living processes."""
     vars(new_file)["_remove_if_dead"] = lambda parent, name: os.unlink(name, dir_fd=parent)
     return _distckpt(counted, directory)
 
 
 def _removes_first(counted: Subject, directory: Path) -> Any:
-    """Do everything right but the order: remove the older one, then write."""
+    """Remove the older checkpoint, then write; the rest is right."""
 
     class RemovesFirst(DiskSaver):
         def __call__(
@@ -104,7 +104,7 @@ def _removes_first(counted: Subject, directory: Path) -> Any:
 
 
 def _hasty(counted: Subject, directory: Path) -> Any:
-    """Save in the background as one would at first."""
+    """Save in the background without a snapshot."""
     return counted.handler(_HastySaver(disk_saver(directory, "foreground")))
 
 

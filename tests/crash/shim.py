@@ -21,32 +21,32 @@ _COMPILERS = ("cc", "gcc", "clang")
 
 
 class How(IntEnum):
-    """What happens to the chosen call; the numbers are the shim's."""
+    """How the chosen call fails; the numbers are those of `shim.c`."""
 
     REFUSED = 1
-    """It is not made, and fails."""
+    """The call is not made, and fails."""
     SHORT = 2
-    """A write takes half of the bytes and says so."""
+    """A write writes half of the bytes, and returns that number."""
     ZERO = 3
-    """A write takes nothing and says so."""
+    """A write writes nothing, and returns 0."""
     TORN = 4
-    """A write takes half of the bytes and says that it took all."""
+    """A write writes half of the bytes, and returns the number of all."""
     SHORT_THEN_REFUSED = 5
-    """A write takes half of the bytes and says so; the next one fails. A disk that is full."""
+    """A write writes half of the bytes, and returns that number; the next one fails, as on a full disk."""
     DONE_BUT_REPORTED_AS_FAILED = 6
-    """It is made, and fails: an answer lost on its way from a file server."""
+    """The call is made, and fails, as if the answer of a file server was lost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """Which call fails, and how.
+    """The call that fails, and how.
 
     Attributes:
         call: one of the shim's names; `*` for any.
-        nth: counted from 1 among the calls of that name that touch the watched directory.
+        nth: its number among the calls of that name on the watched directory, from 1.
         how: see :class:`How`.
-        errno: what a failing call reports.
-        for_ever: all that come after fail likewise: the disk has died.
+        errno: the error of a failing call.
+        for_ever: all later calls fail likewise: the disk is broken.
     """
 
     call: str
@@ -63,7 +63,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Called:
-    """A call that was made on the watched directory: its name, and the path it was about, relative to it."""
+    """A call on the watched directory: its name, and its path relative to the directory."""
 
     name: str
     path: str
@@ -98,7 +98,7 @@ class Shim:
 
     @contextmanager
     def watching(self, directory: Path, fault: Fault | None = None) -> Iterator[None]:
-        """Note the calls that touch `directory`, and make one of them fail."""
+        """Record the calls on `directory` in the body, and make one of them fail."""
         self._watched = str(directory.resolve())
         self._library.shim_watch(self._watched.encode())
         if fault is not None:
@@ -109,7 +109,7 @@ class Shim:
             self._library.shim_watch_end()
 
     def log(self) -> Sequence[Called]:
-        """Return the calls noted by the last :meth:`watching`."""
+        """Return the calls that the last :meth:`watching` recorded."""
         lines = self._library.shim_log().decode(errors="surrogateescape").splitlines()
         called = [line.partition(" ")[::2] for line in lines]
         return [Called(name=name, path=path.removeprefix(self._watched).lstrip("/")) for name, path in called]

@@ -1,4 +1,4 @@
-"""What the crash tests save, and how they tell afterwards whether it is whole.
+"""The object that the crash tests save, and the check that a checkpoint of it is whole.
 
 A state here is one number, the step, many times over: any mixture of two steps, any hole and any truncation
 shows. Checking uses torch alone, never distckpt: that is the promise.
@@ -18,7 +18,7 @@ __all__ = ["KEY", "Counted", "name_of", "numbers_in", "step_of", "steps_in", "wh
 
 KEY = "counted"
 _NUM_TENSORS = (3, 7)
-"""Of a `Counted`, and of what `tests.crash.trained` saves."""
+"""The key of a `Counted`, and of the model of `tests.crash.trained`, in a checkpoint."""
 
 
 class Counted:
@@ -26,7 +26,7 @@ class Counted:
 
     Args:
         num_floats: length of the first of its three tensors; the others are short.
-        step: where it begins.
+        step: the first step.
     """
 
     def __init__(self, num_floats: int = 1000, step: int = 0) -> None:
@@ -44,7 +44,7 @@ class Counted:
         return {"step": self.step, **values}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the step."""
+        """Set the step."""
         self.step = state["step"]
 
     def handler(self, save_handler: Any, kind: Any = distckpt.Checkpoint, **kwargs: Any) -> Any:
@@ -52,13 +52,13 @@ class Counted:
         return kind({KEY: self}, save_handler, n_saved=1, global_step_transform=lambda *_: self.step, **kwargs)
 
     def ignite_handler(self, directory: Path) -> Any:
-        """Return the same of ignite's."""
+        """Return the same Checkpoint of ignite's."""
         saver = ignite.handlers.DiskSaver(str(directory), require_empty=False)
         return self.handler(saver, kind=ignite.handlers.Checkpoint)
 
 
 def idle_engine() -> Engine:
-    """Return an engine that only serves to be handed to a handler."""
+    """Return an engine for calls of a handler; it does not run."""
     return Engine(lambda _engine, _batch: None)
 
 
@@ -68,12 +68,12 @@ def name_of(step: int) -> str:
 
 
 def step_of(path: Path) -> int:
-    """Return the step that a file is named by."""
+    """Return the step in a file's name."""
     return int(path.stem.partition("_")[2])
 
 
 def steps_in(directory: Path) -> list[int]:
-    """Return the steps whose files are there, whole or not, in order."""
+    """Return the steps of the files in a directory, whole or not, in order."""
     return sorted(map(step_of, directory.glob(f"{KEY}_*.pt")))
 
 
@@ -94,7 +94,7 @@ def whole_step(path: Path) -> int:
 
 
 def numbers_in(state: Any) -> Iterator[float]:
-    """Yield for each tensor in a state the number that it is full of.
+    """Yield each tensor's number; all elements of a tensor are equal.
 
     Raises:
         AssertionError: one is empty, or holds several.
@@ -109,7 +109,7 @@ def numbers_in(state: Any) -> Iterator[float]:
 
 
 def whole_steps(directory: Path) -> tuple[list[int], list[str]]:
-    """Look at every checkpoint in a directory.
+    """Load every checkpoint in a directory.
 
     Returns:
         The steps that load with the right content, in order, and what is wrong with those that do not.
@@ -118,6 +118,6 @@ def whole_steps(directory: Path) -> tuple[list[int], list[str]]:
     for step in steps_in(directory):
         try:
             whole.append(whole_step(directory / name_of(step)))
-        except Exception as error:  # noqa: BLE001 - any failure to load is what is looked for
+        except Exception as error:  # noqa: BLE001 - any failure to load is a problem
             problems.append(f"torn: {name_of(step)} does not load: {type(error).__name__}: {str(error)[:200]}")
     return whole, problems

@@ -1,4 +1,4 @@
-"""What a process that makes saves fail has seen."""
+"""The results of a process that makes saves fail."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,13 +12,13 @@ __all__ = ["Tally", "others_in", "place_of"]
 
 @dataclass(kw_only=True)
 class Tally:
-    """What one process has seen.
+    """The results of one process.
 
     Attributes:
-        trials: how many.
-        acknowledged: saves that a rank took for done.
-        cut_writing: trials that left a temporary file.
-        cut_before_removal: trials that ended between a rename and the removal of the older checkpoint.
+        trials: number of trials.
+        acknowledged: number of saves that a rank took for done.
+        cut_writing: number of trials that left a temporary file.
+        cut_before_removal: number of trials that ended between a rename and the removal of the older checkpoint.
         findings: what was wrong, each with the number of its trial.
     """
 
@@ -30,15 +30,15 @@ class Tally:
 
     @property
     def lost(self) -> int:
-        """In how many trials an acknowledged save was lost."""
+        """The number of trials in which an acknowledged save was lost."""
         return sum("lost:" in finding for finding in self.findings)
 
     def take(self, *findings: str) -> None:
-        """Note what was found in the present trial."""
+        """Add findings of the present trial."""
         self.findings += [f"trial {self.trials}: {finding}" for finding in findings]
 
     def look(self, directory: Path, acknowledged: int) -> int:
-        """Note what does not load, and whether what was acknowledged does; return the newest that does, or 0."""
+        """Add findings of files that do not load, and of a lost step; return the newest step that loads, or 0."""
         whole, problems = whole_steps(directory)
         found = max(whole, default=0)
         self.take(*problems)
@@ -48,12 +48,12 @@ class Tally:
 
     @classmethod
     def sums(cls, tallies: Sequence[Mapping[str, Self]]) -> dict[str, Self]:
-        """Return what all have seen, of each saver."""
+        """Return the sums of all processes' results, for each saver."""
         return {saver: cls.sum([of_one[saver] for of_one in tallies]) for saver in tallies[0]}
 
     @classmethod
     def sum(cls, tallies: Sequence[Self]) -> Self:
-        """Return what all have seen."""
+        """Return the sum of all processes' results."""
         total = cls()
         for tally in tallies:
             for name, value in vars(tally).items():
@@ -62,7 +62,7 @@ class Tally:
 
 
 def others_in(directory: Path) -> set[str]:
-    """Return the names in a directory that are no checkpoints'."""
+    """Return the names of the files in a directory that are no checkpoints."""
     return {path.name for path in directory.iterdir() if path.suffix != ".pt"} if directory.exists() else set()
 
 

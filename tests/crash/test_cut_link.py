@@ -1,7 +1,7 @@
-"""A link between two hosts that is cut: every rank ends in time with an error that names those beyond it.
+"""A cut link between two hosts: every rank ends in time with an error that names the ranks on the other side.
 
 Ranks 0 and 1 run on host A, which hosts the job's store as well, ranks 2 and 3 on host B; `tests.crash.hosts` makes
-them. A cut shorter than the limit is survived. At the end a table tells how long the last rank took, seen from either
+them. A cut shorter than the limit is survived. At the end a table shows how long the last rank took, on either
 side.
 """
 
@@ -21,14 +21,14 @@ WORLD = 4
 SIDES = {"host A": (0, 1), "host B": (2, 3)}
 LIMIT_S = 3.0
 SOON_S = LIMIT_S + 2.0
-"""Within which the error has to be there."""
+"""Limit of the time from the cut to the error."""
 GONE_S = 30.0
-"""Within which the process of a rank that does nothing more has to be gone. Twenty end at once, which costs; one that
-waited for what it had under way with those beyond the cut would take half an hour."""
+"""Limit of the time from the cut to the process's end. Twenty processes end at once. A process that waited for its
+collective with the other side would take half an hour."""
 ATTEMPTS = 3
-"""A cut has to meet each DDP job in its own collective, and not in a vote, as on a busy machine it may."""
+"""A cut has to come in a collective of DDP, and not in a vote, as it may on a busy machine."""
 SHORT_S = 1.0
-"""A cut that is survived. TCP tries again 0.2, 0.6, 1.4 and 3 s after what was lost, so it is felt a little longer."""
+"""A cut that is survived. TCP sends again 0.2, 0.6, 1.4 and 3 s after a loss, so that its effect lasts longer."""
 
 
 @pytest.fixture
@@ -40,17 +40,17 @@ def hosts() -> Iterator[Hosts]:
 
 def start(jobs: Jobs, hosts: Hosts, how: str, plans: Sequence[dict[str, Any]]) -> list[Job]:
     """Start jobs over both hosts, and wait until all ranks have done a few iterations."""
-    # Steps that leave the processor to the other jobs.
+    # Long steps, which use little CPU time.
     common = {"world_size": WORLD, "timeout_s": LIMIT_S, "step_s": 0.1, "fault": how, "victim": -1}
     common["hosts"] = hosts.namespaces
     started = jobs.start_all([{**common, "port": hosts.free_port(), **plan} for plan in plans])
     for job in started:
-        job.wait_for(lambda job=job: len(job.told("under way")) == WORLD, "being under way")  # type: ignore[misc]
+        job.wait_for(lambda job=job: len(job.events("under way")) == WORLD, "being under way")  # type: ignore[misc]
     return started
 
 
 def cut(hosts: Hosts, how: Cut, started: Sequence[Job]) -> None:
-    """Cut the link, and note when."""
+    """Cut the link, and set the jobs' time of the fault."""
     now_s = time.monotonic()
     for job in started:
         job.fault_s = now_s
@@ -58,7 +58,7 @@ def cut(hosts: Hosts, how: Cut, started: Sequence[Job]) -> None:
 
 
 def named(end: End) -> set[int]:
-    """Return the ranks that an error names: as data, or where its process was ended in what was said."""
+    """Return the ranks that an error names: from its data, or from the output of a process that distckpt ended."""
     if not end.was_blocked:
         return set(end.named)
     said = next(line for line in end.text.splitlines() if line.startswith(f"rank {end.rank}, iteration "))
@@ -68,10 +68,10 @@ def named(end: End) -> set[int]:
 
 
 def await_ends(started: Sequence[Job]) -> list[list[End]]:
-    """Wait until all ranks of all jobs have ended; return how."""
+    """Wait until all ranks of all jobs have ended; return their ends."""
 
     def are_over() -> bool:
-        # No short cut: each rank is looked at each time, or its end is noticed late.
+        # A list, not a generator: each rank is checked each time, or its end would be noticed late.
         return all([job.is_over(rank) for job in started for rank in range(WORLD)])  # noqa: C419
 
     started[0].wait_for(are_over, "the ranks' end", GONE_S)
@@ -79,7 +79,7 @@ def await_ends(started: Sequence[Job]) -> list[list[End]]:
 
 
 def check_ends(started: Sequence[Job], table: Table) -> list[list[End]]:
-    """Wait for all ranks, and check that each one has named those beyond the cut, in time; return how they ended."""
+    """Wait for all ranks, and check that each has named the other side in time; return their ends."""
     found = await_ends(started)
     for job, ends in zip(started, found, strict=True):
         for side, lost in SIDES.items():
@@ -91,19 +91,19 @@ def check_ends(started: Sequence[Job], table: Table) -> list[list[End]]:
 
 
 def check_end(job: Job, end: End, lost: tuple[int, ...]) -> None:
-    """Check that a rank has named those beyond the cut, in time."""
-    assert end.after_s < SOON_S, job.story()
-    assert named(end) == set(lost), job.story()
+    """Check that a rank has named the ranks on the other side in time."""
+    assert end.after_s < SOON_S, job.describe()
+    assert named(end) == set(lost), job.describe()
     if end.was_blocked:
-        assert job.plan.step == "ddp", job.story()
+        assert job.plan.step == "ddp", job.describe()
     else:
-        assert {"CollectiveError", "DistckptError"} <= set(end.kinds), job.story()
-        assert all(re.search(rf"\b{rank}\b", end.text) for rank in lost), job.story()
+        assert {"CollectiveError", "DistckptError"} <= set(end.kinds), job.describe()
+        assert all(re.search(rf"\b{rank}\b", end.text) for rank in lost), job.describe()
 
 
 @quick(1)
 @pytest.mark.parametrize("how", CUTS)
-def test_all_ranks_name_those_beyond_the_cut_in_time(jobs: Jobs, hosts: Hosts, table: Table, how: Cut) -> None:
+def test_all_ranks_name_the_ranks_beyond_the_cut_in_time(jobs: Jobs, hosts: Hosts, table: Table, how: Cut) -> None:
     plans: list[dict[str, Any]] = [
         {"step": "vote"},
         {"step": "vote", "lingers": (0, 2)},
@@ -117,7 +117,7 @@ def test_all_ranks_name_those_beyond_the_cut_in_time(jobs: Jobs, hosts: Hosts, t
         try:
             cut(hosts, how, started)
             in_ddp = [
-                (job.story(), any(end.was_blocked for end in ends))
+                (job.describe(), any(end.was_blocked for end in ends))
                 for job, ends in zip(started, check_ends(started, table), strict=True)
                 if job.plan.step == "ddp"
             ]
@@ -131,7 +131,9 @@ def test_all_ranks_name_those_beyond_the_cut_in_time(jobs: Jobs, hosts: Hosts, t
 
 
 @full_only
-def test_ranks_of_the_real_torchrun_name_those_beyond_the_cut_in_time(jobs: Jobs, hosts: Hosts, table: Table) -> None:
+def test_ranks_of_the_real_torchrun_name_the_ranks_beyond_the_cut_in_time(
+    jobs: Jobs, hosts: Hosts, table: Table
+) -> None:
     started = start(jobs, hosts, "silent loss", [{"launcher": "torchrun"}])
     try:
         cut(hosts, "silent loss", started)
@@ -151,10 +153,10 @@ def test_a_cut_while_one_rank_writes_or_evaluates_is_noticed_in_time(jobs: Jobs,
     started = start(jobs, hosts, "silent loss", [{**plan, "fault": "sleeps", "at": 20} for plan in plans])
     try:
         for job in started:
-            job.wait_for(lambda job=job: job.told("fault"), "one rank's slow work")  # type: ignore[misc]
+            job.wait_for(lambda job=job: job.events("fault"), "one rank's slow work")  # type: ignore[misc]
         cut(hosts, "silent loss", started)
         for job in started:
-            job.say("awake")  # the work is done, and its result cannot be told to those beyond the cut
+            job.say("awake")  # the work is done, and its result cannot reach the other side
         check_ends(started, table)
     finally:
         jobs.end(started)
@@ -174,12 +176,12 @@ def test_a_cut_shorter_than_the_limit_is_survived(jobs: Jobs) -> None:
             time.sleep(SHORT_S)
             for hosts in pairs.values():
                 hosts.mend()
-            time.sleep(LIMIT_S - SHORT_S / 2)  # in which a watch that has missed the mending would give ranks up
+            time.sleep(LIMIT_S - SHORT_S / 2)  # a monitor that did not notice the mended link would give ranks up
             for job in started:
                 job.say("stop")
             for job, ends in zip(started, await_ends(started), strict=True):
-                assert {end.kinds for end in ends} == {()}, job.story()
-                assert len({end.iteration for end in ends}) == 1, job.story()
-                assert not any("ERROR" in job.output(rank) for rank in range(WORLD)), job.story()
+                assert {end.kinds for end in ends} == {()}, job.describe()
+                assert len({end.iteration for end in ends}) == 1, job.describe()
+                assert not any("ERROR" in job.output(rank) for rank in range(WORLD)), job.describe()
         finally:
             jobs.end(started)

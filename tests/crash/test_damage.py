@@ -1,6 +1,6 @@
 """Damage to a checkpoint that two ranks of a real job have saved, in each way of saving.
 
-Each damage is told as damage, on every rank, before anything live is touched; and both ranks resume from the same older
+Each damage is reported as damage on every rank, before a live object changes; and both ranks resume from the same older
 checkpoint. A small one is damaged in every way that `tests.crash.damage` knows, two ranks' shares swapped among them.
 (What the file of one rank's has to stand is in `tests/unit/ptformat/test_verify.py`.)
 """
@@ -34,7 +34,7 @@ OLD, NEW = "model_1.pt", "model_2.pt"
 
 
 class _Model(nn.Module):
-    """No two of its numbers are the same, so that no two of its blocks are."""
+    """An object whose numbers, and so its blocks, all differ."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def _save(directory: str, mode: str) -> None:
 
 
 def _damage_on_ranks(root: str, mode: str, num: int, seed: int) -> list[str]:
-    """Collective. Damage the newer of two checkpoints, again and again; returns what was wrong."""
+    """Collective. Damage the newer of two checkpoints in many ways; return what was wrong."""
     directory = Path(root)
     model, to_save = _save_two(directory, mode)
     content, wrong = (directory / NEW).read_bytes(), []
@@ -89,31 +89,33 @@ def _damage_on_ranks(root: str, mode: str, num: int, seed: int) -> list[str]:
         before = model.numbers()
         try:
             distckpt.Checkpoint.load_objects(to_save, directory / NEW)
-            told = "loaded"
+            outcome = "loaded"
         except distckpt.CorruptCheckpointError:
-            told = "damaged"
+            outcome = "damaged"
         is_touched = not torch.equal(before, model.numbers())
         resumed = distckpt.resume(to_save, directory)
         name = resumed and resumed.name
         is_older = torch.equal(older, model.numbers())
         expected = ("loaded", True, NEW, False) if damaged is content else ("damaged", False, OLD, True)
-        if (told, is_touched, name, is_older) != expected:
-            wrong.append(f"{what}: {told}, live objects touched: {is_touched}, resumed from {name}, older: {is_older}")
+        if (outcome, is_touched, name, is_older) != expected:
+            wrong.append(
+                f"{what}: {outcome}, live objects touched: {is_touched}, resumed from {name}, older: {is_older}"
+            )
     return wrong
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_damage_is_told_on_all_ranks_and_all_resume_from_the_older_one(
+def test_damage_is_reported_on_all_ranks_and_all_resume_from_the_older_one(
     tmp_path: Path,
     mode: str,
     is_whole: bool,  # noqa: FBT001
     seed: int,
     limit_s: float,
-    tell: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> None:
     num, start = NUM_ON_RANKS[is_whole], time.monotonic()
     ends = run_ranks(_damage_on_ranks, WORLD_SIZE, str(tmp_path), mode, num, seed, timeout_s=limit_s)
-    tell(
+    report(
         f"damage on two ranks, {mode}: {num} damages, seed {seed}, {len(ends[0])} with a wrong end; "
         f"{time.monotonic() - start:.0f} s"
     )
@@ -131,7 +133,7 @@ def _is_noticed(path: Path, content: bytes) -> bool:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_damage_is_noticed(
-    tmp_path: Path, mode: str, is_whole: bool, tell: Callable[[str], None]  # noqa: FBT001
+    tmp_path: Path, mode: str, is_whole: bool, report: Callable[[str], None]  # noqa: FBT001
 ) -> None:  # fmt: skip
     run_ranks(_save, WORLD_SIZE, str(tmp_path / "saved"), mode)
     content, start = (tmp_path / "saved" / NEW).read_bytes(), time.monotonic()
@@ -141,7 +143,7 @@ def test_every_damage_is_noticed(
         num += 1
         if not _is_noticed(path, damaged):
             missed.append(what)
-    tell(
+    report(
         f"damage, {mode}: {num} damages of {len(content)} bytes, {len(missed)} not noticed; "
         f"{time.monotonic() - start:.0f} s"
     )
@@ -149,14 +151,14 @@ def test_every_damage_is_noticed(
     assert not _is_noticed(path, content), "the control: as it was written, it is whole"
 
 
-def test_the_same_damages_are_missed_by_a_reader_that_trusts(tmp_path: Path, tell: Callable[[str], None]) -> None:
+def test_the_same_damages_are_missed_by_a_reader_that_trusts(tmp_path: Path, report: Callable[[str], None]) -> None:
     run_ranks(_save, WORLD_SIZE, str(tmp_path / "saved"), MODES[0])
     content, path = (tmp_path / "saved" / NEW).read_bytes(), tmp_path / "damaged.pt"
     missed, num = 0, 60
     for _, damaged in some_damage(content, num, random.Random(1)):
         path.write_bytes(damaged)
-        with contextlib.suppress(Exception):  # whatever torch says of it
+        with contextlib.suppress(Exception):  # torch may raise anything
             torch.load(path, weights_only=True)
             missed += 1
-    tell(f"damage, negative control: torch.load notices {num - missed} of {num}")
+    report(f"damage, negative control: torch.load notices {num - missed} of {num}")
     assert missed > 0

@@ -19,12 +19,12 @@ from tests.crash.lost_jobs import Job, Jobs
 pytestmark = pytest.mark.crash
 
 AT_ONCE = 4
-"""How many jobs run beside each other."""
+"""Number of jobs that run at the same time."""
 MOST_CONTROLS = 12
 
 
 def exit_codes(jobs: Jobs, num_jobs: int, seed: int, **what: object) -> Counter[int]:
-    """Run jobs; return how often their ranks had which exit code."""
+    """Run jobs; return the counts of their ranks' exit codes."""
     codes: Counter[int] = Counter()
     for first in range(0, num_jobs, AT_ONCE):
         seeds = range(seed + first, seed + min(first + AT_ONCE, num_jobs))
@@ -37,10 +37,10 @@ def exit_codes(jobs: Jobs, num_jobs: int, seed: int, **what: object) -> Counter[
 
 
 def _codes_of(job: Job) -> list[int]:
-    job.wait_for(lambda: len(job.told("exited")) == 2, "exiting", 60.0)
-    codes = [line["code"] for line in job.told("exited")]
+    job.wait_for(lambda: len(job.events("exited")) == 2, "exiting", 60.0)
+    codes = [line["code"] for line in job.events("exited")]
     if job.plan.fault == "none":
-        assert codes == [0, 0], job.story()
+        assert codes == [0, 0], job.describe()
     return codes
 
 
@@ -58,29 +58,29 @@ def busy_machine() -> Iterator[None]:
 
 
 def test_ranks_that_end_well_beside_a_slow_store_exit_with_0(
-    jobs: Jobs, exits: int, seed: int, tell: Callable[[str], None]
+    jobs: Jobs, exits: int, seed: int, report: Callable[[str], None]
 ) -> None:
     codes = exit_codes(jobs, exits, seed, step="slow store")
-    tell(f"seed {seed}: {exits} jobs of 2 ranks ended beside a slow store: exit codes {dict(codes)}")
+    report(f"seed {seed}: {exits} jobs of 2 ranks ended beside a slow store: exit codes {dict(codes)}")
     assert codes == {0: 2 * exits}
 
 
 def test_ranks_that_end_well_on_a_busy_machine_exit_with_0(
-    jobs: Jobs, exits: int, seed: int, tell: Callable[[str], None]
+    jobs: Jobs, exits: int, seed: int, report: Callable[[str], None]
 ) -> None:
     with busy_machine():
         codes = exit_codes(jobs, exits, seed)
-    tell(f"seed {seed}: {exits} jobs of 2 ranks ended on a busy machine: exit codes {dict(codes)}")
+    report(f"seed {seed}: {exits} jobs of 2 ranks ended on a busy machine: exit codes {dict(codes)}")
     assert codes == {0: 2 * exits}
 
 
 def test_control_where_nothing_waits_for_the_threads_a_process_is_aborted(
-    jobs: Jobs, tell: Callable[[str], None]
+    jobs: Jobs, report: Callable[[str], None]
 ) -> None:
     codes: Counter[int] = Counter()
     for first in range(0, MOST_CONTROLS, AT_ONCE):
         codes += exit_codes(jobs, AT_ONCE, first, step="slow store", fault="nothing waits")
         if codes[-signal.SIGABRT]:
             break
-    tell(f"control: {codes.total() // 2} jobs whose ranks wait for no thread: exit codes {dict(codes)}")
+    report(f"control: {codes.total() // 2} jobs whose ranks wait for no thread: exit codes {dict(codes)}")
     assert codes[-signal.SIGABRT] > 0

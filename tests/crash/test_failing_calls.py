@@ -1,4 +1,4 @@
-"""Every system call of a save fails, once or from then on, on either rank of a real two-rank job.
+"""Every system call of a save fails, once or for ever, on either rank of a real two-rank job.
 
 It fails on the rank that saves, and where ranks share the writing on the others too. One job goes through all
 failures. A save without one is watched first: what it calls is what can fail. Each failure then meets the second of
@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 import distckpt
 from tests.crash.faults import Extent, faults_of
-from tests.crash.injected import HandlerMaker, Seats, Seen, Trouble, expected_of, judge, observe
+from tests.crash.injected import HandlerMaker, Roles, Seen, Trouble, expected_of, judge, observe
 from tests.crash.loop_disk import mounted_tmpfs, unshare_mounts, why_no_mounts
 from tests.crash.modes import MODES, disk_saver, is_shared
 from tests.crash.savers import Subject
@@ -37,7 +37,7 @@ WORLD_SIZE = 2
 LIMIT_S = 170.0
 T = TypeVar("T")
 Judged = tuple[Sequence[str], Sequence[str]]
-"""What was tried, and what was wrong."""
+"""Descriptions of the trials, and what was wrong in them."""
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def shim_library(tmp_path: Path) -> Path:
 
 
 class _SwallowingSaver(distckpt.DiskSaver):
-    """Takes a failed save for done."""
+    """Ignores a failed save."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         with contextlib.suppress(OSError):
@@ -60,7 +60,7 @@ class _SwallowingSaver(distckpt.DiskSaver):
 
 
 class _DeafCheckpoint(distckpt.Checkpoint):
-    """Believes on ranks that do not save that all is well."""
+    """Ignores a failed save on the ranks that do not save."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         with contextlib.suppress(*([OSError] if dist.get_rank() != self.save_on_rank else [])):
@@ -89,32 +89,32 @@ MAKERS: dict[str, HandlerMaker] = {
 # -- on the ranks ------------------------------------------------------------------------------------
 
 
-def _all_seats(mode: str) -> Iterator[Seats]:
-    """Yield each rank as the saving one, and of the ranks that write each as the failing one."""
+def _all_roles(mode: str) -> Iterator[Roles]:
+    """Yield each pair of a saving rank and a failing rank, which is one that writes."""
     for saving, failing in itertools.product(range(WORLD_SIZE), range(WORLD_SIZE)):
         if failing == saving or is_shared(mode):
-            yield Seats(rank=dist.get_rank(), saving=saving, failing=failing, mode=mode)
+            yield Roles(rank=dist.get_rank(), saving=saving, failing=failing, mode=mode)
 
 
-def _calls_of_a_save(directory: Path, seats: Seats) -> list[Called]:
-    """Collective. Watch a save without any failure and tell all ranks what the rank that is to fail calls."""
+def _calls_of_a_save(directory: Path, roles: Roles) -> list[Called]:
+    """Collective. Watch a save without a failure; return the calls of the rank that is to fail, on all ranks."""
     shim = Shim()
     calm = Trouble(what="none", start=shim.watching, expected="saved", errno=errno.EIO)
-    seen = observe(directory, seats, calm, MAKERS[seats.mode])
+    seen = observe(directory, roles, calm, MAKERS[roles.mode])
     calls: list[Any] = [shim.log()]
-    dist.broadcast_object_list(calls, src=seats.failing)
-    assert (seen.outcome, seen.told) == ("saved", ())
+    dist.broadcast_object_list(calls, src=roles.failing)
+    assert (seen.outcome, seen.removal_warnings) == ("saved", ())
     return list(calls[0])
 
 
 def _fail_each_call(root: str, whose: str, extent: Extent, only: str | None = None) -> Judged:
-    """Collective. Make every call of a save fail, on each rank that makes some."""
+    """Collective. Make every call of a save fail, on each rank that writes."""
     tried, wrong = [], []
     shim = Shim()
-    for seats in _all_seats(whose if whose in MODES else MODES[0]):
-        place = Path(root).resolve() / f"rank{seats.saving}-{seats.failing}"
-        calls = _calls_of_a_save(place / "calm", seats)
-        assert calls, f"rank {seats.failing} of {WORLD_SIZE} has no part in a save that is {seats.mode}"
+    for roles in _all_roles(whose if whose in MODES else MODES[0]):
+        place = Path(root).resolve() / f"rank{roles.saving}-{roles.failing}"
+        calls = _calls_of_a_save(place / "calm", roles)
+        assert calls, f"rank {roles.failing} of {WORLD_SIZE} has no part in a save that is {roles.mode}"
         for number, fault in enumerate(faults_of(calls, extent)):
             if only not in (None, fault.call):
                 continue
@@ -126,7 +126,7 @@ def _fail_each_call(root: str, whose: str, extent: Extent, only: str | None = No
                 may_stay=fault.call == "rename" and fault.how is How.DONE_BUT_REPORTED_AS_FAILED,
                 may_harm_nothing=fault.how is How.TORN,
             )
-            wrong += _observe_and_judge(place / f"case{number}", seats, trouble, whose)
+            wrong += _observe_and_judge(place / f"case{number}", roles, trouble, whose)
             tried.append(f"{fault} -> {trouble.expected}")
     return tried, wrong
 
@@ -140,14 +140,14 @@ def _fail_calls_of_broken_savers(root: str, controls: Sequence[tuple[str, str]])
     return tried, wrong
 
 
-def _observe_and_judge(directory: Path, seats: Seats, trouble: Trouble, whose: str) -> list[str]:
+def _observe_and_judge(directory: Path, roles: Roles, trouble: Trouble, whose: str) -> list[str]:
     seen: list[Any] = [None] * WORLD_SIZE
-    dist.all_gather_object(seen, observe(directory, seats, trouble, MAKERS[whose]))
+    dist.all_gather_object(seen, observe(directory, roles, trouble, MAKERS[whose]))
     found: list[Seen] = seen
-    return judge(directory, seats, trouble, found)
+    return judge(directory, roles, trouble, found)
 
 
-# -- what the machine itself can do, without the shim ------------------------------------------------
+# -- faults of the machine, without the shim --------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -186,7 +186,7 @@ def _full_disk(directory: Path) -> Iterator[None]:
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
         while file.write(bytes(4096)):
             pass
-    os.truncate(filler, filler.stat().st_size - 400_000)  # room for a part of it: a short write comes first
+    os.truncate(filler, filler.stat().st_size - 400_000)  # room for a part of the file: a short write comes first
     try:
         yield
     finally:
@@ -201,16 +201,16 @@ REAL_TROUBLES = [
 FULL_DISK = Trouble(what="full disk", start=_full_disk, expected="failed", errno=errno.ENOSPC)
 
 
-def _seats_where_one_rank_fails(mode: str) -> Iterator[Seats]:
-    return (seats for seats in _all_seats(mode) if seats.failing == seats.saving)
+def _roles_where_one_rank_fails(mode: str) -> Iterator[Roles]:
+    return (roles for roles in _all_roles(mode) if roles.failing == roles.saving)
 
 
 def _real_troubles(root: str) -> Judged:
     tried, wrong = [], []
     for mode, trouble in itertools.product(MODES, REAL_TROUBLES):
-        for seats in _seats_where_one_rank_fails(mode):
-            directory = Path(root).resolve() / f"rank{seats.saving}" / "checkpoints"
-            wrong += _observe_and_judge(directory, seats, trouble, mode)
+        for roles in _roles_where_one_rank_fails(mode):
+            directory = Path(root).resolve() / f"rank{roles.saving}" / "checkpoints"
+            wrong += _observe_and_judge(directory, roles, trouble, mode)
             tried.append(f"{trouble.what}, {mode}")
     return tried, wrong
 
@@ -218,14 +218,14 @@ def _real_troubles(root: str) -> Judged:
 def _full_disks(root: str) -> Judged:
     unshare_mounts()
     tried, wrong = [], []
-    # Where the writing is shared the ranks share the disk as well.
-    for seats in (seats for mode in MODES if not is_shared(mode) for seats in _seats_where_one_rank_fails(mode)):
-        # Each rank has mounts of its own: as on two nodes, only the saving one sees this disk.
-        place = Path(root).resolve() / f"rank{seats.saving}"
+    # Ranks that share the writing share the disk too.
+    for roles in (roles for mode in MODES if not is_shared(mode) for roles in _roles_where_one_rank_fails(mode)):
+        # Each rank has its own mounts: only the saving rank sees this disk, as on two nodes.
+        place = Path(root).resolve() / f"rank{roles.saving}"
         place.mkdir(exist_ok=True)
-        with mounted_tmpfs(place, "3m") if seats.rank == seats.saving else contextlib.nullcontext():
-            wrong += _observe_and_judge(place / "checkpoints", seats, FULL_DISK, seats.mode)
-        tried.append(f"{FULL_DISK.what}, {seats.mode}")
+        with mounted_tmpfs(place, "3m") if roles.rank == roles.saving else contextlib.nullcontext():
+            wrong += _observe_and_judge(place / "checkpoints", roles, FULL_DISK, roles.mode)
+        tried.append(f"{FULL_DISK.what}, {roles.mode}")
     return tried, wrong
 
 
@@ -244,12 +244,12 @@ def _fail_calls_in_each_mode(root: str, extents: dict[str, Extent]) -> dict[str,
     return {mode: _fail_each_call(str(place_of(root, mode)), mode, extent) for mode, extent in extents.items()}
 
 
-def test_every_call_of_a_save_fails_and_all_ranks_hear_the_same(
+def test_every_call_of_a_save_fails_and_all_ranks_raise_the_same(
     tmp_path: Path,
     shim_library: Path,
     is_whole: bool,  # noqa: FBT001
     limit_s: float,
-    tell: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> None:
     extents = {mode: "whole" if is_whole else "quick" if mode == MODES[0] else "sample" for mode in MODES}
     of_modes = _on_ranks(
@@ -258,7 +258,7 @@ def test_every_call_of_a_save_fails_and_all_ranks_hear_the_same(
     for mode, (tried, wrong) in of_modes.items():
         outcomes = [one.rpartition(" -> ")[2] for one in tried]
         counts = ", ".join(f"{outcomes.count(name)} {name}" for name in ("failed", "not durable", "saved"))
-        tell(f"failing calls, {mode}: {len(tried)} failures on two ranks ({counts}), {len(wrong)} with a wrong end")
+        report(f"failing calls, {mode}: {len(tried)} failures on two ranks ({counts}), {len(wrong)} with a wrong end")
     wrong = [f"{mode}: {one}" for mode, of_mode in of_modes.items() for one in of_mode[1]]
     assert not wrong, "\n".join(wrong)
     tried = of_modes[MODES[0]][0]
@@ -268,7 +268,7 @@ def test_every_call_of_a_save_fails_and_all_ranks_hear_the_same(
 
 
 def test_the_same_failures_find_out_savers_that_keep_an_error_to_themselves(
-    tmp_path: Path, shim_library: Path, tell: Callable[[str], None]
+    tmp_path: Path, shim_library: Path, report: Callable[[str], None]
 ) -> None:
     controls = {
         ("swallows", "write"): "lost: step 2 was acknowledged",
@@ -277,7 +277,7 @@ def test_the_same_failures_find_out_savers_that_keep_an_error_to_themselves(
     }
     environment = {"LD_PRELOAD": str(shim_library)}
     tried, wrong = _on_ranks(_fail_calls_of_broken_savers, str(tmp_path), list(controls), env=environment)
-    tell(f"failing calls, negative controls: {len(wrong)} findings in {len(tried)} failures of broken savers")
+    report(f"failing calls, negative controls: {len(wrong)} findings in {len(tried)} failures of broken savers")
     for (whose, call), finding in controls.items():
         found = [one for one in wrong if one.startswith(f"{whose} {call}") and finding in one]
         assert found, f"a saver that {whose} was not found out when {call} failed"
@@ -288,26 +288,35 @@ def test_a_torn_write_is_forgiven_only_where_every_byte_is_right(
     tmp_path: Path, faults: tuple[str, ...], whole: tuple[int, ...]
 ) -> None:
     torn = Trouble(what="torn", start=contextlib.nullcontext, expected="failed", errno=errno.EIO, may_harm_nothing=True)
-    seats = Seats(rank=0, saving=0, failing=0)
-    right = Seen(outcome="saved", message="", kinds=(), told=(), last=name_of(2), third="saved", whole=(2,), steps=(3,))
-    assert judge(tmp_path, seats, torn, [right, right]) == []
-    assert judge(tmp_path, seats, replace(torn, may_harm_nothing=False), [right, right])
-    wrong = judge(tmp_path, seats, torn, [replace(right, faults=faults, whole=whole), right])
+    roles = Roles(rank=0, saving=0, failing=0)
+    right = Seen(
+        outcome="saved",
+        message="",
+        kinds=(),
+        removal_warnings=(),
+        last=name_of(2),
+        third="saved",
+        whole=(2,),
+        steps=(3,),
+    )
+    assert judge(tmp_path, roles, torn, [right, right]) == []
+    assert judge(tmp_path, roles, replace(torn, may_harm_nothing=False), [right, right])
+    wrong = judge(tmp_path, roles, torn, [replace(right, faults=faults, whole=whole), right])
     assert any("expected failed, saw saved" in one for one in wrong)
 
 
 def test_real_limits_and_vanished_directories_are_the_same_error_on_every_rank(
-    tmp_path: Path, tell: Callable[[str], None]
+    tmp_path: Path, report: Callable[[str], None]
 ) -> None:
     tried, wrong = _on_ranks(_real_troubles, str(tmp_path))
-    tell(f"real failures on two ranks: {len(tried)} ({'; '.join(sorted(set(tried)))}), {len(wrong)} with a wrong end")
+    report(f"real failures on two ranks: {len(tried)} ({'; '.join(sorted(set(tried)))}), {len(wrong)} with a wrong end")
     assert not wrong, "\n".join(wrong)
 
 
-def test_a_full_disk_is_the_same_error_on_every_rank(tmp_path: Path, tell: Callable[[str], None]) -> None:
+def test_a_full_disk_is_the_same_error_on_every_rank(tmp_path: Path, report: Callable[[str], None]) -> None:
     reason = why_no_mounts(tmp_path, kind="tmpfs")
     if reason is not None:
         pytest.skip(f"this machine does not allow to mount a small tmpfs: {reason}")
     tried, wrong = _on_ranks(_full_disks, str(tmp_path))
-    tell(f"full disk on two ranks: {len(tried)} ({'; '.join(sorted(set(tried)))}), {len(wrong)} with a wrong end")
+    report(f"full disk on two ranks: {len(tried)} ({'; '.join(sorted(set(tried)))}), {len(wrong)} with a wrong end")
     assert not wrong, "\n".join(wrong)

@@ -1,4 +1,4 @@
-"""What is known of a forked process that does not end."""
+"""A forked process that does not end is killed, and its stacks are kept."""
 
 import time
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """A rank that dies, freezes, raises or leaves: all others end with an error that names it, within seconds.
 
-The programs are in `tests.crash.lost_programs`. At the end a table tells how long the last one of the others took.
+The programs are in `tests.crash.lost_programs`. At the end a table shows how long the last survivor took.
 """
 
 import signal
@@ -14,10 +14,10 @@ from tests.crash.lost_jobs import End, Job, Jobs, Table
 WORLD = 4
 LIMIT_S = 3.0
 SOON_S = LIMIT_S + 2.0
-"""Within which the error has to be there."""
+"""Limit of the time from the fault to the error."""
 GIVE_UP_S = 30.0
-"""Within which the processes of those that do nothing more have to be gone. The interpreter's end costs a third of a
-second of CPU time, and sixteen end at once."""
+"""Limit of the time from the fault to the processes' end. The interpreter's end takes a third of a second of CPU time,
+and sixteen processes end at once."""
 
 FAULTS = ("SIGKILL", "SIGSTOP", "exception", "sys.exit", "os._exit")
 MANNERS: dict[str, dict[str, Any]] = {
@@ -35,10 +35,10 @@ def survivors(job: Job) -> list[int]:
 
 
 def await_the_others(jobs: Sequence[Job], table: Table | None = None) -> list[list[End]]:
-    """Wait until every rank of each job that is not lost has ended; return how."""
+    """Wait until the survivors of each job have ended; return their ends."""
 
     def are_over() -> bool:
-        # No short cut: each job is looked at each time, or its ranks' ends are noticed late.
+        # A list, not a generator: each job is checked each time, or its ranks' ends would be noticed late.
         return all([all(map(job.is_over, survivors(job))) for job in jobs])  # noqa: C419
 
     jobs[0].wait_for(are_over, "the others' end", GIVE_UP_S)
@@ -52,48 +52,48 @@ def await_the_others(jobs: Sequence[Job], table: Table | None = None) -> list[li
 
 
 def named_in_time(job: Job, ends: Sequence[End], *, tolerance: int = 0) -> None:
-    """Check that the others' errors name the lost rank, and came in time.
+    """Check that the survivors' errors name the lost rank, and came in time.
 
     Args:
         job: the job.
-        ends: how the others ended.
-        tolerance: by how many iterations more or less than the fault's they may have come: none where each vote waits.
+        ends: the survivors' ends.
+        tolerance: largest difference between an error's iteration and the fault's; 0 where each vote waits.
     """
     lost = job.plan.victim
     for end in ends:
-        assert end.after_s < SOON_S, job.story()
+        assert end.after_s < SOON_S, job.describe()
         if end.rank not in job.plan.lingers:
-            assert end.gone_s is not None, job.story()
+            assert end.gone_s is not None, job.describe()
         if end.was_blocked:
-            assert job.plan.step == "ddp", job.story()
+            assert job.plan.step == "ddp", job.describe()
             said = end.text.splitlines()
-            # The last iteration that it came to the end of.
+            # The last iteration that it completed.
             where = (f"iteration {job.plan.at}", f"iteration {job.plan.at - 1}")
-            assert any(f"rank {lost}" in line and any(one in line for one in where) for line in said), job.story()
+            assert any(f"rank {lost}" in line and any(one in line for one in where) for line in said), job.describe()
         else:
-            assert end.kinds, job.story()
-            assert end.named == (lost,), job.story()
-            assert f"rank {lost}" in end.text, job.story()
-            assert abs(end.iteration - job.plan.at) <= tolerance, job.story()
+            assert end.kinds, job.describe()
+            assert end.named == (lost,), job.describe()
+            assert f"rank {lost}" in end.text, job.describe()
+            assert abs(end.iteration - job.plan.at) <= tolerance, job.describe()
 
 
 def check_kind(job: Job, end: End) -> None:
-    """Check what an error tells of the fault."""
+    """Check what an error says about the fault."""
     fault, lost = job.plan.fault, job.plan.victim
     if fault == "exception":
         if not end.was_blocked:
-            assert {"RemoteRankError", "DistckptError", "KeyError"} <= set(end.kinds), job.story()
-            assert end.cause.startswith("RemoteTraceback"), job.story()
-            assert f"iteration {job.plan.at}" in end.text, job.story()
-        told = end.text + end.cause
-        assert f"rank {lost}" in told, job.story()
-        assert "KeyError: 'bad batch'" in told, job.story()
-        assert "in fail" in told, "the remote traceback"
+            assert {"RemoteRankError", "DistckptError", "KeyError"} <= set(end.kinds), job.describe()
+            assert end.cause.startswith("RemoteTraceback"), job.describe()
+            assert f"iteration {job.plan.at}" in end.text, job.describe()
+        text = end.text + end.cause
+        assert f"rank {lost}" in text, job.describe()
+        assert "KeyError: 'bad batch'" in text, job.describe()
+        assert "in fail" in text, "the remote traceback"
     elif fault == "SIGSTOP":
-        assert "froze" in end.text, job.story()
-        assert "no heartbeat" in end.text or "has not answered" in end.text, job.story()
+        assert "froze" in end.text, job.describe()
+        assert "no heartbeat" in end.text or "has not answered" in end.text, job.describe()
     elif not end.was_blocked and fault != "sys.exit":
-        assert {"CollectiveError", "DistckptError"} <= set(end.kinds), job.story()
+        assert {"CollectiveError", "DistckptError"} <= set(end.kinds), job.describe()
 
 
 # -- the matrix --------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ def test_all_others_end_with_an_error_that_names_the_lost_rank(
             "victim": victim,
             "world_size": WORLD,
             "timeout_s": LIMIT_S,
-            # The rank that raised lingers as well: nobody's connection breaks.
+            # The rank that raised lingers too, so that no connection breaks.
             "lingers": [(victim + 1) % WORLD, *([victim] if fault == "exception" else [])] if linger else [],
         }
         for victim in victims
@@ -128,7 +128,7 @@ def test_all_others_end_with_an_error_that_names_the_lost_rank(
             if fault == "exception":
                 own = job.end(job.plan.victim)
                 assert own is not None
-                assert own.is_own, job.story()
+                assert own.is_own, job.describe()
                 assert own.kinds[0] == "KeyError"
         if fault == "SIGSTOP":
             wake(started)
@@ -137,21 +137,21 @@ def test_all_others_end_with_an_error_that_names_the_lost_rank(
 
 
 def wake(stopped: Sequence[Job]) -> None:
-    """Let stopped ranks go on: each learns that the others have given it up, and ends with an error, too."""
+    """Continue stopped ranks: each learns that the others have given it up, and ends with an error too."""
     for job in stopped:
         job.send(job.plan.victim, signal.SIGCONT)
     for job in stopped:
         job.wait_for(lambda job=job: job.is_over(job.plan.victim), "the end of the rank that woke", GIVE_UP_S)  # type: ignore[misc]
         end = job.end(job.plan.victim)
         assert end is not None
-        assert end.was_blocked or {"DistckptError"} <= set(end.kinds), job.story()
+        assert end.was_blocked or {"DistckptError"} <= set(end.kinds), job.describe()
 
 
 # -- at other places ---------------------------------------------------------------------------------
 
 
 def lose(jobs: Jobs, table: Table, plans: Sequence[dict[str, Any]], *, tolerance: int = 0) -> list[list[End]]:
-    """Run jobs that lose a rank, and check how the others end."""
+    """Run jobs that lose a rank, and check the survivors' ends."""
     started = jobs.start_all([{"world_size": WORLD, "timeout_s": LIMIT_S, **plan} for plan in plans])
     try:
         found = await_the_others(started, table)
@@ -192,15 +192,15 @@ def test_a_rank_that_is_lost_before_its_first_event_is_named(
 
 
 def test_a_store_that_is_lost_before_the_first_event_ends_the_wait_in_time(jobs: Jobs) -> None:
-    # Which rank hosts it nobody has said yet.
+    # No rank has published yet which one hosts it.
     how = {"at": 1, "victim": 0, "launcher": "parent", "timeout_s": LIMIT_S}
     started = jobs.start_all([{**how, "fault": fault} for fault in FAULTS])
     try:
         for job, ends in zip(started, await_the_others(started), strict=True):
             for end in ends:
-                assert end.after_s < SOON_S, job.story()
-                assert "CollectiveError" in end.kinds, job.story()
-                assert "store" in end.text, job.story()
+                assert end.after_s < SOON_S, job.describe()
+                assert "CollectiveError" in end.kinds, job.describe()
+                assert "store" in end.text, job.describe()
     finally:
         jobs.end(started)
 
@@ -228,10 +228,10 @@ def test_a_users_exception_stays_what_it_is_whatever_its_words(jobs: Jobs, table
         for job, ends in zip(started, await_the_others(started, table), strict=True):
             named_in_time(job, ends)
             for end in ends:
-                assert end.was_blocked or {"RemoteRankError", "RuntimeError"} <= set(end.kinds), job.story()
+                assert end.was_blocked or {"RemoteRankError", "RuntimeError"} <= set(end.kinds), job.describe()
             own = job.end(job.plan.victim)
             assert own is not None
-            assert own.is_own, job.story()
+            assert own.is_own, job.describe()
     finally:
         jobs.end(started)
 
@@ -241,15 +241,15 @@ def test_a_late_rank_is_told_from_a_frozen_one(jobs: Jobs, table: Table) -> None
     try:
         for job, ends in zip(started, await_the_others(started, table), strict=True):
             named_in_time(job, ends)
-            assert any("CollectiveTimeout" in end.kinds for end in ends), job.story()
+            assert any("CollectiveTimeout" in end.kinds for end in ends), job.describe()
             for end in ends:
-                assert f"rank {job.plan.victim} is alive but late" in end.text, job.story()
-                assert "froze" not in end.text, job.story()
+                assert f"rank {job.plan.victim} is alive but late" in end.text, job.describe()
+                assert "froze" not in end.text, job.describe()
             job.say("awake")
             job.wait_for(lambda job=job: job.is_over(job.plan.victim), "the late rank's end")  # type: ignore[misc]
             late = job.end(job.plan.victim)
             assert late is not None
-            assert "CollectiveError" in late.kinds, job.story()
+            assert "CollectiveError" in late.kinds, job.describe()
     finally:
         jobs.end(started)
 
@@ -265,14 +265,14 @@ def test_orphans_end_by_themselves(jobs: Jobs, launcher: str, step: str) -> None
     try:
         job.form()
         job.say("go")
-        job.wait_for(lambda: len(job.told("under way")) == world_size, "being under way")
+        job.wait_for(lambda: len(job.events("under way")) == world_size, "being under way")
         job.kill_launcher()
         job.wait_for(lambda: all(map(job.is_over, range(world_size))), "the orphans' end", GIVE_UP_S)
         for rank in range(world_size):
             end = job.end(rank)
             assert end is not None
-            assert end.after_s < SOON_S, job.story()
-            assert "launcher" in end.text, job.story()
+            assert end.after_s < SOON_S, job.describe()
+            assert "launcher" in end.text, job.describe()
     finally:
         jobs.end([job])
 
@@ -288,9 +288,9 @@ def test_ranks_that_all_raised_and_caught_it_run_again(jobs: Jobs, step: str) ->
         for job in started:
             job.wait_for(lambda job=job: all(map(job.is_over, range(3))), "the ranks' end")  # type: ignore[misc]
             for rank in range(3):
-                ends = job.told("ended", rank)
-                assert [end["text"] for end in ends] == ["attempt 0", "attempt 1", ""], job.story()
-                assert all(end["is_own"] for end in ends[:2]), job.story()
+                ends = job.events("ended", rank)
+                assert [end["text"] for end in ends] == ["attempt 0", "attempt 1", ""], job.describe()
+                assert all(end["is_own"] for end in ends[:2]), job.describe()
     finally:
         jobs.end(started)
 
@@ -320,11 +320,11 @@ def test_a_job_without_a_fault_ends_in_silence(jobs: Jobs, launcher: str) -> Non
             for rank in range(3):
                 end = job.end(rank)
                 assert end is not None
-                assert end.kinds == (), job.story()
-                assert job.output(rank) == "", job.story()
+                assert end.kinds == (), job.describe()
+                assert job.output(rank) == "", job.describe()
             if launcher != "agent":
-                job.wait_for(lambda job=job: len(job.told("exited")) == 3, "reaping")  # type: ignore[misc]
-                assert [line["code"] for line in job.told("exited")] == [0] * 3, job.story()
+                job.wait_for(lambda job=job: len(job.events("exited")) == 3, "reaping")  # type: ignore[misc]
+                assert [line["code"] for line in job.events("exited")] == [0] * 3, job.describe()
     finally:
         jobs.end(started)
 
@@ -334,7 +334,7 @@ def test_what_belongs_to_a_job_ends_with_its_process_group(jobs: Jobs) -> None:
     try:
         job.wait_for(lambda: all(map(job.is_over, range(2))), "the ranks' end")
         for rank in range(2):
-            assert [len(line["names"]) for line in job.told("threads in the job", rank)] == [2, 2], job.story()
-            assert [line["names"] for line in job.told("threads after the job", rank)] == [[], []], job.story()
+            assert [len(line["names"]) for line in job.events("threads in the job", rank)] == [2, 2], job.describe()
+            assert [line["names"] for line in job.events("threads after the job", rank)] == [[], []], job.describe()
     finally:
         jobs.end([job])

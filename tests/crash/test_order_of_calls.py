@@ -90,11 +90,11 @@ def _in_words(calls: Sequence[strace.Call], directory: Path) -> list[str]:
         if call.name == "openat":
             private = "O_EXCL" in call.arguments and "O_NOFOLLOW" in call.arguments
             verb = "create" if private else "open for writing"
-        # A directory's descriptor in front of a name only says what the name is relative to.
+        # A descriptor in front of a name is the directory to which the name is relative.
         named = [path for path in call.paths if path.startswith(f"{directory}/")]
         objects = {"rename": named, "sync": call.paths[-1:], "mkdir": call.paths[-1:]}.get(verb, named[:1])
         words.append(" ".join([verb, *(_called(path, directory) for path in objects)]))
-    # However many writes there are, they stand together.
+    # Consecutive writes count as one.
     return words[:1] + [new for old, new in pairwise(words) if (old, new) != ("write TEMP", "write TEMP")]
 
 
@@ -107,14 +107,14 @@ def _called(path: str, directory: Path) -> str:
 
 @pytest.mark.usefixtures("_strace_works")
 def test_a_save_writes_syncs_renames_syncs_the_directory_and_only_then_removes(
-    tmp_path: Path, tell: Callable[[str], None]
+    tmp_path: Path, report: Callable[[str], None]
 ) -> None:
     place, control = tmp_path / "ours" / "checkpoints", tmp_path / "ignites" / "checkpoints"
     ((ours, ignites),) = _trace(tmp_path, 1, [(place, 0, "distckpt"), (control, 0, "ignite")])
     assert ours == WHOLE_RUN
-    tell(f"order of calls: 1 rank, {len(ours)} steps in order")
-    # The negative control: the same harness tells another order where there is one.
-    tell(f"order of calls, negative control: ignite's is {', '.join(ignites)}")
+    report(f"order of calls: 1 rank, {len(ours)} steps in order")
+    # The negative control: the same harness finds another order where there is one.
+    report(f"order of calls, negative control: ignite's is {', '.join(ignites)}")
     assert ignites.count("write TEMP") == 2
     assert not any(word.startswith("sync") for word in ignites), "ignite syncs nothing"
     assert ignites.index(f"unlink {OLD}") < ignites.index(f"rename TEMP {NEW}"), "it removes first"
@@ -122,14 +122,14 @@ def test_a_save_writes_syncs_renames_syncs_the_directory_and_only_then_removes(
 
 @pytest.mark.usefixtures("_strace_works")
 def test_the_saving_rank_of_two_does_the_same_and_the_other_one_nothing(
-    tmp_path: Path, tell: Callable[[str], None]
+    tmp_path: Path, report: Callable[[str], None]
 ) -> None:
     places = [(tmp_path / f"rank{rank}" / "checkpoints", rank, "distckpt") for rank in range(2)]
     words = _trace(tmp_path, 2, places)
     for saving in range(2):
         assert words[saving][saving] == WHOLE_RUN
         assert words[1 - saving][saving] == []
-    tell(f"order of calls: 2 ranks, each the saving one once, {len(WHOLE_RUN)} steps in order")
+    report(f"order of calls: 2 ranks, each the saving one once, {len(WHOLE_RUN)} steps in order")
 
 
 def test_a_trace_with_interleaved_threads_is_put_together(tmp_path: Path) -> None:

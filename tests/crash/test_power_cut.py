@@ -32,13 +32,13 @@ LIMIT_S = 170.0
 
 @dataclass(kw_only=True)
 class TallyOfCuts(Tally):
-    """What one process that cuts the power has seen.
+    """The results of one process that cuts the power.
 
     Attributes:
-        told_after: cuts after which a save was acknowledged that is not on the disk.
+        acknowledged_after: number of cuts after which a save was acknowledged that is not on the disk.
     """
 
-    told_after: int = 0
+    acknowledged_after: int = 0
 
 
 @pytest.fixture(params=KINDS)
@@ -63,12 +63,12 @@ def _cut_power(root: Path, kind: str, saver: str, cuts: int, seed: int, stop_at:
 
 
 def _cut_once(disk: LoopDisk, saver: str, world_size: int, moment: tuple[int, float], tally: TallyOfCuts) -> None:
-    """One trial: cut after so many saves and so many seconds, then look at what is on the disk."""
+    """Run one trial: cut the power after some saves and seconds (`moment`), then read the disk."""
     tally.trials += 1
     directory = disk.root / "runs" / f"run{tally.trials}" / "checkpoints"
     with disk.powered(), saving(directory, saver, after=0, world_size=world_size) as job:
         job.wait_for(1 + moment[0])
-        time.sleep(moment[1])  # the random moment itself, nothing is waited for
+        time.sleep(moment[1])  # the random moment itself: this waits for no event
         job.take_in()
         acknowledged = max(job.acknowledged, default=0)
         tally.acknowledged += len(job.acknowledged)
@@ -76,9 +76,9 @@ def _cut_once(disk: LoopDisk, saver: str, world_size: int, moment: tuple[int, fl
         job.kill()
     with disk.powered():
         found = tally.look(directory, acknowledged)
-        # Not a loss: no process outlives its power. An fsync of a directory that comes after the shutdown of an xfs may
-        # find nothing left to wait for and say that all is well.
-        tally.told_after += found < max(job.acknowledged, default=0)
+        # Not a loss: no process survives a real power cut. An fsync of a directory after the shutdown of an xfs may
+        # return 0, because it has nothing to wait for.
+        tally.acknowledged_after += found < max(job.acknowledged, default=0)
         tally.cut_writing += bool(others_in(directory))
         with saving(directory, saver, after=max(found, acknowledged), num_saves=1, world_size=world_size) as job:
             assert set(job.finish()) == {0}
@@ -107,7 +107,7 @@ def _cut_power_of_each(
 
 
 def test_a_power_cut_loses_no_acknowledged_checkpoint(
-    tmp_path: Path, kind: str, cuts: int, seed: int, limit_s: float, tell: Callable[[str], None]
+    tmp_path: Path, kind: str, cuts: int, seed: int, limit_s: float, report: Callable[[str], None]
 ) -> None:
     share = -(-cuts // NUM_SERVERS)
     start = time.monotonic()
@@ -116,12 +116,12 @@ def test_a_power_cut_loses_no_acknowledged_checkpoint(
     ) as servers:  # fmt: skip
         tallies = TallyOfCuts.sums([end.value for end in servers.finish(timeout_s=limit_s)])
     for mode, tally in tallies.items():
-        tell(
+        report(
             f"power cut, {kind}, {mode}: {tally.trials} cuts, seed {seed}: {tally.cut_writing} of them left a "
             f"temporary file; {tally.acknowledged} saves acknowledged, {len(tally.findings)} lost or left behind, "
-            f"{tally.told_after} acknowledged after the cut and not there"
+            f"{tally.acknowledged_after} acknowledged after the cut and not there"
         )
-    tell(f"power cut, {kind}: all in {time.monotonic() - start:.0f} s")
+    report(f"power cut, {kind}: all in {time.monotonic() - start:.0f} s")
     assert {mode: tally.findings for mode, tally in tallies.items()} == {mode: [] for mode in MODES}
     for tally in tallies.values():
         assert tally.trials >= cuts
@@ -129,14 +129,14 @@ def test_a_power_cut_loses_no_acknowledged_checkpoint(
 
 
 def test_the_same_cuts_find_out_savers_that_do_not_sync(
-    tmp_path: Path, kind: str, seed: int, tell: Callable[[str], None]
+    tmp_path: Path, kind: str, seed: int, report: Callable[[str], None]
 ) -> None:
     savers = ("syncs nothing", "syncs no directory", "ignite")
     with fresh_ranks(
         _cut_power_of_each, 1, str(tmp_path), kind, savers, CONTROL_CUTS, seed, CONTROL_LOSSES, backend=None
     ) as servers:  # fmt: skip
         tallies = servers.finish(timeout_s=LIMIT_S)[0].value
-    tell(
+    report(
         f"power cut, {kind}, negative controls, acknowledged saves lost: "
         + ", ".join(f"{saver} {tally.lost} in {tally.trials} cuts" for saver, tally in tallies.items())
     )

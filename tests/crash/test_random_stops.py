@@ -25,11 +25,11 @@ RUNS_PER_JOB = 20
 HANG_LIMIT_S = 2.0
 
 
-class Counts:
-    """What was run, and what came of it.
+class Summary:
+    """Counts of the runs and of their ends.
 
     Args:
-        seed: of this round.
+        seed: the seed of this round.
     """
 
     def __init__(self, seed: str) -> None:
@@ -41,7 +41,7 @@ class Counts:
         self.controls: list[str] = []
 
     def add(self, plan: Plan, end: End, num_files: int, longest_s: float) -> None:
-        """Note a run."""
+        """Add a run."""
         self.runs[" and ".join(sorted({cause.kind for cause in plan.causes})) or "nothing"] += 1
         self.stopped[end.reason or "ran to its end"] += 1
         self.num_files += num_files
@@ -57,16 +57,16 @@ class Counts:
                 f"[random stops] what happened: {happened}",
                 f"[random stops] how they ended, the same on all ranks: {ended}",
                 f"[random stops] {self.num_files} checkpoints loaded; the longest run took {self.longest_s:.2f} s",
-                *(f"[random stops] control: {told}" for told in self.controls),
+                *(f"[random stops] control: {line}" for line in self.controls),
             ]
         )
 
 
 @pytest.fixture(scope="module")
-def counts(tell_in_the_end: Callable[[object], None]) -> Counts:
-    """Return where runs are counted; it is printed in the end, past pytest's capture."""
-    found = Counts(os.environ.get("DISTCKPT_CRASH_SEED") or str(secrets.randbelow(2**31)))
-    tell_in_the_end(found)
+def summary(report_at_end: Callable[[object], None]) -> Summary:
+    """Return the counts, which are printed at the end, past pytest's capture."""
+    found = Summary(os.environ.get("DISTCKPT_CRASH_SEED") or str(secrets.randbelow(2**31)))
+    report_at_end(found)
     return found
 
 
@@ -74,7 +74,7 @@ def counts(tell_in_the_end: Callable[[object], None]) -> Counts:
 
 
 def check(plan: Plan, ends: list[End], folder: Path) -> int:
-    """Check a run; return how many checkpoints were loaded."""
+    """Check a run; return the number of loaded checkpoints."""
     assert len(ends) == plan.world_size
     assert len({(end.iteration, end.reason, end.preempted, end.history, end.best) for end in ends}) == 1, ends
     assert max(end.took_s for end in ends) < LIMIT_S, ends
@@ -97,7 +97,7 @@ def check(plan: Plan, ends: list[End], folder: Path) -> int:
 
 
 def last_iteration_with_nan(plan: Plan) -> int:
-    """Return by when a NaN has to stop the run: in the vote after it, or in the one after that."""
+    """Return the last iteration at which a NaN may stop the run: that of the next vote, or of the one after."""
     every: int = plan.pace.get("every", 1)
     lag: int = plan.pace.get("lag", 0)
     vote = -(-int(plan.breaks_at) // every) * every
@@ -110,19 +110,19 @@ def steps_that_held(plan: Plan, end: End) -> int:
 
 
 def steps_due(plan: Plan, end: End) -> list[list[int]]:
-    """Return which iterations may be on the disk after a run that ended so; all but the last one have to be."""
+    """Return the possible sets of iterations on the disk after a run with this end."""
     period = plan.save_every or plan.epoch_length
     steps = list(range(period, steps_that_held(plan, end) + 1, period))
     ways = [steps]
     if end.preempted:
-        ways = [sorted({*steps, end.iteration} - {0})]  # where a run begins nothing is new
+        ways = [sorted({*steps, end.iteration} - {0})]  # at the start of a run there is nothing new to save
     elif not plan.save_every and end.reason is not None and end.iteration in steps:
         ways.append(steps[:-1])  # stopped in the last iteration of an epoch, before or at the epoch's end
     return [way[-(plan.n_saved or len(way)) :] if way else [] for way in ways]
 
 
 def steps_on_disk(folder: Path, history: tuple[str, ...]) -> list[int]:
-    """Load every file, refuse one with NaN or of which no rank knows; return their iterations."""
+    """Load every file; return their iterations. Fail for a file with NaN, or one in no rank's history."""
     names = os.listdir(folder) if folder.exists() else []
     assert sorted(names) == sorted(history)
     steps = []
@@ -140,38 +140,38 @@ def steps_on_disk(folder: Path, history: tuple[str, ...]) -> list[int]:
 @quick(5)
 @pytest.mark.parametrize("job", range(NUM_JOBS))
 def test_whatever_stops_a_run_at_whatever_moment_stops_all_ranks_alike(
-    tmp_path: Path, counts: Counts, job: int
+    tmp_path: Path, summary: Summary, job: int
 ) -> None:
     world_size = 2 + job % 2
-    plans = [plan_of(f"{counts.seed}/{job}/{number}", world_size) for number in range(RUNS_PER_JOB)]
+    plans = [plan_of(f"{summary.seed}/{job}/{number}", world_size) for number in range(RUNS_PER_JOB)]
     runs = run_job(tmp_path, plans)
     assert len(runs) == RUNS_PER_JOB
     for number, (plan, ends) in enumerate(zip(plans, runs, strict=True)):
         try:
             num_files = check(plan, ends, tmp_path / str(number))
         except AssertionError as error:
-            error.add_note(f"{plan}\n{ends}\nrepeat it with DISTCKPT_CRASH_SEED={counts.seed}, job {job}")
+            error.add_note(f"{plan}\n{ends}\nrepeat it with DISTCKPT_CRASH_SEED={summary.seed}, job {job}")
             raise
-        counts.add(plan, ends[0], num_files, max(end.took_s for end in ends))
+        summary.add(plan, ends[0], num_files, max(end.took_s for end in ends))
 
 
 def early_on(cause: Cause) -> Cause:
-    """Let something happen in the first part of the run: a rank that stops alone in the last iteration differs not."""
+    """Move a cause into the first part of the run: a stop in the last iteration makes no difference."""
     return replace(cause, share=0.3 * cause.share)
 
 
 @pytest.mark.parametrize("is_coupled", [False, True], ids=["free steps", "steps that reduce"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_runs_find_ranks_that_differ_or_hang_where_each_rank_decides_alone(
-    tmp_path: Path, counts: Counts, kind: Kind, is_coupled: bool  # noqa: FBT001
+    tmp_path: Path, summary: Summary, kind: Kind, is_coupled: bool  # noqa: FBT001
 ) -> None:  # fmt: skip
     warm_up(2)
-    plans = [plan_of(f"{counts.seed}/{kind}/{number}", 2, (kind,), is_coupled=is_coupled) for number in range(8)]
+    plans = [plan_of(f"{summary.seed}/{kind}/{number}", 2, (kind,), is_coupled=is_coupled) for number in range(8)]
     plans = [replace(plan, causes=tuple(map(early_on, plan.causes))) for plan in plans]
     runs = run_job(tmp_path, plans, library="ignite", hang_limit_s=HANG_LIMIT_S)
     hung = sum(any(end.reason == HUNG for end in ends) for ends in runs)
     differ = sum(len({end.iteration for end in ends}) > 1 for ends in runs)
-    counts.controls.append(
+    summary.controls.append(
         f"{kind}, {'steps that reduce' if is_coupled else 'free steps'}: {differ} of {len(runs)} differ, {hung} hung"
     )
     assert hung + differ > 0

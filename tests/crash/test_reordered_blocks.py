@@ -1,4 +1,4 @@
-"""The power is cut while a disk writes in an order of its own: what is not flushed is lost in part, and half-written.
+"""The power is cut while a disk reorders its writes: unflushed blocks are lost in part, or half-written.
 
 Each state that is looked at is a real ext4, mounted, with what a disk may have made of the writes up to some moment of
 a run that trains and saves. An acknowledged save has to be on it, whole; and nothing that is there may be torn.
@@ -35,14 +35,14 @@ LIMIT_S = 170.0
 
 @dataclass(kw_only=True)
 class TallyOfStates(Tally):
-    """What one process that looks at states has seen.
+    """The results of one process that examines states.
 
     Attributes:
-        blocks: written and not flushed, in all states.
-        lost_blocks: how many of them were lost.
-        torn_blocks: how many were half-written.
-        with_acknowledged: states in which something had been acknowledged.
-        repaired: states that ext4 itself refused before e2fsck repaired them.
+        blocks: number of unflushed blocks in all states.
+        lost_blocks: number of these that were lost.
+        torn_blocks: number of these that were half-written.
+        with_acknowledged: number of states with an acknowledged save.
+        repaired: number of states that ext4 refused until e2fsck repaired them.
     """
 
     blocks: int = 0
@@ -60,9 +60,9 @@ def _disks_can_be_recorded(tmp_path: Path) -> None:
 
 
 def _look_at_states(root: Path, saver: str, num: int, seed: int, stop_at: float) -> TallyOfStates:
-    """Look at `num` states, of as many recorded runs as it takes, or at as many as lose so many saves.
+    """Examine `num` states of recorded runs, or as many as it takes until `stop_at` saves are lost.
 
-    Few states may by chance have few blocks to lose: then it looks at as many again.
+    A few states may by chance have few blocks to lose. Then as many again are examined.
     """
     draw = random.Random(f"{seed}-{os.environ['RANK']}")
     tally = TallyOfStates()
@@ -74,7 +74,7 @@ def _look_at_states(root: Path, saver: str, num: int, seed: int, stop_at: float)
         with (
             disk.recording(),
             saving(
-                place, saver, after=0, num_saves=NUM_SAVES, world_size=world_size_of(saver), told=disk.acknowledge
+                place, saver, after=0, num_saves=NUM_SAVES, world_size=world_size_of(saver), on_saved=disk.acknowledge
             ) as job,
         ):
             assert set(job.finish()) == {0}
@@ -96,13 +96,13 @@ def _look_at_states(root: Path, saver: str, num: int, seed: int, stop_at: float)
 def _look_at_states_of_each(
     root: str, savers: Sequence[str], num: int, seed: int, stop_at: float = math.inf
 ) -> dict[str, TallyOfStates]:
-    """Look at states that the given savers leave, one kind after the other."""
+    """Examine states that the given savers leave, one kind after the other."""
     unshare_mounts()
     return {saver: _look_at_states(place_of(root, saver), saver, num, seed, stop_at) for saver in savers}
 
 
 def test_no_order_of_blocks_loses_or_tears_a_checkpoint(
-    tmp_path: Path, states: int, seed: int, limit_s: float, tell: Callable[[str], None]
+    tmp_path: Path, states: int, seed: int, limit_s: float, report: Callable[[str], None]
 ) -> None:
     share = -(-states // NUM_SERVERS)
     start = time.monotonic()
@@ -111,13 +111,13 @@ def test_no_order_of_blocks_loses_or_tears_a_checkpoint(
     ) as servers:  # fmt: skip
         tallies = TallyOfStates.sums([end.value for end in servers.finish(timeout_s=limit_s)])
     for mode, tally in tallies.items():
-        tell(
+        report(
             f"reordered blocks, {mode}: {tally.trials} states, seed {seed}: of {tally.blocks} blocks that were not "
             f"flushed {tally.lost_blocks} lost, {tally.torn_blocks} half-written; {tally.cut_writing} states with a "
             f"temporary file, {tally.with_acknowledged} with an acknowledged save, {tally.repaired} that e2fsck had to "
             f"repair, {len(tally.findings)} lost or torn"
         )
-    tell(f"reordered blocks: all in {time.monotonic() - start:.0f} s")
+    report(f"reordered blocks: all in {time.monotonic() - start:.0f} s")
     assert {mode: tally.findings for mode, tally in tallies.items()} == {mode: [] for mode in MODES}
     for tally in tallies.values():
         assert tally.trials >= states
@@ -127,14 +127,14 @@ def test_no_order_of_blocks_loses_or_tears_a_checkpoint(
 
 
 def test_the_same_states_find_out_savers_that_do_not_sync(
-    tmp_path: Path, seed: int, tell: Callable[[str], None]
+    tmp_path: Path, seed: int, report: Callable[[str], None]
 ) -> None:
     savers = ("syncs nothing", "syncs no directory", "ignite")
     with fresh_ranks(
         _look_at_states_of_each, 1, str(tmp_path), savers, CONTROL_STATES, seed, CONTROL_LOSSES, backend=None
     ) as servers:  # fmt: skip
         tallies = servers.finish(timeout_s=LIMIT_S)[0].value
-    tell(
+    report(
         "reordered blocks, negative controls, acknowledged saves lost: "
         + ", ".join(f"{saver} {tally.lost} in {tally.trials} states" for saver, tally in tallies.items())
     )

@@ -23,7 +23,7 @@ SPLITTING = ("ResumableSampler", "DistributedSampler")
 pytestmark = [pytest.mark.slow, only_on("gloo", why="about loaders of processes, on one to three ranks")]
 
 
-class Counts:
+class Summary:
     """The number of cells by result."""
 
     def __init__(self) -> None:
@@ -39,10 +39,10 @@ class Counts:
 
 
 @pytest.fixture(scope="module")
-def counts(tell_in_the_end: Callable[[object], None]) -> Counts:
-    """Return where cells are counted; it is printed in the end, past pytest's capture."""
-    found = Counts()
-    tell_in_the_end(found)
+def summary(report_at_end: Callable[[object], None]) -> Summary:
+    """Return the counts, which are printed at the end, past pytest's capture."""
+    found = Summary()
+    report_at_end(found)
     return found
 
 
@@ -60,7 +60,7 @@ def cells_of(sampler: str, worlds: tuple[int, int], *, is_whole: bool) -> list[C
 @pytest.mark.parametrize("worlds", WORLDS, ids=lambda worlds: "{} to {}".format(*worlds))
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_resumed_run_trains_the_samples_of_an_uninterrupted_run(
-    tmp_path: Path, counts: Counts, sampler: str, worlds: tuple[int, int], *, is_whole: bool
+    tmp_path: Path, summary: Summary, sampler: str, worlds: tuple[int, int], *, is_whole: bool
 ) -> None:
     cells = cells_of(sampler, worlds, is_whole=is_whole)
     before, after = worlds
@@ -90,7 +90,7 @@ def test_a_resumed_run_trains_the_samples_of_an_uninterrupted_run(
         except AssertionError as error:
             error.add_note(f"{cell}, {worlds}\nalone: {alone[cell.workers]}\nparts: {legs[number]}")
             raise
-        counts.ends.setdefault(worlds, Counter())[end] += 1
+        summary.ends.setdefault(worlds, Counter())[end] += 1
 
 
 def end_of(cell: Cell, worlds: tuple[int, int], alone: list[Leg], legs: list[list[Leg]]) -> str:

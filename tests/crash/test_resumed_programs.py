@@ -25,15 +25,15 @@ pytestmark = pytest.mark.crash
 
 NUM_BATCHES = 4
 CONTROL = ("control3", 0, 24)
-"""The programs that are run with broken code: the same in each round, which finds each breakage."""
+"""The programs that run with broken code, the same in each round. They find each breakage."""
 LIMIT_S = 1200.0
 
 
-class Counts:
-    """What was run, and what came of it.
+class Summary:
+    """Counts of the programs and of their results.
 
     Args:
-        seed: of this round.
+        seed: the seed of this round.
     """
 
     def __init__(self, seed: str) -> None:
@@ -43,21 +43,21 @@ class Counts:
 
     def __str__(self) -> str:
         """Return it as text."""
-        told = ", ".join(f"{self.totals[what]} {what}" for what in sorted(self.totals))
-        lines = [f"[resumed programs] seed {self.seed}: {told}", *self.controls]
+        totals = ", ".join(f"{self.totals[what]} {what}" for what in sorted(self.totals))
+        lines = [f"[resumed programs] seed {self.seed}: {totals}", *self.controls]
         return "\n".join(lines)
 
 
 @pytest.fixture(scope="module")
-def counts(tell_in_the_end: Callable[[object], None]) -> Counts:
-    """Return where programs are counted; it is printed in the end, past pytest's capture."""
-    found = Counts(os.environ.get("DISTCKPT_CRASH_SEED") or str(secrets.randbelow(2**31)))
-    tell_in_the_end(found)
+def summary(report_at_end: Callable[[object], None]) -> Summary:
+    """Return the counts, which are printed at the end, past pytest's capture."""
+    found = Summary(os.environ.get("DISTCKPT_CRASH_SEED") or str(secrets.randbelow(2**31)))
+    report_at_end(found)
     return found
 
 
 def results_of(seed: str, first: int, num: int, breakage: str | None = None) -> list[dict[str, Any]]:
-    """Run programs in a process of their own, which forks one for each start; return what came of each."""
+    """Run programs in a new process, which forks one for each start; return their results."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.crash.resumed_programs", seed, str(first), str(num), *filter(None, [breakage])],
         cwd=Path(distckpt.__file__).parents[1],
@@ -72,22 +72,22 @@ def results_of(seed: str, first: int, num: int, breakage: str | None = None) -> 
 
 
 @pytest.mark.parametrize("batch", range(NUM_BATCHES))
-def test_no_program_loses_a_file_or_takes_anothers(counts: Counts, programs: int, batch: int) -> None:
+def test_no_program_loses_a_file_or_takes_anothers(summary: Summary, programs: int, batch: int) -> None:
     first, end = (programs * number // NUM_BATCHES for number in (batch, batch + 1))
-    results = results_of(counts.seed, first, end - first)
-    counts.totals["programs"] += len(results)
+    results = results_of(summary.seed, first, end - first)
+    summary.totals["programs"] += len(results)
     for name in results[0]:
         if name != "findings":
-            counts.totals[name.removeprefix("num_")] += sum(result[name] for result in results)
+            summary.totals[name.removeprefix("num_")] += sum(result[name] for result in results)
     found = {first + at: result["findings"] for at, result in enumerate(results) if result["findings"]}
     shown = next(iter(found), 0)
-    assert not found, f"{program_of(f'{counts.seed}/{shown}')}\nrepeat it with DISTCKPT_CRASH_SEED={counts.seed}"
+    assert not found, f"{program_of(f'{summary.seed}/{shown}')}\nrepeat it with DISTCKPT_CRASH_SEED={summary.seed}"
 
 
 @quick(2)
 @pytest.mark.parametrize("breakage", BREAKAGES)
-def test_the_same_programs_find_what_is_broken(counts: Counts, breakage: str) -> None:
+def test_the_same_programs_find_what_is_broken(summary: Summary, breakage: str) -> None:
     results = results_of(*CONTROL, breakage)
     num = sum(bool(result["findings"]) for result in results)
-    counts.controls.append(f"[resumed programs] control, {breakage}: found in {num} of {len(results)}")
+    summary.controls.append(f"[resumed programs] control, {breakage}: found in {num} of {len(results)}")
     assert num > 0

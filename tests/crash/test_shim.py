@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.crash import strace
-from tests.crash.injected import Seats, Seen, Trouble, observe
+from tests.crash.injected import Roles, Seen, Trouble, observe
 from tests.crash.savers import Subject
 from tests.crash.shim import Called, Shim, build, why_no_compiler
 from tests.support import run_ranks
@@ -42,7 +42,7 @@ def _watch_a_save(directory: str, trace: str) -> tuple[Seen, Sequence[Called]]:
 
     calm = Trouble(what="none", start=between_marks, expected="saved", errno=errno.EIO)
     with strace.traced(Path(trace)):
-        seen = observe(Path(directory) / "checkpoints", Seats(rank=0, saving=0, failing=0), calm, _handler)
+        seen = observe(Path(directory) / "checkpoints", Roles(rank=0, saving=0, failing=0), calm, _handler)
     return seen, shim.log()
 
 
@@ -54,7 +54,7 @@ def _in_the_shims_words(call: strace.Call) -> str:
     return _SHIMS_NAME.get(call.name, call.name)
 
 
-def test_the_shim_sees_every_call_that_strace_sees(tmp_path: Path, tell: Callable[[str], None]) -> None:
+def test_the_shim_sees_every_call_that_strace_sees(tmp_path: Path, report: Callable[[str], None]) -> None:
     reason = strace.why_no_strace() or why_no_compiler()
     if reason is not None:
         pytest.skip(reason)
@@ -71,20 +71,20 @@ def test_the_shim_sees_every_call_that_strace_sees(tmp_path: Path, tell: Callabl
         for index, call in enumerate(calls)
         if call.name == "newfstatat" and call.paths[-1] in {str(place / "begin"), str(place / "end")}
     ]
-    # The shim watches the directory below, not the place itself.
+    # The shim watches the directory below `place`, not `place` itself.
     inside = [call for call in calls[begin + 1 : end] if call.paths[-1] != str(place)]
     straces = Counter(map(_in_the_shims_words, inside))
     shims = Counter(call.name for call in log)
-    tell(f"failing calls: the shim sees {shims.total()} calls of a save, strace {straces.total()}")
-    # The C library's own, inside the listing of a directory: opendir looks at its descriptor and closedir closes it;
-    # getdents64 is what readdir fails by; rewinddir and F_GETFL, F_SETFD work on the descriptor alone.
+    report(f"failing calls: the shim sees {shims.total()} calls of a save, strace {straces.total()}")
+    # Calls inside the C library's listing of a directory: fstat in opendir, close in closedir, getdents64 in readdir.
+    # rewinddir, F_GETFL and F_SETFD change the descriptor only.
     num_listings = shims.pop("opendir")
     assert num_listings == 2, "for what was saved before, as the first save of a run, and for what dead writers left"
-    # One listing is by descriptor: it is rewound. One call asks for holes, and may fail: then there are none. The file
-    # that is read for its record is asked for its length and set back.
+    # The listing by descriptor is rewound. One call asks for holes, and may fail. Two find the length of the file whose
+    # record is read.
     assert straces.pop("lseek") == 1 + 1 + 2
     assert straces.pop("fcntl that cannot harm") == 2
-    # What only reads does not fail here: a record that cannot be read is none.
+    # The shim does not fail reads: a record that cannot be read counts as none.
     assert straces.pop("pread64") > 0
     assert straces.pop("ioctl") > 0
     assert straces.pop("getdents64") > 0

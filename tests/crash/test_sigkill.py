@@ -34,7 +34,7 @@ LIMIT_S = 170.0
 
 @contextmanager
 def _live_writer(directory: Path) -> Iterator[Callable[[], list[str]]]:
-    """Keep a process in the middle of a save; the block is given a function that lets it go on and looks."""
+    """Keep a process in the middle of a save; yield a function that lets it finish and checks its file."""
     ours, theirs = os.pipe()
 
     def body(send: Callable[[int], None]) -> None:
@@ -79,11 +79,11 @@ def _kill_savers(root: Path, saver: str, kills: int, seed: int, stop_at: str, sp
 
 
 def _kill_one(directory: Path, saver: str, newest: int, moment: tuple[int, float], live: str, tally: Tally) -> int:
-    """One trial: kill after so many saves and so many seconds; returns the newest step known to be whole."""
+    """Run one trial: kill after some saves and seconds (`moment`); return the newest step known to be whole."""
     before = others_in(directory)
     with saving(directory, saver, after=newest) as job:
         job.wait_for(1 + moment[0])
-        time.sleep(moment[1])  # the random moment itself, nothing is waited for
+        time.sleep(moment[1])  # the random moment itself: this waits for no event
         job.kill()
     tally.trials += 1
     acknowledged = max(newest, *job.acknowledged, 0)
@@ -98,13 +98,13 @@ def _kill_one(directory: Path, saver: str, newest: int, moment: tuple[int, float
     tally.cut_writing += bool(after - before)
     tally.cut_before_removal += len(steps_in(directory)) > 1
     for step in steps_in(directory):
-        if step != found:  # what the next run resumes from is the newest; a torn one would be found again
+        if step != found:  # the next run resumes from the newest; a torn file would be found again
             (directory / name_of(step)).unlink()
     return found or acknowledged
 
 
 def _kill_each(root: str, savers: dict[str, str], kills: int, seed: int) -> dict[str, Tally]:
-    """Kill the given savers, one kind after the other, each until its word stands in a finding."""
+    """Kill the given savers, one kind after the other, each until a finding contains its text."""
     practice = Path(root) / f"practice-{os.environ['RANK']}"
     practice.mkdir()
     span_s = 1.5 * typical_save_s(practice, MODES[0])
@@ -114,7 +114,7 @@ def _kill_each(root: str, savers: dict[str, str], kills: int, seed: int) -> dict
 
 
 def test_a_killed_saver_loses_no_acknowledged_checkpoint(
-    tmp_path: Path, kills: int, seed: int, limit_s: float, tell: Callable[[str], None]
+    tmp_path: Path, kills: int, seed: int, limit_s: float, report: Callable[[str], None]
 ) -> None:
     modes = [mode for mode in MODES if not is_shared(mode)]
     share = -(-kills // NUM_SERVERS)
@@ -125,12 +125,12 @@ def test_a_killed_saver_loses_no_acknowledged_checkpoint(
     )  # fmt: skip
     tallies = Tally.sums(servers)
     for mode, tally in tallies.items():
-        tell(
+        report(
             f"SIGKILL, {mode}: {tally.trials} kills, seed {seed}: {tally.cut_writing} of them while a file was "
             f"written, {tally.cut_before_removal} between rename and removal; {tally.acknowledged} saves acknowledged, "
             f"{len(tally.findings)} lost or left behind"
         )
-    tell(f"SIGKILL: all in {time.monotonic() - start:.0f} s")
+    report(f"SIGKILL: all in {time.monotonic() - start:.0f} s")
     assert {mode: tally.findings for mode, tally in tallies.items()} == {mode: [] for mode in modes}
     for tally in tallies.values():
         assert tally.trials >= kills
@@ -139,7 +139,7 @@ def test_a_killed_saver_loses_no_acknowledged_checkpoint(
         assert tally.cut_writing > 0.1 * kills
 
 
-def test_the_same_kills_find_out_broken_savers(tmp_path: Path, seed: int, tell: Callable[[str], None]) -> None:
+def test_the_same_kills_find_out_broken_savers(tmp_path: Path, seed: int, report: Callable[[str], None]) -> None:
     controls = {
         "ignite": "lost:",
         "removes first": "lost:",
@@ -151,7 +151,7 @@ def test_the_same_kills_find_out_broken_savers(tmp_path: Path, seed: int, tell: 
         _kill_each, 1, str(tmp_path), controls, CONTROL_KILLS, seed,
         backend=None, fresh=True, timeout_s=LIMIT_S,
     )  # fmt: skip
-    tell(
+    report(
         "SIGKILL, negative controls, kills until the fault was found: "
         + ", ".join(f"{saver} {tally.trials}" for saver, tally in tallies.items())
     )

@@ -27,24 +27,24 @@ WORLD_SIZE = 2
 NUM_SERVERS = 2
 CONTROL_KILLS = 60
 NEVER = "never"
-# A survivor has to be told by then that the other rank is gone.
+# Limit of the time until a survivor knows that the other rank is gone.
 SURVIVOR_LIMIT_S = 30.0
 LIMIT_S = 170.0
 VICTIMS = ((0,), (1,), (0, 1), (0, 1))
-# The other rank is killed after so many seconds at most; in each so-many-th trial it is not: that takes two seconds.
+# The other rank is killed within SOON_S seconds. In every SURVIVES_EACH-th trial it is not, which takes two seconds.
 SOON_S = 0.2
 SURVIVES_EACH = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moment:
-    """When who is killed.
+    """The moment of a kill, and its victims.
 
     Attributes:
-        num_saves: after so many.
-        seconds: ... and so long.
-        victims: who.
-        survives_s: how long the others live on; None to let them end by themselves.
+        num_saves: number of saves before it.
+        seconds: seconds after the last of these saves.
+        victims: the ranks that are killed.
+        survives_s: seconds after which the others are killed too; None to let them end by themselves.
     """
 
     num_saves: int
@@ -55,19 +55,19 @@ class Moment:
 
 @dataclass(kw_only=True)
 class TallyOfRanks(Tally):
-    """What one forking process has seen.
+    """The results of one forking process.
 
     Attributes:
-        one_rank: how often one rank was killed before the other.
-        survivors: how often a rank was left to end by itself.
-        stale: older checkpoints that stay after the kills and a whole save: `resume` takes the newest into the history.
-        told: how many of the survivors were told by an error of distckpt's that the other was gone.
+        one_rank: number of trials in which one rank was killed before the other.
+        survivors: number of ranks that were left to end by themselves.
+        stale: number of older checkpoints after the kills and a whole save: `resume` takes the newest into the history.
+        informed: number of survivors that ended with distckpt's error.
     """
 
     one_rank: int = 0
     survivors: int = 0
     stale: int = 0
-    told: int = 0
+    informed: int = 0
 
 
 def _kill_ranks(root: Path, saver: str, kills: int, seed: int, stop_at: str, span_s: float) -> TallyOfRanks:
@@ -100,13 +100,13 @@ def _moment(draw: random.Random, span_s: float, *, survives: bool) -> Moment:
 
 
 def _kill_once(directory: Path, saver: str, newest: int, moment: Moment, tally: TallyOfRanks) -> int:
-    """One trial; returns the newest step known to be whole."""
+    """Run one trial; return the newest step known to be whole."""
     tally.trials += 1
     before, steps_before = others_in(directory), steps_in(directory)
     with saving(directory, saver, after=newest, world_size=WORLD_SIZE) as job:
         begun_at = [rank.acknowledged[0] for rank in job.ranks]
         job.wait_for(1 + moment.num_saves)
-        time.sleep(moment.seconds)  # the random moment itself, nothing is waited for
+        time.sleep(moment.seconds)  # the random moment itself: this waits for no event
         for victim in moment.victims:
             job.ranks[victim].signal()
         for victim in moment.victims:
@@ -114,7 +114,7 @@ def _kill_once(directory: Path, saver: str, newest: int, moment: Moment, tally: 
         if moment.survives_s is None:
             codes = job.finish(SURVIVOR_LIMIT_S)
             tally.survivors += len(codes)
-            tally.told += codes.count(EXIT_LOST)
+            tally.informed += codes.count(EXIT_LOST)
             stood_at = "".join(f", {rank.stood_at}" for rank in job.ranks if rank.stood_at)
             bad = [code for code in codes if code not in {EXIT_LOST, EXIT_OTHERWISE}]
             tally.take(*(f"survivor: ended with {code}{stood_at}" for code in bad))
@@ -133,13 +133,13 @@ def _kill_once(directory: Path, saver: str, newest: int, moment: Moment, tally: 
     tally.cut_writing += bool(after - before)
     tally.cut_before_removal += len(steps_in(directory)) > max(1, len(steps_before))
     for step in steps_in(directory):
-        if step > found:  # torn: it would be found again
+        if step > found:  # a torn file would be found again
             (directory / name_of(step)).unlink()
     return found
 
 
 def _kill_ranks_of_each(root: str, savers: dict[str, str], kills: int, seed: int) -> dict[str, TallyOfRanks]:
-    """Kill ranks of the given savers, one kind after the other, each until its word stands in a finding."""
+    """Kill ranks of the given savers, one kind after the other, each until a finding contains its text."""
     practice = Path(root) / f"practice-{os.environ['RANK']}"
     span_s = 1.5 * typical_save_s(practice, MODES[0], WORLD_SIZE)
     return {
@@ -148,7 +148,7 @@ def _kill_ranks_of_each(root: str, savers: dict[str, str], kills: int, seed: int
 
 
 def test_killed_ranks_lose_no_acknowledged_checkpoint_and_all_go_on_from_the_same(
-    tmp_path: Path, rank_kills: int, seed: int, limit_s: float, tell: Callable[[str], None]
+    tmp_path: Path, rank_kills: int, seed: int, limit_s: float, report: Callable[[str], None]
 ) -> None:
     share = -(-rank_kills // NUM_SERVERS)
     start = time.monotonic()
@@ -158,16 +158,16 @@ def test_killed_ranks_lose_no_acknowledged_checkpoint_and_all_go_on_from_the_sam
     )  # fmt: skip
     tallies = TallyOfRanks.sums(servers)
     for mode, tally in tallies.items():
-        tell(
+        report(
             f"SIGKILL of ranks, {mode}: {tally.trials} jobs of {WORLD_SIZE} ranks, seed {seed}: in {tally.one_rank} "
             f"one was killed first, in the others all; {tally.cut_writing} while a file was written, "
             f"{tally.cut_before_removal} between rename and removal; {tally.acknowledged} saves acknowledged, "
-            f"{len(tally.findings)} lost, left behind or seen differently; {tally.told} of {tally.survivors} survivors "
-            f"were told by distckpt; {tally.stale} older checkpoints stay"
+            f"{len(tally.findings)} lost, left behind or seen differently; distckpt informed {tally.informed} of "
+            f"{tally.survivors} survivors; {tally.stale} older checkpoints stay"
         )
         for finding in tally.findings:
-            tell(f"SIGKILL of ranks, {mode}: {finding}")
-    tell(f"SIGKILL of ranks: all in {time.monotonic() - start:.0f} s")
+            report(f"SIGKILL of ranks, {mode}: {finding}")
+    report(f"SIGKILL of ranks: all in {time.monotonic() - start:.0f} s")
     assert {mode: tally.findings for mode, tally in tallies.items()} == {mode: [] for mode in MODES}
     for tally in tallies.values():
         assert tally.trials >= rank_kills
@@ -179,7 +179,7 @@ def test_killed_ranks_lose_no_acknowledged_checkpoint_and_all_go_on_from_the_sam
 
 
 def test_the_same_kills_of_ranks_find_out_broken_savers(
-    tmp_path: Path, is_whole: bool, seed: int, tell: Callable[[str], None]  # noqa: FBT001
+    tmp_path: Path, is_whole: bool, seed: int, report: Callable[[str], None]  # noqa: FBT001
 ) -> None:  # fmt: skip
     controls = {"ignite": "lost:", "hasty": "lost:"}
     if is_whole:  # a quick run finds these out in test_sigkill.py
@@ -188,7 +188,7 @@ def test_the_same_kills_of_ranks_find_out_broken_savers(
         _kill_ranks_of_each, 1, str(tmp_path), controls, CONTROL_KILLS, seed,
         backend=None, fresh=True, timeout_s=LIMIT_S,
     )  # fmt: skip
-    tell(
+    report(
         "SIGKILL of ranks, negative controls, kills until the fault was found: "
         + ", ".join(f"{saver} {tally.trials}" for saver, tally in tallies.items())
     )

@@ -1,4 +1,4 @@
-"""A job of data-parallel training whose every number is the step: any mixture of two steps shows.
+"""A job of data-parallel training in which every number is the step, so that a mixture of two steps is found.
 
 What is known to be the same on all ranks is in it, a DDP-wrapped model's parameters and its optimizer's state, beside
 what is not: a buffer, and a counter. All are changed in place by a real step of training, as a background save or
@@ -18,15 +18,15 @@ from tests.crash.subject import KEY, numbers_in
 
 __all__ = ["Trained"]
 
-# Larger than what the writer gathers: a save is several writes.
+# Larger than the writer's buffer, so that a save is several writes.
 _LENGTHS = (400_000, 1000, 10)
 
 
 class Trained:
-    """What one rank trains and saves.
+    """The objects that one rank trains and saves.
 
     Args:
-        step: where it begins.
+        step: the first step.
     """
 
     def __init__(self, step: int = 0) -> None:
@@ -38,7 +38,7 @@ class Trained:
 
     @property
     def step(self) -> int:
-        """How many steps were trained."""
+        """The number of trained steps."""
         return self._counter.step
 
     def advance(self) -> None:
@@ -49,7 +49,7 @@ class Trained:
         self._counter.step += 1
 
     def handler(self, save_handler: Any, kind: Any = distckpt.Checkpoint, **kwargs: Any) -> Any:
-        """Return a `kind` of Checkpoint that saves all of it, keeps one, and names files by the step."""
+        """Return a `kind` of Checkpoint that saves all objects, keeps one, and names files by the step."""
         return kind(
             self.to_save,
             save_handler,
@@ -60,12 +60,12 @@ class Trained:
         )
 
     def ignite_handler(self, directory: Path) -> Any:
-        """Return the same of ignite's."""
+        """Return the same Checkpoint of ignite's."""
         saver = ignite.handlers.DiskSaver(str(directory), require_empty=False)
         return self.handler(saver, kind=ignite.handlers.Checkpoint)
 
     def check(self) -> None:
-        """Assert that all that is live is of one step."""
+        """Assert that all live objects are of one step."""
         live = {"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict()}
         assert set(numbers_in(live)) == {float(self.step)}, f"of step {self.step}: {set(numbers_in(live))}"
 
