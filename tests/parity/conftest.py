@@ -1,4 +1,4 @@
-"""Two test processes on few cores: torch's own threads would only wait for each other."""
+"""Limit torch's threads: the threads of several test processes on few cores would wait for each other."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""ignite's own tests, from the source archive on the package index, turned upon distckpt.
+"""Run ignite's own tests, from the source archive on the package index, on distckpt's handlers.
 
 Nothing of ignite's is kept in this repository: pip fetches the pinned archive once into the user's cache, its
 hash is checked, and each run unpacks a copy and rewrites the imports in it.
@@ -39,7 +39,7 @@ _IMPORT = re.compile(r"^([ \t]*)from (ignite\.handlers(?:\.\w+)*) import ([^(\n]
 
 
 def rewrite_imports(source: str) -> str:
-    """Take our names from distckpt; leave everything else where it was."""
+    """Import distckpt's names from distckpt; leave all other imports as they are."""
 
     def rewritten(match: re.Match[str]) -> str:
         indent, module, listed = match.groups()
@@ -57,13 +57,13 @@ def rewrite_imports(source: str) -> str:
 
 
 def cached_archive() -> Path:
-    """Return the archive; pip fetches it where it is not in the cache yet."""
+    """Return the archive; pip fetches it if it is not in the cache."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "distckpt"
     cache = Path(os.environ.get("DISTCKPT_CACHE") or default).expanduser()
     archive = cache / f"pytorch_ignite-{VERSION}.tar.gz"
     if not (archive.exists() and _hash_of(archive) == SHA256):
         cache.mkdir(parents=True, exist_ok=True)
-        # Two test processes may both come here: each fetches into a folder of its own, and the rename is atomic.
+        # Two test processes may fetch at the same time: each has its own folder, and the rename is atomic.
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             _download(Path(folder)).replace(archive)
     assert _hash_of(archive) == SHA256
@@ -92,14 +92,14 @@ def unpack(folder: Path) -> Path:
     with tarfile.open(cached_archive()) as archive:
         wanted = [m for m in archive.getmembers() if m.name.startswith((f"{root.name}/tests/", f"{root.name}/py"))]
         archive.extractall(folder, members=wanted, filter="data")
-    # Its processes tell each other a port through a file of fixed name, which other runs on this machine share.
+    # Its processes exchange a port through a file of fixed name, which other runs on this machine would share.
     conftest = root / "tests/ignite/conftest.py"
     conftest.write_text(conftest.read_text().replace("/tmp/free_port", str(folder / "free_port")))  # noqa: S108
     return root
 
 
 _CLOCK = '''
-"""Stands in for `time`: it passes in sleep() alone, at once."""
+"""Replaces the module `time`: only sleep() lets time pass, and it returns at once."""
 
 import sys
 
@@ -123,7 +123,7 @@ timer.time = time_limit.time = sys.modules[__name__]
 
 
 def replace_clock(root: Path, file: str) -> None:
-    """Let the tests in `file` and our timers live by a clock that a busy machine does not disturb."""
+    """Give the tests in `file` and distckpt's timers a clock that a busy machine does not disturb."""
     (root / "stand_in_clock.py").write_text(_CLOCK)
     source = (root / file).read_text()
     assert source.count("import time\n") == 1, file
@@ -132,7 +132,7 @@ def replace_clock(root: Path, file: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What became of a run.
+    """The result of a run.
 
     Attributes:
         passed: ids of the tests that passed on every rank.
@@ -148,7 +148,7 @@ class Outcome:
 
 
 def run_pytest(root: Path, files: tuple[str, ...], options: tuple[str, ...], environment: Mapping[str, str]) -> Outcome:
-    """Run `files` below `root` with pytest, in a process of its own."""
+    """Run `files` below `root` with pytest, in a new process."""
     report = root / "report.xml"
     inherited = {key: value for key, value in os.environ.items() if key not in _NOT_FOR_CHILDREN}
     paths = [str(Path(distckpt.__file__).parents[1]), inherited.get("PYTHONPATH", "")]

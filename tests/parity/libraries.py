@@ -1,4 +1,4 @@
-"""The two libraries that a program of these tests runs with, and how what came out is compared."""
+"""Run a program on ignite's handlers and on distckpt's, and compare the results."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _OF_CHECKPOINT = ("BaseSaveHandler", "CheckpointEvents")
 
 
 class Library:
-    """The names that both libraries offer, taken from one of them."""
+    """The public names that both libraries have, of one of them."""
 
     def __init__(self, name: str, take: Callable[[str], Any]) -> None:
         self.name = name
@@ -43,7 +43,7 @@ OURS = Library("distckpt", lambda name: getattr(distckpt, name))
 
 
 def run_with_both(program: Callable[[Library, Path], Any], folder: Path) -> tuple[Any, Any]:
-    """Run `program` with ignite's handlers and with ours, each in a directory of its own."""
+    """Run `program` on ignite's handlers and on distckpt's, each in its own directory."""
     results = []
     for library in (IGNITE, OURS):
         own = folder / library.name
@@ -54,7 +54,7 @@ def run_with_both(program: Callable[[Library, Path], Any], folder: Path) -> tupl
 
 
 def same(one: Any, other: Any) -> bool:
-    """Compare trees of tensors, numbers and containers, to the bit."""
+    """Return True if two trees of tensors, numbers and containers are bit-equal."""
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, Mapping):
@@ -67,7 +67,7 @@ def same(one: Any, other: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """A tiny training run: everything in it has a state that changes."""
+    """A tiny training run, all of whose objects have a state that changes."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -76,7 +76,7 @@ class Training:
 
     @classmethod
     def make(cls) -> "Training":
-        """Build it; the same for the same seed."""
+        """Build it from a seed."""
         model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
@@ -91,7 +91,7 @@ class Training:
         return cls(model, optimizer, scheduler, Engine(update))
 
     def objects(self) -> dict[str, Any]:
-        """Return all of it, as ``to_save``."""
+        """Return all objects, as ``to_save``."""
         return {
             "model": self.model,
             "optimizer": self.optimizer,

@@ -145,7 +145,7 @@ def test_ignites_own_tests_of_its_helpers_pass(tmp_path: Path) -> None:
     assert moved != source
     asked = 'RuntimeError, match=r"This contrib module requires available GPU"'
     assert asked in moved
-    # The package that looks for GPUs is not installed: ignite says so before it looks.
+    # The package that finds GPUs is not installed: ignite raises before it searches.
     (root / file).write_text(rewrite_imports(moved.replace(asked, 'ModuleNotFoundError, match="pynvml"')))
     outcome = run_pytest(root, (file,), ("-n0", "-k", "not (hvd or nccl or xla or multinode or mlflow)"), {})
     assert not outcome.failed, outcome.output

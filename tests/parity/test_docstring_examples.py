@@ -1,4 +1,4 @@
-"""Every example in the docstrings of the installed ignite runs with the imports changed, as it stands.
+"""Every example in the docstrings of the installed ignite runs with the imports changed and nothing else.
 
 The examples are read from ignite's docstrings, so nothing of them is kept here. What they leave open (`trainer = ...`)
 is filled in from one stage, and what they only print (`> ...`) is left away.
@@ -23,7 +23,7 @@ _LEFT_OPEN = re.compile(r"^\s*(\w+ = \.\.\.|\.\.\.|> .*)$", re.MULTILINE)
 
 
 def _examples() -> list[Any]:
-    """Return every example, and those with two branches twice."""
+    """Return every example; one with two branches is in the list twice."""
     found = []
     for name in sorted(OUR_NAMES):
         thing = getattr(IGNITE, name)
@@ -40,7 +40,7 @@ def _examples() -> list[Any]:
 
 
 def _stage(folder: Path) -> dict[str, Any]:
-    """What a program has at hand before the example begins."""
+    """Return the names that a program has before the example begins."""
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     trainer, evaluator = Engine(lambda _engine, _batch: 0.0), Engine(lambda _engine, _batch: 0.0)
@@ -85,17 +85,17 @@ def test_examples_of_the_installed_ignite_run(
     *,
     checkpoint_iters: bool,
 ) -> None:
-    # The timer's examples sleep for seconds to have something to measure.
+    # The timer's examples measure sleeps of seconds.
     monkeypatch.setattr("time.sleep", lambda _seconds: None)
     program = rewrite_imports(_LEFT_OPEN.sub("", example))
     program = program.replace("Checkpoint(...)", "Checkpoint(to_save, '/tmp/models', n_saved=2)")
-    program = program.replace("/tmp/models", str(tmp_path / "models"))  # noqa: S108 - the example's own
+    program = program.replace("/tmp/models", str(tmp_path / "models"))  # noqa: S108 - in the example
     namespace = {**_stage(tmp_path), "checkpoint_iters": checkpoint_iters}
     exec(compile(program, "example", "exec"), namespace)  # noqa: S102 - the example is the test
     for name in OUR_NAMES & namespace.keys():
         assert namespace[name] is getattr(OURS, name)
     trainer = namespace["trainer"]
-    if trainer.state.iteration == 0:  # the example attached something and left it there
+    if trainer.state.iteration == 0:  # the example attached a handler and did not run the trainer
         trainer.run([0, 1], max_epochs=2)
 
 

@@ -38,7 +38,7 @@ def _barrier() -> None:
 
 
 def _program(folder: Path, name: str, library: Library) -> Path:
-    """Unpack an example with its neighbours, for one of the libraries."""
+    """Unpack an example and the files beside it, for one of the libraries."""
     root = folder / f"pytorch_ignite-{VERSION}"
     path = root / "examples" / name
     with tarfile.open(cached_archive()) as archive:
@@ -56,7 +56,7 @@ def _program(folder: Path, name: str, library: Library) -> Path:
 
 
 def _run(program: Path, arguments: Sequence[str]) -> None:
-    """Run a program on this rank, with modules of its own."""
+    """Run a program on this rank, with its own modules."""
     before, argv, path = set(sys.modules), sys.argv, list(sys.path)
     sys.argv = [str(program), *arguments]
     sys.path[:0] = [str(program.parent), str(STAND_INS)]
@@ -74,7 +74,7 @@ def _run(program: Path, arguments: Sequence[str]) -> None:
 
 
 def _with_both(folder: Path, name: str, work: str) -> Any:
-    """Do `work`, on this rank, with the program on each library; compare, and return what came out."""
+    """Call `work` on this rank with the program on each library; compare the results and return them."""
     results = []
     for library in (IGNITE, OURS):
         own = folder / library.name

@@ -1,4 +1,4 @@
-"""ignite 0.5.5's own handler tests pass with distckpt's handlers, except where a difference is meant."""
+"""ignite 0.5.5's own handler tests pass with distckpt's handlers, except where a difference is intended."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,9 +17,9 @@ FILES = (
     "tests/ignite/handlers/test_timing.py",
     "tests/ignite/engine/test_engine_state_dict.py",
 )
-# They sleep and then measure, to a tenth of a second.
+# They measure a sleep to a tenth of a second.
 FILES_WITH_CLOCK = ("tests/ignite/handlers/test_time_limit.py", "tests/ignite/handlers/test_timing.py")
-# What needs a GPU, Horovod, XLA or several nodes is not ours to ask of this machine.
+# Tests that need a GPU, Horovod, XLA or several nodes, which this machine may not have.
 SELECTION = "not (hvd or nccl or xla or multinode)"
 
 _INTERNALS = "It looks at ignite's private {}; the contract fixes public names, arguments and messages."
@@ -42,7 +42,7 @@ DELIBERATE = {
     ),
 }
 
-# What is taken out of the copy so that the rest of a test is not lost with it: (text, what stands there instead): why.
+# Parts of tests that are replaced in the copy, so that the rest of the test runs: (text, replacement): reason.
 PREFIX_OF_WRONG_TYPE = {
     ("_test(to_save, to_save, filename_pattern=", "_test(to_save, filename_pattern="): (
         "It passes to_save as filename_prefix, under a pattern that does not use it; a wrong type is refused at "
@@ -80,7 +80,7 @@ def _copy_that_imports_distckpt(folder: Path, adaptations: Iterable[tuple[str, s
 def _check(outcome: Outcome, deliberate: dict[str, str], num_tests: int) -> None:
     assert sorted(outcome.failed) == sorted(deliberate), outcome.output
     assert not outcome.skipped, outcome.skipped
-    # A suite that is not collected would fail nothing either.
+    # A suite that is not collected would not fail.
     assert len(outcome.passed) == num_tests - len(deliberate), outcome.output
 
 
@@ -94,7 +94,7 @@ def test_ignites_tests_pass_in_a_world_of_one(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_ignites_distributed_tests_pass_with_two_ranks(tmp_path: Path) -> None:
     root = _copy_that_imports_distckpt(tmp_path, ONLY_ON_RANK_0)
-    # ignite's own way: every worker of xdist is a rank, and each runs all tests.
+    # As ignite runs them: every worker of xdist is a rank, and each runs all tests.
     each = ("--dist=each", "--tx", "2*popen", "-m", "distributed", "-k", SELECTION)
     environment = {"WORLD_SIZE": "2", "DISTCKPT_TIMEOUT_S": "20"}
     _check(run_pytest(root, FILES[:2], each, environment), {}, num_tests=4)

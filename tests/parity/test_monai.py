@@ -1,4 +1,4 @@
-"""MONAI's CheckpointSaver, CheckpointLoader and EarlyStopHandler on these handlers do what they do on ignite's.
+"""MONAI's CheckpointSaver, CheckpointLoader and EarlyStopHandler have the same effects with both libraries' handlers.
 
 The package from the index is run as it is, but for its imports: a copy of each of the three modules takes ``distckpt``
 where it says ``ignite.handlers``.
@@ -27,7 +27,7 @@ _MODULES = {
 }
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # MONAI passes older names of EarlyStopping's arguments
-    pytest.mark.filterwarnings("ignore:.*strict_shape:UserWarning"),  # MONAI's own words
+    pytest.mark.filterwarnings("ignore:.*strict_shape:UserWarning"),  # MONAI raises it itself
     pytest.mark.filterwarnings("ignore:key metric is not a scalar:UserWarning"),  # as above
 ]
 
@@ -43,7 +43,7 @@ def _monai(library: Library) -> SimpleNamespace:
         moved = source.replace('"ignite.handlers"', '"distckpt"')
         assert moved != source
         namespace: dict[str, Any] = {"__name__": f"{module}_on_{library.name}"}
-        exec(compile(source if library is IGNITE else moved, spec.origin, "exec"), namespace)  # noqa: S102 - MONAI's own
+        exec(compile(source if library is IGNITE else moved, spec.origin, "exec"), namespace)  # noqa: S102 - MONAI's code
         found[name] = namespace[name]
     return SimpleNamespace(**found)
 
@@ -62,7 +62,7 @@ def _contents(folder: Path) -> dict[str, Any]:
 
 
 class _Training:
-    """Training whose parameter tells the iteration, and whose metric goes up and down, with ties."""
+    """Training whose parameter is the iteration, and whose metric rises and falls, with ties."""
 
     LOSSES = (3.0, 1.0, 5.0, 5.0, 4.0)
 
@@ -88,19 +88,19 @@ class _Training:
 
 
 def _save(library: Library, folder: Path, *, one_object: bool = False, **arguments: Any) -> Any:
-    """Save in two runs; return the error, the files, the histories and what the logger was told."""
-    error, histories, told = _run_twice(library, folder, one_object=one_object, **arguments)
-    return error, _contents(folder), histories, told
+    """Save in two runs; return the error, the files, the histories and the log lines."""
+    error, histories, lines = _run_twice(library, folder, one_object=one_object, **arguments)
+    return error, _contents(folder), histories, lines
 
 
 def _run_twice(library: Library, folder: Path, *, one_object: bool = False, **arguments: Any) -> tuple[Any, Any, Any]:
-    """Save in two runs; return the error, the histories and what the logger was told."""
+    """Save in two runs; return the error, the histories and the log lines."""
     training = _Training(arguments.pop("loss", float))
     objects = {"net": training.net} if one_object else training.objects()
     saver = _monai(library).CheckpointSaver(str(folder), objects, **arguments)
     saver.attach(training.engine)
-    told: list[str] = []
-    saver.logger = SimpleNamespace(info=lambda text: told.append(text.replace(str(folder), "folder")))
+    lines: list[str] = []
+    saver.logger = SimpleNamespace(info=lambda text: lines.append(text.replace(str(folder), "folder")))
 
     def run() -> None:
         training.engine.run([0] * 4, max_epochs=2)
@@ -111,7 +111,7 @@ def _run_twice(library: Library, folder: Path, *, one_object: bool = False, **ar
         None if one is None else one.state_dict()
         for one in (saver._final_checkpoint, saver._key_metric_checkpoint, saver._interval_checkpoint)
     ]
-    return error, histories, told
+    return error, histories, lines
 
 
 def _product(**values: tuple[Any, ...]) -> list[dict[str, Any]]:
@@ -132,7 +132,7 @@ INTERVAL = _product(save_interval=(0, 1, 2), epoch_level=(True, False), n_saved=
 _RANDOM = random.Random(0)
 TOGETHER = [
     {**_RANDOM.choice(FINAL), **_RANDOM.choice(KEY_METRIC), **_RANDOM.choice(INTERVAL)} for _ in range(40)
-]  # each with a share of its own in the one directory
+]  # each with its own files in the one directory
 
 
 @pytest.mark.parametrize("arguments", [*FINAL, *KEY_METRIC, *INTERVAL, *TOGETHER], ids=repr)
@@ -188,7 +188,7 @@ def test_the_saver_saves_on_an_exception(tmp_path: Path, breaks_at: int, filenam
 def test_a_key_metrics_history_is_resumed(tmp_path: Path, key_metric_filename: str | None) -> None:
     def program(library: Library, folder: Path) -> Any:
         monai = _monai(library)
-        told = []
+        standings = []
         for start in (None, "model.pt" if key_metric_filename else "checkpoint_key_metric=5.0000.pt"):
             training = _Training()
             saver = monai.CheckpointSaver(
@@ -204,8 +204,8 @@ def test_a_key_metrics_history_is_resumed(tmp_path: Path, key_metric_filename: s
                 loaded = {**training.objects(), "checkpointer": saver}
                 monai.CheckpointLoader(str(folder / start), loaded).attach(training.engine)
             training.engine.run([0] * 4, max_epochs=3 if start is None else 5)
-            told.append((_contents(folder), saver._key_metric_checkpoint.state_dict()))
-        return told
+            standings.append((_contents(folder), saver._key_metric_checkpoint.state_dict()))
+        return standings
 
     theirs, ours = run_with_both(program, tmp_path)
     assert same(theirs, ours)
@@ -251,7 +251,7 @@ def test_the_loader_loads_the_same_for_every_argument(tmp_path: Path, options: d
         engine = Engine(lambda _engine, _batch: None)
         loader.attach(engine)
         error = _outcome(lambda: (engine.run([0], max_epochs=1), None)[1])
-        # Where it does not fit, ours changes nothing, and lists all keys.
+        # If it does not fit, distckpt changes nothing, and lists all keys.
         return (error[0], sorted(to_load)) if error is not None else (net.state_dict(), optimizer.state_dict())
 
     theirs, ours = run_with_both(program, tmp_path)
@@ -300,13 +300,13 @@ def test_the_early_stop_handler_stops_in_the_same_iteration(tmp_path: Path, opti
         )
         handler.attach(evaluator)
         if is_set_later:
-            told = _outcome(lambda: handler(evaluator))
+            outcome = _outcome(lambda: handler(evaluator))
             handler.set_trainer(trainer=trainer)
         else:
-            told = None
+            outcome = None
         trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: evaluator.run([0, 1]))
         trainer.run([0, 1], max_epochs=11)
-        return told, trainer.state.epoch, trainer.state.iteration
+        return outcome, trainer.state.epoch, trainer.state.iteration
 
     theirs, ours = run_with_both(program, tmp_path)
     assert theirs == ours
@@ -321,7 +321,7 @@ def test_two_ranks_leave_the_same_files(tmp_path: Path, key_metric_filename: str
         job.barrier()
         folder.mkdir(exist_ok=True)
         results.append(
-            _run_twice(  # the files are looked at later: the saving rank may be ahead or behind
+            _run_twice(  # the files are compared later: the saving rank may be ahead or behind
                 library,
                 folder,
                 save_final=True,

@@ -1,4 +1,4 @@
-"""Save handlers that programs derive from either library's classes: what stands is what stands with ignite's."""
+"""Save handlers that programs derive from either library's classes leave the same files with both."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ MakeSaver = Callable[[Library, Path], Any]
 
 
 def _fixed_name(library: Library, folder: Path) -> Any:
-    """MONAI's, with key_metric_filename."""
+    """Return a save handler as MONAI derives it for key_metric_filename."""
 
     class Saver(library.DiskSaver):  # type: ignore[misc, name-defined]  # of either library
         def __call__(self, checkpoint: Any, filename: str, metadata: Any = None) -> None:  # noqa: ARG002
@@ -176,18 +176,18 @@ def _standing(folder: Path) -> dict[str, float]:
 
 
 def _run(make: MakeSaver, checkpoints: Library, savers: Library, folder: Path, **options: Any) -> list[Any]:
-    """Save at the end of each of five epochs; return what stood after each."""
+    """Save at the end of each of five epochs; return the files after each."""
     model = nn.PReLU()
     saver = make(savers, folder)
     handler = checkpoints.Checkpoint(
         {"m": model}, saver, score_function=lambda engine: engine.state.epoch, score_name="acc", **options
     )
     trainer = Engine(lambda _engine, _batch: model.weight.data.add_(1))
-    told: list[Any] = []
+    results: list[Any] = []
     trainer.add_event_handler(Events.EPOCH_COMPLETED, handler)
-    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: told.append((_standing(folder), handler.state_dict())))
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: results.append((_standing(folder), handler.state_dict())))
     trainer.run([0], max_epochs=5)
-    return told
+    return results
 
 
 @pytest.mark.parametrize("n_saved", [1, 2])

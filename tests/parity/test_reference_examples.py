@@ -1,4 +1,4 @@
-"""The examples of the handlers' reference (ignite 0.4.x) run as they stand with the imports changed.
+"""The examples of the handlers' reference (ignite 0.4.x) run with the imports changed and nothing else.
 
 Where the reference leaves something open (`...`) it is filled in; its `/tmp/models` is a folder of the test.
 """
@@ -201,7 +201,7 @@ def test_early_stopping() -> None:
 
 
 class _Clock:
-    """Stands in for `time` in the timer, and for the work that takes time."""
+    """Replaces `time` in the timer, and the work that takes time."""
 
     def __init__(self) -> None:
         self.now = 0.0

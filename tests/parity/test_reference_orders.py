@@ -1,4 +1,4 @@
-"""Arguments given by position in the reference's (0.4.x) order reach the same places, with a DeprecationWarning.
+"""Arguments given by position in the reference's (0.4.x) order reach the same arguments, with a DeprecationWarning.
 
 Where 0.5.5's order has the same meaning for what was given, nothing is warned of.
 """
@@ -30,12 +30,12 @@ def _saver(_checkpoint: Any, _filename: str) -> None:
 
 @contextlib.contextmanager
 def _warns(*, expected: bool) -> Iterator[None]:
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
-    assert {warning.category for warning in told} == ({DeprecationWarning} if expected else set())
-    # The warning has to point at the caller, or nobody finds what to change.
-    assert all(warning.filename == __file__ for warning in told)
+    assert {warning.category for warning in caught} == ({DeprecationWarning} if expected else set())
+    # The warning has to point at the caller, where the change is due.
+    assert all(warning.filename == __file__ for warning in caught)
 
 
 MODEL = nn.Identity()
@@ -121,10 +121,10 @@ WARNED: list[tuple[Any, list[Any], str]] = [
 
 @pytest.mark.parametrize(("kind", "given", "name"), WARNED)
 def test_the_warning_names_todays_order(tmp_path: Path, kind: Any, given: list[Any], name: str) -> None:
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         kind(*([str(tmp_path)] if kind is ModelCheckpoint else []), *given)
-    assert name in str(told[0].message)
+    assert name in str(caught[0].message)
 
 
 OF_EARLY_STOPPING: list[tuple[str, Any]] = [("min_delta", 0.25), ("cumulative_delta", True)]

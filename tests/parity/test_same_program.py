@@ -1,4 +1,4 @@
-"""The same saving program, run with ignite's handlers and with ours, comes to the same files and histories."""
+"""The same saving program, run with ignite's handlers and with ours, leaves the same files and histories."""
 
 import os
 from collections.abc import Callable
@@ -35,20 +35,20 @@ def _saving_program(options: dict[str, Any], objects: Callable[[Training], dict[
     def program(library: Library, folder: Path) -> dict[str, Any]:
         training = Training.make()
         handler = library.Checkpoint(objects(training), library.DiskSaver(folder), **options)
-        told: list[Any] = []
+        results: list[Any] = []
         saved: list[int] = []
         trainer = training.trainer
         trainer.register_events(*library.CheckpointEvents)
 
         def look() -> None:
             last = handler.last_checkpoint
-            told.append((sorted(os.listdir(folder)), last.relative_to(folder), handler.state_dict()))
+            results.append((sorted(os.listdir(folder)), last.relative_to(folder), handler.state_dict()))
 
         trainer.add_event_handler(library.Checkpoint.SAVED_CHECKPOINT, lambda: saved.append(trainer.state.epoch))
         trainer.add_event_handler(Events.EPOCH_COMPLETED, handler)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, look)
         training.run(max_epochs=len(SCORES))
-        return {"told": told, "saved": saved, "contents": _contents(folder)}
+        return {"results": results, "saved": saved, "contents": _contents(folder)}
 
     return program
 
@@ -228,13 +228,13 @@ def test_any_run_of_scores_keeps_the_same(
             global_step_transform=_epoch,
         )
         engine = Engine(lambda _engine, _batch: None)
-        told: list[Any] = []
+        results: list[Any] = []
         engine.add_event_handler(Events.EPOCH_COMPLETED, handler)
         engine.add_event_handler(
             Events.EPOCH_COMPLETED,
-            lambda: told.append((handler.last_checkpoint, handler.state_dict(), sorted(saver.files.items()))),
+            lambda: results.append((handler.last_checkpoint, handler.state_dict(), sorted(saver.files.items()))),
         )
         engine.run([0], max_epochs=len(scores))
-        return told
+        return results
 
     assert history(IGNITE) == history(OURS)

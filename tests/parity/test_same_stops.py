@@ -1,4 +1,4 @@
-"""The same stopping and timing program comes to the same events, states and values with both libraries."""
+"""The same stopping and timing program has the same events, states and values with both libraries."""
 
 import itertools
 import types
@@ -49,11 +49,11 @@ def test_early_stopping_walks_the_same_states(
         handler = library.EarlyStopping(
             patience, lambda _engine: next(values), trainer, threshold, cumulative, threshold_mode, mode
         )
-        told = []
+        results = []
         for _ in scores:
             handler(trainer)
-            told.append((dict(handler.state_dict()), trainer.should_terminate))
-        return told
+            results.append((dict(handler.state_dict()), trainer.should_terminate))
+        return results
 
     assert states(IGNITE) == states(OURS)
 
@@ -86,16 +86,16 @@ def test_early_stopping_is_attached_and_reset_alike(attach: Callable[[Any, Engin
         trainer, evaluator = _idle(), _idle()
         handler = library.EarlyStopping(3, lambda _: -trainer.state.epoch, trainer)
         attach(handler, trainer, evaluator)
-        told = []
+        results = []
 
         def validate() -> None:
             evaluator.run([0])
-            told.append((dict(handler.state_dict()), trainer.state.epoch))
+            results.append((dict(handler.state_dict()), trainer.state.epoch))
 
         trainer.add_event_handler(Events.EPOCH_COMPLETED, validate)
         for _ in range(2):
             trainer.run([0, 1], max_epochs=8)
-        return told
+        return results
 
     assert states(IGNITE) == states(OURS)
 
@@ -150,13 +150,13 @@ def test_timer_measures_the_same(average: bool, actions: list[tuple[str, int]]) 
             patch.setattr(ignites_timing, "perf_counter", lambda: now[0])
             patch.setattr(our_timer, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
             timer = library.Timer(average=average)
-            told = []
+            results = []
             for action, elapsed in actions:
                 now[0] += elapsed / 64
                 answer = getattr(timer, action)()
-                told.append((answer is timer) if action == "reset" else answer)
-                told.append((timer.total, timer.step_count, timer.running, timer.value()))
-        return told
+                results.append((answer is timer) if action == "reset" else answer)
+                results.append((timer.total, timer.step_count, timer.running, timer.value()))
+        return results
 
     assert values(IGNITE) == values(OURS)
 
