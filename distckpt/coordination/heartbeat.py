@@ -37,11 +37,11 @@ from typing import Any
 
 from distckpt._threads import EXIT_LIMIT_S, join_at_exit, wait_for_pending_writes
 from distckpt.backends.base import Backend, KeyValueStore
-from distckpt.coordination.job_failure import JobFailure
 from distckpt.coordination.peers import (
     IDLE,
     LEFT,
     RUNNING,
+    JobFailure,
     Peers,
     StoreHost,
     TrainingThread,

@@ -1,25 +1,71 @@
-"""What one rank knows of the others: their heartbeats, their processes, and which of them hosts the key-value store.
+"""A rank's knowledge of the others: heartbeats, processes, the host of the key-value store, and the failure of the job.
 
 The operating system reports the end of a process on this machine at once and for certain. A missing heartbeat proves
 much less, but it is all there is of a rank on another machine.
 """
 
 import contextlib
+import json
 import os
 import select
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from distckpt.errors import DistckptError, RankFailure, RankLost, RemoteTraceback, remote_rank_error
 
 RUNNING, IDLE, LEFT = "running", "idle", "left"
 """A rank's state: an engine runs; its run has ended; the rank has left the job, for the reason that follows."""
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _NAMESPACE = Path("/proc/self/ns/pid")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobFailure:
+    """Why a job cannot go on, in a form that ranks exchange.
+
+    Attributes:
+        ranks: the ranks that are lost, or the rank that raised.
+        text: what happened.
+        by: the rank that found out.
+        step: its iteration, as far as known.
+        failure: the exception, if a rank raised one.
+    """
+
+    ranks: tuple[int, ...]
+    text: str
+    by: int
+    step: int
+    failure: RankFailure | None = None
+
+    def encode(self) -> str:
+        """Return the failure as JSON."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def decode(text: str) -> "JobFailure":
+        """Return the failure that :meth:`encode` wrote."""
+        fields = json.loads(text)
+        failure = fields.pop("failure")
+        if failure is not None:
+            failure = RankFailure(**{**failure, "kinds": tuple(failure["kinds"])})
+        return JobFailure(**{**fields, "ranks": tuple(fields["ranks"])}, failure=failure)
+
+    def error(self, rank: int) -> DistckptError:
+        """Return the error that `rank` raises."""
+        if self.failure is not None and rank not in self.ranks:
+            error: DistckptError = remote_rank_error(f"iteration {self.step}", [self.failure])
+            error.__cause__ = RemoteTraceback(f"--- rank {self.failure.rank} ---\n{self.failure.traceback}")
+            return error
+        if rank in self.ranks:
+            why = "it raised earlier" if self.failure else "the other ranks have given it up"
+            return RankLost(f"rank {rank} cannot go on, {why}: {self.text}", self.ranks)
+        return RankLost(f"rank {rank}: {self.text}. The job cannot go on.", self.ranks)
 
 
 def encode_heartbeat(number: int, step: int, state: str, *, knows_failure: bool) -> str:

@@ -15,8 +15,7 @@ from distckpt.backends.base import KeyValueStore
 from distckpt.backends.serial import SerialBackend
 from distckpt.coordination import heartbeat as heartbeat_module
 from distckpt.coordination.heartbeat import EXIT_CODE, HeartbeatMonitor
-from distckpt.coordination.job_failure import JobFailure
-from distckpt.coordination.peers import TrainingThread
+from distckpt.coordination.peers import JobFailure, TrainingThread
 from distckpt.errors import RankFailure, RemoteTraceback
 
 LIMIT_S = 12.0  # beats once a second
