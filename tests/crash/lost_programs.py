@@ -322,7 +322,8 @@ def end_slowly(me: Rank) -> None:
         trainer.engine.add_event_handler(Events.EPOCH_COMPLETED, Checkpoint({"model": trainer.model}, saver))
     trainer.run(me.plan.at)
     if me.plan.step == "slow store":
-        _leave_a_call_under_way(slow_s)
+        # The control's call is still under way when the interpreter shuts down, however long the exit functions take.
+        _leave_a_call_under_way(_LINGER_S if me.plan.fault == "nothing waits" else slow_s)
         atexit.register(time.sleep, late_s)  # an exit function of another library, which runs before distckpt's
     if me.plan.fault == "nothing waits":
         threading.Thread.join = _do_not_join  # type: ignore[method-assign]  # this process ends now
@@ -336,8 +337,10 @@ def _leave_a_call_under_way(slow_s: float) -> None:
     get_many = key_value_store._get_many
 
     def get_many_slowly(store: dist.Store, keys: list[str]) -> list[str | None]:
-        with contextlib.suppress(dist.DistStoreError):
-            store.wait(["never"], timedelta(seconds=slow_s))
+        deadline = time.monotonic() + slow_s
+        while time.monotonic() < deadline:
+            with contextlib.suppress(dist.DistStoreError):
+                store.wait(["never"], timedelta(seconds=0.05))
         return get_many(store, keys)
 
     key_value_store._get_many = get_many_slowly
