@@ -1,4 +1,4 @@
-"""The demo: one run left alone; the same run killed in the middle of a save, and resumed; NaN, SIGTERM, a restart.
+"""The demo: one run left alone; the same run killed in a save, and resumed; NaN, SIGTERM, a restart, sharded state.
 
 Owns the acts, what has to be true after each, and the table that says so. Must not know how distckpt
 works: what is said here of a checkpoint, a directory listing and plain ``torch.load`` have said.
@@ -42,6 +42,11 @@ BROKEN = "4  Train, the loss of one rank becomes NaN"
 TOLD = "5  Train, one rank is told to stop (SIGTERM) in the middle of an epoch; resume"
 RESTARTED = "6  Train, one rank is killed, and torchrun starts all again (--max-restarts 1)"
 MOVED = "7  Train on two ranks, told to stop in the middle of an epoch; resume on three"
+SHARDED = (
+    "8  Train with sharded state (FSDP2), killed in a save; resume on four ranks with tensor parallelism; open the file"
+)
+
+SHARDED_EPOCHS, DEADLY_SHARDED_SAVE = 4, 3
 
 # In the middle of an epoch: one has 22 iterations.
 NAN_AT, TOLD_AT, KILLED_AT = 50, 75, 120
@@ -78,8 +83,8 @@ class Demo:
         """Return what a run's ranks wrote on standard error."""
         return (self.directory / f"{name}.log").read_text(encoding="utf-8", errors="replace")
 
-    def train(self, act: str, name: str, *arguments: str, **variables: str) -> int:
-        """Run the training script under torchrun.
+    def train(self, act: str, name: str, *arguments: str, epochs: int = EPOCHS, **variables: str) -> int:
+        """Run a training script under torchrun.
 
         The ranks' standard output is shown; their standard error, full of tracebacks when one is killed, is
         added to a log.
@@ -88,7 +93,7 @@ class Demo:
             Its exit code, or :data:`TIMED_OUT` when it had to be ended.
         """
         self.console.print(f"\n[bold]{act}[/bold]")
-        command = ["bash", str(HERE / "torchrun.sh"), "--epochs", str(EPOCHS), "--no-table"]
+        command = ["bash", str(HERE / "torchrun.sh"), "--epochs", str(epochs), "--no-table"]
         command += [
             "--output-dir",
             str(self.directory / name),
@@ -128,6 +133,7 @@ def main() -> int:
         tell_one_rank_to_stop(demo)
         kill_one_rank_and_restart(demo)
         go_on_with_another_number_of_ranks(demo)
+        shard_and_open(demo)
         console.print(comparison(demo))
     console.print(happenings(demo))
 
@@ -277,6 +283,35 @@ def go_on_with_another_number_of_ranks(demo: Demo) -> None:
     )
     distance = abs(demo.summary("alone")["val_acc"] - run["val_acc"])
     demo.find(MOVED, f"accuracy {distance:.2%} apart from act 1's", is_true=distance <= OTHER_RANKS)
+
+
+def shard_and_open(demo: Demo) -> None:
+    """Act 8: two ranks have shards; one is killed in a save. Four go on, 2 x 2, and a plain script opens the file."""
+    script, directory = str(HERE / "train_fsdp.py"), demo.directory / "sharded"
+    fault = ("--ballast-mb", str(BALLAST_MB), "--die-in-save", str(DEADLY_SHARDED_SAVE))
+    code = demo.train(SHARDED, "sharded", *fault, epochs=SHARDED_EPOCHS, SCRIPT=script)
+    leftovers = unfinished(directory) if directory.is_dir() else {}
+    demo.find(
+        SHARDED,
+        "SIGKILL hit rank 0 in the middle of a save that all ranks write",
+        is_true=code not in (0, TIMED_OUT) and bool(leftovers),
+    )
+    ranks = {"SCRIPT": script, "NPROC_PER_NODE": str(2 * NUM_RANKS)}
+    code = demo.train(SHARDED, "sharded", "--resume", "--tp", "2", epochs=SHARDED_EPOCHS, **ranks)
+    if not demo.find(SHARDED, f"resumed, and trained to the end{_unless_zero(code)}", is_true=code == 0):
+        return
+    run = demo.summary("sharded")
+    what = f"went on from {run['resumed_from']} on {run['world_size']} ranks, 2 shards x 2 halves of each layer"
+    demo.find(SHARDED, what, is_true=run["resumed_from"] is not None and run["first_epoch"] > 1)
+    newest = directory / run["checkpoints"][-1]
+    plain = [sys.executable, str(HERE / "accuracy.py"), str(newest)]
+    ended = subprocess.run(plain, capture_output=True, text=True, timeout=ACT_LIMIT_S, check=False)  # noqa: S603 - ours
+    accuracy = float(ended.stdout.split()[-1]) if ended.returncode == 0 else None
+    demo.find(
+        SHARDED,
+        f"{newest.name} is one plain file: a script without distckpt finds accuracy {accuracy}, as the ranks do",
+        is_true=accuracy is not None and abs(accuracy - run["val_acc"]) <= NOISE,
+    )
 
 
 def is_finite(checkpoint: Path) -> bool:

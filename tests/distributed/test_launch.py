@@ -147,6 +147,59 @@ def test_run_killed_in_the_middle_of_a_save_resumes_to_the_same_parameters(
         assert resumed[key] == expected[key], key
 
 
+@quick(1)
+@torch_only
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_ranks", "tp"), [(3, 1), (2, 1), (2, 2), (4, 2)])
+def test_sharded_run_killed_in_a_save_resumes_on_other_ranks_and_plain_torch_opens_the_file(
+    num_ranks: int, tp: int, tmp_path: Path
+) -> None:
+    sharded = {"SCRIPT": str(LAUNCH / "train_fsdp.py")}
+    fault = ("--ballast-mb", "64", "--die-in-save", "2")
+    train(TORCHRUN, tmp_path, "--epochs", "5", *fault, succeeds=False, environment=sharded)
+    assert len(unfinished_in(tmp_path)) == 1, "the rank was to be killed in the middle of a save"
+    (newest,) = tmp_path.glob("latest_*.pt")
+    environment = sharded | {"NPROC_PER_NODE": str(num_ranks)}
+    shown = train(TORCHRUN, tmp_path, "--epochs", "5", "--resume", "--tp", str(tp), environment=environment)
+    assert f"resuming from {newest.name}" in shown
+    assert not unfinished_in(tmp_path)
+    summary = summary_in(tmp_path)
+    assert (summary["epoch"], summary["world_size"]) == (5, num_ranks)
+    assert summary["checkpoints"][-1] == "latest_checkpoint_5.pt"
+    assert accuracy_in(tmp_path / "latest_checkpoint_5.pt") == pytest.approx(summary["val_acc"], abs=0.01)
+    assert summary["val_acc"] > 0.85
+    if num_ranks == 2 and tp == 1:
+        train(TORCHRUN, tmp_path / "undisturbed", "--epochs", "5", environment=sharded)
+        assert summary["parameters_sha256"] == summary_in(tmp_path / "undisturbed")["parameters_sha256"]
+
+
+def accuracy_in(checkpoint: Path) -> float:
+    """Return what a script prints that imports neither distckpt nor torch.distributed."""
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # distckpt is not installed
+    command = [sys.executable, str(LAUNCH / "accuracy.py"), str(checkpoint)]
+    ended = subprocess.run(command, env=bare, capture_output=True, text=True, timeout=LIMIT_S, check=True)
+    return float(ended.stdout.removeprefix("accuracy "))
+
+
+@full_only
+@torch_only
+def test_sharded_run_goes_on_in_one_process_without_a_process_group(tmp_path: Path) -> None:
+    script = str(LAUNCH / "train_fsdp.py")
+    train(TORCHRUN, tmp_path, "--epochs", "2", environment={"SCRIPT": script})
+    train([sys.executable, script], tmp_path, "--epochs", "4", "--resume")
+    summary = summary_in(tmp_path)
+    assert (summary["first_epoch"], summary["epoch"], summary["world_size"]) == (3, 4, 1)
+    assert summary["val_acc"] > 0.8
+
+
+@torch_only
+def test_tensor_parallelism_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    command = [sys.executable, str(LAUNCH / "train_fsdp.py"), "--tp", "2"]
+    printed = train(command, tmp_path, succeeds=False)
+    assert "--tp should divide the 1 ranks and the 4 heads, but given 2" in printed
+    assert not list(tmp_path.iterdir())
+
+
 @full_only
 @torch_only
 def test_two_nodes_train_as_one_job_and_have_nothing_to_resume_from(tmp_path: Path) -> None:
