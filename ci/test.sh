@@ -122,6 +122,7 @@ if [ "$BENCHMARKS" -eq 1 ]; then
         [ -e "$benchmark" ] || continue
         stage "$(basename "$benchmark" .py)" 900 env PYTHONPATH="$ROOT" "$PYTHON" "$benchmark" --quick
     done
+    stage "bench_save, sharded" 900 env PYTHONPATH="$ROOT" "$PYTHON" ci/bench_save.py --sharded --quick
 fi
 
 summarize
