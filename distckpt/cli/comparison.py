@@ -256,14 +256,14 @@ def compare(one: torch.Tensor, other: torch.Tensor) -> Difference:
     apart = (numbers[0] - numbers[1]).abs_()
     if apart.dim() > 1:  # real and imaginary parts
         apart = torch.linalg.vector_norm(apart, dim=-1)
-    total = float(apart.sum(dtype=torch.float64))
+    total = float(apart.sum())
     if math.isnan(total):
         are_nan = [each.isnan().reshape(len(apart), -1).any(-1) for each in numbers]
         are_equal = (numbers[0] == numbers[1]).reshape(len(apart), -1).all(-1) | (are_nan[0] & are_nan[1])
         in_one = are_nan[0] ^ are_nan[1]
         difference.num_nan = int(in_one.sum())
         apart = apart.masked_fill(are_equal | in_one, 0.0).nan_to_num(nan=math.inf, posinf=math.inf)
-        total = float(apart.sum(dtype=torch.float64))
+        total = float(apart.sum())
     difference.num_different = int(apart.count_nonzero()) + difference.num_nan
     difference.largest, difference.total = float(apart.max()), total
     return difference

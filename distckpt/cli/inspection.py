@@ -38,6 +38,7 @@ _COLUMNS = (
     Column("NORM", is_number=True),
 )
 _FIRST = 8
+_MOST_NAMES = 5
 _SCALARS = (str, int, float, bool, complex, bytes, type(None))
 
 
@@ -164,7 +165,10 @@ def _print_head(source: Source, output: Output) -> None:
         origin = f", which went on from {record.run.lineage[-1]}" if record.run.lineage else ""
         output.line(f"run: {record.run.id}{origin}")
         output.line(f"handler: {describe_handler(record)}")
-        output.line(f"its handler kept then: {', '.join(name for _, name in reversed(record.kept))}")
+        names = ", ".join(name for _, name in reversed(record.kept[-_MOST_NAMES:]))
+        more = f", and {record.num_kept - _MOST_NAMES} more" if record.num_kept > _MOST_NAMES else ""
+        is_long = len(record.kept) < record.num_kept  # then the record has no names
+        output.line(f"its handler kept then: {count(record.num_kept, 'file') if is_long else names + more}")
 
 
 def _add_rows(

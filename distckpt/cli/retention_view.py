@@ -5,6 +5,7 @@ runs go back to one run; the newest of them has the handler's history.
 """
 
 import json
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -80,16 +81,33 @@ def view_retention(entries: Sequence[FileEntry]) -> RetentionView:
     kept: dict[str, Kept] = {}
     evicted, missing = set[str](), list[str]()
     names = {entry.name for entry in entries}
-    for record in newest_records(entries).values():
-        priorities = [name for _, name in record.kept]
-        for place, name in enumerate(reversed(priorities), start=1):
+    for key, record in newest_records(entries).items():
+        history = _history_of(record, key, entries)
+        for place, name in enumerate(reversed(history), start=1):
             if name in names:
                 is_scored = bool(record.handler.get("is_scored"))
-                kept[name] = Kept(place=place, num_kept=len(priorities), is_scored=is_scored)
+                kept[name] = Kept(place=place, num_kept=record.num_kept, is_scored=is_scored)
             else:
                 missing.append(name)
         evicted.update(record.evicted)
     return RetentionView(kept=kept, evicted=frozenset(evicted & names - set(kept)), missing=tuple(sorted(missing)))
+
+
+def _history_of(record: Record, key: HandlerKey, entries: Sequence[FileEntry]) -> list[str]:
+    """Return the names that a handler keeps, lowest priority first.
+
+    A long history is not in the record. It is then of the newest files of the handler, as a resume finds it.
+    """
+    if len(record.kept) >= record.num_kept:
+        return [name for _, name in record.kept]
+    found = {
+        entry.name: entry.record
+        for entry in entries
+        if entry.record is not None and key_of(entry.record) == key and entry.name not in record.evicted
+    }
+    newest = sorted(found, key=lambda name: found[name].order)[-record.num_kept :]
+    own = [one for name in newest for one in found[name].kept if one[1] == name]
+    return [name for _, name in sorted(own, key=operator.itemgetter(0))]
 
 
 def newest_records(entries: Iterable[FileEntry]) -> dict[HandlerKey, Record]:

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from ignite.engine import Events
 from torch import nn
 
-from distckpt import save
+from distckpt import Checkpoint, save
 from distckpt.cli import main, output
 from distckpt.cli.output import Output
 from distckpt.policy.naming import TEMP_PREFIX, TEMP_SUFFIX
 from distckpt.storage.local import LocalStorage
 from tests.unit.cli.conftest import Command, flip
+from tests.unit.toys import idle_engine
 
 TEXT = """\
 DIR: 4 checkpoints, SIZE
@@ -137,6 +139,21 @@ def test_what_a_handler_keeps_and_what_is_gone(command: Command, trained: Path, 
     assert result.json["missing"] == ["checkpoint_30.pt"]
     assert {one["name"]: one["kept_as"] for one in result.json["files"]}["copy.pt"] == "not kept"
     assert "checkpoint_30.pt is kept by its handler, and is not there" in command("ls", tmp_path / "run").out
+
+
+def test_a_history_that_is_too_long_for_a_record_is_found(command: Command, tmp_path: Path) -> None:
+    model, engine = nn.Linear(2, 2), idle_engine()
+    handler = Checkpoint({"model": model}, tmp_path, n_saved=None)
+    engine.add_event_handler(Events.ITERATION_COMPLETED, handler)
+    engine.run(range(102), max_epochs=1)
+    (tmp_path / "model_50.pt").unlink()
+    kept = {one["name"]: one["kept_as"] for one in command("ls", tmp_path, "--json").json["files"]}
+    assert (kept["model_102.pt"], kept["model_51.pt"], kept["model_1.pt"]) == (
+        "1st of 102",
+        "52nd of 102",
+        "101st of 102",
+    )
+    assert "its handler kept then: 102 files" in command("inspect", tmp_path / "model_102.pt").out
 
 
 def test_a_newer_format_says_what_to_upgrade(command: Command, tmp_path: Path) -> None:
