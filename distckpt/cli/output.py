@@ -8,6 +8,7 @@ Elsewhere, as in a pipe, nothing is left out. rich adds styles in a terminal if 
 import json
 import math
 import shutil
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TextIO
@@ -78,24 +79,44 @@ class Table:
             excess = 0 if width is None else sum(widths) + _GAP * (len(widths) - 1) - width
             if column.can_shrink and excess > 0:
                 widths[number] = max(widths[number] - excess, min(_LEAST_SHRUNK, widths[number]))
-                rows = [[*row[:number], shorten(row[number], widths[number]), *row[number + 1 :]] for row in rows]
+                rows = [
+                    row if _is_wide(row) else [*row[:number], shorten(row[number], widths[number]), *row[number + 1 :]]
+                    for row in rows
+                ]
+        if width is not None:
+            rows = [[shorten(row[0], width), *row[1:]] if _is_wide(row) else row for row in rows]
         return Table(title=printable(self.title), columns=columns, rows=rows)
+
+    def cells(self) -> list[list[str]]:
+        """Return the texts of all rows and of their head, as wide as their columns."""
+        widths = _widths(self.columns, self.rows)
+        found = []
+        for row in ([column.title for column in self.columns], *self.rows):
+            if _is_wide(row):
+                found.append([row[0]])
+                continue
+            found.append(
+                [
+                    text.rjust(size) if column.is_number else text.ljust(size)
+                    for text, size, column in zip(row, widths, self.columns, strict=True)
+                ]
+            )
+        return found
 
     def lines(self) -> list[str]:
         """Return the table as plain lines."""
-        widths = _widths(self.columns, self.rows)
         found = [self.title] if self.title else []
-        for row in ([column.title for column in self.columns], *self.rows):
-            cells = [
-                text.rjust(size) if column.is_number else text.ljust(size)
-                for text, size, column in zip(row, widths, self.columns, strict=True)
-            ]
-            found.append((" " * _GAP).join(cells).rstrip())
-        return found
+        return [*found, *((" " * _GAP).join(cells).rstrip() for cells in self.cells())]
+
+
+def _is_wide(row: Sequence[str]) -> bool:
+    """Return True for a row whose first text has the place of all others."""
+    return len(row) > 1 and not any(row[1:])
 
 
 def _widths(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> list[int]:
-    return [max([len(one.title), *(len(row[at]) for row in rows)]) for at, one in enumerate(columns)]
+    narrow = [row for row in rows if not _is_wide(row)]
+    return [max([len(one.title), *(len(row[at]) for row in narrow)]) for at, one in enumerate(columns)]
 
 
 class Output:
@@ -122,15 +143,19 @@ class Output:
 
     def line(self, text: str = "") -> None:
         """Print a line for people."""
-        if not self.is_json:
-            self._stream.write(f"{printable(text)}\n")
+        if self.is_json:
+            return
+        lines = [printable(text)]
+        if self._width is not None:
+            lines = textwrap.wrap(lines[0], self._width, break_long_words=False, break_on_hyphens=False) or [""]
+        self._stream.writelines(f"{line}\n" for line in lines)
 
     def table(self, table: Table) -> None:
         """Print a table for people."""
         if self.is_json:
             return
         fitted = table.fitted(self._width)
-        if self._width is None or not _print_by_rich(fitted, self._stream, self._width):
+        if self._width is None or not _print_by_rich(fitted, self._stream):
             self._stream.writelines(f"{line}\n" for line in fitted.lines())
 
     def json(self, value: Any) -> None:
@@ -139,24 +164,21 @@ class Output:
             self._stream.write(json.dumps(to_plain(value), indent=1, allow_nan=False) + "\n")
 
 
-def _print_by_rich(table: Table, stream: TextIO, width: int) -> bool:
+def _print_by_rich(table: Table, stream: TextIO) -> bool:
     """Print a fitted table with styles; return False if rich is not installed."""
     try:
         from rich.console import Console  # noqa: PLC0415 - optional, and slow to import
-        from rich.table import Table as RichTable  # noqa: PLC0415 - as above
         from rich.text import Text  # noqa: PLC0415 - as above
     except ImportError:
         return False
-    console = Console(file=stream, width=width, highlight=False)
-    drawn = RichTable(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
-    for column, size in zip(table.columns, _widths(table.columns, table.rows), strict=True):
-        justify: Any = "right" if column.is_number else "left"
-        drawn.add_column(Text(column.title), justify=justify, no_wrap=True, min_width=size)
-    for row in table.rows:
-        drawn.add_row(*(Text(text, style=_STYLES.get(text, "")) for text in row))
+    console = Console(file=stream, highlight=False)
     if table.title:
-        console.print(Text(table.title, style="bold"))
-    console.print(drawn)
+        console.print(Text(table.title, style="bold"), soft_wrap=True)
+    for number, cells in enumerate(table.cells()):
+        styles = ["bold" if number == 0 else _STYLES.get(cell.strip(), "") for cell in cells]
+        line = Text(" " * _GAP).join(Text(cell, style) for cell, style in zip(cells, styles, strict=True))
+        line.rstrip()
+        console.print(line, soft_wrap=True)
     return True
 
 

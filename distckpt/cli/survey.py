@@ -167,7 +167,7 @@ def look_at(path: Path, name: str) -> FileEntry | None:
 def _state_of_temp(path: Path) -> tuple[State, str]:
     if is_being_written(path):
         return State.BEING_WRITTEN, "a process writes it"
-    return State.LEFT_OVER, f"its process is dead: {'delete it' if path.is_dir() else 'the next save deletes it'}"
+    return State.LEFT_OVER, f"its process is dead{'. Delete it' if path.is_dir() else ', and the next save deletes it'}"
 
 
 def _find_damage(file: LocalFile, manifest: Manifest | None) -> str | None:

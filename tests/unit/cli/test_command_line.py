@@ -119,8 +119,25 @@ def test_a_table_in_a_terminal_has_the_same_text_with_styles(monkeypatch: pytest
     Output(styled, width=80).table(table)
     assert "\033[1;31m" in styled.getvalue()
     text = re.sub(r"\033\[[\d;]*m", "", styled.getvalue())
-    assert [line.rstrip() for line in text.splitlines()] == plain.getvalue().splitlines()
+    assert text == plain.getvalue()
     assert plain.getvalue().splitlines()[1] == "[red]a.pt  12 B  damaged"
+
+
+def test_a_row_of_one_text_has_the_place_of_all_columns() -> None:
+    table = Table(columns=(Column("KEY", can_shrink=True), Column("SIZE", is_number=True)))
+    table.rows.extend([("weight", "12 B"), ("a long value = (0.9, 0.999)", ""), ("x" * 30, "")])
+    assert table.fitted(28).lines() == [
+        "KEY     SIZE",
+        "weight  12 B",
+        "a long value = (0.9, 0.999)",
+        f"{'x' * 14}~{'x' * 13}",
+    ]
+
+
+def test_lines_are_wrapped_in_a_terminal() -> None:
+    stream = Terminal()
+    Output(stream, width=12).line("a.pt is damaged: /a/long/path/of/it")
+    assert stream.getvalue() == "a.pt is\ndamaged:\n/a/long/path/of/it\n"
 
 
 def test_shortened_names_keep_their_ends() -> None:

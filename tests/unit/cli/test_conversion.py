@@ -322,7 +322,7 @@ def test_an_unfinished_directory_is_listed(command: Command, tmp_path: Path, mon
     read_after = command("ls", tmp_path, "--json").json["files"]
     assert states == ["being written"]
     assert [one["state"] for one in read_after] == ["left over", "complete"]
-    assert read_after[0]["detail"] == "its process is dead: delete it"
+    assert read_after[0]["detail"] == "its process is dead. Delete it"
 
 
 def test_a_structure_is_built_again() -> None:

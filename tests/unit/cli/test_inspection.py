@@ -23,10 +23,10 @@ def test_the_tree_of_a_checkpoint(command: Command, trained: Path) -> None:
     assert lines[6:8] == ["handler: checkpoint by step", "its handler kept then: checkpoint_40.pt, checkpoint_30.pt"]
     assert lines[8:] == [
         "2 tensors, 32 B",
-        "KEY                  DTYPE     SHAPE  SIZE    NORM",
+        "KEY       DTYPE     SHAPE  SIZE    NORM",
         "model",
-        "  weight             float32  (2, 3)  24 B  7.4162",
-        "  bias               float32     (2)   8 B       0",
+        "  weight  float32  (2, 3)  24 B  7.4162",
+        "  bias    float32     (2)   8 B       0",
         "trainer",
         "  epoch_length = 10",
         "  iteration = 40",
