@@ -174,6 +174,24 @@ class DcpSource:
         return whole
 
 
+class _Planner(dcp.DefaultSavePlanner):
+    """Reads a tensor when DCP writes it, and frees the one before, which DCP holds to the end."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__()
+        self._source = source
+        self._last: torch.Tensor | None = None
+
+    def lookup_object(self, index: Any) -> Any:
+        found = super().lookup_object(index)
+        if not is_plain_tensor(found):
+            return found
+        if self._last is not None:
+            self._last.untyped_storage().resize_(0)
+        self._last = load(self._source, found).contiguous()
+        return self._last
+
+
 def write_dcp(source: Source, state: Mapping[str, Any], texts: Mapping[str, str], out: Path) -> None:
     """Write a state as a directory of DCP, all at once: under a temporary name first.
 
@@ -187,22 +205,17 @@ def write_dcp(source: Source, state: Mapping[str, Any], texts: Mapping[str, str]
         CommandError: DCP refuses the state.
         OSError: the operating system refused.
     """
-
-    class Planner(dcp.DefaultSavePlanner):
-        def lookup_object(self, index: Any) -> Any:
-            found = super().lookup_object(index)
-            return load(source, found) if is_plain_tensor(found) else found
-
     temp = out.parent / new_temp_name()
     temp.mkdir()
     lock = os.open(temp, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX)
-        writer = dcp.FileSystemWriter(temp, single_file_per_rank=True, thread_count=1)
+        # Without copies ahead, DCP writes a tensor before it asks for the next one.
+        writer = dcp.FileSystemWriter(temp, single_file_per_rank=True, thread_count=1, per_thread_copy_ahead=0)
         try:
             with ignore_warnings():  # of a process without torch.distributed
-                dcp.save({**state, **texts}, storage_writer=writer, planner=Planner(), no_dist=True)
+                dcp.save({**state, **texts}, storage_writer=writer, planner=_Planner(source), no_dist=True)
         except CheckpointException as error:
             for failure in error.failures.values():
                 if not isinstance(failure[0], Exception):  # an interrupt, which DCP takes for an error
