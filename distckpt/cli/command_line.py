@@ -6,13 +6,14 @@ A module of a command is imported when the command is called, and torch only whe
 import argparse
 import contextlib
 import importlib
+import io
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from distckpt.cli.errors import CommandError, ExitCode
 from distckpt.cli.output import Output, printable
@@ -40,14 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         2
     """
     parsed = build_parser().parse_args(arguments)
-    with contextlib.suppress(AttributeError):  # a stream that a program has put there
-        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # as suppressed
-    output = Output.to(sys.stdout, is_json=parsed.json)
+    stream: TextIO = sys.stdout or io.StringIO()  # None if it was closed
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
+    output = Output.to(stream, is_json=parsed.json)
     before = _raise_on_sigterm()
     try:
         run: Callable[[argparse.Namespace, Output], int] = importlib.import_module(parsed.module).run
         code = int(run(parsed, output))
-        sys.stdout.flush()
+        stream.flush()
     except (KeyboardInterrupt, _Terminated, CommandError, DistckptError, OSError, MemoryError) as error:
         return int(_fail(error))
     finally:

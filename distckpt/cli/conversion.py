@@ -20,7 +20,7 @@ from distckpt.cli.errors import CommandError, ExitCode
 from distckpt.cli.output import Output, count, format_bytes
 from distckpt.cli.progress import Progress
 from distckpt.cli.sources import PtSource, Source, chunks, dtype_name, find_key, memory_of, num_bytes_of, open_source
-from distckpt.cli.structure import MANIFEST, STRUCTURE, FlatState, flatten
+from distckpt.cli.structure import MANIFEST, STRUCTURE, FlatState, flatten, is_plain_tensor
 from distckpt.cli.verification import check_file
 from distckpt.policy.naming import is_temp
 from distckpt.ptformat.manifest import SCHEMA, Manifest, to_json
@@ -46,6 +46,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     _check_out(arguments.file, out, kind, force=arguments.force)
     with open_source(arguments.file) as source:
         state = source.state if arguments.only is None else find_key(source.state, arguments.only)
+        if is_plain_tensor(state) and kind != PT:  # these formats hold tensors by name
+            state = {(arguments.only or "tensor").rpartition(".")[2]: state}
         manifest = _manifest_of(source)
         if isinstance(source, PtSource):
             with Progress("verifying", source.num_bytes) as progress:

@@ -26,8 +26,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from distckpt._messages import ignore_warnings
 from distckpt.cli.errors import CommandError
-from distckpt.cli.sources import DCP_METADATA, Source, load, memory_at
+from distckpt.cli.sources import Source, load, memory_at
 from distckpt.cli.structure import MANIFEST, STRUCTURE, is_plain_tensor, unflatten
+from distckpt.cli.survey import DCP_METADATA
 from distckpt.errors import CorruptCheckpointError, UnsafeCheckpoint
 from distckpt.ptformat.manifest import Manifest, from_json
 from distckpt.ptformat.torch_format import load_by_torch

@@ -19,6 +19,7 @@ import torch
 
 from distckpt.cli.errors import CommandError
 from distckpt.cli.structure import MANIFEST, STRUCTURE, is_plain_tensor, unflatten
+from distckpt.cli.survey import DCP_METADATA
 from distckpt.errors import CorruptCheckpointError
 from distckpt.ptformat.archive import NewerSchema, read_manifest
 from distckpt.ptformat.manifest import Manifest, from_json
@@ -28,7 +29,6 @@ from distckpt.ptformat.sharded import key_to_text
 from distckpt.storage.local import LocalFile
 
 CHUNK_BYTES = 1 << 20
-DCP_METADATA = ".metadata"
 _LEVELS = 64
 _VALUE_CHARS = 60
 _CLOSE = 3

@@ -23,6 +23,8 @@ from distckpt.storage.local import LocalFile
 from distckpt.storage.new_file import is_being_written
 
 _SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
+DCP_METADATA = ".metadata"
+"""A file that each directory of ``torch.distributed.checkpoint`` has."""
 _OLD_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
 """How torch's files begin that are no archives: a pickle of its magic number."""
 
@@ -98,6 +100,10 @@ def survey(directory: Path, *, recursive: bool) -> list[FileEntry]:
         if not os.path.lexists(directory):
             raise CommandError(f"{directory} does not exist: give the directory that checkpoints are saved in")
         raise CommandError(f"{directory} is no directory: give the directory that checkpoints are saved in")
+    if (directory / DCP_METADATA).is_file():
+        raise CommandError(
+            f"{directory} is one checkpoint, of torch.distributed.checkpoint (distckpt inspect {directory})"
+        )
     entries = (look_at(path, path.relative_to(directory).as_posix()) for path in _files(directory, recursive=recursive))
     return sorted((entry for entry in entries if entry is not None), key=lambda entry: entry.name)
 

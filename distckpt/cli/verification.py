@@ -88,6 +88,8 @@ def _verify_alone(path: Path, entry: FileEntry | None) -> Verified:
         raise CommandError(f"{path} does not exist: give a checkpoint, or a directory of checkpoints")
     if entry is not None and entry.state is State.UNREADABLE:
         raise CommandError(f"{path} cannot be read: {entry.detail}")
+    if entry is not None and entry.state is State.BEING_WRITTEN:
+        raise CommandError(f"{path} is being written: verify the file that it becomes")
     with Progress("verifying", path.stat().st_size) as progress:
         return _verify(path, progress)
 

@@ -53,6 +53,11 @@ def test_a_pipe_that_closes_ends_it_quietly(trained: Path) -> None:
     assert (done.returncode, done.stderr) == (141, "")
 
 
+def test_it_runs_without_a_standard_output(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["ls", str(trained)]) == 0
+
+
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [

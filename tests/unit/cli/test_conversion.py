@@ -98,6 +98,15 @@ def test_only_a_part_is_converted(command: Command, path: Path, out: str) -> Non
         assert torch.equal(load(source, source.state["turned"]), rich_state()["model"]["turned"])
 
 
+@pytest.mark.parametrize(("only", "name"), [("model.weight", "weight"), (None, "tensor")])
+def test_a_single_tensor_gets_a_name(command: Command, path: Path, only: str | None, name: str) -> None:
+    if only is None:
+        torch.save(torch.arange(3.0), path)
+    for out in OUTS[:2]:
+        assert command("convert", path, path.parent / out, *([] if only is None else ["--only", only])).code == 0
+        assert [one["name"] for one in command("inspect", path.parent / out, "--json").json["tensors"]] == [name]
+
+
 def test_progress_goes_along_and_the_record_does_not(command: Command, trained: Path, tmp_path: Path) -> None:
     for out in OUTS:
         assert command("convert", trained / "checkpoint_40.pt", tmp_path / out).code == 0

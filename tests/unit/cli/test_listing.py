@@ -172,10 +172,16 @@ def test_a_newer_format_says_what_to_upgrade(command: Command, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("missing", "missing does not exist: give the directory"), ("file", "file is no directory: give the directory")],
+    [
+        ("missing", "missing does not exist: give the directory"),
+        ("file", "file is no directory: give the directory"),
+        ("dcp", "dcp is one checkpoint, of torch.distributed.checkpoint (distckpt inspect"),
+    ],
 )
 def test_what_is_no_directory_is_told_in_a_line(command: Command, tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "file").touch()
+    (tmp_path / "dcp").mkdir()
+    (tmp_path / "dcp" / ".metadata").touch()
     code, out, err = command("ls", tmp_path / name)
     assert (code, out) == (2, "")
     assert message in err

@@ -10,6 +10,7 @@ from torch import nn
 
 from distckpt import save
 from distckpt.cli import verification
+from distckpt.storage.local import LocalStorage
 from tests.unit.cli.conftest import Command, flip
 
 
@@ -86,6 +87,13 @@ def test_a_directory_is_verified_file_by_file(command: Command, path: Path, mode
     assert code == 1
     states = {line.split()[0]: line.split()[-1] for line in out.splitlines()[1:5]}
     assert states == {"a.pt": "whole", "b.pt": "whole", "cut.pt": "damaged", "text.pt": "damaged"}
+
+
+def test_a_file_that_is_being_written_is_told_so(command: Command, tmp_path: Path) -> None:
+    with LocalStorage(tmp_path).create("a.pt") as new:
+        code, _, err = command("verify", tmp_path / new.token)
+    assert code == 2
+    assert "is being written: verify the file that it becomes" in err
 
 
 @pytest.mark.parametrize("what", ["missing", "empty", "directory", "dcp"])
