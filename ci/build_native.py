@@ -1,10 +1,10 @@
-"""Compile the optional C extension ``distckpt/_native/copy_crc.c``.
+"""Compile the optional C extensions in ``distckpt/_native``.
 
 ``python ci/build_native.py`` compiles into the checkout, for programs that import distckpt from there. It does nothing
-if the result is newer than the source. Git ignores the result. Exit status 1 if the extension cannot be compiled.
+if the results are newer than the sources. Git ignores the results. Exit status 1 if an extension cannot be compiled.
 
 As hatchling's build hook (pyproject.toml) it compiles for the wheel, which is then for this platform and CPython 3.11+
-(tag ``cp311-abi3``). If the extension cannot be compiled, the wheel is for any platform and does not contain it.
+(tag ``cp311-abi3``). If an extension cannot be compiled, the wheel is for any platform and contains none.
 
 Needs a C compiler and Python's headers. ``CC``, ``CFLAGS`` and ``LDFLAGS`` are used.
 """
@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE = ROOT / "distckpt" / "_native" / "copy_crc.c"
-RESULT = SOURCE.with_name("copy_crc.abi3.so")
-TAG = "cp311-abi3"  # Py_LIMITED_API of the source
+FOLDER = ROOT / "distckpt" / "_native"
+NAMES = ("copy_crc", "compare")
+SUFFIX = ".abi3.so"
+TAG = "cp311-abi3"  # Py_LIMITED_API of the sources
 FLAGS = "-std=c11 -O2 -fPIC -shared -fvisibility=hidden -Wall -Wextra"
 LIMIT_S = 120.0
 
@@ -44,10 +45,10 @@ def find_compiler() -> list[str]:
 
 
 def compile_to(result: Path) -> str | None:
-    """Compile, and replace `result` atomically.
+    """Compile an extension, and replace `result` atomically.
 
     Args:
-        result: the file to write.
+        result: the file to write; its name says which extension.
 
     Returns:
         None, or the reason why the extension could not be compiled.
@@ -60,7 +61,8 @@ def compile_to(result: Path) -> str | None:
     try:
         with tempfile.TemporaryDirectory(dir=result.parent, prefix=".build-") as folder:
             made = Path(folder, result.name)
-            command = [*compiler, *flags, str(SOURCE), "-o", str(made), *shlex.split(os.environ.get("LDFLAGS", ""))]
+            source = FOLDER / result.name.replace(SUFFIX, ".c")
+            command = [*compiler, *flags, str(source), "-o", str(made), *shlex.split(os.environ.get("LDFLAGS", ""))]
             done = subprocess.run(command, check=False, timeout=LIMIT_S, stderr=subprocess.PIPE, text=True)
             sys.stderr.write(done.stderr)
             if done.returncode:
@@ -72,13 +74,19 @@ def compile_to(result: Path) -> str | None:
 
 
 def build_in_place() -> str | None:
-    """Compile into the checkout, unless the result there is newer than the source. Safe to run twice at once.
+    """Compile into the checkout what is older there than its source. Safe to run twice at once.
 
     Returns:
-        None, or the reason why the extension could not be compiled.
+        None, or the reason why an extension could not be compiled.
     """
-    newest = max(path.stat().st_mtime for path in (SOURCE, Path(__file__)))
-    return None if RESULT.exists() and RESULT.stat().st_mtime >= newest else compile_to(RESULT)
+    for name in NAMES:
+        result = FOLDER / f"{name}{SUFFIX}"
+        newest = max(path.stat().st_mtime for path in (FOLDER / f"{name}.c", Path(__file__)))
+        if not result.exists() or result.stat().st_mtime < newest:
+            reason = compile_to(result)
+            if reason is not None:
+                return f"{name}.c: {reason}"
+    return None
 
 
 def get_build_hook() -> type:
@@ -92,14 +100,15 @@ def get_build_hook() -> type:
                 reason = build_in_place()
             else:
                 self.folder = tempfile.TemporaryDirectory(prefix="distckpt-native-")
-                result = Path(self.folder.name, RESULT.name)
-                reason = compile_to(result)
+                results = [Path(self.folder.name, f"{name}{SUFFIX}") for name in NAMES]
+                reason = next(filter(None, map(compile_to, results)), None)
                 if reason is None:
-                    build_data["force_include"][str(result)] = str(RESULT.relative_to(ROOT))
+                    places = {str(one): str((FOLDER / one.name).relative_to(ROOT)) for one in results}
+                    build_data["force_include"].update(places)
                     build_data["pure_python"] = False
                     build_data["tag"] = f"{TAG}-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
             if reason is not None:
-                self.app.display_warning(f"the wheel lacks {SOURCE.name}, so saves take longer: {reason}")
+                self.app.display_warning(f"the wheel lacks its C extensions, so saves take longer: {reason}")
 
         def finalize(self, version: str, *_: object) -> None:
             if version != "editable":
@@ -111,4 +120,4 @@ def get_build_hook() -> type:
 if __name__ == "__main__":
     problem = build_in_place()
     if problem is not None:
-        sys.exit(f"{SOURCE.relative_to(ROOT)} was not compiled: {problem}")
+        sys.exit(f"{FOLDER.relative_to(ROOT)} was not compiled: {problem}")

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ROOT / "tests" / "unit" / "test_checksum.py"
-NATIVE = "distckpt/_native/copy_crc.abi3.so"
+TESTS = [ROOT / "tests" / "unit" / f"test_{name}.py" for name in ("checksum", "compare")]
+NATIVE = {f"distckpt/_native/{name}.abi3.so" for name in ("copy_crc", "compare")}
 TAGS = {True: "-cp311-abi3-linux_", False: "-py3-none-any.whl"}
 _IMPORT = """
 import pathlib, sys
@@ -42,7 +42,7 @@ def build_and_check(scratch: Path, settings: Mapping[str, str], *, is_native: bo
     Args:
         scratch: a new folder.
         settings: environment variables for the build.
-        is_native: whether the wheel must contain the C extension.
+        is_native: whether the wheel must contain the C extensions.
 
     Returns:
         True if the wheel has no problem.
@@ -71,8 +71,8 @@ def build_and_check(scratch: Path, settings: Mapping[str, str], *, is_native: bo
         "-p",
         "no:cacheprovider",
     )
-    if not run_python(scratch, installed, *pytest, "--noconftest", "--import-mode=importlib", str(TESTS)):
-        problems.append("fails the checksum tests")
+    if not run_python(scratch, installed, *pytest, "--noconftest", "--import-mode=importlib", *map(str, TESTS)):
+        problems.append("fails the tests of the extensions")
     for problem in problems:
         print(f"{wheel.name}: {problem}")
     print(f"{wheel.name}: {wheel.stat().st_size} bytes", flush=True)
@@ -92,7 +92,7 @@ def find_problems(wheel: Path, *, is_native: bool) -> list[str]:
         inside = {item for item in archive.namelist() if ".dist-info/" not in item}
     package = ROOT / "distckpt"
     wanted = {str(path.relative_to(ROOT)) for path in package.rglob("*.py*") if path.suffix in {".py", ".pyi"}}
-    wanted |= {"distckpt/py.typed"} | ({NATIVE} if is_native else set())
+    wanted |= {"distckpt/py.typed"} | (NATIVE if is_native else set())
     problems = [f"lacks {item}" for item in sorted(wanted - inside)]
     return problems + [f"should not contain {item}" for item in sorted(inside - wanted)]
 

@@ -1,1 +1,1 @@
-"""Optional code in C. ``copy_crc`` is built with the wheel if there is a C compiler, else by ``ci/build_native.py``."""
+"""Optional code in C, built with the wheel if there is a C compiler, else by ``ci/build_native.py``."""

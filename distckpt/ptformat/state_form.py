@@ -9,11 +9,9 @@ overlooked writes a file that torch reads as another state.
 
 import contextlib
 import itertools
-import operator
 import threading
-from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
@@ -21,17 +19,12 @@ import torch
 
 from distckpt.ptformat.fast_pickle import NotPlain, PlainWalk, join_parts, scalar_bytes
 from distckpt.ptformat.pickler import PickledState
-from distckpt.ptformat.storage_facts import IDENTITY, StorageFacts, chunks
+from distckpt.ptformat.tensor_forms import Differs, TensorForms
 
 _LEAVES: Final = frozenset({torch.Tensor, str, int, float, bool, type(None)})
 _KEYS: Final = frozenset({str, int, bool, type(None)})
 """Types of keys of which equal ones have the same bytes; 0.0 and -0.0 have not."""
-_CPU: Final = torch.device("cpu")
 _MOST_FORMS: Final = 4
-
-
-class Differs(Exception):  # noqa: N818 - a reason, always caught
-    """The state has another form, or none that can be compared."""
 
 
 class StateForms:
@@ -87,7 +80,7 @@ class _StateForm:
             raise Differs
         self._kind = type(state)
         self._root = _form_of(state, {})
-        self._tensors = _Tensors(walk)
+        self._tensors = TensorForms(walk)
         self._pickled = replace(pickled, storages=(), walk=None)  # the storages are not to be kept alive
         leaves = _Leaves()
         self._root.read(state, leaves)
@@ -262,80 +255,3 @@ def _form_of(value: Any, known: dict[Any, _Container]) -> _Container:
     if key not in known:
         known[key] = _Container(value, level, known)
     return known[key]
-
-
-class _Tensors:
-    """The forms of a state's tensors, and which of them share a storage."""
-
-    def __init__(self, walk: PlainWalk) -> None:
-        distinct = {id(form): form for form in walk.tensor_forms}
-        self._is_on_host = all(device is None for _, _, device, *_ in distinct.values())
-        is_complex = any(dtype.is_complex for dtype, *_ in distinct.values())
-        # Whatever PlainWalk and is_plain read of a tensor.
-        attributes = ["dtype", "shape", "requires_grad", "layout", "is_nested", "_backward_hooks", "__dict__"]
-        methods = ["stride", "storage_offset", "is_neg", *(["is_conj"] if is_complex else [])]
-        place = "is_cpu" if self._is_on_host else "device"
-        self._readers: list[Callable[[Any], Any]] = [
-            *map(operator.attrgetter, (*attributes, place)),
-            *map(operator.methodcaller, methods),
-        ]
-        rows: dict[int, tuple[Any, ...]] = {
-            key: (
-                dtype, shape, requires_grad, torch.strided, False, None, {},
-                True if self._is_on_host else device or _CPU, stride, offset, False, False,
-            )
-            for key, (dtype, _, device, offset, shape, stride, requires_grad) in distinct.items()
-        }  # fmt: skip
-        self._rows = [rows[id(form)] for form in walk.tensor_forms]
-        self._sizes = [num_bytes for _, num_bytes, *_ in walk.tensor_forms]
-        self._numbers = walk.numbers
-        firsts = dict(zip(reversed(walk.numbers), range(len(walk.numbers) - 1, -1, -1), strict=True))
-        self._firsts = [firsts[number] for number in range(len(firsts))]
-        devices = (device for _, _, device, *_ in distinct.values())
-        self._devices = frozenset("cpu" if device is None else device.type for device in devices)
-
-    def read(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[torch.UntypedStorage, ...], StorageFacts]:
-        """Compare tensors, and return their storages, each once.
-
-        Raises:
-            Differs: their forms, or which of them share storages, are different.
-        """
-        storages, identities, addresses = list[torch.UntypedStorage](), list[int](), list[int]()
-        for part, rows, sizes in zip(chunks(tensors), chunks(self._rows), chunks(self._sizes), strict=True):
-            try:
-                for column, reader in enumerate(self._readers):
-                    if list(map(reader, part)) != list(map(operator.itemgetter(column), rows)):
-                        raise Differs
-                found = list(map(torch.Tensor.untyped_storage, part))
-            except (RuntimeError, NotImplementedError) as error:  # sparse tensors and others have no strides
-                raise Differs from error
-            if list(map(torch.UntypedStorage.nbytes, found)) != sizes:
-                raise Differs
-            storages += found
-            identities += map(IDENTITY, found)
-            addresses += map(torch.UntypedStorage.data_ptr, found)
-        return self._each_once(tensors, storages, identities, addresses)
-
-    def _each_once(
-        self,
-        tensors: Sequence[torch.Tensor],
-        storages: list[torch.UntypedStorage],
-        identities: list[int],
-        addresses: list[int],
-    ) -> tuple[tuple[torch.UntypedStorage, ...], StorageFacts]:
-        num_storages, sizes = len(self._firsts), self._sizes
-        if len(set(identities)) != num_storages:
-            raise Differs
-        if num_storages != len(tensors):
-            numbers = {identity: number for number, identity in enumerate(dict.fromkeys(identities))}
-            is_once = len(set(map(id, tensors))) == len(tensors)
-            if not is_once or list(map(numbers.__getitem__, identities)) != self._numbers:
-                raise Differs
-            storages = [storages[index] for index in self._firsts]
-            addresses, sizes = [addresses[index] for index in self._firsts], [sizes[index] for index in self._firsts]
-            identities = list(numbers)
-        # Storages at one address may be of different types, which PlainWalk refuses.
-        if len(set(addresses)) != num_storages - max(addresses.count(0) - 1, 0):
-            raise Differs
-        places = array("Q", addresses) if self._is_on_host else None
-        return tuple(storages), StorageFacts(identities, sizes, self._devices, places)

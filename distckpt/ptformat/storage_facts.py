@@ -4,11 +4,13 @@ import operator
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final, TypeVar
 
 import torch
 
-_CHUNK: Final = 512
+_T = TypeVar("_T")
+CHUNK: Final = 512
+"""Items that stay in the processor's cache while one attribute after another is read."""
 IDENTITY: Final = operator.attrgetter("_cdata")
 """Returns torch's identity of a storage."""
 _DEVICE: Final = operator.attrgetter("device")
@@ -19,13 +21,11 @@ class StorageFacts:
     """Facts of some storages, in their order.
 
     Attributes:
-        identities: torch's identities (``UntypedStorage._cdata``).
         sizes: in bytes.
         devices: types of the devices.
         addresses: of the bytes, an ``array("Q")``; None unless all storages are in host memory.
     """
 
-    identities: Sequence[int]
     sizes: Sequence[int]
     devices: frozenset[str]
     addresses: "array[int] | None"
@@ -38,17 +38,16 @@ class StorageFacts:
             >>> StorageFacts.of([torch.ones(2).untyped_storage()]).sizes
             [8]
         """
-        identities, sizes, devices = list[int](), list[int](), set[torch.device]()
+        sizes, devices = list[int](), set[torch.device]()
         for part in chunks(storages):
-            identities += map(IDENTITY, part)
             sizes += map(torch.UntypedStorage.nbytes, part)
             devices.update(map(_DEVICE, part))
         types = frozenset(device.type for device in devices)
         addresses = array("Q", map(torch.UntypedStorage.data_ptr, storages)) if types <= {"cpu"} else None
-        return cls(identities, sizes, types, addresses)
+        return cls(sizes, types, addresses)
 
 
-def chunks(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    """Yield parts that stay in the processor's cache while one attribute after another is read."""
-    for begin in range(0, len(items), _CHUNK):
-        yield items[begin : begin + _CHUNK]
+def chunks(items: Sequence[_T]) -> Iterator[list[_T]]:
+    """Yield parts of :data:`CHUNK` items."""
+    for begin in range(0, len(items), CHUNK):
+        yield list(items[begin : begin + CHUNK])

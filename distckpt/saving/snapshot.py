@@ -17,12 +17,13 @@ import torch
 
 from distckpt._checksum import crc32
 from distckpt._threads import helper_threads
+from distckpt.ptformat.gc_pause import gc_paused
 from distckpt.ptformat.image import ImagePlan, ShardBuffer, build_tail, combine_checksums, plan_image
 from distckpt.ptformat.loadable import RefusedObject
 from distckpt.ptformat.manifest import Manifest, TensorEntry, to_json
 from distckpt.ptformat.pickler import PLAIN_PROTOCOL, PickledState, pickle_state
 from distckpt.ptformat.state_form import StateForms
-from distckpt.ptformat.storage_facts import StorageFacts
+from distckpt.ptformat.storage_facts import IDENTITY, StorageFacts
 from distckpt.saving.rank_plan import RankPlan, Writers, plan_rank
 from distckpt.saving.shard_rows import gather_rows, place_received
 from distckpt.saving.sharding import ShardLayout
@@ -110,7 +111,7 @@ class Snapshot:
         else:
             self._pickled = _pickle(state, pickle_protocol, StateForms() if forms is None else forms)
         self._facts = self._pickled.facts or StorageFacts.of(self._pickled.storages)
-        identities = self._facts.identities if replicated else ()
+        identities = map(IDENTITY, self._pickled.storages if replicated else ())
         replicas = [number for number, identity in enumerate(identities, first) if identity in replicated]
         sizes = [*(shard.num_bytes for shard in self._shards.tensors), *self._facts.sizes]
         self._plan = plan_image(sizes if first else self._facts.sizes, replicas, first)
@@ -385,7 +386,8 @@ class Snapshot:
 def _pickle(state: Any, protocol: int, forms: StateForms) -> PickledState:
     if protocol != PLAIN_PROTOCOL:
         return pickle_state(state, protocol=protocol)
-    return forms.match(state) or forms.keep(state, pickle_state(state))
+    with gc_paused():
+        return forms.match(state) or forms.keep(state, pickle_state(state))
 
 
 def _required(one: _T | None) -> _T:

@@ -50,7 +50,8 @@ def copy_crc(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CFLAGS", "-Werror")
         assert build_native.compile_to(result) is None
-    assert [path.name for path in result.parent.iterdir()] == [result.name]
+        assert [path.name for path in result.parent.iterdir()] == [result.name]
+        assert build_native.compile_to(result.with_name("compare.abi3.so")) is None
     return loaded(result)
 
 
@@ -219,7 +220,9 @@ def test_what_has_no_bytes_in_a_row_is_an_error(copy_crc: ModuleType) -> None:
 
 
 def test_nothing_but_the_stable_abi_is_used() -> None:
-    assert "#define Py_LIMITED_API 0x030B0000" in build_native.SOURCE.read_text(encoding="ascii")
+    sources = sorted(build_native.FOLDER.glob("*.c"))
+    assert [path.stem for path in sources] == sorted(build_native.NAMES)
+    assert all("#define Py_LIMITED_API 0x030B0000" in path.read_text(encoding="ascii") for path in sources)
     assert build_native.TAG == "cp311-abi3"
 
 
@@ -269,20 +272,28 @@ def test_the_compiler_that_made_python_may_be_gone(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_checkout_is_compiled_again_only_after_a_change(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    source, result, made = tmp_path / "copy_crc.c", tmp_path / "copy_crc.abi3.so", list[Path]()
-    source.touch()
-    monkeypatch.setattr(build_native, "SOURCE", source)
-    monkeypatch.setattr(build_native, "RESULT", result)
+    made = list[str]()
+    for name in build_native.NAMES:
+        (tmp_path / f"{name}.c").touch()
+    monkeypatch.setattr(build_native, "FOLDER", tmp_path)
 
     def make(path: Path) -> None:
-        made.append(path)
+        made.append(path.name)
         path.touch()
 
     monkeypatch.setattr(build_native, "compile_to", make)
     for _ in range(2):
         assert build_native.build_in_place() is None
-    assert made == [result]
-    later = result.stat().st_mtime + 1
-    os.utime(source, (later, later))
+    assert made == ["copy_crc.abi3.so", "compare.abi3.so"]
+    later = (tmp_path / made[1]).stat().st_mtime + 1
+    os.utime(tmp_path / "compare.c", (later, later))
     build_native.build_in_place()
-    assert made == [result, result]
+    assert made[2:] == ["compare.abi3.so"]
+
+
+def test_the_extension_that_cannot_be_compiled_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in build_native.NAMES:
+        (tmp_path / f"{name}.c").touch()
+    monkeypatch.setattr(build_native, "FOLDER", tmp_path)
+    monkeypatch.setattr(build_native, "compile_to", lambda path: "no cc" if "compare" in path.name else None)
+    assert build_native.build_in_place() == "compare.c: no cc"

@@ -13,17 +13,26 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from distckpt import DiskSaver
-from distckpt.ptformat.fast_pickle import NotPlain, pickle_plain
+from distckpt.ptformat import tensor_forms
+from distckpt.ptformat.fast_pickle import TYPES, NotPlain, pickle_plain
 from distckpt.ptformat.pickler import PickledState, pickle_state
 from distckpt.ptformat.state_form import StateForms
 from distckpt.ptformat.storage_facts import StorageFacts
 from tests.unit.ptformat.test_fast_pickle import trees
 from tests.unit.storages import bytes_of
+
+
+@pytest.fixture(params=["exchange API", "attributes"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run each test with DLPack's exchange API, if torch has it, and without."""
+    if request.param == "attributes":
+        monkeypatch.setattr(tensor_forms.TensorForms.__init__, "__defaults__", (None,))
+    return str(request.param)
 
 
 def as_anew(matched: PickledState, state: Any) -> bool:
@@ -34,7 +43,7 @@ def as_anew(matched: PickledState, state: Any) -> bool:
     assert tuple(matched.forms) == tuple(plain.tensors)
     facts = StorageFacts.of(plain.storages)
     assert matched.facts is not None
-    assert (list(matched.facts.identities), list(matched.facts.sizes)) == (facts.identities, facts.sizes)
+    assert list(matched.facts.sizes) == facts.sizes
     assert (matched.facts.devices, matched.facts.addresses) == (facts.devices, facts.addresses)
     return True
 
@@ -56,7 +65,7 @@ def twin(tree: Any) -> Any:
     return copy.deepcopy(tree)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tree=trees, other=trees)
 def test_a_matched_state_has_the_pickle_that_a_walk_makes(tree: Any, other: Any) -> None:
     forms = forms_of(tree)
@@ -76,7 +85,7 @@ def places_of(tree: Any) -> Iterator[tuple[Any, Any]]:
         yield from places_of(item)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tree=trees, leaf=trees, data=st.data())
 def test_a_state_with_another_leaf_is_as_anew_or_no_match(tree: Any, leaf: Any, data: st.DataObject) -> None:
     forms, changed = forms_of(tree), twin(tree)
@@ -100,7 +109,9 @@ def state_of() -> dict[str, Any]:
     base = torch.arange(24, dtype=torch.float32)
     tied = torch.ones(3, 3)
     metadata = OrderedDict([("", {"version": 1}), ("0", {"version": 1})])
-    model: Any = OrderedDict(a=torch.ones(4, 6), b=torch.zeros(4, 6), tied=tied, again=tied[:], view=base[4:16])
+    model: Any = OrderedDict(
+        a=torch.ones(4, 6), b=torch.zeros(4, 6), tied=tied, again=tied[:], view=base[4:16], row=torch.ones(1, 6)
+    )
     vars(model)["_metadata"] = metadata
     return {
         "model": model,
@@ -214,6 +225,11 @@ OTHER_FORM: dict[str, Callable[[Any], Any]] = {
     "another dtype of the same size": lambda s: put(s, "a", torch.ones(4, 6, dtype=torch.int32)),
     "another dtype": lambda s: put(s, "a", torch.ones(4, 6).bfloat16()),
     "another offset": lambda s: put(s, "view", torch.arange(24, dtype=torch.float32)[5:17]),
+    "another stride of a single row": lambda s: put(s, "row", torch.ones(6).as_strided((1, 6), (99, 1))),
+    "a scalar of one dimension": lambda s: s["optimizer"]["state"][0].update(step=torch.ones(1)),
+    "an opaque tensor": lambda s: put(s, "a", torch.ones(4, 6).to_mkldnn()),
+    "an empty tensor of a storage with bytes": lambda s: s.update(empty=torch.ones(3)[3:]),
+    "an empty tensor of another shape": lambda s: s.update(empty=torch.empty(0, 2)),
     "a smaller storage": lambda s: put(s, "view", torch.arange(16, dtype=torch.float32)[4:16]),
     "a storage that grew": lambda s: resize(s, 200),
     "other data of another size": lambda s: set_data(s["model"]["a"], torch.ones(5, 6)),
@@ -260,6 +276,25 @@ def test_a_state_of_another_form_does_not(what: str) -> None:
     OTHER_FORM[what](state)
     assert forms.match(state) is None
     assert matches(forms, state_of()), "and no attempt changes the form"
+
+
+def test_every_other_dtype_is_another_form() -> None:
+    kinds = [one for one in vars(torch).values() if isinstance(one, torch.dtype)]
+    assert set(TYPES) <= set(kinds)
+    for kind in set(TYPES):
+        forms = forms_of({"a": torch.zeros(16, dtype=torch.uint8).view(kind)})
+        for other in set(kinds):
+            try:
+                tensor = torch.zeros(16, dtype=torch.uint8).view(other)
+            except (RuntimeError, TypeError):  # no tensors of that type can be made so
+                continue
+            assert (forms.match({"a": tensor}) is not None) == (other is kind), (kind, other)
+
+
+def test_an_empty_view_has_its_offset() -> None:
+    forms = forms_of([torch.ones(6)[2:2], torch.ones(3)])
+    assert matches(forms, [torch.zeros(6)[2:2], torch.zeros(3)])
+    assert forms.match([torch.ones(6)[3:3], torch.ones(3)]) is None
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, as above
@@ -365,6 +400,7 @@ LOADABLE = [
     *SAME_FORM,
     *(what for what in OTHER_FORM if what not in {
         "storages of one address", "a hook of a tensor", "a nested tensor", "a list that holds itself",
+        "an opaque tensor",
     }),
 ]  # fmt: skip
 
