@@ -22,6 +22,7 @@ from distckpt.ptformat.pickler import PickledState
 from distckpt.ptformat.tensor_forms import Differs, TensorForms
 
 _LEAVES: Final = frozenset({torch.Tensor, str, int, float, bool, type(None)})
+_CONTAINERS: Final = frozenset({dict, OrderedDict, list, tuple})
 _KEYS: Final = frozenset({str, int, bool, type(None)})
 """Types of keys of which equal ones have the same bytes; 0.0 and -0.0 have not."""
 _MOST_FORMS: Final = 4
@@ -246,6 +247,8 @@ def _form_of(value: Any, known: dict[Any, _Container]) -> _Container:
     Raises:
         Differs: it cannot be compared.
     """
+    if type(value) not in _CONTAINERS:
+        raise Differs
     level = _Level.of(value, value.values()) if isinstance(value, dict) else _Level.of(None, value)
     if not _KEYS.issuperset(level.key_kinds):
         raise Differs
