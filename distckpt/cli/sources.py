@@ -27,6 +27,7 @@ from distckpt.ptformat.reader import OpenCheckpoint
 from distckpt.ptformat.safetensors_format import DTYPES, SafetensorsHeader, read_safetensors_header
 from distckpt.ptformat.sharded import key_to_text
 from distckpt.storage.local import LocalFile
+from distckpt.storage.readahead import is_cached
 
 CHUNK_BYTES = 1 << 20
 _LEVELS = 64
@@ -88,7 +89,7 @@ class _FileSource:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
-        with self._file.readahead([(0, self.num_bytes)]) as source:
+        with self._file.readahead([] if is_cached(self.path) else [(0, self.num_bytes)]) as source:
             self._read_into = source.read_into
             try:
                 yield

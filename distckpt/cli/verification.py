@@ -20,6 +20,7 @@ from distckpt.cli.survey import FileEntry, State, look_at, survey
 from distckpt.errors import CorruptCheckpointError, LoadError
 from distckpt.ptformat.reader import OpenCheckpoint
 from distckpt.ptformat.verify import Checksum, Fault
+from distckpt.storage.readahead import is_cached
 
 _MOST_THREADS = 4
 _STEP_BYTES = 64 << 20
@@ -137,12 +138,12 @@ def _verify_safetensors(path: Path) -> Verified:
 def check_file(file: OpenCheckpoint, progress: Progress) -> list[list[Checksum]]:
     """Return the checksums of all ranges of a file, in order."""
     num_threads = max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0)), file.num_bytes // _LEAST_BYTES))
-    stop = threading.Event()
+    stop, has_all = threading.Event(), is_cached(file.path)
 
     def work(number: int) -> list[list[Checksum]]:
         found = list[list[Checksum]]()
         ranges = file.range_for(number, num_threads)
-        with file.readahead(ranges) as source:
+        with file.readahead([] if has_all else ranges) as source:
             for begin, end in ranges:
                 for at in range(begin, end, _STEP_BYTES):
                     if stop.is_set():

@@ -11,6 +11,7 @@ import itertools
 import os
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Self
 
 from distckpt._threads import start_thread, wait_all
@@ -21,6 +22,8 @@ _LEAST_BYTES = 8 << 20
 """No thread is started for less."""
 _LEAD_BYTES = 1 << 30
 """How far the thread gets ahead of the reader: a small memory would drop more again."""
+_SAMPLE_BYTES = 4 << 20
+"""Distance of the bytes by which a file counts as cached."""
 _PAUSE_S = 0.0005
 """A disk of two gigabytes a second brings a megabyte in this time."""
 _LONG_PAUSE_S = 0.01
@@ -121,6 +124,22 @@ class Readahead:
                 while at < end and not self._has_ended.is_set():
                     num_bytes = os.sendfile(null, fd, at, end - at)
                     at = at + num_bytes if num_bytes else end
+
+
+def is_cached(path: Path) -> bool:
+    """Return True if samples of a file are all in the page cache: reading ahead would take longer than reading.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    if not _NO_WAIT:
+        return False
+    with path.open("rb") as file:
+        size, sample = os.fstat(file.fileno()).st_size, bytearray(1)
+        try:
+            return all(os.preadv(file.fileno(), [sample], at, _NO_WAIT) for at in range(0, size, _SAMPLE_BYTES))
+        except (OSError, NotImplementedError):  # BlockingIOError: it is not there
+            return False
 
 
 def staggered_ranges(num_bytes: int, fraction: float) -> list[tuple[int, int]]:

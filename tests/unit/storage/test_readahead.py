@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from distckpt.storage import readahead as module
-from distckpt.storage.readahead import Readahead
+from distckpt.storage.readahead import Readahead, is_cached
 from distckpt.storage.readahead import staggered_ranges as ranges_of
 
 SIZE = (20 << 20) + 5
@@ -206,6 +206,27 @@ def test_where_the_system_does_not_open_it_twice_the_reader_reads(cold: int, mon
     monkeypatch.setattr(os, "open", refuse)
     with Readahead(cold, [(0, SIZE)]) as ahead:
         assert all_of(ahead) == expected()
+
+
+@pytest.mark.parametrize("missing", [None, 0, 12 << 20, 20 << 20])
+def test_a_file_counts_as_cached_if_all_samples_are(
+    tmp_path: Path, missing: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").write_bytes(expected())
+    asked: list[int] = []
+
+    def some(_fd: int, _buffers: Any, offset: int, flags: int) -> int:
+        asked.append(offset)
+        if offset == missing or not flags:
+            raise BlockingIOError
+        return 1
+
+    monkeypatch.setattr(os, "preadv", some)
+    monkeypatch.setattr(module, "_NO_WAIT", 8)
+    assert is_cached(tmp_path / "a") == (missing is None)
+    assert asked == list(range(0, SIZE if missing is None else missing + 1, 4 << 20))
+    monkeypatch.setattr(module, "_NO_WAIT", 0)
+    assert not is_cached(tmp_path / "a"), "the C library cannot tell"
 
 
 def test_reading_ahead_of_what_cannot_be_read_ends_and_the_reader_hears_of_it(tmp_path: Path) -> None:
