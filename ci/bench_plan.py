@@ -15,10 +15,9 @@ import time
 import zlib
 from collections.abc import Sequence
 
+from distckpt.ptformat.image import ImagePlan, plan_image
 from distckpt.saving.rank_plan import RankPlan, Writers, plan_rank
 from distckpt.saving.sharding import ShardLayout, make_mesh
-
-from distckpt.ptformat.image import ImagePlan, plan_image
 
 AIM_S = 0.050
 NUM_SAMPLED = 32
