@@ -17,7 +17,7 @@ from ignite.handlers import DiskSaver as IgniteDiskSaver
 import distckpt
 from distckpt import BaseSaveHandler, Checkpoint, DiskSaver
 from distckpt.backends.detect import current
-from tests.distributed.programs import all_equal, gather, model_of, raised, warned
+from tests.distributed.programs import all_equal, gather, idle_engine, model_of, raised, warned
 from tests.support import job, run_distributed
 from tests.support.selection import torch_only
 
@@ -68,7 +68,7 @@ def handler_saves(saver: Any, *, scores_differ: bool) -> list[list[str]]:
         return engine.state.epoch + (job.rank() / 10 if scores_differ else 0.0)
 
     handler = Checkpoint({"model": model_of(1.0)}, saver, n_saved=1, score_function=score)
-    trainer = Engine(lambda _engine, _batch: None)
+    trainer = idle_engine()
     saves: list[list[str]] = []
 
     @trainer.on(Events.EPOCH_COMPLETED)
@@ -138,11 +138,30 @@ def test_a_save_shared_in_the_background_takes_so_many_collectives(tmp_path: Pat
     assert is_alike_on_ranks(last)
 
 
+@run_distributed(world_size=2)
+def test_a_vote_on_each_iteration_adds_two_reductions_to_a_save(tmp_path: Path) -> None:
+    handler = Checkpoint({"model": model_of(1.0)}, DiskSaver(tmp_path), score_function=lambda engine: rising[engine])
+    trainer, saves = idle_engine(), dict[int, list[str]]()
+    rising: dict[Engine, float] = {}
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def save(engine: Engine) -> None:
+        rising[engine] = engine.state.iteration // 2
+        with counted_collectives() as entered:
+            handler(engine)
+        saves[engine.state.iteration] = entered
+
+    trainer.run([0] * 5)
+    # Only the vote, where no rank has a better score; else the ranks compare what they report, and save.
+    assert {iteration: counts(saves[iteration]) for iteration in (3, 4, 5)} == {3: (1, 0), 4: (5, 0), 5: (1, 0)}, saves
+    assert is_alike_on_ranks(saves[4])
+
+
 @pytest.mark.parametrize("saving", [0, 1])
 @run_distributed(world_size=2)
 def test_histories_that_differ_are_told_once_and_the_coordinators_counts(tmp_path: Path, saving: int) -> None:
     handler = Checkpoint({"model": model_of(1.0)}, DiskSaver(tmp_path, save_on_rank=saving), n_saved=None)
-    trainer = Engine(lambda _engine, _batch: None)
+    trainer = idle_engine()
     saves: list[list[str]] = []
 
     @trainer.on(Events.EPOCH_COMPLETED)
@@ -186,7 +205,7 @@ def test_a_state_that_fails_on_one_rank_takes_one_gather_to_tell(tmp_path: Path)
             return {"weight": torch.ones(1)}
 
     handler = Checkpoint({"model": Failing()}, DiskSaver(tmp_path))
-    trainer = Engine(lambda _engine, _batch: None)
+    trainer = idle_engine()
     trainer.add_event_handler(Events.EPOCH_COMPLETED, handler)
     with counted_collectives() as entered:
         error = raised(lambda: trainer.run([0]))
