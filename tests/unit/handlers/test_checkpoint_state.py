@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Events
 from torch import nn
 
 from distckpt import Checkpoint, DiskSaver
@@ -204,3 +205,13 @@ def test_reloading_without_a_disk_is_an_attribute_error() -> None:
     run_epochs(handler, 1)
     with pytest.raises(AttributeError, match=r"^Checkpoint's `save_handler` should be of type `DiskSaver`, given"):
         handler.reload_objects({"model": nn.Identity()}, global_step=1)
+
+
+def test_the_files_of_thousands_of_saves_are_not_remembered(tmp_path: Path) -> None:
+    trainer = idle_engine()
+    handler = Checkpoint({"model": linear(1)}, DiskSaver(tmp_path), n_saved=2)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, handler)
+    trainer.run(range(40))
+    remembered = set(handler._history.saved_in)
+    assert {"model_39.pt", "model_40.pt"} <= remembered
+    assert len(remembered) <= 10
