@@ -86,7 +86,7 @@ def save(
     Raises:
         TypeError: an object has no ``state_dict``, or an argument has a wrong type; on every rank.
         ValueError: an argument has a wrong value, or differs between ranks; on every rank.
-        ShardedStateError: a state is sharded in a way that cannot be saved, or differently on other ranks; on every rank.
+        ShardedStateError: a state is sharded in a way that cannot be saved, or not alike on all ranks; on every rank.
         ReplicasDiffer: replicas differ; on every rank.
         SaveError: the file could not be written; on every rank. A file that `path` named before is untouched.
         CommitNotDurable: the file has its name, but may not survive a power cut; on every rank.

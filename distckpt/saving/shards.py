@@ -8,8 +8,9 @@ has no instances.
 """
 
 import ctypes
+import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 
@@ -21,46 +22,79 @@ NO_ROWS: Final[torch.UntypedStorage] = torch.empty(0, dtype=torch.uint8).untyped
 """Stands for the rows of a rank that holds none, or holds none any more."""
 
 
+class _Placing(NamedTuple):
+    """What DTensors with the same device mesh and placements have in common.
+
+    Attributes:
+        mesh: the mesh of the layout.
+        place: the rank of `mesh` whose rows this rank holds; None if it holds none.
+        has_twins: whether other ranks hold the same rows on device meshes of their own.
+        splits: see :class:`ShardLayout`, once a tensor is redistributed.
+        num_replicas: see :class:`ShardLayout`.
+        needs_redistribution: whether the ranks hold other parts than rows.
+        is_plain: whether each rank of the job holds the whole tensor.
+        text: phrase that is equal on ranks that can write a tensor together.
+        refused: the placement that cannot be saved; empty if there is none.
+        held: keeps the device mesh alive: its id must not be used again.
+    """
+
+    mesh: Mesh
+    place: int | None
+    has_twins: bool
+    splits: tuple[int, ...]
+    num_replicas: int
+    needs_redistribution: bool
+    is_plain: bool
+    text: str
+    refused: str
+    held: Any
+
+    @property
+    def is_on_one_rank(self) -> bool:
+        """Whether the device mesh has one rank."""
+        return len(self.mesh.ranks) == 1 and not self.has_twins
+
+
 class ShardSource:
     """A sharded tensor, and this rank's rows of it.
 
     Attributes:
         name: of the object and the key, for messages.
         layout: how the ranks hold the tensor's rows, once it is redistributed.
-        needs_redistribution: whether the ranks hold other parts than rows.
         place: the rank of the layout's mesh whose rows this rank holds; None if it holds none.
-        has_twins: whether other ranks hold the same rows on device meshes of their own.
     """
 
-    def __init__(self, name: str, tensor: Any, mesh: Mesh, place: int | None, *, has_twins: bool) -> None:
+    __slots__ = ("_placing", "_tensor", "layout", "name", "place")
+
+    def __init__(self, name: str, tensor: Any, placing: _Placing) -> None:
         self.name = name
-        self.place = place
-        self.has_twins = has_twins
+        self.place = placing.place
         self._tensor = tensor
-        splits, dims = _splits_of(tensor)
-        self.needs_redistribution = any(dim != 0 for dim in dims)
-        if self.needs_redistribution:
-            splits = tuple(map(int, map(bool, splits)))
+        self._placing = placing
         shape = tensor.shape
         num_rows = int(shape[0]) if shape else 1
-        row_bytes = shape[1:].numel() * tensor.dtype.itemsize
-        replicas = torch.Size(size for size, split in zip(mesh.shape, splits, strict=True) if not split).numel()
-        self.layout = ShardLayout(num_rows, row_bytes, mesh, splits, replicas)
+        row_bytes = math.prod(shape[1:]) * tensor.dtype.itemsize
+        self.layout = ShardLayout(num_rows, row_bytes, placing.mesh, placing.splits, placing.num_replicas)
 
-    def __str__(self) -> str:
-        """Return a phrase that is equal on ranks that can write the tensor together."""
-        tensor = self._tensor
-        placements = ", ".join(map(str, tensor.placements))
-        mesh = f"ranks {list(self.layout.mesh.ranks)} as {'x'.join(map(str, self.layout.mesh.shape))}"
-        if self.is_on_one_rank:
-            mesh = "one rank"
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        return f"{self.name}: {dtype} {list(tensor.shape)}, placements ({placements}) over {mesh}"
+    @property
+    def needs_redistribution(self) -> bool:
+        """Whether the ranks hold other parts than rows."""
+        return self._placing.needs_redistribution
+
+    @property
+    def has_twins(self) -> bool:
+        """Whether other ranks hold the same rows on device meshes of their own."""
+        return self._placing.has_twins
 
     @property
     def is_on_one_rank(self) -> bool:
         """Whether the tensor's device mesh has one rank."""
-        return len(self.layout.mesh.ranks) == 1 and not self.has_twins
+        return self._placing.is_on_one_rank
+
+    def __str__(self) -> str:
+        """Return a phrase that is equal on ranks that can write the tensor together."""
+        tensor = self._tensor
+        return f"{self.name}: {tensor.dtype} {tuple(tensor.shape)}, {self._placing.text}"
 
     def move(self, home: int, rank: int) -> None:
         """Take the tensor of rank `home`, whose device mesh has one rank. `rank` is this rank."""
@@ -88,9 +122,13 @@ class ShardSource:
         return crc32(memory) if rows.numel() else 0
 
     def _rows(self, place: int) -> torch.Tensor:
-        with torch.no_grad():
-            local = self._redistributed(place) if self.needs_redistribution else _local_of(self._tensor)
-        local = local.resolve_conj().resolve_neg().contiguous()
+        if self.needs_redistribution:
+            with torch.no_grad():
+                local = self._redistributed(place)
+        else:
+            local = _local_of(self._tensor)
+        if not local.is_contiguous() or local.is_conj() or local.is_neg():
+            local = local.detach().resolve_conj().resolve_neg().contiguous()
         num_bytes = sum(end - begin for begin, end in held_bytes(self.layout, place))
         if local.nbytes != num_bytes:
             problem = f"a DTensor of which this rank holds {local.nbytes} bytes, where {num_bytes} were expected"
@@ -126,7 +164,7 @@ class Shards:
         self._rank = rank
         self._world_size = world_size
         self._numbers: dict[Any, int] = {}
-        self._meshes: dict[int, tuple[Any, Mesh, int | None, bool]] = {}
+        self._placings: dict[Any, _Placing] = {}
         self._by_id: dict[int, tuple[Any, TensorShard]] = {}  # holds the tensors: an id must not be reused
         self.sources: list[ShardSource] = []
         self.tensors: list[TensorShard] = []
@@ -179,36 +217,64 @@ class Shards:
         if not is_dtensor(tensor):
             return None
         it: Any = tensor
-        mesh = it.device_mesh
-        is_whole = all(one.is_replicate() or mesh.size(dim) == 1 for dim, one in enumerate(it.placements))
-        if is_whole and mesh.size() == self._world_size:
+        placing = self._placing_of(it)
+        if placing.is_plain:
             return None
-        return self._by_id[id(tensor)][1] if id(tensor) in self._by_id else self._add(it, name)
+        known = self._by_id.get(id(tensor))
+        return self._add(it, name, placing) if known is None else known[1]
 
-    def _add(self, it: Any, name: str) -> TensorShard:
-        for dim, one in enumerate(it.placements):
-            if not (one.is_replicate() or _is_shard(one)) and it.device_mesh.size(dim) > 1:
-                problem = (
-                    f"a DTensor with placement {one}: its ranks hold summands. Call redistribute() before the save"
-                )
-                raise sharded_error(name, problem)
+    def _add(self, it: Any, name: str, placing: _Placing) -> TensorShard:
+        if placing.refused:
+            problem = f"a DTensor with placement {placing.refused}: its ranks hold summands. Redistribute it first"
+            raise sharded_error(name, problem)
         local = _local_of(it)
+        shape, dtype = tuple(it.shape), it.dtype
         # A parameter's state_dict entries are new tensors of one storage, of which each rank holds its shard.
-        key = (
-            local.untyped_storage()._cdata,  # noqa: SLF001 - torch's identity of a storage
-            local.storage_offset(),
-            tuple(it.shape),
-            it.dtype,
-            it.placements,
-        )
+        storage = local.untyped_storage()._cdata  # noqa: SLF001 - torch's identity of a storage
+        key = storage, local.storage_offset(), shape, dtype, id(placing)
         number = self._numbers.setdefault(key, len(self.sources))
+        shard = TensorShard(number, dtype, shape, it.requires_grad, isinstance(it, torch.nn.Parameter))
         if number == len(self.sources):
-            mesh, place, has_twins = self._mesh_of(it.device_mesh)
-            self.sources.append(ShardSource(name, it, mesh, place, has_twins=has_twins))
-        shard = TensorShard(number, it.dtype, tuple(it.shape), it.requires_grad, isinstance(it, torch.nn.Parameter))
-        self.tensors += [shard] if number == len(self.tensors) else []
+            self.sources.append(ShardSource(name, it, placing))
+            self.tensors.append(shard)
         self._by_id[id(it)] = it, shard
         return shard
+
+    def _placing_of(self, it: Any) -> _Placing:
+        device_mesh, placements = it.device_mesh, it.placements
+        key = id(device_mesh), placements
+        found = self._placings.get(key)
+        if found is None:
+            found = self._placings[key] = self._make_placing(device_mesh, placements)
+        return found
+
+    def _make_placing(self, device_mesh: Any, placements: Sequence[Any]) -> _Placing:
+        sizes = tuple(device_mesh.shape)
+        used = [one for one, size in zip(placements, sizes, strict=True) if size > 1]
+        splits = [
+            int(getattr(one, "split_factor", 1)) if size > 1 and _is_shard(one) else 0
+            for one, size in zip(placements, sizes, strict=True)
+        ]
+        needs_redistribution = any(_is_shard(one) and one.dim != 0 for one in used)
+        if needs_redistribution:
+            splits = [min(split, 1) for split in splits]
+        mesh, place, has_twins = self._mesh_of(device_mesh)
+        over = f"ranks {list(mesh.ranks)} as {'x'.join(map(str, mesh.shape))}"
+        if len(mesh.ranks) == 1 and not has_twins:
+            over = "one rank"
+        return _Placing(
+            mesh=mesh,
+            place=place,
+            has_twins=has_twins,
+            splits=tuple(splits),
+            num_replicas=math.prod(size for size, split in zip(sizes, splits, strict=True) if not split),
+            needs_redistribution=needs_redistribution,
+            is_plain=(not used and self._world_size == 1)
+            or (all(one.is_replicate() for one in used) and math.prod(sizes) == self._world_size),
+            text=f"placements ({', '.join(map(str, placements))}) over {over}",
+            refused=next((str(one) for one in used if not (one.is_replicate() or _is_shard(one))), ""),
+            held=device_mesh,
+        )
 
     def _mesh_of(self, device_mesh: Any) -> tuple[Mesh, int | None, bool]:
         """Return a mesh, the rank in it whose place this rank has, and whether other ranks have that place too.
@@ -216,21 +282,17 @@ class Shards:
         A part of a larger mesh, such as the ``dp`` dimension of a mesh ``(dp, tp)``, has twins: the parts at the other
         places of ``tp``. All of them are one mesh here, the one at the first place.
         """
-        if id(device_mesh) not in self._meshes:
-            ranks = device_mesh.mesh.flatten().tolist()
-            whole = device_mesh._get_root_mesh().mesh  # noqa: SLF001 - no public way
-            places = {rank: index for index, rank in enumerate(whole.flatten().tolist())}
-            coordinates = [torch.unravel_index(torch.tensor(places[rank]), whole.shape) for rank in ranks]
-            varies = [len({int(one[dim]) for one in coordinates}) > 1 for dim in range(whole.dim())]
-            firsts = [
-                int(whole[tuple(int(at) if is_own else 0 for at, is_own in zip(one, varies, strict=True))])
-                for one in coordinates
-            ]
-            mesh = make_mesh(tuple(firsts), tuple(device_mesh.shape))
-            own = device_mesh.get_coordinate()
-            place = None if own is None else firsts[ranks.index(torch.distributed.get_rank())]
-            self._meshes[id(device_mesh)] = device_mesh, mesh, place, len(ranks) < whole.numel()
-        return self._meshes[id(device_mesh)][1:]
+        ranks = device_mesh.mesh.flatten().tolist()
+        whole = device_mesh._get_root_mesh().mesh  # noqa: SLF001 - no public way
+        places = {rank: index for index, rank in enumerate(whole.flatten().tolist())}
+        coordinates = [torch.unravel_index(torch.tensor(places[rank]), whole.shape) for rank in ranks]
+        varies = [len({int(one[dim]) for one in coordinates}) > 1 for dim in range(whole.dim())]
+        firsts = [
+            int(whole[tuple(int(at) if is_own else 0 for at, is_own in zip(one, varies, strict=True))])
+            for one in coordinates
+        ]
+        place = firsts[ranks.index(self._rank)] if self._rank in ranks else None
+        return make_mesh(tuple(firsts), tuple(device_mesh.shape)), place, len(ranks) < whole.numel()
 
 
 def find_shard_difference(descriptions: Sequence[Sequence[str]]) -> str | None:
@@ -254,19 +316,7 @@ def _is_shard(placement: Any) -> bool:
     return hasattr(placement, "dim")
 
 
-def _splits_of(tensor: Any) -> tuple[tuple[int, ...], list[int]]:
-    """Return how each dimension of the mesh splits (see :class:`ShardLayout`), and the split tensor dimensions."""
-    splits, dims = [], []
-    for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
-        if size == 1 or not _is_shard(placement):
-            splits.append(0)
-            continue
-        splits.append(int(getattr(placement, "split_factor", 1)))
-        dims.append(placement.dim)
-    return tuple(splits), dims
-
-
 def _local_of(tensor: Any) -> torch.Tensor:
     """Return a DTensor's local tensor; waits for a collective that computes it."""
-    local = tensor._local_tensor  # noqa: SLF001 - to_local() returns a new tensor
-    return as_whole(local.detach())
+    local: torch.Tensor = tensor._local_tensor  # noqa: SLF001 - to_local() returns a new tensor
+    return local if type(local) is torch.Tensor else as_whole(local.detach())
