@@ -301,6 +301,37 @@ def test_sharded_model_goes_on_from_a_plain_models_file(
     run_ranks(into_sharded, world_size, str(tmp_path), kind, num_steps)
 
 
+KINDS_AND_SIZES = [("fsdp", 1), ("fsdp", 2), ("fsdp", 3), ("tensor parallel", 4), ("hybrid", 4)]
+
+
+def save_sharded(path: str, kind: str) -> Any:
+    """Save a sharded model that has trained for two steps; return its whole state."""
+    net = SHARDED[kind](plain())
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+    for _ in range(2):
+        step(net, optimizer)
+    distckpt.save({"net": net, "optimizer": optimizer}, path)
+    return whole({"net": dict(net.state_dict()), "optimizer": optimizer.state_dict()})
+
+
+def load_resharded(path: str, kind: str) -> Any:
+    """Load a file into another model; return its whole state."""
+    net = SHARDED[kind](plain()) if kind in SHARDED else plain()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.5)
+    distckpt.load({"net": net, "optimizer": optimizer}, path)
+    return whole({"net": dict(net.state_dict()), "optimizer": optimizer.state_dict()})
+
+
+@pytest.mark.parametrize(("kind", "world_size"), KINDS_AND_SIZES)
+def test_sharded_save_loads_on_every_other_number_of_ranks_and_layout(
+    tmp_path: Path, kind: str, world_size: int
+) -> None:
+    path = str(tmp_path / "a.pt")
+    wanted = run_ranks(save_sharded, world_size, path, kind)[0]
+    for other, num_ranks in [("plain", 1), ("plain", 2), *KINDS_AND_SIZES]:
+        assert all(equal(found, wanted) for found in run_ranks(load_resharded, num_ranks, path, other))
+
+
 @run_distributed(world_size=2)
 def test_file_of_a_sharded_model_loads_into_a_plain_one(tmp_path: Path) -> None:
     sharded = fsdp(plain())
