@@ -115,12 +115,12 @@ def _kill_all(root: str, kills: int, seed: int) -> dict[str, Tally]:
 
 
 def test_a_killed_command_leaves_nothing_half_done(
-    tmp_path: Path, kills: int, seed: int, limit_s: float, tell: Callable[[str], None]
+    tmp_path: Path, kills: int, seed: int, limit_s: float, report: Callable[[str], None]
 ) -> None:
     kills = min(kills, MOST_KILLS)
     (tallies,) = run_ranks(_kill_all, 1, str(tmp_path), kills, seed, backend=None, fresh=True, timeout_s=limit_s)
     for what, tally in tallies.items():
-        tell(
+        report(
             f"SIGKILL, distckpt {what}: {tally.trials} kills, seed {seed}: {tally.cut_writing} while a file was "
             f"written, {tally.cut_before_removal} between removals, {len(tally.findings)} lost, torn or left behind"
         )
