@@ -45,6 +45,7 @@ from ci.savebench.world import Measured, measure_world, progress, scratch_folder
 FULL = {"ranks": [1, 2, 4], "mib": 512, "rounds": 5}
 FULL_SHARDED = {"ranks": [2, 4], "mib": 1024, "rounds": 5}
 QUICK = {"ranks": [2], "mib": 16, "rounds": 1}
+QUICK_SHARDED = ("distckpt", "distckpt background", "DCP save")
 OTHER_SIZES = {1: 2, 2: 4, 4: 2}
 """Number of ranks that load what so many ranks have saved."""
 PICTURED = 2  # ranks
@@ -139,6 +140,8 @@ def parsed() -> argparse.Namespace:
             setattr(arguments, name, value)
     if arguments.only is None:
         names = names_of(is_sharded=arguments.sharded, device=arguments.device)
+        if arguments.quick and arguments.sharded:
+            names = QUICK_SHARDED
         arguments.only = [name for name in names if not arguments.quick or not FIELD[name].starts_process]
     if arguments.picture is not None and arguments.sharded:
         parser.error("argument --picture: not with --sharded")
