@@ -215,7 +215,7 @@ class ShardBuffer:
         self.segments = segments
         self.checked: list[tuple[int, int, int, int]] = []
         self._late = late
-        self._memory = memory
+        self._memory = self._late_memory = memory
         self._ready = 0
         self._end = max((one.at + one.end - one.begin for one in segments), default=0)
         self._change = threading.Condition()
@@ -272,7 +272,7 @@ class ShardBuffer:
             memory[at : at + end - begin] = self._memory[old : old + end - begin]
             kept.append(Segment(begin, end, at))
             at += end - begin
-        self._memory, self._late = memory, kept
+        self._late_memory, self._late = memory, kept
 
     def complete_late(self, crcs: Sequence[int]) -> Iterator[tuple[int, memoryview]]:
         """Fill the missing headers into the parts that are written last; yield these with their offsets in the file.
@@ -283,8 +283,9 @@ class ShardBuffer:
         for segment in self._late:
             index = bisect.bisect_left(self.plan.records, segment.end, key=header_of) - 1
             record = self.plan.records[index]
-            self._put(segment, record.header, local_header(record, crcs[index]))
-            yield segment.begin, self._memory[segment.at : segment.at + segment.end - segment.begin]
+            header, at = local_header(record, crcs[index]), segment.at + record.header - segment.begin
+            self._late_memory[at : at + len(header)] = header
+            yield segment.begin, self._late_memory[segment.at : segment.at + segment.end - segment.begin]
 
     def _publish(self, ready: int) -> None:
         if ready - self._ready >= CHUNK_BYTES or ready == self._end:

@@ -304,9 +304,11 @@ class Snapshot:
         Call it after :meth:`write_image` and a sync, while the staging memory is still reserved. Raises SaveError.
         """
         buffer = _required(self._buffer)
-        if any(file.has_hole(begin, end // BLOCK_BYTES * BLOCK_BYTES) for begin, end, _ in buffer.segments):
-            for at, chunk in buffer.chunks():
-                file.compare(chunk[: len(chunk) // BLOCK_BYTES * BLOCK_BYTES], at)
+        has_hole = any(file.has_hole(begin, end // BLOCK_BYTES * BLOCK_BYTES) for begin, end, _ in buffer.segments)
+        for at, chunk in buffer.chunks():
+            blocks = chunk[: len(chunk) // BLOCK_BYTES * BLOCK_BYTES]
+            if has_hole or len(blocks) <= BLOCK_BYTES:  # a block that was written in part is no hole
+                file.compare(blocks, at)
 
     def write_tail(self, file: NewFile, checksums: Sequence[Checksums], manifest: Manifest) -> int:
         """Write what follows the image, and the record headers that no range's writer could complete. Any thread.
@@ -326,6 +328,7 @@ class Snapshot:
         ends = [end for _, end in self._plan.write_ranges(writers.num_writers, writers.coordinator_index)]
         for offset, chunk in _required(self._buffer).complete_late(self._tail.crcs):
             file.write(chunk, offset)
+            file.compare(chunk, offset)  # these are written after the ranks have looked for holes
         for offset, header in self._plan.boundary_headers(ends, self._tail.crcs):
             file.write(header, offset)
             file.compare(header, offset)  # a lost write leaves no hole here: the block was written before
