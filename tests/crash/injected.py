@@ -18,7 +18,7 @@ from distckpt.policy.naming import TEMP_PREFIX, TEMP_SUFFIX, is_temp
 from distckpt.ptformat.verify import check_whole
 from distckpt.storage import new_file
 from distckpt.storage.local import LocalFile
-from tests.crash.modes import MODES, is_background, is_shared
+from tests.crash.modes import MODES, is_background, is_sharded, is_shared
 from tests.crash.savers import Subject
 from tests.crash.shim import Called, Fault, How
 from tests.crash.subject import Counted, idle_engine, name_of, steps_in, whole_steps
@@ -118,7 +118,7 @@ def observe(directory: Path, roles: Roles, trouble: Trouble, make: HandlerMaker)
         trouble: used on the failing rank.
         make: makes the handler.
     """
-    counted = Trained() if is_shared(roles.mode) else Counted(_NUM_FLOATS)
+    counted = Trained(is_sharded=is_sharded(roles.mode)) if is_shared(roles.mode) else Counted(_NUM_FLOATS)
     handler = make(counted, directory, roles.saving)
     here, fails_here = roles.rank == roles.saving, roles.rank == roles.failing
     save = partial(_save, handler, counted, roles.mode)

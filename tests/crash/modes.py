@@ -9,13 +9,15 @@ from typing import Any
 
 from distckpt import DiskSaver
 
-__all__ = ["MODES", "disk_saver", "is_background", "is_shared", "world_size_of"]
+__all__ = ["MODES", "disk_saver", "is_background", "is_sharded", "is_shared", "world_size_of"]
 
 _ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     "foreground": {},
     "background": {"background": True},
     "shared": {"share_write": "node"},
     "background shared": {"background": True, "share_write": "node"},
+    "sharded": {},
+    "background sharded": {"background": True},
 }
 
 MODES: Sequence[str] = tuple(_ARGUMENTS)
@@ -33,7 +35,12 @@ def is_background(saver: str) -> bool:
 
 def is_shared(saver: str) -> bool:
     """Return True if several ranks write one file."""
-    return "share_write" in _ARGUMENTS.get(saver, {})
+    return "share_write" in _ARGUMENTS.get(saver, {}) or is_sharded(saver)
+
+
+def is_sharded(saver: str) -> bool:
+    """Return True if each rank holds and writes a shard of the tensors."""
+    return saver.endswith("sharded")
 
 
 def world_size_of(saver: str) -> int:

@@ -18,7 +18,7 @@ from ignite.engine import Engine, Events
 
 import distckpt
 from tests.crash.forked import Body, Job
-from tests.crash.modes import MODES, is_background
+from tests.crash.modes import MODES, is_background, is_sharded
 from tests.crash.savers import SAVERS
 from tests.crash.subject import Counted, name_of, step_of, steps_in
 from tests.crash.trained import Trained
@@ -122,7 +122,7 @@ def _a_rank(
     store = job_namespace(connect(int(os.environ["MASTER_PORT"])), number)
     try:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-        trained = Trained()
+        trained = Trained(is_sharded=is_sharded(saver))
         handler = SAVERS[saver](trained, directory)
         distckpt.resume(trained.to_save, handler if saver in MODES else directory)
         trained.check()

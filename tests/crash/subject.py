@@ -100,6 +100,7 @@ def numbers_in(state: Any) -> Iterator[float]:
         AssertionError: one is empty, or holds several.
     """
     if isinstance(state, torch.Tensor):
+        state = state.to_local() if hasattr(state, "to_local") else state  # of a DTensor, this rank's part
         number = state.flatten()[0].item()
         assert bool((state == number).all()), f"a tensor holds {number} and other numbers"
         yield number

@@ -17,12 +17,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 import distckpt
 from distckpt.ptformat.reader import read_pt
 from tests.crash.damage import every_damage, some_damage
-from tests.crash.modes import MODES, disk_saver, is_background
+from tests.crash.modes import MODES, disk_saver, is_background, is_sharded
 from tests.crash.subject import idle_engine
+from tests.crash.trained import local_of, shard_parameters
 from tests.support import run_ranks
 
 pytestmark = pytest.mark.crash
@@ -36,26 +38,32 @@ OLD, NEW = "model_1.pt", "model_2.pt"
 class _Model(nn.Module):
     """An object whose numbers, and so its blocks, all differ."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_sharded: bool = False) -> None:
         super().__init__()
-        self.values = nn.ParameterList([torch.zeros(3500), torch.zeros(2000), torch.zeros(3)])
+        # A small tensor travels to the rank that writes it. Of a large one each rank writes its own shard.
+        self.values = nn.ParameterList(torch.zeros(length) for length in (16_500 if is_sharded else 3500, 2000, 3))
+        if is_sharded:
+            shard_parameters(self.values)
 
     def fill(self, step: int) -> None:
         with torch.no_grad():
             for number, parameter in enumerate(self.values):
-                parameter.copy_(torch.arange(len(parameter)) + step + number / 8)
+                whole = torch.arange(len(parameter)) + step + number / 8
+                if isinstance(parameter, DTensor):
+                    whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+                parameter.copy_(whole)
 
     def forward(self) -> torch.Tensor:
         return sum((values.sum() for values in self.values), torch.zeros(()))
 
     def numbers(self) -> torch.Tensor:
-        return torch.cat([values.detach() for values in self.values])
+        return torch.cat([local_of(values).detach() for values in self.values])
 
 
 def _save_two(directory: Path, mode: str) -> tuple[_Model, dict[str, Any]]:
     """Collective. Save an older and a newer checkpoint."""
-    model = _Model()
-    to_save = {"model": nn.parallel.DistributedDataParallel(model)}
+    model = _Model(is_sharded=is_sharded(mode))
+    to_save: dict[str, Any] = {"model": model if is_sharded(mode) else nn.parallel.DistributedDataParallel(model)}
     saver = disk_saver(directory, mode)
     handler = distckpt.Checkpoint(to_save, saver, n_saved=2)
     for step in (1, 2):
@@ -77,7 +85,7 @@ def _damage_on_ranks(root: str, mode: str, num: int, seed: int) -> list[str]:
     directory = Path(root)
     model, to_save = _save_two(directory, mode)
     content, wrong = (directory / NEW).read_bytes(), []
-    live = _Model()
+    live = _Model(is_sharded=is_sharded(mode))
     live.fill(1)
     older = live.numbers()
     for what, damaged in [("nothing", content), *some_damage(content, num, random.Random(seed))]:

@@ -24,7 +24,7 @@ import distckpt
 from tests.crash.faults import Extent, faults_of
 from tests.crash.injected import HandlerMaker, Roles, Seen, Trouble, expected_of, judge, observe
 from tests.crash.loop_disk import mounted_tmpfs, unshare_mounts, why_no_mounts
-from tests.crash.modes import MODES, disk_saver, is_shared
+from tests.crash.modes import MODES, disk_saver, is_sharded, is_shared
 from tests.crash.savers import Subject
 from tests.crash.shim import Called, How, Shim, build, why_no_compiler
 from tests.crash.subject import name_of
@@ -244,14 +244,20 @@ def _fail_calls_in_each_mode(root: str, extents: dict[str, Extent]) -> dict[str,
     return {mode: _fail_each_call(str(place_of(root, mode)), mode, extent) for mode, extent in extents.items()}
 
 
+@pytest.mark.parametrize("sharded", [False, True], ids=["replicas", "shards"])
 def test_every_call_of_a_save_fails_and_all_ranks_raise_the_same(
     tmp_path: Path,
     shim_library: Path,
-    is_whole: bool,  # noqa: FBT001
+    *,
+    sharded: bool,
+    is_whole: bool,
     limit_s: float,
     report: Callable[[str], None],
 ) -> None:
-    extents = {mode: "whole" if is_whole else "quick" if mode == MODES[0] else "sample" for mode in MODES}
+    modes = [mode for mode in MODES if is_sharded(mode) == sharded]
+    extents: dict[str, Extent] = {
+        mode: "whole" if is_whole else "quick" if mode == MODES[0] else "sample" for mode in modes
+    }
     of_modes = _on_ranks(
         _fail_calls_in_each_mode, str(tmp_path), extents, env={"LD_PRELOAD": str(shim_library)}, limit_s=limit_s
     )
@@ -261,6 +267,8 @@ def test_every_call_of_a_save_fails_and_all_ranks_raise_the_same(
         report(f"failing calls, {mode}: {len(tried)} failures on two ranks ({counts}), {len(wrong)} with a wrong end")
     wrong = [f"{mode}: {one}" for mode, of_mode in of_modes.items() for one in of_mode[1]]
     assert not wrong, "\n".join(wrong)
+    if sharded:
+        return
     tried = of_modes[MODES[0]][0]
     assert {"openat", "write", "fsync", "rename", "unlink", "close", "fstat", "stat", "flock", "readdir"} <= {
         one.split(" ")[0] for one in tried

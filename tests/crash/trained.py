@@ -12,11 +12,13 @@ import ignite.handlers
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import distckpt
 from tests.crash.subject import KEY, numbers_in
 
-__all__ = ["Trained"]
+__all__ = ["Trained", "local_of", "shard_parameters"]
 
 # Larger than the writer's buffer, so that a save is several writes.
 _LENGTHS = (400_000, 1000, 10)
@@ -27,11 +29,16 @@ class Trained:
 
     Args:
         step: the first step.
+        is_sharded: whether each rank has a shard of the parameters instead of a replica.
     """
 
-    def __init__(self, step: int = 0) -> None:
+    def __init__(self, step: int = 0, *, is_sharded: bool = False) -> None:
         model = _Model(step)
-        self._model: nn.Module = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
+        self._model: nn.Module = model
+        if is_sharded:
+            shard_parameters(model.values)
+        elif dist.is_initialized():
+            self._model = nn.parallel.DistributedDataParallel(model)
         self._optimizer = _Counting(model.parameters(), step)
         self._counter = _Counter(step)
         self.to_save = {"model": self._model, "optimizer": self._optimizer, KEY: self._counter}
@@ -70,6 +77,19 @@ class Trained:
         assert set(numbers_in(live)) == {float(self.step)}, f"of step {self.step}: {set(numbers_in(live))}"
 
 
+def shard_parameters(parameters: nn.ParameterList) -> None:
+    """Replace parameters by DTensors that are sharded over all ranks. Every rank has the whole values."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for index, parameter in enumerate(parameters):
+        shard = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
+        parameters[index] = nn.Parameter(shard)
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 class _Model(nn.Module):
     def __init__(self, step: int) -> None:
         super().__init__()
@@ -79,7 +99,7 @@ class _Model(nn.Module):
     def forward(self) -> torch.Tensor:
         assert isinstance(self.seen, torch.Tensor)
         self.seen += 1
-        return -sum((values.sum() for values in self.values), torch.zeros(()))
+        return -sum((local_of(values).sum() for values in self.values), torch.zeros(()))
 
 
 class _Counting(torch.optim.Optimizer):
