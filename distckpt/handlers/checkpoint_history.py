@@ -68,7 +68,6 @@ class CheckpointHistory:
     """The history of one Checkpoint. Rank-local; issues no collectives.
 
     Attributes:
-        kept: the kept checkpoints.
         orphans: files that an earlier save had to remove and could not. The next save removes them.
         is_agreed: whether all ranks have the same history.
         former: names of the kept checkpoints that former runs saved.
@@ -81,7 +80,8 @@ class CheckpointHistory:
     """
 
     def __init__(self) -> None:
-        self.kept = History()
+        self._kept = History()
+        self._items: list[Item] | None = None  # of _kept, once a program has asked for them
         self.orphans: tuple[str, ...] = ()
         self.is_agreed = False
         self.former = frozenset[str]()
@@ -99,9 +99,22 @@ class CheckpointHistory:
         self._digested = self.former, digest_of(())
 
     @property
+    def kept(self) -> History:
+        """The kept checkpoints, with what a program has changed in :attr:`items`."""
+        if self._items is not None and list(map(tuple, self._items)) != list(self._kept):
+            self._kept = History((item.priority, item.filename) for item in self._items)
+        return self._kept
+
+    @kept.setter
+    def kept(self, kept: History) -> None:
+        self._kept, self._items = kept, None
+
+    @property
     def items(self) -> list[Item]:
-        """The kept checkpoints, lowest priority first."""
-        return [Item(*entry) for entry in self.kept]
+        """The kept checkpoints, lowest priority first. Programs may change the list, as MONAI's do."""
+        if self._items is None:
+            self._items = [Item(*entry) for entry in self._kept]
+        return self._items
 
     @property
     def digest(self) -> str:

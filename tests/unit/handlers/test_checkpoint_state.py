@@ -40,6 +40,16 @@ def test_states_of_both_releases_are_loaded(key: str, entry: Any) -> None:
     assert handler.last_checkpoint == "a.pt"
 
 
+def test_a_program_may_change_the_list_of_kept_checkpoints() -> None:
+    handler = _checkpoint(n_saved=2)
+    run_epochs(handler, 3)
+    removed = handler._saved.pop()
+    assert removed == Checkpoint.Item(3, "model_3.pt")
+    assert handler.last_checkpoint == "model_2.pt"
+    run_epochs(handler, 3)
+    assert handler.state_dict() == {"_saved": [(2, "model_2.pt"), (3, "model_3.pt")]}
+
+
 @pytest.mark.parametrize("wrong", [[], None, "text", 12])
 def test_a_state_that_is_no_mapping_is_a_type_error(wrong: Any) -> None:
     with pytest.raises(TypeError, match=r"^Argument state_dict should be a dictionary, but given"):
