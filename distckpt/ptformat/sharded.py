@@ -55,8 +55,8 @@ def row_major_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 HINT: Final = (
-    "DTensors of shards and replicas are saved by distckpt.save, and by a Checkpoint with a DiskSaver. For others use "
-    "an object whose state_dict() and load_state_dict() handle the whole state, by "
+    "DTensors of shards and replicas can be loaded, and saved by a DiskSaver or distckpt.save. For other kinds use an "
+    "object whose state_dict() and load_state_dict() handle the whole state, by "
     "torch.distributed.checkpoint.state_dict with StateDictOptions(full_state_dict=True), or by "
     "FullyShardedDataParallel's FULL_STATE_DICT."
 )

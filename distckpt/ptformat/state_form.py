@@ -32,6 +32,7 @@ class StateForms:
     """The forms of the last few states that were pickled. Any thread. A copy of the object has none.
 
     Example:
+        >>> from distckpt.ptformat.pickler import pickle_state
         >>> forms, state = StateForms(), {"a": torch.ones(2), "step": 1}
         >>> forms.match(state) is None
         True
