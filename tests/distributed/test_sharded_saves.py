@@ -15,11 +15,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 
 import distckpt
-from distckpt import Checkpoint, DiskSaver
+from distckpt import Checkpoint, DiskSaver, RngState
 from distckpt.ptformat.reader import verify
-from tests.distributed.programs import raised
+from tests.distributed.programs import kinds, raised
 from tests.support import job, run_distributed
 
 pytestmark = [
@@ -274,6 +275,7 @@ def test_ranks_with_different_shards_raise_one_error_that_names_tensor_and_rank(
     distckpt.save(good, path)
     for how in ("foreground", "background"):
         error = raised(partial(save, {"one": Stateful(_different(kind))}, path, how))
+        assert "ShardedStateError" in kinds(error)
         assert "to_save['one'], key 'b'" in str(error), error
         assert "rank 1" in str(error)
         assert "rank 0" in str(error)
@@ -286,6 +288,7 @@ def test_ranks_with_different_shards_raise_one_error_that_names_tensor_and_rank(
 def test_a_partial_tensor_is_refused_by_name(tmp_path: Path) -> None:
     partial = DTensor.from_local(torch.ones(2), mesh_of(2), [Partial()])
     error = raised(lambda: distckpt.save({"one": Stateful({"sum": partial})}, tmp_path / "file.pt"))
+    assert "ShardedStateError" in kinds(error)
     assert "to_save['one'], key 'sum'" in str(error)
     assert "summands" in str(error)
 
@@ -296,6 +299,7 @@ def test_a_rank_that_does_not_see_the_directory_is_named(tmp_path: Path) -> None
     folder.mkdir()
     state = {"a": shard(numbers(8, 3), mesh_of(2), [Shard(0)])}
     error = raised(lambda: distckpt.save({"one": Stateful(state)}, folder / "file.pt"))
+    assert "SaveError" in kinds(error)
     assert "rank 1 holds shards, but does not see the directory of rank 0" in str(error)
     assert list(folder.iterdir()) == []
 
@@ -310,3 +314,35 @@ def test_a_handler_removes_what_a_sharded_save_replaces(tmp_path: Path) -> None:
     assert sorted(one.name for one in tmp_path.iterdir()) == ["checkpoint_3.pt", "checkpoint_4.pt"]
     for one in tmp_path.iterdir():
         verify(one)
+
+
+SHARED: list[dict[str, Any]] = [
+    {"share_write": "node"},
+    {"share_write": "world", "background": True},
+    {"check_replicas": True},
+    {"share_write": "node", "check_replicas": True, "background": True},
+]
+
+
+@run_distributed(world_size=2, timeout_s=90)
+def test_replicas_and_random_states_are_saved_beside_shards(tmp_path: Path) -> None:
+    for number, options in enumerate(SHARED):
+        model, optimizer = trained(mesh_of(2))
+        replica = DistributedDataParallel(nn.Linear(200, 200))
+        objects: dict[str, Any] = {"rng": RngState(), "model": model, "optimizer": optimizer, "replica": replica}
+        saver = DiskSaver(tmp_path / str(number), create_dir=True, **options)
+        handler = Checkpoint(objects, saver, n_saved=1)
+        engine = Engine(lambda _engine, _batch: None)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, handler)
+        engine.run([0, 1, 2])
+        expected = {name: whole(objects[name].state_dict()) for name in ("model", "optimizer")}
+        handler.wait_until_finished()
+        job.barrier()
+        verify(Path(str(handler.last_checkpoint)))
+        found = torch.load(str(handler.last_checkpoint), weights_only=True)
+        assert_equal({name: found[name] for name in expected}, expected)
+        assert torch.equal(found["replica"]["weight"], replica.module.weight)
+        again, fresh = trained(mesh_of(2))[0], DistributedDataParallel(nn.Linear(200, 200))
+        distckpt.resume({"model": again, "replica": fresh}, tmp_path / str(number))
+        assert_equal(whole(again.state_dict()), expected["model"])
+        assert torch.equal(fresh.module.weight, replica.module.weight)
