@@ -13,6 +13,9 @@ import pytest
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import DiskSaver as IgniteDiskSaver
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import distckpt
 from distckpt import BaseSaveHandler, Checkpoint, DiskSaver
@@ -38,7 +41,9 @@ def counted_collectives() -> Iterator[list[str]]:
         return enter
 
     names = {"start_max": "reduce", "reduce_host": "reduce", "gather_host": "gather"}
-    names |= {name: name for name in ("reduce_tensor", "gather_tensor", "broadcast_tensor")}
+    names |= {name: name for name in ("reduce_tensor", "gather_tensor", "broadcast_tensor")} | {
+        "exchange_host": "exchange"
+    }
     with pytest.MonkeyPatch.context() as patch:
         for method, name in names.items():
             patch.setattr(backend, method, count(name, getattr(backend, method)))
@@ -61,13 +66,14 @@ class KeyedSaver(BaseSaveHandler):
             del self.files[filename]
 
 
-def handler_saves(saver: Any, *, scores_differ: bool) -> list[list[str]]:
+def handler_saves(saver: Any, *, scores_differ: bool, model: Any = None) -> list[list[str]]:
     """Save at the end of each of three epochs; return the collectives of each save."""
+    model = model_of(1.0) if model is None else model
 
     def score(engine: Engine) -> float:
         return engine.state.epoch + (job.rank() / 10 if scores_differ else 0.0)
 
-    handler = Checkpoint({"model": model_of(1.0)}, saver, n_saved=1, score_function=score)
+    handler = Checkpoint({"model": model}, saver, n_saved=1, score_function=score)
     trainer = idle_engine()
     saves: list[list[str]] = []
 
@@ -127,6 +133,23 @@ def test_a_save_by_a_handler_takes_so_many_collectives(tmp_path: Path, kind: str
     *_, last = handler_saves(make(tmp_path), scores_differ=scores_differ)
     assert counts(last) == (reductions, gathers + scores_differ), last
     assert len(last) <= 4 or kind != "a DiskSaver"
+    assert is_alike_on_ranks(last)
+
+
+@pytest.mark.only_on("gloo", why="device meshes over Gloo")
+@pytest.mark.parametrize("background", [False, True], ids=["foreground", "background"])
+@run_distributed(world_size=2)
+def test_a_save_of_sharded_tensors_takes_so_many_collectives(tmp_path: Path, *, background: bool) -> None:
+    model = nn.Linear(40, 40)
+    mesh = init_device_mesh("cpu", (2,))
+    for name, parameter in list(model.named_parameters()):
+        shard = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
+        model.register_parameter(name, nn.Parameter(shard))
+    *_, last = handler_saves(DiskSaver(tmp_path, background=background), scores_differ=False, model=model)
+    # Decide, stage (the file's token is gathered), find the rows, write (the checksums are gathered), commit.
+    assert last.count("exchange") == 1
+    rest = [name for name in last if name != "exchange"]
+    assert counts(rest) in ([(4, 2), (5, 2)] if background else [(5, 2)]), last
     assert is_alike_on_ranks(last)
 
 
