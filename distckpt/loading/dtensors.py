@@ -11,7 +11,7 @@ from torch import nn
 from distckpt.loading.plain_objects import get_tensors, is_plain_tensor
 from distckpt.ptformat.shard_geometry import Ranges, local_ranges
 from distckpt.ptformat.sharded import describe_shard, is_dtensor, is_flat_shard, none_sharded, sharded_error
-from distckpt.saving.sharded_objects import MANAGED, may_be_sharded_module, refuse_fsdp1
+from distckpt.saving.sharded_objects import MANAGED, may_be_sharded_module, refuse_fsdp1, refuse_own_storage
 
 Found = tuple[tuple[Any, ...], torch.Tensor, torch.Tensor]
 """The keys that lead to a plain tensor of a state, the live DTensor that takes its values, and the tensor."""
@@ -163,6 +163,7 @@ def refuse_unloadable(name: str, obj: Any) -> None:
         ShardedStateError: a tensor of the object is sharded in another way than a DTensor is, or is a partial sum.
     """
     where = f"to_load[{name!r}]"
+    refuse_own_storage(where, obj)
     if isinstance(obj, torch.optim.Optimizer):
         _refuse_optimizer(where, obj)
     elif isinstance(obj, nn.Module) and may_be_sharded_module(obj):

@@ -118,10 +118,11 @@ def describe_shard(tensor: torch.Tensor) -> str | None:
 
 def is_flat_shard(tensor: torch.Tensor) -> bool:
     """Return True for a flattened and sharded parameter of FSDP1 in a job of several ranks."""
-    return getattr(tensor, _FLAT, False) is True and _has_peers()
+    return getattr(tensor, _FLAT, False) is True and has_peers()
 
 
-def _has_peers() -> bool:
+def has_peers() -> bool:
+    """Return True in a job of several ranks."""
     process_groups = torch.distributed
     return process_groups.is_available() and process_groups.is_initialized() and process_groups.get_world_size() > 1
 

@@ -10,10 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from distckpt.ptformat.sharded import describe_shard, is_dtensor, is_flat_shard, none_sharded, sharded_error
+from distckpt.errors import ShardedStateError
+from distckpt.ptformat.sharded import describe_shard, has_peers, is_dtensor, is_flat_shard, none_sharded, sharded_error
 
 MANAGED = "_is_fsdp_managed_module"
 _FULL = "FULL_STATE_DICT"
+_PACKAGES = {
+    "deepspeed.runtime": "Use its own save_checkpoint() and load_checkpoint().",
+    "megatron.core": "Use Megatron's own distributed checkpoints.",
+    "fairscale.nn.data_parallel": "Save its full state, as an object with state_dict() and load_state_dict().",
+}
+"""Packages whose modules and optimizers keep shards of their own, and what to do instead."""
 _PLAIN = frozenset({torch.Tensor, nn.Parameter, type(None)})
 
 
@@ -29,10 +36,28 @@ def refuse_sharded_object(name: str, obj: Any, save_on_rank: int) -> None:
         ShardedStateError: the object is sharded.
     """
     where = f"to_save[{name!r}]"
+    refuse_own_storage(where, obj)
     if isinstance(obj, torch.optim.Optimizer):
         _refuse_optimizer(where, obj)
     elif isinstance(obj, nn.Module) and torch.distributed.is_available() and torch.distributed.is_initialized():
         refuse_fsdp1(where, obj, save_on_rank)
+
+
+def refuse_own_storage(where: str, obj: Any) -> None:
+    """Refuse an object of a library that keeps its shards in files of its own, such as a ``DeepSpeedEngine``.
+
+    Args:
+        where: names the object, for messages.
+        obj: the object, without wrappers.
+
+    Raises:
+        ShardedStateError: it is such an object.
+    """
+    for kind in type(obj).__mro__:
+        for package, advice in _PACKAGES.items():
+            if f"{kind.__module__}.".startswith(f"{package}.") and has_peers():
+                msg = f"{where} is a {kind.__name__} of {package}, of whose state each rank holds a part. {advice}"
+                raise ShardedStateError(msg)
 
 
 def _refuse_optimizer(where: str, optimizer: torch.optim.Optimizer) -> None:

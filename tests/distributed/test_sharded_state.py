@@ -450,3 +450,19 @@ def test_shards_over_one_rank_each_are_whole_and_load_again(tmp_path: Path) -> N
         ours, theirs = net.state_dict(), again.state_dict()
         assert all(torch.equal(ours[key].to_local(), theirs[key].to_local()) for key in ours)
         assert torch.equal(found["weight"], again.weight.to_local())
+
+
+@pytest.mark.parametrize("package", ["deepspeed.runtime.engine", "megatron.core.tensor_parallel.layers"])
+@run_distributed(world_size=2)
+def test_objects_of_libraries_with_shards_of_their_own_are_refused_by_name(tmp_path: Path, package: str) -> None:
+    kind: Any = type("Engine", (nn.Linear,), {"__module__": package})
+    before = DiskSaver(tmp_path)
+    for error in (
+        raised(lambda: fire(Checkpoint({"net": kind(2, 2)}, before))),
+        raised(lambda: Checkpoint.load_objects({"net": kind(2, 2)}, {"net": {}})),
+    ):
+        assert "ShardedStateError" in kinds(error)
+        assert "['net'] is a Engine of " in str(error)
+        assert package.split(".", maxsplit=1)[0] in str(error)
+    assert not list(tmp_path.iterdir())
+    fire(Checkpoint({"net": nn.Linear(2, 2)}, before))
