@@ -48,8 +48,8 @@ def local_ranges(
     found: list[Ranges] = []
     for dim, (size, local_size) in enumerate(zip(shape, local_shape, strict=True)):
         on_dim = [shard for shard in shards if shard[0] in (dim, dim - len(shape))]
-        candidates = [_split(size, on_dim)]
-        if (reverse := _as_fsdp(on_dim)) and (other := _split(size, reverse)) != candidates[0]:
+        candidates = [split_dimension(size, on_dim)]
+        if (reverse := fsdp_order(on_dim)) and (other := split_dimension(size, reverse)) != candidates[0]:
             candidates.append(other)
         fitting = [one for one in candidates if num_indices(one) == local_size]
         if len(fitting) != 1:
@@ -69,11 +69,12 @@ def num_indices(ranges: Ranges) -> int:
     return sum(end - begin for begin, end in ranges)
 
 
-_Shard = tuple[int, int, int, int]  # dimension, number of parts, this rank's part, split factor
+DimShard = tuple[int, int, int, int]
+"""How a mesh dimension shards a tensor's: dimension, number of parts, this rank's part, split factor."""
 
 
-def _find_shards(mesh_shape: Sequence[int], coordinate: Sequence[int], placements: Sequence[Any]) -> list[_Shard]:
-    shards: list[_Shard] = []
+def _find_shards(mesh_shape: Sequence[int], coordinate: Sequence[int], placements: Sequence[Any]) -> list[DimShard]:
+    shards: list[DimShard] = []
     for num_parts, part, placement in zip(mesh_shape, coordinate, placements, strict=True):
         # Over a mesh dimension of one rank, every placement is the whole tensor.
         if num_parts == 1 or placement.is_replicate():
@@ -85,7 +86,7 @@ def _find_shards(mesh_shape: Sequence[int], coordinate: Sequence[int], placement
     return shards
 
 
-def _as_fsdp(shards: list[_Shard]) -> list[_Shard]:
+def fsdp_order(shards: list[DimShard]) -> list[DimShard]:
     """Return the shards of a dimension in FSDP2's order; an empty list if FSDP2 has not made them."""
     if not shards:
         return []
@@ -94,21 +95,21 @@ def _as_fsdp(shards: list[_Shard]) -> list[_Shard]:
     return [*others, (dim, num_parts, part, 1)] if is_fsdp and all(one[3] == 1 for one in others) else []
 
 
-def _split(size: int, shards: list[_Shard]) -> Ranges:
+def split_dimension(size: int, shards: list[DimShard]) -> Ranges:
     """Return a rank's part of a dimension that several mesh dimensions shard, one after another."""
     held: Ranges = [(0, size)] if size else []
     for _, num_parts, part, split_factor in shards:
         local_size = num_indices(held)
         parts: Ranges = []
         for outer in range(split_factor):
-            begin, end = _chunk(local_size, split_factor, outer)
-            inner_begin, inner_end = _chunk(end - begin, num_parts, part)
+            begin, end = chunk_of(local_size, split_factor, outer)
+            inner_begin, inner_end = chunk_of(end - begin, num_parts, part)
             parts += _select(held, begin + inner_begin, begin + inner_end)
         held = _merge(parts)
     return held
 
 
-def _chunk(size: int, num_parts: int, part: int) -> tuple[int, int]:
+def chunk_of(size: int, num_parts: int, part: int) -> tuple[int, int]:
     """Return begin and end of a part as ``torch.chunk`` cuts it: the last parts are shorter, or empty."""
     length = -(-size // num_parts)
     return min(part * length, size), min((part + 1) * length, size)

@@ -9,11 +9,12 @@ Source: ``torch.chunk``, by which ``torch.distributed.tensor.Shard`` splits; ``_
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from distckpt.ptformat.layout import align_up
+from distckpt.ptformat.shard_geometry import DimShard, chunk_of, fsdp_order, split_dimension
 from distckpt.storage.base import BLOCK_BYTES
 
 Ranges = tuple[tuple[int, int], ...]
@@ -132,47 +133,33 @@ def find_holders(layout: ShardLayout, begin: int, end: int, turn: int = 0) -> It
         begin = last
 
 
+def is_certain(layout: ShardLayout) -> bool:
+    """Return True if the placements say which rows each rank holds.
+
+    FSDP2 shards what tensor parallelism has sharded already. Where rows do not divide evenly, it holds other rows than
+    torch computes for its placements; see :mod:`distckpt.ptformat.shard_geometry`.
+    """
+    return max(layout.splits, default=0) <= 1 or _is_certain(layout.num_rows, layout.mesh.shape, layout.splits)
+
+
+@functools.lru_cache(maxsize=256)
+def _is_certain(num_rows: int, mesh_shape: tuple[int, ...], splits: tuple[int, ...]) -> bool:
+    for coordinate in itertools.product(*map(range, mesh_shape)):
+        order = fsdp_order(_shards_at(mesh_shape, splits, coordinate))
+        if order and tuple(split_dimension(num_rows, order)) != _rows(num_rows, mesh_shape, splits, coordinate):
+            return False
+    return True
+
+
 @functools.lru_cache(maxsize=4096)
 def _rows(num_rows: int, mesh_shape: tuple[int, ...], splits: tuple[int, ...], coordinate: tuple[int, ...]) -> Ranges:
     """Return the rows of the shard at a coordinate of the mesh. Dimensions of the mesh split from left to right."""
-    ranges: Ranges = ((0, num_rows),)
-    for size, split, number in zip(mesh_shape, splits, coordinate, strict=True):
-        if split:
-            total = sum(end - begin for begin, end in ranges)
-            parts = [_chunk(0, total, split, part) for part in range(split)]
-            chunks = [_chunk(begin, end, size, number) for begin, end in parts]
-            ranges = tuple(_merged(found for begin, end in chunks for found in _slice(ranges, begin, end)))
-    return ranges
+    return tuple(split_dimension(num_rows, _shards_at(mesh_shape, splits, coordinate)))
 
 
-def _chunk(begin: int, end: int, count: int, number: int) -> tuple[int, int]:
-    """Return one of the chunks into which ``torch.chunk`` splits a range."""
-    size = -(-(end - begin) // count)
-    return min(begin + size * number, end), min(begin + size * (number + 1), end)
-
-
-def _slice(ranges: Ranges, begin: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yield the parts of ranges from position `begin` to `end`, counted over all ranges."""
-    at = 0
-    for first, last in ranges:
-        low, high = max(begin - at, 0), min(end - at, last - first)
-        if low < high:
-            yield first + low, first + high
-        at += last - first
-
-
-def _merged(ranges: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Yield the ranges; neighbours as one."""
-    held: tuple[int, int] | None = None
-    for begin, end in ranges:
-        if held is not None and held[1] == begin:
-            held = held[0], end
-            continue
-        if held is not None:
-            yield held
-        held = begin, end
-    if held is not None:
-        yield held
+def _shards_at(mesh_shape: Sequence[int], splits: Sequence[int], coordinate: Sequence[int]) -> list[DimShard]:
+    places = zip(mesh_shape, coordinate, splits, strict=True)
+    return [(0, size, number, split) for size, number, split in places if split]
 
 
 def _part(begin: int, end: int, number: int, count: int) -> tuple[int, int]:
@@ -219,7 +206,8 @@ def _shard_at(layout: ShardLayout, offset: int) -> tuple[int, int, int]:
     for size, split in zip(layout.mesh.shape, layout.splits, strict=True):
         if split:
             number = (row - begin) // max(-(-(end - begin) // size), 1)
-            begin, end = _chunk(begin, end, size, number)
+            first, last = chunk_of(end - begin, size, number)
+            begin, end = begin + first, begin + last
             shard = shard * size + number
     return begin * layout.row_bytes, end * layout.row_bytes, shard
 

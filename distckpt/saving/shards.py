@@ -16,7 +16,7 @@ import torch
 
 from distckpt._checksum import crc32
 from distckpt.ptformat.sharded import TensorShard, as_whole, is_dtensor, sharded_error
-from distckpt.saving.sharding import Mesh, ShardLayout, held_bytes, make_mesh
+from distckpt.saving.sharding import Mesh, ShardLayout, held_bytes, is_certain, make_mesh
 
 NO_ROWS: Final[torch.UntypedStorage] = torch.empty(0, dtype=torch.uint8).untyped_storage()
 """Stands for the rows of a rank that holds none, or holds none any more."""
@@ -235,7 +235,14 @@ class Shards:
         number = self._numbers.setdefault(key, len(self.sources))
         shard = TensorShard(number, dtype, shape, it.requires_grad, isinstance(it, torch.nn.Parameter))
         if number == len(self.sources):
-            self.sources.append(ShardSource(name, it, placing))
+            source = ShardSource(name, it, placing)
+            if not is_certain(source.layout):
+                problem = (
+                    f"a DTensor of {shape[0]} rows that FSDP2 and tensor parallelism share unevenly: its placements do "
+                    "not say which rows a rank holds. Make the number of rows a multiple of the ranks"
+                )
+                raise sharded_error(name, problem)
+            self.sources.append(source)
             self.tensors.append(shard)
         self._by_id[id(it)] = it, shard
         return shard

@@ -293,6 +293,18 @@ def test_a_partial_tensor_is_refused_by_name(tmp_path: Path) -> None:
     assert "summands" in str(error)
 
 
+@run_distributed(world_size=4, timeout_s=60)
+def test_rows_that_fsdp_and_tensor_parallelism_share_unevenly_are_saved_whole(tmp_path: Path) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5, bias=False))
+    expected = model[0].weight.detach().clone()
+    parallelize_module(model, mesh["tp"], {"0": ColwiseParallel()})
+    fully_shard(model, mesh=mesh["dp"])
+    distckpt.save({"model": model}, tmp_path / "file.pt")
+    check_file(tmp_path / "file.pt", {"0.weight": expected})
+
+
 @run_distributed(world_size=2, timeout_s=60)
 def test_a_rank_that_does_not_see_the_directory_is_named(tmp_path: Path) -> None:
     folder = tmp_path / str(job.rank())
