@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     out: Path = arguments.out
     kind = arguments.to or _FORMATS.get(out.suffix)
     if kind is None:
-        raise CommandError(f"what {out} should be is not told by its name: give --to pt, --to safetensors or --to dcp")
+        raise CommandError(f"the name {out} does not say its format: give --to pt, --to safetensors or --to dcp")
     _check_out(arguments.file, out, kind, force=arguments.force)
     with open_source(arguments.file) as source:
         state = source.state if arguments.only is None else find_key(source.state, arguments.only)
@@ -157,5 +157,5 @@ def _write_dcp(source: Source, state: Any, flat: FlatState, manifest: Manifest, 
 
 
 def _texts(flat: FlatState, manifest: Manifest) -> dict[str, str]:
-    told = {MANIFEST: to_json(manifest).decode()}
-    return told if flat.structure is None else {**told, STRUCTURE: flat.structure}
+    metadata = {MANIFEST: to_json(manifest).decode()}
+    return metadata if flat.structure is None else {**metadata, STRUCTURE: flat.structure}

@@ -125,10 +125,10 @@ class DcpSource:
         return load_by_torch(io.BytesIO(data), path)
 
     def _build(self, flat: dict[str, Any]) -> Any:
-        structure, told = flat.pop(STRUCTURE, None), flat.pop(MANIFEST, None)
-        if isinstance(told, str):
+        structure, manifest = flat.pop(STRUCTURE, None), flat.pop(MANIFEST, None)
+        if isinstance(manifest, str):
             with contextlib.suppress(ValueError):
-                self.manifest = from_json(told.encode())
+                self.manifest = from_json(manifest.encode())
         if isinstance(structure, str):
             return unflatten(structure, {name: one for name, one in flat.items() if is_plain_tensor(one)})
         paths = self._metadata.planner_data

@@ -150,9 +150,9 @@ def _print_head(source: Source, output: Output) -> None:
     manifest = source.manifest
     if manifest is None:
         return
-    told = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(manifest.wall_time_s))
+    saved_at = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(manifest.wall_time_s))
     output.line(
-        f"saved: {told}, {format_age(time.time() - manifest.wall_time_s)} ago, on {manifest.reason or 'a call'}"
+        f"saved: {saved_at}, {format_age(time.time() - manifest.wall_time_s)} ago, on {manifest.reason or 'a call'}"
     )
     progress = {"step": manifest.iteration, "epoch": manifest.epoch, "score": manifest.score}
     known = [f"{name} {format_number(value)}" for name, value in progress.items() if value is not None]

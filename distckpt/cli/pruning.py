@@ -51,8 +51,8 @@ class Rules:
 
     def __str__(self) -> str:
         """Return what the rules keep, in words."""
-        told = {"the last": self.last, "the best": self.best, "every": self.every}
-        return ", ".join(f"{name} {number}" for name, number in told.items() if number is not None)
+        limits = {"the last": self.last, "the best": self.best, "every": self.every}
+        return ", ".join(f"{name} {number}" for name, number in limits.items() if number is not None)
 
 
 class Verdict(NamedTuple):

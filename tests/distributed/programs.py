@@ -179,6 +179,19 @@ def logged(name: str, level: int = logging.DEBUG) -> Iterator[list[str]]:
             logger.setLevel(before)
 
 
+class Stateful:
+    """An object whose state is what the test says."""
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+
+    def state_dict(self) -> Any:
+        return self.state
+
+    def load_state_dict(self, state: Any) -> None:
+        self.state = state
+
+
 def raised(call: Callable[[], object]) -> BaseException | None:
     """Return the exception that `call` raises, or None."""
     try:

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 import distckpt
 from distckpt import Checkpoint, DiskSaver, RngState
 from distckpt.ptformat.reader import verify
-from tests.distributed.programs import kinds, raised
+from tests.distributed.programs import Stateful, kinds, raised
 from tests.support import job, run_distributed
 
 pytestmark = [
@@ -28,19 +28,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # torch warns of its own calls
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn)
-
-
-class Stateful:
-    """An object whose state is what the test says."""
-
-    def __init__(self, state: Any) -> None:
-        self.state = state
-
-    def state_dict(self) -> Any:
-        return self.state
-
-    def load_state_dict(self, state: Any) -> None:
-        self.state = state
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -298,7 +285,7 @@ def test_rows_that_fsdp_and_tensor_parallelism_share_unevenly_are_saved_whole(tm
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5, bias=False))
-    expected = model[0].weight.detach().clone()
+    expected = model.state_dict()["0.weight"].clone()
     parallelize_module(model, mesh["tp"], {"0": ColwiseParallel()})
     fully_shard(model, mesh=mesh["dp"])
     distckpt.save({"model": model}, tmp_path / "file.pt")

@@ -23,24 +23,11 @@ from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 
 from distckpt import Checkpoint, DiskSaver, ShardedStateError, resume
-from tests.distributed.programs import fire, gather, kinds, raised
+from tests.distributed.programs import Stateful, fire, gather, kinds, raised
 from tests.support import job, run_distributed
 
 pytestmark = pytest.mark.only_on("gloo", why="device meshes over Gloo")
 Pair = namedtuple("Pair", "a b")  # noqa: PYI024 - an untyped one is what states hold
-
-
-class Stateful:
-    """An object whose state is what the test says."""
-
-    def __init__(self, state: Any) -> None:
-        self.state = state
-
-    def state_dict(self) -> Any:
-        return self.state
-
-    def load_state_dict(self, state: Any) -> None:
-        self.state = state
 
 
 @dataclasses.dataclass

@@ -62,7 +62,7 @@ def test_it_runs_without_a_standard_output(trained: Path, monkeypatch: pytest.Mo
     ("error", "code", "message"),
     [
         (KeyboardInterrupt(), 130, "interrupted"),
-        (PermissionError(13, "Permission denied", "/root/a.pt"), 2, "/root/a.pt: Permission denied"),
+        (PermissionError(13, "Permission denied", "/data/a.pt"), 2, "/data/a.pt: Permission denied"),
         (MemoryError(), 2, "there is not enough memory"),
     ],
 )

@@ -246,8 +246,8 @@ def test_a_damaged_file_is_not_converted(command: Command, tmp_path: Path) -> No
         ("full", "exists, and is no empty directory"),
         ("link.pt", "is no regular file"),
         ("none/b.pt", "is no directory: create it first"),
-        ("b.bin", "is not told by its name: give --to pt"),
-        (".distckpt-x.tmp", "is not told by its name"),
+        ("b.bin", "does not say its format: give --to pt"),
+        (".distckpt-x.tmp", "does not say its format"),
     ],
 )
 def test_names_that_do_not_fit_are_told(command: Command, path: Path, out: str, message: str) -> None:
