@@ -27,6 +27,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Prepare this process and its children."""
     shorten_lookups()
+    # Most tests compare whole directories, also with ignite's. Tests of the record ask for it by the argument.
+    os.environ.setdefault("DISTCKPT_RECORD_EVENTS", "0")
     outcomes.register(config)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from distckpt.cli.survey import FileEntry
-from distckpt.policy.naming import basename
+from distckpt.policy import naming
 from distckpt.ptformat.records import Record
 
 HandlerKey = tuple[str, str]
@@ -68,12 +68,8 @@ def key_of(record: Record) -> HandlerKey:
 
 
 def describe_handler(record: Record) -> str:
-    """Return a handler's name for people: how its files are called, and what they are ranked by."""
-    handler = record.handler
-    name = basename(str(handler.get("prefix") or ""), str(handler.get("name") or "checkpoint"))
-    score = f" by {handler.get('score_name') or 'score'}" if handler.get("is_scored") else " by step"
-    order = handler.get("order")
-    return f"{name}{score}{f' #{order + 1}' if isinstance(order, int) and order > 0 else ''}"
+    """Return a handler's name for people; see :func:`distckpt.policy.naming.describe_handler`."""
+    return naming.describe_handler(record.handler)
 
 
 def view_retention(entries: Sequence[FileEntry]) -> RetentionView:

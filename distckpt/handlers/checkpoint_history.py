@@ -58,6 +58,7 @@ class AttachedEngines:
     def add(self, engine: Engine) -> None:
         """Add an engine."""
         self._engines.add(engine)
+        run_of(engine)  # which records the events of its runs
 
     def union(self, engines: Iterable[Engine]) -> list[Engine]:
         """Return the engines that are alive, and `engines`, each once."""

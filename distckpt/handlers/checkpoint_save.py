@@ -25,6 +25,8 @@ from distckpt.handlers.checkpoint_history import CheckpointHistory, RunIteration
 from distckpt.handlers.engine_events import get_firing_engines
 from distckpt.handlers.ignite_hooks import CheckpointEvents, register_checkpoint_events
 from distckpt.handlers.own_files import OwnFiles
+from distckpt.handlers.run_record import record_directory_of
+from distckpt.handlers.runs import run_of
 from distckpt.handlers.save_handler import (
     BaseSaveHandler,
     StorageSaver,
@@ -79,6 +81,8 @@ class CheckpointSave:
     sync_point: Callable[[str], SyncPoint] = field(init=False)
     agreed: AgreedSave = field(init=False)
     decision: SaveDecision = field(init=False)
+    _outermost: Engine = field(init=False)  # of the engines that fire
+    _position: dict[str, Any] = field(init=False)
     _gathered: dict[int, Any] = field(default_factory=dict)
     _shards: Shards | None = None  # where sharded tensors are saved
     _problems: list[str] = field(default_factory=list)
@@ -105,7 +109,8 @@ class CheckpointSave:
             )
             return replace(intent, save_on_rank=0) if is_alone else intent
 
-        self.sync_point = sync_point
+        self.sync_point, self._outermost = sync_point, engines[0]
+        self._position = {"iteration": engines[0].state.iteration, "epoch": engines[0].state.epoch}
         agreed = protocol.decide(self.backend, sync_point, make, timeout_s=self.handler.timeout_s)
         self.agreed = replace(agreed, coordinator=self.backend.rank) if is_alone else agreed
         self.history.adopt(agreed, engines[0])
@@ -416,6 +421,10 @@ class CheckpointSave:
 
     def _log_saved(self) -> None:
         self.log.write(self.backend.rank, self.agreed, policy_of(self.handler), self.history.orphans)
+        directory = record_directory_of(self.handler.save_handler)
+        if directory is not None:
+            facts = self.log.facts(self.agreed, self.history.orphans)
+            run_of(self._outermost).record.save(self._outermost, directory, self._position | facts)
 
     def _fire_event(self) -> None:
         register_checkpoint_events(self.engine)

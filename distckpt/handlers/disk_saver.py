@@ -18,6 +18,7 @@ from distckpt.coordination.phases import SyncPoint, post_failure
 from distckpt.handlers.arguments import check_choice, check_rank
 from distckpt.handlers.build_manifest import build_manifest
 from distckpt.handlers.compat import DISK_SAVER_OVERRIDES, refuse_overrides
+from distckpt.handlers.run_record import records_by_default
 from distckpt.handlers.save_handler import BaseSaveHandler, WhenBusy, runs_methods_of
 from distckpt.policy.decision import RemovalOrder, SaveDecision
 from distckpt.policy.naming import check_name
@@ -73,6 +74,9 @@ class DiskSaver(BaseSaveHandler):
             warning. None: ``save_on_rank`` writes.
         check_replicas: whether to compare checksums of the replicas before each save. A difference is an error on all
             ranks that names the tensor.
+        record_events: whether a :class:`~distckpt.Checkpoint` that saves here records its runs' events in the
+            directory, in the hidden file ``.distckpt-events.jsonl``, for ``distckpt plot``. None for
+            ``DISTCKPT_RECORD_EVENTS``, or True.
         kwargs: keyword arguments of ``torch.save``; in an XLA job also those of ``xm.save``. ``master_only=False``:
             every replica writes, into its own `dirname`. ``global_master=False``: the first replica of each machine
             writes, for disks that the machines do not share.
@@ -116,6 +120,7 @@ class DiskSaver(BaseSaveHandler):
         own_memory: bool = False,
         share_write: ShareWrite = None,
         check_replicas: bool = False,
+        record_events: bool | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(dirname, str | os.PathLike):
@@ -130,6 +135,7 @@ class DiskSaver(BaseSaveHandler):
         self.when_busy = when_busy
         self.share_write = share_write
         self.check_replicas = bool(check_replicas)
+        self.record_events = records_by_default() if record_events is None else bool(record_events)
         self.kwargs = kwargs
         self.overlap_copy = bool(overlap_copy)
         self._atomic = bool(atomic)

@@ -159,7 +159,7 @@ def get_run(engine: Engine) -> Any:
 
 
 def set_run(engine: Engine, run: Any) -> None:
-    """Call ``run.begin(engine)`` before the handlers of STARTED."""
+    """Call ``run.begin(engine)`` before the handlers of STARTED, and ``run.end(engine, error)`` at the end of a run."""
     vars(engine)[_RUN] = run
 
 

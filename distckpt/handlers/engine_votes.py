@@ -21,6 +21,7 @@ from distckpt.handlers.engine_events import (
     get_early_handlers,
     get_firing_engines,
     get_hooks,
+    get_run,
     get_tracked_handlers,
     is_iteration_event,
     restore_event_name,
@@ -177,8 +178,11 @@ def is_off_schedule(engine: Engine, voter: Voter) -> bool:
 def stop_run(engine: Engine, reason: StopReason) -> None:
     """Rank-local. Stop the engine's run and record why; the first reason stays."""
     votes = _votes_of(engine)
+    run = get_run(engine)
     if votes.stop_reason is None:
         votes.stop_reason = reason
+        if run is not None:
+            run.record.stop(engine, reason)
     engine.terminate()
 
 

@@ -252,10 +252,20 @@ def _wrap_run(run: Callable[..., Any]) -> Callable[..., Any]:
             state = start.before_run(self, *args, **kwargs)
             if state is not None:
                 return state
-        state = run(self, *args, **kwargs)
-        hooks = get_hooks(self)
-        if hooks is not None:
-            hooks.after_run(self)
+        error: BaseException | None = None
+        try:
+            state = run(self, *args, **kwargs)
+            hooks = get_hooks(self)
+            if hooks is not None:
+                hooks.after_run(self)
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            found = get_run(self)
+            if found is not None:
+                found.end(self, error)
+            error = None  # not to keep its frames alive
         return state
 
     return run_with_hooks

@@ -92,6 +92,7 @@ class ModelCheckpoint(Checkpoint):
         own_memory: bool = False,
         share_write: ShareWrite = None,
         check_replicas: bool = False,
+        record_events: bool | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(filename_pattern, bool) or isinstance(include_self, str):
@@ -111,6 +112,7 @@ class ModelCheckpoint(Checkpoint):
             own_memory=own_memory,
             share_write=share_write,
             check_replicas=check_replicas,
+            record_events=record_events,
             **kwargs,
         )
         super().__init__(

@@ -27,6 +27,7 @@ from distckpt.handlers.engine_votes import (
     stop_run,
 )
 from distckpt.handlers.ignite_hooks import find_attachments
+from distckpt.handlers.runs import run_of
 
 _LOG_TIMEOUT_S = 10.0  # for a log record that is being written
 _Saver = Callable[[Engine], Any] | Checkpoint  # a ModelCheckpoint is called with what it is attached with
@@ -195,6 +196,8 @@ class Preemption(Voter):
         self._has_answered = True
         step = engine.state.iteration
         self.logger.log(level, "Preemption: received a signal (%s); the run ends at iteration %d", received, step)
+        signals = [{"rank": rank, "signal": one["signal"]} for rank, one in reports.items()]
+        run_of(engine).record.add(engine, "signal", signals=signals)
         stop_run(engine, "preempted")
         self.preempted = stop_reason(engine) == "preempted"
         if self.exit_code and self.preempted:

@@ -29,6 +29,7 @@ from distckpt.handlers.object_trees import find_path, iter_objects
 from distckpt.handlers.restored_state import RestoredState
 from distckpt.handlers.resume_histories import find_handlers, restore_histories
 from distckpt.handlers.resume_point import ResumePoint, find_engine, find_resume_point
+from distckpt.handlers.run_record import note_resume
 from distckpt.handlers.save_handler import directory_of
 from distckpt.handlers.save_intent import coordinator_of, name_of
 from distckpt.loading import api, select
@@ -223,6 +224,7 @@ def resume(
         restored = RestoredState(objects, find_handlers(handler, to_load, [engine]), load_again, timeout_s)
         FastForward(engine, point, restored, skip_batches=skip_batches, timeout_s=timeout_s)
     resumed = _describe(chosen, engine, point, loaded.record)
+    note_resume(engine, resumed, loaded.record, time.monotonic() - start_s)
     names += ["the engine" for obj, _ in loaded.extras if obj is engine]
     where = "" if chosen.iteration < 0 else f" of iteration {chosen.iteration}"
     if engine is not None and point is not None:

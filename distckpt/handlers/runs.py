@@ -13,6 +13,7 @@ from typing import Any
 from ignite.engine import Engine
 
 from distckpt.handlers.engine_events import get_run, set_run
+from distckpt.handlers.run_record import RunRecord
 from distckpt.ptformat.records import Run
 
 _LATER_S = 1e-3
@@ -39,6 +40,7 @@ class EngineRun:
         num_saved: the number of checkpoints that the run has saved.
         num_starts: the number of calls of ``engine.run()``.
         start_iteration: the engine's iteration at the last call; 0 before the first one.
+        record: the record of its events.
     """
 
     def __init__(self) -> None:
@@ -47,6 +49,7 @@ class EngineRun:
         self.num_saved = 0
         self.num_starts = 0
         self.start_iteration = 0
+        self.record = RunRecord()
         self._is_resumed = False
 
     def resume(self, origin: Origin) -> None:
@@ -60,6 +63,11 @@ class EngineRun:
         if not self._is_resumed and engine.state.iteration == 0:
             self.run = self.origin = None
         self._is_resumed = False
+        self.record.begin(engine)
+
+    def end(self, engine: Engine, error: BaseException | None) -> None:
+        """Note that a call of ``engine.run()`` returns (None) or raises."""
+        self.record.end(engine, error)
 
 
 def run_of(engine: Engine) -> EngineRun:

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from ignite.engine import Engine
 
@@ -15,8 +16,10 @@ from distckpt.backends.detect import current
 from distckpt.handlers.checkpoint_history import CheckpointHistory, RunIteration
 from distckpt.handlers.save_intent import Settings, coordinator_of
 from distckpt.policy.decision import AgreedSave, SavePolicy
+from distckpt.policy.naming import describe_handler
 
 _logger = logging.getLogger(__name__)
+_DIGITS = 6
 
 
 class SkipLog:
@@ -61,9 +64,14 @@ def describe_last(last_checkpoint: str | Path | None) -> str:
 
 
 class SaveLog:
-    """Measures a save from now on, and logs one line when it is committed: at INFO on the coordinator."""
+    """Measures a save from now on, and logs one line when it is committed: at INFO on the coordinator.
+
+    Attributes:
+        begin_at_s: wall time of the beginning, in seconds since 1970.
+    """
 
     def __init__(self) -> None:
+        self.begin_at_s = time.time()
         self._begin_s = time.monotonic()
         self._stall_s: float | None = None
         self._durable_s: float | None = None
@@ -77,16 +85,38 @@ class SaveLog:
         self._durable_s = (time.monotonic() if at_s is None else at_s) - self._begin_s
         return self._durable_s
 
+    def timings(self) -> tuple[float, float]:
+        """Return the seconds that training stood still, and those until the commit; both end now at the latest."""
+        now_s = time.monotonic() - self._begin_s
+        self._stall_s = now_s if self._stall_s is None else self._stall_s
+        return self._stall_s, now_s if self._durable_s is None else self._durable_s
+
+    def facts(self, agreed: AgreedSave, orphans: Collection[str]) -> dict[str, Any]:
+        """Return what the record of events says of the committed save. `orphans`: see :meth:`write`."""
+        intent, decision, (stall_s, durable_s) = agreed.intent, agreed.decision, self.timings()
+        filename = "" if decision is None else decision.filename
+        return {
+            "at_s": self.begin_at_s,
+            "run": None if intent.run is None else intent.run["id"],
+            "file": filename,
+            "handler": None if intent.handler is None else describe_handler(intent.handler),
+            "score": agreed.score,
+            "num_bytes": _size_of(str(Path(intent.directory or "", filename))),
+            "stall_s": round(stall_s, _DIGITS),
+            "durable_s": round(durable_s, _DIGITS),
+            "removed": [name for name in (() if decision is None else decision.evicted) if name not in orphans],
+        }
+
     def write(self, rank: int, agreed: AgreedSave, policy: SavePolicy, orphans: Collection[str]) -> None:
         """Log the line. `orphans` are evicted files that could not be removed; another message gives the reason."""
         decision, level = agreed.decision, log_level(rank, {agreed.coordinator}, logging.INFO)
         if decision is None or not _logger.isEnabledFor(level):
             return
-        now_s = time.monotonic() - self._begin_s
-        stall_s, durable_s = (now_s if one is None else one for one in (self._stall_s, self._durable_s))
+        stall_s, durable_s = self.timings()
         directory = agreed.intent.directory
         path = decision.filename if directory is None else str(Path(directory, decision.filename))
-        size = "" if directory is None else _describe_size(path)
+        num_bytes = None if directory is None else _size_of(path)
+        size = "" if num_bytes is None else f"{num_bytes} bytes, "
         clauses = [f"saved {path}: {size}stall {stall_s:.3f} s, durable after {durable_s:.3f} s"]
         ranked_by = "step" if agreed.score is None else policy.score_name or "score"
         named = {decision.filename, *decision.evicted}
@@ -103,8 +133,8 @@ class SaveLog:
         _logger.log(level, "Checkpoint: %s", "; ".join(clauses))
 
 
-def _describe_size(path: str) -> str:
+def _size_of(path: str) -> int | None:
     try:
-        return f"{os.stat(path).st_size} bytes, "  # noqa: PTH116 - a name on the coordinator's disk, unchanged
+        return os.stat(path).st_size  # noqa: PTH116 - a name on the coordinator's disk, unchanged
     except OSError:
-        return ""
+        return None

@@ -7,6 +7,8 @@ from typing import Any
 # Temporary files are hidden and do not end in ".pt": no listing of checkpoints shows them.
 TEMP_PREFIX = ".distckpt-"
 TEMP_SUFFIX = ".tmp"
+EVENTS_NAME = ".distckpt-events.jsonl"
+"""The record of a directory's events: hidden, so that ``*`` and ``*.pt`` do not match it; see docs/events.md."""
 
 
 def default_pattern(
@@ -85,6 +87,27 @@ def is_temp(name: str) -> bool:
     return name.startswith(TEMP_PREFIX) and name.endswith(TEMP_SUFFIX)
 
 
+def is_reserved(name: str) -> bool:
+    """Return True if `name` is the name of a temporary file of distckpt, or of the record of events."""
+    return name == EVENTS_NAME or is_temp(name)
+
+
+def describe_handler(identity: Mapping[str, Any]) -> str:
+    """Return a handler's name for people: how its files are called, and what they are ranked by.
+
+    Args:
+        identity: the handler's, as in a checkpoint's record.
+
+    Example:
+        >>> describe_handler({"prefix": "best", "name": "model", "is_scored": True, "score_name": "accuracy"})
+        'best_model by accuracy'
+    """
+    name = basename(str(identity.get("prefix") or ""), str(identity.get("name") or "checkpoint"))
+    score = f" by {identity.get('score_name') or 'score'}" if identity.get("is_scored") else " by step"
+    order = identity.get("order")
+    return f"{name}{score}{f' #{order + 1}' if isinstance(order, int) and order > 0 else ''}"
+
+
 def printable(text: str) -> str:
     r"""Escape lone surrogates, so that logs and errors can be encoded.
 
@@ -104,8 +127,7 @@ def check_name(name: str, *, what: str = "filename") -> tuple[str, ...]:
 
     Raises:
         TypeError: the name is no string.
-        ValueError: the name is empty, absolute, holds ``..`` or a NUL, cannot be encoded, or is reserved for
-            temporary files.
+        ValueError: the name is empty, absolute, holds ``..`` or a NUL, cannot be encoded, or is reserved.
 
     Example:
         >>> check_name("fold0/best_3.pt")
@@ -131,6 +153,7 @@ def _find_problem(name: str) -> str | None:
         (name == "", "it is empty"),
         (parts[-1] in ("", "."), "it names a directory"),
         (is_temp(parts[-1]), f"{TEMP_PREFIX}*{TEMP_SUFFIX} is reserved for temporary files"),
+        (parts[-1] == EVENTS_NAME, f"{EVENTS_NAME} is reserved for the record of events"),
     )
     return next((problem for is_so, problem in problems if is_so), None)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distckpt.policy.naming import is_temp
+from distckpt.policy.naming import is_reserved
 from distckpt.policy.retention import Entry
 from distckpt.ptformat.archive import read_head_at
 from distckpt.ptformat.manifest import number_from
@@ -138,7 +138,7 @@ def list_files(directory: Path, ext: str, *, is_nested: bool) -> list[str]:
     if not directory.exists():
         return []
     found = directory.rglob("*") if is_nested else directory.iterdir()
-    named = [path for path in found if path.name.endswith(f".{ext}") and not is_temp(path.name) and path.is_file()]
+    named = [path for path in found if path.name.endswith(f".{ext}") and not is_reserved(path.name) and path.is_file()]
     return sorted(path.relative_to(directory).as_posix() for path in named)
 
 

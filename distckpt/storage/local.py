@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Self
 
 from distckpt.errors import save_error
-from distckpt.policy.naming import check_name, is_temp
+from distckpt.policy.naming import check_name, is_reserved, is_temp
 from distckpt.storage.direct_io import close_quietly
 from distckpt.storage.new_file import (
     CREATE_FLAGS,
@@ -136,7 +136,7 @@ class LocalStorage:
         """Return the names of the committed files in a folder, sorted."""
         parts = check_name(folder) if folder else ()
         with os.scandir(self.directory.joinpath(*parts)) as entries:
-            names = [one.name for one in entries if not is_temp(one.name) and one.is_file(follow_symlinks=False)]
+            names = [one.name for one in entries if not is_reserved(one.name) and one.is_file(follow_symlinks=False)]
         return sorted("/".join((*parts, name)) for name in names)
 
     def remove(self, name: str) -> None:

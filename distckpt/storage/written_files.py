@@ -11,7 +11,7 @@ import shutil
 import stat
 from pathlib import Path
 
-from distckpt.policy.naming import is_temp
+from distckpt.policy.naming import is_reserved
 from distckpt.storage.direct_io import close_quietly
 from distckpt.storage.new_file import new_temp_name, sync_directory_at
 
@@ -84,7 +84,7 @@ class WrittenFiles:
                 for entry in entries:
                     with contextlib.suppress(OSError):  # deleted meanwhile
                         mark = entry.stat(follow_symlinks=False)
-                        if stat.S_IFMT(mark.st_mode) in _KINDS and not is_temp(entry.name):
+                        if stat.S_IFMT(mark.st_mode) in _KINDS and not is_reserved(entry.name):
                             found[Path(entry.path)] = (mark.st_ino, mark.st_mtime_ns, mark.st_size)
         return found
 
