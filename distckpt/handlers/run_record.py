@@ -29,9 +29,9 @@ from distckpt.storage.new_file import text_of
 _logger = logging.getLogger(__name__)
 RECORD_VARIABLE = "DISTCKPT_RECORD_EVENTS"
 _FORMAT = 1
-_PERIOD_S = 10.0
+_PERIOD_S = 1.0
 _PERIODS_A_RUN = 100
-"""The progress of a run is recorded every 10 seconds, and in a long run after each hundredth of its time."""
+"""The progress of a session is recorded every second, and in a long one after each hundredth of its time."""
 _MAX_CHARS = 400
 _COUNTERS = ("max_epochs", "max_iters", "epoch_length")
 

@@ -1,8 +1,12 @@
-"""SIGKILL at random moments of two jobs that record their events in one directory.
+"""The record of events of jobs that are killed, and on disks that take no more.
 
-Each is killed, and resumed by the next trial. Every save that a job took for done is in the record afterwards.
+Two jobs that share a directory are killed at random moments, and resumed by the next trial. Every save that a job took
+for done is in the record afterwards.
 """
 
+import contextlib
+import errno
+import logging
 import random
 import time
 from collections.abc import Callable
@@ -16,6 +20,7 @@ from distckpt import Checkpoint, DiskSaver, resume
 from distckpt.policy.naming import EVENTS_NAME, is_temp
 from distckpt.storage.event_file import read_events
 from tests.crash.forked import forked
+from tests.crash.loop_disk import mounted_tmpfs, must, unshare_mounts, why_no_mounts
 from tests.crash.tally import Tally, others_in
 from tests.support import run_ranks
 from tests.unit.toys import Notebook, idle_engine
@@ -83,3 +88,54 @@ def test_a_killed_job_leaves_a_record_of_all_that_it_has_done(
     )
     assert tally.findings == []
     assert tally.acknowledged > kills
+
+
+def _train_with_bad_records(root: str) -> dict[str, tuple[list[str], list[str]]]:
+    """Train where saves succeed and the record does not; return the names of the files, and what was logged."""
+    unshare_mounts()
+    found = {}
+    for kind in ("ENOSPC", "EROFS"):
+        directory, disk = Path(root) / kind, Path(root) / f"disk {kind}"
+        directory.mkdir()
+        disk.mkdir()
+        record, messages = directory / EVENTS_NAME, list[str]()
+        record.touch()
+        handler = logging.Handler(logging.WARNING)
+        handler.emit = lambda one, messages=messages: messages.append(one.getMessage())  # type: ignore[method-assign, misc]
+        with mounted_tmpfs(disk, "64k"), contextlib.ExitStack() as stack:
+            (disk / "record").touch()
+            must("mount", "--bind", str(disk / "record"), str(record))
+            stack.callback(must, "umount", str(record))
+            if kind == "EROFS":
+                must("mount", "-o", "remount,ro,bind", str(record))
+            else:
+                _fill(disk / "rest")
+            logging.getLogger("distckpt").addHandler(handler)
+            stack.callback(logging.getLogger("distckpt").removeHandler, handler)
+            trainer = idle_engine()
+            saver = DiskSaver(directory, record_events=True)
+            trainer.add_event_handler(Events.ITERATION_COMPLETED, Checkpoint({"notes": Notebook({})}, saver))
+            trainer.run(range(5), max_epochs=1)
+        found[kind] = (sorted(path.name for path in directory.iterdir()), messages)
+    return found
+
+
+def _fill(path: Path) -> None:
+    with path.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+
+
+def test_a_record_that_cannot_be_written_costs_no_save_and_is_logged_once(tmp_path: Path) -> None:
+    reason = why_no_mounts(tmp_path, kind="tmpfs")
+    if reason is not None:
+        pytest.skip(f"this machine does not allow to mount a small tmpfs: {reason}")
+    (found,) = run_ranks(_train_with_bad_records, 1, str(tmp_path), backend=None, fresh=True, timeout_s=60)
+    for kind, (names, messages) in found.items():
+        assert names == [EVENTS_NAME, "notes_5.pt"]
+        (message,) = messages
+        assert f"cannot be written ({kind}" in message
