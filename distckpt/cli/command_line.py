@@ -142,6 +142,10 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--keep-every", type=_number, metavar="M", help="keep those whose step is a multiple of M")
     command.add_argument("-r", "--recursive", action="store_true", help="search sub-folders too")
     command.add_argument("--yes", action="store_true", help="delete")
+
+    command = add("plot", "plotting", "draw the timeline of a directory's runs: saves, scores, stops, lost work")
+    command.add_argument("directory", type=Path, metavar="DIR")
+    command.add_argument("-o", "--out", type=Path, metavar="FILE.svg", help="the picture; replaced if it is there")
     return parser
 
 
