@@ -8,6 +8,7 @@ from distckpt.handlers.engine_votes import stop_reason
 from distckpt.handlers.global_step import global_step_from_engine
 from distckpt.handlers.idist_bridge import register_xla_model, wrap_metric_state
 from distckpt.handlers.ignite_hooks import CheckpointEvents
+from distckpt.handlers.loop import Loop
 from distckpt.handlers.model_checkpoint import ModelCheckpoint
 from distckpt.handlers.preemption import Preemption
 from distckpt.handlers.progress import count_event, progress_of
@@ -28,6 +29,7 @@ __all__ = [
     "CheckpointEvents",
     "DiskSaver",
     "EarlyStopping",
+    "Loop",
     "ModelCheckpoint",
     "Preemption",
     "RngState",

@@ -11,11 +11,14 @@ of distckpt behaves as before.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import logging
+from collections.abc import Callable, Generator, Iterator, Mapping
+from enum import Enum, auto
+from typing import Any, NoReturn
 
-from ignite.engine import DeterministicEngine, Engine, EventEnum, Events
+from ignite.engine import DeterministicEngine, Engine, EventEnum, Events, State
 from ignite.engine.deterministic import _set_rng_states
+from ignite.engine.engine import _EngineTerminateException
 from ignite.engine.events import EventsList
 
 from distckpt.handlers.engine_events import (
@@ -32,7 +35,7 @@ from distckpt.handlers.engine_events import (
 )
 
 _MAX_WRAPPERS = 16  # around one handler: a wrapper may claim to wrap itself
-_ITERATION_COMPLETED = Events.ITERATION_COMPLETED  # enum members are slow to look up
+_ITERATION_STARTED, _ITERATION_COMPLETED = Events.ITERATION_STARTED, Events.ITERATION_COMPLETED  # slow to look up
 
 
 class CheckpointEvents(EventEnum):
@@ -163,18 +166,22 @@ def _wrap_fire_event(
     progress_of: Callable[[Engine], Any],
     count_event: Callable[[Engine, Any], None],
 ) -> Callable[..., None]:
-    get_started, get_completed, begun = Events.GET_BATCH_STARTED, Events.GET_BATCH_COMPLETED, Events.ITERATION_STARTED
+    get_started, get_completed = Events.GET_BATCH_STARTED, Events.GET_BATCH_COMPLETED
     firings = FIRINGS
 
     def fire_event(self: Engine, event_name: Any, *event_args: Any, **event_kwargs: Any) -> None:
+        is_frequent = True
         if event_name is _ITERATION_COMPLETED:
             progress_of(self).trained = self.state.iteration
         elif event_name is get_completed:
             progress_of(self).needs_iterator = False
-        elif not (event_name is get_started or event_name is begun):  # does not occur in each iteration
+        elif not (event_name is get_started or event_name is _ITERATION_STARTED):  # does not occur in each iteration
+            is_frequent = False
             count_event(self, event_name)
-            if event_name is Events.STARTED or event_name is Events.COMPLETED:
-                _before_run_event(self, event_name)
+            _before_run_event(self, event_name)
+        if is_frequent and _is_idle(self, event_name):
+            self.last_event_name = event_name  # all that ignite would do
+            return
         stack = firings.stack
         firing = Firing(self, event_name, event_args, event_kwargs)
         stack.append(firing)
@@ -184,6 +191,8 @@ def _wrap_fire_event(
                 firing.end_iteration()
         finally:
             stack.pop()
+        if isinstance(self, SteppedEngine):
+            self.last_event_name = event_name  # handlers may have fired others
         if firing.actions is not None:
             self.last_event_name = event_name
             for action in firing.actions:
@@ -192,7 +201,16 @@ def _wrap_fire_event(
     return fire_event
 
 
+def _is_idle(engine: Engine, event: Any) -> bool:
+    """Return True if an event changes nothing but ``last_event_name``: no handler, no poller, no line in the log."""
+    if engine._event_handlers[event] or engine.logger.isEnabledFor(logging.DEBUG):  # noqa: SLF001
+        return False
+    return event is not _ITERATION_COMPLETED or get_hooks(engine) is None
+
+
 def _before_run_event(engine: Engine, event: Any) -> None:
+    if not (event is Events.STARTED or event is Events.COMPLETED):
+        return
     run, hooks = get_run(engine), get_hooks(engine)
     if run is not None and event is Events.STARTED:
         run.begin(engine)
@@ -247,28 +265,37 @@ def _wrap_handle_exception(handle: Callable[..., None]) -> Callable[..., None]:
 
 def _wrap_run(run: Callable[..., Any]) -> Callable[..., Any]:
     def run_with_hooks(self: Engine, *args: Any, **kwargs: Any) -> Any:
-        start = vars(self).get(START_HOOK)
-        if start is not None:
-            state = start.before_run(self, *args, **kwargs)
-            if state is not None:
-                return state
-        error: BaseException | None = None
+        state = _before_run(self, *args, **kwargs)
+        if state is not None:
+            return state
         try:
             state = run(self, *args, **kwargs)
-            hooks = get_hooks(self)
-            if hooks is not None:
-                hooks.after_run(self)
+            _after_run(self)
         except BaseException as raised:
-            error = raised
+            _end_run(self, raised)
             raise
-        finally:
-            found = get_run(self)
-            if found is not None:
-                found.end(self, error)
-            error = None  # not to keep its frames alive
+        _end_run(self, None)
         return state
 
     return run_with_hooks
+
+
+def _before_run(engine: Engine, *args: Any, **kwargs: Any) -> State | None:
+    start = vars(engine).get(START_HOOK)
+    state: State | None = None if start is None else start.before_run(engine, *args, **kwargs)
+    return state
+
+
+def _after_run(engine: Engine) -> None:
+    hooks = get_hooks(engine)
+    if hooks is not None:
+        hooks.after_run(engine)
+
+
+def _end_run(engine: Engine, error: BaseException | None) -> None:
+    found = get_run(engine)
+    if found is not None:
+        found.end(engine, error)
 
 
 def _wrap_load_state_dict(load: Callable[..., None]) -> Callable[..., None]:
@@ -291,3 +318,93 @@ def _wrap_set_data(set_data: Callable[..., None], progress_of: Callable[[Engine]
         progress_of(self).begin_pass()
 
     return set_data_and_count
+
+
+class Pause(Enum):
+    """Where the run of a :class:`SteppedEngine` stands still."""
+
+    RUN_STARTED = auto()
+    EPOCH_STARTED = auto()
+    ITERATION_STARTED = auto()
+    """The step is to be made."""
+    BATCHES_ENDED = auto()
+    """The epoch has no further batch, or the run is to stop. EPOCH_COMPLETED or TERMINATE is not fired yet."""
+    RUN_ENDED = auto()
+
+
+class SteppedEngine(Engine):
+    """An engine that runs from one :class:`Pause` to the next, as its caller tells it.
+
+    ignite writes its run as a generator, for ``interrupt()``. It yields at more places here. What happens between them,
+    and the order of events, are ignite's.
+
+    Attributes:
+        pause: where the run stands still; None if there is no run.
+    """
+
+    interrupt_resume_enabled = True  # the generator, also where a program prefers ignite's other one
+
+    def __init__(self) -> None:
+        super().__init__(lambda engine, _batch: engine.state.output)  # which the step has set
+        self.pause: Pause | None = None
+
+    def begin(self, data: Any, max_epochs: int | None, max_iters: int | None, epoch_length: int | None) -> None:
+        """Start a run and fire STARTED; the arguments are those of ``Engine.run()``.
+
+        A resumed run that had ended is at ``Pause.RUN_ENDED`` at once.
+        """
+        if _before_run(self, data, max_epochs, max_iters, epoch_length) is not None:
+            self.pause = Pause.RUN_ENDED
+            return
+        Engine.run.__wrapped__(self, data, max_epochs, max_iters, epoch_length)  # type: ignore[attr-defined]
+        self.advance()
+
+    def advance(self) -> Pause:
+        """Run to the next pause and return it."""
+        return self._go_on(lambda generator: generator.send(None))
+
+    def throw(self, error: BaseException) -> Pause:
+        """Raise an exception in the run, as if its step had raised it; return the next pause if a handler caught it."""
+        return self._go_on(lambda generator: generator.throw(error))
+
+    def _go_on(self, resume: Callable[[Generator[Any, None, State]], Pause]) -> Pause:
+        generator = self._internal_run_generator
+        if generator is None:
+            raise RuntimeError("there is no run")
+        try:
+            self.pause = pause = resume(generator)
+        except StopIteration:
+            self._internal_run_generator = None
+            self.pause = pause = Pause.RUN_ENDED
+            _after_run(self)
+        except BaseException:
+            self._internal_run_generator = self.pause = None
+            raise
+        return pause
+
+    def interrupt(self) -> NoReturn:
+        """Raise: the program has the control between two steps anyway."""
+        raise RuntimeError(f"{type(self).__name__} cannot be interrupted: leave its for statements instead")
+
+    def _internal_run(self) -> State:
+        self._internal_run_generator = self._internal_run_as_gen()
+        return self.state
+
+    def _maybe_terminate_or_interrupt(self) -> Generator[Any, None, None]:
+        if self.should_terminate or self.should_terminate_single_epoch:
+            yield from super()._maybe_terminate_or_interrupt()
+        fired = self.last_event_name
+        if fired is _ITERATION_STARTED:
+            yield Pause.ITERATION_STARTED  # the iteration is completed before the run may stop
+        elif fired is Events.STARTED or fired is Events.EPOCH_STARTED:
+            yield Pause.RUN_STARTED if fired is Events.STARTED else Pause.EPOCH_STARTED
+            yield from super()._maybe_terminate_or_interrupt()
+
+    def _run_once_on_dataset_as_gen(self) -> Generator[Any, None, float]:
+        try:
+            time_s: float = yield from super()._run_once_on_dataset_as_gen()
+        except _EngineTerminateException:
+            yield Pause.BATCHES_ENDED
+            raise
+        yield Pause.BATCHES_ENDED
+        return time_s

@@ -101,6 +101,32 @@ STATEMENTS: list[tuple[Callable[..., Any], tuple[str, ...]]] = [
             "_set_rng_states(rng_states)",
         ),
     ),
+    (Engine.run, ("if self.interrupt_resume_enabled: return self._internal_run()",)),
+    (Engine._internal_run, ("self._internal_run_generator = self._internal_run_as_gen()",)),
+    (
+        Engine._internal_run_as_gen,
+        (
+            "self._fire_event(Events.STARTED) yield from self._maybe_terminate_or_interrupt()",
+            "yield from self._maybe_terminate_or_interrupt() if self._dataloader_iter is None: self._setup_engine()",
+            "epoch_time_taken += yield from self._run_once_on_dataset_as_gen()",
+        ),
+    ),
+    (
+        Engine._run_once_on_dataset_as_gen,
+        (
+            "self._fire_event(Events.ITERATION_STARTED) yield from self._maybe_terminate_or_interrupt()",
+            "self.state.output = self._process_function(",
+            "except _EngineTerminateException as e:",
+            "raise e",
+        ),
+    ),
+    (
+        Engine._maybe_terminate_or_interrupt,
+        (
+            "if self.should_terminate: raise _EngineTerminateException()",
+            "if self.should_terminate_single_epoch: raise _EngineTerminateSingleEpochException()",
+        ),
+    ),
     (Engine._internal_run_as_gen, RUN),
     (Engine._internal_run_legacy, RUN),
     (Engine._run_once_on_dataset_as_gen, EPOCH),
