@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
 from ignite.engine import DeterministicEngine, Engine, Events, State
 
 from distckpt._messages import log_level
@@ -20,6 +21,9 @@ from distckpt.handlers.data_loaders import find_random_sampler, num_batches_of, 
 from distckpt.handlers.engine_events import after_event, set_start_hook
 from distckpt.handlers.ignite_hooks import (
     add_first_handler,
+    end_expectation,
+    end_trained_epoch,
+    expect_run,
     get_handlers,
     get_iterator,
     set_init_iter,
@@ -48,9 +52,10 @@ class FastForward:
 
     1. Before ``run()``: return if nothing is left to train. Translate the resume point for the given data, or raise on
        all ranks. Capture the restored objects.
-    2. STARTED, after all other handlers: restore the objects that these have changed.
-    3. EPOCH_STARTED, before all other handlers, between two epochs: set the generators to their loaded states. What
-       other handlers draw follows, as in an uninterrupted run.
+    2. STARTED, after all other handlers: restore the objects that these have changed. If the last batch of an epoch was
+       trained before the save, and EPOCH_COMPLETED was not fired: set the generators to their loaded states, fire it.
+    3. EPOCH_STARTED, before all other handlers, between two epochs: set the generators to their loaded states, or to
+       those after step 2. What other handlers draw follows, as in an uninterrupted run.
     4. EPOCH_STARTED, after all other handlers, before ignite makes the iterator: in an interrupted epoch, restore the
        objects that these have changed. In the middle of a pass, set the generators to their states from the start of
        the pass, so that its order is the same.
@@ -80,6 +85,7 @@ class FastForward:
         self._resets_workers = False
         self._num_consumed = 0
         self._restore_generators: list[Callable[[], None]] = []
+        self._restore_epoch_end: list[Callable[[], None]] = []
         self._engine_rng_states: Any = None
         for handler in get_handlers(engine, Events.EPOCH_STARTED):
             earlier = getattr(handler, "__self__", None)
@@ -136,7 +142,7 @@ class FastForward:
         fitted: list[ResumePoint] = []
 
         def fit() -> bool:
-            if recorded.is_run_complete(*limits):
+            if recorded.is_run_complete(*limits) and not self._is_end_due_within(*limits):
                 return True
             fitted.append(self._fit(engine, data, epoch_length))
             return False
@@ -144,13 +150,6 @@ class FastForward:
         sync_point = phases.SyncPoint(handler="resume", phase="finding where the run continues", step=0)
         are_complete = phases.run(backend, sync_point, fit, timeout_s=self._timeout_s)
         level = log_level(backend.rank, {0})
-        if recorded.is_end_due:
-            _logger.log(
-                level,
-                "resume: the checkpoint was saved before EPOCH_COMPLETED of epoch %d: its handlers do not run for it. "
-                "Save on EPOCH_COMPLETED, after them, where that matters",
-                recorded.epoch,
-            )
         if all(are_complete):
             self._cancel(engine)
             _logger.log(
@@ -167,6 +166,8 @@ class FastForward:
             raise ValueError(msg)
         self._point = fitted[0]
         self._position_engine(engine)
+        if recorded.is_end_due:
+            expect_run(engine)
         set_init_iter(engine, self._point.in_epoch)  # ignite derives it from the iteration
         if self._point.scale != recorded.scale:
             _logger.log(
@@ -179,6 +180,12 @@ class FastForward:
             )
         self._restored.capture(excluded=stateful_parts_of(data))
         return None
+
+    def _is_end_due_within(self, max_epochs: int | None, max_iters: int | None) -> bool:
+        """Return True if the end of the recorded epoch is still to come, in a run with these limits."""
+        recorded = self._recorded
+        is_within = max_epochs is None or recorded.epoch <= max_epochs
+        return recorded.is_end_due and is_within and (max_iters is None or recorded.trained <= max_iters)
 
     def _fit(self, engine: Engine, data: Any, epoch_length: int | None) -> ResumePoint:
         num_left, sampler = None, find_resumable(data)
@@ -221,6 +228,7 @@ class FastForward:
     def _cancel(self, engine: Engine) -> None:
         """Let the next run start as it would without a resume."""
         self.detach(engine)
+        end_expectation(engine)
         set_init_iter(engine, None)
         continue_from(engine, None)
 
@@ -228,6 +236,7 @@ class FastForward:
 
     def _on_started(self, engine: Engine) -> None:
         set_start_hook(engine, None)
+        end_expectation(engine)
         self._has_begun_batches = False
         after_event(engine, self._after_started)
 
@@ -235,6 +244,22 @@ class FastForward:
         self._restored.restore_changed("STARTED")
         if self._point.seed is not None and isinstance(engine, DeterministicEngine):
             engine.state.seed = self._point.seed
+        if self._point.is_end_due and engine.state.iteration == self._point.trained:
+            self._restore_loaded()
+            for one in self._restored.objects:
+                if isinstance(one, torch.optim.Optimizer):
+                    vars(one)["_opt_called"] = True  # it has stepped: torch's schedulers warn if it has not
+            end_trained_epoch(engine, self._end_epoch)
+
+    def _end_epoch(self, engine: Engine) -> None:
+        _logger.log(
+            log_level(current().rank, {0}),
+            "resume: the batches of epoch %d were all trained before: firing EPOCH_COMPLETED",
+            engine.state.epoch,
+        )
+        engine.fire_event(Events.EPOCH_COMPLETED)
+        engine.should_terminate_single_epoch = False  # as ignite does after this event
+        self._restore_epoch_end = [one.capture_current() for one in self._rng_states]
 
     def _on_epoch_started(self, engine: Engine) -> None:
         if self._has_begun_batches:  # the epoch before had no batch: the data were exhausted
@@ -246,6 +271,9 @@ class FastForward:
             return
         if self._point.epoch_begun:
             self._restored.keep_histories()
+        elif self._restore_epoch_end:
+            for restore in self._restore_epoch_end:
+                restore()
         else:
             self._restore_loaded()
         after_event(engine, self._before_iterator)

@@ -68,6 +68,27 @@ def set_init_iter(engine: Engine, num_iterations: int | None) -> None:
     engine._init_iter = num_iterations  # noqa: SLF001
 
 
+def expect_run(engine: Engine) -> None:
+    """Let the engine's next run fire STARTED though its state is that of a complete run: ignite would reset it."""
+    vars(engine)["_is_done"] = lambda _state: False
+
+
+def end_expectation(engine: Engine) -> None:
+    """Let the engine find out itself whether its run is complete."""
+    vars(engine).pop("_is_done", None)
+
+
+def end_trained_epoch(engine: Engine, end: Callable[[Engine], None]) -> None:
+    """Call `end` for an epoch whose batches are all trained: at once, or after the rest of a program's epoch.
+
+    Call it after STARTED.
+    """
+    if isinstance(engine, SteppedEngine):
+        engine.end_epoch = end
+    else:
+        end(engine)
+
+
 def take_rng_states(engine: Engine) -> Any:
     """Return the generators' states that a DeterministicEngine would set with its new iterator, and keep it from that.
 
@@ -324,6 +345,8 @@ class Pause(Enum):
     """Where the run of a :class:`SteppedEngine` stands still."""
 
     RUN_STARTED = auto()
+    EPOCH_TRAINED = auto()
+    """In a resumed run: all batches of an epoch were trained before. What follows them is to be done."""
     EPOCH_STARTED = auto()
     ITERATION_STARTED = auto()
     """The step is to be made."""
@@ -340,6 +363,7 @@ class SteppedEngine(Engine):
 
     Attributes:
         pause: where the run stands still; None if there is no run.
+        end_epoch: see :func:`end_trained_epoch`; None if no epoch is to be ended.
     """
 
     interrupt_resume_enabled = True  # the generator, also where a program prefers ignite's other one
@@ -347,12 +371,14 @@ class SteppedEngine(Engine):
     def __init__(self) -> None:
         super().__init__(lambda engine, _batch: engine.state.output)  # which the step has set
         self.pause: Pause | None = None
+        self.end_epoch: Callable[[Engine], None] | None = None
 
     def begin(self, data: Any, max_epochs: int | None, max_iters: int | None, epoch_length: int | None) -> None:
         """Start a run and fire STARTED; the arguments are those of ``Engine.run()``.
 
         A resumed run that had ended is at ``Pause.RUN_ENDED`` at once.
         """
+        self.end_epoch = None
         if _before_run(self, data, max_epochs, max_iters, epoch_length) is not None:
             self.pause = Pause.RUN_ENDED
             return
@@ -398,6 +424,10 @@ class SteppedEngine(Engine):
             yield Pause.ITERATION_STARTED  # the iteration is completed before the run may stop
         elif fired is Events.STARTED or fired is Events.EPOCH_STARTED:
             yield Pause.RUN_STARTED if fired is Events.STARTED else Pause.EPOCH_STARTED
+            if self.end_epoch is not None:
+                yield Pause.EPOCH_TRAINED
+                end, self.end_epoch = self.end_epoch, None
+                end(self)
             yield from super()._maybe_terminate_or_interrupt()
 
     def _run_once_on_dataset_as_gen(self) -> Generator[Any, None, float]:

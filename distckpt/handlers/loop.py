@@ -94,7 +94,7 @@ class Loop(SteppedEngine):
                 raise RuntimeError("the epoch's batches were not drawn: iterate over Loop.batches() in each epoch")
             if self.pause is Pause.ITERATION_STARTED:  # `break`
                 self.terminate_epoch()
-            if self.advance() is Pause.EPOCH_STARTED:
+            if self.advance() in (Pause.EPOCH_STARTED, Pause.EPOCH_TRAINED):
                 yield self.state.epoch
 
     def batches(self) -> Iterator[Any]:
@@ -105,10 +105,10 @@ class Loop(SteppedEngine):
         Raises:
             RuntimeError: called outside ``for epoch in loop.epochs()``.
         """
-        if self.pause not in (Pause.EPOCH_STARTED, Pause.ITERATION_STARTED, Pause.BATCHES_ENDED):
+        if self.pause in (None, Pause.RUN_STARTED, Pause.RUN_ENDED):
             raise RuntimeError("use Loop.batches() inside `for epoch in loop.epochs():`")
         advance, state = self.advance, self.state
-        if self.pause is not Pause.BATCHES_ENDED:
+        if self.pause in (Pause.EPOCH_STARTED, Pause.ITERATION_STARTED):
             while advance() is Pause.ITERATION_STARTED:
                 yield state.batch
 

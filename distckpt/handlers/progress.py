@@ -149,6 +149,7 @@ def position_of(engine: Engine) -> dict[str, Any]:
     progress, state, data = progress_of(engine), engine.state, getattr(engine.state, "dataloader", None)
     is_under_way = _is_epoch_under_way(engine, progress)
     is_terminated = progress.has_epoch_begun and bool(engine.should_terminate_single_epoch)
+    is_end_skipped = engine.should_terminate_single_epoch == "skip_epoch_completed"
     batches, length = progress.trained - progress.pass_began_at, num_batches_of(data)
     batches = length or 0 if is_terminated else batches  # ignite makes a new iterator then
     event = engine.last_event_name
@@ -164,7 +165,7 @@ def position_of(engine: Engine) -> dict[str, Any]:
         "epoch": num_completed_epochs(engine),
         "in_epoch": progress.trained - progress.epoch_began_at if is_under_way else 0,
         "epoch_begun": is_under_way,
-        "is_end_due": progress.has_epoch_begun and not is_under_way,
+        "is_end_due": progress.has_epoch_begun and not is_under_way and not is_end_skipped,
         "pass_begun": data is not None and has_pass_begun,
         "iteration_begun": has_iteration_begun,
         "is_drawn": is_drawn,

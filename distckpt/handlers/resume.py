@@ -48,7 +48,8 @@ class Resumed(_PlainPath):  # type: ignore[valid-type, misc]  # the class of thi
     Attributes:
         iteration: trained iterations; None without an engine's state.
         epoch: completed epochs; None likewise.
-        has_ended: True if the run was complete: ``engine.run()`` with the same limits returns at once.
+        has_ended: True if nothing is left to train: ``engine.run()`` with the same limits returns at once, or after
+            EPOCH_COMPLETED and COMPLETED if the file was saved before these.
         skipped: names of newer checkpoints that were not loaded, each with the reason.
         world_size: number of ranks that saved it; None if unknown.
         run_id: id of the run that saved it; None if unknown.
@@ -240,7 +241,7 @@ def resume(
         f"; {history}" if history else "",
     )
     if resumed.has_ended:
-        _logger.log(level, "resume: that run was complete: engine.run() returns at once, unless its limits are higher")
+        _logger.log(level, "resume: nothing is left to train in that run, unless the limits of engine.run() are higher")
     return resumed
 
 

@@ -12,7 +12,7 @@ from ignite.engine import DeterministicEngine, Engine, Events
 from ignite.utils import manual_seed
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from distckpt import Checkpoint, DiskSaver, RngState, resume
+from distckpt import Checkpoint, DiskSaver, Loop, RngState, resume
 
 ENDLESS = 10**6
 
@@ -396,7 +396,8 @@ def test_a_complete_run_trains_no_more(tmp_path: Path, first: dict[str, int]) ->
 
     assert go(first)[1] == [list(range(1, 16))]
     found, trained, fired = go(first)
-    assert (trained, fired, found.has_ended, found.iteration, found.epoch) == ([[]], [], True, 15, 3)
+    assert (trained, found.has_ended, found.iteration, found.epoch) == ([[]], True, 15, 3)
+    assert fired == ["Events.STARTED", "Events.EPOCH_COMPLETED", "Events.COMPLETED"]  # which followed the save
     key = next(iter(first))
     further = first | {key: first[key] * 2}
     assert go(further)[1] == [list(range(16, 31))]
@@ -404,16 +405,58 @@ def test_a_complete_run_trains_no_more(tmp_path: Path, first: dict[str, int]) ->
     assert go(further, further)[1] == [[], list(range(1, 31))]  # the second run is ignite's own
 
 
-@pytest.mark.parametrize(("event", "is_told"), [(Events.ITERATION_COMPLETED, True), (Events.EPOCH_COMPLETED, False)])
-def test_a_save_before_the_end_of_a_trained_epoch_is_warned_of(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, event: Any, *, is_told: bool
-) -> None:
-    def make() -> tuple[Engine, Any]:
-        trainer = Engine(lambda _engine, _batch: None)
-        saver = Checkpoint({"trainer": trainer}, DiskSaver(tmp_path, require_empty=False))
-        trainer.add_event_handler(event, saver)
-        return trainer, resume(saver.to_save, saver)
+def fire_epochs(folder: Path | None, *, on_loop: bool, ends_epoch: str = "", die_at: int = ENDLESS) -> list[Any]:
+    """Train for three epochs; return what followed each epoch's batches, with random numbers.
 
-    make()[0].run(range(4), max_epochs=1)
-    make()[0].run(range(4), max_epochs=2)
-    assert ("before EPOCH_COMPLETED of epoch 1: its handlers do not run" in caplog.text) is is_told
+    Where an epoch is terminated, without them: ignite makes a new iterator then, which draws.
+    """
+    torch.manual_seed(7)
+    model = Model()
+
+    def draw() -> float:
+        return 0.0 if ends_epoch else torch.rand(1).item()
+
+    def step(engine: Engine, _batch: Any) -> None:
+        if engine.state.iteration == die_at:
+            raise KilledError
+
+    data = DataLoader(TensorDataset(torch.arange(8)), batch_size=2, shuffle=True)
+    trainer = Loop(data, max_epochs=3) if on_loop else Engine(step)
+    objects = {"model": model, "trainer": trainer, "rng": RngState(trainer)}
+
+    def end_epoch() -> None:
+        model.seen.append((trainer.state.epoch, trainer.state.iteration, draw()))
+
+    if ends_epoch:
+        skips = {"skip_epoch_completed": True} if ends_epoch == "skip" else {}
+        trainer.add_event_handler(Events.ITERATION_COMPLETED(once=6), lambda: trainer.terminate_epoch(**skips))
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, end_epoch)
+    if folder is not None:
+        saver = Checkpoint(objects, DiskSaver(folder, require_empty=False), n_saved=2)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, saver)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: model.seen.append(("end",)))
+        resume(objects, saver)
+    with contextlib.suppress(KilledError):
+        if isinstance(trainer, Loop):
+            with trainer:
+                for _ in trainer.epochs():
+                    for batch in trainer.batches():
+                        step(trainer, batch)
+                    model.seen.append((trainer.state.epoch, "body", draw()))
+        else:
+            trainer.run(data, max_epochs=3)
+    return [one for one in model.seen if one != ("end",)]
+
+
+@pytest.mark.parametrize(
+    ("ends_epoch", "on_loop"), [("", False), ("", True), ("terminate", False), ("terminate", True), ("skip", False)]
+)
+def test_an_epoch_saved_after_its_last_batch_is_ended(tmp_path: Path, ends_epoch: str, *, on_loop: bool) -> None:
+    program = {"on_loop": on_loop, "ends_epoch": ends_epoch}
+    alone = fire_epochs(None, **program)  # type: ignore[arg-type]
+    assert len(alone) == (3 - (ends_epoch == "skip")) + (3 if on_loop else 0)
+    for die_at in (5, 7, 9):
+        folder = tmp_path / str(die_at)
+        fire_epochs(folder, die_at=die_at, **program)  # type: ignore[arg-type]
+        assert fire_epochs(folder, **program) == alone  # type: ignore[arg-type]
+        assert fire_epochs(folder, **program) == alone  # type: ignore[arg-type]  # the run's last file is of its last batch
