@@ -398,14 +398,18 @@ class SteppedEngine(Engine):
         if generator is None:
             raise RuntimeError("there is no run")
         try:
-            self.pause = pause = resume(generator)
-        except StopIteration:
-            self._internal_run_generator = None
-            self.pause = pause = Pause.RUN_ENDED
-            _after_run(self)
-        except BaseException:
+            try:
+                self.pause = pause = resume(generator)
+            except StopIteration:
+                self._internal_run_generator = None
+                self.pause = pause = Pause.RUN_ENDED
+                _after_run(self)
+        except BaseException as raised:
             self._internal_run_generator = self.pause = None
+            _end_run(self, raised)
             raise
+        if pause is Pause.RUN_ENDED:
+            _end_run(self, None)
         return pause
 
     def interrupt(self) -> NoReturn:
