@@ -41,6 +41,7 @@ from distckpt.policy.naming import check_name
 from distckpt.ptformat.records import read_record
 from distckpt.saving import protocol
 from distckpt.saving.capture import capture, consolidate, find_optimizer_storages, find_replicas, refuse_unconsolidated
+from distckpt.saving.object_forms import CapturedObjects, captured_objects
 from distckpt.saving.pending_save import PendingSave
 from distckpt.saving.shards import Shards
 from distckpt.storage.written_files import WrittenFiles
@@ -83,6 +84,7 @@ class CheckpointSave:
     decision: SaveDecision = field(init=False)
     _outermost: Engine = field(init=False)  # of the engines that fire
     _position: dict[str, Any] = field(init=False)
+    _objects: CapturedObjects = field(init=False)
     _gathered: dict[int, Any] = field(default_factory=dict)
     _shards: Shards | None = None  # where sharded tensors are saved
     _problems: list[str] = field(default_factory=list)
@@ -111,6 +113,7 @@ class CheckpointSave:
 
         self.sync_point, self._outermost = sync_point, engines[0]
         self._position = {"iteration": engines[0].state.iteration, "epoch": engines[0].state.epoch}
+        self._objects = captured_objects(self.backend.world_size)
         agreed = protocol.decide(self.backend, sync_point, make, timeout_s=self.handler.timeout_s)
         self.agreed = replace(agreed, coordinator=self.backend.rank) if is_alone else agreed
         self.history.adopt(agreed, engines[0])
@@ -156,6 +159,7 @@ class CheckpointSave:
                 if self.agreed.needs_consolidation and not isinstance(self.backend, SingleRank)
                 else None,
                 capture=self._capture,
+                objects=self._objects,
                 remove_first=self._remove_first,
                 write=self._write,
                 all_write=saver is None or not saver.writes_on_one_rank,
@@ -222,6 +226,7 @@ class CheckpointSave:
             coordinator=agreed.coordinator,
             consolidate=self._consolidate if agreed.needs_consolidation else None,
             capture=self._capture,
+            objects=self._objects,
             replicas=lambda: find_replicas(self.handler.to_save, world_size=self.backend.world_size),
             optimizer_storages=lambda: find_optimizer_storages(self.handler.to_save),
             make_writer=lambda: saver.make_writer(
@@ -309,6 +314,7 @@ class CheckpointSave:
             save_on_rank=self.agreed.coordinator,
             gathered=gathered,
             shards=self._shards,
+            objects=self._objects,
         )
         if self.handler.include_self:
             checkpoint["checkpointer"] = OrderedDict(_saved=list(self.decision.kept))

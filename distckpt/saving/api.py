@@ -33,6 +33,7 @@ from distckpt.saving.capture import (
     find_replicas,
     needs_consolidation,
 )
+from distckpt.saving.object_forms import captured_objects
 from distckpt.saving.pending_save import WRITE_TIMEOUT_S, PendingSave
 from distckpt.saving.protocol import start_save
 from distckpt.saving.rank_writer import RankWriter
@@ -86,7 +87,8 @@ def save(
     Raises:
         TypeError: an object has no ``state_dict``, or an argument has a wrong type; on every rank.
         ValueError: an argument has a wrong value, or differs between ranks; on every rank.
-        ShardedStateError: a state is sharded in a way that cannot be saved, or not alike on all ranks; on every rank.
+        ShardedStateError: a state is sharded in a way that cannot be saved, or not alike on all ranks; or the ranks
+            have different modules or optimizers under one key; on every rank.
         ReplicasDiffer: replicas differ; on every rank.
         SaveError: the file could not be written; on every rank. A file that `path` named before is untouched.
         CommitNotDurable: the file has its name, but may not survive a power cut; on every rank.
@@ -228,8 +230,17 @@ def _start(
     gathered: dict[int, Any] = {}
     shards = Shards(backend.rank, backend.world_size)
 
+    captured = captured_objects(backend.world_size)
+
     def capture_state() -> Any:
-        state = capture(objects, rank=backend.rank, save_on_rank=save_on_rank, gathered=gathered, shards=shards)
+        state = capture(
+            objects,
+            rank=backend.rank,
+            save_on_rank=save_on_rank,
+            gathered=gathered,
+            shards=shards,
+            objects=captured,
+        )
         return next(iter(state.values())) if len(state) == 1 else state
 
     def make_writer() -> RankWriter:
@@ -257,6 +268,7 @@ def _start(
         if any(answer["is_sharded"] for answer in answers)
         else None,
         capture=capture_state,
+        objects=captured,
         replicas=lambda: find_replicas(objects, world_size=backend.world_size),
         optimizer_storages=lambda: find_optimizer_storages(objects),
         make_writer=make_writer,

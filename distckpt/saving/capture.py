@@ -18,6 +18,7 @@ from distckpt.ptformat.sharded import (
     may_be_sharded,
     sharded_error,
 )
+from distckpt.saving.object_forms import CapturedObjects
 from distckpt.saving.sharded_objects import refuse_sharded_object
 from distckpt.saving.shards import Shards
 from distckpt.saving.staging import has_step_hook
@@ -65,6 +66,7 @@ def capture(
     save_on_rank: int,
     gathered: Mapping[int, Any] | None = None,
     shards: Shards | None = None,
+    objects: CapturedObjects | None = None,
 ) -> dict[str, Any]:
     """Call ``state_dict()`` on every object. All ranks.
 
@@ -74,6 +76,7 @@ def capture(
         save_on_rank: the coordinator. Other ranks get ``{}`` for a ZeroRedundancyOptimizer.
         gathered: what :func:`consolidate` returned; None if it was not called.
         shards: takes sharded tensors; None to refuse them.
+        objects: takes the modules and optimizers whose state is not gathered; None if they are not compared.
 
     Returns:
         The same tree with states in place of objects. Its tensors are the live ones. Replicated DTensors are replaced
@@ -86,15 +89,18 @@ def capture(
     known = gathered or {}
 
     def state_of(name: str, obj: Any) -> Any:
+        where = f"to_save[{name!r}]"
         if id(obj) in known:
-            state = known[id(obj)]
-        else:
-            obj = unwrap(obj)
-            if _is_sharded_optimizer(obj) and rank != save_on_rank:
-                return {}
-            refuse_sharded_object(name, obj, save_on_rank)
-            state = obj.state_dict()
-        return plain_state(state, f"to_save[{name!r}]", shards=shards)
+            return plain_state(known[id(obj)], where, shards=shards)
+        obj = unwrap(obj)
+        is_gathered = _is_sharded_optimizer(obj) or _has_consolidate(obj)
+        if _is_sharded_optimizer(obj) and rank != save_on_rank:
+            return {}
+        refuse_sharded_object(name, obj, save_on_rank)
+        state = plain_state(obj.state_dict(), where, shards=shards)
+        if objects is not None and not is_gathered:
+            objects.add(name, obj, state)
+        return state
 
     captured: dict[str, Any] = map_named(state_of, dict(to_save))
     return captured

@@ -3,6 +3,7 @@
 1. (all ranks) make a ``SaveIntent``: this rank's step, score and history. User code runs here.
 2. (all ranks) compute the ``SaveDecision`` from all intents, by pure functions: :func:`decide`.
 3. (all ranks) gather the optimizer states of a ``ZeroRedundancyOptimizer``, then capture: call ``state_dict()``.
+   Compare what the ranks hold under each key: :mod:`distckpt.saving.object_forms`.
 4. (all ranks) plan the file's image. If several ranks write the file, compare their plans; if these differ, the
    coordinator writes the whole file. In a background save, copy the state to host memory: training may continue.
 5. (each writer) write and sync a range of the image. In a background save this runs on a thread, without collectives.
@@ -37,6 +38,7 @@ from distckpt.errors import CommitNotDurable, ReplicasDiffer, SaveError, save_er
 from distckpt.policy.decision import AgreedSave, SaveIntent, SavePolicy, decide_from, find_coordinator
 from distckpt.policy.naming import printable
 from distckpt.policy.retention import Entry, History
+from distckpt.saving.object_forms import CapturedObjects
 from distckpt.saving.pending_save import WRITE_TIMEOUT_S, PendingSave, Problems, SyncPointFactory
 from distckpt.saving.rank_writer import RankWriter
 from distckpt.saving.shard_exchange import ShardExchange
@@ -102,6 +104,7 @@ def start_save(
     coordinator: int,
     consolidate: Callable[[], None] | None,
     capture: Callable[[], Any],
+    objects: CapturedObjects,
     replicas: Callable[[], Collection[int]],
     optimizer_storages: Callable[[], Mapping[int, str]],
     make_writer: Callable[[], RankWriter],
@@ -125,6 +128,7 @@ def start_save(
         consolidate: gathers optimizer states on the coordinator; None if there are none. It is collective, so it is not
             done in `capture`, where user code may fail on one rank.
         capture: returns the checkpoint on this rank.
+        objects: the modules and optimizers that `capture` finds.
         replicas: returns the identities of the storages that are equal on all ranks.
         optimizer_storages: returns those of the storages that only an optimizer's step changes, with device types.
         make_writer: returns this rank's writer.
@@ -140,6 +144,7 @@ def start_save(
 
     Raises:
         RemoteRankError: a step failed on some rank; on every rank. With one rank: that rank's error.
+        ShardedStateError: the ranks have different objects under one key; on every rank.
         ReplicasDiffer: replicas differ between ranks; on every rank.
     """
     write_timeout_s = max(default_timeout_s() if timeout_s is None else timeout_s, WRITE_TIMEOUT_S)
@@ -154,6 +159,7 @@ def start_save(
             answer = writer.prepare(state, shards=shards, replicas=replicas, optimizer_storages=optimizer_storages)
         except SaveError as error:
             raise annotate(error) from error
+        answer["objects"] = objects.digests()
         if answer["shards"] is not None:
             answer["knows_writers"] = shard_writers.is_known()
         return answer
@@ -165,6 +171,8 @@ def start_save(
         staging_timeout_s = write_timeout_s if in_background or len(writers) > 1 else timeout_s
         answers = phases.run(backend, sync_point(f"staging {filename}"), prepare, timeout_s=staging_timeout_s)
         (writer,) = prepared
+        found = [answer["objects"] for answer in answers]
+        objects.compare(backend, sync_point, filename, found, coordinator, timeout_s=timeout_s)
         if group.check_replicas:
             point = sync_point(f"comparing replicas for {filename}")
             checksums = phases.run(backend, point, writer.replica_checksums, timeout_s=write_timeout_s)
@@ -234,6 +242,7 @@ def save_by_handler(
     *,
     consolidate: Callable[[], None] | None,
     capture: Callable[[], Any],
+    objects: CapturedObjects,
     remove_first: Callable[[], Sequence[str]],
     write: Callable[[Any], None],
     all_write: bool,
@@ -247,6 +256,7 @@ def save_by_handler(
         agreed: what :func:`decide` returned; nothing is saved if it holds no decision.
         consolidate: gathers sharded state on the coordinator; collective. None if there is none.
         capture: returns the checkpoint on this rank.
+        objects: the modules and optimizers that `capture` finds.
         remove_first: removes files that must go before the write, and returns their names; collective.
         write: passes the checkpoint to the save handler on this rank.
         all_write: whether every rank may take long. Otherwise the coordinator waits `timeout_s` for the other ranks.
@@ -254,6 +264,7 @@ def save_by_handler(
 
     Raises:
         RemoteRankError: capture or write failed on some rank; on every rank. With one rank: that rank's error.
+        ShardedStateError: the ranks have different objects under one key; on every rank.
         CommitNotDurable: the file has its name, but may not survive a power cut.
     """
     if agreed.decision is None:
@@ -264,10 +275,12 @@ def save_by_handler(
     captured: list[Any] = []
     writes = all_write or backend.rank == agreed.coordinator
 
-    def capture_here() -> None:
+    def capture_here() -> dict[str, int]:
         captured.append(backend.sync_device(capture(), to_host=writes))
+        return objects.digests()
 
-    phases.run(backend, sync_point(f"capturing {filename}"), capture_here, timeout_s=timeout_s)
+    found = phases.run(backend, sync_point(f"capturing {filename}"), capture_here, timeout_s=timeout_s)
+    objects.compare(backend, sync_point, filename, found, agreed.coordinator, timeout_s=timeout_s)
     removed = remove_first()
     point = sync_point(f"saving {filename}")
 
