@@ -131,6 +131,8 @@ def test_a_resume_from_before_the_last_session_loses_all_of_it() -> None:
 def test_jobs_beside_each_other_and_runs_that_begin_anew_lose_nothing() -> None:
     jobs = [*session("a", 0, 0, 33, run="r1"), *session("b", 5, 0, 100, run="r2", ends=[END])]
     assert ends_of(make_timeline(jobs, [])) == [(NO_END, 0), (COMPLETE, 0)]
+    other = [*session("a", 0, 0, 33, run="r1"), *session("b", 50, 10, 100, resumed=("r0", []), ends=[END])]
+    assert ends_of(make_timeline(other, [])) == [(NO_END, 0), (COMPLETE, 0)]
     anew = [*session("a", 0, 0, 33, run="r1"), *session("b", 50, 0, 100, run="r2", ends=[END])]
     assert ends_of(make_timeline(anew, [])) == [(NO_END, 0), (COMPLETE, 0)]
 
