@@ -62,12 +62,14 @@ if TYPE_CHECKING:
         stop_reason,
     )
     from distckpt.loading.api import LoadReport, latest, load
+    from distckpt.policy.policies import BestN, EveryHours, EveryNSteps, LastN
     from distckpt.samplers import ResumableSampler
     from distckpt.saving.api import async_save, save
     from distckpt.saving.pending_save import PendingSave
 
 __all__ = [
     "BaseSaveHandler",
+    "BestN",
     "Checkpoint",
     "CheckpointEvents",
     "CollectiveError",
@@ -78,6 +80,9 @@ __all__ = [
     "DiskSaver",
     "DistckptError",
     "EarlyStopping",
+    "EveryHours",
+    "EveryNSteps",
+    "LastN",
     "LoadError",
     "LoadReport",
     "Loop",
@@ -174,6 +179,7 @@ _HOMES = {
         "UnsupportedCheckpoint",
     ),
     "distckpt.loading.api": ("LoadReport", "latest", "load"),
+    "distckpt.policy.policies": ("BestN", "EveryHours", "EveryNSteps", "LastN"),
     "distckpt.samplers": ("ResumableSampler",),
     "distckpt.saving.api": ("async_save", "save"),
     "distckpt.saving.pending_save": ("PendingSave",),

@@ -8,6 +8,7 @@ from typing import Any
 from distckpt._values import check_timeout
 from distckpt.handlers.save_handler import BaseSaveHandler
 from distckpt.handlers.save_intent import Settings
+from distckpt.policy.policies import check_policies
 from distckpt.saving.capture import check_objects
 
 _KINDS: dict[str, Any] = {
@@ -44,6 +45,14 @@ def check_settings(handler: Settings) -> None:
     if handler.n_saved is not None and handler.n_saved < 1:
         msg = f"n_saved must be a positive integer or None, got {handler.n_saved}"
         raise ValueError(msg)
+    if handler.keep is not None:
+        is_scored = handler.score_function is not None or handler.score_name is not None
+        check_policies(handler.keep, is_scored=is_scored)
+        if handler.n_saved != 1:
+            msg = (
+                f"Give n_saved or keep, but given n_saved={handler.n_saved} and keep={handler.keep}: LastN and BestN do"
+            )
+            raise ValueError(f"{msg} what n_saved does")
     for name in ("score_function", "global_step_transform"):
         function = getattr(handler, name)
         if function is not None and not callable(function):

@@ -8,6 +8,9 @@ The manifest's ``record`` is what a later run resumes from:
 * ``kept``: the handler's history after this save, as pairs of priority and name, lowest first. Of more than 100
   checkpoints it has the new one alone: the records of the others' files have the others;
 * ``num_kept``: length of the history;
+* ``keep``: the handler's policies, as pairs of name and number; missing if it has ``n_saved``;
+* ``step``: the step that policies see: the global step in the name, or the iteration of the outermost engine;
+* ``time_s``: when the ranks decided on the save, in whole minutes; missing unless a policy asks for it;
 * ``evicted``: the names of the files that this save removes after the commit;
 * ``engine``: of the outermost engine that fires: ``key`` (its place in ``to_save`` as a list; null if it is not there),
   ``iteration``, ``epoch``, ``max_epochs``, ``max_iters`` and ``epoch_length``;
@@ -24,6 +27,7 @@ from distckpt.backends.base import Backend
 from distckpt.handlers.engine_events import get_firing_engines
 from distckpt.handlers.object_trees import find_path
 from distckpt.policy.decision import AgreedSave, SaveDecision
+from distckpt.policy.policies import to_plain
 from distckpt.ptformat.manifest import Manifest
 from distckpt.saving.api import describe_job
 
@@ -67,12 +71,15 @@ def _make_record(engine: Engine, agreed: AgreedSave, to_save: Mapping[str, Any])
     is_plain = path is not None and all(isinstance(key, str | int) for key in path)
     counters = ("iteration", "epoch", "max_epochs", "max_iters", "epoch_length")
     is_equal = all(position == agreed.data[0] for position in agreed.data)
-    return {
+    keep, time_s = agreed.intent.policy.keep, agreed.intent.time_s
+    policies = ({} if keep is None else {"keep": to_plain(keep)}) | ({} if time_s is None else {"time_s": time_s})
+    return policies | {
         "handler": dict(agreed.intent.handler),
         "run": dict(agreed.intent.run),
         "number": agreed.intent.number,
         "kept": _kept_in_record(decision),
         "num_kept": len(decision.kept),
+        "step": agreed.intent.step,
         "evicted": list(decision.evicted),
         "engine": {"key": list(path) if path is not None and is_plain else None}
         | {name: _as_int(getattr(outermost.state, name, None)) for name in counters},

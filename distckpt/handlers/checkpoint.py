@@ -46,6 +46,7 @@ from distckpt.handlers.save_log import SkipLog
 from distckpt.loading import api
 from distckpt.loading.api import LoadReport
 from distckpt.policy.naming import check_name, default_pattern, format_score
+from distckpt.policy.policies import Policy
 from distckpt.policy.scores import check_rule, get_default_score_fn
 
 _SERIALS = itertools.count()
@@ -69,7 +70,7 @@ class Checkpoint(Serializable, Voter):
             not better than any score, and is not saved.
         score_name: the score's name in the file name. Without `score_function`, the score is
             ``get_default_score_fn(score_name)``.
-        n_saved: the number of checkpoints to keep; None keeps all.
+        n_saved: the number of checkpoints to keep; None keeps all. Not used if `keep` is given.
         global_step_transform: takes ``(engine, event_name)`` and returns the global step; see
             :func:`global_step_from_engine`.
         filename_pattern: a pattern with the fields ``filename_prefix``, ``name``, ``score``, ``score_name``,
@@ -78,6 +79,7 @@ class Checkpoint(Serializable, Voter):
         greater_or_equal: whether a checkpoint of equal score replaces the lowest one.
         save_on_rank: the coordinator, which writes. A :class:`DiskSaver`'s own ``save_on_rank`` takes precedence.
         archived: deprecated, without effect.
+        keep: policies such as :class:`LastN`. A checkpoint is kept if any policy wants it. None for `n_saved`.
         score_rule: which score counts when the ranks' scores differ: ``"mean"``, ``"min"``, ``"max"``, or the
             ``"coordinator"``'s.
         timeout_s: seconds to wait for the other ranks; None for ``DISTCKPT_TIMEOUT_S``, or 300.
@@ -141,6 +143,7 @@ class Checkpoint(Serializable, Voter):
         save_on_rank: int = 0,
         *,
         archived: bool | None = None,
+        keep: Sequence[Policy] | None = None,
         score_rule: str = "mean",
         timeout_s: float | None = None,
     ) -> None:
@@ -152,6 +155,7 @@ class Checkpoint(Serializable, Voter):
         self.score_name = score_name
         self.score_function: Callable[..., Any] | None = score_function
         self.n_saved = n_saved
+        self.keep = keep
         self.ext = "pt"
         self.global_step_transform = global_step_transform
         self.filename_pattern = filename_pattern

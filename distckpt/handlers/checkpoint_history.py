@@ -11,7 +11,8 @@ from distckpt.handlers.engine_votes import get_run_number
 from distckpt.handlers.own_files import OwnFiles
 from distckpt.handlers.runs import Origin, propose_run, run_key, run_of, untrained_iteration
 from distckpt.policy.decision import AgreedSave
-from distckpt.policy.retention import Entry, History, digest_of
+from distckpt.policy.history import Entry, History, digest_of
+from distckpt.policy.policies import EveryHours, Policy
 from distckpt.ptformat.records import Run
 
 
@@ -97,13 +98,15 @@ class CheckpointHistory:
         self._iteration: int | None = None
         self._is_searched = False
         self._is_user_given = False
+        self._known_for: tuple[Policy, ...] = ()  # the policies for which the files were looked at
         self._digested = self.former, digest_of(())
 
     @property
     def kept(self) -> History:
         """The kept checkpoints, with what a program has changed in :attr:`items`."""
         if self._items is not None and list(map(tuple, self._items)) != list(self._kept):
-            self._kept = History((item.priority, item.filename) for item in self._items)
+            self._kept = self._kept.with_priorities((item.priority, item.filename) for item in self._items)
+            self._known_for = ()
         return self._kept
 
     @kept.setter
@@ -147,7 +150,7 @@ class CheckpointHistory:
         self.kept, self.orphans = History(entries), tuple(orphans)
         self.is_agreed, self._is_searched, self._is_user_given = False, True, is_user_given
         self._run_key, self._iteration, self._origin = None, iteration, origin
-        self.saved_in = {}
+        self.saved_in, self._known_for = {}, ()
         self.version += 1
 
     def resume_from(self, origin: Origin) -> None:
@@ -172,6 +175,23 @@ class CheckpointHistory:
         if is_new:
             self.former = frozenset(() if self._is_user_given else [name for _, name in self.kept])
         return run
+
+    def look_at_files(self, own: OwnFiles, keep: tuple[Policy, ...] | None) -> None:
+        """Find the steps and times of kept files that policies ask for, in the files' records.
+
+        They are unknown after a load of the history, and after a change of the policies.
+        """
+        if keep is None or keep == self._known_for:
+            return
+        needs_time = any(isinstance(policy, EveryHours) for policy in keep)
+        files = self.kept.files
+        unknown = [file for file in files if file.step is None or (needs_time and file.time_s is None)]
+        if unknown:
+            names = {file.name for file in unknown}
+            found = own.look_at(unknown)
+            known = [file for file in files if file.name not in names]
+            self.kept = History(self.kept, [*found, *known])
+        self._known_for = keep
 
     def is_saved_before(self, outermost: Engine) -> bool:
         """Return True if a former run saved the present state: nothing was trained since."""

@@ -149,7 +149,7 @@ def gen_save_best_models_by_val_score(
         evaluator: the engine whose metric is the score at the end of its run.
         models: a model, or models by name.
         metric_name: the key in ``evaluator.state.metrics``.
-        n_saved: the number of checkpoints to keep.
+        n_saved: the number of checkpoints to keep. Without effect if `keep` is among `kwargs`.
         trainer: the engine whose epoch is in the file name; None for no epoch.
         tag: the beginning of the score's name.
         score_sign: 1.0, or -1.0 for a metric of which smaller values are better.
@@ -169,7 +169,7 @@ def gen_save_best_models_by_val_score(
         {"model": models} if isinstance(models, nn.Module) else models,
         save_handler,
         filename_prefix="best",
-        n_saved=n_saved,
+        n_saved=1 if kwargs.get("keep") is not None else n_saved,
         global_step_transform=None if trainer is None else global_step_from_engine(trainer),
         score_name=f"{tag}_{metric_name.lower()}",
         score_function=get_default_score_fn(metric_name, score_sign=score_sign),

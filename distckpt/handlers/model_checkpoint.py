@@ -1,6 +1,6 @@
 """The ModelCheckpoint handler: a Checkpoint whose objects are arguments of the call."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from distckpt.handlers.compat import ARCHIVED, MODEL_CHECKPOINT_ORDER, accept_ol
 from distckpt.handlers.disk_saver import DiskSaver, ShareWrite
 from distckpt.handlers.save_handler import WhenBusy, directory_of
 from distckpt.handlers.save_intent import UserFacts, name_of
+from distckpt.policy.policies import Policy
 from distckpt.saving.capture import check_objects
 
 _PATTERN_AT = MODEL_CHECKPOINT_ORDER.index("filename_pattern")
@@ -84,6 +85,7 @@ class ModelCheckpoint(Checkpoint):
         archived: Any = _UNSET,
         save_interval: int | None = None,
         save_as_state_dict: Any = _UNSET,
+        keep: Sequence[Policy] | None = None,
         score_rule: str = "mean",
         timeout_s: float | None = None,
         background: bool = False,
@@ -127,6 +129,7 @@ class ModelCheckpoint(Checkpoint):
             include_self=include_self,
             greater_or_equal=greater_or_equal,
             save_on_rank=save_on_rank,
+            keep=keep,
             score_rule=score_rule,
             timeout_s=timeout_s,
         )

@@ -3,8 +3,10 @@
 A file with a record (:mod:`distckpt.ptformat.records`) names its handler. Without a record the file's name decides.
 """
 
+import contextlib
 import functools
 import logging
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from distckpt.policy.decision import SavePolicy
-from distckpt.policy.naming import printable
-from distckpt.policy.retention import Entry, History
-from distckpt.ptformat.records import Record, read_records
+from distckpt.policy.history import Entry, History
+from distckpt.policy.naming import check_name, printable
+from distckpt.policy.policies import SavedFile
+from distckpt.ptformat.records import Record, read_record, read_records
 
 _logger = logging.getLogger(__name__)
 _NUMBER = r"-?(?:\d+(?:\.\d+)?|inf)"
@@ -246,12 +249,33 @@ class OwnFiles:
         found = [entry for name in newest for entry in own[name].kept if entry[1] == name]
         return sorted(found, key=lambda entry: entry[0])
 
+    def look_at(self, files: Sequence[SavedFile]) -> list[SavedFile]:
+        """Return kept files in the order of their saves, with steps and times from their records, if they have one."""
+        records = {file.name: self._record_of(file.name) for file in files}
+        order = {name: record.order for name, record in records.items() if record is not None}
+        oldest = (-math.inf, "", 0)
+        ordered = sorted(files, key=lambda file: order.get(file.name, oldest))
+        is_scored = self._naming.is_scored
+        return [
+            record.describe(file.name, file.priority)
+            if (record := records[file.name]) is not None
+            else file._replace(step=None if is_scored else file.priority)
+            for file in ordered
+        ]
+
+    def _record_of(self, name: str) -> Record | None:
+        with contextlib.suppress(OSError, ValueError):  # a removal raises the same error
+            check_name(name)
+            return None if self._directory is None else read_record(self._directory / name)
+        return None
+
     def named_history(self, resumed: str, others: Iterable[str], *, is_mid_epoch: bool) -> list[Entry] | None:
         """Return the history that follows from names of files without records; None if they hold no priority.
 
         Args:
             resumed: the file that the handler resumes from. The history holds it.
-            others: the handler's other files that are intact. Those beyond ``n_saved`` are left alone.
+            others: the handler's other files that are intact. Those beyond ``n_saved`` are left alone. With other
+                policies all of them are part of the history, and the next save evicts what no policy keeps.
             is_mid_epoch: whether `resumed` was saved in the middle of an epoch.
         """
         priority = self._priority_of(resumed)
@@ -263,7 +287,8 @@ class OwnFiles:
         known = [(self._priority_of(name), name) for name in others if name != resumed]
         entries = [(value, name) for value, name in known if value is not None and (is_scored or value < priority)]
         entries.sort()
-        n_saved = self._naming.policy.n_saved
+        policy = self._naming.policy
+        n_saved = policy.n_saved if policy.keep is None else None
         if n_saved is not None:
             entries = entries[max(0, len(entries) - n_saved + 1) :]
         return sorted([*entries, (priority, resumed)])

@@ -1,5 +1,6 @@
 """What one rank knows before the ranks decide on a save: the user's functions, and the handler's settings."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -15,6 +16,7 @@ from distckpt.handlers.progress import num_completed_epochs, position_of
 from distckpt.handlers.runs import run_of
 from distckpt.handlers.save_handler import directory_of, removal_order_of, storage_saver
 from distckpt.policy.decision import RemovalOrder, SaveIntent, SavePolicy
+from distckpt.policy.policies import EveryHours, Policy, policies_of, whole_minutes
 from distckpt.policy.retention import rank_candidate, wants
 from distckpt.policy.scores import ScoreRule
 from distckpt.saving.capture import needs_consolidation
@@ -31,6 +33,7 @@ class Settings(Protocol):
     score_function: Callable[..., Any] | None
     score_name: str | None
     n_saved: int | None
+    keep: Sequence[Policy] | None
     ext: str
     global_step_transform: Callable[..., int] | None
     filename_pattern: str | None
@@ -80,6 +83,7 @@ def policy_of(handler: Settings) -> SavePolicy:
         n_saved=handler.n_saved,
         greater_or_equal=handler.greater_or_equal,
         score_rule=handler.score_rule,
+        keep=None if handler.keep is None else tuple(handler.keep),
     )
 
 
@@ -127,7 +131,9 @@ def may_want(
         former=history.former,
     )
     # Without a SavePolicy: this may run in every iteration.
-    return wants(entries, priority, n_saved=handler.n_saved, greater_or_equal=handler.greater_or_equal)
+    is_scored, keep = facts.score is not None, None if handler.keep is None else tuple(handler.keep)
+    policies = policies_of(keep, handler.n_saved, is_scored=is_scored)
+    return wants(entries, priority, policies=policies, is_scored=is_scored, greater_or_equal=handler.greater_or_equal)
 
 
 def make_intent(
@@ -156,8 +162,12 @@ def make_intent(
     run = history.enter_run(engines, own, is_coordinator=searches)
     directory, stored = directory_of(saver), storage_saver(saver)
     outermost, is_nested = engines[0], len(engines) > 1
+    policy, step = policy_of(handler), facts.global_step
+    if searches:
+        history.look_at_files(own, policy.keep)
+    has_time = any(isinstance(one, EveryHours) for one in policy.keep or ())
     return SaveIntent(
-        policy=policy_of(handler),
+        policy=policy,
         save_on_rank=coordinator,
         global_step=facts.global_step,
         score=facts.score,
@@ -176,4 +186,6 @@ def make_intent(
         is_mid_epoch=is_mid_epoch(handler, facts, outermost, is_early=is_early),
         is_final=is_forced or (is_nested and outermost.last_event_name in _RUN_ENDS),
         is_saved=history.saved_at.is_present(engines[-1]) or history.is_saved_before(outermost),
+        step=step if isinstance(step, int | float) else outermost.state.iteration,
+        time_s=whole_minutes(time.time()) if has_time else None,
     )

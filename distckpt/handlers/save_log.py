@@ -14,9 +14,10 @@ from distckpt._messages import log_level
 from distckpt._values import is_nan
 from distckpt.backends.detect import current
 from distckpt.handlers.checkpoint_history import CheckpointHistory, RunIteration
-from distckpt.handlers.save_intent import Settings, coordinator_of
+from distckpt.handlers.save_intent import Settings, coordinator_of, policy_of
 from distckpt.policy.decision import AgreedSave, SavePolicy
 from distckpt.policy.naming import describe_handler
+from distckpt.policy.retention import find_rival
 
 _logger = logging.getLogger(__name__)
 _DIGITS = 6
@@ -34,8 +35,10 @@ class SkipLog:
         if is_nan(score):
             self.write(handler, engine, "the score is NaN")
         elif score is None and not history.saved_at.is_present(engine):
-            step, name = history.kept[0]
-            reason = f"its step is not above that of {name}, {step}, the lowest of those kept"
+            policies = policy_of(handler).policies(is_scored=False)
+            step, name = find_rival(history.kept, policies, is_scored=False) or history.kept[0]
+            kept = "those kept" if step == history.kept[0][0] else "the newest"
+            reason = f"its step is not above that of {name}, {step}, the lowest of {kept}"
             self.write(handler, engine, reason)
         else:  # usual: a score that is no better, or another event of an iteration that is saved
             self.write(handler, engine, "it is no better than what is kept", level=logging.DEBUG)
@@ -118,16 +121,20 @@ class SaveLog:
         num_bytes = None if directory is None else _size_of(path)
         size = "" if num_bytes is None else f"{num_bytes} bytes, "
         clauses = [f"saved {path}: {size}stall {stall_s:.3f} s, durable after {durable_s:.3f} s"]
+        if policy.keep is not None and decision.reasons:
+            clauses.append(f"kept as {', '.join(decision.reasons)}")
         ranked_by = "step" if agreed.score is None else policy.score_name or "score"
         named = {decision.filename, *decision.evicted}
         before = {name: priority for priority, name in agreed.intent.history if name in named}
         if decision.filename in before:
             clauses.append(f"replaced the file of that name ({ranked_by} {before[decision.filename]})")
+        wanted_by = ", ".join(map(str, policy.policies(is_scored=agreed.score is not None)))
+        why = f"n_saved={policy.n_saved}" if policy.keep is None else f"not kept by {wanted_by}"
         for name in decision.evicted:
             if name in orphans:
                 continue
             if name in before:
-                clauses.append(f"evicted {name} ({ranked_by} {before[name]}): n_saved={policy.n_saved}")
+                clauses.append(f"evicted {name} ({ranked_by} {before[name]}): {why}")
             else:
                 clauses.append(f"removed {name}, which an earlier save had to leave")
         _logger.log(level, "Checkpoint: %s", "; ".join(clauses))

@@ -1,13 +1,14 @@
 """The decision on a save and on what it replaces: a pure function of every rank's :class:`SaveIntent`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from typing import Any
 
 from distckpt.errors import DesyncError
-from distckpt.policy import naming, retention
-from distckpt.policy.retention import History
+from distckpt.policy import naming, policies, retention
+from distckpt.policy.history import History
+from distckpt.policy.policies import Policy, SavedFile
 from distckpt.policy.scores import ScoreRule, agreed_score
 
 
@@ -34,7 +35,8 @@ class SavePolicy:
         ext: the extension, without its dot.
         pattern: the user's ``filename_pattern``; None for the default pattern.
         score_name: the score's name in the file name; None for none.
-        n_saved: the number of checkpoints to keep; None keeps all.
+        n_saved: the number of checkpoints to keep, without `keep`; None keeps all.
+        keep: the policies; None for `n_saved`.
         greater_or_equal: whether a checkpoint of equal priority replaces the lowest one.
         score_rule: which score counts when the ranks' scores differ.
     """
@@ -47,6 +49,7 @@ class SavePolicy:
     n_saved: int | None
     greater_or_equal: bool
     score_rule: ScoreRule
+    keep: tuple[Policy, ...] | None = None
 
     def filename(self, *, score: str | None, global_step: Any) -> str:
         """Return the name of a checkpoint's file.
@@ -76,9 +79,20 @@ class SavePolicy:
         }
         return naming.render(pattern, fields)
 
-    def wants(self, history: History, priority: float) -> bool:
-        """Return True if a checkpoint of `priority` is to be saved; see :func:`~distckpt.policy.retention.wants`."""
-        return retention.wants(history, priority, n_saved=self.n_saved, greater_or_equal=self.greater_or_equal)
+    def policies(self, *, is_scored: bool) -> tuple[Policy, ...]:
+        """Return the policies by which checkpoints are kept; none keeps all."""
+        return policies.policies_of(self.keep, self.n_saved, is_scored=is_scored)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return the policy as plain values."""
+        keep = None if self.keep is None else policies.to_plain(self.keep)
+        return {one.name: getattr(self, one.name) for one in fields(self)} | {"keep": keep}
+
+    @classmethod
+    def from_plain(cls, found: Mapping[str, Any]) -> "SavePolicy":
+        """Return the policy from the value of :meth:`to_plain`."""
+        keep = found["keep"]
+        return cls(**{**found, "keep": None if keep is None else policies.from_plain(keep)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +119,8 @@ class SaveIntent:
         is_mid_epoch: whether the step is the number of an epoch that is not over.
         is_final: whether the run ends here, so that the state has to be saved.
         is_saved: whether the present iteration has been saved.
+        step: the global step if it is a number, else the outermost engine's iteration.
+        time_s: the wall time in whole minutes, in seconds since 1970; None if no policy asks for it.
     """
 
     policy: SavePolicy
@@ -126,6 +142,8 @@ class SaveIntent:
     is_mid_epoch: bool = False
     is_final: bool = False
     is_saved: bool = False
+    step: int | float | None = None
+    time_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +156,7 @@ class SaveDecision:
         metadata: ``basename``, ``score_name`` and ``priority``, for the save handler.
         kept: the history after the commit.
         evicted: the files to remove.
+        reasons: why policies keep the new checkpoint, in words.
     """
 
     filename: str
@@ -145,6 +164,7 @@ class SaveDecision:
     metadata: Mapping[str, Any]
     kept: History
     evicted: tuple[str, ...]
+    reasons: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,7 +220,14 @@ def decide_from(intents: Sequence[SaveIntent]) -> AgreedSave:
         former=() if own.is_saved else own.former,
     )
     is_forced = own.is_final and score is None and not own.is_saved
-    is_saved = is_forced or own.policy.wants(history, priority)
+    is_scored = score is not None
+    is_saved = is_forced or retention.wants(
+        history,
+        priority,
+        policies=own.policy.policies(is_scored=is_scored),
+        is_scored=is_scored,
+        greater_or_equal=own.policy.greater_or_equal,
+    )
     return AgreedSave(
         coordinator=coordinator,
         intent=own,
@@ -218,7 +245,13 @@ def _make_decision(own: SaveIntent, history: History, score: float | None, prior
     policy = own.policy
     score_text = None if score is None else naming.format_score(score)
     filename = policy.filename(score=score_text, global_step=own.global_step)
-    retained = retention.admit(history, (priority, filename), n_saved=policy.n_saved)
+    is_scored = score is not None
+    retained = retention.admit(
+        history,
+        SavedFile(filename, priority, own.step, own.time_s),
+        policies=policy.policies(is_scored=is_scored),
+        is_scored=is_scored,
+    )
     orphans = [name for name in own.orphans if name != filename and name not in retained.evicted]
     return SaveDecision(
         filename=filename,
@@ -230,6 +263,7 @@ def _make_decision(own: SaveIntent, history: History, score: float | None, prior
         },
         kept=retained.kept,
         evicted=(*retained.evicted, *orphans),
+        reasons=retained.reasons,
     )
 
 

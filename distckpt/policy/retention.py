@@ -1,115 +1,13 @@
-"""Which checkpoints a handler keeps: pure functions over its history of priorities and file names."""
+"""Which checkpoints a handler saves, keeps and evicts: pure functions over its history and its policies."""
 
-import bisect
-import hashlib
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, TypeGuard
 
 from distckpt._values import is_nan
-
-Entry = tuple[int | float, str]
-"""A kept checkpoint: its priority (higher is better) and its file name."""
-
-_MAX_CHANGED_NAMES = 256
-
-
-def digest_of(value: object) -> str:
-    """Return a digest of a plain value."""
-    return hashlib.blake2b(repr(value).encode(errors="surrogatepass"), digest_size=16).hexdigest()
-
-
-class History(Sequence[Entry]):
-    """The kept checkpoints, lowest priority first. It does not change.
-
-    Adding a checkpoint to a history of thousands copies references, and does not sort or hash the others again.
-
-    Args:
-        entries: the kept checkpoints.
-
-    Attributes:
-        entries: the same.
-        digest: text. Histories with equal digests are equal. Equal ones have equal digests if the same was added to
-            equal ones, and removed.
-
-    Example:
-        >>> history = History([(1, "a.pt"), (3, "c.pt")])
-        >>> history.replace({"a.pt"}, (2, "b.pt")).entries
-        ((2, 'b.pt'), (3, 'c.pt'))
-    """
-
-    __slots__ = ("_are_changed", "_is_regular", "_names", "digest", "entries")
-
-    def __init__(self, entries: Iterable[Entry] = ()) -> None:
-        found = tuple(entries)
-        keys, names = [_sort_key(entry) for entry in found], frozenset(name for _, name in found)
-        # A history that a user loads may be in another order, or hold a name twice.
-        is_regular = keys == sorted(keys) and len(names) == len(found)
-        self._fill(found, digest_of(found), names, {}, is_regular=is_regular)
-
-    def _fill(
-        self,
-        entries: tuple[Entry, ...],
-        digest: str,
-        names: frozenset[str],
-        are_changed: dict[str, bool],
-        *,
-        is_regular: bool,
-    ) -> None:
-        self.entries, self.digest, self._is_regular = entries, digest, is_regular
-        self._names, self._are_changed = names, are_changed  # True for a name that was added to `names` since
-
-    @overload
-    def __getitem__(self, index: int) -> Entry: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[Entry, ...]: ...
-    def __getitem__(self, index: int | slice) -> Entry | tuple[Entry, ...]:
-        return self.entries[index]
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __iter__(self) -> Iterator[Entry]:
-        return iter(self.entries)
-
-    def has_name(self, name: str) -> bool:
-        """Return True if a checkpoint of that file name is kept."""
-        return self._are_changed.get(name, name in self._names)
-
-    def from_highest(self, priority: float) -> Iterator[Entry]:
-        """Return the checkpoints from the highest down; those below `priority` may be missing."""
-        for entry in reversed(self.entries):
-            if self._is_regular and entry[0] < priority:
-                return
-            yield entry
-
-    def replace(self, removed: Collection[str], added: Entry | None = None) -> "History":
-        """Return the history without the `removed` names, and with an added checkpoint.
-
-        Among equal priorities the added checkpoint counts as the highest one.
-        """
-        entries, num_removed, num_lowest = self.entries, sum(map(self.has_name, removed)), 0
-        while num_lowest < num_removed and entries[num_lowest][1] in removed:
-            num_lowest += 1
-        if num_lowest == num_removed and self._is_regular:
-            entries = entries[num_lowest:]
-        else:
-            entries = tuple(entry for entry in entries if entry[1] not in removed)
-        if not self._is_regular:
-            return History(entries if added is None else sorted([*entries, added], key=_sort_key))
-        if added is not None:
-            at = bisect.bisect_right(entries, _sort_key(added), key=_sort_key)
-            entries = entries[:at] + (added,) + entries[at:]  # noqa: RUF005 - a third of the time
-        names, are_changed = self._names, {**self._are_changed, **dict.fromkeys(removed, False)}
-        if added is not None:
-            are_changed[added[1]] = True
-        if len(are_changed) > _MAX_CHANGED_NAMES:
-            names, are_changed = frozenset(name for _, name in entries), {}
-        digest = digest_of((self.digest, sorted(removed), added))
-        made = History.__new__(History)
-        made._fill(entries, digest, names, are_changed, is_regular=True)  # noqa: SLF001 - an object of this class
-        return made
+from distckpt.policy.history import Entry, History, PolicyKey, Settled
+from distckpt.policy.policies import BestN, EveryHours, EveryNSteps, LastN, Policy, SavedFile, describe_place, firsts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,61 +17,163 @@ class Retained:
     Attributes:
         kept: the new history. It holds the new checkpoint.
         evicted: the names of the files to remove. The new checkpoint's name is never among them.
+        reasons: why policies keep the new checkpoint, in words.
     """
 
     kept: History
     evicted: tuple[str, ...]
+    reasons: tuple[str, ...]
 
 
-def wants(history: Sequence[Entry], priority: float, *, n_saved: int | None, greater_or_equal: bool) -> bool:
+def wants(
+    history: Sequence[Entry],
+    priority: float,
+    *,
+    policies: Sequence[Policy],
+    is_scored: bool,
+    greater_or_equal: bool,
+) -> bool:
     """Return True if a checkpoint of `priority` is to be saved. NaN is never saved.
+
+    If priorities are scores, and a policy keeps the newest checkpoint whatever its score, then every one is saved.
 
     Args:
         history: the kept checkpoints, lowest priority first.
         priority: the new checkpoint's priority.
-        n_saved: the number of checkpoints to keep; None keeps all.
-        greater_or_equal: whether a checkpoint of equal priority replaces the lowest one.
+        policies: by which checkpoints are kept; none keeps all. See :func:`~distckpt.policy.policies.policies_of`.
+        is_scored: whether priorities are scores; else they are steps.
+        greater_or_equal: whether a checkpoint is saved whose priority equals that of the one to replace.
 
     Example:
-        >>> wants([(0.5, "a.pt")], 0.5, n_saved=1, greater_or_equal=False)
+        >>> wants([(0.5, "a.pt")], 0.5, policies=[BestN(1)], is_scored=True, greater_or_equal=False)
         False
     """
     if is_nan(priority):
         return False
-    if n_saved is None or len(history) < n_saved:
+    if not policies or (is_scored and any(isinstance(policy, LastN) for policy in policies)):
         return True
-    lowest = history[0][0]
-    if is_nan(lowest):
+    rival = find_rival(history, policies, is_scored=is_scored)
+    if rival is None or is_nan(rival[0]):
         return True
-    return priority >= lowest if greater_or_equal else priority > lowest
+    return priority >= rival[0] if greater_or_equal else priority > rival[0]
 
 
-def admit(history: Iterable[Entry], entry: Entry, *, n_saved: int | None) -> Retained:
-    """Add `entry` to `history`, and choose the files to evict.
+def find_rival(history: Sequence[Entry], policies: Iterable[Policy], *, is_scored: bool) -> Entry | None:
+    """Return the checkpoint that a new one has to rank above to be saved; None if there is room for it."""
+    limit = _num_ranked(policies, is_scored=is_scored)
+    return history[-limit] if 0 < limit <= len(history) else None
 
-    An entry of the same file name is replaced, because its file was overwritten; nothing else is evicted then. Among
-    equal priorities the newer entry counts as the higher one.
+
+def _num_ranked(policies: Iterable[Policy], *, is_scored: bool) -> int:
+    """Return the number of checkpoints that are kept for their priority."""
+    kind = BestN if is_scored else LastN
+    return max((policy.n for policy in policies if isinstance(policy, kind)), default=0)
+
+
+def admit(history: Iterable[Entry], added: SavedFile, *, policies: Sequence[Policy], is_scored: bool) -> Retained:
+    """Add a checkpoint to `history`, and choose the files to evict: those that no policy keeps.
+
+    An entry of the same file name is replaced, because its file was overwritten. Among equal priorities the newer entry
+    counts as the higher one.
 
     Args:
         history: the kept checkpoints, lowest priority first.
-        entry: the new checkpoint.
-        n_saved: the number of checkpoints to keep; None keeps all.
+        added: the new checkpoint.
+        policies: by which checkpoints are kept; none keeps all.
+        is_scored: whether priorities are scores; else they are steps.
 
     Example:
-        >>> admit([(1, "a.pt"), (2, "b.pt")], (3, "c.pt"), n_saved=2).evicted
+        >>> history = [(1, "a.pt"), (2, "b.pt")]
+        >>> admit(history, SavedFile("c.pt", 3), policies=[LastN(2)], is_scored=False).evicted
         ('a.pt',)
     """
-    kept = history if isinstance(history, History) else History(history)
-    if kept.has_name(entry[1]):
-        kept = kept.replace([entry[1]])
-    num_evicted = 0 if n_saved is None else max(0, len(kept) - n_saved + 1)
-    evicted = tuple(name for _, name in kept[:num_evicted])
-    return Retained(kept=kept.replace(evicted, entry), evicted=evicted)
+    before = history if isinstance(history, History) else History(history)
+    if before.has_name(added.name):
+        before = before.replace([added.name])
+    if not policies:
+        return Retained(kept=before.replace((), added), evicted=(), reasons=())
+    num_ranked, rival = _num_ranked(policies, is_scored=is_scored), find_rival(before, policies, is_scored=is_scored)
+    # Without scores the new checkpoint is the newest even if its step is not above the others'.
+    is_ranked = num_ranked > 0 and (not is_scored or rival is None or not added.priority < rival[0])
+    first = max(0, len(before) - (num_ranked - is_ranked))  # it and those above are kept for their priorities
+    first_of: list[Policy] = []
+    if all(isinstance(policy, BestN if is_scored else LastN) for policy in policies):
+        evicted = tuple(name for _, name in before[:first])
+        kept = before.replace(evicted, added)
+    else:
+        kept, key = before.replace((), added), (tuple(policies), is_scored)
+        settled, first_of = _settle_added(before.settled, added, key) or _settle(kept, added, key)
+        wanted = {added.name, *settled.recent, *(name for _, name in before[first:])}
+        evicted = tuple(name for name in settled.loose if name not in wanted)
+        kept = kept.replace(evicted) if evicted else kept
+        kept.settled = settled._replace(loose=tuple(name for name in settled.loose if name in wanted))
+    return Retained(kept=kept, evicted=evicted, reasons=_reasons(before, added, policies, first_of))
 
 
-def _sort_key(entry: Entry) -> tuple[bool, int | float]:
-    # Histories of older releases may hold NaN: it sorts before all numbers, and is evicted first.
-    return (False, 0) if is_nan(entry[0]) else (True, entry[0])
+def _settle(history: History, added: SavedFile, key: PolicyKey) -> tuple[Settled, list[Policy]]:
+    """Look at all files. Return what the next decision needs, and the policies that have `added` first in a period."""
+    files, kept, periods, first_of = history.files, set[str](), list[int | None](), list[Policy]()
+    for policy in filter(_has_periods, key[0]):
+        names = {file.name for file, _ in firsts(files, policy)}
+        numbers = [policy.period_of(file) for file in files if not policy.is_unknown(file)]
+        periods.append(max((number for number in numbers if number is not None), default=None))
+        first_of += [policy] if added.name in names else []
+        kept |= names
+    settled = Settled(
+        key=key,
+        loose=tuple(file.name for file in files if file.name not in kept),
+        recent=_newest([file.name for file in files], key),
+        periods=tuple(periods),
+    )
+    return settled, first_of
+
+
+def _settle_added(settled: Settled | None, added: SavedFile, key: PolicyKey) -> tuple[Settled, list[Policy]] | None:
+    """Return the result of :func:`_settle` from what the last decision left; None if all files have to be looked at."""
+    if settled is None or settled.key != key:
+        return None
+    periods, first_of = list[int | None](), list[Policy]()
+    for policy, last in zip(filter(_has_periods, key[0]), settled.periods, strict=True):
+        number = None if policy.is_unknown(added) else policy.period_of(added)
+        if number is not None and last is not None and number < last:
+            return None
+        if policy.is_unknown(added) or (number is not None and number != last):
+            first_of.append(policy)
+        periods.append(last if number is None else number)
+    settled = Settled(
+        key=key,
+        loose=settled.loose if first_of else (*settled.loose, added.name),
+        recent=_newest((*settled.recent, added.name), key),
+        periods=tuple(periods),
+    )
+    return settled, first_of
+
+
+def _has_periods(policy: Policy) -> TypeGuard[EveryNSteps | EveryHours]:
+    return isinstance(policy, EveryNSteps | EveryHours)
+
+
+def _newest(names: Sequence[str], key: PolicyKey) -> tuple[str, ...]:
+    """Return those of `names`, in the order of the saves, that LastN keeps; none if priorities say which they are."""
+    policies, is_scored = key
+    num = max((policy.n for policy in policies if isinstance(policy, LastN)), default=0) if is_scored else 0
+    return tuple(names[max(0, len(names) - num) :])
+
+
+def _reasons(
+    before: History, added: SavedFile, policies: Iterable[Policy], first_of: Collection[Policy]
+) -> tuple[str, ...]:
+    """Return why policies keep the new checkpoint, in words."""
+    reasons = []
+    for policy in policies:
+        if isinstance(policy, LastN):
+            reasons.append(describe_place(policy, 1))
+        elif isinstance(policy, BestN):
+            place = 1 + sum(value > added.priority for value, _ in before[max(0, len(before) - policy.n) :])
+            reasons += [describe_place(policy, place)] if place <= policy.n else []
+        elif policy in first_of:
+            reasons.append(policy.describe_unknown() if policy.is_unknown(added) else policy.describe_first(added))
+    return tuple(dict.fromkeys(reasons))
 
 
 def rank_candidate(
@@ -211,4 +211,5 @@ def rank_candidate(
     if not any(value >= priority for value, name in history.from_highest(priority) if name in former):
         return priority, history
     lowered = [(-math.inf, name) for _, name in history if name in former]
-    return priority, History([*lowered, *((value, name) for value, name in history if name not in former)])
+    others = ((value, name) for value, name in history if name not in former)
+    return priority, history.with_priorities([*lowered, *others])

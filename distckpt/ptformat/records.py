@@ -5,13 +5,15 @@ collectives.
 """
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distckpt.policy.history import Entry
 from distckpt.policy.naming import is_reserved
-from distckpt.policy.retention import Entry
+from distckpt.policy.policies import Policy, SavedFile, from_plain, whole_minutes
 from distckpt.ptformat.archive import read_head_at
 from distckpt.ptformat.manifest import number_from
 
@@ -79,6 +81,9 @@ class Record:
         evicted: the files that the save removed.
         engine: the saving engine's counters, and its key in the state.
         data: position in the training data: one mapping, or one a rank.
+        keep: the handler's policies; None if it was given ``n_saved``.
+        step: the step in the file name, or the iteration; None in older files.
+        time_s: when it was saved, in whole minutes and in seconds since 1970; None if unknown.
     """
 
     handler: Mapping[str, Any]
@@ -89,6 +94,9 @@ class Record:
     evicted: tuple[str, ...]
     engine: Mapping[str, Any]
     data: Mapping[str, Any] | Sequence[Mapping[str, Any]]
+    keep: tuple[Policy, ...] | None = None
+    step: int | float | None = None
+    time_s: float | None = None
 
     @property
     def order(self) -> tuple[float, str, int]:
@@ -101,6 +109,14 @@ class Record:
         found = self.engine.get("iteration")
         return found if isinstance(found, int) else None
 
+    def describe(self, name: str, priority: float) -> SavedFile:
+        """Return what policies know of the record's file, which has this priority in its handler's history."""
+        step = self.step
+        if step is None:  # an older file
+            is_step = not self.handler.get("is_scored") and math.isfinite(priority)
+            step = priority if is_step else self.iteration
+        return SavedFile(name, priority, step, self.time_s)
+
 
 def read_record(path: Path) -> Record | None:
     """Return a file's record; None if it has none, or there is no such file.
@@ -110,7 +126,7 @@ def read_record(path: Path) -> Record | None:
     """
     with contextlib.suppress(FileNotFoundError, IsADirectoryError, NotADirectoryError):
         head = read_head_at(path)
-        return None if head is None else parse_record(head.record)
+        return None if head is None else parse_record(head.record, head.wall_time_s)
     return None
 
 
@@ -142,8 +158,13 @@ def list_files(directory: Path, ext: str, *, is_nested: bool) -> list[str]:
     return sorted(path.relative_to(directory).as_posix() for path in named)
 
 
-def parse_record(found: Mapping[str, Any] | None) -> Record | None:
-    """Return the record from its JSON; None if there is none, or an invalid one."""
+def parse_record(found: Mapping[str, Any] | None, wall_time_s: float | None = None) -> Record | None:
+    """Return the record from its JSON; None if there is none, or an invalid one.
+
+    Args:
+        found: the JSON.
+        wall_time_s: when the file was saved, if the record does not say; None if unknown.
+    """
     if not found:
         return None
     try:
@@ -157,9 +178,24 @@ def parse_record(found: Mapping[str, Any] | None) -> Record | None:
             evicted=tuple(map(str, found["evicted"])),
             engine=dict(found["engine"]),
             data=found["data"],
+            keep=_policies(found.get("keep")),
+            step=None if found.get("step") is None else _number(found["step"]),
+            time_s=_time(found.get("time_s"), wall_time_s),
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
+
+
+def _policies(found: Any) -> tuple[Policy, ...] | None:
+    try:
+        return None if found is None else from_plain(found)
+    except (KeyError, TypeError, ValueError):  # a newer release's: what it keeps is known, and not why
+        return None
+
+
+def _time(recorded: Any, wall_time_s: float | None) -> float | None:
+    found = recorded if type(recorded) in _NUMBERS else wall_time_s
+    return whole_minutes(found) if isinstance(found, int | float) and 0.0 <= found < _LATEST_S else None
 
 
 def _number(priority: Any) -> int | float:

@@ -28,7 +28,7 @@ removal comes first.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,9 @@ from distckpt.backends.base import Backend, default_timeout_s
 from distckpt.coordination import phases
 from distckpt.errors import CommitNotDurable, ReplicasDiffer, SaveError, save_error
 from distckpt.policy.decision import AgreedSave, SaveIntent, SavePolicy, decide_from, find_coordinator
+from distckpt.policy.history import Entry, History
 from distckpt.policy.naming import printable
-from distckpt.policy.retention import Entry, History
+from distckpt.policy.policies import SavedFile
 from distckpt.saving.object_forms import CapturedObjects
 from distckpt.saving.pending_save import WRITE_TIMEOUT_S, PendingSave, Problems, SyncPointFactory
 from distckpt.saving.rank_writer import RankWriter
@@ -77,22 +78,26 @@ def decide(
         own = intend()
         made.append(own)
         sent = {one.name: getattr(own, one.name) for one in fields(own) if one.name not in _KEPT}
-        return sent | {"policy": asdict(own.policy)}
+        return sent | {"policy": own.policy.to_plain()}
 
     answers = phases.run(backend, sync_point("deciding what to save"), make, timeout_s=timeout_s)
     (own,) = made
     kept = {name: getattr(own, name) for name in _KEPT}
-    intents = [SaveIntent(**{**answer, "policy": SavePolicy(**answer["policy"])}, **kept) for answer in answers]
+    intents = [
+        SaveIntent(**{**answer, "policy": SavePolicy.from_plain(answer["policy"])}, **kept) for answer in answers
+    ]
     if len({intent.digest for intent in intents}) == 1:
         return decide_from(intents)
     coordinator = find_coordinator(intents)
 
     def send() -> list[Any]:
-        return [list(own.history), own.orphans, own.former] if backend.rank == coordinator else []
+        if backend.rank != coordinator:
+            return []
+        return [list(own.history), [tuple(file) for file in own.history.files], own.orphans, own.former]
 
     point = sync_point("taking over what the coordinator keeps")
-    entries, orphans, former = phases.run(backend, point, send, timeout_s=timeout_s)[coordinator]
-    history = History(map(tuple, entries))
+    entries, files, orphans, former = phases.run(backend, point, send, timeout_s=timeout_s)[coordinator]
+    history = History(map(tuple, entries), (SavedFile(*file) for file in files))
     return decide_from([replace(intent, history=history, orphans=orphans, former=former) for intent in intents])
 
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from distckpt.policy.history import Entry, History
+from distckpt.policy.policies import Policy, SavedFile, policies_of
 from distckpt.policy.retention import admit, wants
 from tests.crash.program_plans import FOREIGN, Program, Result, Start
 
@@ -15,14 +17,19 @@ class Kept:
     """The files that one handler has to keep.
 
     Attributes:
-        entries: priorities and names, lowest first. The priority without a score is the number of files saved before.
+        history: the files. The priority without a score is the number of files saved before.
         orphans: files that may still exist, because a kill came before their removal.
         has_saved: whether the handler has saved in the present start. It leaves no orphans then.
     """
 
-    entries: list[tuple[float, str]] = field(default_factory=list)
+    history: History = field(default_factory=History)
     orphans: set[str] = field(default_factory=set)
     has_saved: bool = False
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The priorities and names, lowest first."""
+        return list(self.history)
 
 
 class Expected:
@@ -87,7 +94,12 @@ class Expected:
         self._settle(at)
         self.scores[at] = score
         self.result.num_decisions += 1
-        self.wanted[at] = wants(self.kept[at].entries, score, n_saved=start.n_saved[at], greater_or_equal=False)
+        policies = self._policies(at, start)
+        history = self.kept[at].history
+        self.wanted[at] = wants(history, score, policies=policies, is_scored=True, greater_or_equal=False)
+
+    def _policies(self, at: int, start: Start) -> tuple[Policy, ...]:
+        return policies_of(start.keep[at], start.n_saved[at], is_scored=self.program.specs[at].is_scored)
 
     def _settle(self, at: int) -> None:
         """Check the last decision of a handler."""
@@ -108,9 +120,20 @@ class Expected:
             priority = self.scores[at]
         else:
             priority = float(self.num_saves)
-        retained = admit(kept.entries, (priority, name), n_saved=start.n_saved[at])
-        kept.entries, kept.has_saved = list(retained.kept), True
+        file = SavedFile(name, priority, self._step(at, line, start))
+        policies = self._policies(at, start)
+        # A history made anew: the expected decision looks at all files.
+        whole = History(kept.history, kept.history.files)
+        retained = admit(whole, file, policies=policies, is_scored=spec.is_scored)
+        kept.history, kept.has_saved = retained.kept, True
         kept.orphans = {one for one in (*retained.evicted, *kept.orphans) if one != name}
+
+    def _step(self, at: int, line: dict[str, Any], start: Start) -> float:
+        """Return the step that policies see."""
+        iteration, epoch = int(line["iteration"]), int(line["epoch"])
+        if self.program.specs[at].is_scored:
+            return iteration
+        return {"iteration": iteration, "epoch": epoch, "small": iteration * 1e-6}[start.steps]
 
     def _removed(self, line: dict[str, Any], start: Start) -> None:
         del start

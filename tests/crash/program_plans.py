@@ -1,8 +1,10 @@
 """Random programs of handlers, and how often each is started and killed: `program_of` draws them from a seed."""
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from distckpt.policy.policies import BestN, EveryNSteps, LastN, Policy
 
 __all__ = ["FOREIGN", "Program", "Result", "Spec", "Start", "program_of"]
 
@@ -62,6 +64,7 @@ class Start:
         is_copied: whether the directories are copied first, with other modification times.
         steps: the unit of the steps: ``iteration``, ``epoch``, or ``small`` fractions.
         n_saved: number of kept files, for each handler.
+        keep: its policies, for each handler; None for `n_saved`.
     """
 
     kill: str | None
@@ -70,6 +73,7 @@ class Start:
     is_copied: bool
     steps: str
     n_saved: tuple[int | None, ...]
+    keep: tuple[tuple[Policy, ...] | None, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +133,15 @@ def program_of(seed: str) -> Program:
             specs.append(spec)
     num_starts = chance.randint(2, 6)
     by_directory = chance.random() < 0.2 and all(spec.is_whole for spec in specs)
-    starts = [_start(chance, specs, is_last=number == num_starts - 1) for number in range(num_starts)]
+    policies = random.Random(f"{seed}/keep")
+    has_keep = [policies.random() < 0.4 for _ in specs]
+    starts = [
+        replace(
+            _start(chance, specs, is_last=number == num_starts - 1),
+            keep=tuple(_keep(policies, spec) if is_on else None for spec, is_on in zip(specs, has_keep, strict=True)),
+        )
+        for number in range(num_starts)
+    ]
     return Program(
         specs=tuple(specs),
         starts=tuple(starts),
@@ -172,4 +184,13 @@ def _start(chance: random.Random, specs: list[Spec], *, is_last: bool) -> Start:
         is_copied=chance.random() < 0.2,
         steps=chance.choice(("iteration", "iteration", "epoch", "small")),
         n_saved=tuple(chance.choice((spec.n_saved, spec.n_saved, spec.n_saved, 1, 2)) for spec in specs),
+        keep=(),
     )
+
+
+def _keep(chance: random.Random, spec: Spec) -> tuple[Policy, ...] | None:
+    """Return a handler's policies of one start; each start may have others."""
+    if chance.random() < 0.2:
+        return None
+    makes: list[type[LastN | BestN | EveryNSteps]] = [LastN, EveryNSteps, EveryNSteps, *([BestN] * spec.is_scored)]
+    return tuple(make(chance.randint(1, 4)) for make in chance.sample(makes, k=chance.randint(1, 3)))

@@ -3,7 +3,7 @@
 A program has up to three Checkpoints in up to two directories. It is started up to six times. Each start but the last
 is killed by SIGKILL: in an iteration, before a commit, between a commit and a removal, or after a removal. Between two
 starts the directory may be copied, its modification times shuffled and the clock set back, and the program may change
-``n_saved`` and the function that gives the step, as users do.
+``n_saved``, the policies and the function that gives the step, as users do.
 
 Each start is a forked process, which writes each of its actions as a line into a journal.
 `tests.crash.expected_histories` follows the journal: which file is resumed from, which files each handler keeps, and
@@ -132,7 +132,8 @@ def _attached(
         "filename_prefix": spec.prefix,
         "score_function": (lambda _: _score(program, at, trainer, journal)) if spec.is_scored else None,
         "score_name": spec.score_name,
-        "n_saved": start.n_saved[at],
+        "n_saved": start.n_saved[at] if start.keep[at] is None else 1,
+        "keep": start.keep[at],
         "global_step_transform": _step_of(spec, start, trainer),
         "filename_pattern": spec.pattern,
         "include_self": spec.include_self,
@@ -193,7 +194,8 @@ def _watch(journal: Journal, handlers: list[Checkpoint], stamp: Stamp) -> None:
         event = getattr(trainer.last_event_name, "name", "")
         directory = handlers[stamp.handler].save_handler.dirname
         name = self.path.relative_to(directory).as_posix()
-        journal.note("saved", handler=stamp.handler, name=name, iteration=trainer.state.iteration, event=event)
+        iteration, epoch = trainer.state.iteration, trainer.state.epoch
+        journal.note("saved", handler=stamp.handler, name=name, iteration=iteration, epoch=epoch, event=event)
         journal.reach("after commit")
         return done
 
@@ -290,11 +292,16 @@ def _forget_orphans() -> None:
     OwnFiles.recorded_history = without_orphans  # type: ignore[method-assign,assignment]
 
 
+def _forget_steps() -> None:
+    OwnFiles.look_at = lambda _self, files: list(files)  # type: ignore[method-assign,assignment]
+
+
 BREAKAGES: dict[str, Callable[[], None]] = {
     "handlers forget what they kept": _forget_histories,
     "every file is taken for the handler's own": _mistake_others,
     "files are ordered by their iteration": _order_by_clock,
     "what a killed save had still to remove is forgotten": _forget_orphans,
+    "the steps of files are forgotten": _forget_steps,
 }
 """Ways to break the code. The programs have to find each of them."""
 

@@ -1,12 +1,16 @@
 """Which checkpoints are kept: tables, and properties over every history."""
 
 import math
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distckpt.policy.retention import Entry, History, admit, rank_candidate, wants
+from distckpt.policy import retention
+from distckpt.policy.history import Entry, History
+from distckpt.policy.policies import SavedFile, policies_of
+from distckpt.policy.retention import Retained, rank_candidate
 
 NAN = math.nan
 HUGE = 10**400  # beyond the range of floats
@@ -14,6 +18,28 @@ PRIORITIES = st.one_of(st.integers(-3, 3), st.floats(allow_nan=False), st.sample
 NAMES = st.sampled_from([f"{letter}.pt" for letter in "abcdefgh"])
 SAVES = st.lists(st.tuples(PRIORITIES, NAMES), max_size=12)
 LIMITS = st.one_of(st.none(), st.integers(1, 4))
+
+
+def admit(history: Sequence[Entry], entry: Entry, *, n_saved: int | None, is_scored: bool = False) -> Retained:
+    """Return the history of a handler with `n_saved` after a save."""
+    policies = policies_of(None, n_saved, is_scored=is_scored)
+    return retention.admit(history, SavedFile(entry[1], entry[0]), policies=policies, is_scored=is_scored)
+
+
+def wants(history: Sequence[Entry], priority: float, *, n_saved: int | None, greater_or_equal: bool) -> bool:
+    """Return True if a handler with `n_saved` and a score saves, which is so if one without a score does."""
+    answers = [
+        retention.wants(
+            history,
+            priority,
+            policies=policies_of(None, n_saved, is_scored=is_scored),
+            is_scored=is_scored,
+            greater_or_equal=greater_or_equal,
+        )
+        for is_scored in (True, False)
+    ]
+    assert answers[0] == answers[1]
+    return answers[0]
 
 
 def saved(entries: list[Entry], n_saved: int | None) -> list[Entry]:
@@ -120,7 +146,7 @@ def test_best_scores_are_kept(scores: list[float], n_saved: int, greater_or_equa
     history = History()
     for turn, score in enumerate(scores):
         if wants(history, score, n_saved=n_saved, greater_or_equal=greater_or_equal):
-            history = admit(history, (score, f"{turn}.pt"), n_saved=n_saved).kept
+            history = admit(history, (score, f"{turn}.pt"), n_saved=n_saved, is_scored=True).kept
     assert [score for score, _ in history] == sorted(scores)[-n_saved:]
     if greater_or_equal:  # of equal ones the newest; else which of them depends on when there was room
         newest_wins = sorted(range(len(scores)), key=lambda turn: (scores[turn], turn))
@@ -133,7 +159,7 @@ def test_nan_among_the_scores_changes_nothing(scores: list[float], n_saved: int)
         history = History()
         for turn, value in enumerate(values):
             if wants(history, value, n_saved=n_saved, greater_or_equal=True):
-                history = admit(history, (value, f"{turn}.pt"), n_saved=n_saved).kept
+                history = admit(history, (value, f"{turn}.pt"), n_saved=n_saved, is_scored=True).kept
         return [priority for priority, _ in history]
 
     assert history_of(scores) == history_of([score for score in scores if not math.isnan(score)])
