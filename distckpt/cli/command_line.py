@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TextIO
 from distckpt.cli.errors import CommandError, ExitCode
 from distckpt.cli.output import Output, printable
 from distckpt.errors import CorruptCheckpointError, DistckptError
+from distckpt.policy.policies import EveryHours
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -139,7 +140,10 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("directory", type=Path, metavar="DIR")
     command.add_argument("--keep-last", type=_number, metavar="N", help="keep the N newest of each handler")
     command.add_argument("--keep-best", type=_number, metavar="K", help="keep the K of highest score of each handler")
-    command.add_argument("--keep-every", type=_number, metavar="M", help="keep those whose step is a multiple of M")
+    command.add_argument(
+        "--keep-every", type=_number, metavar="M", help="keep the first at or after each multiple of M steps"
+    )
+    command.add_argument("--keep-hours", type=_hours, metavar="H", help="keep the first of each period of H hours")
     command.add_argument("-r", "--recursive", action="store_true", help="search sub-folders too")
     command.add_argument("--yes", action="store_true", help="delete")
 
@@ -154,6 +158,13 @@ def _number(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is less than 1")
     return number
+
+
+def _hours(text: str) -> float:
+    try:
+        return EveryHours(float(text)).hours
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _version() -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from distckpt.cli.errors import ExitCode
 from distckpt.cli.output import Column, Output, Table, count, format_age, format_bytes, format_number
-from distckpt.cli.retention_view import RetentionView, describe_handler, view_retention
+from distckpt.cli.retention_view import Kept, RetentionView, describe_handler, view_retention
 from distckpt.cli.survey import FileEntry, State, survey
 
 _COLUMNS = (
@@ -18,7 +18,7 @@ _COLUMNS = (
     Column("AGE", is_number=True),
     Column("SIZE", is_number=True, least_width=70),
     Column("SCORE", is_number=True, is_optional=True),
-    Column("KEPT", is_optional=True),
+    Column("KEPT", is_optional=True, can_shrink=True),
     Column("SAVED ON", is_optional=True, least_width=110),
     Column("STATE"),
 )
@@ -74,10 +74,15 @@ def _describe(entry: FileEntry, view: RetentionView, fault: str | None, *, is_ve
         "versions": None if manifest is None else dict(manifest.versions),
         "handler": None if record is None else describe_handler(record),
         "run": run,
-        "kept": None if kept is None else {"place": kept.place, "of": kept.num_kept, "by_score": kept.is_scored},
+        "kept": None if kept is None else _kept_in_json(kept),
         "kept_as": _kept_as(entry, view),
         "link": entry.link,
     }
+
+
+def _kept_in_json(kept: Kept) -> dict[str, Any]:
+    found = {"place": kept.place, "of": kept.num_kept, "by_score": kept.is_scored}
+    return found if kept.policies is None else found | {"policies": [str(policy) for policy, _ in kept.policies]}
 
 
 def _kept_as(entry: FileEntry, view: RetentionView) -> str:

@@ -1,25 +1,32 @@
-"""``distckpt prune``: delete the checkpoints that no rule keeps.
+"""``distckpt prune``: delete the checkpoints that no policy keeps.
 
-Rules apply to the files of each handler by themselves; files saved without a handler count as one more. A file is kept
-if any rule keeps it. Only complete files with a manifest are ever deleted: never the newest of a handler, a symlink, or
-a file that a symlink of the directory points to.
+Policies apply to the files of each handler by themselves; files saved without a handler count as one more. A file is
+kept if any policy keeps it. Only complete files with a manifest are ever deleted: never the newest of a handler, a
+symlink, or a file that a symlink of the directory points to.
 
 IMPORTANT: before anything is deleted, every byte of each handler's newest file is verified.
 """
 
 import argparse
 import json
-import operator
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from distckpt._values import is_nan
 from distckpt.cli.errors import CommandError, ExitCode
 from distckpt.cli.output import Column, Output, Table, count, format_bytes, format_number
-from distckpt.cli.retention_view import ordinal
 from distckpt.cli.survey import FileEntry, State, survey
+from distckpt.policy.policies import (
+    BestN,
+    EveryHours,
+    EveryNSteps,
+    LastN,
+    Policy,
+    SavedFile,
+    explain,
+    whole_minutes,
+)
 from distckpt.storage.local import LocalStorage
 from distckpt.storage.new_file import sync_directory_at
 
@@ -35,28 +42,8 @@ KEEP, DELETE, LEAVE = "keep", "delete", "leave"
 _FAILURE = "not deleted: "
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rules:
-    """What to keep of each handler. None: the rule keeps nothing.
-
-    Attributes:
-        last: how many of the newest.
-        best: how many of the highest score.
-        every: files whose step is a multiple of this.
-    """
-
-    last: int | None = None
-    best: int | None = None
-    every: int | None = None
-
-    def __str__(self) -> str:
-        """Return what the rules keep, in words."""
-        limits = {"the last": self.last, "the best": self.best, "every": self.every}
-        return ", ".join(f"{name} {number}" for name, number in limits.items() if number is not None)
-
-
 class Verdict(NamedTuple):
-    """What becomes of a file: ``keep``, ``delete``, or ``leave`` for one that is none of the rules' business."""
+    """What becomes of a file: ``keep``, ``delete``, or ``leave`` for one that is not judged by the policies."""
 
     entry: FileEntry
     action: str
@@ -65,12 +52,13 @@ class Verdict(NamedTuple):
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
     """Run the command; return its exit code."""
-    rules = Rules(last=arguments.keep_last, best=arguments.keep_best, every=arguments.keep_every)
-    if rules == Rules():
-        raise CommandError("say what to keep: --keep-last N, --keep-best K, --keep-every M, or several of them")
+    policies = _policies_of(arguments)
+    if not policies:
+        options = "--keep-last N, --keep-best K, --keep-every M, --keep-hours H"
+        raise CommandError(f"say what to keep: {options}, or several of them")
     directory: Path = arguments.directory
     entries = survey(directory, recursive=arguments.recursive)
-    verdicts = judge(entries, rules)
+    verdicts = judge(entries, policies)
     if arguments.yes:
         _check_safe(directory, verdicts)
         verdicts = [_carry_out(directory, verdict) for verdict in verdicts]
@@ -98,7 +86,17 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     return ExitCode.FAILED if any(reason.startswith(_FAILURE) for _, _, reason in verdicts) else ExitCode.OK
 
 
-def judge(entries: Sequence[FileEntry], rules: Rules) -> list[Verdict]:
+def _policies_of(arguments: argparse.Namespace) -> list[Policy]:
+    given: list[tuple[Callable[[Any], Policy], float | None]] = [
+        (LastN, arguments.keep_last),
+        (BestN, arguments.keep_best),
+        (EveryNSteps, arguments.keep_every),
+        (EveryHours, arguments.keep_hours),
+    ]
+    return [make(number) for make, number in given if number is not None]
+
+
+def judge(entries: Sequence[FileEntry], policies: Sequence[Policy]) -> list[Verdict]:
     """Return what becomes of each file, the oldest first. Pure."""
     links = {entry.identity: entry.name for entry in entries if entry.link is not None}
     groups: dict[str, list[FileEntry]] = {}
@@ -109,15 +107,24 @@ def judge(entries: Sequence[FileEntry], rules: Rules) -> list[Verdict]:
             groups.setdefault(_handler_of(entry), []).append(entry)
         else:
             verdicts.append(Verdict(entry, LEAVE, reason))
+    not_kept = f"not kept by {', '.join(map(str, policies))}"
     for members in groups.values():
-        members.sort(key=_age_key, reverse=True)
-        reasons = _reasons_to_keep(members, rules)
-        for entry in reversed(members):
+        members.sort(key=_age_key)
+        kept = explain([_describe(entry) for entry in members], policies, is_scored=True)
+        reasons = {name: ", ".join(reason for _, reason in found) for name, found in kept.items()}
+        reasons.setdefault(members[-1].name, "newest: a resume loads it")
+        for entry in members:
             reason = reasons.get(entry.name)
             if reason is None and entry.identity in links:
                 reason = f"{links[entry.identity]} links to it"
-            verdicts.append(Verdict(entry, DELETE if reason is None else KEEP, reason or f"not of {rules}"))
+            verdicts.append(Verdict(entry, DELETE if reason is None else KEEP, reason or not_kept))
     return verdicts
+
+
+def _describe(entry: FileEntry) -> SavedFile:
+    """Return what policies know of a file: the step is that of the table, also if the name has another one."""
+    score = math.nan if entry.score is None else entry.score
+    return SavedFile(entry.name, score, entry.step, whole_minutes(entry.saved_s))
 
 
 def _reason_to_leave(entry: FileEntry) -> str | None:
@@ -135,36 +142,6 @@ def _handler_of(entry: FileEntry) -> str:
 def _age_key(entry: FileEntry) -> tuple[float, str, int, str]:
     record = entry.record
     return (entry.saved_s, "", entry.step or 0, entry.name) if record is None else (*record.order, entry.name)
-
-
-def _reasons_to_keep(members: Sequence[FileEntry], rules: Rules) -> Mapping[str, str]:
-    """Return why files of one handler are kept, by name.
-
-    Args:
-        members: newest first.
-        rules: what to keep.
-    """
-    reasons: dict[str, list[str]] = {}
-
-    def keep(entry: FileEntry, reason: str) -> None:
-        reasons.setdefault(entry.name, []).append(reason)
-
-    for place, entry in enumerate(members[: rules.last or 0], start=1):
-        keep(entry, f"{_place(place)}newest")
-    scored = [(one.score, one) for one in members if one.score is not None and not is_nan(one.score)]
-    scored.sort(key=operator.itemgetter(0), reverse=True)
-    for place, (_, entry) in enumerate(scored[: rules.best or 0], start=1):
-        keep(entry, f"{_place(place)}best")
-    for entry in members:
-        if rules.every is not None and entry.step is not None and entry.step % rules.every == 0:
-            keep(entry, f"step {entry.step} is a multiple of {rules.every}")
-    if members[0].name not in reasons:
-        keep(members[0], "newest: a resume loads it")
-    return {name: ", ".join(found) for name, found in reasons.items()}
-
-
-def _place(place: int) -> str:
-    return "" if place == 1 else f"{ordinal(place)} "
 
 
 def _check_safe(directory: Path, verdicts: Sequence[Verdict]) -> None:

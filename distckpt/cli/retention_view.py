@@ -1,4 +1,4 @@
-"""Which of a directory's checkpoints their handlers keep, from the newest record of each handler.
+"""Which of a directory's checkpoints their handlers keep, and why, from the newest record of each handler.
 
 Only a record tells: names and scores of files do not. The files of one handler are those with equal identities whose
 runs go back to one run; the newest of them has the handler's history.
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from distckpt.cli.survey import FileEntry
 from distckpt.policy import naming
+from distckpt.policy.history import Entry
+from distckpt.policy.policies import Policy, explain, ordinal, policies_of
 from distckpt.ptformat.records import Record
 
 HandlerKey = tuple[str, str]
@@ -25,15 +27,19 @@ class Kept:
         place: 1 for the file of highest priority.
         num_kept: how many files the handler keeps.
         is_scored: whether the priority is a score; else it is a step.
+        policies: the policies that keep the file, each with a reason in words; None if the record names none.
     """
 
     place: int
     num_kept: int
     is_scored: bool
+    policies: tuple[tuple[Policy, str], ...] | None
 
     def __str__(self) -> str:
-        """Return the place in words."""
-        return f"{ordinal(self.place)} of {self.num_kept}"
+        """Return the reasons, or the place, in words."""
+        if self.policies is None:
+            return f"{ordinal(self.place)} of {self.num_kept}"
+        return ", ".join(dict.fromkeys(reason for _, reason in self.policies)) or "until the next save"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,17 +57,6 @@ class RetentionView:
     missing: tuple[str, ...]
 
 
-def ordinal(number: int) -> str:
-    """Return an ordinal number.
-
-    Example:
-        >>> [ordinal(number) for number in (1, 2, 3, 4, 11, 22, 113)]
-        ['1st', '2nd', '3rd', '4th', '11th', '22nd', '113th']
-    """
-    is_teen = number % 100 // 10 == 1
-    return f"{number}{'th' if is_teen else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"
-
-
 def key_of(record: Record) -> HandlerKey:
     """Return what all records of one handler share."""
     return json.dumps(record.handler, sort_keys=True, default=str), record.run.root
@@ -76,26 +71,40 @@ def view_retention(entries: Sequence[FileEntry]) -> RetentionView:
     """Return what the handlers of these files keep."""
     kept: dict[str, Kept] = {}
     evicted, missing = set[str](), list[str]()
-    names = {entry.name for entry in entries}
+    found = {entry.name: entry.record for entry in entries}
+    names = set(found)
     for key, record in newest_records(entries).items():
         history = _history_of(record, key, entries)
-        for place, name in enumerate(reversed(history), start=1):
+        is_scored = bool(record.handler.get("is_scored"))
+        reasons = _reasons(record, history, found, is_scored=is_scored)
+        for place, (_, name) in enumerate(reversed(history), start=1):
             if name in names:
-                is_scored = bool(record.handler.get("is_scored"))
-                kept[name] = Kept(place=place, num_kept=record.num_kept, is_scored=is_scored)
+                policies = None if reasons is None else tuple(reasons.get(name, ()))
+                kept[name] = Kept(place=place, num_kept=record.num_kept, is_scored=is_scored, policies=policies)
             else:
                 missing.append(name)
         evicted.update(record.evicted)
     return RetentionView(kept=kept, evicted=frozenset(evicted & names - set(kept)), missing=tuple(sorted(missing)))
 
 
-def _history_of(record: Record, key: HandlerKey, entries: Sequence[FileEntry]) -> list[str]:
-    """Return the names that a handler keeps, lowest priority first.
+def _reasons(
+    record: Record, history: Sequence[Entry], found: Mapping[str, Record | None], *, is_scored: bool
+) -> Mapping[str, Sequence[tuple[Policy, str]]] | None:
+    """Return why the files of a history are kept, by name; None if the record does not name the policies."""
+    if record.keep is None:
+        return None
+    known = [(one, name, priority) for priority, name in history if (one := found.get(name)) is not None]
+    files = [one.describe(name, priority) for one, name, priority in sorted(known, key=lambda one: one[0].order)]
+    return explain(files, policies_of(record.keep, None, is_scored=is_scored), is_scored=is_scored)
+
+
+def _history_of(record: Record, key: HandlerKey, entries: Sequence[FileEntry]) -> Sequence[Entry]:
+    """Return the files that a handler keeps, lowest priority first.
 
     A long history is not in the record. It is then of the newest files of the handler, as a resume finds it.
     """
     if len(record.kept) >= record.num_kept:
-        return [name for _, name in record.kept]
+        return record.kept
     found = {
         entry.name: entry.record
         for entry in entries
@@ -103,7 +112,7 @@ def _history_of(record: Record, key: HandlerKey, entries: Sequence[FileEntry]) -
     }
     newest = sorted(found, key=lambda name: found[name].order)[-record.num_kept :]
     own = [one for name in newest for one in found[name].kept if one[1] == name]
-    return [name for _, name in sorted(own, key=operator.itemgetter(0))]
+    return sorted(own, key=operator.itemgetter(0))
 
 
 def newest_records(entries: Iterable[FileEntry]) -> dict[HandlerKey, Record]:

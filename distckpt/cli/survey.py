@@ -166,7 +166,7 @@ def look_at(path: Path, name: str) -> FileEntry | None:
         identity=(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns),
         link=link,
         manifest=manifest,
-        record=None if manifest is None else parse_record(manifest.record),
+        record=None if manifest is None else parse_record(manifest.record, manifest.wall_time_s),
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from ignite.engine import Events
 from torch import nn
 
-from distckpt import Checkpoint, save
+from distckpt import BestN, Checkpoint, EveryNSteps, save
 from distckpt.cli import main, output
 from distckpt.cli.output import Output
 from distckpt.policy.naming import TEMP_PREFIX, TEMP_SUFFIX
@@ -214,3 +214,30 @@ def test_a_listing_fits_the_terminal(
     assert len(rows) == 4
     assert max(map(len, rows)) <= width
     assert ("EPOCH_COMPLETED" in rows[0]) == (width == 120)
+
+
+def test_policies_say_why_a_file_is_kept(command: Command, tmp_path: Path) -> None:
+    trainer, scores = idle_engine(), [0.1, 0.9, 0.9, 0.5, 0.4, 0.3]
+    handler = Checkpoint(
+        {"model": nn.Linear(2, 2)},
+        tmp_path,
+        score_function=lambda engine: scores[engine.state.iteration - 1],
+        global_step_transform=lambda engine, _event: engine.state.iteration,
+        keep=[BestN(2), EveryNSteps(4)],
+    )
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, handler)
+    trainer.run(range(6), max_epochs=1)
+    found = {one["name"]: one for one in command("ls", tmp_path, "--json").json["files"]}
+    assert {name: one["kept_as"] for name, one in found.items()} == {
+        "model_2_0.9000.pt": "2nd best",
+        "model_3_0.9000.pt": "best",
+        "model_4_0.5000.pt": "step 4",
+        "model_6_0.3000.pt": "newest",
+    }
+    assert found["model_4_0.5000.pt"]["kept"] == {
+        "place": 3,
+        "of": 4,
+        "by_score": True,
+        "policies": ["EveryNSteps(4)"],
+    }
+    assert found["model_6_0.3000.pt"]["kept"]["policies"] == ["LastN(1)"]

@@ -10,8 +10,9 @@ from torch import nn
 
 from distckpt import save
 from distckpt.cli import pruning
-from distckpt.cli.pruning import Rules, judge
+from distckpt.cli.pruning import judge
 from distckpt.cli.survey import FileEntry, State
+from distckpt.policy.policies import BestN, EveryHours, EveryNSteps, LastN, Policy
 from distckpt.ptformat.manifest import Manifest
 from distckpt.storage.local import LocalStorage
 from tests.unit.cli.conftest import Command, flip, train
@@ -29,10 +30,10 @@ def directory(tmp_path: Path) -> Path:
 
 TEXT = """\
 ACTION  NAME        STEP  SCORE     SIZE  WHY
-delete  step_10.pt    10      -  1.5 KiB  not of the last 1, every 20
-keep    step_20.pt    20      -  1.5 KiB  step 20 is a multiple of 20
-delete  step_30.pt    30      -  1.5 KiB  not of the last 1, every 20
-keep    step_40.pt    40      -  1.5 KiB  newest, step 40 is a multiple of 20
+delete  step_10.pt    10      -  1.5 KiB  not kept by LastN(1), EveryNSteps(20)
+keep    step_20.pt    20      -  1.5 KiB  step 20
+delete  step_30.pt    30      -  1.5 KiB  not kept by LastN(1), EveryNSteps(20)
+keep    step_40.pt    40      -  1.5 KiB  newest, step 40
 """
 
 
@@ -68,7 +69,7 @@ def test_the_best_of_each_handler(command: Command, tmp_path: Path) -> None:
     assert {one["name"]: one["reason"] for one in files} == {
         "best_model_2_acc=0.7500.pt": "best",
         "best_model_4_acc=0.5000.pt": "newest: a resume loads it",
-        "checkpoint_30.pt": "not of the best 1",
+        "checkpoint_30.pt": "not kept by BestN(1)",
         "checkpoint_40.pt": "newest: a resume loads it",
     }
 
@@ -139,7 +140,12 @@ def test_a_file_that_cannot_be_deleted_is_told(
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [([], "say what to keep: --keep-last N"), (["--keep-last", "0"], "0 is less than 1")],
+    [
+        ([], "say what to keep: --keep-last N"),
+        (["--keep-last", "0"], "0 is less than 1"),
+        (["--keep-hours", "0"], "at least a minute, but given 0.0"),
+        (["--keep-hours", "nan"], "at least a minute, but given nan"),
+    ],
 )
 def test_wrong_arguments_delete_nothing(
     command: Command, directory: Path, arguments: Sequence[str], message: str, capsys: pytest.CaptureFixture[str]
@@ -165,25 +171,27 @@ def entry(step: int, score: float | None) -> FileEntry:
         modified_s=0.0,
         identity=(0, step, 10, 0),
         link=None,
-        manifest=Manifest(versions={}, wall_time_s=float(step), iteration=step, score=score),
+        manifest=Manifest(versions={}, wall_time_s=60.0 * step, iteration=step, score=score),
         record=None,
     )
 
 
 @pytest.mark.parametrize(
-    ("rules", "kept"),
+    ("policies", "kept"),
     [
-        (Rules(last=3), [80, 90, 100]),
-        (Rules(best=2), [30, 70, 100]),
-        (Rules(every=50), [50, 100]),
-        (Rules(every=1000), [100]),
-        (Rules(last=2, best=1, every=40), [30, 40, 80, 90, 100]),
-        (Rules(last=50), list(STEPS)),
+        ([LastN(3)], [80, 90, 100]),
+        ([BestN(2)], [30, 70, 100]),
+        ([EveryNSteps(50)], [50, 100]),
+        ([EveryNSteps(45)], [50, 90, 100]),
+        ([EveryNSteps(1000)], [100]),
+        ([EveryHours(1)], [10, 60, 100]),
+        ([LastN(2), BestN(1), EveryNSteps(40)], [30, 40, 80, 90, 100]),
+        ([LastN(50)], list(STEPS)),
     ],
 )
-def test_rules(rules: Rules, kept: list[int]) -> None:
+def test_policies(policies: list[Policy], kept: list[int]) -> None:
     scores = {10: float("nan"), 20: None, 30: 0.9, 40: 0.1, 50: 0.1, 60: 0.3, 70: 0.8, 80: 0.1, 90: 0.2, 100: 0.0}
-    verdicts = judge([entry(step, scores[step]) for step in reversed(STEPS)], rules)
+    verdicts = judge([entry(step, scores[step]) for step in reversed(STEPS)], policies)
     assert [verdict.entry.step for verdict in verdicts] == list(STEPS), "the oldest first"
     assert [verdict.entry.step for verdict in verdicts if verdict.action == "keep"] == kept
 
