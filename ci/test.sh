@@ -69,6 +69,7 @@ RESULTS="$(mktemp -d)"
 # compile what it imports. In a second run pytest finds the tests compiled, too.
 unset PYTHONDONTWRITEBYTECODE PYTHONPYCACHEPREFIX
 export PATH="$BIN:$PATH" PYTHONUNBUFFERED=1 PYTHONPATH="$ROOT"
+export MYPY_CACHE_DIR="${MYPY_CACHE_DIR:-$(dirname "$(dirname "$BIN")")/mypy}" # beside the environments: a fresh clone has none
 trap 'rm -rf "$RESULTS"' EXIT
 
 # run_pytest NAME ARGUMENT...: run pytest in an environment, whose programs (torchrun) are on PATH.

@@ -21,10 +21,13 @@ def faults_of(calls: Sequence[Called], extent: Extent) -> Iterator[Fault]:
     Args:
         calls: the calls of a save without faults.
         extent: `whole`: each call with each error, once and from then on. `quick`: each call with some errors.
-            `sample`: a fifth of these.
+            `sample`: a fifth of these, and at least one of each call.
     """
-    faults = _faults_of(calls, is_whole=extent == "whole")
-    return itertools.islice(faults, 0, None, _SAMPLE_EACH if extent == "sample" else 1)
+    seen: set[str] = set()
+    for number, fault in enumerate(_faults_of(calls, is_whole=extent == "whole")):
+        if extent != "sample" or number % _SAMPLE_EACH == 0 or fault.call not in seen:
+            yield fault
+        seen.add(fault.call)
 
 
 def _faults_of(calls: Sequence[Called], *, is_whole: bool) -> Iterator[Fault]:

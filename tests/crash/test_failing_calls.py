@@ -255,9 +255,7 @@ def test_every_call_of_a_save_fails_and_all_ranks_raise_the_same(
     report: Callable[[str], None],
 ) -> None:
     modes = [mode for mode in MODES if is_sharded(mode) == sharded]
-    extents: dict[str, Extent] = {
-        mode: "whole" if is_whole else "quick" if mode == MODES[0] else "sample" for mode in modes
-    }
+    extents: dict[str, Extent] = dict.fromkeys(modes, "whole" if is_whole else "sample")
     of_modes = _on_ranks(
         _fail_calls_in_each_mode, str(tmp_path), extents, env={"LD_PRELOAD": str(shim_library)}, limit_s=limit_s
     )

@@ -173,18 +173,26 @@ class Keeping(Drawing):
         self.rng = rng
 
 
+STOPS: dict[str, Callable[[int], tuple[int, ...]]] = {
+    "in the second epoch": lambda length: (length + 2,),
+    "after an epoch": lambda length: (length,),
+    "in the first epoch": lambda _: (3,),
+    "three times": lambda length: (2, length, length + 1),
+    "after two epochs": lambda length: (2 * length,),
+}
+
+
+@pytest.mark.parametrize("stop", STOPS)
 @pytest.mark.parametrize("name", MADE)
-def test_with_an_rng_state_a_loader_continues_as_if_uninterrupted(tmp_path: Path, name: str) -> None:
+def test_with_an_rng_state_a_loader_continues_as_if_uninterrupted(tmp_path: Path, name: str, stop: str) -> None:
     make = MADE[name]
     alone, _ = in_parts(tmp_path / "alone", make)
-    length = len(alone) // 3
     next_alone = torch.rand(3)
-    for stops in ((length + 2,), (length,), (3,), (2, length, length + 1), (2 * length,)):
-        batches, warned = in_parts(tmp_path / "-".join(map(str, stops)), make, *stops)
-        assert batches == alone, stops
-        assert torch.equal(torch.rand(3), next_alone), "what is drawn after the run is the same too"
-        assert all("the loader starts new workers" in one for one in warned)
-        assert not warned or "persistent" in name
+    batches, warned = in_parts(tmp_path / "parts", make, *STOPS[stop](len(alone) // 3))
+    assert batches == alone
+    assert torch.equal(torch.rand(3), next_alone), "what is drawn after the run is the same too"
+    assert all("the loader starts new workers" in one for one in warned)
+    assert not warned or "persistent" in name
 
 
 @pytest.mark.parametrize("rng", ["", "trainer"])
