@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from distckpt.samplers import ResumableSampler
     from distckpt.saving.api import async_save, save
     from distckpt.saving.pending_save import PendingSave
+    from distckpt.saving.stage_state import StageState
 
 __all__ = [
     "BaseSaveHandler",
@@ -98,6 +99,7 @@ __all__ = [
     "RngState",
     "SaveError",
     "ShardedStateError",
+    "StageState",
     "StateMismatchError",
     "TerminateOnNan",
     "TimeLimit",
@@ -183,6 +185,7 @@ _HOMES = {
     "distckpt.samplers": ("ResumableSampler",),
     "distckpt.saving.api": ("async_save", "save"),
     "distckpt.saving.pending_save": ("PendingSave",),
+    "distckpt.saving.stage_state": ("StageState",),
 }
 """The modules of the public names. A name that is not here is a handler's."""
 

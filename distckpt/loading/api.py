@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from distckpt._threads import get_num_threads
-from distckpt._unwrap import unwrap
 from distckpt._values import check_timeout
 from distckpt.backends.detect import current
 from distckpt.loading.dtensors import refuse_unloadable
 from distckpt.loading.report import LoadReport
-from distckpt.loading.restore import PreparedLoad, prepare
+from distckpt.loading.restore import PreparedLoad, loaded_object, prepare
 from distckpt.loading.select import select_checkpoint, sort_newest_first
 from distckpt.loading.verify_on_ranks import LoadContext, RefusedCheckpoint, verify_on_all_ranks
 from distckpt.ptformat.reader import OpenCheckpoint
@@ -199,4 +198,4 @@ def check_to_load(to_load: object) -> None:
     if not isinstance(to_load, Mapping):
         raise TypeError(f"Argument to_load should be a dictionary, but given {type(to_load)}")
     check_objects(dict(to_load), "load_state_dict")
-    map_named(lambda name, obj: refuse_unloadable(name, unwrap(obj)), dict(to_load))
+    map_named(lambda name, obj: refuse_unloadable(name, loaded_object(obj)), dict(to_load))

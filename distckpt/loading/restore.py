@@ -40,6 +40,7 @@ from distckpt.loading.report import LoadReport, join_mismatches, join_reports
 from distckpt.loading.rollback import Rollback, make_rollback, own_state
 from distckpt.ptformat.reader import OpenCheckpoint
 from distckpt.saving.capture import plain_state
+from distckpt.saving.stage_state import StageState
 from distckpt.saving.staging import wait_for_deferred_copies
 
 _Mismatches = list[tuple[str, StateMismatchError]]  # with the objects' names
@@ -140,6 +141,12 @@ class _ObjectLoad:
         return ""
 
 
+def loaded_object(obj: Any) -> Any:
+    """Return the object that a load changes: without wrappers, of a :class:`StageState` its module or optimizer."""
+    inner = unwrap(obj)
+    return inner.wrapped if isinstance(inner, StageState) else inner
+
+
 def prepare(
     to_load: Mapping[str, Any],
     state: Any,
@@ -167,7 +174,7 @@ def prepare(
     options = dict(module_options)
     loads, mismatches = _pair_objects(to_load, state)
     if only is not None:
-        wanted = {id(unwrap(obj)) for obj in only}
+        wanted = {id(loaded_object(obj)) for obj in only}
         loads = [one for one in loads if id(one.obj) in wanted]
     loads = [*(_ObjectLoad(type(obj).__name__, obj, its_state) for obj, its_state in others), *loads]
     for one in loads:
@@ -330,6 +337,12 @@ def _is_bare(obj: Any, state: Mapping[str, Any], key: str) -> bool:
 def _walk(name: str, obj: Any, state: Any, loads: list[_ObjectLoad], mismatches: _Mismatches) -> None:
     if hasattr(obj, "load_state_dict"):
         inner = unwrap(obj)
+        if isinstance(inner, StageState):
+            try:
+                inner, state = inner.wrapped, inner.part_of(state, name)
+            except StateMismatchError as error:
+                mismatches.append((name, error))
+                return
         state = rename_for_module(inner, state) if isinstance(inner, nn.Module) else state
         loads.append(_ObjectLoad(name, inner, state))
         return

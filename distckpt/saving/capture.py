@@ -20,7 +20,7 @@ from distckpt.ptformat.sharded import (
 )
 from distckpt.saving.object_forms import CapturedObjects
 from distckpt.saving.sharded_objects import refuse_sharded_object
-from distckpt.saving.shards import Shards
+from distckpt.saving.shards import OwnedTensor, Shards
 from distckpt.saving.staging import has_step_hook
 
 _PLAIN = frozenset({torch.Tensor, str, int, float, bool, type(None)})
@@ -304,7 +304,7 @@ class _Replacement:
         kind = type(state)
         if kind in _PLAIN:
             return state
-        if may_be_sharded(kind):
+        if may_be_sharded(kind) or kind is OwnedTensor:
             return self._tensor(state, path)
         if is_numpy_scalar(state):
             return state.item() if self._convert_numpy and has_python_value(state) else state
@@ -336,8 +336,12 @@ class _Replacement:
             return kind(items)
         return kind._make(items) if hasattr(kind, "_make") else state  # a named tuple; the pickler converts others
 
-    def _tensor(self, tensor: torch.Tensor, path: tuple[Any, ...]) -> torch.Tensor | TensorShard:
+    def _tensor(self, tensor: Any, path: tuple[Any, ...]) -> torch.Tensor | TensorShard:
         at = f", key {'.'.join(map(key_to_text, path))!r}," if path else ""
+        if isinstance(tensor, OwnedTensor):
+            if self._shards is None:
+                raise sharded_error(f"{self._where}{at}", f"a tensor that rank {tensor.owner} holds")
+            return self._shards.replace_owned(tensor, f"{self._where}{at}".rstrip(","))
         replaced = None if self._shards is None else self._shards.replace(tensor, f"{self._where}{at}".rstrip(","))
         if replaced is not None:
             return replaced

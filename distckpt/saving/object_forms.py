@@ -140,8 +140,8 @@ class CapturedObjects:
             if difference is not None:
                 msg = (
                     f"to_save[{name!r}] is another object on some ranks: {difference}. The state of rank {coordinator} "
-                    "alone would be saved, so nothing was saved. Give all ranks the same object under one key, or "
-                    "an object that gathers the state of all ranks in a method distckpt_consolidate(to)"
+                    "alone would be saved, so nothing was saved. Wrap it in distckpt.StageState on all ranks if these "
+                    "are stages of one model; else give all ranks the same object under one key"
                 )
                 raise ShardedStateError(msg)
 

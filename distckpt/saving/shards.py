@@ -55,6 +55,27 @@ class _Placing(NamedTuple):
         return len(self.mesh.ranks) == 1 and not self.has_twins
 
 
+class OwnedTensor(NamedTuple):
+    """Stands in a consolidated state for a whole tensor that one rank holds.
+
+    Attributes:
+        owner: the rank.
+        shape: of the tensor.
+        dtype: of the elements.
+        local: the tensor on its owner; an empty one on other ranks.
+    """
+
+    owner: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    local: torch.Tensor
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether the saved tensor requires gradients; a module's state never does."""
+        return False
+
+
 class ShardSource:
     """A sharded tensor, and this rank's rows of it.
 
@@ -104,7 +125,7 @@ class ShardSource:
     @property
     def device(self) -> str:
         """Type of the device that holds the rows."""
-        return str(self._tensor._local_tensor.device.type)  # noqa: SLF001 - to_local() returns a new tensor
+        return str(_memory_of(self._tensor).device.type)
 
     def rows(self) -> tuple[torch.UntypedStorage, int]:
         """Return the storage of this rank's rows, and the offset of the first byte. Collective if redistributed."""
@@ -117,9 +138,7 @@ class ShardSource:
         """Return a checksum of this rank's rows. Collective if redistributed."""
         if self.place is None:
             return 0
-        rows = self._rows(self.place).reshape(-1).view(torch.uint8).cpu()
-        memory = memoryview((ctypes.c_char * rows.numel()).from_address(rows.data_ptr())).cast("B")
-        return crc32(memory) if rows.numel() else 0
+        return checksum_of(self._rows(self.place))
 
     def _rows(self, place: int) -> torch.Tensor:
         if self.needs_redistribution:
@@ -223,6 +242,32 @@ class Shards:
         known = self._by_id.get(id(tensor))
         return self._add(it, name, placing) if known is None else known[1]
 
+    def replace_owned(self, tensor: OwnedTensor, name: str) -> TensorShard:
+        """Return what stands for a tensor that one rank holds.
+
+        Args:
+            tensor: the tensor; the same one for each of its names.
+            name: of the object and the key, for messages.
+        """
+        known = self._by_id.get(id(tensor))
+        if known is not None:
+            return known[1]
+        placing = self._placings.get(tensor.owner)
+        if placing is None:
+            placing = self._placings[tensor.owner] = _Placing(
+                mesh=make_mesh((tensor.owner,), (1,)),
+                place=self._rank if self._rank == tensor.owner else None,
+                has_twins=False,
+                splits=(0,),
+                num_replicas=1,
+                needs_redistribution=False,
+                is_plain=False,
+                text="on one rank",
+                refused="",
+                held=None,
+            )
+        return self._add(tensor, name, placing)
+
     def _add(self, it: Any, name: str, placing: _Placing) -> TensorShard:
         if placing.refused:
             problem = f"a DTensor with placement {placing.refused}: its ranks hold summands. Redistribute it first"
@@ -231,7 +276,9 @@ class Shards:
         shape, dtype = tuple(it.shape), it.dtype
         # A parameter's state_dict entries are new tensors of one storage, of which each rank holds its shard.
         storage = local.untyped_storage()._cdata  # noqa: SLF001 - torch's identity of a storage
-        key = storage, local.storage_offset(), shape, dtype, id(placing)
+        key: Any = storage, local.storage_offset(), shape, dtype, id(placing)
+        if isinstance(it, OwnedTensor):  # other ranks do not see its storage, and have to count alike
+            key = id(it)
         number = self._numbers.setdefault(key, len(self.sources))
         shard = TensorShard(number, dtype, shape, it.requires_grad, isinstance(it, torch.nn.Parameter))
         if number == len(self.sources):
@@ -323,7 +370,22 @@ def _is_shard(placement: Any) -> bool:
     return hasattr(placement, "dim")
 
 
-def _local_of(tensor: Any) -> torch.Tensor:
-    """Return a DTensor's local tensor; waits for a collective that computes it."""
+def checksum_of(tensor: torch.Tensor) -> int:
+    """Return a checksum of a tensor's elements, row by row."""
+    rows = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).cpu()
+    memory = memoryview((ctypes.c_char * rows.numel()).from_address(rows.data_ptr())).cast("B")
+    return crc32(memory) if rows.numel() else 0
+
+
+def _memory_of(tensor: Any) -> torch.Tensor:
+    """Return the tensor that this rank holds of a DTensor or an :class:`OwnedTensor`."""
+    if isinstance(tensor, OwnedTensor):
+        return tensor.local
     local: torch.Tensor = tensor._local_tensor  # noqa: SLF001 - to_local() returns a new tensor
+    return local
+
+
+def _local_of(tensor: Any) -> torch.Tensor:
+    """Return what :func:`_memory_of` does; waits for a collective that computes it."""
+    local = _memory_of(tensor)
     return local if type(local) is torch.Tensor else as_whole(local.detach())

@@ -1,0 +1,221 @@
+"""The state of a pipeline of stages, of which each rank holds one, as one state by name."""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from distckpt._unwrap import rename_for_module, unwrap
+from distckpt._values import check_timeout
+from distckpt.backends.detect import current
+from distckpt.errors import state_mismatch_error
+from distckpt.saving.stage_exchange import StageExchange, StagePart
+
+
+class StageState:
+    """The stages of a pipeline that the ranks hold, for ``to_save`` and ``to_load``.
+
+    With pipeline parallelism each rank has other layers in its module, and another optimizer. A save joins them by
+    name: the file holds one state of the whole model, as if it had never been split. Each rank writes the tensors that
+    it holds; nothing is gathered. A load gives each rank the names that its objects have. So a model loads the file
+    after another split, on another number of ranks, or unsplit.
+
+    Names have to be those of the whole model. If several ranks have a tensor under one name, such as tied embeddings or
+    the replicas of a stage, its values have to be equal, and it is saved once. Buffers may differ; those of the lowest
+    rank are saved.
+
+    An optimizer's state is saved by the names of its parameters: those of `module`, or ``param_names`` in its groups,
+    which it has if it was made of ``named_parameters()``. Groups of the same index are one group.
+
+    Args:
+        stage: this rank's module, or its optimizer.
+        module: the module with the parameters of an optimizer; None if its groups have ``param_names``.
+        timeout_s: seconds to wait for the other ranks; None for ``DISTCKPT_TIMEOUT_S``, or 300.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: the parameters of the optimizer have no names, or `timeout_s` is not positive.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.ModuleDict({"layer1": torch.nn.Linear(2, 2, bias=False)})
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> list(StageState(model).state_dict())
+        ['layer1.weight']
+        >>> StageState(optimizer, model).state_dict()["param_groups"][0]["params"]
+        ['layer1.weight']
+    """
+
+    def __init__(
+        self,
+        stage: nn.Module | torch.optim.Optimizer,
+        module: nn.Module | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> None:
+        if not isinstance(stage, nn.Module | torch.optim.Optimizer):
+            msg = f"Argument stage should be an nn.Module or an Optimizer, but given {type(stage)}"
+            raise TypeError(msg)
+        if module is not None and (not isinstance(module, nn.Module) or isinstance(stage, nn.Module)):
+            msg = f"Argument module should be the nn.Module of an optimizer, but given {type(module)}"
+            raise TypeError(msg)
+        if hasattr(stage, "consolidate_state_dict"):
+            msg = f"Argument stage: {type(stage).__name__} keeps a part of its state on each rank; it has no names"
+            raise TypeError(msg)
+        check_timeout(timeout_s)
+        self._exchange = StageExchange(timeout_s)
+        self._stage = stage
+        self._module = module
+        if isinstance(stage, torch.optim.Optimizer):
+            self._names(stage)
+
+    @property
+    def wrapped(self) -> Any:
+        """The module, without wrappers, or the optimizer."""
+        return unwrap(self._stage)
+
+    def distckpt_consolidate(self, to: int) -> Any:
+        """Collective. Return the state of all stages. A save calls this on all ranks.
+
+        Raises:
+            ShardedStateError: the ranks' states do not fit together; on every rank.
+        """
+        del to
+        backend = current()
+        return self.state_dict() if backend.world_size == 1 else self._exchange.join(backend, self._part)
+
+    def state_dict(self) -> Any:
+        """Return this rank's part of the state. Rank-local; a save writes those of all ranks instead."""
+        stage = self.wrapped
+        if isinstance(stage, nn.Module):
+            return stage.state_dict()
+        state, names = stage.state_dict(), self._names(stage)
+        by_number = {
+            number: name
+            for group, its_names in zip(state["param_groups"], names, strict=True)
+            for number, name in zip(group["params"], its_names, strict=True)
+        }
+        groups = [
+            {**{key: item for key, item in group.items() if key != "param_names"}, "params": list(its_names)}
+            for group, its_names in zip(state["param_groups"], names, strict=True)
+        ]
+        return {"state": {by_number[number]: one for number, one in state["state"].items()}, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load this rank's part of a state. Rank-local.
+
+        Args:
+            state_dict: of all stages, or of a model that was never split. It may hold more than this rank has.
+
+        Raises:
+            StateMismatchError: an optimizer's parameter or group is missing; a ValueError too.
+            RuntimeError: a module's tensor is missing, or has another shape.
+        """
+        self.wrapped.load_state_dict(self.part_of(state_dict))
+
+    def part_of(self, state: Any, name: str = "") -> Any:
+        """Return the part of a whole state that the object of this rank loads, as that object names it.
+
+        Args:
+            state: of all stages, or of a model that was never split.
+            name: of this object, for messages.
+
+        Raises:
+            StateMismatchError: an optimizer's parameter or group is missing; a ValueError too.
+        """
+        stage = self.wrapped
+        if isinstance(stage, nn.Module):
+            renamed = rename_for_module(stage, state)
+            if not isinstance(renamed, Mapping) or current().world_size == 1:
+                return renamed
+            found: Any = OrderedDict((key, renamed[key]) for key in stage.state_dict() if key in renamed)
+            if hasattr(renamed, "_metadata"):
+                found._metadata = renamed._metadata  # noqa: SLF001 - torch's name for it
+            return found
+        return self._optimizer_part(stage, state, name)
+
+    def _optimizer_part(self, optimizer: torch.optim.Optimizer, state: Any, name: str) -> Any:
+        given = _by_name(state, name)
+        group_of = {key: index for index, group in enumerate(given["param_groups"]) for key in group["params"]}
+        names = self._names(optimizer)
+        missing = [key for its_names in names for key in its_names if key not in group_of]
+        if missing:
+            msg = f"the checkpoint's {name!r} has no state of {', '.join(missing[:3])}{' ...' if missing[3:] else ''}"
+            keys = [f"{name}.{key}".lstrip(".") for key in missing]
+            raise state_mismatch_error(msg, ["ValueError"], missing=keys)
+        groups, states = [], dict[int, Any]()
+        own = optimizer.state_dict()["param_groups"]
+        for index, (group, its_names) in enumerate(zip(own, names, strict=True)):
+            sources = sorted({group_of[key] for key in its_names})
+            if len(sources) > 1:
+                msg = (
+                    f"the parameters of group {index} of {name!r} are in the groups {sources} of the checkpoint: "
+                    f"{next(key for key in its_names if group_of[key] != group_of[its_names[0]])!r} is in another one "
+                    f"than {its_names[0]!r}"
+                )
+                raise state_mismatch_error(msg, ["ValueError"], mismatched=[f"{name}.param_groups".lstrip(".")])
+            source = given["param_groups"][sources[0]] if sources else group
+            kept = {key: group[key] for key in ("params", "param_names") if key in group}
+            groups.append({**{key: item for key, item in source.items() if key != "param_names"}, **kept})
+            pairs = zip(group["params"], its_names, strict=True)
+            states |= {number: given["state"][key] for number, key in pairs if key in given["state"]}
+        return {"state": states, "param_groups": groups}
+
+    def _part(self) -> StagePart:
+        stage, state = self.wrapped, self.state_dict()
+        if isinstance(stage, torch.optim.Optimizer):
+            return StagePart("an optimizer", state["state"], groups=state["param_groups"])
+        versions = {path: one.get("version") for path, one in getattr(state, "_metadata", {}).items()}
+        buffers = [name for name, _ in stage.named_buffers()]
+        return StagePart("a module", state, versions=versions, unchecked=buffers)
+
+    def _names(self, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+        """Return the names of the parameters of each group."""
+        module = None if self._module is None else unwrap(self._module)
+        known = {} if module is None else {id(one): name for name, one in reversed(list(module.named_parameters()))}
+        found = []
+        for index, group in enumerate(optimizer.param_groups):
+            kind = type(optimizer).__name__
+            if module is None and "param_names" not in group:
+                msg = (
+                    f"group {index} of the {kind} has no names of parameters. Pass the module too, or make the "
+                    "optimizer of named_parameters()"
+                )
+                raise ValueError(msg)
+            absent = [
+                number for number, one in enumerate(group["params"]) if module is not None and id(one) not in known
+            ]
+            if absent:
+                msg = f"parameter {absent[0]} of group {index} of the {kind} is not in the module"
+                raise ValueError(msg)
+            found.append(list(group["param_names"]) if module is None else [known[id(one)] for one in group["params"]])
+        return found
+
+
+def _by_name(state: Any, name: str) -> Mapping[str, Any]:
+    """Return an optimizer's state by the names of its parameters.
+
+    Raises:
+        StateMismatchError: it is no optimizer's state, or its parameters have no names; a ValueError too.
+    """
+    keys = [f"{name}.param_groups".lstrip(".")]
+    groups = state.get("param_groups") if isinstance(state, Mapping) else None
+    if not isinstance(groups, Sequence) or not isinstance(state.get("state"), Mapping):
+        msg = f"the checkpoint's {name!r} is not an optimizer's state: it lacks 'state' or 'param_groups'"
+        raise state_mismatch_error(msg, ["ValueError"], mismatched=keys)
+    if all(isinstance(key, str) for group in groups for key in group["params"]):
+        by_name: Mapping[str, Any] = state
+        return by_name
+    if any(len(group.get("param_names", ())) != len(group["params"]) for group in groups):
+        msg = (
+            f"the checkpoint's {name!r} numbers its parameters, and its groups have no 'param_names': a part of the "
+            "model numbers them otherwise"
+        )
+        raise state_mismatch_error(msg, ["ValueError"], mismatched=keys)
+    names = {number: key for group in groups for number, key in zip(group["params"], group["param_names"], strict=True)}
+    return {
+        "state": {names[number]: one for number, one in state["state"].items() if number in names},
+        "param_groups": [{**group, "params": list(group["param_names"])} for group in groups],
+    }
