@@ -350,6 +350,7 @@ class Pause(Enum):
     EPOCH_STARTED = auto()
     ITERATION_STARTED = auto()
     """The step is to be made."""
+    ITERATION_COMPLETED = auto()  # only of an engine that pauses after iterations
     BATCHES_ENDED = auto()
     """The epoch has no further batch, or the run is to stop. EPOCH_COMPLETED or TERMINATE is not fired yet."""
     RUN_ENDED = auto()
@@ -359,7 +360,8 @@ class SteppedEngine(Engine):
     """An engine that runs from one :class:`Pause` to the next, as its caller tells it.
 
     ignite writes its run as a generator, for ``interrupt()``. It yields at more places here. What happens between them,
-    and the order of events, are ignite's.
+    and the order of events, are ignite's. With `pauses_after_iterations` it also pauses between two iterations, for a
+    loop that may end after any of them.
 
     Attributes:
         pause: where the run stands still; None if there is no run.
@@ -368,10 +370,11 @@ class SteppedEngine(Engine):
 
     interrupt_resume_enabled = True  # the generator, also where a program prefers ignite's other one
 
-    def __init__(self) -> None:
+    def __init__(self, *, pauses_after_iterations: bool = False) -> None:
         super().__init__(lambda engine, _batch: engine.state.output)  # which the step has set
         self.pause: Pause | None = None
         self.end_epoch: Callable[[Engine], None] | None = None
+        self._pauses_after_iterations = pauses_after_iterations
 
     def begin(self, data: Any, max_epochs: int | None, max_iters: int | None, epoch_length: int | None) -> None:
         """Start a run and fire STARTED; the arguments are those of ``Engine.run()``.
@@ -426,6 +429,9 @@ class SteppedEngine(Engine):
         fired = self.last_event_name
         if fired is _ITERATION_STARTED:
             yield Pause.ITERATION_STARTED  # the iteration is completed before the run may stop
+        elif fired is _ITERATION_COMPLETED and self._pauses_after_iterations:
+            yield Pause.ITERATION_COMPLETED
+            yield from super()._maybe_terminate_or_interrupt()
         elif fired is Events.STARTED or fired is Events.EPOCH_STARTED:
             yield Pause.RUN_STARTED if fired is Events.STARTED else Pause.EPOCH_STARTED
             if self.end_epoch is not None:
