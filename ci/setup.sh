@@ -86,7 +86,8 @@ contents_of() {
 # check_of NAME: print the program that checks that the environment works.
 check_of() {
     case "$1" in
-        base | newest) printf '%s\n' 'import torch, ignite, isal' ;;
+        base) printf '%s\n' 'import torch, ignite, isal, accelerate, pytorch_lightning, transformers' ;;
+        newest) printf '%s\n' 'import torch, ignite, isal' ;;
         bench) printf '%s\n' 'import ignite, isal, torch_checkpointing, torchsnapshot' ;;
         readme) printf '%s\n' 'import distckpt' ;;
         docs) printf '%s\n' 'import material, mkdocs, mkdocstrings' ;;
