@@ -136,6 +136,7 @@ _MODULES = (
     "coordination",
     "errors",
     "handlers",
+    "integrations",
     "loading",
     "policy",
     "ptformat",

@@ -32,12 +32,19 @@ def blocks_of(page: Path) -> list[str]:
 
 
 BLOCKS = {f"{page.stem} {number}": block for page in PAGES for number, block in enumerate(blocks_of(page), start=1)}
-RUNS = [
-    (name, world_size)
-    for name, block in BLOCKS.items()
-    for world_size in (1, 2)
-    if world_size == 1 or "Parallel(backend=" in block
-]
+
+
+def needs_extras(name: str) -> bool:
+    """Return True for an example that needs packages of an extra: it runs in this process's environment."""
+    return name.startswith("integrations ")
+
+
+def saves(name: str) -> bool:
+    """Return True for an example that starts ranks and saves."""
+    return needs_extras(name) or "Parallel(backend=" in BLOCKS[name]
+
+
+RUNS = [(name, world_size) for name in BLOCKS for world_size in (1, 2) if world_size == 1 or saves(name)]
 
 
 def starts() -> dict[int, list[str]]:
@@ -79,14 +86,24 @@ def pip(python: str, *arguments: str | Path) -> None:
     subprocess.run(command, check=True, timeout=LIMIT_S)
 
 
-def run(installed: Installed, example: str, world_size: int, folder: Path) -> tuple[list[str], str, str]:
-    """Run a program in `folder`; return the names of its checkpoints, standard output and standard error."""
+def run(
+    installed: Installed, example: str, world_size: int, folder: Path, *, programs: Path | None = None
+) -> tuple[list[str], str, str]:
+    """Run a program in `folder`; return the names of its checkpoints, standard output and standard error.
+
+    Args:
+        installed: the environment.
+        example: the program.
+        world_size: number of ranks.
+        folder: the working folder.
+        programs: where the commands are, if not in the user's environment.
+    """
     (folder / "example.py").write_text(example)
     mine = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     environment = {**mine, "PYTHONPATH": str(installed.site), "OMP_NUM_THREADS": "1"}
     program, *arguments = starts()[world_size]
     done = subprocess.run(
-        [installed.bin / program, *arguments],
+        [(programs or installed.bin) / program, *arguments],
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -130,9 +147,10 @@ def test_every_page_that_should_have_an_example_has_one() -> None:
 def test_example_runs_and_its_checkpoints_are_whole(
     installed: Installed, name: str, world_size: int, tmp_path: Path
 ) -> None:
-    run(installed, BLOCKS[name], world_size, tmp_path)
+    programs = Path(sys.executable).parent if needs_extras(name) else None
+    run(installed, BLOCKS[name], world_size, tmp_path, programs=programs)
     written = list(tmp_path.glob("**/*.pt"))
-    assert bool(written) == ("Parallel(backend=" in BLOCKS[name])
+    assert bool(written) == saves(name)
     for path in written:
         verify(path)
 

@@ -1,0 +1,1 @@
+"""distckpt in training loops of other packages: a module for each, which imports it. No other package does."""

@@ -1,0 +1,188 @@
+"""distckpt in Lightning's Trainer: :class:`DistckptCallback`."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+from distckpt.handlers.checkpoint import Checkpoint
+from distckpt.handlers.ignite_hooks import Pause, SteppedEngine
+from distckpt.integrations import lightning_hooks
+from distckpt.integrations.callback_loop import CallbackLoop
+
+
+class DistckptCallback(Callback, lightning_hooks.FitHooks):  # type: ignore[misc]  # checked without Lightning
+    """Callback that saves a Trainer's whole state in the background, resumes it, and stops it on all ranks together.
+
+    A run that was killed and started again ends with the parameters of the run left alone, bit for bit. ``fit()`` loads
+    the newest whole checkpoint by itself, and skips the trained batches of the epoch. An iteration of :attr:`loop` is
+    an optimizer step: with gradient accumulation, several batches; with manual optimization, one batch. A save follows
+    the step's validation, and the last one of an epoch all that belongs to the epoch.
+
+    Set ``Trainer(enable_checkpointing=False)``, or Lightning also saves by itself. A callback is for one ``fit()``.
+
+    Args:
+        directory: where the checkpoints are.
+        save_every: optimizer steps from one save to the next; None to save after each epoch.
+        n_saved: number of checkpoints to keep; None keeps all.
+        handlers: handlers of distckpt or ignite, called after each step; None for a :class:`~distckpt.TerminateOnNan`,
+            which looks at the loss.
+        to_save: further objects to save, by name.
+        preemption: whether SIGTERM and SIGUSR1, on any rank, save and stop the run.
+        background: whether saves are written while training continues.
+
+    Attributes:
+        loop: the engine that stands for the Trainer. Attach more handlers to it. ``loop.state.output`` holds what
+            ``training_step`` returned for a step's batches, ``loop.state.metrics`` the Trainer's ``callback_metrics``.
+        checkpoint: the handler that saves.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument has a wrong value.
+
+    Example:
+        >>> callback = DistckptCallback("checkpoints", save_every=100)  # doctest: +SKIP
+        >>> Trainer(callbacks=[callback], enable_checkpointing=False).fit(module, loader)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        save_every: int | None = 500,
+        *,
+        n_saved: int | None = 2,
+        handlers: Iterable[Callable[..., Any]] | None = None,
+        to_save: Mapping[str, Any] | None = None,
+        preemption: bool = True,
+        background: bool = True,
+    ) -> None:
+        self._progress = lightning_hooks.FitProgress()
+        self._run = CallbackLoop(
+            directory,
+            save_every,
+            n_saved=n_saved,
+            handlers=handlers,
+            to_save=to_save,
+            preemption=preemption,
+            background=background,
+            progress=self._progress,
+        )
+        self._outputs: list[Any] = []
+        self._undo: Callable[[], None] | None = None
+        self._is_first_epoch = True
+
+    @property
+    def loop(self) -> SteppedEngine:
+        """The engine that stands for the Trainer."""
+        return self._run.engine
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The handler that saves."""
+        return self._run.checkpoint
+
+    # -- the Trainer's events ------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Collective. Find the newest whole checkpoint."""
+        del pl_module
+        if stage != "fit":
+            return
+        problem = lightning_hooks.why_unsupported(trainer)
+        if problem is not None:
+            msg = f"DistckptCallback cannot resume a Trainer with {problem}"
+            raise ValueError(msg)
+        if self._progress.trainer is not None:
+            raise RuntimeError("a DistckptCallback is for one call of fit(): make another one")
+        self._run.find()
+        self._progress.trainer = trainer
+        self._undo = lightning_hooks.install(trainer, self)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Collective. Load what was found."""
+        del pl_module
+        self._run.load(lightning_hooks.objects_of(trainer))
+        state = self.loop.state
+        length = state.epoch_length
+        self._progress.apply(is_in_epoch=bool(length) and state.iteration % (length or 1) > 0)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Collective. Start the run."""
+        del pl_module
+        max_iters, epoch_length = lightning_hooks.limits_of(trainer)
+        self._run.begin(lightning_hooks.loader_of(trainer), max_iters=max_iters, epoch_length=epoch_length)
+        if self._run.has_ended:
+            lightning_hooks.stop(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start an iteration; its first batch is drawn."""
+        del trainer, pl_module, batch, batch_idx
+        self._run.begin_iteration()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the loss."""
+        del trainer, pl_module, batch, batch_idx
+        self._outputs.append(outputs)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Collective. End the run."""
+        del trainer, pl_module
+        self._run.end()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Tell the other ranks. It may raise another exception."""
+        self.teardown(trainer, pl_module, "fit")  # which Lightning does not call then
+        self._run.fail(exception)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let the Trainer and signals act as before."""
+        del trainer, pl_module, stage
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
+        self._run.close()
+
+    # -- what the Trainer has no events for ----------------------------------------------------------
+
+    def before_epoch(self, fetcher: Any) -> None:
+        """Collective. Start an epoch; in the process's first one, draw anew from the generators as they should be."""
+        trainer, is_resumed = self._trainer, self._run.rng.is_loaded
+        self._outputs.clear()
+        if not self._run.begin_epoch():
+            lightning_hooks.stop(trainer)
+        if not self._is_first_epoch:
+            return
+        self._is_first_epoch = False
+        iter(fetcher)
+        if is_resumed and self._run.num_in_epoch > 0:
+            lightning_hooks.skip_batches(trainer, fetcher)
+            self._run.rng.finish_pass_restore()
+
+    def is_in_step(self) -> bool:
+        """Return True if a step has been started and not completed."""
+        return self.loop.pause is Pause.ITERATION_STARTED
+
+    def after_step(self) -> None:
+        """Collective. Complete an iteration, unless what belongs to the epoch follows."""
+        if self._run.num_in_epoch > 0 and not self._complete():
+            lightning_hooks.stop(self._trainer)
+
+    def after_epoch(self) -> None:
+        """Collective. Complete the epoch, and its last iteration."""
+        if self._run.num_in_epoch == 0 and self.is_in_step():
+            self._complete()
+        if not self._run.end_epoch(stops=self._trainer.should_stop):
+            lightning_hooks.stop(self._trainer)
+
+    def _complete(self) -> bool:
+        self.loop.state.metrics.update(self._trainer.callback_metrics)
+        outputs, self._outputs = self._outputs, []
+        return self._run.complete_iteration(outputs)
+
+    @property
+    def _trainer(self) -> Trainer:
+        assert self._progress.trainer is not None  # noqa: S101 - narrows the type; set before fit()
+        return self._progress.trainer

@@ -1,0 +1,85 @@
+"""DistckptCallback under Lightning's Trainer: kills, stops and errors, alone and on two ranks."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integrations.jobs import Jobs
+from tests.integrations.trials import NUM_KILLS, NUM_QUICK, kill_and_resume
+from tests.support.selection import is_full, quick
+
+pytest.importorskip("pytorch_lightning", reason="not in this environment")
+
+LENGTH_S = 0.7
+"""Seconds of a run, roughly."""
+
+
+@pytest.fixture
+def jobs(jobs_of: Callable[[str], Jobs]) -> Jobs:
+    """Return the forking process."""
+    return jobs_of("lightning_program")
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_job_killed_at_random_moments_ends_bit_equal(
+    jobs: Jobs, tmp_path: Path, pytestconfig: pytest.Config, world_size: int
+) -> None:
+    num_kills = NUM_KILLS if is_full(pytestconfig) else NUM_QUICK
+    kill_and_resume(jobs, tmp_path, world_size, num_kills=num_kills, length_s=LENGTH_S)
+
+
+@quick(4)
+@pytest.mark.parametrize("step", [3, 12, 15])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"scheduler": "plateau"},
+        {"scheduler": "epoch", "val_check_interval": 2, "num_workers": 1},
+        {"accumulate_grad_batches": 2, "max_epochs": 4, "save_every": 1},
+        {"max_epochs": -1, "max_steps": 25},
+        {"save_every": None, "is_manual": True},
+    ],
+    ids=str,
+)
+def test_a_job_that_failed_ends_like_one_left_alone(
+    jobs: Jobs, tmp_path: Path, step: int, plan: dict[str, Any]
+) -> None:
+    expected = jobs.run(tmp_path / "alone", **plan)
+    (failed,) = jobs.run(tmp_path / "failed", happens=(0, "error", step), **plan)
+    assert failed is not None
+    assert failed["error"] == "OwnError: own"
+    assert jobs.run(tmp_path / "failed", **plan) == expected
+    (again,) = jobs.run(tmp_path / "failed", **plan)
+    assert again is not None
+    assert expected[0] is not None
+    assert again["state"] == expected[0]["state"], "a complete run trains nothing"
+
+
+def test_a_signal_on_one_rank_saves_and_stops_both(jobs: Jobs, tmp_path: Path) -> None:
+    alone = jobs.run(tmp_path / "alone", 2)
+    ends = jobs.run(tmp_path / "job", 2, happens=(1, "signal", 3))
+    for end in ends:
+        assert end is not None
+        assert (end["steps"], end["iteration"], end["reason"], end["error"]) == (3, 3, "preempted", None)
+        assert end["files"] == ["checkpoint_2.pt", "checkpoint_3.pt"]
+        assert end["is_signal_default"], "signals act as before"
+    assert jobs.run(tmp_path / "job", 2) == alone
+
+
+def test_a_nan_on_one_rank_stops_both_and_is_not_saved(jobs: Jobs, tmp_path: Path) -> None:
+    ends = jobs.run(tmp_path / "job", 2, happens=(1, "nan", 4))
+    for end in ends:
+        assert end is not None
+        assert (end["steps"], end["reason"], end["error"]) == (4, "nan", None)
+        assert end["files"] == ["checkpoint_2.pt"]
+
+
+def test_an_error_on_one_rank_reaches_the_other(jobs: Jobs, tmp_path: Path) -> None:
+    first, second = jobs.run(tmp_path / "job", 2, happens=(1, "error", 3))
+    assert first is not None
+    assert second is not None
+    assert second["error"] == "OwnError: own"
+    assert first["error"].startswith("RemoteRankError")
+    assert "OwnError" in first["error"]
