@@ -8,6 +8,7 @@ rows that exist only after a redistribution, and the few bytes that another rank
 3. (all ranks) :func:`place_received`.
 """
 
+import operator
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from distckpt.ptformat.image import CopyItem
 from distckpt.saving.rank_plan import RankPlan, split_received
 from distckpt.saving.shards import NO_ROWS, Shards
 from distckpt.saving.staging import Staging
+
+_TARGET = operator.attrgetter("at")
 
 
 @dataclass(slots=True)
@@ -58,15 +61,21 @@ def gather_rows(shards: Shards, plan: RankPlan, copies: Sequence[CopyItem], view
             sends[number].append((other, CopyItem(0, begin, at, num_bytes)))
             at += num_bytes
     own = _by_number(copies, {number for number, source in enumerate(shards) if source.needs_redistribution})
+    outgoing: dict[int, list[CopyItem]] = defaultdict(list)
     for number, source in enumerate(shards):
         storage, offset = source.rows()
-        for other, item in sends.get(number, ()):
-            _copy(storage, offset, [item], memoryview(found.outgoing[other]))
         if source.needs_redistribution:
+            for other, item in sends.get(number, ()):
+                _copy(storage, offset, [item], memoryview(found.outgoing[other]))
             found.checksums |= _copy(storage, offset, own.get(number, ()), view)
             storage, offset = NO_ROWS, 0
+        else:
+            for other, item in sends.get(number, ()):
+                outgoing[other].append(item._replace(storage=number, begin=item.begin + offset))
         found.storages.append(storage)
         found.offsets.append(offset)
+    for other, items in outgoing.items():
+        Staging(found.storages, sorted(items, key=_TARGET), memoryview(found.outgoing[other]), 0).run_on(1)
     return found
 
 
