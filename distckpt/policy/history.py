@@ -155,11 +155,10 @@ class History(Sequence[Entry]):
 
     def _without(self, removed: Collection[str]) -> tuple[Entry, ...]:
         entries = self.entries
-        if not self._is_regular:
-            return tuple(entry for entry in entries if entry[1] not in removed)
         found = [file for file in map(self._find, removed) if file is not None]
-        if len(found) > _MAX_SEARCHES:
-            return tuple(entry for entry in entries if entry[1] not in removed)
+        if not self._is_regular or len(found) > _MAX_SEARCHES:
+            gone = frozenset(removed)
+            return tuple(entry for entry in entries if entry[1] not in gone)
         places = []
         for file in found:
             key = _sort_key((file.priority, file.name))

@@ -147,6 +147,31 @@ def test_a_decision_does_not_look_at_each_of_thousands(monkeypatch: pytest.Monke
     assert evicted == ("b200067.pt",)
 
 
+@pytest.mark.parametrize("policies", [(BestN(3),), (LastN(2), EveryNSteps(100_000))])
+def test_the_first_decision_on_thousands_is_no_product_of_their_numbers(policies: tuple[Policy, ...]) -> None:
+    compared = 0
+
+    class Name(str):
+        """A name that counts comparisons."""
+
+        __slots__ = ()
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return str(self) == str(other)
+
+    names = [Name(f"{number}.pt") for number in range(2000)]
+    history = History(
+        [(number, name) for number, name in enumerate(names)],
+        [SavedFile(name, number, number, 0) for number, name in enumerate(names)],
+    )
+    retained = admit(history, SavedFile("new.pt", 1, 3000, 0), policies=policies, is_scored=True)
+    assert len(retained.kept) <= 4
+    assert compared < 20_000
+
+
 def test_n_saved_is_a_policy() -> None:
     assert policies_of(None, 3, is_scored=True) == (BestN(3),)
     assert policies_of(None, 3, is_scored=False) == (LastN(3),)
