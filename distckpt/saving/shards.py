@@ -276,7 +276,7 @@ class Shards:
         shape, dtype = tuple(it.shape), it.dtype
         # A parameter's state_dict entries are new tensors of one storage, of which each rank holds its shard.
         storage = local.untyped_storage()._cdata  # noqa: SLF001 - torch's identity of a storage
-        key: Any = storage, local.storage_offset(), shape, dtype, id(placing)
+        key: Any = storage, local.storage_offset(), shape, it.stride(), dtype, id(placing)
         if isinstance(it, OwnedTensor):  # other ranks do not see its storage, and have to count alike
             key = id(it)
         number = self._numbers.setdefault(key, len(self.sources))
