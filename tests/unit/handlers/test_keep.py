@@ -95,11 +95,9 @@ def test_the_table_in_the_docs_is_true(keep: str, steps: str, clock: Clock) -> N
     assert {name for _, name in handler.state_dict()["_saved"]} == set(memory.files)
 
 
-@pytest.mark.parametrize(("keep", "steps"), ROWS)
+@pytest.mark.parametrize(("keep", "steps"), [row for row in ROWS if row[0] != "[BestN(2)]"])  # it resumes from the best
 def test_a_run_that_is_resumed_keeps_what_the_table_says(keep: str, steps: str, clock: Clock, tmp_path: Path) -> None:
     policies = eval(keep)  # noqa: S307 - as above
-    if all(isinstance(policy, BestN) for policy in policies):
-        pytest.skip("it resumes from the best, and saves the same again")
     for end in (120, 130, 310, 420, 500):
         train(tmp_path, policies, end, clock, **scored())
     assert steps_in(names_in(tmp_path)) == [int(step) for step in steps.split(", ")]
