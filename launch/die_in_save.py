@@ -76,7 +76,7 @@ def unfinished(directory: Path) -> dict[str, int]:
     with os.scandir(directory) as entries:
         for entry in entries:
             with contextlib.suppress(FileNotFoundError):  # renamed or removed while we looked
-                if entry.is_file() and not entry.name.endswith(".pt"):
+                if entry.is_file() and not entry.name.endswith((".pt", ".jsonl")):  # .jsonl: the record of events
                     sizes[entry.name] = entry.stat().st_size
     return sizes
 

@@ -91,7 +91,7 @@ def summary_in(directory: Path) -> dict[str, Any]:
 
 
 def unfinished_in(directory: Path) -> list[Path]:
-    return [path for path in directory.iterdir() if path.suffix not in {".pt", ".json"}]
+    return [path for path in directory.iterdir() if path.suffix not in {".pt", ".json", ".jsonl"}]
 
 
 @pytest.fixture(scope="session")
