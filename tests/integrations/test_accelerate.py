@@ -7,7 +7,7 @@ import pytest
 
 from tests.integrations.jobs import Jobs
 from tests.integrations.trials import NUM_KILLS, NUM_QUICK, kill_and_resume
-from tests.support.selection import is_full
+from tests.support.selection import is_full, quick
 
 pytest.importorskip("accelerate", reason="not in this environment")
 
@@ -29,6 +29,7 @@ def test_a_job_killed_at_random_moments_ends_bit_equal(
     kill_and_resume(jobs, tmp_path, world_size, num_kills=num_kills, length_s=LENGTH_S)
 
 
+@quick(1)
 @pytest.mark.parametrize("iteration", [5, 13, 24])
 def test_a_job_that_failed_ends_like_one_left_alone(jobs: Jobs, tmp_path: Path, iteration: int) -> None:
     expected = jobs.run(tmp_path / "alone")

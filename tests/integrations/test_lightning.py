@@ -30,7 +30,7 @@ def test_a_job_killed_at_random_moments_ends_bit_equal(
     kill_and_resume(jobs, tmp_path, world_size, num_kills=num_kills, length_s=LENGTH_S)
 
 
-@quick(4)
+@quick(3)
 @pytest.mark.parametrize("step", [3, 12, 15])
 @pytest.mark.parametrize(
     "plan",

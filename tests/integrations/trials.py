@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.integrations.jobs import Jobs
 
-NUM_KILLS, NUM_QUICK = 50, 2
+NUM_KILLS, NUM_QUICK = 50, 1
 _MAX_STARTS = 40
 
 
