@@ -112,10 +112,10 @@ class CheckpointSave:
             return replace(intent, save_on_rank=0) if is_alone else intent
 
         self.sync_point, self._outermost = sync_point, engines[0]
-        self._position = {"iteration": engines[0].state.iteration, "epoch": engines[0].state.epoch}
         self._objects = captured_objects(self.backend.world_size)
         agreed = protocol.decide(self.backend, sync_point, make, timeout_s=self.handler.timeout_s)
         self.agreed = replace(agreed, coordinator=self.backend.rank) if is_alone else agreed
+        self._position = {"iteration": engines[0].state.iteration, "epoch": engines[0].state.epoch}
         self.history.adopt(agreed, engines[0])
         self.history.directory = (self.handler.save_handler, agreed.intent.directory)
         self.history.is_agreed = self.history.is_agreed or not is_alone

@@ -39,12 +39,17 @@ def needs_extras(name: str) -> bool:
     return name.startswith("integrations ")
 
 
-def saves(name: str) -> bool:
-    """Return True for an example that starts ranks and saves."""
+def starts_ranks(name: str) -> bool:
+    """Return True for an example that may be started on several ranks."""
     return needs_extras(name) or "Parallel(backend=" in BLOCKS[name]
 
 
-RUNS = [(name, world_size) for name in BLOCKS for world_size in (1, 2) if world_size == 1 or saves(name)]
+def saves(name: str) -> bool:
+    """Return True for an example that saves."""
+    return starts_ranks(name) or "keep=[" in BLOCKS[name]
+
+
+RUNS = [(name, world_size) for name in BLOCKS for world_size in (1, 2) if world_size == 1 or starts_ranks(name)]
 
 
 def starts() -> dict[int, list[str]]:
