@@ -276,9 +276,9 @@ class Shards:
         shape, dtype = tuple(it.shape), it.dtype
         # A parameter's state_dict entries are new tensors of one storage, of which each rank holds its shard.
         storage = local.untyped_storage()._cdata  # noqa: SLF001 - torch's identity of a storage
-        key: Any = storage, local.storage_offset(), shape, it.stride(), dtype, id(placing)
-        if isinstance(it, OwnedTensor):  # other ranks do not see its storage, and have to count alike
-            key = id(it)
+        key: Any = id(it)
+        if not isinstance(it, OwnedTensor):  # of which other ranks do not see the storage, and have to count alike
+            key = storage, local.storage_offset(), shape, it.stride(), dtype, id(placing)
         number = self._numbers.setdefault(key, len(self.sources))
         shard = TensorShard(number, dtype, shape, it.requires_grad, isinstance(it, torch.nn.Parameter))
         if number == len(self.sources):
