@@ -212,12 +212,10 @@ def _wrap_fire_event(
                 firing.end_iteration()
         finally:
             stack.pop()
-        if isinstance(self, SteppedEngine):
+        if firing.actions is not None or isinstance(self, SteppedEngine):
             self.last_event_name = event_name  # handlers may have fired others
-        if firing.actions is not None:
-            self.last_event_name = event_name
-            for action in firing.actions:
-                action(self)
+        for action in firing.actions or ():
+            action(self)
 
     return fire_event
 

@@ -19,7 +19,7 @@ class Loop(SteppedEngine):
     If a handler stops the run, both ``for`` statements end. ``break`` in ``for batch`` completes the iteration and ends
     the epoch, as :meth:`terminate_epoch` in a step function. Leaving ``with`` before the end completes the iteration
     and stops the run, as :meth:`terminate`. An exception that leaves ``with`` is handled as one that a step function
-    raises: EXCEPTION_RAISED fires, and the other ranks are told.
+    raises: EXCEPTION_RAISED fires, and the other ranks raise a RemoteRankError.
 
     Args:
         data: the batches: a DataLoader or another iterable; None for none, with `epoch_length`.

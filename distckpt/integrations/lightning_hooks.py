@@ -1,7 +1,7 @@
 """All access to private names of Lightning.
 
-A callback is not told that the validation of a batch or of an epoch is done, and Lightning continues in the middle of
-an epoch with the first batches of a plain DataLoader. So methods of one Trainer's loops are wrapped for one ``fit()``.
+Lightning calls no method of a callback after the validation of a step or of an epoch, and continues in the middle of an
+epoch with the first batches of a plain DataLoader. So methods of one Trainer's loops are wrapped for one ``fit()``.
 ``tests/integrations/test_lightning_hooks.py`` checks each name and statement of Lightning that this module relies on.
 """
 

@@ -1,8 +1,8 @@
 """All access to private names of transformers' Trainer.
 
-A callback is not told of the loss, of exceptions, or that the logs and evaluations of a step are done. So methods of
-one Trainer object are wrapped for one call of ``train()``. ``tests/integrations/test_trainer_hooks.py`` checks each
-name and statement of transformers that this module relies on.
+The Trainer gives a callback neither the loss nor an exception, and calls none of its methods after the logs and
+evaluations of a step. So methods of one Trainer object are wrapped for one call of ``train()``.
+``tests/integrations/test_trainer_hooks.py`` checks each name and statement of transformers that this module relies on.
 """
 
 import dataclasses
