@@ -7,27 +7,15 @@ from typing import Any
 import pytest
 
 from tests.integrations.jobs import Jobs
-from tests.integrations.trials import NUM_KILLS, NUM_QUICK, kill_and_resume
-from tests.support.selection import is_full, quick
+from tests.support.selection import quick
 
 pytest.importorskip("transformers", reason="not in this environment")
-
-LENGTH_S = 1.0
-"""Seconds of a run, roughly."""
 
 
 @pytest.fixture
 def jobs(jobs_of: Callable[[str], Jobs]) -> Jobs:
     """Return the forking process."""
     return jobs_of("trainer_program")
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_job_killed_at_random_moments_ends_bit_equal(
-    jobs: Jobs, tmp_path: Path, pytestconfig: pytest.Config, world_size: int
-) -> None:
-    num_kills = NUM_KILLS if is_full(pytestconfig) else NUM_QUICK
-    kill_and_resume(jobs, tmp_path, world_size, num_kills=num_kills, length_s=LENGTH_S)
 
 
 @quick(2)
