@@ -76,32 +76,39 @@ def test_each_file_holds_the_state_of_its_iteration_despite_deferred_copies(
     assert guards._GUARDS == []
 
 
-def test_same_loop_without_the_guard_tears_its_checkpoints(
-    tmp_path: Path, slow_copies: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_same_loop_without_the_guard_tears_its_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OptimizerStepGuard, "wait", OptimizerStepGuard.remove)
+    copy, stepped = Staging._copy, threading.Event()
+
+    def copy_after_step(self: Staging, which: int) -> None:
+        assert stepped.wait(30)
+        copy(self, which)
+
+    monkeypatch.setattr(Staging, "_copy", copy_after_step)
     model = nn.Linear(60, 60)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
 
     def step(_engine: Engine, _batch: Any) -> None:
         model(torch.randn(8, 60)).sum().backward()
         optimizer.step()
+        stepped.set()
 
     trainer = Engine(step)
-    handler = Checkpoint(
-        {"model": model, "optimizer": optimizer}, DeferringSaver(tmp_path, background=True), n_saved=None
-    )
+    saver = DeferringSaver(tmp_path, background=True)
+    handler = Checkpoint({"model": model, "optimizer": optimizer}, saver, n_saved=None)
     expected: dict[int, torch.Tensor] = {}
 
     @trainer.on(Events.ITERATION_COMPLETED)
     def note(engine: Engine) -> None:
+        handler.wait_until_finished()
         expected[engine.state.iteration] = model.bias.detach().clone()
+        if engine.state.iteration < 5:
+            stepped.clear()
 
     trainer.add_event_handler(Events.ITERATION_COMPLETED, handler)
-    trainer.run([0] * 20)
+    trainer.run([0] * 5)
     states = {number: torch.load(tmp_path / f"checkpoint_{number}.pt")["model"]["bias"] for number in expected}
-    assert slow_copies
-    assert not all(torch.equal(states[number], held) for number, held in expected.items())
+    assert [torch.equal(states[number], held) for number, held in expected.items()] == [*[False] * 4, True]
 
 
 def test_no_copy_is_deferred_without_overlap_copy(tmp_path: Path) -> None:
