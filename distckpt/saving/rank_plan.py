@@ -104,8 +104,13 @@ class _Planner:
         coordinator_index = writers.ranks.index(writers.coordinator)
         ranges = plan.write_ranges(len(writers.ranks), coordinator_index)
         self._ranges = sorted((begin, end, owner) for (begin, end), owner in zip(ranges, writers.ranks, strict=True))
+        self._begins = [begin for begin, _, _ in self._ranges]
         self._own_range = ranges[writers.ranks.index(rank)]
-        self._pieces = {number: written_pieces(layout, rank, number) for number, layout in enumerate(layouts)}
+        # Most tensors have the layout of another one.
+        pieces = functools.cache(written_pieces)
+        self._turns = [number % layout.num_replicas for number, layout in enumerate(layouts)]
+        self._pieces = [pieces(layout, rank, turn) for layout, turn in zip(layouts, self._turns, strict=True)]
+        self._find_holders = functools.cache(lambda *arguments: tuple(find_holders(*arguments)))
         self._found = RankPlan()
 
     def run(self) -> RankPlan:
@@ -182,7 +187,8 @@ class _Planner:
             to_memory: offset in the memory of the record's first byte, as if all of the record were there.
         """
         number, offset = self._plan.storage_numbers[index], self._plan.records[index].offset
-        for first, last, rank in find_holders(self._layouts[number], begin - offset, end - offset, number):
+        layout, turn = self._layouts[number], self._turns[number]
+        for first, last, rank in self._find_holders(layout, begin - offset, end - offset, turn):
             if rank == self._rank:
                 for piece in self._pieces[number]:
                     low, high = max(first, piece.begin), min(last, piece.end)
@@ -204,7 +210,7 @@ class _Planner:
         for begin, end, local in self._pieces[number]:
             at = begin
             while at < end:
-                found = bisect.bisect_right(self._ranges, record.offset + at, key=operator.itemgetter(0)) - 1
+                found = bisect.bisect_right(self._begins, record.offset + at) - 1
                 _, last, rank = self._ranges[found]
                 until = min(last - record.offset, end)
                 yield Holder(at, until, rank), local + at - begin
@@ -222,7 +228,7 @@ class _Planner:
                     until, rank = min(end, full), self._rank
                 elif at < full:
                     until = min(block + BLOCK_BYTES, end)
-                    rank = next(find_holders(self._layouts[number], block, block + 1, number)).rank
+                    ((_, _, rank),) = self._find_holders(self._layouts[number], block, block + 1, self._turns[number])
                 yield Holder(at, until, rank), local + at - begin
                 at = until
 
