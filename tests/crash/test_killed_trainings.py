@@ -50,7 +50,7 @@ class Training:
         loss = (self._model(batch) - batch.sum(1, keepdim=True)).square().mean()
         loss.backward()
         self._optimizer.step()
-        return loss.item()
+        return float(loss.detach())
 
     def _end_epoch(self) -> None:
         torch.rand(3)  # as an evaluation may draw
