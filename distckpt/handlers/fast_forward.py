@@ -152,12 +152,13 @@ class FastForward:
         level = log_level(backend.rank, {0})
         if all(are_complete):
             self._cancel(engine)
+            state.epoch = recorded.epoch + (recorded.in_epoch > 0)  # as when the run ended, maybe within an epoch
             _logger.log(
                 level,
                 "resume: nothing is left to train: the run was complete, at iteration %d, epoch %d. A later run() "
                 "starts at iteration 0, as in ignite",
-                recorded.trained,
-                recorded.epoch,
+                state.iteration,
+                state.epoch,
             )
             return state
         if any(are_complete):

@@ -405,6 +405,18 @@ def test_a_complete_run_trains_no_more(tmp_path: Path, first: dict[str, int]) ->
     assert go(further, further)[1] == [[], list(range(1, 31))]  # the second run is ignite's own
 
 
+def test_a_run_that_ended_within_an_epoch_keeps_its_epoch(tmp_path: Path) -> None:
+    ends = []
+    for _ in range(2):
+        trainer = Engine(lambda _engine, _batch: None)
+        saver = Checkpoint({"trainer": trainer, "model": Model()}, DiskSaver(tmp_path, require_empty=False))
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, saver)
+        resume(saver.to_save, saver, engine=trainer)
+        state = trainer.run(range(5), max_iters=7)
+        ends.append((state.iteration, state.epoch))
+    assert ends == [(7, 2), (7, 2)]
+
+
 def fire_epochs(folder: Path | None, *, on_loop: bool, ends_epoch: str = "", die_at: int = ENDLESS) -> list[Any]:
     """Train for three epochs; return what followed each epoch's batches, with random numbers.
 
