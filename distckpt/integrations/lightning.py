@@ -132,6 +132,13 @@ class DistckptCallback(Callback, lightning_hooks.FitHooks):  # type: ignore[misc
         del trainer, pl_module
         self._run.end()
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restore the generators of a run that was complete: the Trainer has made an iterator, which draws a seed."""
+        del pl_module
+        if self._is_first_epoch:
+            self._run.rng.loader = lightning_hooks.loader_of(trainer)
+            self._run.rng.restore_loaded()
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Tell the other ranks. It may raise another exception."""
         self.teardown(trainer, pl_module, "fit")  # which Lightning does not call then

@@ -97,6 +97,7 @@ def train(
     scheduler: str = "step",
     is_manual: bool = False,
     num_workers: int = 0,
+    loader_seed: int | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Train, or go on; return what the run left.
@@ -110,6 +111,7 @@ def train(
         scheduler: "step", "epoch" or "plateau".
         is_manual: whether the module steps its optimizer itself.
         num_workers: the loader's.
+        loader_seed: of the loader's own generator; None if it has none.
         settings: for the Trainer.
     """
     warnings.simplefilter("ignore")
@@ -117,6 +119,7 @@ def train(
     is_due = happens is not None and happens[0] == rank
     module = Model(happens[1:] if happens is not None and is_due else None, scheduler, is_manual=is_manual)
     data = TensorDataset(torch.arange(72.0).reshape(24, 3) / 72)
+    generator = None if loader_seed is None else torch.Generator().manual_seed(loader_seed)
     callback, counter = DistckptCallback(folder / "checkpoints", save_every), Counter()
     callback.loop.add_event_handler(Events.EPOCH_STARTED, tell_ready)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -139,7 +142,7 @@ def train(
     try:
         trainer.fit(
             module,
-            DataLoader(data, 2, shuffle=True, num_workers=num_workers),
+            DataLoader(data, 2, shuffle=True, num_workers=num_workers, generator=generator),
             DataLoader(data, 8),
         )
     except Exception as caught:  # noqa: BLE001 - reported
@@ -147,7 +150,7 @@ def train(
     optimizers = [one.state_dict() for one in trainer.optimizers]
     schedulers = [one.scheduler.state_dict() for one in trainer.lr_scheduler_configs]
     return {
-        **digests_of([module.state_dict(), optimizers, schedulers]),
+        **digests_of([module.state_dict(), optimizers, schedulers, [] if generator is None else generator.get_state()]),
         "steps": trainer.global_step,
         "trainer_epoch": trainer.current_epoch,
         "counter": counter.num,
