@@ -25,6 +25,7 @@ def test_a_job_that_failed_ends_like_one_left_alone(jobs: Jobs, tmp_path: Path, 
     assert failed is not None
     assert failed["error"] == "OwnError: own"
     assert jobs.run(tmp_path / "failed") == expected
+    assert jobs.run(tmp_path / "failed") == expected, "a complete run trains nothing"
 
 
 def test_a_signal_on_one_rank_saves_and_stops_both_after_an_optimizer_step(jobs: Jobs, tmp_path: Path) -> None:
