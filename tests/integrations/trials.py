@@ -26,7 +26,7 @@ def kill_and_resume(jobs: Jobs, folder: Path, world_size: int, *, num_kills: int
     seed = os.environ.get("DISTCKPT_CRASH_SEED") or str(secrets.randbelow(2**31))
     draw, killed, number = random.Random(seed), 0, 0
     ends: list[Any]
-    expected = jobs.run(folder / "alone", world_size, **plan)
+    expected: list[Any] = jobs.run(folder / "alone", world_size, **plan)
     assert all(end is not None and end["error"] is None for end in expected), expected
     while killed < num_kills:
         number, ends = number + 1, []
@@ -36,4 +36,10 @@ def kill_and_resume(jobs: Jobs, folder: Path, world_size: int, *, num_kills: int
             if None not in ends:
                 break
             killed += 1
-        assert ends == expected, f"job {number} of DISTCKPT_CRASH_SEED={seed}"
+        differences = [
+            f"rank {rank}, {key}: {end[key]}, and not {wanted[key]}"
+            for rank, (end, wanted) in enumerate(zip(ends, expected, strict=True))
+            for key in wanted
+            if end[key] != wanted[key]
+        ]
+        assert not differences, f"job {number} of DISTCKPT_CRASH_SEED={seed}: {'; '.join(differences)}"
