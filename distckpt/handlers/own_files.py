@@ -225,10 +225,16 @@ class OwnFiles:
         record = files.get(name)
         if record is None:
             return None
+
+        def is_newer(other: Record | None) -> bool:  # a later run has used the name again
+            return other is not None and other.order > record.order
+
         recorded = record.kept if len(record.kept) >= record.num_kept else self._found_entries(record, files)
         entries = tuple(entry for entry in recorded if entry[1] == name or self.is_own(entry[1], files))
         kept = {name for _, name in entries}
-        orphans = tuple(one for one in record.evicted if one not in kept and self.is_own(one, files))
+        orphans = tuple(
+            one for one in record.evicted if one not in kept and self.is_own(one, files) and not is_newer(files[one])
+        )
         return RecordedHistory(entries=entries, orphans=orphans, iteration=record.iteration)
 
     def _found_entries(self, last: Record, files: Mapping[str, Record | None]) -> list[Entry]:

@@ -1,6 +1,6 @@
 """Resume an interrupted run from the newest whole checkpoint, the same one on all ranks.
 
-:mod:`distckpt.loading.select` chooses the checkpoint, :mod:`distckpt.handlers.histories` restores the handlers'
+:mod:`distckpt.loading.select` chooses the checkpoint, :mod:`distckpt.handlers.resume_histories` restores the handlers'
 histories, and :mod:`distckpt.handlers.fast_forward` continues the first epoch.
 """
 
@@ -120,7 +120,8 @@ def resume(
        changed.
     4. (all ranks) load it: on each rank all objects, or none. If a rank fails, raise on all ranks.
     5. (all ranks) restore the histories of `dirname_or_handler` and of the handlers in `to_load` and on the engine, so
-       that they continue to remove old checkpoints. Other handlers restore theirs in their first save.
+       that they continue to remove old checkpoints. Remove those that a killed save had still to remove. Other handlers
+       do so in their first save.
     6. (all ranks) let the engine's next run start at the first batch that was not trained: see `skip_batches`. Changes
        to the restored objects by handlers of STARTED, or of EPOCH_STARTED in an interrupted epoch, are reverted. If the
        run was complete, ``engine.run()`` with the same limits returns at once.

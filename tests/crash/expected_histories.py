@@ -19,12 +19,12 @@ class Kept:
     Attributes:
         history: the files. The priority without a score is the number of files saved before.
         orphans: files that may still exist, because a kill came before their removal.
-        has_saved: whether the handler has saved in the present start. It leaves no orphans then.
+        is_tidy: whether the handler has saved in the present start, or was resumed from. It leaves no orphans then.
     """
 
     history: History = field(default_factory=History)
     orphans: set[str] = field(default_factory=set)
-    has_saved: bool = False
+    is_tidy: bool = False
 
     @property
     def entries(self) -> list[Entry]:
@@ -68,7 +68,7 @@ class Expected:
         self.scores.clear()
         self.wanted.clear()
         for kept in self.kept:
-            kept.has_saved = False
+            kept.is_tidy = False
         spec = self.program.specs[0]
         own = {
             path: at
@@ -88,6 +88,7 @@ class Expected:
             names, wanted = [name for _, name in line["history"]], [name for _, name in self.kept[0].entries]
             if names != wanted:
                 self.find(f"the history is {names} after a resume, and not {wanted}")
+            self.kept[0].is_tidy = True
 
     def _scored(self, line: dict[str, Any], start: Start) -> None:
         at, score = line["handler"], float(line["score"])
@@ -125,7 +126,7 @@ class Expected:
         # A history made anew: the expected decision looks at all files.
         whole = History(kept.history, kept.history.files)
         retained = admit(whole, file, policies=policies, is_scored=spec.is_scored)
-        kept.history, kept.has_saved = retained.kept, True
+        kept.history, kept.is_tidy = retained.kept, True
         kept.orphans = {one for one in (*retained.evicted, *kept.orphans) if one != name}
 
     def _step(self, at: int, line: dict[str, Any], start: Start) -> float:
@@ -172,7 +173,7 @@ class Expected:
                 if path.name in FOREIGN or owner is None or owner in self.collided:
                     continue
                 kept = self.kept[owner]
-                known = {entry[1] for entry in kept.entries} | (set() if kept.has_saved else kept.orphans)
+                known = {entry[1] for entry in kept.entries} | (set() if kept.is_tidy else kept.orphans)
                 if name.partition("/")[2] not in known:
                     self.find(f"{name} is left of handler {owner}")
             for name in () if self.program.by_directory else FOREIGN:

@@ -36,6 +36,7 @@ import torch
 from ignite.engine import Engine, Events
 
 from distckpt import Checkpoint, DiskSaver, ModelCheckpoint, resume
+from distckpt.handlers import resume_histories
 from distckpt.handlers.own_files import OwnFiles
 from distckpt.ptformat.records import Record
 from distckpt.storage.local import LocalStorage
@@ -182,10 +183,15 @@ def _score(program: Program, at: int, trainer: Engine, journal: Journal) -> floa
 def _watch(journal: Journal, handlers: list[Checkpoint], stamp: Stamp) -> None:
     """Write each commit and each removal into the journal, with the handler."""
     save, commit, remove = Checkpoint._save, LocalNewFile.commit, LocalStorage.remove
+    remove_orphans = resume_histories._remove_orphans_here
 
     def save_and_stamp(self: Any, *args: Any) -> None:
         stamp.handler = next(at for at, one in enumerate(handlers) if one is self)
         save(self, *args)
+
+    def stamp_and_remove_orphans(handler: Any, *args: Any) -> Any:
+        stamp.handler = handlers.index(handler)
+        return remove_orphans(handler, *args)
 
     def commit_and_note(self: LocalNewFile, *args: Any, **kwargs: Any) -> Any:
         journal.reach("before commit")
@@ -211,6 +217,7 @@ def _watch(journal: Journal, handlers: list[Checkpoint], stamp: Stamp) -> None:
     Checkpoint._save = save_and_stamp  # type: ignore[method-assign,assignment]
     LocalNewFile.commit = commit_and_note  # type: ignore[method-assign]
     LocalStorage.remove = note_and_remove  # type: ignore[method-assign]
+    resume_histories._remove_orphans_here = stamp_and_remove_orphans  # type: ignore[assignment]
 
 
 def run_program(program: Program, root: Path) -> Result:

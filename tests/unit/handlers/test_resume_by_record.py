@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ignite.engine import Engine, Events
 
 from distckpt import Checkpoint, DiskSaver, ModelCheckpoint, global_step_from_engine, resume
 from distckpt.ptformat.archive import read_head_at
+from distckpt.storage.local import LocalStorage
 from tests.unit.ptformat.test_records import record_of
 from tests.unit.toys import Notebook, idle_engine
 
@@ -303,6 +305,83 @@ def test_a_file_that_another_run_has_overwritten_is_not_removed(
     assert on_disk(tmp_path) == ["checkpoint_4.pt", "checkpoint_8.pt"]
     assert handler.state_dict() == {"_saved": [(8, "checkpoint_8.pt")]}
     assert "another run has saved it since" in caplog.text
+
+
+# -- what a killed save has still to remove --------------------------------------------------------------
+
+
+def leave_as_killed(folder: Path) -> None:
+    """Leave the files of a process that was killed after the commit of its last checkpoint, before a removal."""
+    program(2, saver(folder))
+    replaced = (folder / "checkpoint_8.pt").read_bytes()
+    program(3, saver(folder))
+    (folder / "checkpoint_8.pt").write_bytes(replaced)
+
+
+def test_what_a_killed_save_replaced_is_removed_though_nothing_is_left_to_save(tmp_path: Path) -> None:
+    leave_as_killed(tmp_path)
+    program(3, saver(tmp_path))
+    assert on_disk(tmp_path) == ["checkpoint_12.pt"]
+
+
+def test_what_a_resume_cannot_remove_is_left_to_the_next_save(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_as_killed(tmp_path)
+
+    def refuse(*_args: object) -> None:
+        raise PermissionError("denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStorage, "remove", refuse)
+        program(3, saver(tmp_path))
+    assert on_disk(tmp_path) == ["checkpoint_12.pt", "checkpoint_8.pt"]
+    assert "checkpoint_8.pt could not be removed: PermissionError: denied. The next save tries again." in caplog.text
+    program(4, saver(tmp_path))
+    assert on_disk(tmp_path) == ["checkpoint_16.pt"]
+
+
+def test_a_save_handler_of_the_program_removes_in_the_next_save(tmp_path: Path) -> None:
+    class Own(DiskSaver):
+        def remove(self, filename: str) -> None:
+            super().remove(filename)
+
+    def own(objects: dict[str, Any], _: Engine) -> Checkpoint:
+        return Checkpoint(objects, Own(tmp_path, require_empty=False))
+
+    leave_as_killed(tmp_path)
+    program(3, own)
+    assert on_disk(tmp_path) == ["checkpoint_12.pt", "checkpoint_8.pt"]
+    program(4, own)
+    assert on_disk(tmp_path) == ["checkpoint_16.pt"]
+
+
+def test_a_later_runs_file_of_the_same_name_stays(tmp_path: Path) -> None:
+    program(3, saver(tmp_path))
+    trainer = idle_engine()
+    handler = saver(tmp_path)({"note": Notebook(), "trainer": trainer}, trainer)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED(once=2), handler)
+    trainer.run(range(LENGTH), max_epochs=2)  # another run, which is not resumed
+    damaged = bytearray((tmp_path / "checkpoint_8.pt").read_bytes())
+    damaged[200] ^= 1
+    (tmp_path / "checkpoint_8.pt").write_bytes(damaged)
+    program(3, saver(tmp_path))
+    assert on_disk(tmp_path) == ["checkpoint_12.pt", "checkpoint_8.pt"]
+
+
+@pytest.mark.filterwarnings("ignore:.*timedelta")
+def test_the_last_file_that_loads_stays(tmp_path: Path) -> None:
+    def with_another(_: dict[str, Any], trainer: Engine) -> None:
+        book = Notebook()
+        trainer.add_event_handler(
+            Events.EPOCH_STARTED, lambda: book.state.update(best=0 if trainer.state.epoch == 1 else timedelta(1))
+        )
+        another = Checkpoint({"book": book}, DiskSaver(tmp_path / "another", require_empty=False))
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, another)
+
+    for _ in range(2):
+        program(2, saver(tmp_path), also=with_another)
+        assert on_disk(tmp_path / "another") == ["book_4.pt", "book_8.pt"]
 
 
 # -- ties ------------------------------------------------------------------------------------------
