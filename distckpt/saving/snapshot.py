@@ -327,8 +327,9 @@ class Snapshot:
         writers = self._write_range
         ends = [end for _, end in self._plan.write_ranges(writers.num_writers, writers.coordinator_index)]
         for offset, chunk in _required(self._buffer).complete_late(self._tail.crcs):
-            file.write(chunk, offset)
-            file.compare(chunk, offset)  # these are written after the ranks have looked for holes
+            # Through the page cache: the commit's sync writes these blocks all at once. It looks for holes again.
+            file.write(bytes(chunk), offset)
+            file.compare(chunk, offset)
         for offset, header in self._plan.boundary_headers(ends, self._tail.crcs):
             file.write(header, offset)
             file.compare(header, offset)  # a lost write leaves no hole here: the block was written before
