@@ -86,7 +86,7 @@ class CheckpointSave:
     _position: dict[str, Any] = field(init=False)
     _objects: CapturedObjects = field(init=False)
     _gathered: dict[int, Any] = field(default_factory=dict)
-    _shards: Shards | None = None  # where sharded tensors are saved
+    _has_shards: bool = False  # whether sharded tensors can be saved
     _problems: list[str] = field(default_factory=list)
     _orphans: tuple[str, ...] = ()
 
@@ -218,7 +218,7 @@ class CheckpointSave:
         own, written, version = self.find_own_files(get_firing_engines()), self._watch_writes(), self.history.version
         filename, rank, step = self.decision.filename, self.backend.rank, self.sync_point("").step
         evicted, agreed = self.decision.evicted, self.agreed
-        self._shards = shards = Shards(rank, self.backend.world_size)
+        self._has_shards = True
         pending = protocol.start_save(
             self.backend,
             self.sync_point,
@@ -236,7 +236,7 @@ class CheckpointSave:
             remove_replaced=(lambda: protocol.remove_local(evicted, lambda name: self._remove_stored(name, own, saver)))
             if removes_at_commit
             else None,
-            shards=shards,
+            shards=Shards(rank, self.backend.world_size),
             shard_writers=saver.shard_writers(self.backend, timeout_s=self.handler.timeout_s),
             annotate=lambda error: protocol.add_context(error, rank, step, filename, agreed.intent.history),
             in_background=saver.background,
@@ -313,7 +313,7 @@ class CheckpointSave:
             rank=self.backend.rank,
             save_on_rank=self.agreed.coordinator,
             gathered=gathered,
-            shards=self._shards,
+            has_shards=self._has_shards,
             objects=self._objects,
         )
         if self.handler.include_self:

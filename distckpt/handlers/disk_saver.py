@@ -27,7 +27,7 @@ from distckpt.ptformat.manifest import Manifest
 from distckpt.ptformat.reader import find_refused_names, is_loadable
 from distckpt.ptformat.torch_format import check_save_options, uses_default_format
 from distckpt.saving.api import warn_of_refused
-from distckpt.saving.capture import plain_state
+from distckpt.saving.plain_state import plain_state
 from distckpt.saving.protocol import StillNeeded
 from distckpt.saving.rank_writer import RankWriter, write_file
 from distckpt.saving.snapshot import WHOLE

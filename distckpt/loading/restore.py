@@ -39,7 +39,7 @@ from distckpt.loading.plain_objects import is_plain_optimizer
 from distckpt.loading.report import LoadReport, join_mismatches, join_reports
 from distckpt.loading.rollback import Rollback, make_rollback, own_state
 from distckpt.ptformat.reader import OpenCheckpoint
-from distckpt.saving.capture import plain_state
+from distckpt.saving.plain_state import plain_state
 from distckpt.saving.stage_state import StageState
 from distckpt.saving.staging import wait_for_deferred_copies
 

@@ -151,6 +151,7 @@ class PlainWalk:
         num_shards: number of the first storage.
 
     Attributes:
+        num_shards: the storages of lower numbers are sharded tensors.
         out: the pickle in parts, see :func:`join_parts`.
         scalars_at: for each number and text that is no key, the index of its bytes in `out`.
         storages: the live storages, in the order of their numbers; each once.
@@ -162,7 +163,7 @@ class PlainWalk:
     """
 
     def __init__(self, num_shards: int = 0) -> None:
-        self._num_shards = num_shards
+        self.num_shards = num_shards
         self.out: list[bytes] = []
         self.scalars_at: list[int] = []
         self.storages: list[torch.UntypedStorage] = []
@@ -177,6 +178,15 @@ class PlainWalk:
         self._dtypes: dict[int, torch.dtype] = {}  # address of the data -> dtype
         self._forms: dict[_TensorForm, tuple[bytes, bytes, Form, _TensorForm]] = {}
         self._keys: dict[str, bytes] = {}  # many mappings have the same keys
+
+    def without_shards(self) -> "PlainWalk":
+        """Return what was read of the tensors that are not sharded. Their storages are numbered from 0."""
+        found = PlainWalk()
+        plain = [index for index, number in enumerate(self.numbers) if number >= self.num_shards]
+        found.forms = [self.forms[index] for index in plain]
+        found.numbers = [self.numbers[index] - self.num_shards for index in plain]
+        found.tensor_forms = [self.tensor_forms[index] for index in plain]
+        return found
 
     def put(self, value: Any, path: str, level: int) -> None:
         """Pickle an object, which has a path and is in as many containers as `level` says; raise NotPlain."""
@@ -262,7 +272,7 @@ class PlainWalk:
         identity = storage._cdata  # noqa: SLF001 - torch's identity of a storage
         number = self._numbers.get(identity)
         if number is None:
-            number = self._numbers[identity] = self._num_shards + len(self.storages)
+            number = self._numbers[identity] = self.num_shards + len(self.storages)
             self.storages.append(storage)
         at = storage.data_ptr()
         if self._dtypes.setdefault(at, dtype) is not dtype and at != 0:

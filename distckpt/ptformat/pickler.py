@@ -51,6 +51,7 @@ class PickledState:
         refused: the first objects that loading will refuse; empty if there are none.
         walk: what was read of a plain state; None for others.
         facts: of the storages, if they are known.
+        sharded: what :class:`~distckpt.ptformat.state_form.ReadsSharded` has found, if the pickle was made before.
     """
 
     data: bytes
@@ -59,6 +60,7 @@ class PickledState:
     refused: Sequence[RefusedObject] = ()
     walk: PlainWalk | None = None
     facts: StorageFacts | None = None
+    sharded: Any = None
 
     def tensors(self) -> Iterator[TensorLocation]:
         """Yield the tensors that have names. Any thread."""

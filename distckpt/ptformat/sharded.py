@@ -97,6 +97,18 @@ def is_dtensor(tensor: torch.Tensor) -> bool:
     return may_be_sharded(type(tensor)) and _kind_of(type(tensor)) == "dtensor"
 
 
+def dtensor_type() -> type | None:
+    """Return the class DTensor; None if it is not imported."""
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+
+
+def is_replicated(tensor: Any, world_size: int) -> bool:
+    """Return True for a DTensor that each rank of the job holds whole."""
+    mesh = tensor.device_mesh
+    used = [one for dim, one in enumerate(tensor.placements) if mesh.size(dim) > 1]
+    return (not used and world_size == 1) or (all(one.is_replicate() for one in used) and mesh.size() == world_size)
+
+
 def describe_shard(tensor: torch.Tensor) -> str | None:
     """Return a phrase that describes a sharded tensor; None if this rank holds all of it. Rank-local.
 

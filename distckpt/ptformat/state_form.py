@@ -11,21 +11,39 @@ import contextlib
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 
 from distckpt.ptformat.fast_pickle import NotPlain, PlainWalk, join_parts, scalar_bytes
 from distckpt.ptformat.pickler import PickledState
+from distckpt.ptformat.sharded import dtensor_type
 from distckpt.ptformat.tensor_forms import Differs, TensorForms
 
-_LEAVES: Final = frozenset({torch.Tensor, str, int, float, bool, type(None)})
+_SCALARS: Final = frozenset({str, int, float, bool, type(None)})
 _CONTAINERS: Final = frozenset({dict, OrderedDict, list, tuple})
 _KEYS: Final = frozenset({str, int, bool, type(None)})
 """Types of keys of which equal ones have the same bytes; 0.0 and -0.0 have not."""
 _MOST_FORMS: Final = 4
+
+
+class ReadsSharded(Protocol):
+    """Compares the DTensors of a state with those of an earlier one."""
+
+    def read(self, tensors: list[Any]) -> tuple[Any, list[torch.Tensor]]:
+        """Compare DTensors.
+
+        Args:
+            tensors: in the order of the pickle.
+
+        Returns:
+            What was found of the sharded ones, for :attr:`PickledState.sharded`; the others as plain tensors.
+
+        Raises:
+            Differs: they differ.
+        """
 
 
 class StateForms:
@@ -47,7 +65,10 @@ class StateForms:
         self._forms: list[_StateForm] = []  # the last matched one first
 
     def match(self, state: Any) -> PickledState | None:
-        """Return what :func:`~distckpt.ptformat.pickler.pickle_state` would return; None if the form is a new one."""
+        """Return what :func:`~distckpt.ptformat.pickler.pickle_state` would return; None if the form is a new one.
+
+        A state with DTensors has :attr:`PickledState.sharded` too.
+        """
         with self._lock:
             for number, form in enumerate(self._forms):
                 try:
@@ -58,11 +79,19 @@ class StateForms:
                 return found
         return None
 
-    def keep(self, state: Any, pickled: PickledState) -> PickledState:
-        """Keep the form of a state that was pickled now; return its pickle, without the walk."""
+    def keep(
+        self, state: Any, pickled: PickledState, make_reader: Callable[[list[Any]], ReadsSharded] | None = None
+    ) -> PickledState:
+        """Keep the form of a state that was pickled now; return its pickle, without the walk.
+
+        Args:
+            state: the state. It may hold DTensors where the pickled one had what stands for them.
+            pickled: its pickle.
+            make_reader: returns what compares these DTensors with others; None if there are none.
+        """
         if pickled.walk is not None:
             with contextlib.suppress(Differs):
-                form = _StateForm(state, pickled.walk, pickled)
+                form = _StateForm(state, pickled.walk, pickled, make_reader)
                 with self._lock:
                     self._forms = [form, *self._forms[: _MOST_FORMS - 1]]
         return replace(pickled, walk=None)
@@ -77,16 +106,28 @@ class StateForms:
 class _StateForm:
     """The form of one state, and its pickle in parts."""
 
-    def __init__(self, state: Any, walk: PlainWalk, pickled: PickledState) -> None:
-        if type(state) in _LEAVES:
-            raise Differs
+    def __init__(
+        self,
+        state: Any,
+        walk: PlainWalk,
+        pickled: PickledState,
+        make_reader: Callable[[list[Any]], ReadsSharded] | None,
+    ) -> None:
         self._kind = type(state)
         self._root = _form_of(state, {})
-        self._tensors = TensorForms(walk)
+        self._tensors = TensorForms(walk.without_shards())
         self._pickled = replace(pickled, storages=(), walk=None)  # the storages are not to be kept alive
         leaves = _Leaves()
         self._root.read(state, leaves)
         self._scalars = leaves.scalars
+        self._is_plain = [number >= walk.num_shards for number in walk.numbers]
+        self._is_dtensor = [type(tensor) is not torch.Tensor for tensor in leaves.tensors]
+        pairs = zip(self._is_dtensor, self._is_plain, strict=True)
+        self._wholes_at = [index for index, (is_dtensor, is_plain) in enumerate(pairs) if is_dtensor and is_plain]
+        dtensors = list(itertools.compress(leaves.tensors, self._is_dtensor))
+        if bool(dtensors) != (make_reader is not None):
+            raise Differs
+        self._reader = None if make_reader is None else make_reader(dtensors)
         # Bytes of numbers and text have odd indices.
         self._parts: list[bytes] = []
         begin = 0
@@ -107,9 +148,15 @@ class _StateForm:
         self._root.read(state, leaves)
         if len(set(leaves.unique)) != len(leaves.unique):
             raise Differs
-        storages, facts = self._tensors.read(leaves.tensors)
+        tensors, sharded = leaves.tensors, None
+        if self._reader is not None:
+            sharded, wholes = self._reader.read(list(itertools.compress(tensors, self._is_dtensor)))
+            for index, whole in zip(self._wholes_at, wholes, strict=True):
+                tensors[index] = whole
+            tensors = list(itertools.compress(tensors, self._is_plain))
+        storages, facts = self._tensors.read(tensors)
         self._put_scalars(leaves.scalars)
-        return replace(self._pickled, storages=storages, facts=facts)
+        return replace(self._pickled, storages=storages, facts=facts, sharded=sharded)
 
     def _put_scalars(self, scalars: list[Any]) -> None:
         # Equal values of one type have the same bytes, but for 0.0 and -0.0. A NaN equals none.
@@ -135,7 +182,7 @@ class _Leaves:
 
     def __init__(self) -> None:
         self.scalars: list[Any] = []
-        self.tensors: list[torch.Tensor] = []
+        self.tensors: list[torch.Tensor] = []  # and DTensors
         self.unique: list[int] = []  # ids of the containers that may occur once only
 
 
@@ -147,7 +194,7 @@ class _Level(NamedTuple):
         keys: the keys.
         key_kinds: their types.
         kinds: types of the items.
-        tensors: whether each item is a tensor; None if all are.
+        tensors: whether each item is a tensor, which may be a DTensor; None if all are.
     """
 
     is_mapping: bool
@@ -160,7 +207,7 @@ class _Level(NamedTuple):
     def of(cls, keys: Iterable[Any] | None, items: Iterable[Any]) -> "_Level":
         """Return the form of items; `keys` is None for those of a sequence."""
         names, kinds = [] if keys is None else list(keys), list(map(type, items))
-        tensors = [kind is torch.Tensor for kind in kinds]
+        tensors = [kind not in _SCALARS for kind in kinds]
         return cls(keys is not None, names, list(map(type, names)), kinds, None if all(tensors) else tensors)
 
     def compare(self, keys: Iterable[Any], items: Iterable[Any]) -> None:
@@ -189,7 +236,7 @@ class _Container:
         self._level = level
         self._may_repeat = self._kind is tuple and tuple not in level.kinds  # as PlainWalk allows it
         items = list(value.values() if level.is_mapping else value)
-        inner = [None if type(item) in _LEAVES else _form_of(item, known) for item in items]
+        inner = [None if _is_leaf(type(item)) else _form_of(item, known) for item in items]
         self._inner = inner if any(inner) else None
         attributes = vars(value) if self._kind is OrderedDict else {}
         self._attributes = _form_of(attributes, known) if attributes else None
@@ -229,7 +276,7 @@ class _Container:
                 if form is not None:
                     form.read(item, leaves)
                 else:
-                    (leaves.tensors if type(item) is torch.Tensor else leaves.scalars).append(item)
+                    (leaves.scalars if type(item) in _SCALARS else leaves.tensors).append(item)
         if self._kind is OrderedDict:
             attributes = vars(value)
             if bool(attributes) != (self._attributes is not None):
@@ -240,6 +287,10 @@ class _Container:
 
 def _items_of_all(mappings: Iterable[dict[Any, Any]]) -> Iterable[Any]:
     return itertools.chain.from_iterable(map(dict.values, mappings))
+
+
+def _is_leaf(kind: type) -> bool:
+    return kind is torch.Tensor or kind in _SCALARS or kind is dtensor_type()
 
 
 def _form_of(value: Any, known: dict[Any, _Container]) -> _Container:
@@ -253,7 +304,7 @@ def _form_of(value: Any, known: dict[Any, _Container]) -> _Container:
     level = _Level.of(value, value.values()) if isinstance(value, dict) else _Level.of(None, value)
     if not _KEYS.issuperset(level.key_kinds):
         raise Differs
-    if not _LEAVES.issuperset(level.kinds) or (type(value) is OrderedDict and vars(value)):
+    if not all(map(_is_leaf, set(level.kinds))) or (type(value) is OrderedDict and vars(value)):
         return _Container(value, level, known)
     key = type(value), tuple(level.keys), tuple(level.key_kinds), tuple(level.kinds)
     if key not in known:

@@ -238,7 +238,7 @@ def _start(
             rank=backend.rank,
             save_on_rank=save_on_rank,
             gathered=gathered,
-            shards=shards,
+            has_shards=True,
             objects=captured,
         )
         return next(iter(state.values())) if len(state) == 1 else state

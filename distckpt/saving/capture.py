@@ -1,7 +1,6 @@
 """Capture: from live objects to a state of plain values, and what is known about its storages."""
 
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,21 +8,10 @@ import torch
 from torch import nn
 
 from distckpt._unwrap import unwrap, unwrap_once
-from distckpt._values import has_python_value, is_numpy_scalar
-from distckpt.ptformat.sharded import (
-    TensorShard,
-    as_whole,
-    describe_shard,
-    key_to_text,
-    may_be_sharded,
-    sharded_error,
-)
 from distckpt.saving.object_forms import CapturedObjects
+from distckpt.saving.plain_state import LiveState, plain_state
 from distckpt.saving.sharded_objects import refuse_sharded_object
-from distckpt.saving.shards import OwnedTensor, Shards
 from distckpt.saving.staging import has_step_hook
-
-_PLAIN = frozenset({torch.Tensor, str, int, float, bool, type(None)})
 
 
 def map_tree(func: Callable[[Any], Any], tree: Any) -> Any:
@@ -65,7 +53,7 @@ def capture(
     rank: int,
     save_on_rank: int,
     gathered: Mapping[int, Any] | None = None,
-    shards: Shards | None = None,
+    has_shards: bool = False,
     objects: CapturedObjects | None = None,
 ) -> dict[str, Any]:
     """Call ``state_dict()`` on every object. All ranks.
@@ -75,32 +63,35 @@ def capture(
         rank: this rank.
         save_on_rank: the coordinator. Other ranks get ``{}`` for a ZeroRedundancyOptimizer.
         gathered: what :func:`consolidate` returned; None if it was not called.
-        shards: takes sharded tensors; None to refuse them.
+        has_shards: whether sharded tensors can be saved, see Returns; otherwise they are refused.
         objects: takes the modules and optimizers whose state is not gathered; None if they are not compared.
 
     Returns:
         The same tree with states in place of objects. Its tensors are the live ones. Replicated DTensors are replaced
-        by plain tensors, sharded ones by :class:`~distckpt.ptformat.sharded.TensorShard`, NumPy scalars by Python's:
-        ``torch.load(weights_only=True)`` refuses them.
+        by plain tensors, NumPy scalars by Python's: ``torch.load(weights_only=True)`` refuses them. With `has_shards`
+        nothing is replaced yet: there is a :class:`LiveState` for each object.
 
     Raises:
         ShardedStateError: an object or its state is sharded in a way that cannot be saved.
     """
     known = gathered or {}
 
+    def replaced(where: str, state: Any) -> Any:
+        return LiveState(where, state) if has_shards else plain_state(state, where)
+
     def state_of(name: str, obj: Any) -> Any:
         where = f"to_save[{name!r}]"
         if id(obj) in known:
-            return plain_state(known[id(obj)], where, shards=shards)
+            return replaced(where, known[id(obj)])
         obj = unwrap(obj)
         is_gathered = _is_sharded_optimizer(obj) or _has_consolidate(obj)
         if _is_sharded_optimizer(obj) and rank != save_on_rank:
             return {}
         refuse_sharded_object(name, obj, save_on_rank)
-        state = plain_state(obj.state_dict(), where, shards=shards)
+        state = obj.state_dict()
         if objects is not None and not is_gathered:
             objects.add(name, obj, state)
-        return state
+        return replaced(where, state)
 
     captured: dict[str, Any] = map_named(state_of, dict(to_save))
     return captured
@@ -239,128 +230,3 @@ def _has_fsdp(obj: Any) -> bool:
     if fsdp is None or not isinstance(obj, nn.Module):
         return False
     return any(isinstance(module, fsdp.FullyShardedDataParallel) for module in obj.modules())
-
-
-def plain_state(
-    state: Any, where: str = "the state", *, convert_numpy: bool = True, shards: Shards | None = None
-) -> Any:
-    """Replace fully replicated DTensors by plain tensors, and NumPy scalars by Python's.
-
-    Args:
-        state: the state of one object.
-        where: name of the state, for messages.
-        convert_numpy: whether NumPy scalars are replaced.
-        shards: takes sharded tensors, which are replaced too; None to refuse them.
-
-    Returns:
-        The state. Containers in which nothing is replaced are returned as they are.
-
-    Raises:
-        ShardedStateError: the state holds a tensor of which this rank has a shard.
-    """
-    if not _may_need_replacement(state):
-        return state
-    return _Replacement(where, convert_numpy=convert_numpy, shards=shards).of(state, ())
-
-
-def _may_need_replacement(state: Any) -> bool:
-    """Return False if a state holds only plain values: a quick check, which most states pass.
-
-    A module's ``_metadata`` is skipped, since it is as long as the module. The pickler converts what it holds.
-    """
-    todo = [state]
-    seen: set[int] = set()  # a container may be referenced many times, or contain itself
-    while todo:
-        one = todo.pop()
-        kind = type(one)
-        if kind in _PLAIN or id(one) in seen:
-            continue
-        seen.add(id(one))
-        if kind is dict or kind is OrderedDict:
-            if not _PLAIN.issuperset(map(type, one)):
-                return True
-            if not _PLAIN.issuperset(map(type, one.values())):
-                todo += [item for item in one.values() if type(item) not in _PLAIN]
-            if kind is OrderedDict:
-                todo += [item for name, item in vars(one).items() if name != "_metadata"]
-        elif kind is list or kind is tuple:
-            todo += [item for item in one if type(item) not in _PLAIN]
-        else:
-            return True
-    return False
-
-
-class _Replacement:
-    """One walk over a state. A tensor that it holds twice is replaced by one tensor."""
-
-    def __init__(self, where: str, *, convert_numpy: bool, shards: Shards | None) -> None:
-        self._where = where
-        self._shards = shards
-        self._convert_numpy = convert_numpy
-        self._tensors: dict[int, torch.Tensor] = {}
-        self._done: dict[int, tuple[Any, Any]] = {}  # container and replacement, by the container's id
-
-    def of(self, state: Any, path: tuple[Any, ...]) -> Any:
-        kind = type(state)
-        if kind in _PLAIN:
-            return state
-        if may_be_sharded(kind) or kind is OwnedTensor:
-            return self._tensor(state, path)
-        if is_numpy_scalar(state):
-            return state.item() if self._convert_numpy and has_python_value(state) else state
-        if not isinstance(state, dict | list | tuple | set | frozenset):
-            return state
-        if id(state) not in self._done:
-            self._done[id(state)] = state, state  # for a container that contains itself
-            self._done[id(state)] = state, self._container(state, path)
-        return self._done[id(state)][1]
-
-    def _container(self, state: Any, path: tuple[Any, ...]) -> Any:
-        if type(state) in (dict, OrderedDict):
-            return self._mapping(state, path)
-        if isinstance(state, list | tuple):
-            return self._sequence(state, path)
-        # A subclass's own methods may raise. Nothing is replaced in it: the pickler does that.
-        base = next(kind for kind in (dict, set, frozenset) if isinstance(state, kind))
-        for key, item in dict.items(state) if base is dict else enumerate(base.__iter__(state)):
-            self.of(item, (*path, key))
-        return state
-
-    def _sequence(self, state: Any, path: tuple[Any, ...]) -> Any:
-        kind = type(state)
-        olds = list((list if isinstance(state, list) else tuple).__iter__(state))  # a subclass's own may raise
-        items = [self.of(item, (*path, index)) for index, item in enumerate(olds)]
-        if all(new is old for new, old in zip(items, olds, strict=True)):
-            return state
-        if kind in (list, tuple):
-            return kind(items)
-        return kind._make(items) if hasattr(kind, "_make") else state  # a named tuple; the pickler converts others
-
-    def _tensor(self, tensor: Any, path: tuple[Any, ...]) -> torch.Tensor | TensorShard:
-        at = f", key {'.'.join(map(key_to_text, path))!r}," if path else ""
-        if isinstance(tensor, OwnedTensor):
-            if self._shards is None:
-                raise sharded_error(f"{self._where}{at}", f"a tensor that rank {tensor.owner} holds")
-            return self._shards.replace_owned(tensor, f"{self._where}{at}".rstrip(","))
-        replaced = None if self._shards is None else self._shards.replace(tensor, f"{self._where}{at}".rstrip(","))
-        if replaced is not None:
-            return replaced
-        problem = describe_shard(tensor)
-        if problem is not None:
-            raise sharded_error(f"{self._where}{at}", problem)
-        if id(tensor) not in self._tensors:
-            self._tensors[id(tensor)] = as_whole(tensor)
-        return self._tensors[id(tensor)]
-
-    def _mapping(self, state: Any, path: tuple[Any, ...]) -> Any:
-        replaced = {self.of(key, path): self.of(item, (*path, key)) for key, item in state.items()}
-        attributes = vars(state) if type(state) is OrderedDict else {}  # a module's `_metadata`
-        others = self.of(attributes, path) if attributes else attributes
-        pairs = zip(replaced.items(), state.items(), strict=False)
-        is_same = len(replaced) == len(state) and all(new[0] is old[0] and new[1] is old[1] for new, old in pairs)
-        if is_same and others is attributes:
-            return state
-        fresh = type(state)(replaced)
-        if attributes:
-            vars(fresh).update(others)
-        return fresh

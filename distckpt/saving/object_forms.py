@@ -24,7 +24,7 @@ from distckpt._checksum import crc32
 from distckpt.backends.base import Backend
 from distckpt.coordination import phases
 from distckpt.errors import ShardedStateError
-from distckpt.ptformat.sharded import TensorShard, none_sharded
+from distckpt.ptformat.sharded import is_dtensor, is_replicated, none_sharded
 from distckpt.saving.pending_save import SyncPointFactory
 
 _DIGEST_BYTES: Final = 7
@@ -45,7 +45,7 @@ class FormDigests:
 
         Args:
             obj: a module or an optimizer.
-            state: its captured state.
+            state: what its ``state_dict()`` has returned.
         """
         key = _quick_key(obj, state)
         if key is None:
@@ -88,7 +88,7 @@ class CapturedObjects:
         Args:
             name: the keys that lead to the object.
             obj: the object, without wrappers.
-            state: its captured state.
+            state: what its ``state_dict()`` has returned.
         """
         if self._digests is None or not isinstance(obj, nn.Module | torch.optim.Optimizer):
             return
@@ -180,10 +180,13 @@ def _quick_key(obj: Any, state: Any) -> Any:
 
 
 def _form_of(value: Any) -> str:
-    if isinstance(value, TensorShard) or (isinstance(value, torch.Tensor) and not none_sharded([value])):
-        return "sharded"
     if not isinstance(value, torch.Tensor):
         return "no tensor"
+    if is_dtensor(value):
+        if not is_replicated(value, torch.distributed.get_world_size()):
+            return "sharded"
+    elif not none_sharded([value]):
+        return "sharded"
     if value.is_nested or nn.parameter.is_lazy(value):
         return "a tensor without a shape"
     return f"{value.dtype} {tuple(value.shape)}"

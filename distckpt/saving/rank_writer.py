@@ -22,6 +22,7 @@ from distckpt.ptformat.manifest import Manifest
 from distckpt.ptformat.reader import find_refused_names
 from distckpt.ptformat.torch_format import uses_default_format, write_pt
 from distckpt.ptformat.verify import check_whole
+from distckpt.saving.captured_state import CapturedState
 from distckpt.saving.shards import Shards
 from distckpt.saving.snapshot import WHOLE, Checksums, ExchangeChecksums, Snapshot, WriteRange
 from distckpt.saving.staging import HostMemory
@@ -106,8 +107,8 @@ class RankWriter:
         """Run step 1. With sharded tensors, :meth:`gather_shards` and :meth:`stage_shards` have to follow.
 
         Args:
-            state: what ``torch.save`` takes.
-            shards: its sharded tensors; None if there are none.
+            state: what :class:`CapturedState` takes.
+            shards: takes its sharded tensors; None if there are none.
             replicas: returns the identities of the storages that are equal on all ranks.
             optimizer_storages: returns the identities of the storages that only an optimizer's step changes, and the
                 types of their devices.
@@ -121,19 +122,19 @@ class RankWriter:
             ValueError: the name points outside the storage.
             SaveError: the storage failed.
             MemoryError: there is not enough host memory.
+            ShardedStateError: the state is sharded in a way that cannot be saved.
         """
         answer: dict[str, Any] = {"layout": None, "shards": None, "homes": [], "file_token": None, "save_id": None}
+        captured = CapturedState(state, shards=shards, forms=self._memory.forms, protocol=self._pickle_protocol)
         has_shards = shards is not None and len(shards) > 0
         if self._write_range is None and not self._check_replicas and not has_shards:
             return answer
         snapshot = self._snapshot = Snapshot(
-            state,
+            captured.pickle(),
             write_range=self._write_range or WHOLE,
             shards=shards,
             replicated=replicas() if self.is_shared or self._check_replicas else (),
-            pickle_protocol=self._pickle_protocol,
             num_threads=self._num_threads,
-            forms=self._memory.forms,
         )
         if has_shards:
             answer |= {"shards": snapshot.shards_digest(), "homes": shards.homes if shards is not None else []}

@@ -3,79 +3,126 @@
 A rank copies most of its rows straight into its part of the image (:mod:`distckpt.saving.staging`). Here is the rest:
 rows that exist only after a redistribution, and the few bytes that another rank writes.
 
-1. (all ranks) :func:`gather_rows`: find this rank's rows, redistribute where needed, collect what other ranks write.
+1. (all ranks) :func:`gather_rows`: redistribute tensors where needed, collect what other ranks write.
 2. (all ranks) exchange: :meth:`~distckpt.backends.base.Backend.exchange_host`.
 3. (all ranks) :func:`place_received`.
 """
 
+import functools
 import operator
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from distckpt._checksum import crc32
-from distckpt.ptformat.image import CopyItem
-from distckpt.saving.rank_plan import RankPlan, split_received
-from distckpt.saving.shards import NO_ROWS, Shards
-from distckpt.saving.staging import Staging
+from distckpt.ptformat.image import CopyItem, ImagePlan
+from distckpt.saving.rank_plan import RankPlan, Writers, plan_rank, split_received
+from distckpt.saving.sharding import ShardLayout
+from distckpt.saving.shards import Rows, Shards
+from distckpt.saving.staging import Copies, Staging, split_copies
 
 _TARGET = operator.attrgetter("at")
 
 
-@dataclass(slots=True)
-class GatheredRows:
+@dataclass(frozen=True, slots=True, eq=False)
+class RankCopies:
+    """What a rank copies for a file, in items that threads can share.
+
+    Attributes:
+        plan: the rank's plan.
+        own: into its memory, without rows of redistributed tensors.
+        outgoing: by rank, into what is sent to it, without rows of redistributed tensors.
+        num_outgoing: by rank, how many bytes are sent to it.
+        redistributed: by the numbers of the redistributed tensors: into the rank's memory, and by rank into what is
+            sent to it.
+    """
+
+    plan: RankPlan
+    own: Copies
+    outgoing: Mapping[int, Copies]
+    num_outgoing: Mapping[int, int]
+    redistributed: Mapping[int, tuple[Sequence[CopyItem], Mapping[int, Sequence[CopyItem]]]]
+
+
+@functools.lru_cache(maxsize=8)
+def plan_copies(
+    plan: ImagePlan,
+    layouts: tuple[ShardLayout, ...],
+    writers: Writers,
+    rank: int,
+    offsets: tuple[int, ...] = (),
+    redistributed: frozenset[int] = frozenset(),
+) -> RankCopies:
+    """Return a rank's copies; the last few are cached.
+
+    Args:
+        plan: the image's.
+        layouts: of the sharded tensors.
+        writers: the ranks that write.
+        rank: this rank.
+        offsets: of the first byte of this rank's rows in their storages.
+        redistributed: the numbers of the sharded tensors that are redistributed.
+    """
+    found = plan_rank(plan, layouts, writers, rank)
+    items = defaultdict[int, tuple[list[CopyItem], dict[int, list[CopyItem]]]](lambda: ([], defaultdict(list)))
+    own, outgoing = list[CopyItem](), defaultdict[int, list[CopyItem]](list)
+    for item in split_copies(found.copies):
+        if item.storage in redistributed:
+            items[item.storage][0].append(item._replace(storage=0))
+        else:
+            own.append(_shifted(item, offsets))
+    for other, sent in found.sends.items():
+        at = 0
+        for number, begin, num_bytes in sent:
+            if number in redistributed:
+                items[number][1][other].append(CopyItem(0, begin, at, num_bytes))
+            else:
+                outgoing[other].append(_shifted(CopyItem(number, begin, at, num_bytes), offsets))
+            at += num_bytes
+    return RankCopies(
+        found,
+        Copies(own),
+        {other: Copies(sorted(copies, key=_TARGET)) for other, copies in outgoing.items()},
+        {other: sum(one.num_bytes for one in sent) for other, sent in found.sends.items()},
+        {number: items[number] for number in sorted(redistributed)},
+    )
+
+
+class GatheredRows(NamedTuple):
     """What :func:`gather_rows` has found.
 
     Attributes:
-        storages: of this rank's rows, by the tensors' numbers; empty where nothing is left to copy.
-        offsets: of the first byte in each storage.
         outgoing: by rank, what it writes of this rank's rows.
         checksums: CRC-32 and length of what is in this rank's memory by now, by its offset.
     """
 
-    storages: list[torch.UntypedStorage] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
-    outgoing: dict[int, bytearray] = field(default_factory=dict)
-    checksums: dict[int, tuple[int, int]] = field(default_factory=dict)
+    outgoing: dict[int, bytearray]
+    checksums: dict[int, tuple[int, int]]
 
 
-def gather_rows(shards: Shards, plan: RankPlan, copies: Sequence[CopyItem], view: memoryview) -> GatheredRows:
-    """Collective where tensors are redistributed. Find this rank's rows of all sharded tensors.
+def gather_rows(shards: Shards, rows: Rows, copies: RankCopies, view: memoryview) -> GatheredRows:
+    """Collective where tensors are redistributed. Collect what other ranks write of this rank's rows.
 
     Rows of a redistributed tensor are copied at once, and then dropped: one tensor is held at a time.
 
     Args:
         shards: the sharded tensors.
-        plan: this rank's.
-        copies: what is to be copied into `view`.
+        rows: where this rank's rows are.
+        copies: this rank's.
         view: this rank's memory.
     """
-    found = GatheredRows()
-    found.outgoing = {other: bytearray(sum(one.num_bytes for one in sent)) for other, sent in plan.sends.items()}
-    sends: dict[int, list[tuple[int, CopyItem]]] = defaultdict(list)
-    for other, sent in plan.sends.items():
-        at = 0
-        for number, begin, num_bytes in sent:
-            sends[number].append((other, CopyItem(0, begin, at, num_bytes)))
-            at += num_bytes
-    own = _by_number(copies, {number for number, source in enumerate(shards) if source.needs_redistribution})
-    outgoing: dict[int, list[CopyItem]] = defaultdict(list)
-    for number, source in enumerate(shards):
-        storage, offset = source.rows()
-        if source.needs_redistribution:
-            for other, item in sends.get(number, ()):
-                _copy(storage, offset, [item], memoryview(found.outgoing[other]))
-            found.checksums |= _copy(storage, offset, own.get(number, ()), view)
-            storage, offset = NO_ROWS, 0
-        else:
-            for other, item in sends.get(number, ()):
-                outgoing[other].append(item._replace(storage=number, begin=item.begin + offset))
-        found.storages.append(storage)
-        found.offsets.append(offset)
-    for other, items in outgoing.items():
-        Staging(found.storages, sorted(items, key=_TARGET), memoryview(found.outgoing[other]), 0).run_on(1)
+    found = GatheredRows({other: bytearray(num_bytes) for other, num_bytes in copies.num_outgoing.items()}, {})
+    for number, (own, sent) in copies.redistributed.items():
+        storage, offset = shards.sources[number].rows()
+        for other, items in sent.items():
+            _copy(storage, offset, items, memoryview(found.outgoing[other]))
+        found.checksums.update(_copy(storage, offset, own, view))
+    for other, items in copies.outgoing.items():
+        target = memoryview(found.outgoing[other])
+        Staging(rows.storages, items, target, 0, addresses=rows.addresses).run_on(1)
     return found
 
 
@@ -88,12 +135,9 @@ def place_received(received: Mapping[int, memoryview], plan: RankPlan, view: mem
     return checksums
 
 
-def _by_number(copies: Sequence[CopyItem], numbers: set[int]) -> dict[int, list[CopyItem]]:
-    found: dict[int, list[CopyItem]] = defaultdict(list)
-    for item in copies if numbers else ():
-        if item.storage in numbers:
-            found[item.storage].append(item._replace(storage=0))
-    return found
+def _shifted(item: CopyItem, offsets: Sequence[int]) -> CopyItem:
+    offset = offsets[item.storage] if item.storage < len(offsets) else 0
+    return item._replace(begin=item.begin + offset) if offset else item
 
 
 def _copy(

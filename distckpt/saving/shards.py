@@ -9,6 +9,7 @@ has no instances.
 
 import ctypes
 import math
+from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -16,43 +17,11 @@ import torch
 
 from distckpt._checksum import crc32
 from distckpt.ptformat.sharded import TensorShard, as_whole, is_dtensor, sharded_error
-from distckpt.saving.sharding import Mesh, ShardLayout, held_bytes, is_certain, make_mesh
+from distckpt.saving.shard_placing import Placing, find_placing, is_shard, place_on_one_rank
+from distckpt.saving.sharding import ShardLayout, held_bytes, is_certain, make_mesh
 
 NO_ROWS: Final[torch.UntypedStorage] = torch.empty(0, dtype=torch.uint8).untyped_storage()
 """Stands for the rows of a rank that holds none, or holds none any more."""
-
-
-class _Placing(NamedTuple):
-    """What DTensors with the same device mesh and placements have in common.
-
-    Attributes:
-        mesh: the mesh of the layout.
-        place: the rank of `mesh` whose rows this rank holds; None if it holds none.
-        has_twins: whether other ranks hold the same rows on device meshes of their own.
-        splits: see :class:`ShardLayout`, once a tensor is redistributed.
-        num_replicas: see :class:`ShardLayout`.
-        needs_redistribution: whether the ranks hold other parts than rows.
-        is_plain: whether each rank of the job holds the whole tensor.
-        text: phrase that is equal on ranks that can write a tensor together.
-        refused: the placement that cannot be saved; empty if there is none.
-        held: keeps the device mesh alive: its id must not be used again.
-    """
-
-    mesh: Mesh
-    place: int | None
-    has_twins: bool
-    splits: tuple[int, ...]
-    num_replicas: int
-    needs_redistribution: bool
-    is_plain: bool
-    text: str
-    refused: str
-    held: Any
-
-    @property
-    def is_on_one_rank(self) -> bool:
-        """Whether the device mesh has one rank."""
-        return len(self.mesh.ranks) == 1 and not self.has_twins
 
 
 class OwnedTensor(NamedTuple):
@@ -79,23 +48,32 @@ class OwnedTensor(NamedTuple):
 class ShardSource:
     """A sharded tensor, and this rank's rows of it.
 
-    Attributes:
+    Args:
         name: of the object and the key, for messages.
+        text: a phrase that is equal on ranks that can write the tensor together.
+        tensor: the tensor; None in a source that :meth:`of` is called on.
+        placing: of the tensor.
         layout: how the ranks hold the tensor's rows, once it is redistributed.
+
+    Attributes:
+        name: see above.
+        layout: see above.
         place: the rank of the layout's mesh whose rows this rank holds; None if it holds none.
     """
 
-    __slots__ = ("_placing", "_tensor", "layout", "name", "place")
+    __slots__ = ("_placing", "_tensor", "_text", "layout", "name", "place")
 
-    def __init__(self, name: str, tensor: Any, placing: _Placing) -> None:
+    def __init__(self, name: str, text: str, tensor: Any, placing: Placing, layout: ShardLayout) -> None:
         self.name = name
         self.place = placing.place
+        self.layout = layout
+        self._text = text
         self._tensor = tensor
         self._placing = placing
-        shape = tensor.shape
-        num_rows = int(shape[0]) if shape else 1
-        row_bytes = math.prod(shape[1:]) * tensor.dtype.itemsize
-        self.layout = ShardLayout(num_rows, row_bytes, placing.mesh, placing.splits, placing.num_replicas)
+
+    def of(self, tensor: Any) -> "ShardSource":
+        """Return the source of another tensor of the same name, shape, dtype and placements; before :meth:`move`."""
+        return ShardSource(self.name, self._text, tensor, self._placing, self.layout)
 
     @property
     def needs_redistribution(self) -> bool:
@@ -112,10 +90,17 @@ class ShardSource:
         """Whether the tensor's device mesh has one rank."""
         return self._placing.is_on_one_rank
 
+    @property
+    def has_fixed_rows(self) -> bool:
+        """Whether this rank's rows are the memory of its tensor, whatever other ranks decide."""
+        if self.place is None or self.needs_redistribution or self.is_on_one_rank:
+            return False
+        local = _memory_of(self._tensor)
+        return type(local) is torch.Tensor and local.is_contiguous() and local.nbytes == self._num_held(self.place)
+
     def __str__(self) -> str:
         """Return a phrase that is equal on ranks that can write the tensor together."""
-        tensor = self._tensor
-        return f"{self.name}: {tensor.dtype} {tuple(tensor.shape)}, {self._placing.text}"
+        return self._text
 
     def move(self, home: int, rank: int) -> None:
         """Take the tensor of rank `home`, whose device mesh has one rank. `rank` is this rank."""
@@ -148,11 +133,14 @@ class ShardSource:
             local = _local_of(self._tensor)
         if not local.is_contiguous() or local.is_conj() or local.is_neg():
             local = local.detach().resolve_conj().resolve_neg().contiguous()
-        num_bytes = sum(end - begin for begin, end in held_bytes(self.layout, place))
+        num_bytes = self._num_held(place)
         if local.nbytes != num_bytes:
             problem = f"a DTensor of which this rank holds {local.nbytes} bytes, where {num_bytes} were expected"
             raise sharded_error(self.name, problem)
         return local
+
+    def _num_held(self, place: int) -> int:
+        return sum(end - begin for begin, end in held_bytes(self.layout, place))
 
     def _redistributed(self, rank: int) -> torch.Tensor:
         types: Any = torch.distributed.tensor  # loaded: there is a DTensor
@@ -162,7 +150,7 @@ class ShardSource:
             local = _local_of(tensor).view(torch.uint8)
             tensor = type(tensor).from_local(local, tensor.device_mesh, tensor.placements, **form)
         if not any(hasattr(one, "split_factor") for one in tensor.placements):
-            placements = [types.Shard(0) if _is_shard(one) else types.Replicate() for one in tensor.placements]
+            placements = [types.Shard(0) if is_shard(one) else types.Replicate() for one in tensor.placements]
             return _local_of(tensor.redistribute(placements=placements)).view(dtype)
         # torch redistributes strided shards to whole tensors only.
         whole = _local_of(tensor.redistribute(placements=[types.Replicate()] * len(tensor.placements))).view(dtype)
@@ -171,22 +159,88 @@ class ShardSource:
         return torch.cat(rows) if rows else whole[:0]
 
 
+class Rows(NamedTuple):
+    """Where this rank's rows of some tensors are, by the tensors' numbers.
+
+    Attributes:
+        storages: that hold them.
+        offsets: of the first byte in each storage.
+        addresses: of the storages' bytes; None if they are not known, or not in host memory.
+        devices: types of the devices, except for those of `others`.
+        others: numbers of the tensors whose rows have to be asked of their sources.
+    """
+
+    storages: list[torch.UntypedStorage]
+    offsets: list[int]
+    addresses: "array[int] | None"
+    devices: frozenset[str]
+    others: Sequence[int]
+
+
 class Shards:
     """The sharded tensors of one state, in the order of their numbers.
 
     Args:
         rank: this rank.
         world_size: number of ranks.
+
+    Attributes:
+        rank: see above.
+        world_size: see above.
+        sources: the tensors, by their numbers.
+        tensors: what stands for each.
     """
 
     def __init__(self, rank: int, world_size: int) -> None:
-        self._rank = rank
-        self._world_size = world_size
+        self.rank = rank
+        self.world_size = world_size
         self._numbers: dict[Any, int] = {}
-        self._placings: dict[Any, _Placing] = {}
+        self._placings: dict[Any, Placing] = {}
         self._by_id: dict[int, tuple[Any, TensorShard]] = {}  # holds the tensors: an id must not be reused
+        self._known: Rows | None = None
         self.sources: list[ShardSource] = []
         self.tensors: list[TensorShard] = []
+
+    def reuse(self, sources: list[ShardSource], tensors: list[TensorShard], rows: "Rows") -> None:
+        """Take the tensors of a state whose form an earlier save has had, in place of :meth:`replace`.
+
+        Args:
+            sources: the sharded tensors.
+            tensors: what stands for each.
+            rows: where the rows are of sources that have them fixed; of others :data:`NO_ROWS`.
+        """
+        self.sources, self.tensors, self._known = sources, tensors, rows
+
+    def rows(self) -> "Rows":
+        """Return where this rank's rows are; :data:`NO_ROWS` for tensors that are redistributed."""
+        storages, offsets, addresses, devices, others = self._before_asking()
+        for number in others:
+            if not self.sources[number].needs_redistribution:
+                storages[number], offsets[number] = self.sources[number].rows()
+                if storages[number].device.type != "cpu":
+                    addresses = None
+                elif addresses is not None:
+                    addresses[number] = storages[number].data_ptr()
+        return Rows(storages, offsets, addresses, devices, others)
+
+    @property
+    def devices(self) -> frozenset[str]:
+        """Types of the devices that hold the rows."""
+        known = self._before_asking()
+        return known.devices.union(self.sources[number].device for number in known.others)
+
+    def _before_asking(self) -> "Rows":
+        if self._known is None:
+            addresses = None if self.sources else array("Q")
+            return Rows([NO_ROWS] * len(self), [0] * len(self), addresses, frozenset(), range(len(self)))
+        storages, offsets, addresses, devices, others = self._known
+        return Rows(list(storages), list(offsets), addresses and array("Q", addresses), devices, others)
+
+    @property
+    def redistributed(self) -> frozenset[int]:
+        """Numbers of the tensors that are redistributed."""
+        numbers = range(len(self)) if self._known is None else self._known.others
+        return frozenset(number for number in numbers if self.sources[number].needs_redistribution)
 
     def __len__(self) -> int:
         """Return the number of sharded tensors."""
@@ -216,7 +270,7 @@ class Shards:
         """
         single = [source for source in self.sources if source.is_on_one_rank]
         for source, home in zip(single, homes, strict=True):
-            source.move(home, self._rank)
+            source.move(home, self.rank)
 
     @property
     def layouts(self) -> tuple[ShardLayout, ...]:
@@ -254,21 +308,10 @@ class Shards:
             return known[1]
         placing = self._placings.get(tensor.owner)
         if placing is None:
-            placing = self._placings[tensor.owner] = _Placing(
-                mesh=make_mesh((tensor.owner,), (1,)),
-                place=self._rank if self._rank == tensor.owner else None,
-                has_twins=False,
-                splits=(0,),
-                num_replicas=1,
-                needs_redistribution=False,
-                is_plain=False,
-                text="on one rank",
-                refused="",
-                held=None,
-            )
+            placing = self._placings[tensor.owner] = place_on_one_rank(tensor.owner, self.rank)
         return self._add(tensor, name, placing)
 
-    def _add(self, it: Any, name: str, placing: _Placing) -> TensorShard:
+    def _add(self, it: Any, name: str, placing: Placing) -> TensorShard:
         if placing.refused:
             problem = f"a DTensor with placement {placing.refused}: its ranks hold summands. Redistribute it first"
             raise sharded_error(name, problem)
@@ -282,71 +325,27 @@ class Shards:
         number = self._numbers.setdefault(key, len(self.sources))
         shard = TensorShard(number, dtype, shape, it.requires_grad, isinstance(it, torch.nn.Parameter))
         if number == len(self.sources):
-            source = ShardSource(name, it, placing)
-            if not is_certain(source.layout):
+            num_rows, row_bytes = shape[0] if shape else 1, math.prod(shape[1:]) * dtype.itemsize
+            layout = ShardLayout(num_rows, row_bytes, placing.mesh, placing.splits, placing.num_replicas)
+            if not is_certain(layout):
                 problem = (
                     f"a DTensor of {shape[0]} rows that FSDP2 and tensor parallelism share unevenly: its placements do "
                     "not say which rows a rank holds. Make the number of rows a multiple of the ranks"
                 )
                 raise sharded_error(name, problem)
-            self.sources.append(source)
+            text = f"{name}: {dtype} {shape}, {placing.text}"
+            self.sources.append(ShardSource(name, text, it, placing, layout))
             self.tensors.append(shard)
         self._by_id[id(it)] = it, shard
         return shard
 
-    def _placing_of(self, it: Any) -> _Placing:
+    def _placing_of(self, it: Any) -> Placing:
         device_mesh, placements = it.device_mesh, it.placements
         key = id(device_mesh), placements
         found = self._placings.get(key)
         if found is None:
-            found = self._placings[key] = self._make_placing(device_mesh, placements)
+            found = self._placings[key] = find_placing(it, self.rank, self.world_size)
         return found
-
-    def _make_placing(self, device_mesh: Any, placements: Sequence[Any]) -> _Placing:
-        sizes = tuple(device_mesh.shape)
-        used = [one for one, size in zip(placements, sizes, strict=True) if size > 1]
-        splits = [
-            int(getattr(one, "split_factor", 1)) if size > 1 and _is_shard(one) else 0
-            for one, size in zip(placements, sizes, strict=True)
-        ]
-        needs_redistribution = any(_is_shard(one) and one.dim != 0 for one in used)
-        if needs_redistribution:
-            splits = [min(split, 1) for split in splits]
-        mesh, place, has_twins = self._mesh_of(device_mesh)
-        over = f"ranks {list(mesh.ranks)} as {'x'.join(map(str, mesh.shape))}"
-        if len(mesh.ranks) == 1 and not has_twins:
-            over = "one rank"
-        return _Placing(
-            mesh=mesh,
-            place=place,
-            has_twins=has_twins,
-            splits=tuple(splits),
-            num_replicas=math.prod(size for size, split in zip(sizes, splits, strict=True) if not split),
-            needs_redistribution=needs_redistribution,
-            is_plain=(not used and self._world_size == 1)
-            or (all(one.is_replicate() for one in used) and math.prod(sizes) == self._world_size),
-            text=f"placements ({', '.join(map(str, placements))}) over {over}",
-            refused=next((str(one) for one in used if not (one.is_replicate() or _is_shard(one))), ""),
-            held=device_mesh,
-        )
-
-    def _mesh_of(self, device_mesh: Any) -> tuple[Mesh, int | None, bool]:
-        """Return a mesh, the rank in it whose place this rank has, and whether other ranks have that place too.
-
-        A part of a larger mesh, such as the ``dp`` dimension of a mesh ``(dp, tp)``, has twins: the parts at the other
-        places of ``tp``. All of them are one mesh here, the one at the first place.
-        """
-        ranks = device_mesh.mesh.flatten().tolist()
-        whole = device_mesh._get_root_mesh().mesh  # noqa: SLF001 - no public way
-        places = {rank: index for index, rank in enumerate(whole.flatten().tolist())}
-        coordinates = [torch.unravel_index(torch.tensor(places[rank]), whole.shape) for rank in ranks]
-        varies = [len({int(one[dim]) for one in coordinates}) > 1 for dim in range(whole.dim())]
-        firsts = [
-            int(whole[tuple(int(at) if is_own else 0 for at, is_own in zip(one, varies, strict=True))])
-            for one in coordinates
-        ]
-        place = firsts[ranks.index(self._rank)] if self._rank in ranks else None
-        return make_mesh(tuple(firsts), tuple(device_mesh.shape)), place, len(ranks) < whole.numel()
 
 
 def find_shard_difference(descriptions: Sequence[Sequence[str]]) -> str | None:
@@ -364,10 +363,6 @@ def find_shard_difference(descriptions: Sequence[Sequence[str]]) -> str | None:
             extra = descriptions[more][len(descriptions[fewer])]
             return f"rank {more} has {extra}; rank {fewer} does not have it"
     return None
-
-
-def _is_shard(placement: Any) -> bool:
-    return hasattr(placement, "dim")
 
 
 def checksum_of(tensor: torch.Tensor) -> int:

@@ -6,7 +6,6 @@ coordinator then writes the tail: the pickle, the manifest and the archive's dir
 
 import contextlib
 import ctypes
-import functools
 import hashlib
 import threading
 from collections.abc import Callable, Collection, Sequence
@@ -17,18 +16,15 @@ import torch
 
 from distckpt._checksum import crc32
 from distckpt._threads import helper_threads
-from distckpt.ptformat.gc_pause import gc_paused
-from distckpt.ptformat.image import ImagePlan, ShardBuffer, build_tail, combine_checksums, plan_image
+from distckpt.ptformat.image import ShardBuffer, build_tail, combine_checksums, plan_image
 from distckpt.ptformat.loadable import RefusedObject
 from distckpt.ptformat.manifest import Manifest, TensorEntry, to_json
-from distckpt.ptformat.pickler import PLAIN_PROTOCOL, PickledState, pickle_state
-from distckpt.ptformat.state_form import StateForms
+from distckpt.ptformat.pickler import PickledState
 from distckpt.ptformat.storage_facts import IDENTITY, StorageFacts
-from distckpt.saving.rank_plan import RankPlan, Writers, plan_rank
-from distckpt.saving.shard_rows import gather_rows, place_received
-from distckpt.saving.sharding import ShardLayout
+from distckpt.saving.rank_plan import RankPlan, Writers
+from distckpt.saving.shard_rows import gather_rows, place_received, plan_copies
 from distckpt.saving.shards import Shards
-from distckpt.saving.staging import Copies, HostMemory, OptimizerStepGuard, Staging, split_copies
+from distckpt.saving.staging import Copies, HostMemory, OptimizerStepGuard, Staging
 from distckpt.storage.base import BLOCK_BYTES, NewFile
 
 _T = TypeVar("_T")
@@ -84,32 +80,25 @@ class Snapshot:
     """The image of a state, or a range of it, in host memory.
 
     Args:
-        state: what ``torch.save`` takes.
+        pickled: the pickled state.
         write_range: the range to stage and write.
         shards: the state's sharded tensors; None if there are none.
         replicated: identities (``UntypedStorage._cdata``) of the storages that are equal on all ranks.
-        pickle_protocol: version of the pickle format.
         num_threads: number of threads that copy.
-        forms: the forms of earlier states; a state of such a form is not pickled anew.
     """
 
     def __init__(
         self,
-        state: Any,
+        pickled: PickledState,
         *,
         write_range: WriteRange = WHOLE,
         shards: Shards | None = None,
         replicated: Collection[int] = (),
-        pickle_protocol: int = 2,
         num_threads: int = 1,
-        forms: StateForms | None = None,
     ) -> None:
         self._shards = Shards(0, 1) if shards is None else shards
+        self._pickled = pickled
         first = len(self._shards)
-        if first:
-            self._pickled = pickle_state(state, protocol=pickle_protocol, num_shards=first, shards=self._shards.by_id)
-        else:
-            self._pickled = _pickle(state, pickle_protocol, StateForms() if forms is None else forms)
         self._facts = self._pickled.facts or StorageFacts.of(self._pickled.storages)
         identities = map(IDENTITY, self._pickled.storages if replicated else ())
         replicas = [number for number, identity in enumerate(identities, first) if identity in replicated]
@@ -123,6 +112,7 @@ class Snapshot:
         self._buffer: ShardBuffer | None = None
         self._staging: Staging | None = None
         self._deferred: Staging | None = None
+        self._rank_plan = RankPlan()
         self._outgoing: dict[int, bytearray] = {}  # by rank, what it writes of this rank's shards
         self._view = memoryview(b"")
         self._known: dict[int, tuple[int, int]] = {}  # CRC-32 and length of what was not staged, by offset
@@ -141,7 +131,7 @@ class Snapshot:
     @property
     def devices(self) -> frozenset[str]:
         """Types of the devices that hold the state."""
-        return self._facts.devices.union(source.device for source in self._shards)
+        return self._facts.devices | self._shards.devices
 
     def layout_digest(self) -> int:
         """Return a digest of the image's layout. Ranks with equal digests can write one file together.
@@ -212,24 +202,28 @@ class Snapshot:
             self._write_range = write_range
         if whole:
             self._write_range = WHOLE
-        plan, copies = _rank_plan_of(self._plan, self._shards.layouts, self._write_range)
+        shards, rows = self._shards, self._shards.rows()
+        found = plan_copies(
+            self._plan,
+            shards.layouts,
+            self._write_range.writers,
+            self._write_range.rank,
+            tuple(rows.offsets),
+            shards.redistributed,
+        )
+        plan, copies = found.plan, found.own
         view = memory.view(plan.num_bytes, pinned="cuda" in self.devices)
-        storages: list[torch.UntypedStorage] = list(self._pickled.storages)
-        if len(self._shards):
-            rows = gather_rows(self._shards, plan, copies, view)
-            storages, offsets = [*rows.storages, *storages], rows.offsets
-            copies = Copies(
-                one._replace(begin=one.begin + offsets[one.storage]) if one.storage < len(offsets) else one
-                for one in copies
-                if one.at not in rows.checksums
-            )
-            self._known, self._outgoing, self._view = rows.checksums, rows.outgoing, view
+        storages: list[torch.UntypedStorage] = [*rows.storages, *self._pickled.storages]
+        self._rank_plan, self._view = plan, view
+        self._outgoing, self._known = gather_rows(shards, rows, found, view)
         self._buffer = ShardBuffer(self._plan, view, plan.segments, plan.late)
         if deferred:
             is_deferred = [storage._cdata in deferred for storage in storages]  # noqa: SLF001 - torch's identity
             self._deferred = Staging(storages, [one for one in copies if is_deferred[one.storage]], view, 0)
             copies = Copies(one for one in copies if not is_deferred[one.storage])
-        addresses = None if len(self._shards) else self._facts.addresses
+        addresses = None
+        if rows.addresses is not None and self._facts.addresses is not None:
+            addresses = rows.addresses + self._facts.addresses
         self._staging = Staging(storages, copies, view, 0, addresses=addresses)
 
     def outgoing(self, num_ranks: int) -> list[bytearray]:
@@ -238,7 +232,7 @@ class Snapshot:
 
     def num_incoming(self, num_ranks: int) -> list[int]:
         """Return how many bytes each rank sends to this one."""
-        received = self._rank_plan().receives
+        received = self._rank_plan.receives
         return [sum(one.num_bytes for one in received.get(rank, ())) for rank in range(num_ranks)]
 
     def place_received(self, parts: Sequence[memoryview]) -> None:
@@ -247,7 +241,7 @@ class Snapshot:
         Args:
             parts: from each rank.
         """
-        self._known |= place_received(dict(enumerate(parts)), self._rank_plan(), self._view)
+        self._known |= place_received(dict(enumerate(parts)), self._rank_plan, self._view)
         self._outgoing = {}
 
     def copy_to_host(self) -> None:
@@ -370,9 +364,6 @@ class Snapshot:
             begin += piece[1]
         return found if begin == end else None
 
-    def _rank_plan(self) -> RankPlan:
-        return _rank_plan_of(self._plan, self._shards.layouts, self._write_range)[0]
-
     def _make_tail(self, checksums: list[_Records], manifest: Manifest) -> _Tail:
         crcs = combine_checksums(self._plan, checksums)
         by_storage = {
@@ -387,13 +378,6 @@ class Snapshot:
         return _Tail(checksums, crcs, data)
 
 
-def _pickle(state: Any, protocol: int, forms: StateForms) -> PickledState:
-    if protocol != PLAIN_PROTOCOL:
-        return pickle_state(state, protocol=protocol)
-    with gc_paused():
-        return forms.match(state) or forms.keep(state, pickle_state(state))
-
-
 def _required(one: _T | None) -> _T:
     if one is None:
         msg = "the snapshot has no buffer, or was written already"
@@ -403,15 +387,6 @@ def _required(one: _T | None) -> _T:
 
 def _as_records(checksums: Sequence[Checksums]) -> list[_Records]:
     return [[(one[0], one[1], one[2], one[3]) for one in records] for records in checksums]
-
-
-@functools.lru_cache(maxsize=8)
-def _rank_plan_of(
-    plan: ImagePlan, layouts: tuple[ShardLayout, ...], write_range: WriteRange
-) -> tuple[RankPlan, Copies]:
-    """Return a rank's plan, and its copies in items that threads can share."""
-    found = plan_rank(plan, layouts, write_range.writers, write_range.rank)
-    return found, split_copies(found.copies)
 
 
 def _crc_of(storage: torch.UntypedStorage) -> int:

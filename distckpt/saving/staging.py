@@ -68,6 +68,19 @@ def split_copies(copies: Iterable[CopyItem]) -> Copies:
     )
 
 
+class KnownForms:
+    """The forms of the states that were saved. Any thread.
+
+    Attributes:
+        plain: of states without sharded tensors.
+        live: of states with sharded tensors, as the objects have returned them.
+    """
+
+    def __init__(self) -> None:
+        self.plain = StateForms()
+        self.live = StateForms()
+
+
 class HostMemory:
     """Page-aligned host memory for snapshots, reused by one save after another.
 
@@ -88,7 +101,7 @@ class HostMemory:
         self._in_use = threading.Lock()
         self._is_pinned = False
         self.num_bytes = 0
-        self.forms = StateForms()
+        self.forms = KnownForms()
 
     def reserve(self) -> None:
         """Wait until no save uses the memory, and take it. The wait depends on no other rank."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from distckpt.ptformat.manifest import SCHEMA, Manifest
+from distckpt.ptformat.pickler import pickle_state
 from distckpt.saving.snapshot import Snapshot, WriteRange
 from distckpt.saving.staging import HostMemory
 from distckpt.storage.local import LocalStorage
@@ -48,7 +49,7 @@ def write(folder: Path, *, num_writers: int) -> Path:
     state = golden_state()
     replicated = [state["model"]["weight"].untyped_storage()._cdata] if num_writers > 1 else []
     writers = [
-        Snapshot(state, write_range=WriteRange(number, num_writers, 0), replicated=replicated)
+        Snapshot(pickle_state(state), write_range=WriteRange(number, num_writers, 0), replicated=replicated)
         for number in range(num_writers)
     ]
     checked = []

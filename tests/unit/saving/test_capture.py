@@ -12,7 +12,8 @@ from torch import nn
 from distckpt import DiskSaver
 from distckpt.ptformat.reader import read_pt
 from distckpt.ptformat.sharded import find_paths
-from distckpt.saving.capture import capture, check_objects, map_tree, plain_state
+from distckpt.saving.capture import capture, check_objects, map_tree
+from distckpt.saving.plain_state import plain_state
 
 Pair = namedtuple("Pair", "a b")  # noqa: PYI024 - an untyped one is what states hold
 

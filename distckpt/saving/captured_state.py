@@ -1,0 +1,84 @@
+"""Pickle what :func:`~distckpt.saving.capture.capture` has returned: anew, or as a state of the same form before it.
+
+A state with sharded tensors is compared as the objects have returned it. If its form is known, nothing is replaced,
+pickled or described again. Otherwise the sharded tensors are found and replaced first.
+"""
+
+from typing import Any
+
+from distckpt.ptformat.gc_pause import gc_paused
+from distckpt.ptformat.pickler import PLAIN_PROTOCOL, PickledState, pickle_state
+from distckpt.ptformat.state_form import StateForms
+from distckpt.saving.plain_state import LiveState, plain_state
+from distckpt.saving.shard_forms import KnownShards, ShardForms
+from distckpt.saving.shards import Shards
+from distckpt.saving.staging import KnownForms
+
+
+class CapturedState:
+    """A state to pickle. Its sharded tensors are found by the constructor. Rank-local; issues no collectives.
+
+    Args:
+        tree: what ``torch.save`` takes, with a :class:`LiveState` for each object that may have sharded tensors.
+        shards: takes the sharded tensors; None if there is no :class:`LiveState`.
+        forms: the forms of earlier states.
+        protocol: version of the pickle format.
+
+    Raises:
+        ShardedStateError: the state is sharded in a way that cannot be saved.
+    """
+
+    def __init__(self, tree: Any, *, shards: Shards | None, forms: KnownForms, protocol: int) -> None:
+        self._shards = shards
+        self._forms = forms
+        self._protocol = protocol
+        self._live = self._state = tree
+        self._known: PickledState | None = None
+        if shards is None:
+            return
+        self._live = _without_names(tree)
+        if protocol == PLAIN_PROTOCOL:
+            self._known = _find_known(self._live, shards, forms.live)
+        if self._known is None:
+            self._state = _replace_shards(tree, shards)
+
+    def pickle(self) -> PickledState:
+        """Pickle the state, unless that was done for an earlier one of the same form."""
+        if self._known is not None:
+            return self._known
+        shards, protocol, state = self._shards, self._protocol, self._state
+        if shards is not None and len(shards):
+            pickled = pickle_state(state, protocol=protocol, num_shards=len(shards), shards=shards.by_id)
+            return self._forms.live.keep(self._live, pickled, lambda dtensors: ShardForms(dtensors, shards))
+        if protocol != PLAIN_PROTOCOL:
+            return pickle_state(state, protocol=protocol)
+        with gc_paused():
+            return self._forms.plain.match(state) or self._forms.plain.keep(state, pickle_state(state))
+
+
+def _find_known(live: Any, shards: Shards, forms: StateForms) -> PickledState | None:
+    with gc_paused():
+        found = forms.match(live)
+    if found is None:
+        return None
+    known: KnownShards = found.sharded
+    if (known.rank, known.world_size) != (shards.rank, shards.world_size):
+        return None  # one rank of several saves alone, for an exception
+    shards.reuse(known.sources, known.tensors, known.rows)
+    return found
+
+
+def _without_names(tree: Any) -> Any:
+    if type(tree) is LiveState:
+        return tree.state
+    if type(tree) is dict:
+        return {key: _without_names(item) for key, item in tree.items()}
+    return [_without_names(item) for item in tree] if type(tree) is list else tree
+
+
+def _replace_shards(tree: Any, shards: Shards) -> Any:
+    if type(tree) is LiveState:
+        return plain_state(tree.state, tree.where, shards=shards)
+    if type(tree) is dict:
+        return {key: _replace_shards(item, shards) for key, item in tree.items()}
+    return [_replace_shards(item, shards) for item in tree] if type(tree) is list else tree

@@ -1,0 +1,130 @@
+"""The forms of a state's DTensors: all that a save reads of them, except for their bytes.
+
+A repeated save takes over what an earlier save has found: names, numbers, layouts, and what the ranks compare. Each
+rank does so for itself: the result is that of a new search, and the ranks compare it as after one.
+
+IMPORTANT: everything that :class:`~distckpt.saving.shards.Shards` reads of a DTensor is compared here. A difference
+that is overlooked writes a file with other tensors.
+"""
+
+import itertools
+import operator
+from array import array
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import torch
+
+from distckpt._compare import have_values
+from distckpt.ptformat.fast_pickle import NotPlain, PlainWalk
+from distckpt.ptformat.sharded import TensorShard, as_whole
+from distckpt.ptformat.tensor_forms import Differs, TensorForms
+from distckpt.saving.shards import NO_ROWS, Rows, Shards, ShardSource
+
+_PARTS: Final = operator.attrgetter("_local_tensor", "_spec.mesh", "_spec.placements")
+_ATTRIBUTES: Final = ("dtype", "shape", "requires_grad", "__dict__")
+_METHODS: Final = ("stride",)
+_PLAIN: Final = frozenset({torch.Tensor})
+
+
+class KnownShards(NamedTuple):
+    """The sharded tensors of a state whose form is known; see :meth:`Shards.reuse`.
+
+    Attributes:
+        sources: the sharded tensors.
+        tensors: what stands for each.
+        rows: where this rank's rows are.
+        rank: this rank.
+        world_size: number of ranks.
+    """
+
+    sources: list[ShardSource]
+    tensors: list[TensorShard]
+    rows: Rows
+    rank: int
+    world_size: int
+
+
+class ShardForms:
+    """The forms of a state's DTensors. Keeps none of them alive, but their device meshes.
+
+    Args:
+        tensors: the DTensors, in the order of the pickle.
+        shards: what the save has found of them.
+
+    Raises:
+        Differs: they cannot be compared.
+    """
+
+    def __init__(self, tensors: list[Any], shards: Shards) -> None:
+        self._rank, self._world_size = shards.rank, shards.world_size
+        by_id = shards.by_id
+        numbers = [by_id[id(one)].number if id(one) in by_id else -1 for one in tensors]
+        self._is_sharded = [number >= 0 for number in numbers]
+        self._wholes_at = [index for index, number in enumerate(numbers) if number < 0]
+        firsts = dict(zip(reversed(numbers), range(len(numbers) - 1, -1, -1), strict=True))
+        self._firsts = [firsts[number] for number in range(len(shards))]
+        self._sources = [source.of(None) for source in shards]
+        self._tensors = list(shards.tensors)
+        try:
+            self._meshes = [one._spec.mesh for one in tensors]  # noqa: SLF001 - torch has no quicker way; kept alive
+            self._placements = [one._spec.placements for one in tensors]  # noqa: SLF001 - as above
+            locals_ = [one._local_tensor for one in itertools.compress(tensors, self._is_sharded)]  # noqa: SLF001 - as above
+            walk = PlainWalk()
+            walk.put(locals_, "", 0)
+        except (AttributeError, NotPlain, RuntimeError) as error:
+            raise Differs from error
+        self._rows: list[tuple[Any, ...]] = [
+            (one.dtype, one.shape, one.requires_grad, {}, one.stride()) for one in tensors
+        ]
+        self._locals = TensorForms(walk)
+        storages = dict(zip(itertools.compress(itertools.count(), self._is_sharded), walk.numbers, strict=False))
+        self._storage_of = [storages[index] for index in self._firsts]
+        forms = dict(zip(storages, walk.forms, strict=True))
+        self._offsets = [
+            forms[index].offset * forms[index].dtype.itemsize if source.has_fixed_rows else 0
+            for index, source in zip(self._firsts, shards, strict=True)
+        ]
+        self._others = [number for number, source in enumerate(shards) if not source.has_fixed_rows]
+        if not have_values(tensors, self._rows, _ATTRIBUTES, _METHODS):
+            raise Differs
+
+    def read(self, tensors: list[Any]) -> tuple[KnownShards, list[torch.Tensor]]:
+        """Compare DTensors.
+
+        Args:
+            tensors: the DTensors, in the order of the pickle.
+
+        Returns:
+            The sharded ones; the others, of which each rank has the whole, as plain tensors.
+
+        Raises:
+            Differs: they differ.
+        """
+        try:
+            parts = list(map(_PARTS, tensors))
+            is_equal = have_values(tensors, self._rows, _ATTRIBUTES, _METHODS) and all(
+                mesh is old_mesh and (placements is old or (placements == old and _kinds(placements) == _kinds(old)))
+                for (_, mesh, placements), old_mesh, old in zip(parts, self._meshes, self._placements, strict=True)
+            )
+            wholes = [as_whole(tensors[index]) for index in self._wholes_at] if is_equal else []
+        except Exception as error:  # of a torch that has other attributes
+            raise Differs from error
+        locals_ = [local for local, _, _ in itertools.compress(parts, self._is_sharded)]
+        if not is_equal or not _PLAIN.issuperset(map(type, locals_)):
+            raise Differs
+        found, facts = self._locals.read(locals_)
+        storages = [found[number] for number in self._storage_of]
+        addresses = None
+        if facts.addresses is not None:
+            addresses = array("Q", map(facts.addresses.__getitem__, self._storage_of))
+        for number in self._others:
+            storages[number] = NO_ROWS
+        sources = [source.of(tensors[index]) for source, index in zip(self._sources, self._firsts, strict=True)]
+        rows = Rows(storages, self._offsets, addresses, facts.devices, self._others)
+        known = KnownShards(sources, self._tensors, rows, self._rank, self._world_size)
+        return known, wholes
+
+
+def _kinds(placements: Sequence[Any]) -> list[type]:
+    return list(map(type, placements))

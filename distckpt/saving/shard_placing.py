@@ -1,0 +1,126 @@
+"""How the ranks of a device mesh hold the tensors of a placement.
+
+Source: ``torch.distributed.tensor`` of torch 2.13. Its types are not imported.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from distckpt.ptformat.sharded import is_replicated
+from distckpt.saving.sharding import Mesh, make_mesh
+
+
+class Placing(NamedTuple):
+    """What DTensors with the same device mesh and placements have in common.
+
+    Attributes:
+        mesh: the mesh of the layout.
+        place: the rank of `mesh` whose rows this rank holds; None if it holds none.
+        has_twins: whether other ranks hold the same rows on device meshes of their own.
+        splits: see :class:`ShardLayout`, once a tensor is redistributed.
+        num_replicas: see :class:`ShardLayout`.
+        needs_redistribution: whether the ranks hold other parts than rows.
+        is_plain: whether each rank of the job holds the whole tensor.
+        text: phrase that is equal on ranks that can write a tensor together.
+        refused: the placement that cannot be saved; empty if there is none.
+        held: keeps the device mesh alive: its id must not be used again.
+    """
+
+    mesh: Mesh
+    place: int | None
+    has_twins: bool
+    splits: tuple[int, ...]
+    num_replicas: int
+    needs_redistribution: bool
+    is_plain: bool
+    text: str
+    refused: str
+    held: Any
+
+    @property
+    def is_on_one_rank(self) -> bool:
+        """Whether the device mesh has one rank."""
+        return len(self.mesh.ranks) == 1 and not self.has_twins
+
+
+def find_placing(tensor: Any, rank: int, world_size: int) -> Placing:
+    """Return the placing of a DTensor.
+
+    Args:
+        tensor: the DTensor.
+        rank: this rank.
+        world_size: number of ranks.
+    """
+    device_mesh, placements = tensor.device_mesh, tensor.placements
+    sizes = tuple(device_mesh.shape)
+    used = [one for one, size in zip(placements, sizes, strict=True) if size > 1]
+    splits = [
+        int(getattr(one, "split_factor", 1)) if size > 1 and is_shard(one) else 0
+        for one, size in zip(placements, sizes, strict=True)
+    ]
+    needs_redistribution = any(is_shard(one) and one.dim != 0 for one in used)
+    if needs_redistribution:
+        splits = [min(split, 1) for split in splits]
+    mesh, place, has_twins = _mesh_of(device_mesh, rank)
+    over = f"ranks {list(mesh.ranks)} as {'x'.join(map(str, mesh.shape))}"
+    if len(mesh.ranks) == 1 and not has_twins:
+        over = "one rank"
+    return Placing(
+        mesh=mesh,
+        place=place,
+        has_twins=has_twins,
+        splits=tuple(splits),
+        num_replicas=math.prod(size for size, split in zip(sizes, splits, strict=True) if not split),
+        needs_redistribution=needs_redistribution,
+        is_plain=is_replicated(tensor, world_size),
+        text=f"placements ({', '.join(map(str, placements))}) over {over}",
+        refused=next((str(one) for one in used if not (one.is_replicate() or is_shard(one))), ""),
+        held=device_mesh,
+    )
+
+
+def _mesh_of(device_mesh: Any, rank: int) -> tuple[Mesh, int | None, bool]:
+    """Return a mesh, the rank in it whose place this rank has, and whether other ranks have that place too.
+
+    A part of a larger mesh, such as the ``dp`` dimension of a mesh ``(dp, tp)``, has twins: the parts at the other
+    places of ``tp``. All of them are one mesh here, the one at the first place.
+    """
+    ranks = device_mesh.mesh.flatten().tolist()
+    whole = device_mesh._get_root_mesh().mesh  # noqa: SLF001 - no public way
+    places = {one: index for index, one in enumerate(whole.flatten().tolist())}
+    coordinates = [torch.unravel_index(torch.tensor(places[one]), whole.shape) for one in ranks]
+    varies = [len({int(one[dim]) for one in coordinates}) > 1 for dim in range(whole.dim())]
+    firsts = [
+        int(whole[tuple(int(at) if is_own else 0 for at, is_own in zip(one, varies, strict=True))])
+        for one in coordinates
+    ]
+    place = firsts[ranks.index(rank)] if rank in ranks else None
+    return make_mesh(tuple(firsts), tuple(device_mesh.shape)), place, len(ranks) < whole.numel()
+
+
+def place_on_one_rank(owner: int, rank: int) -> Placing:
+    """Return the placing of a whole tensor that one rank holds.
+
+    Args:
+        owner: the rank that holds it.
+        rank: this rank.
+    """
+    return Placing(
+        mesh=make_mesh((owner,), (1,)),
+        place=rank if rank == owner else None,
+        has_twins=False,
+        splits=(0,),
+        num_replicas=1,
+        needs_redistribution=False,
+        is_plain=False,
+        text="on one rank",
+        refused="",
+        held=None,
+    )
+
+
+def is_shard(placement: Any) -> bool:
+    """Return True for a placement that shards a dimension."""
+    return hasattr(placement, "dim")
