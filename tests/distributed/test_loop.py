@@ -183,6 +183,7 @@ def trained(folder: Path | None, *, on_loop: bool, die_at: int = 0) -> float:
     return float(model.value)
 
 
+@process_ranks_only  # replicas of XLA's are threads, which draw from one generator
 @run_distributed(world_size=2)
 def test_a_loop_that_failed_on_all_ranks_continues_bit_for_bit(tmp_path: Path) -> None:
     alone = trained(None, on_loop=False)
