@@ -13,9 +13,9 @@ from tests.support.pool import discard_pools
 from tests.support.store import shorten_lookups
 
 # The same examples in every run, and no deadline on a busy machine. HYPOTHESIS_PROFILE=explore tries new examples.
-settings.register_profile("steady", deadline=None, derandomize=True)
+settings.register_profile("quick", deadline=None, derandomize=True, max_examples=40)
+settings.register_profile("full", deadline=None, derandomize=True, max_examples=300)
 settings.register_profile("explore", deadline=None, max_examples=2000)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,6 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Prepare this process and its children."""
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "full" if selection.is_full(config) else "quick"))
     shorten_lookups()
     # Most tests compare whole directories, also with ignite's. Tests of the record ask for it by the argument.
     os.environ.setdefault("DISTCKPT_RECORD_EVENTS", "0")

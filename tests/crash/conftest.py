@@ -20,12 +20,12 @@ from tests.crash.lost_jobs import Jobs, Table
 from tests.support.selection import is_full
 
 _COUNTS = {
-    "KILLS": (15, 1000),
-    "RANK_KILLS": (6, 1000),
-    "CUTS": (4, 200),
-    "STATES": (8, 500),
-    "EXITS": (6, 200),
-    "PROGRAMS": (16, 500),
+    "KILLS": (10, 1000),
+    "RANK_KILLS": (4, 1000),
+    "CUTS": (3, 200),
+    "STATES": (6, 500),
+    "EXITS": (4, 200),
+    "PROGRAMS": (8, 500),
 }
 """Number of trials for each way of saving, in the quick selection and in all."""
 _LIMITS_S = (170.0, 3000.0)

@@ -137,7 +137,7 @@ def steps_on_disk(folder: Path, history: tuple[str, ...]) -> list[int]:
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint. the ranks have different scores:UserWarning")
-@quick(5)
+@quick(3)
 @pytest.mark.parametrize("job", range(NUM_JOBS))
 def test_whatever_stops_a_run_at_whatever_moment_stops_all_ranks_alike(
     tmp_path: Path, summary: Summary, job: int

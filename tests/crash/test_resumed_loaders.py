@@ -56,7 +56,7 @@ def cells_of(sampler: str, worlds: tuple[int, int], *, is_whole: bool) -> list[C
     return [Cell(sampler, "no workers", "in an epoch")] if worlds == (1, 1) else []
 
 
-@quick(60)
+@quick(20)
 @pytest.mark.parametrize("worlds", WORLDS, ids=lambda worlds: "{} to {}".format(*worlds))
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_resumed_run_trains_the_samples_of_an_uninterrupted_run(

@@ -23,7 +23,7 @@ from tests.support.selection import quick
 
 pytestmark = pytest.mark.crash
 
-NUM_BATCHES = 4
+NUM_BATCHES = 2
 CONTROL = ("control3", 0, 24)
 """The programs that run with broken code, the same in each round. They find each breakage."""
 LIMIT_S = 1200.0
@@ -84,7 +84,7 @@ def test_no_program_loses_a_file_or_takes_anothers(summary: Summary, programs: i
     assert not found, f"{program_of(f'{summary.seed}/{shown}')}\nrepeat it with DISTCKPT_CRASH_SEED={summary.seed}"
 
 
-@quick(2)
+@quick(1)
 @pytest.mark.parametrize("breakage", BREAKAGES)
 def test_the_same_programs_find_what_is_broken(summary: Summary, breakage: str) -> None:
     results = results_of(*CONTROL, breakage)

@@ -235,6 +235,7 @@ def test_job_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
     assert summary["val_acc"] > 0.9
 
 
+@full_only
 @torch_only
 def test_rank_that_is_killed_costs_the_steps_since_the_last_checkpoint(
     tmp_path: Path, undisturbed: dict[str, Any]
@@ -249,7 +250,7 @@ def test_rank_that_is_killed_costs_the_steps_since_the_last_checkpoint(
         assert again[key] == undisturbed[key], key
 
 
-@quick(1)
+@full_only
 @torch_only
 @pytest.mark.parametrize("code", [0, 75])
 def test_rank_that_is_told_to_stop_stops_all_after_a_save_and_the_run_goes_on(

@@ -147,7 +147,7 @@ def test_every_page_that_should_have_an_example_has_one() -> None:
     assert pages >= {"README", "quickstart", "what-to-save", "background", "stop-and-resume", "notebooks-and-tests"}
 
 
-@quick(6)
+@quick(4)
 @pytest.mark.parametrize(("name", "world_size"), RUNS, ids=[f"{name} on {number}" for name, number in RUNS])
 def test_example_runs_and_its_checkpoints_are_whole(
     installed: Installed, name: str, world_size: int, tmp_path: Path

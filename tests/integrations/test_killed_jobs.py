@@ -17,7 +17,7 @@ PROGRAMS = {
 """The program of each package, and the seconds of its run, roughly."""
 
 
-@quick(6)
+@quick(3)
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("package", PROGRAMS)
 def test_a_job_killed_at_random_moments_ends_bit_equal(

@@ -18,7 +18,7 @@ def jobs(jobs_of: Callable[[str], Jobs]) -> Jobs:
     return jobs_of("lightning_program")
 
 
-@quick(3)
+@quick(1)
 @pytest.mark.parametrize("step", [3, 12, 15])
 @pytest.mark.parametrize(
     "plan",

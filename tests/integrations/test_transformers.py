@@ -18,7 +18,7 @@ def jobs(jobs_of: Callable[[str], Jobs]) -> Jobs:
     return jobs_of("trainer_program")
 
 
-@quick(2)
+@quick(1)
 @pytest.mark.parametrize("step", [3, 7, 8])
 @pytest.mark.parametrize(
     "plan",

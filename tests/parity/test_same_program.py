@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from ignite.engine import Engine, Events
 from torch import nn
@@ -192,7 +192,6 @@ def test_callables_are_handed_the_same(tmp_path: Path, num_arguments: int) -> No
     assert len(ours[0][0]) == num_arguments
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     scores=st.lists(st.integers(0, 5) | st.floats(-1, 1).map(lambda x: round(x, 2)), min_size=1, max_size=12),
     n_saved=st.none() | st.integers(1, 4),

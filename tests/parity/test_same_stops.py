@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from ignite.engine import Engine, Events
 from ignite.handlers import time_limit as ignites_time_limit
@@ -26,7 +26,6 @@ def _idle() -> Engine:
     return Engine(lambda _engine, _batch: None)
 
 
-@settings(max_examples=300, deadline=None)
 @given(
     scores=st.lists(_score, min_size=1, max_size=15),
     patience=st.integers(1, 4),
@@ -136,7 +135,6 @@ def test_time_limit_stops_at_the_same_iteration(monkeypatch: pytest.MonkeyPatch,
     assert stopped_at(IGNITE) == stopped_at(OURS)
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     average=st.booleans(),
     actions=st.lists(

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from distckpt.backends import key_value_store
 from distckpt.backends.key_value_store import TorchKeyValueStore
+from tests.support.selection import quick
 
 DeadHost = tuple[TorchKeyValueStore, TorchKeyValueStore]
 LIMIT_S = 0.3
@@ -433,6 +434,7 @@ def run_to_its_end(program: str, port: int) -> subprocess.CompletedProcess[str]:
     )
 
 
+@quick(3)
 @pytest.mark.parametrize("end", _ENDS)
 def test_a_process_that_ends_with_a_call_in_the_store_exits_with_0(server: Server, end: str) -> None:
     done = run_to_its_end(_BEGIN + _ENDS[end], server.port)

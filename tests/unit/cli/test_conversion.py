@@ -22,6 +22,7 @@ from distckpt.cli import sources
 from distckpt.cli.sources import load, open_source
 from distckpt.cli.structure import flatten, unflatten
 from distckpt.ptformat.reader import read_pt, verify
+from tests.support.selection import quick
 from tests.unit.cli.conftest import Command, flip
 from tests.unit.directories import names_in
 from tests.unit.toys import Notebook, equal
@@ -305,6 +306,7 @@ sys.exit(main(sys.argv[1:4]))
 """
 
 
+@quick(2)
 @pytest.mark.parametrize("out", OUTS)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_no_file(tmp_path: Path, out: str, number: signal.Signals) -> None:

@@ -27,6 +27,7 @@ from torch.utils.data import (
 from distckpt import Checkpoint, DiskSaver, ResumableSampler, RngState, resume
 from distckpt.handlers.data_loaders import find_generators, find_random_sampler
 from distckpt.handlers.sample_order import warn_if_ranks_changed
+from tests.support.selection import quick
 
 LENGTH = 20
 DATA = TensorDataset(torch.arange(LENGTH))
@@ -182,6 +183,7 @@ STOPS: dict[str, Callable[[int], tuple[int, ...]]] = {
 }
 
 
+@quick(8)
 @pytest.mark.parametrize("stop", STOPS)
 @pytest.mark.parametrize("name", MADE)
 def test_with_an_rng_state_a_loader_continues_as_if_uninterrupted(tmp_path: Path, name: str, stop: str) -> None:

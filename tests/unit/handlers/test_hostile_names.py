@@ -24,9 +24,9 @@ from torch import nn
 from distckpt import Checkpoint, DiskSaver
 from tests.support.selection import is_full
 
-NUM_EXAMPLES = (50, 250)
+NUM_EXAMPLES = (20, 250)
 """In a quick run, and in a full one."""
-MIN_HOSTILE = (20, 100)
+MIN_HOSTILE = (8, 100)
 # Deeper than any name climbs.
 DEPTH = 12
 ROOT = "<root>"

@@ -14,6 +14,7 @@ from ignite.engine import Engine, Events
 from distckpt import BestN, Checkpoint, DiskSaver, EveryHours, EveryNSteps, LastN, ModelCheckpoint, resume
 from distckpt.handlers import build_manifest, common, save_intent
 from distckpt.ptformat.records import parse_record, read_record
+from tests.support.selection import quick
 from tests.unit.directories import names_in
 from tests.unit.ptformat.test_records import record_of
 from tests.unit.toys import InMemory, idle_engine, linear
@@ -95,6 +96,7 @@ def test_the_table_in_the_docs_is_true(keep: str, steps: str, clock: Clock) -> N
     assert {name for _, name in handler.state_dict()["_saved"]} == set(memory.files)
 
 
+@quick(3)
 @pytest.mark.parametrize(("keep", "steps"), [row for row in ROWS if row[0] != "[BestN(2)]"])  # it resumes from the best
 def test_a_run_that_is_resumed_keeps_what_the_table_says(keep: str, steps: str, clock: Clock, tmp_path: Path) -> None:
     policies = eval(keep)  # noqa: S307 - as above

@@ -13,6 +13,7 @@ from ignite.engine import Engine, Events
 from torch.utils.data import DataLoader, TensorDataset
 
 from distckpt import Checkpoint, DiskSaver, Loop, RngState, TerminateOnNan, resume, stop_reason
+from tests.support.selection import quick
 
 
 class StepError(Exception):
@@ -351,6 +352,7 @@ SOURCES: dict[str, Callable[[], Any]] = {
 }
 
 
+@quick(3)
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("save", SAVES)
 def test_a_killed_loop_continues_as_if_left_alone(tmp_path: Path, save: str, source: str) -> None:

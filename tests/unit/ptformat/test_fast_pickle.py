@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -71,7 +71,6 @@ trees = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
 @given(tree=trees)
 def test_what_is_read_is_what_is_read_from_torchs(tree: Any) -> None:
     pickled = pickle_plain(tree)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.serialization import config
@@ -180,7 +180,6 @@ def test_storages_are_aligned_and_shared_ones_are_written_once() -> None:
 sizes = st.lists(st.sampled_from([0, 1, 4, 63, 64, 4000, 4096, 4097, 8192, 65_535, 65_536, 1_000_003]), max_size=12)
 
 
-@settings(max_examples=150, deadline=None)
 @given(sizes=sizes, num_ranks=st.integers(1, 5), data=st.data())
 def test_any_number_of_shares_makes_the_same_file(sizes: list[int], num_ranks: int, data: st.DataObject) -> None:
     saving_rank = data.draw(st.integers(0, num_ranks - 1))

@@ -65,7 +65,7 @@ def twin(tree: Any) -> Any:
     return copy.deepcopy(tree)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tree=trees, other=trees)
 def test_a_matched_state_has_the_pickle_that_a_walk_makes(tree: Any, other: Any) -> None:
     forms = forms_of(tree)
@@ -85,7 +85,7 @@ def places_of(tree: Any) -> Iterator[tuple[Any, Any]]:
         yield from places_of(item)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tree=trees, leaf=trees, data=st.data())
 def test_a_state_with_another_leaf_is_as_anew_or_no_match(tree: Any, leaf: Any, data: st.DataObject) -> None:
     forms, changed = forms_of(tree), twin(tree)

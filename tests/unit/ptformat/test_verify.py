@@ -22,6 +22,7 @@ from distckpt.ptformat.reader import read_pt, verify
 from distckpt.ptformat.verify import check_range, check_whole, find_faults, split_ranges
 from distckpt.storage.local import LocalFile
 from tests.distributed.programs import idle_engine
+from tests.support.selection import quick
 
 STATE = {
     "model": OrderedDict(weight=torch.arange(1500, dtype=torch.float32), bias=torch.ones(3), empty=torch.zeros(0)),
@@ -45,6 +46,7 @@ def is_noticed(path: Path, content: bytes | bytearray | None = None) -> bool:
     return False
 
 
+@quick(1)
 @pytest.mark.parametrize("mask", [0x01, 0xFF])
 def test_every_flipped_byte_is_noticed(path: Path, mask: int) -> None:
     content = path.read_bytes()
