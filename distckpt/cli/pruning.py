@@ -10,6 +10,7 @@ IMPORTANT: before anything is deleted, every byte of each handler's newest file 
 import argparse
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 from distckpt.cli.errors import CommandError, ExitCode
 from distckpt.cli.output import Column, Output, Table, count, format_bytes, format_number
 from distckpt.cli.survey import FileEntry, State, survey
+from distckpt.policy.naming import EVENTS_NAME
 from distckpt.policy.policies import (
     BestN,
     EveryHours,
@@ -27,8 +29,9 @@ from distckpt.policy.policies import (
     explain,
     whole_minutes,
 )
+from distckpt.storage.event_file import append_events
 from distckpt.storage.local import LocalStorage
-from distckpt.storage.new_file import sync_directory_at
+from distckpt.storage.new_file import sync_directory_at, text_of
 
 _COLUMNS = (
     Column("ACTION"),
@@ -64,6 +67,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         verdicts = [_carry_out(directory, verdict) for verdict in verdicts]
         for folder in {verdict.entry.path.parent for verdict in verdicts if verdict.action == DELETE}:
             sync_directory_at(folder)
+        _record(directory, [verdict.entry.name for verdict in verdicts if verdict.action == DELETE], policies, output)
     deleted = [verdict.entry for verdict in verdicts if verdict.action == DELETE]
     files = [
         {"name": entry.name, "action": action, "reason": reason, "num_bytes": entry.num_bytes}
@@ -179,3 +183,19 @@ def _carry_out(directory: Path, verdict: Verdict) -> Verdict:
         what = error.strerror if isinstance(error, OSError) else str(error)
         return Verdict(entry, LEAVE, f"{_FAILURE}{what}")
     return verdict
+
+
+def _record(directory: Path, names: Sequence[str], policies: Sequence[Policy], output: Output) -> None:
+    """Add the deleted files to the records of events: each to that of its nearest folder that has one."""
+    removed: dict[Path, list[str]] = {}
+    for name in names:
+        folders = [directory / folder for folder in Path(name).parents]
+        found = next((folder for folder in folders if (folder / EVENTS_NAME).exists()), None)
+        if found is not None:
+            removed.setdefault(found, []).append((directory / name).relative_to(found).as_posix())
+    for folder, ones in removed.items():
+        event = {"event": "prune", "at_s": time.time(), "session": None, "policies": list(map(str, policies))}
+        try:
+            append_events(folder, [event | {"removed": ones}])
+        except OSError as error:
+            output.line(f"the record of events {folder / EVENTS_NAME} cannot be written: {text_of(error)}")

@@ -12,8 +12,10 @@ from distckpt import save
 from distckpt.cli import pruning
 from distckpt.cli.pruning import judge
 from distckpt.cli.survey import FileEntry, State
+from distckpt.policy.naming import EVENTS_NAME
 from distckpt.policy.policies import BestN, EveryHours, EveryNSteps, LastN, Policy
 from distckpt.ptformat.manifest import Manifest
+from distckpt.storage.event_file import append_events, read_events
 from distckpt.storage.local import LocalStorage
 from tests.unit.cli.conftest import Command, flip, train
 from tests.unit.directories import names_in
@@ -54,6 +56,33 @@ def test_yes_deletes_what_the_dry_run_told(command: Command, directory: Path) ->
     assert result.json["files"] == told["files"]
     assert (told["dry_run"], result.json["dry_run"]) == (True, False)
     assert names_in(directory) == ["step_30.pt", "step_40.pt"]
+
+
+def test_what_was_deleted_is_in_the_record_of_events(command: Command, directory: Path) -> None:
+    (directory / "sub").mkdir()
+    for step in (10, 20, 30):
+        save({"model": nn.Linear(2, 2)}, directory / "sub" / f"step_{step}.pt", step=step)
+    arguments = ("prune", directory, "--recursive", "--keep-last", "6")
+    command(*arguments, "--yes")
+    assert not read_events(directory).exists, "a directory without a record gets none"
+    append_events(directory, [{"event": "start", "at_s": 1.0}])
+    command(*arguments[:-1], "5")
+    command(*arguments[:-1], "4", "--yes")
+    append_events(directory / "sub", [{"event": "start", "at_s": 1.0}])
+    command(*arguments[:-1], "1", "--keep-every", "1000", "--yes")
+    assert [(one["event"], one["removed"], one["policies"]) for one in read_events(directory).events[1:]] == [
+        ("prune", ["step_20.pt", "step_30.pt"], ["LastN(4)"]),
+        ("prune", ["step_40.pt"], ["LastN(1)", "EveryNSteps(1000)"]),
+    ]
+    assert [one["removed"] for one in read_events(directory / "sub").events[1:]] == [["step_10.pt", "step_20.pt"]]
+
+
+def test_a_record_that_cannot_be_written_is_told(command: Command, directory: Path) -> None:
+    (directory / EVENTS_NAME).mkdir()
+    code, out, _ = command("prune", directory, "--keep-last", "3", "--yes")
+    assert code == 0
+    assert "cannot be written: EISDIR: Is a directory" in out
+    assert "step_10.pt" not in names_in(directory)
 
 
 def test_rules_apply_to_each_handler(command: Command, tmp_path: Path) -> None:
