@@ -113,6 +113,7 @@ class CallbackLoop:
             msg = f"Argument save_every should be a positive number of optimizer steps or None, but given {save_every}"
             raise ValueError(msg)
         self.engine = SteppedEngine(pauses_after_iterations=True)
+        self.engine.state_dict_user_keys.append("metrics")  # an epoch may be completed after a resume
         self.rng = LoaderRngState()
         self._objects: dict[str, Any] = {"loop": self.engine, "progress": progress, "rng": self.rng}
         self._own = dict(to_save or {})

@@ -110,8 +110,7 @@ class DistckptCallback(Callback, lightning_hooks.FitHooks):  # type: ignore[misc
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collective. Start the run."""
         del pl_module
-        max_iters, epoch_length = lightning_hooks.limits_of(trainer)
-        self._run.begin(lightning_hooks.loader_of(trainer), max_iters=max_iters, epoch_length=epoch_length)
+        self._begin()
         if self._run.has_ended:
             lightning_hooks.stop(trainer)
 
@@ -131,13 +130,6 @@ class DistckptCallback(Callback, lightning_hooks.FitHooks):  # type: ignore[misc
         """Collective. End the run."""
         del trainer, pl_module
         self._run.end()
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore the generators of a run that was complete: the Trainer has made an iterator, which draws a seed."""
-        del pl_module
-        if self._is_first_epoch:
-            self._run.rng.loader = lightning_hooks.loader_of(trainer)
-            self._run.rng.restore_loaded()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Tell the other ranks. It may raise another exception."""
@@ -183,6 +175,21 @@ class DistckptCallback(Callback, lightning_hooks.FitHooks):  # type: ignore[misc
             self._complete()
         if not self._run.end_epoch(stops=self._trainer.should_stop):
             lightning_hooks.stop(self._trainer)
+
+    def _begin(self) -> None:
+        max_iters, epoch_length = lightning_hooks.limits_of(self._trainer)
+        self._run.begin(lightning_hooks.loader_of(self._trainer), max_iters=max_iters, epoch_length=epoch_length)
+
+    def after_run(self) -> None:
+        """Collective. End a resumed run of which no epoch was left to train."""
+        rng = self._run.rng
+        if not self._is_first_epoch or not rng.is_loaded:
+            return
+        rng.loader = lightning_hooks.loader_of(self._trainer)
+        rng.restore_loaded()  # the Trainer has made an iterator, which draws a seed
+        if self.loop.pause is None and rng.loader is not None:  # it has skipped its events, too
+            self._begin()
+            self._run.end()
 
     def _complete(self) -> bool:
         self.loop.state.metrics.update(self._trainer.callback_metrics)

@@ -38,6 +38,10 @@ class FitHooks(ABC):
     def after_epoch(self) -> None:
         """Called when an epoch's validation, callbacks and schedulers are done."""
 
+    @abstractmethod
+    def after_run(self) -> None:
+        """Called when the training is done, also if nothing was left to train."""
+
 
 def install(trainer: Trainer, hooks: FitHooks) -> Callable[[], None]:
     """Let a Trainer call the hooks; return a function that undoes it."""
@@ -60,7 +64,12 @@ def install(trainer: Trainer, hooks: FitHooks) -> Callable[[], None]:
         inner()
         hooks.after_epoch()
 
+    def run(inner: Callable[..., Any]) -> None:
+        inner()
+        hooks.after_run()
+
     wrappers: list[tuple[Any, str, Callable[..., Any]]] = [
+        (fit, "run", run),
         (epoch, "on_run_start", start_epoch),
         (epoch, "on_advance_end", end_batch),
         (fit, "on_advance_end", end_epoch),

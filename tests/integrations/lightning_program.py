@@ -17,11 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from distckpt import stop_reason
 from distckpt.integrations.lightning import DistckptCallback
+from tests.integrations.best import OwnError, keep_best
 from tests.integrations.digests import digests_of
-
-
-class OwnError(Exception):
-    """What one rank raises."""
 
 
 class Model(LightningModule):  # type: ignore[misc]  # checked without Lightning
@@ -106,7 +103,7 @@ def train(
         folder: for the checkpoints.
         rank: this rank.
         tell_ready: called when the first step begins.
-        happens: rank, what and step.
+        happens: rank, what and step; of "end" the epoch.
         save_every: as DistckptCallback's.
         scheduler: "step", "epoch" or "plateau".
         is_manual: whether the module steps its optimizer itself.
@@ -122,6 +119,7 @@ def train(
     generator = None if loader_seed is None else torch.Generator().manual_seed(loader_seed)
     callback, counter = DistckptCallback(folder / "checkpoints", save_every), Counter()
     callback.loop.add_event_handler(Events.EPOCH_STARTED, tell_ready)
+    keep_best(callback.loop, {"model": module}, folder, "val_loss", happens if is_due else None)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     trainer = Trainer(
         **{
@@ -158,6 +156,7 @@ def train(
         "epoch": callback.loop.state.epoch,
         "reason": stop_reason(callback.loop),
         "error": None if error is None else f"{type(error).__name__}: {error}",
+        "best": sorted(path.name for path in (folder / "best").glob("*.pt")),
         "files": sorted(path.name for path in (folder / "checkpoints").glob("*.pt")),
         "is_signal_default": signal.getsignal(signal.SIGTERM) == signal.SIG_DFL,
     }

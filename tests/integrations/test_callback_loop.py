@@ -88,6 +88,19 @@ def test_a_loop_that_stops_after_an_epoch_completes_it(tmp_path: Path) -> None:
     assert names == ["EPOCH_STARTED", "EPOCH_COMPLETED", "TERMINATE", "COMPLETED"]
 
 
+def test_an_epoch_that_ends_after_a_resume_has_its_metrics(tmp_path: Path) -> None:
+    first, second = make(tmp_path), make(tmp_path)
+    start(first)
+    first.engine.state.metrics.update(loss=0.5, accuracy=torch.tensor(0.75))
+    train(first, 2)  # and it is killed before the epoch's end
+    found: list[dict[str, Any]] = []
+    second.engine.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: found.append(dict(engine.state.metrics)))
+    assert second.find() is not None
+    start(second)
+    assert second.begin_epoch()
+    assert found == [{"loss": 0.5, "accuracy": torch.tensor(0.75)}]
+
+
 def test_an_epoch_that_ends_early_is_refused_while_the_run_goes_on(tmp_path: Path) -> None:
     loop = make(tmp_path)
     start(loop)

@@ -42,6 +42,16 @@ def test_a_job_that_failed_ends_like_one_left_alone(
     assert jobs.run(tmp_path / "failed", **plan) == expected, "a complete run trains nothing"
 
 
+@quick(1)
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_what_was_left_to_do_at_an_epochs_end_is_done_after_a_resume(jobs: Jobs, tmp_path: Path, epoch: int) -> None:
+    expected = jobs.run(tmp_path / "alone")
+    (failed,) = jobs.run(tmp_path / "failed", happens=(0, "end", epoch))
+    assert failed is not None
+    assert failed["error"] == "OwnError: own"
+    assert jobs.run(tmp_path / "failed") == expected
+
+
 def test_a_signal_on_one_rank_saves_and_stops_both(jobs: Jobs, tmp_path: Path) -> None:
     alone = jobs.run(tmp_path / "alone", 2)
     ends = jobs.run(tmp_path / "job", 2, happens=(1, "signal", 3))

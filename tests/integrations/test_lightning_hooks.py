@@ -28,9 +28,17 @@ STATEMENTS: list[tuple[Callable[..., Any], tuple[str, ...]]] = [
             "self._run_stage()",
         ),
     ),
+    (Trainer._run_stage, ("self.fit_loop.run()",)),
     (
         _FitLoop.run,
-        ("self.setup_data()", "self.reset()", "self.on_run_start()", "self.advance()", "self.on_advance_end()"),
+        (
+            "self.setup_data()",
+            "if self.skip: return",
+            "self.reset()",
+            "self.on_run_start()",
+            "self.advance()",
+            "self.on_advance_end()",
+        ),
     ),
     (_FitLoop.setup_data, ("iter(self._data_fetcher)",)),
     (_FitLoop.on_advance_end, ("update_plateau_schedulers=not self.restarting", "increment_completed()")),

@@ -15,14 +15,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from distckpt import stop_reason
 from distckpt.integrations.transformers import DistckptCallback
+from tests.integrations.best import OwnError, keep_best
 from tests.integrations.digests import digests_of
 
 NUM_TOKENS = 20
 NO_TOKENS = {"bos_token_id": 0, "eos_token_id": 0}
-
-
-class OwnError(Exception):
-    """What one rank raises."""
 
 
 class Texts(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -80,7 +77,7 @@ def train(
         folder: for the checkpoints.
         rank: this rank.
         tell_ready: called when the first step begins.
-        happens: rank, what and step.
+        happens: rank, what and step; of "end" the epoch.
         save_every: as DistckptCallback's.
         size: number of sequences.
         accumulation: batches in a step.
@@ -92,6 +89,7 @@ def train(
     callback = DistckptCallback(folder / "checkpoints", save_every)
     callback.loop.add_event_handler(Events.ITERATION_STARTED(once=1), tell_ready)
     callback.loop.add_event_handler(Events.EPOCH_STARTED, tell_ready)
+    is_due = happens is not None and happens[0] == rank
     arguments = TrainingArguments(
         str(folder / "out"),
         **{
@@ -111,7 +109,9 @@ def train(
     )
     model = GPT2LMHeadModel(config)
     trainer = Noisy(model, arguments, train_dataset=Texts(size), eval_dataset=Texts(2), callbacks=[callback])
-    if happens is not None and happens[0] == rank:
+    if "eval_strategy" in settings:
+        keep_best(callback.loop, {"model": model}, folder, "eval_loss", happens if is_due else None)
+    if happens is not None and is_due:
         trainer.happens(*happens[1:])
     error = None
     try:
@@ -127,6 +127,7 @@ def train(
         "flos": trainer.state.total_flos,
         "reason": stop_reason(callback.loop),
         "error": None if error is None else f"{type(error).__name__}: {error}",
+        "best": sorted(path.name for path in (folder / "best").glob("*.pt")),
         "files": sorted(path.name for path in (folder / "checkpoints").glob("*.pt")),
         "is_signal_default": signal.getsignal(signal.SIGTERM) == signal.SIG_DFL,
     }
