@@ -46,6 +46,10 @@ class ReadsSharded(Protocol):
         """
 
 
+MakeReader = Callable[[list[Any], list[int]], ReadsSharded]
+"""Makes the object that compares DTensors from the first ones, and the numbers of their storages in the pickle."""
+
+
 class StateForms:
     """The forms of the last few states that were pickled. Any thread. A copy of the object has none.
 
@@ -64,13 +68,17 @@ class StateForms:
         self._lock = threading.Lock()
         self._forms: list[_StateForm] = []  # the last matched one first
 
-    def match(self, state: Any) -> PickledState | None:
+    def match(self, state: Any, key: Any = None) -> PickledState | None:
         """Return what :func:`~distckpt.ptformat.pickler.pickle_state` would return; None if the form is a new one.
 
-        A state with DTensors has :attr:`PickledState.sharded` too.
+        Args:
+            state: the state. If it has DTensors, the result has :attr:`PickledState.sharded`.
+            key: what has to be equal too, as it was when the form was kept.
         """
         with self._lock:
             for number, form in enumerate(self._forms):
+                if form.key != key:
+                    continue
                 try:
                     found = form.pickle(state)
                 except Differs:
@@ -80,7 +88,7 @@ class StateForms:
         return None
 
     def keep(
-        self, state: Any, pickled: PickledState, make_reader: Callable[[list[Any]], ReadsSharded] | None = None
+        self, state: Any, pickled: PickledState, make_reader: MakeReader | None = None, key: Any = None
     ) -> PickledState:
         """Keep the form of a state that was pickled now; return its pickle, without the walk.
 
@@ -88,10 +96,11 @@ class StateForms:
             state: the state. It may hold DTensors where the pickled one had what stands for them.
             pickled: its pickle.
             make_reader: returns what compares these DTensors with others; None if there are none.
+            key: see :meth:`match`.
         """
         if pickled.walk is not None:
             with contextlib.suppress(Differs):
-                form = _StateForm(state, pickled.walk, pickled, make_reader)
+                form = _StateForm(state, pickled.walk, pickled, make_reader, key)
                 with self._lock:
                     self._forms = [form, *self._forms[: _MOST_FORMS - 1]]
         return replace(pickled, walk=None)
@@ -111,8 +120,10 @@ class _StateForm:
         state: Any,
         walk: PlainWalk,
         pickled: PickledState,
-        make_reader: Callable[[list[Any]], ReadsSharded] | None,
+        make_reader: MakeReader | None,
+        key: Any,
     ) -> None:
+        self.key = key
         self._kind = type(state)
         self._root = _form_of(state, {})
         self._tensors = TensorForms(walk.without_shards())
@@ -127,7 +138,8 @@ class _StateForm:
         dtensors = list(itertools.compress(leaves.tensors, self._is_dtensor))
         if bool(dtensors) != (make_reader is not None):
             raise Differs
-        self._reader = None if make_reader is None else make_reader(dtensors)
+        numbers = list(itertools.compress(walk.numbers, self._is_dtensor))
+        self._reader = None if make_reader is None else make_reader(dtensors, numbers)
         # Bytes of numbers and text have odd indices.
         self._parts: list[bytes] = []
         begin = 0

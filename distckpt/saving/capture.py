@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from distckpt._unwrap import unwrap, unwrap_once
+from distckpt.saving.module_state import attached_state
 from distckpt.saving.object_forms import CapturedObjects
 from distckpt.saving.plain_state import LiveState, plain_state
 from distckpt.saving.sharded_objects import refuse_sharded_object
@@ -88,10 +89,11 @@ def capture(
         if _is_sharded_optimizer(obj) and rank != save_on_rank:
             return {}
         refuse_sharded_object(name, obj, save_on_rank)
-        state = obj.state_dict()
+        attached = attached_state(obj) if has_shards else None
+        state = obj.state_dict() if attached is None else attached
         if objects is not None and not is_gathered:
             objects.add(name, obj, state)
-        return replaced(where, state)
+        return replaced(where, state) if attached is None else LiveState(where, attached, is_attached=True)
 
     captured: dict[str, Any] = map_named(state_of, dict(to_save))
     return captured

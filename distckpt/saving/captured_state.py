@@ -4,11 +4,12 @@ A state with sharded tensors is compared as the objects have returned it. If its
 pickled or described again. Otherwise the sharded tensors are found and replaced first.
 """
 
+import functools
 from typing import Any
 
 from distckpt.ptformat.gc_pause import gc_paused
 from distckpt.ptformat.pickler import PLAIN_PROTOCOL, PickledState, pickle_state
-from distckpt.ptformat.state_form import StateForms
+from distckpt.saving.module_state import detached
 from distckpt.saving.plain_state import LiveState, plain_state
 from distckpt.saving.shard_forms import KnownShards, ShardForms
 from distckpt.saving.shards import Shards
@@ -33,14 +34,22 @@ class CapturedState:
         self._forms = forms
         self._protocol = protocol
         self._live = self._state = tree
+        self._key: Any = None
         self._known: PickledState | None = None
         if shards is None:
             return
-        self._live = _without_names(tree)
+        names: list[tuple[str, bool]] = []
+        self._live = _without_names(tree, names)
+        # One rank of several may save alone, for an exception. The ranks compare the names.
+        self._key = shards.rank, shards.world_size, names
         if protocol == PLAIN_PROTOCOL:
-            self._known = _find_known(self._live, shards, forms.live)
+            with gc_paused():
+                self._known = forms.live.match(self._live, self._key)
         if self._known is None:
             self._state = _replace_shards(tree, shards)
+        else:
+            known: KnownShards = self._known.sharded
+            shards.reuse(known.sources, known.tensors, known.rows)
 
     def pickle(self) -> PickledState:
         """Pickle the state, unless that was done for an earlier one of the same form."""
@@ -49,36 +58,26 @@ class CapturedState:
         shards, protocol, state = self._shards, self._protocol, self._state
         if shards is not None and len(shards):
             pickled = pickle_state(state, protocol=protocol, num_shards=len(shards), shards=shards.by_id)
-            return self._forms.live.keep(self._live, pickled, lambda dtensors: ShardForms(dtensors, shards))
+            return self._forms.live.keep(self._live, pickled, functools.partial(ShardForms, shards=shards), self._key)
         if protocol != PLAIN_PROTOCOL:
             return pickle_state(state, protocol=protocol)
         with gc_paused():
             return self._forms.plain.match(state) or self._forms.plain.keep(state, pickle_state(state))
 
 
-def _find_known(live: Any, shards: Shards, forms: StateForms) -> PickledState | None:
-    with gc_paused():
-        found = forms.match(live)
-    if found is None:
-        return None
-    known: KnownShards = found.sharded
-    if (known.rank, known.world_size) != (shards.rank, shards.world_size):
-        return None  # one rank of several saves alone, for an exception
-    shards.reuse(known.sources, known.tensors, known.rows)
-    return found
-
-
-def _without_names(tree: Any) -> Any:
+def _without_names(tree: Any, names: list[tuple[str, bool]]) -> Any:
     if type(tree) is LiveState:
+        names.append((tree.where, tree.is_attached))
         return tree.state
     if type(tree) is dict:
-        return {key: _without_names(item) for key, item in tree.items()}
-    return [_without_names(item) for item in tree] if type(tree) is list else tree
+        return {key: _without_names(item, names) for key, item in tree.items()}
+    return [_without_names(item, names) for item in tree] if type(tree) is list else tree
 
 
 def _replace_shards(tree: Any, shards: Shards) -> Any:
     if type(tree) is LiveState:
-        return plain_state(tree.state, tree.where, shards=shards)
+        state = detached(tree.state) if tree.is_attached else tree.state
+        return plain_state(state, tree.where, shards=shards)
     if type(tree) is dict:
         return {key: _replace_shards(item, shards) for key, item in tree.items()}
     return [_replace_shards(item, shards) for item in tree] if type(tree) is list else tree

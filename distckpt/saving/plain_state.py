@@ -25,10 +25,12 @@ class LiveState(NamedTuple):
     Attributes:
         where: name of the object, for messages.
         state: the state.
+        is_attached: whether the state is that of :func:`~distckpt.saving.module_state.attached_state`.
     """
 
     where: str
     state: Any
+    is_attached: bool = False
 
 
 def plain_state(

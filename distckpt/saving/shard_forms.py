@@ -21,8 +21,9 @@ from distckpt.ptformat.sharded import TensorShard, as_whole
 from distckpt.ptformat.tensor_forms import Differs, TensorForms
 from distckpt.saving.shards import NO_ROWS, Rows, Shards, ShardSource
 
+_ATTACHED: Final = operator.attrgetter("__dict__")
 _PARTS: Final = operator.attrgetter("_local_tensor", "_spec.mesh", "_spec.placements")
-_ATTRIBUTES: Final = ("dtype", "shape", "requires_grad", "__dict__")
+_ATTRIBUTES: Final = ("dtype", "shape", "requires_grad")
 _METHODS: Final = ("stride",)
 _PLAIN: Final = frozenset({torch.Tensor})
 
@@ -34,15 +35,11 @@ class KnownShards(NamedTuple):
         sources: the sharded tensors.
         tensors: what stands for each.
         rows: where this rank's rows are.
-        rank: this rank.
-        world_size: number of ranks.
     """
 
     sources: list[ShardSource]
     tensors: list[TensorShard]
     rows: Rows
-    rank: int
-    world_size: int
 
 
 class ShardForms:
@@ -50,18 +47,16 @@ class ShardForms:
 
     Args:
         tensors: the DTensors, in the order of the pickle.
+        numbers: of their storages in the pickle.
         shards: what the save has found of them.
 
     Raises:
         Differs: they cannot be compared.
     """
 
-    def __init__(self, tensors: list[Any], shards: Shards) -> None:
-        self._rank, self._world_size = shards.rank, shards.world_size
-        by_id = shards.by_id
-        numbers = [by_id[id(one)].number if id(one) in by_id else -1 for one in tensors]
-        self._is_sharded = [number >= 0 for number in numbers]
-        self._wholes_at = [index for index, number in enumerate(numbers) if number < 0]
+    def __init__(self, tensors: list[Any], numbers: list[int], shards: Shards) -> None:
+        self._is_sharded = [number < len(shards) for number in numbers]
+        self._wholes_at = [index for index, number in enumerate(numbers) if number >= len(shards)]
         firsts = dict(zip(reversed(numbers), range(len(numbers) - 1, -1, -1), strict=True))
         self._firsts = [firsts[number] for number in range(len(shards))]
         self._sources = [source.of(None) for source in shards]
@@ -74,9 +69,8 @@ class ShardForms:
             walk.put(locals_, "", 0)
         except (AttributeError, NotPlain, RuntimeError) as error:
             raise Differs from error
-        self._rows: list[tuple[Any, ...]] = [
-            (one.dtype, one.shape, one.requires_grad, {}, one.stride()) for one in tensors
-        ]
+        self._rows: list[tuple[Any, ...]] = [(one.dtype, one.shape, one.requires_grad, one.stride()) for one in tensors]
+        self._are_parameters = _are_parameters(tensors)
         self._locals = TensorForms(walk)
         storages = dict(zip(itertools.compress(itertools.count(), self._is_sharded), walk.numbers, strict=False))
         self._storage_of = [storages[index] for index in self._firsts]
@@ -86,8 +80,6 @@ class ShardForms:
             for index, source in zip(self._firsts, shards, strict=True)
         ]
         self._others = [number for number, source in enumerate(shards) if not source.has_fixed_rows]
-        if not have_values(tensors, self._rows, _ATTRIBUTES, _METHODS):
-            raise Differs
 
     def read(self, tensors: list[Any]) -> tuple[KnownShards, list[torch.Tensor]]:
         """Compare DTensors.
@@ -107,7 +99,8 @@ class ShardForms:
                 mesh is old_mesh and (placements is old or (placements == old and _kinds(placements) == _kinds(old)))
                 for (_, mesh, placements), old_mesh, old in zip(parts, self._meshes, self._placements, strict=True)
             )
-            wholes = [as_whole(tensors[index]) for index in self._wholes_at] if is_equal else []
+            is_equal = is_equal and _are_parameters(tensors) == self._are_parameters
+            wholes = [self._whole(tensors[index], index) for index in self._wholes_at] if is_equal else []
         except Exception as error:  # of a torch that has other attributes
             raise Differs from error
         locals_ = [local for local, _, _ in itertools.compress(parts, self._is_sharded)]
@@ -122,8 +115,16 @@ class ShardForms:
             storages[number] = NO_ROWS
         sources = [source.of(tensors[index]) for source, index in zip(self._sources, self._firsts, strict=True)]
         rows = Rows(storages, self._offsets, addresses, facts.devices, self._others)
-        known = KnownShards(sources, self._tensors, rows, self._rank, self._world_size)
-        return known, wholes
+        return KnownShards(sources, self._tensors, rows), wholes
+
+    def _whole(self, tensor: Any, index: int) -> torch.Tensor:
+        # A parameter is one of an attached state: other states with parameters are never kept, as they are not plain.
+        return as_whole(tensor.detach() if self._are_parameters[index] else tensor)
+
+
+def _are_parameters(tensors: list[Any]) -> list[bool]:
+    """Return for each DTensor if it is an ``nn.Parameter``; ``isinstance`` takes ten times as long."""
+    return [bool(attributes.get("_is_param")) for attributes in map(_ATTACHED, tensors)]
 
 
 def _kinds(placements: Sequence[Any]) -> list[type]:

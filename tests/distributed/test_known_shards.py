@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -22,6 +23,7 @@ import distckpt
 from distckpt.ptformat.pickler import pickle_state
 from distckpt.ptformat.reader import verify
 from distckpt.saving import captured_state
+from distckpt.saving.module_state import attached_state, detached
 from distckpt.saving.staging import KnownForms, thread_memory
 from tests.distributed.programs import Stateful, kinds, raised
 from tests.distributed.test_sharded_saves import assert_equal, mesh_of, numbers, shard, tensors_of, trained, whole
@@ -254,6 +256,19 @@ def test_another_set_of_objects_is_pickled_anew(tmp_path: Path) -> None:
 
 
 @run_distributed(world_size=2, timeout_s=60)
+def test_a_state_under_another_name_has_that_name(tmp_path: Path) -> None:
+    forget()
+    state = state_of(mesh_of(2))
+    save({"one": Stateful(state)}, tmp_path / "file.pt")
+    state["more"]["step"] = job.rank() or "text"  # so that rank 0 alone meets a new form
+    assert save({"other": Stateful(state)}, tmp_path / "file.pt") == 1
+    state["b"] = shard(numbers(4, 3), mesh_of(2), [Shard(job.rank())])
+    error = raised(lambda: save({"other": Stateful(state)}, tmp_path / "file.pt"))
+    assert "to_save['other'], key 'b'" in str(error)
+    assert "to_save['one']" not in str(error)
+
+
+@run_distributed(world_size=2, timeout_s=60)
 def test_shards_that_change_on_one_rank_are_one_error_as_ever(tmp_path: Path) -> None:
     forget()
     line = mesh_of(2)
@@ -281,6 +296,116 @@ def test_a_plain_value_that_changes_on_one_rank_is_pickled_anew_there(tmp_path: 
     found = torch.load(tmp_path / "file.pt", weights_only=True)
     assert_equal(found["a"], numbers(70, 999))
     assert found["more"]["step"] == ("text" if changed == 0 else 3)
+
+
+def sharded_module(*inner: nn.Module) -> nn.Sequential:
+    module = nn.Sequential(nn.Linear(30, 20), nn.BatchNorm1d(20), *inner)
+    line = mesh_of(2)
+    for layer in module:
+        fully_shard(layer, mesh=line)
+    module.append(nn.Linear(3, 3))  # a plain one
+    return module
+
+
+class Extra(nn.Module):
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.ones(2, requires_grad=True)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Do nothing."""
+
+
+class Renames(nn.Linear):
+    def state_dict(self, *args: Any, **options: Any) -> Any:
+        options["prefix"] = f"{options.get('prefix', '')}own."
+        return super().state_dict(*args, **options)
+
+
+class Doubles(nn.Linear):
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:  # noqa: FBT001 - torch's
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}twice"] = 2 * self.weight.detach()
+
+
+def _hooked() -> nn.Module:
+    module: Any = nn.Linear(4, 4)
+    module.register_state_dict_post_hook(lambda _module, state, prefix, _: state.update({f"{prefix}n": torch.ones(1)}))
+    return module  # type: ignore[no-any-return]  # as below
+
+
+def _hooked_before() -> nn.Module:
+    module: Any = nn.Linear(4, 4)
+    module.register_state_dict_pre_hook(lambda module, _prefix, keep_vars: module.weight.data.fill_(float(keep_vars)))
+    return module  # type: ignore[no-any-return]  # as below
+
+
+def _patched() -> nn.Module:
+    module: Any = nn.Linear(4, 4)
+    module.state_dict = lambda *_, destination, prefix, **__: destination.update({f"{prefix}own": torch.ones(1)})
+    return module  # type: ignore[no-any-return]  # Any, for untyped methods
+
+
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "nothing of its own": lambda: nn.Linear(4, 4),
+    "an extra state": Extra,
+    "a state_dict": lambda: Renames(4, 4),
+    "a _save_to_state_dict": lambda: Doubles(4, 4),
+    "a hook": _hooked,
+    "a hook that runs before": _hooked_before,
+    "a method of the object": _patched,
+}
+
+
+@pytest.mark.parametrize("what", MODULES)
+@run_distributed(world_size=2, timeout_s=60)
+def test_the_state_of_a_module_is_that_of_its_state_dict(tmp_path: Path, what: str) -> None:
+    module = sharded_module()
+    module.append(MODULES[what]())
+    expected: Any = module.state_dict()
+    found: Any = attached_state(module)
+    assert (found is not None) == (what == "nothing of its own")
+    if found is not None:
+        assert found["0.weight"] is module[0].weight
+        found = detached(found)
+        assert found._metadata == expected._metadata
+        assert list(found) == list(expected)
+        assert [one.requires_grad for one in found.values()] == [False] * len(found)
+    forget()
+    for _ in range(2):
+        save({"model": module}, tmp_path / "file.pt")
+    assert_equal(torch.load(tmp_path / "file.pt", weights_only=True), whole(expected))
+
+
+@run_distributed(world_size=2, timeout_s=60)
+def test_tied_parameters_and_plain_ones_stay_as_they_are(tmp_path: Path) -> None:
+    forget()
+    module = sharded_module(nn.Linear(20, 20), nn.Linear(20, 20))
+    module[3].weight = module[2].weight
+    assert module.state_dict(keep_vars=True)["3.weight"] is module[2].weight
+    save({"model": module}, tmp_path / "first.pt")
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(1)
+    check({"model": module}, tmp_path, whole(module.state_dict()))
+    found = torch.load(tmp_path / "known.pt", weights_only=True)
+    assert found["3.weight"].untyped_storage()._cdata == found["2.weight"].untyped_storage()._cdata
+
+
+@run_distributed(world_size=2, timeout_s=60)
+def test_parameters_that_an_object_returns_stay_parameters(tmp_path: Path) -> None:
+    forget()
+    module = nn.Linear(30, 20)
+    fully_shard(module, mesh=mesh_of(2))
+    for _ in range(2):
+        save({"one": module}, tmp_path / "file.pt")
+    state = OrderedDict(module.state_dict(keep_vars=True))
+    vars(state).update(vars(module.state_dict()))
+    assert save({"one": Stateful(state)}, tmp_path / "file.pt") == 1
+    found = torch.load(tmp_path / "file.pt", weights_only=True)
+    assert [type(one) for one in found.values()] == [nn.Parameter] * 2
+    assert save({"one": module}, tmp_path / "file.pt") == 0
+    found = torch.load(tmp_path / "file.pt", weights_only=True)
+    assert [type(one) for one in found.values()] == [torch.Tensor] * 2
 
 
 @run_distributed(world_size=2, timeout_s=60)
