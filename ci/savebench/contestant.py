@@ -66,7 +66,6 @@ class Contestant:
         is_ours: whether it is distckpt's.
         is_background: whether training continues before the data are written.
         writes_one_file: whether only rank 0 writes. Otherwise all ranks sync files.
-        starts_process: whether it starts a process, which takes seconds.
         reshards: whether ranks without a GPU load what another number of ranks saved.
         consolidates: whether it can make one file of its checkpoint, and is measured doing so.
 
@@ -79,7 +78,6 @@ class Contestant:
     is_ours: ClassVar[bool] = False
     is_background: ClassVar[bool] = False
     writes_one_file: ClassVar[bool] = False
-    starts_process: ClassVar[bool] = False
     reshards: ClassVar[bool] = True
     consolidates: ClassVar[bool] = False
 

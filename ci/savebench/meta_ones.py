@@ -70,7 +70,6 @@ class MetaAsync(MetaSave):
     """The same with a copy on a thread, which the optimizer's step waits for, and a process that writes."""
 
     name = "torch_checkpointing async"
-    starts_process = True
     is_background = True
 
     def saver_config(self, config: Any) -> Any:

@@ -181,7 +181,6 @@ class DcpProcess(DcpThread):
     """async_save in a process that is reused."""
 
     name = "DCP async_save, process"
-    starts_process = True
 
     def extra_arguments(self) -> dict[str, Any]:
         """Return the process type."""
@@ -197,7 +196,6 @@ class DcpProcessStager(DcpStager):
     """async_save in a process, with a stager in shared memory."""
 
     name = "DCP async_save, process, stager"
-    starts_process = True
     is_memory_shared = True
 
     def extra_arguments(self) -> dict[str, Any]:
