@@ -2,6 +2,7 @@
 
 import logging
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -249,3 +250,46 @@ class CallbackLoop:
         """Let signals act as before. Rank-local."""
         if self._preemption is not None:
             self._preemption.close()
+
+
+class LoopCallback(ABC):
+    """What the callbacks of all packages have in common: their arguments, and what they show of their loop.
+
+    The arguments are those of :class:`CallbackLoop`.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        save_every: int | None = 500,
+        *,
+        n_saved: int | None = 2,
+        handlers: Iterable[Callable[..., Any]] | None = None,
+        to_save: Mapping[str, Any] | None = None,
+        preemption: bool = True,
+        background: bool = True,
+    ) -> None:
+        self._run = CallbackLoop(
+            directory,
+            save_every,
+            n_saved=n_saved,
+            handlers=handlers,
+            to_save=to_save,
+            preemption=preemption,
+            background=background,
+            progress=self._make_progress(),
+        )
+
+    @abstractmethod
+    def _make_progress(self) -> Any:
+        """Set the callback's own attributes, and return the state of the package's loop, to be saved."""
+
+    @property
+    def loop(self) -> SteppedEngine:
+        """The engine that stands for the Trainer."""
+        return self._run.engine
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The handler that saves."""
+        return self._run.checkpoint

@@ -1,18 +1,16 @@
 """distckpt in Lightning's Trainer: :class:`DistckptCallback`."""
 
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from distckpt.handlers.checkpoint import Checkpoint
-from distckpt.handlers.ignite_hooks import Pause, SteppedEngine
+from distckpt.handlers.ignite_hooks import Pause
 from distckpt.integrations import lightning_hooks
-from distckpt.integrations.callback_loop import CallbackLoop
+from distckpt.integrations.callback_loop import LoopCallback
 
 
-class DistckptCallback(Callback, lightning_hooks.FitHooks):  # type: ignore[misc]  # checked without Lightning
+class DistckptCallback(LoopCallback, Callback, lightning_hooks.FitHooks):  # type: ignore[misc]  # checked without Lightning
     """Callback that saves a Trainer's whole state in the background, resumes it, and stops it on all ranks together.
 
     A run that was killed and started again ends with the parameters of the run left alone, bit for bit. ``fit()`` loads
@@ -46,41 +44,13 @@ class DistckptCallback(Callback, lightning_hooks.FitHooks):  # type: ignore[misc
         >>> Trainer(callbacks=[callback], enable_checkpointing=False).fit(module, loader)  # doctest: +SKIP
     """
 
-    def __init__(
-        self,
-        directory: str | os.PathLike[str],
-        save_every: int | None = 500,
-        *,
-        n_saved: int | None = 2,
-        handlers: Iterable[Callable[..., Any]] | None = None,
-        to_save: Mapping[str, Any] | None = None,
-        preemption: bool = True,
-        background: bool = True,
-    ) -> None:
+    _undo: Callable[[], None] | None = None
+    _is_first_epoch = True
+
+    def _make_progress(self) -> lightning_hooks.FitProgress:
         self._progress = lightning_hooks.FitProgress()
-        self._run = CallbackLoop(
-            directory,
-            save_every,
-            n_saved=n_saved,
-            handlers=handlers,
-            to_save=to_save,
-            preemption=preemption,
-            background=background,
-            progress=self._progress,
-        )
         self._outputs: list[Any] = []
-        self._undo: Callable[[], None] | None = None
-        self._is_first_epoch = True
-
-    @property
-    def loop(self) -> SteppedEngine:
-        """The engine that stands for the Trainer."""
-        return self._run.engine
-
-    @property
-    def checkpoint(self) -> Checkpoint:
-        """The handler that saves."""
-        return self._run.checkpoint
+        return self._progress
 
     # -- the Trainer's events ------------------------------------------------------------------------
 

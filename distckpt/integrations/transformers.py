@@ -1,22 +1,19 @@
 """distckpt in the Trainer of Hugging Face transformers: :class:`DistckptCallback`."""
 
-import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from distckpt.handlers.checkpoint import Checkpoint
-from distckpt.handlers.ignite_hooks import SteppedEngine
 from distckpt.integrations import trainer_hooks
-from distckpt.integrations.callback_loop import CallbackLoop
+from distckpt.integrations.callback_loop import LoopCallback
 
 
-class DistckptCallback(TrainerCallback, trainer_hooks.TrainerHooks):  # type: ignore[misc]  # checked without transformers
+class DistckptCallback(LoopCallback, TrainerCallback, trainer_hooks.TrainerHooks):  # type: ignore[misc]  # checked without transformers
     """Callback that saves a Trainer's whole state in the background, resumes it, and stops it on all ranks together.
 
     A run that was killed and started again ends with the parameters of the run left alone, bit for bit. An iteration of
@@ -50,40 +47,12 @@ class DistckptCallback(TrainerCallback, trainer_hooks.TrainerHooks):  # type: ig
         >>> trainer.train(resume_from_checkpoint=callback.resume(trainer))  # doctest: +SKIP
     """
 
-    def __init__(
-        self,
-        directory: str | os.PathLike[str],
-        save_every: int | None = 500,
-        *,
-        n_saved: int | None = 2,
-        handlers: Iterable[Callable[..., Any]] | None = None,
-        to_save: Mapping[str, Any] | None = None,
-        preemption: bool = True,
-        background: bool = True,
-    ) -> None:
+    _folder: Path | None = None
+
+    def _make_progress(self) -> trainer_hooks.TrainerProgress:
         self._progress = trainer_hooks.TrainerProgress()
-        self._run = CallbackLoop(
-            directory,
-            save_every,
-            n_saved=n_saved,
-            handlers=handlers,
-            to_save=to_save,
-            preemption=preemption,
-            background=background,
-            progress=self._progress,
-        )
         self._losses: list[Any] = []
-        self._folder: Path | None = None
-
-    @property
-    def loop(self) -> SteppedEngine:
-        """The engine that stands for the Trainer."""
-        return self._run.engine
-
-    @property
-    def checkpoint(self) -> Checkpoint:
-        """The handler that saves."""
-        return self._run.checkpoint
+        return self._progress
 
     def resume(self, trainer: Trainer) -> str | None:
         """Collective. Find the newest whole checkpoint, and prepare `trainer`. To be called before each ``train()``.
