@@ -9,7 +9,8 @@ from distckpt.ptformat.sharded import is_dtensor
 
 _OWN = ("state_dict", "_save_to_state_dict", "get_extra_state")
 """Methods by which a module can change what its ``state_dict()`` returns."""
-_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks")
+_FSDP2 = "torch.distributed.fsdp._fully_shard."
+"""Where FSDP2 defines its hook that runs before ``state_dict()``. It shards the parameters, and looks at no tensor."""
 
 
 def attached_state(module: Any) -> Any:
@@ -28,7 +29,8 @@ def attached_state(module: Any) -> Any:
         kind, attributes = type(one), vars(one)
         if any(getattr(kind, name) is not getattr(nn.Module, name) or name in attributes for name in _OWN):
             return None
-        if any(attributes.get(name) for name in _HOOKS):
+        hooks = attributes["_state_dict_pre_hooks"].values()
+        if attributes["_state_dict_hooks"] or not all(_module_of(hook).startswith(_FSDP2) for hook in hooks):
             return None
         todo += [inner for inner in attributes["_modules"].values() if inner is not None]
     state = module.state_dict(keep_vars=True)
@@ -38,6 +40,10 @@ def attached_state(module: Any) -> Any:
             state[name] = tensor.detach()
         seen.add(id(tensor))
     return state
+
+
+def _module_of(hook: Any) -> str:
+    return str(getattr(hook, "__module__", None))
 
 
 def detached(state: Any) -> Any:

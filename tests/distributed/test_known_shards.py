@@ -125,6 +125,7 @@ def test_trained_models_and_their_optimizers_are_saved_as_anew(tmp_path: Path) -
         model, optimizer = trained(mesh, tensor_parallel=is_parallel)
         objects: dict[str, Any] = {"model": model, "optimizer": optimizer}
         save(objects, tmp_path / "first.pt")
+        assert attached_state(model) is not None
         for _ in range(2):
             model(torch.randn(8, 257)).square().sum().backward()
             optimizer.step()
