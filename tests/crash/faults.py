@@ -11,7 +11,7 @@ __all__ = ["Extent", "faults_of"]
 
 # EINTR only once: Python repeats the call for as long as it fails so.
 _ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
-_SAMPLE_EACH = 5
+_SAMPLE_EACH = 11
 Extent = Literal["whole", "quick", "sample"]
 
 
@@ -21,7 +21,7 @@ def faults_of(calls: Sequence[Called], extent: Extent) -> Iterator[Fault]:
     Args:
         calls: the calls of a save without faults.
         extent: `whole`: each call with each error, once and from then on. `quick`: each call with some errors.
-            `sample`: a fifth of these, and at least one of each call.
+            `sample`: every eleventh of these, and at least one of each call.
     """
     seen: set[str] = set()
     for number, fault in enumerate(_faults_of(calls, is_whole=extent == "whole")):
