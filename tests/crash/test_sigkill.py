@@ -135,8 +135,8 @@ def test_a_killed_saver_loses_no_acknowledged_checkpoint(
     for tally in tallies.values():
         assert tally.trials >= kills
         assert tally.acknowledged > 0
-        # Otherwise the moments lie elsewhere and prove nothing.
-        assert tally.cut_writing > 0.1 * kills
+    # Otherwise the moments lie elsewhere and prove nothing.
+    assert sum(tally.cut_writing for tally in tallies.values()) > 0.1 * kills
 
 
 def test_the_same_kills_find_out_broken_savers(tmp_path: Path, seed: int, report: Callable[[str], None]) -> None:

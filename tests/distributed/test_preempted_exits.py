@@ -147,10 +147,10 @@ def _write(path: Path, value: object) -> None:
 
 def _read(process: Popen[str], path: Path) -> Any:
     """Wait until a rank has written a file."""
-    deadline = time.monotonic() + LIMIT_S
+    deadline = time.monotonic() + 2 * LIMIT_S  # torchrun starts two interpreters after its own
     while not path.exists():
         if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
+            process.terminate()  # torchrun passes it on to its ranks
             raise AssertionError(f"{path.name} was not written:\n{process.communicate(timeout=LIMIT_S)}")
         time.sleep(0.02)
     return json.loads(path.read_text(encoding="utf-8"))
