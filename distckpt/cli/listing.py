@@ -18,7 +18,7 @@ _COLUMNS = (
     Column("AGE", is_number=True),
     Column("SIZE", is_number=True, least_width=70),
     Column("SCORE", is_number=True, is_optional=True),
-    Column("KEPT", is_optional=True, can_shrink=True),
+    Column("KEPT", is_optional=True, can_wrap=True),
     Column("SAVED ON", is_optional=True, least_width=110),
     Column("STATE"),
 )

@@ -1,8 +1,9 @@
 """What commands print: tables and lines for people, JSON for programs.
 
 Text from files and file names is printed without control characters, which could change a terminal's state. In a
-terminal a table is as wide as the terminal: the least important columns are left out, then the longest names are cut.
-Elsewhere, as in a pipe, nothing is left out. rich adds styles in a terminal if it is installed.
+terminal a table is as wide as the terminal: the least important columns are left out, then long texts continue on lines
+of their own, then the longest names are cut. Elsewhere, as in a pipe, each row is one whole line. rich adds styles in a
+terminal if it is installed.
 """
 
 import json
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple, TextIO
 
 _GAP = 2
 _LEAST_SHRUNK = 12
+_LEAST_WRAPPED = 24
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _UNIT = 1024
 _AGES = ((60.0, 1.0, "s"), (3600.0, 60.0, "min"), (48 * 3600.0, 3600.0, "h"))
@@ -37,6 +39,7 @@ class Column(NamedTuple):
         title: its head.
         is_number: aligned to the right.
         can_shrink: its longest texts may be cut in the middle.
+        can_wrap: its longest texts may continue on further lines.
         is_optional: left out in a terminal if all its texts are ``-``.
         least_width: left out in a narrower terminal; 0 to keep it always.
     """
@@ -44,6 +47,7 @@ class Column(NamedTuple):
     title: str
     is_number: bool = False
     can_shrink: bool = False
+    can_wrap: bool = False
     is_optional: bool = False
     least_width: int = 0
 
@@ -53,7 +57,7 @@ class Table:
     """A table of texts.
 
     Attributes:
-        title: a line above it; empty for none.
+        title: lines above it; empty for none.
         columns: its columns.
         rows: one text a column each.
     """
@@ -74,9 +78,14 @@ class Table:
             ]
         columns = [self.columns[number] for number in numbers]
         rows: list[Sequence[str]] = [[row[number] for number in numbers] for row in texts]
+        for number, column in enumerate(columns):
+            excess = _excess(_widths(columns, rows), width)
+            if column.can_wrap and excess > 0:
+                size = max(_widths(columns, rows)[number] - excess, _LEAST_WRAPPED)
+                rows = [piece for row in rows for piece in _wrap_cell(row, number, size)]
         widths = _widths(columns, rows)
         for number, column in enumerate(columns):
-            excess = 0 if width is None else sum(widths) + _GAP * (len(widths) - 1) - width
+            excess = _excess(widths, width)
             if column.can_shrink and excess > 0:
                 widths[number] = max(widths[number] - excess, min(_LEAST_SHRUNK, widths[number]))
                 rows = [
@@ -85,7 +94,8 @@ class Table:
                 ]
         if width is not None:
             rows = [[shorten(row[0], width), *row[1:]] if _is_wide(row) else row for row in rows]
-        return Table(title=printable(self.title), columns=columns, rows=rows)
+        title = "\n".join(wrap(printable(self.title), width))
+        return Table(title=title, columns=columns, rows=rows)
 
     def cells(self) -> list[list[str]]:
         """Return the texts of all rows and of their head, as wide as their columns."""
@@ -105,8 +115,7 @@ class Table:
 
     def lines(self) -> list[str]:
         """Return the table as plain lines."""
-        found = [self.title] if self.title else []
-        return [*found, *((" " * _GAP).join(cells).rstrip() for cells in self.cells())]
+        return [*self.title.splitlines(), *((" " * _GAP).join(cells).rstrip() for cells in self.cells())]
 
 
 def _is_wide(row: Sequence[str]) -> bool:
@@ -117,6 +126,27 @@ def _is_wide(row: Sequence[str]) -> bool:
 def _widths(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> list[int]:
     narrow = [row for row in rows if not _is_wide(row)]
     return [max([len(one.title), *(len(row[at]) for row in narrow)]) for at, one in enumerate(columns)]
+
+
+def _excess(widths: Sequence[int], width: int | None) -> int:
+    """Return by how much a table is too wide."""
+    return 0 if width is None else sum(widths) + _GAP * (len(widths) - 1) - width
+
+
+def _wrap_cell(row: Sequence[str], number: int, size: int) -> list[Sequence[str]]:
+    """Return a row, and the rows in which one of its texts continues."""
+    if _is_wide(row):
+        return [row]
+    first, *others = wrap(row[number], size)
+    more = [["" if at != number else text for at in range(len(row))] for text in others]
+    return [[*row[:number], first, *row[number + 1 :]], *more]
+
+
+def wrap(text: str, width: int | None) -> list[str]:
+    """Return the lines of a text of at most `width` characters, where no word is longer; None is any width."""
+    if width is None:
+        return [text]
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
 
 
 class Output:
@@ -145,10 +175,7 @@ class Output:
         """Print a line for people."""
         if self.is_json:
             return
-        lines = [printable(text)]
-        if self._width is not None:
-            lines = textwrap.wrap(lines[0], self._width, break_long_words=False, break_on_hyphens=False) or [""]
-        self._stream.writelines(f"{line}\n" for line in lines)
+        self._stream.writelines(f"{line}\n" for line in wrap(printable(text), self._width))
 
     def table(self, table: Table) -> None:
         """Print a table for people."""

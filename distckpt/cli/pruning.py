@@ -39,7 +39,7 @@ _COLUMNS = (
     Column("STEP", is_number=True, is_optional=True),
     Column("SCORE", is_number=True, is_optional=True, least_width=70),
     Column("SIZE", is_number=True, least_width=70),
-    Column("WHY"),
+    Column("WHY", can_wrap=True),
 )
 KEEP, DELETE, LEAVE = "keep", "delete", "leave"
 _FAILURE = "not deleted: "

@@ -128,6 +128,28 @@ def test_a_table_in_a_terminal_has_the_same_text_with_styles(monkeypatch: pytest
     assert plain.getvalue().splitlines()[1] == "[red]a.pt  12 B  damaged"
 
 
+def test_long_texts_continue_on_lines_of_their_own_before_names_are_cut() -> None:
+    columns = (Column("NAME", can_shrink=True), Column("SIZE", is_number=True), Column("WHY", can_wrap=True))
+    table = Table(title="the files of a run of five words", columns=columns)
+    table.rows.extend([("a" * 24, "17 B", "not kept by LastN(2), EveryNSteps(100)"), ("b.pt", "1 B", "newest")])
+    assert table.fitted(58).lines() == [
+        "the files of a run of five words",
+        "NAME                      SIZE  WHY",
+        "aaaaaaaaaaaaaaaaaaaaaaaa  17 B  not kept by LastN(2),",
+        "                                EveryNSteps(100)",
+        "b.pt                       1 B  newest",
+    ]
+    assert table.fitted(30).lines() == [
+        "the files of a run of five",
+        "words",
+        "NAME          SIZE  WHY",
+        "aaaaaa~aaaaa  17 B  not kept by LastN(2),",
+        "                    EveryNSteps(100)",
+        "b.pt           1 B  newest",
+    ]
+    assert len(table.fitted(None).lines()) == 4
+
+
 def test_a_row_of_one_text_has_the_place_of_all_columns() -> None:
     table = Table(columns=(Column("KEY", can_shrink=True), Column("SIZE", is_number=True)))
     table.rows.extend([("weight", "12 B"), ("a long value = (0.9, 0.999)", ""), ("x" * 30, "")])
