@@ -18,7 +18,22 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
 
 import distckpt
-from tests.distributed.test_sharded_loading import Layout, Tensors, bits, distribute, gathered, layouts, numbered
+from tests.distributed.test_sharded_loading import (
+    SHARDED,
+    Layout,
+    Tensors,
+    bits,
+    distribute,
+    equal,
+    gathered,
+    layouts,
+    numbered,
+    plain,
+    step,
+)
+from tests.distributed.test_sharded_loading import (
+    whole as with_whole_tensors,
+)
 from tests.support import run_ranks
 from tests.support.selection import is_full
 
@@ -31,6 +46,7 @@ pytestmark = [
 DTYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn)
 SAVING = LOADING = (1, 2, 3, 4)
 WAYS = ("foreground", "background")
+NUM_STEPS = 6
 PLACEMENTS = ("own", "replicated", "rows", "last dimension")
 Cell = tuple[str, int]
 """Name of a layout, and number of ranks that saved."""
@@ -157,3 +173,33 @@ def test_every_layout_is_saved_and_loaded_bit_for_bit_on_every_number_of_ranks(
     # A number of no dimension has neither rows nor a last dimension.
     num_placed = 1 + len(loading) * len(PLACEMENTS)
     assert counts.total() == len(saving) * len(ways) * len(DTYPES) * (num_layouts * num_placed - 2 * len(loading))
+
+
+def train_with_a_stop(path: str, kind: str, num_before: int) -> None:
+    """Train for some steps; do so again with a save, and a load into new objects, after the first ones."""
+
+    def made() -> tuple[Any, torch.optim.Optimizer]:
+        net = SHARDED[kind](plain())
+        return net, torch.optim.AdamW(net.parameters(), lr=0.1)
+
+    def state_of(net: Any, optimizer: torch.optim.Optimizer) -> Any:
+        return with_whole_tensors({"net": dict(net.state_dict()), "optimizer": optimizer.state_dict()})
+
+    net, optimizer = made()
+    for number in range(NUM_STEPS):
+        step(net, optimizer)
+        if number + 1 == num_before:
+            distckpt.async_save({"net": net, "optimizer": optimizer}, path)
+    alone = state_of(net, optimizer)
+    net, optimizer = made()
+    distckpt.load({"net": net, "optimizer": optimizer}, path)
+    assert not equal(state_of(net, optimizer), alone)
+    for _ in range(NUM_STEPS - num_before):
+        step(net, optimizer)
+    assert equal(state_of(net, optimizer), alone)
+
+
+@pytest.mark.parametrize("num_before", [1, NUM_STEPS - 1])
+@pytest.mark.parametrize(("kind", "world_size"), [("fsdp", 2), ("fsdp", 3), ("tensor parallel", 4), ("hybrid", 4)])
+def test_a_training_goes_on_bit_for_bit(tmp_path: Path, kind: str, world_size: int, num_before: int) -> None:
+    run_ranks(train_with_a_stop, world_size, str(tmp_path / "a.pt"), kind, num_before)
