@@ -19,6 +19,7 @@ from distckpt.backends.detect import current
 from distckpt.coordination import phases
 from distckpt.handlers.data_loaders import find_random_sampler, num_batches_of, samplers_of, stateful_parts_of
 from distckpt.handlers.engine_events import after_event, set_start_hook
+from distckpt.handlers.epoch_metrics import show_numbers, unknown_as_nan
 from distckpt.handlers.ignite_hooks import (
     add_first_handler,
     end_expectation,
@@ -247,6 +248,7 @@ class FastForward:
             engine.state.seed = self._point.seed
         if self._point.is_end_due and engine.state.iteration == self._point.trained:
             self._restore_loaded()
+            show_numbers(engine.state, self._point.output, self._point.metrics)
             for one in self._restored.objects:
                 if isinstance(one, torch.optim.Optimizer):
                     vars(one)["_opt_called"] = True  # it has stepped: torch's schedulers warn if it has not
@@ -258,7 +260,8 @@ class FastForward:
             "resume: the batches of epoch %d were all trained before: firing EPOCH_COMPLETED",
             engine.state.epoch,
         )
-        engine.fire_event(Events.EPOCH_COMPLETED)
+        with unknown_as_nan(engine, self._restored.objects):
+            engine.fire_event(Events.EPOCH_COMPLETED)
         engine.should_terminate_single_epoch = False  # as ignite does after this event
         self._restore_epoch_end = [one.capture_current() for one in self._rng_states]
 

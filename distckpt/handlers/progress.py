@@ -15,6 +15,7 @@ from ignite.engine import DeterministicEngine, Engine, Events
 
 from distckpt.backends.detect import current
 from distckpt.handlers.data_loaders import batch_size_of, num_batches_of, num_samples_of
+from distckpt.handlers.epoch_metrics import shown_numbers
 from distckpt.handlers.ignite_hooks import get_init_iter, get_iterator
 from distckpt.handlers.resume_point import ResumePoint
 from distckpt.samplers import find_resumable
@@ -160,12 +161,13 @@ def position_of(engine: Engine) -> dict[str, Any]:
     batches = 0 if data is None or batches == length else batches
     size, total, sampler = batch_size_of(data), num_samples_of(data), find_resumable(data)
     samples = None if size is None else batches * size
+    is_end_due = progress.has_epoch_begun and not is_under_way and not is_end_skipped
     return {
         "trained": state.iteration if is_terminated else progress.trained,
         "epoch": num_completed_epochs(engine),
         "in_epoch": progress.trained - progress.epoch_began_at if is_under_way else 0,
         "epoch_begun": is_under_way,
-        "is_end_due": progress.has_epoch_begun and not is_under_way and not is_end_skipped,
+        "is_end_due": is_end_due,
         "pass_begun": data is not None and has_pass_begun,
         "iteration_begun": has_iteration_begun,
         "is_drawn": is_drawn,
@@ -180,6 +182,7 @@ def position_of(engine: Engine) -> dict[str, Any]:
         "seed": getattr(state, "seed", None) if isinstance(engine, DeterministicEngine) else None,
         "world_size": current().world_size,
         "sampler": None if sampler is None else sampler.distckpt_position(_num_samples_trained(data, progress)),
+        **(shown_numbers(state) if is_end_due else {}),
     }
 
 

@@ -44,6 +44,8 @@ class ResumePoint:
     seed: int | None = None  # of a DeterministicEngine's run
     world_size: int | None = None  # number of ranks
     sampler: Mapping[str, Any] | None = None  # the state of a ResumableSampler
+    output: Any = None  # the engine's, where `is_end_due` and it is a number
+    metrics: Mapping[str, Any] | None = None  # likewise, those that are numbers
 
     @classmethod
     def from_record(cls, position: Any) -> "ResumePoint | None":
@@ -59,7 +61,8 @@ class ResumePoint:
         if not is_sound:
             return None
         known["event"] = known["event"] if isinstance(known["event"], str) else None
-        known["sampler"] = known["sampler"] if isinstance(known["sampler"], Mapping) else None
+        for name in ("sampler", "metrics"):
+            known[name] = known[name] if isinstance(known[name], Mapping) else None
         return cls(**known)
 
     @classmethod

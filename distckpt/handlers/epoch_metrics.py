@@ -1,0 +1,66 @@
+"""What EPOCH_COMPLETED's handlers look at, for an epoch whose batches were all trained before a resume.
+
+A checkpoint that was saved between an epoch's last batch and EPOCH_COMPLETED records the numbers in ``state.output``
+and ``state.metrics``. What an ignite metric has accumulated over the epoch is in the checkpoint only if the metric was
+saved. Otherwise its value is NaN: an error would end every resume of the run at the same place. Rank-local; issues no
+collectives.
+"""
+
+import contextlib
+import math
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from ignite.engine import Engine, Events, State
+from ignite.metrics import Metric
+
+from distckpt.handlers.ignite_hooks import get_handlers
+
+
+def shown_numbers(state: State) -> dict[str, Any]:
+    """Return the numbers that an engine's state shows, as plain JSON for a checkpoint's record."""
+    output, metrics = getattr(state, "output", None), getattr(state, "metrics", None)
+    found: dict[str, Any] = {"output": output} if _is_number(output) else {}
+    if isinstance(metrics, Mapping):
+        found["metrics"] = {name: value for name, value in metrics.items() if type(name) is str and _is_number(value)}
+    return found
+
+
+def show_numbers(state: State, output: Any, metrics: Mapping[str, Any] | None) -> None:
+    """Set what is missing in an engine's state to the numbers of a checkpoint's record."""
+    if state.output is None and _is_number(output):
+        state.output = output
+    for name, value in (metrics or {}).items():
+        if _is_number(value):
+            state.metrics.setdefault(name, value)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+@contextlib.contextmanager
+def unknown_as_nan(engine: Engine, known: Collection[Any]) -> Iterator[None]:
+    """Let the engine's metrics of an epoch be NaN within the body, and warn of them.
+
+    Args:
+        engine: the engine.
+        known: the metrics that were loaded; they have their values.
+    """
+    owners = [getattr(function, "__self__", None) for function in get_handlers(engine, Events.EPOCH_COMPLETED)]
+    unknown = [one for one in owners if isinstance(one, Metric) and not any(one is other for other in known)]
+    if unknown:
+        kinds = ", ".join(sorted({type(one).__name__ for one in unknown}))
+        warnings.warn(
+            f"resume: all batches of epoch {engine.state.epoch} were trained before, and its metrics ({kinds}) are not "
+            f"in the checkpoint: they are NaN for this epoch. Save them with the other objects",
+            stacklevel=2,
+        )
+    for one in unknown:
+        vars(one)["compute"] = lambda: math.nan
+    try:
+        yield
+    finally:
+        for one in unknown:
+            vars(one).pop("compute", None)

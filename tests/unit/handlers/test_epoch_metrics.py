@@ -1,0 +1,111 @@
+"""What handlers of EPOCH_COMPLETED see of an epoch whose batches were all trained before a resume."""
+
+import contextlib
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ignite.engine import Engine, Events
+from ignite.metrics import Average, RunningAverage
+
+from distckpt import Checkpoint, DiskSaver, Loop, resume
+from tests.unit.ptformat.test_records import record_of
+
+LENGTH = 4
+BATCHES = [1.0, 2.0, 3.0, 6.0]
+
+
+class KilledError(Exception):
+    """What ends a run in its middle."""
+
+
+class Training:
+    """A training whose metrics are the epoch's average and a running one, saved after each epoch's last batch."""
+
+    def __init__(
+        self, folder: Path, *, on_loop: bool = False, saves_metric: bool = False, is_killed: bool = False
+    ) -> None:
+        self.trainer = Loop(BATCHES, max_epochs=3) if on_loop else Engine(lambda _engine, batch: batch)
+        self.trainer.logger.disabled = True
+        average = Average()
+        average.attach(self.trainer, "average")
+        RunningAverage(output_transform=lambda output: output).attach(self.trainer, "running")
+        self.seen: list[dict[str, Any]] = []
+        self.objects: dict[str, Any] = {"trainer": self.trainer} | ({"average": average} if saves_metric else {})
+        checkpoint = Checkpoint(self.objects, DiskSaver(folder, require_empty=False))
+        self.trainer.add_event_handler(Events.ITERATION_COMPLETED(every=LENGTH), checkpoint)
+        self.best = Checkpoint(
+            self.objects,
+            DiskSaver(folder / "best", require_empty=False),
+            score_function=lambda engine: engine.state.metrics["average"],
+            score_name="average",
+        )
+        self.trainer.add_event_handler(Events.EPOCH_COMPLETED, self._look, is_killed)
+        self.trainer.add_event_handler(Events.EPOCH_COMPLETED, self.best)
+        resume(self.objects, checkpoint, engine=self.trainer)
+
+    def _look(self, is_killed: bool) -> None:  # noqa: FBT001 - a handler's argument
+        if is_killed:
+            raise KilledError
+        self.seen.append({"output": self.trainer.state.output, **self.trainer.state.metrics})
+
+    def run(self) -> None:
+        if not isinstance(self.trainer, Loop):
+            self.trainer.run(BATCHES, max_epochs=3)
+            return
+        with self.trainer as loop:
+            for _ in loop.epochs():
+                for batch in loop.batches():
+                    loop.output = batch
+                assert f"{loop.output:.1f}" == "6.0"
+
+
+def killed(folder: Path, **options: Any) -> None:
+    with contextlib.suppress(KilledError):
+        Training(folder, is_killed=True, **options).run()
+
+
+@pytest.mark.parametrize("on_loop", [False, True])
+def test_numbers_come_from_the_record_and_an_unsaved_metric_is_nan(tmp_path: Path, *, on_loop: bool) -> None:
+    killed(tmp_path, on_loop=on_loop)
+    training = Training(tmp_path, on_loop=on_loop)
+    with pytest.warns(UserWarning, match=r"all batches of epoch 1 were trained before, .*metrics \(Average\) are not"):
+        training.run()
+    averages = [seen["average"] for seen in training.seen]
+    assert math.isnan(averages[0])
+    assert averages[1:] == [3.0, 3.0]
+    assert training.seen[0]["output"] == 6.0
+    assert training.seen[0]["running"] == pytest.approx(1.158408)
+    assert [score for score, _ in training.best.state_dict()["_saved"]] == [3.0], "a NaN is not saved"
+
+
+@pytest.mark.parametrize("on_loop", [False, True])
+def test_a_metric_that_was_saved_has_its_value(tmp_path: Path, *, on_loop: bool) -> None:
+    killed(tmp_path, on_loop=on_loop, saves_metric=True)
+    training = Training(tmp_path, on_loop=on_loop, saves_metric=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        training.run()
+    assert [seen["average"] for seen in training.seen] == [3.0, 3.0, 3.0]
+
+
+@pytest.mark.parametrize("output", [[1.0], "text", math.nan, True, None])
+def test_only_numbers_are_recorded(tmp_path: Path, output: Any) -> None:
+    trainer = Engine(lambda _engine, _batch: output)
+    checkpoint = Checkpoint({"trainer": trainer}, DiskSaver(tmp_path, require_empty=False))
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, checkpoint)
+    trainer.state.metrics = {"loss": 0.5, "confusion": [[1, 2]], "none": None}
+    trainer.run([0], max_epochs=1)
+    position = record_of(Path(str(checkpoint.last_checkpoint)))["data"]
+    assert "output" not in position
+    assert position["metrics"] == {"loss": 0.5}
+
+
+def test_within_an_epoch_nothing_is_recorded(tmp_path: Path) -> None:
+    trainer = Engine(lambda _engine, batch: batch)
+    checkpoint = Checkpoint({"trainer": trainer}, DiskSaver(tmp_path, require_empty=False))
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=1), checkpoint)
+    trainer.run(BATCHES, max_epochs=1)
+    assert not {"output", "metrics"} & set(record_of(Path(str(checkpoint.last_checkpoint)))["data"])
