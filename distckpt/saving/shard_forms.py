@@ -9,6 +9,7 @@ that is overlooked writes a file with other tensors.
 
 import itertools
 import operator
+import weakref
 from array import array
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
@@ -43,7 +44,7 @@ class KnownShards(NamedTuple):
 
 
 class ShardForms:
-    """The forms of a state's DTensors. Keeps none of them alive, but their device meshes.
+    """The forms of a state's DTensors. Keeps neither them nor their device meshes alive.
 
     Args:
         tensors: the DTensors, in the order of the pickle.
@@ -62,7 +63,8 @@ class ShardForms:
         self._sources = [source.of(None) for source in shards]
         self._tensors = list(shards.tensors)
         try:
-            self._meshes = [one._spec.mesh for one in tensors]  # noqa: SLF001 - torch has no quicker way; kept alive
+            # A device mesh keeps its process groups alive.
+            self._meshes = [weakref.ref(one._spec.mesh) for one in tensors]  # noqa: SLF001 - torch has no quicker way
             self._placements = [one._spec.placements for one in tensors]  # noqa: SLF001 - as above
             locals_ = [one._local_tensor for one in itertools.compress(tensors, self._is_sharded)]  # noqa: SLF001 - as above
             walk = PlainWalk()
@@ -96,7 +98,7 @@ class ShardForms:
         try:
             parts = list(map(_PARTS, tensors))
             is_equal = have_values(tensors, self._rows, _ATTRIBUTES, _METHODS) and all(
-                mesh is old_mesh and (placements is old or (placements == old and _kinds(placements) == _kinds(old)))
+                mesh is old_mesh() and (placements is old or (placements == old and _kinds(placements) == _kinds(old)))
                 for (_, mesh, placements), old_mesh, old in zip(parts, self._meshes, self._placements, strict=True)
             )
             is_equal = is_equal and _are_parameters(tensors) == self._are_parameters

@@ -25,7 +25,6 @@ class Placing(NamedTuple):
         is_plain: whether each rank of the job holds the whole tensor.
         text: phrase that is equal on ranks that can write a tensor together.
         refused: the placement that cannot be saved; empty if there is none.
-        held: keeps the device mesh alive: its id must not be used again.
     """
 
     mesh: Mesh
@@ -37,7 +36,6 @@ class Placing(NamedTuple):
     is_plain: bool
     text: str
     refused: str
-    held: Any
 
     @property
     def is_on_one_rank(self) -> bool:
@@ -77,7 +75,6 @@ def find_placing(tensor: Any, rank: int, world_size: int) -> Placing:
         is_plain=is_replicated(tensor, world_size),
         text=f"placements ({', '.join(map(str, placements))}) over {over}",
         refused=next((str(one) for one in used if not (one.is_replicate() or is_shard(one))), ""),
-        held=device_mesh,
     )
 
 
@@ -117,7 +114,6 @@ def place_on_one_rank(owner: int, rank: int) -> Placing:
         is_plain=False,
         text="on one rank",
         refused="",
-        held=None,
     )
 
 

@@ -196,6 +196,7 @@ class Shards:
         self.world_size = world_size
         self._numbers: dict[Any, int] = {}
         self._placings: dict[Any, Placing] = {}
+        self._meshes: list[Any] = []  # of the placings: an id must not be reused
         self._by_id: dict[int, tuple[Any, TensorShard]] = {}  # holds the tensors: an id must not be reused
         self._known: Rows | None = None
         self.sources: list[ShardSource] = []
@@ -345,6 +346,7 @@ class Shards:
         found = self._placings.get(key)
         if found is None:
             found = self._placings[key] = find_placing(it, self.rank, self.world_size)
+            self._meshes.append(device_mesh)
         return found
 
 

@@ -158,11 +158,12 @@ def test_a_group_made_anew_works_when_one_rank_alone_had_used_the_first() -> Non
 @run_distributed(world_size=2)
 def test_backend_of_a_destroyed_group_is_forgotten() -> None:
     assert current().world_size == 2
-    assert len(detect._BY_GROUP) == 1
+    gc.collect()
+    num_known = len(detect._BY_GROUP)  # torch may keep groups of earlier tests, by the meshes of its DTensors
     current().barrier()
     dist.destroy_process_group()
     gc.collect()
-    assert len(detect._BY_GROUP) == 0
+    assert len(detect._BY_GROUP) == num_known - 1
 
 
 @torch_only

@@ -422,12 +422,15 @@ def test_a_refused_form_is_refused_again(tmp_path: Path) -> None:
 
 
 @run_distributed(world_size=2, timeout_s=60)
-def test_a_known_form_keeps_no_tensor_alive(tmp_path: Path) -> None:
+def test_a_known_form_keeps_no_tensor_and_no_mesh_alive(tmp_path: Path) -> None:
     forget()
-    state = state_of(mesh_of(2))
+    line = DeviceMesh("cpu", [0, 1])
+    state = state_of(line)
     for _ in range(2):
         save({"one": Stateful(state)}, tmp_path / "file.pt")
     dead = [weakref.ref(state["a"]), weakref.ref(state["a"].to_local()), weakref.ref(state["more"]["plain"])]
+    dead.append(weakref.ref(line))  # which keeps its process groups alive
     state.clear()
+    del line
     gc.collect()
-    assert [one() for one in dead] == [None] * 3
+    assert [one() for one in dead] == [None] * 4
