@@ -28,10 +28,12 @@ class Keeping(BaseSaveHandler):
 
     def __call__(self, checkpoint: Mapping[str, Any], filename: str, metadata: Mapping[str, Any] | None = None) -> None:
         del metadata
-        torch.save(checkpoint, self.folder / filename)
+        if job.rank() == 0:  # it is called on every rank
+            torch.save(checkpoint, self.folder / filename)
 
     def remove(self, filename: str) -> None:
-        (self.folder / filename).unlink()
+        if job.rank() == 0:
+            (self.folder / filename).unlink()
 
 
 def by_handler(make: Callable[[Path], Any]) -> Callable[[Mapping[str, Any], Path], None]:
