@@ -5,6 +5,7 @@ pickled or described again. Otherwise the sharded tensors are found and replaced
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from distckpt.ptformat.gc_pause import gc_paused
@@ -66,18 +67,25 @@ class CapturedState:
 
 
 def _without_names(tree: Any, names: list[tuple[str, bool]]) -> Any:
-    if type(tree) is LiveState:
-        names.append((tree.where, tree.is_attached))
-        return tree.state
-    if type(tree) is dict:
-        return {key: _without_names(item, names) for key, item in tree.items()}
-    return [_without_names(item, names) for item in tree] if type(tree) is list else tree
+    def take(one: LiveState) -> Any:
+        names.append((one.where, one.is_attached))
+        return one.state
+
+    return _map_live(take, tree)
 
 
 def _replace_shards(tree: Any, shards: Shards) -> Any:
+    def replaced(one: LiveState) -> Any:
+        state = detached(one.state) if one.is_attached else one.state
+        return plain_state(state, one.where, shards=shards)
+
+    return _map_live(replaced, tree)
+
+
+def _map_live(func: Callable[[LiveState], Any], tree: Any) -> Any:
+    """Return a tree with the results of `func` in place of each :class:`LiveState`."""
     if type(tree) is LiveState:
-        state = detached(tree.state) if tree.is_attached else tree.state
-        return plain_state(state, tree.where, shards=shards)
+        return func(tree)
     if type(tree) is dict:
-        return {key: _replace_shards(item, shards) for key, item in tree.items()}
-    return [_replace_shards(item, shards) for item in tree] if type(tree) is list else tree
+        return {key: _map_live(func, item) for key, item in tree.items()}
+    return [_map_live(func, item) for item in tree] if type(tree) is list else tree
