@@ -79,9 +79,10 @@ class Table:
         columns = [self.columns[number] for number in numbers]
         rows: list[Sequence[str]] = [[row[number] for number in numbers] for row in texts]
         for number, column in enumerate(columns):
-            excess = _excess(_widths(columns, rows), width)
+            widths = _widths(columns, rows)
+            excess = _excess(widths, width)
             if column.can_wrap and excess > 0:
-                size = max(_widths(columns, rows)[number] - excess, _LEAST_WRAPPED)
+                size = max(widths[number] - excess, _LEAST_WRAPPED)
                 rows = [piece for row in rows for piece in _wrap_cell(row, number, size)]
         widths = _widths(columns, rows)
         for number, column in enumerate(columns):
