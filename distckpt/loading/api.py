@@ -18,7 +18,7 @@ from distckpt._values import check_timeout
 from distckpt.backends.detect import current
 from distckpt.loading.dtensors import refuse_unloadable
 from distckpt.loading.report import LoadReport
-from distckpt.loading.restore import PreparedLoad, loaded_object, prepare
+from distckpt.loading.restore import PreparedLoad, loaded_objects, prepare
 from distckpt.loading.select import select_checkpoint, sort_newest_first
 from distckpt.loading.verify_on_ranks import LoadContext, RefusedCheckpoint, verify_on_all_ranks
 from distckpt.ptformat.reader import OpenCheckpoint
@@ -198,4 +198,9 @@ def check_to_load(to_load: object) -> None:
     if not isinstance(to_load, Mapping):
         raise TypeError(f"Argument to_load should be a dictionary, but given {type(to_load)}")
     check_objects(dict(to_load), "load_state_dict")
-    map_named(lambda name, obj: refuse_unloadable(name, loaded_object(obj)), dict(to_load))
+
+    def refuse(name: str, obj: Any) -> None:
+        for one in loaded_objects(obj):
+            refuse_unloadable(name, one)
+
+    map_named(refuse, dict(to_load))

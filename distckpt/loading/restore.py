@@ -141,10 +141,10 @@ class _ObjectLoad:
         return ""
 
 
-def loaded_object(obj: Any) -> Any:
-    """Return the object that a load changes: without wrappers, of a :class:`StageState` its module or optimizer."""
+def loaded_objects(obj: Any) -> list[Any]:
+    """Return the objects that a load changes: without wrappers, of a :class:`StageState` its modules or optimizers."""
     inner = unwrap(obj)
-    return inner.wrapped if isinstance(inner, StageState) else inner
+    return inner.wrapped if isinstance(inner, StageState) else [inner]
 
 
 def prepare(
@@ -174,7 +174,7 @@ def prepare(
     options = dict(module_options)
     loads, mismatches = _pair_objects(to_load, state)
     if only is not None:
-        wanted = {id(loaded_object(obj)) for obj in only}
+        wanted = {id(one) for obj in only for one in loaded_objects(obj)}
         loads = [one for one in loads if id(one.obj) in wanted]
     loads = [*(_ObjectLoad(type(obj).__name__, obj, its_state) for obj, its_state in others), *loads]
     for one in loads:
@@ -337,14 +337,14 @@ def _is_bare(obj: Any, state: Mapping[str, Any], key: str) -> bool:
 def _walk(name: str, obj: Any, state: Any, loads: list[_ObjectLoad], mismatches: _Mismatches) -> None:
     if hasattr(obj, "load_state_dict"):
         inner = unwrap(obj)
-        if isinstance(inner, StageState):
-            try:
-                inner, state = inner.wrapped, inner.part_of(state, name)
-            except StateMismatchError as error:
-                mismatches.append((name, error))
-                return
-        state = rename_for_module(inner, state) if isinstance(inner, nn.Module) else state
-        loads.append(_ObjectLoad(name, inner, state))
+        try:
+            pairs = list(inner.parts_of(state, name)) if isinstance(inner, StageState) else [(inner, state)]
+        except StateMismatchError as error:
+            mismatches.append((name, error))
+            return
+        for one, part in pairs:
+            its_state = rename_for_module(one, part) if isinstance(one, nn.Module) else part
+            loads.append(_ObjectLoad(name, one, its_state))
         return
     if isinstance(obj, Mapping) and isinstance(state, Mapping):
         for key, item in obj.items():

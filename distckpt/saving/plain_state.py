@@ -14,7 +14,7 @@ from distckpt.ptformat.sharded import (
     may_be_sharded,
     sharded_error,
 )
-from distckpt.saving.shards import OwnedTensor, Shards
+from distckpt.saving.shards import Shards, StageTensor
 
 _PLAIN: Final = frozenset({torch.Tensor, str, int, float, bool, type(None)})
 
@@ -96,7 +96,7 @@ class _Replacement:
         kind = type(state)
         if kind in _PLAIN:
             return state
-        if may_be_sharded(kind) or kind is OwnedTensor:
+        if may_be_sharded(kind) or kind is StageTensor:
             return self._tensor(state, path)
         if is_numpy_scalar(state):
             return state.item() if self._convert_numpy and has_python_value(state) else state
@@ -130,10 +130,11 @@ class _Replacement:
 
     def _tensor(self, tensor: Any, path: tuple[Any, ...]) -> torch.Tensor | TensorShard:
         at = f", key {'.'.join(map(key_to_text, path))!r}," if path else ""
-        if isinstance(tensor, OwnedTensor):
+        if isinstance(tensor, StageTensor):
             if self._shards is None:
-                raise sharded_error(f"{self._where}{at}", f"a tensor that rank {tensor.owner} holds")
-            return self._shards.replace_owned(tensor, f"{self._where}{at}".rstrip(","))
+                ranks = ", ".join(map(str, tensor.placing.mesh.ranks))
+                raise sharded_error(f"{self._where}{at}", f"a tensor that rank {ranks} holds")
+            return self._shards.replace_staged(tensor, f"{self._where}{at}".rstrip(","))
         replaced = None if self._shards is None else self._shards.replace(tensor, f"{self._where}{at}".rstrip(","))
         if replaced is not None:
             return replaced

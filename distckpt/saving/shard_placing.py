@@ -4,7 +4,8 @@ Source: ``torch.distributed.tensor`` of torch 2.13. Its types are not imported.
 """
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -43,38 +44,82 @@ class Placing(NamedTuple):
         return len(self.mesh.ranks) == 1 and not self.has_twins
 
 
+class MeshPlacement(NamedTuple):
+    """What the ranks of a device mesh know alike about a DTensor of theirs, in plain values.
+
+    Attributes:
+        ranks: of the mesh, in row-major order.
+        shape: of the mesh.
+        splits: see :class:`ShardLayout`, once the tensor is redistributed.
+        needs_redistribution: whether the ranks hold other parts than rows.
+        placements: as text.
+        refused: the placement that cannot be saved; empty if there is none.
+    """
+
+    ranks: tuple[int, ...]
+    shape: tuple[int, ...]
+    splits: tuple[int, ...]
+    needs_redistribution: bool
+    placements: str
+    refused: str
+
+    @classmethod
+    def of(cls, tensor: Any) -> Self:
+        """Return the placement of a DTensor."""
+        placements = tensor.placements
+        shape = tuple(tensor.device_mesh.shape)
+        used = [one for one, size in zip(placements, shape, strict=True) if size > 1]
+        splits = [
+            int(getattr(one, "split_factor", 1)) if size > 1 and is_shard(one) else 0
+            for one, size in zip(placements, shape, strict=True)
+        ]
+        needs_redistribution = any(is_shard(one) and one.dim != 0 for one in used)
+        if needs_redistribution:
+            splits = [min(split, 1) for split in splits]
+        return cls(
+            ranks=tuple(tensor.device_mesh.mesh.flatten().tolist()),
+            shape=shape,
+            splits=tuple(splits),
+            needs_redistribution=needs_redistribution,
+            placements=", ".join(map(str, placements)),
+            refused=next((str(one) for one in used if not (one.is_replicate() or is_shard(one))), ""),
+        )
+
+    @classmethod
+    def of_plain(cls, plain: Sequence[Any]) -> Self:
+        """Return the placement that JSON has made a list of."""
+        ranks, shape, splits, *others = plain
+        return cls(tuple(ranks), tuple(shape), tuple(splits), *others)
+
+    @property
+    def num_replicas(self) -> int:
+        """Number of ranks that hold the same rows."""
+        return math.prod(size for size, split in zip(self.shape, self.splits, strict=True) if not split)
+
+
 def find_placing(tensor: Any, rank: int, world_size: int) -> Placing:
-    """Return the placing of a DTensor.
+    """Return the placing of a DTensor that all ranks of the job have.
 
     Args:
         tensor: the DTensor.
         rank: this rank.
         world_size: number of ranks.
     """
-    device_mesh, placements = tensor.device_mesh, tensor.placements
-    sizes = tuple(device_mesh.shape)
-    used = [one for one, size in zip(placements, sizes, strict=True) if size > 1]
-    splits = [
-        int(getattr(one, "split_factor", 1)) if size > 1 and is_shard(one) else 0
-        for one, size in zip(placements, sizes, strict=True)
-    ]
-    needs_redistribution = any(is_shard(one) and one.dim != 0 for one in used)
-    if needs_redistribution:
-        splits = [min(split, 1) for split in splits]
-    mesh, place, has_twins = _mesh_of(device_mesh, rank)
-    over = f"ranks {list(mesh.ranks)} as {'x'.join(map(str, mesh.shape))}"
+    found = MeshPlacement.of(tensor)
+    mesh, place, has_twins = _mesh_of(tensor.device_mesh, rank)
+    over = _describe_mesh(mesh)
     if len(mesh.ranks) == 1 and not has_twins:
         over = "one rank"
     return Placing(
         mesh=mesh,
         place=place,
         has_twins=has_twins,
-        splits=tuple(splits),
-        num_replicas=math.prod(size for size, split in zip(sizes, splits, strict=True) if not split),
-        needs_redistribution=needs_redistribution,
+        splits=found.splits,
+        num_replicas=found.num_replicas,
+        needs_redistribution=found.needs_redistribution,
         is_plain=is_replicated(tensor, world_size),
-        text=f"placements ({', '.join(map(str, placements))}) over {over}",
-        refused=next((str(one) for one in used if not (one.is_replicate() or is_shard(one))), ""),
+        text=f"placements ({found.placements}) over {over}",
+        refused=found.refused,
     )
 
 
@@ -97,24 +142,35 @@ def _mesh_of(device_mesh: Any, rank: int) -> tuple[Mesh, int | None, bool]:
     return make_mesh(tuple(firsts), tuple(device_mesh.shape)), place, len(ranks) < whole.numel()
 
 
-def place_on_one_rank(owner: int, rank: int) -> Placing:
-    """Return the placing of a whole tensor that one rank holds.
+def place_on_mesh(placement: MeshPlacement, rank: int) -> Placing:
+    """Return the placing of a tensor that only the ranks of a mesh have.
 
     Args:
-        owner: the rank that holds it.
+        placement: of the tensor.
         rank: this rank.
     """
+    mesh = make_mesh(placement.ranks, placement.shape)
+    over = f"placements ({placement.placements}) over {_describe_mesh(mesh)}"
     return Placing(
-        mesh=make_mesh((owner,), (1,)),
-        place=rank if rank == owner else None,
+        mesh=mesh,
+        place=rank if rank in placement.ranks else None,
         has_twins=False,
-        splits=(0,),
-        num_replicas=1,
-        needs_redistribution=False,
+        splits=placement.splits,
+        num_replicas=placement.num_replicas,
+        needs_redistribution=placement.needs_redistribution,
         is_plain=False,
-        text="on one rank",
-        refused="",
+        text=over if len(mesh.ranks) > 1 else "on one rank",
+        refused=placement.refused,
     )
+
+
+def place_on_rank(rank: int) -> MeshPlacement:
+    """Return the placement of a whole tensor that one rank has."""
+    return MeshPlacement((rank,), (1,), (0,), needs_redistribution=False, placements="", refused="")
+
+
+def _describe_mesh(mesh: Mesh) -> str:
+    return f"ranks {list(mesh.ranks)} as {'x'.join(map(str, mesh.shape))}"
 
 
 def is_shard(placement: Any) -> bool:

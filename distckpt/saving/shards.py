@@ -17,27 +17,27 @@ import torch
 
 from distckpt._checksum import crc32
 from distckpt.ptformat.sharded import TensorShard, as_whole, is_dtensor, sharded_error
-from distckpt.saving.shard_placing import Placing, find_placing, is_shard, place_on_one_rank
+from distckpt.saving.shard_placing import Placing, find_placing, is_shard
 from distckpt.saving.sharding import ShardLayout, held_bytes, is_certain, make_mesh
 
 NO_ROWS: Final[torch.UntypedStorage] = torch.empty(0, dtype=torch.uint8).untyped_storage()
 """Stands for the rows of a rank that holds none, or holds none any more."""
 
 
-class OwnedTensor(NamedTuple):
-    """Stands in a consolidated state for a whole tensor that one rank holds.
+class StageTensor(NamedTuple):
+    """Stands in a consolidated state for a tensor that only some ranks have: the same state on every rank.
 
     Attributes:
-        owner: the rank.
-        shape: of the tensor.
+        placing: how these ranks hold it.
+        shape: of the whole tensor.
         dtype: of the elements.
-        local: the tensor on its owner; an empty one on other ranks.
+        held: the tensor or DTensor of a rank that has it; an empty tensor on other ranks.
     """
 
-    owner: int
+    placing: Placing
     shape: tuple[int, ...]
     dtype: torch.dtype
-    local: torch.Tensor
+    held: torch.Tensor
 
     @property
     def requires_grad(self) -> bool:
@@ -130,7 +130,7 @@ class ShardSource:
             with torch.no_grad():
                 local = self._redistributed(place)
         else:
-            local = _local_of(self._tensor)
+            local = local_of(self._tensor)
         if not local.is_contiguous() or local.is_conj() or local.is_neg():
             local = local.detach().resolve_conj().resolve_neg().contiguous()
         num_bytes = self._num_held(place)
@@ -147,13 +147,13 @@ class ShardSource:
         tensor, dtype = self._tensor, self._tensor.dtype
         if dtype.is_floating_point and dtype.itemsize == 1:  # Gloo does not know float8
             form = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
-            local = _local_of(tensor).view(torch.uint8)
+            local = local_of(tensor).view(torch.uint8)
             tensor = type(tensor).from_local(local, tensor.device_mesh, tensor.placements, **form)
         if not any(hasattr(one, "split_factor") for one in tensor.placements):
             placements = [types.Shard(0) if is_shard(one) else types.Replicate() for one in tensor.placements]
-            return _local_of(tensor.redistribute(placements=placements)).view(dtype)
+            return local_of(tensor.redistribute(placements=placements)).view(dtype)
         # torch redistributes strided shards to whole tensors only.
-        whole = _local_of(tensor.redistribute(placements=[types.Replicate()] * len(tensor.placements))).view(dtype)
+        whole = local_of(tensor.redistribute(placements=[types.Replicate()] * len(tensor.placements))).view(dtype)
         row_bytes = max(self.layout.row_bytes, 1)
         rows = [whole[begin // row_bytes : end // row_bytes] for begin, end in held_bytes(self.layout, rank)]
         return torch.cat(rows) if rows else whole[:0]
@@ -297,31 +297,32 @@ class Shards:
         known = self._by_id.get(id(tensor))
         return self._add(it, name, placing) if known is None else known[1]
 
-    def replace_owned(self, tensor: OwnedTensor, name: str) -> TensorShard:
-        """Return what stands for a tensor that one rank holds.
+    def replace_staged(self, tensor: StageTensor, name: str) -> TensorShard:
+        """Return what stands for a tensor that only some ranks have.
 
         Args:
             tensor: the tensor; the same one for each of its names.
             name: of the object and the key, for messages.
+
+        Raises:
+            ShardedStateError: it is a DTensor that cannot be saved.
         """
         known = self._by_id.get(id(tensor))
-        if known is not None:
-            return known[1]
-        placing = self._placings.get(tensor.owner)
-        if placing is None:
-            placing = self._placings[tensor.owner] = place_on_one_rank(tensor.owner, self.rank)
-        return self._add(tensor, name, placing)
+        return self._add(tensor, name, tensor.placing) if known is None else known[1]
 
     def _add(self, it: Any, name: str, placing: Placing) -> TensorShard:
         if placing.refused:
             problem = f"a DTensor with placement {placing.refused}: its ranks hold summands. Redistribute it first"
             raise sharded_error(name, problem)
-        local = _local_of(it)
         shape, dtype = tuple(it.shape), it.dtype
-        # A parameter's state_dict entries are new tensors of one storage, of which each rank holds its shard.
-        storage = local.untyped_storage()._cdata  # noqa: SLF001 - torch's identity of a storage
+        held: Any = it
         key: Any = id(it)
-        if not isinstance(it, OwnedTensor):  # of which other ranks do not see the storage, and have to count alike
+        if isinstance(it, StageTensor):  # other ranks do not see its storage, and have to count alike
+            held = it.held
+        else:
+            local = local_of(it)
+            # A parameter's state_dict entries are new tensors of one storage, of which each rank holds its shard.
+            storage = local.untyped_storage()._cdata  # noqa: SLF001 - torch's identity of a storage
             key = storage, local.storage_offset(), shape, it.stride(), dtype, id(placing)
         number = self._numbers.setdefault(key, len(self.sources))
         shard = TensorShard(number, dtype, shape, it.requires_grad, isinstance(it, torch.nn.Parameter))
@@ -335,7 +336,7 @@ class Shards:
                 )
                 raise sharded_error(name, problem)
             text = f"{name}: {dtype} {shape}, {placing.text}"
-            self.sources.append(ShardSource(name, text, it, placing, layout))
+            self.sources.append(ShardSource(name, text, held, placing, layout))
             self.tensors.append(shard)
         self._by_id[id(it)] = it, shard
         return shard
@@ -374,15 +375,13 @@ def checksum_of(tensor: torch.Tensor) -> int:
     return crc32(memory) if rows.numel() else 0
 
 
-def _memory_of(tensor: Any) -> torch.Tensor:
-    """Return the tensor that this rank holds of a DTensor or an :class:`OwnedTensor`."""
-    if isinstance(tensor, OwnedTensor):
-        return tensor.local
-    local: torch.Tensor = tensor._local_tensor  # noqa: SLF001 - to_local() returns a new tensor
-    return local
-
-
-def _local_of(tensor: Any) -> torch.Tensor:
-    """Return what :func:`_memory_of` does; waits for a collective that computes it."""
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what this rank holds of a DTensor, or another tensor itself. Waits if a collective computes it."""
     local = _memory_of(tensor)
     return local if type(local) is torch.Tensor else as_whole(local.detach())
+
+
+def _memory_of(tensor: Any) -> torch.Tensor:
+    """Return what :func:`local_of` does, without waiting."""
+    local: torch.Tensor = tensor._local_tensor if hasattr(tensor, "_local_tensor") else tensor  # noqa: SLF001 - to_local() returns a new tensor
+    return local

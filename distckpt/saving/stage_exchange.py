@@ -1,18 +1,19 @@
 """Join the states of a pipeline's stages by name. Nothing but names, forms and plain values is exchanged.
 
-1. (all ranks) send a digest of the names, dtypes, shapes and plain values of this rank's part, and hyperparameters.
+1. (all ranks) send a digest of the names, dtypes, shapes, placements and plain values of this rank's parts, and
+   hyperparameters. A rank with several stages has several parts.
 2. (all ranks) unless all ranks know these digests from the last save: send what the digest stands for.
-3. (all ranks) only if several ranks have a name: compare checksums of its tensors.
-4. (all ranks) make the whole state, the same on every rank. In it an :class:`~distckpt.saving.shards.OwnedTensor`
-   stands for each tensor: the rank that holds it will write it.
+3. (all ranks) only if a name is on several ranks, and not as the shards of one tensor: compare checksums.
+4. (all ranks) make the whole state, the same on every rank. In it a :class:`~distckpt.saving.shards.StageTensor`
+   stands for each tensor: the ranks that hold it will write it.
 """
 
+import functools
 import hashlib
 import json
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -21,87 +22,11 @@ from distckpt.backends.base import Backend
 from distckpt.coordination import phases
 from distckpt.coordination.phases import SyncPoint
 from distckpt.errors import ShardedStateError
-from distckpt.ptformat.sharded import as_whole, describe_shard, none_sharded
-from distckpt.saving.shards import OwnedTensor, checksum_of
+from distckpt.saving.shard_placing import MeshPlacement, Placing, place_on_mesh
+from distckpt.saving.shards import StageTensor, checksum_of, local_of
+from distckpt.saving.stage_parts import KnownPart, Node, StagePart, TensorForm, form_of, numbers_in
 
 _T = TypeVar("_T")
-_KEYS: Final = frozenset({str, int, float, bool, type(None)})
-_Node = Sequence[Any]
-"""A value: its kind, and the number of a tensor, a plain value, or the nodes inside it."""
-
-
-@dataclass(slots=True)
-class StagePart:
-    """One rank's part of a state.
-
-    Attributes:
-        kind: phrase for the object; the same on all ranks.
-        entries: values by name.
-        groups: an optimizer's parameter groups, with names; None for a module.
-        versions: of a module's parts, by path: the ``version`` in its ``_metadata``.
-        unchecked: names that may differ in value between the ranks that have them.
-        tensors: the tensors in `entries`. Set by :meth:`describe`.
-    """
-
-    kind: str
-    entries: Mapping[str, Any]
-    groups: Sequence[Mapping[str, Any]] | None = None
-    versions: Mapping[str, Any] = field(default_factory=dict)
-    unchecked: Sequence[str] = ()
-    tensors: list[torch.Tensor] = field(default_factory=list)
-    _numbers: dict[Any, int] = field(default_factory=dict)
-    _nodes: dict[str, _Node] = field(default_factory=dict)
-
-    def describe(self) -> str:
-        """Return what the other ranks need, as JSON. Rank-local.
-
-        Raises:
-            ShardedStateError: a value cannot be saved by name.
-        """
-        self._nodes = {name: self._node_of(value, name) for name, value in self.entries.items()}
-        part = {
-            "kind": self.kind,
-            "nodes": self._nodes,
-            "tensors": [[str(one.dtype).removeprefix("torch."), one.shape] for one in self.tensors],
-            "versions": self.versions,
-            "unchecked": self.unchecked,
-        }
-        return json.dumps(part)
-
-    def checksums(self, names: Sequence[str]) -> dict[str, list[int]]:
-        """Return the checksums of the tensors of each name that this rank has."""
-        return {
-            name: [checksum_of(self.tensors[number]) for number in _numbers_in(self._nodes[name])]
-            for name in names
-            if name in self._nodes
-        }
-
-    def _node_of(self, value: Any, name: str) -> _Node:
-        kind = type(value)
-        if isinstance(value, torch.Tensor):
-            return ["tensor", self._number_of(value, name)]
-        if kind is dict and _KEYS.issuperset(map(type, value)):
-            return ["dict", [[key, self._node_of(item, name)] for key, item in value.items()]]
-        if kind in (list, tuple):
-            return [kind.__name__, [self._node_of(item, name) for item in value]]
-        return ["value", wire.encode(value).decode()]
-
-    def _number_of(self, tensor: torch.Tensor, name: str) -> int:
-        problem = None if none_sharded([tensor]) else describe_shard(tensor)
-        whole = tensor if problem is not None else as_whole(tensor).detach()
-        if problem is None and (whole.layout is not torch.strided or whole.is_quantized or whole.is_nested):
-            problem = f"a tensor of layout {whole.layout}, quantized or nested"
-        if problem is None and whole.is_meta:
-            problem = "a tensor on the meta device"
-        if problem is not None:
-            msg = f"{self.kind}, {name!r}: {problem}. A stage's tensors have to be whole, dense tensors"
-            raise ShardedStateError(msg)
-        storage = whole.untyped_storage()._cdata  # noqa: SLF001 - torch's identity of a storage
-        key = storage, whole.storage_offset(), whole.shape, whole.stride(), whole.dtype
-        if key not in self._numbers:
-            self._numbers[key] = len(self.tensors)
-            self.tensors.append(whole)
-        return self._numbers[key]
 
 
 class StageExchange:
@@ -113,30 +38,30 @@ class StageExchange:
 
     def __init__(self, timeout_s: float | None) -> None:
         self._timeout_s = timeout_s
-        self._known = b""  # digest of the texts that `_parts` holds
-        self._parts: list[Any] = []
+        self._known = b""  # digest of the texts that the plan is made of
+        self._plan = _StagePlan([])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (StageExchange, (self._timeout_s,))
 
-    def join(self, backend: Backend, make: Callable[[], StagePart]) -> Any:
+    def join(self, backend: Backend, make: Callable[[], Sequence[StagePart]]) -> Any:
         """Collective. Return the whole state, the same on every rank but for the tensors that a rank holds.
 
         Args:
             backend: the job's backend.
-            make: returns this rank's part.
+            make: returns this rank's parts, of one kind; at least one.
 
         Raises:
             RemoteRankError: `make` failed on some rank; on every rank.
             ShardedStateError: the parts do not fit together; on every rank.
         """
-        made: list[tuple[StagePart, str]] = []
+        made: list[tuple[Sequence[StagePart], str]] = []
 
         def begin() -> dict[str, Any]:
-            part = make()
-            text = part.describe()
-            made.append((part, text))
-            groups = None if part.groups is None else [dict(group) for group in part.groups]
+            parts = make()
+            text = json.dumps([part.describe() for part in parts])
+            made.append((parts, text))
+            groups = [[dict(group) for group in part.groups] for part in parts if part.groups is not None]
             return {"digest": _digest(text.encode()), "known": self._known, "groups": groups}
 
         def run(phase: str, work: Callable[[], _T]) -> list[_T]:
@@ -148,25 +73,20 @@ class StageExchange:
         digest = _digest(b"".join(answer["digest"] for answer in answers))
         if any(answer["known"] != digest for answer in answers):
             self._known = b""
-            self._parts = [json.loads(one) for one in run("exchanging names and shapes", lambda: text)]
+            texts = enumerate(run("exchanging names and shapes", lambda: text))
+            parts = [KnownPart.of_plain(rank, part) for rank, one in texts for part in json.loads(one)]
+            self._plan = _StagePlan(parts)
             self._known = digest
-        parts = self._parts
-        holders = _find_holders(parts)
-        unchecked = {name for part in parts for name in part["unchecked"]}
-        shared = [name for name, ranks in holders.items() if len(ranks) > 1 and name not in unchecked]
-        if shared:
-            checksums = run("comparing what several ranks hold", lambda: own.checksums(shared))
-            for name in shared:
-                first, *others = holders[name]
-                differ = [rank for rank in others if checksums[rank][name] != checksums[first][name]]
-                if differ:
-                    raise _differ(own.kind, name, first, differ[0], "other values")
-        joined = _Joined(backend.rank, parts, own.tensors, unchecked)
-        entries = {name: joined.value(name, ranks) for name, ranks in holders.items()}
-        if own.groups is not None:
-            return {"state": entries, "param_groups": _join_groups(own.kind, [answer["groups"] for answer in answers])}
+        plan = self._plan
+        if plan.pairs:
+            own_checksums = functools.partial(plan.checksums, backend.rank, own)
+            plan.compare(run("comparing what several ranks hold", own_checksums))
+        entries = _Joined(plan, backend.rank, own).entries()
+        if own[0].groups is not None:
+            groups = [(rank, one) for rank, answer in enumerate(answers) for one in answer["groups"]]
+            return {"state": entries, "param_groups": join_groups(own[0].kind, groups)}
         state: Any = OrderedDict(entries)
-        versions = dict(item for part in reversed(parts) for item in part["versions"].items())
+        versions = dict(item for part in reversed(plan.parts) for item in part.versions.items())
         state._metadata = OrderedDict((path, {"version": one}) for path, one in versions.items())  # noqa: SLF001 - torch's name for it
         return state
 
@@ -175,30 +95,144 @@ def _digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-def _find_holders(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
-    """Return the ranks that have each name.
+class _PartTensor(NamedTuple):
+    """A tensor: the index of a part, and the tensor's number in it."""
+
+    part: int
+    number: int
+
+
+_Shards = Mapping[int, _PartTensor]
+"""The shards of one tensor by rank, or one whole tensor."""
+
+
+class _Pair(NamedTuple):
+    """Two tensors of one name that have to be equal, or two shards."""
+
+    name: str
+    first: _PartTensor
+    other: _PartTensor
+
+
+class _StagePlan:
+    """How the parts of all ranks fit together.
+
+    Args:
+        parts: of all ranks.
+
+    Attributes:
+        parts: see above.
+        holders: the parts that have each name.
+        unchecked: names that may differ in value between the ranks that have them.
+        pairs: what has to be compared.
 
     Raises:
         ShardedStateError: the ranks have objects of different kinds, or different forms under one name.
     """
-    kinds = [part["kind"] for part in parts]
-    for rank, kind in enumerate(kinds):
-        if kind != kinds[0]:
-            msg = (
-                f"rank 0 has {kinds[0]}, rank {rank} has {kind}. Nothing was saved. Give all ranks objects of one kind"
+
+    def __init__(self, parts: Sequence[KnownPart]) -> None:
+        self.parts = parts
+        self.holders = _find_holders(parts)
+        self.unchecked = {name for part in parts for name in part.unchecked}
+        self.pairs: list[_Pair] = []
+        self._shards: dict[str, list[Mapping[int, _Shards]]] = {}
+        for name, holders in self.holders.items():
+            numbers = [numbers_in(parts[index].nodes[name]) for index in holders]
+            places = (
+                [_PartTensor(*one) for one in zip(holders, place, strict=True)] for place in zip(*numbers, strict=True)
             )
-            raise ShardedStateError(msg)
+            self._shards[name] = [self._group(name, tensors) for tensors in places]
+
+    def _group(self, name: str, tensors: Sequence[_PartTensor]) -> dict[int, _Shards]:
+        """Return the shards that belong together, by part. Tensors on different meshes are copies of each other."""
+        groups = defaultdict[Any, dict[int, _PartTensor]](dict)
+        for one in tensors:
+            rank, ranks = self.parts[one.part].rank, self.form(one).placement.ranks
+            number = 0  # a rank may have the name in several parts
+            while rank in groups[ranks, number]:
+                number += 1
+            groups[ranks, number][rank] = one
+        found: dict[int, _Shards] = {}
+        copies = []
+        for (ranks, _), group in groups.items():
+            absent = set(ranks).difference(group)
+            if absent:
+                msg = (
+                    f"{self.parts[0].kind}: {name!r} is a DTensor over the ranks {list(ranks)}, but rank {min(absent)} "
+                    "does not have it. Nothing was saved"
+                )
+                raise ShardedStateError(msg)
+            found |= {one.part: group for one in group.values()}
+            copies.append([group[rank] for rank in ranks])
+        if name not in self.unchecked:
+            first, *others = copies
+            self.pairs += [_Pair(name, *pair) for other in others for pair in zip(first, other, strict=True)]
+        return found
+
+    def form(self, tensor: _PartTensor) -> TensorForm:
+        """Return what all ranks know of a tensor."""
+        return self.parts[tensor.part].tensors[tensor.number]
+
+    def shards_of(self, name: str, part: int) -> Iterator[_Shards]:
+        """Yield the shards of each tensor that a part has under a name."""
+        return (shards[part] for shards in self._shards[name])
+
+    def parts_of(self, rank: int) -> list[int]:
+        """Return the indices of a rank's parts."""
+        return [index for index, part in enumerate(self.parts) if part.rank == rank]
+
+    def _compared_on(self, rank: int) -> Iterator[_PartTensor]:
+        """Yield the tensors of a rank that are compared, each once."""
+        found = (one for pair in self.pairs for one in (pair.first, pair.other))
+        return (one for one in dict.fromkeys(found) if self.parts[one.part].rank == rank)
+
+    def checksums(self, rank: int, own: Sequence[StagePart]) -> list[int]:
+        """Return the checksums of a rank's tensors that are compared. Rank-local.
+
+        Args:
+            rank: this rank.
+            own: its parts.
+        """
+        parts = dict(zip(self.parts_of(rank), own, strict=True))
+        return [checksum_of(local_of(parts[part].tensors[number])) for part, number in self._compared_on(rank)]
+
+    def compare(self, checksums: Sequence[Sequence[int]]) -> None:
+        """Compare the :meth:`checksums` of all ranks.
+
+        Raises:
+            ShardedStateError: two ranks have other values.
+        """
+        known: dict[_PartTensor, int] = {}
+        for rank, found in enumerate(checksums):
+            known |= zip(self._compared_on(rank), found, strict=True)
+        for name, first, other in self.pairs:
+            if known[first] != known[other]:
+                one, two = self.parts[first.part], self.parts[other.part]
+                raise _differ(one.kind, name, one.rank, two.rank, "other values")
+
+
+def _find_holders(parts: Sequence[KnownPart]) -> dict[str, list[int]]:
+    """Return the parts that have each name.
+
+    Raises:
+        ShardedStateError: the ranks have objects of different kinds, or different forms under one name.
+    """
+    kind = parts[0].kind if parts else ""
+    for part in parts:
+        if part.kind != kind:
+            msg = f"rank 0 has {kind}, rank {part.rank} has {part.kind}. Nothing was saved"
+            raise ShardedStateError(f"{msg}. Give all ranks objects of one kind")
     holders: dict[str, list[int]] = {}
-    for rank, part in enumerate(parts):
-        for name in part["nodes"]:
-            holders.setdefault(name, []).append(rank)
+    for index, part in enumerate(parts):
+        for name in part.nodes:
+            holders.setdefault(name, []).append(index)
     for name, (first, *others) in holders.items():
         if not others:
             continue
-        form = _form_of(parts[first]["nodes"][name], parts[first]["tensors"])
-        for rank in others:
-            if _form_of(parts[rank]["nodes"][name], parts[rank]["tensors"]) != form:
-                raise _differ(kinds[0], name, first, rank, "another form or value")
+        form = form_of(parts[first], name)
+        for other in others:
+            if form_of(parts[other], name) != form:
+                raise _differ(kind, name, parts[first].rank, parts[other].rank, "another form or value")
     return holders
 
 
@@ -209,73 +243,63 @@ def _differ(kind: str, name: str, first: int, other: int, what: str) -> ShardedS
     )
 
 
-def _form_of(node: _Node, tensors: Sequence[Any]) -> Any:
-    """Return what two ranks compare of a value: the forms of its tensors, and all else."""
-    return _without_numbers(node), [tensors[number] for number in _numbers_in(node)]
-
-
-def _without_numbers(node: _Node) -> Any:
-    kind, content = node
-    if kind == "dict":
-        return [kind, [[key, _without_numbers(item)] for key, item in content]]
-    if kind in ("list", "tuple"):
-        return [kind, [_without_numbers(item) for item in content]]
-    return [kind, None if kind == "tensor" else content]
-
-
-def _numbers_in(node: _Node) -> list[int]:
-    """Return the numbers of the tensors in a value, in its order."""
-    kind, content = node
-    if kind == "tensor":
-        return [content]
-    if kind == "value":
-        return []
-    inner = (item for _, item in content) if kind == "dict" else content
-    return [number for one in inner for number in _numbers_in(one)]
-
-
 class _Joined:
-    """Makes the values of the whole state. A tensor that has two names on its rank is one tensor."""
+    """Makes the values of the whole state. A tensor that has two names in its part is one tensor.
 
-    def __init__(
-        self, rank: int, parts: Sequence[Mapping[str, Any]], own: Sequence[torch.Tensor], unchecked: set[str]
-    ) -> None:
+    Args:
+        plan: how the parts fit together.
+        rank: this rank.
+        own: its parts.
+    """
+
+    def __init__(self, plan: _StagePlan, rank: int, own: Sequence[StagePart]) -> None:
+        self._plan = plan
         self._rank = rank
-        self._parts = parts
-        self._own = own
-        self._unchecked = unchecked
-        self._made: dict[tuple[int, int], OwnedTensor] = {}
+        self._own = dict(zip(plan.parts_of(rank), own, strict=True))
+        self._made: dict[tuple[_PartTensor, ...], StageTensor] = {}
+        self._placings: dict[MeshPlacement, Placing] = {}
         self._nothing = torch.empty(0)
 
-    def value(self, name: str, ranks: Sequence[int]) -> Any:
-        """Return the value of a name that some ranks have. They take turns in writing."""
-        numbers = _numbers_in(self._parts[ranks[0]]["nodes"][name])
-        turn = numbers[0] if numbers and name not in self._unchecked else 0
-        owner = ranks[turn % len(ranks)]
-        return self._make(self._parts[owner]["nodes"][name], owner)
+    def entries(self) -> dict[str, Any]:
+        """Return the values by name. The parts that have a name take turns in writing it."""
+        return {name: self._value(name, holders) for name, holders in self._plan.holders.items()}
 
-    def _make(self, node: _Node, owner: int) -> Any:
+    def _value(self, name: str, holders: Sequence[int]) -> Any:
+        parts = self._plan.parts
+        numbers = numbers_in(parts[holders[0]].nodes[name])
+        turn = numbers[0] if numbers and name not in self._plan.unchecked else 0
+        writer = holders[turn % len(holders)]
+        return self._make(parts[writer].nodes[name], self._plan.shards_of(name, writer))
+
+    def _make(self, node: Node, shards: Iterator[_Shards]) -> Any:
         kind, content = node
         if kind == "tensor":
-            if (owner, content) not in self._made:
-                dtype, shape = self._parts[owner]["tensors"][content]
-                local = self._own[content] if owner == self._rank else self._nothing
-                self._made[owner, content] = OwnedTensor(owner, tuple(shape), getattr(torch, dtype), local)
-            return self._made[owner, content]
+            return self._tensor(next(shards))
         if kind == "dict":
-            return {key: self._make(item, owner) for key, item in content}
+            return {key: self._make(item, shards) for key, item in content}
         if kind == "value":
             return wire.decode(content.encode())
-        items = [self._make(item, owner) for item in content]
+        items = [self._make(item, shards) for item in content]
         return items if kind == "list" else tuple(items)
 
+    def _tensor(self, shards: _Shards) -> StageTensor:
+        key = tuple(shards.values())  # tied on all ranks that have it, or not tied
+        if key not in self._made:
+            dtype, shape, placement = self._plan.form(key[0])
+            own = shards.get(self._rank)
+            held = self._nothing if own is None else self._own[own.part].tensors[own.number]
+            if placement not in self._placings:
+                self._placings[placement] = place_on_mesh(placement, self._rank)
+            self._made[key] = StageTensor(self._placings[placement], shape, getattr(torch, dtype), held)
+        return self._made[key]
 
-def _join_groups(kind: str, groups_of: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+
+def join_groups(kind: str, groups_of: Sequence[tuple[int, Sequence[Mapping[str, Any]]]]) -> list[dict[str, Any]]:
     """Return the parameter groups of all stages: those of one index are one group.
 
     Args:
         kind: phrase for the object, for messages.
-        groups_of: of each rank.
+        groups_of: of each stage, with its rank.
 
     Raises:
         ShardedStateError: they have different hyperparameters, or a parameter is in two groups.
@@ -283,7 +307,7 @@ def _join_groups(kind: str, groups_of: Sequence[Sequence[Mapping[str, Any]]]) ->
     joined = list[dict[str, Any]]()
     first_ranks: list[int] = []
     group_of: dict[str, int] = {}
-    for rank, groups in enumerate(groups_of):
+    for rank, groups in groups_of:
         for index, group in enumerate(groups):
             if index == len(joined):
                 joined.append({**group, "params": []})

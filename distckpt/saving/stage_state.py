@@ -1,7 +1,7 @@
 """The state of a pipeline of stages, of which each rank holds one, as one state by name."""
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from distckpt._unwrap import rename_for_module, unwrap
 from distckpt._values import check_timeout
 from distckpt.backends.detect import current
 from distckpt.errors import state_mismatch_error
-from distckpt.saving.stage_exchange import StageExchange, StagePart
+from distckpt.saving.stage_exchange import StageExchange, join_groups
+from distckpt.saving.stage_parts import StagePart
 
 
 class StageState:
@@ -22,21 +23,23 @@ class StageState:
     it holds; nothing is gathered. A load gives each rank the names that its objects have. So a model loads the file
     after another split, on another number of ranks, or unsplit.
 
-    Names have to be those of the whole model. If several ranks have a tensor under one name, such as tied embeddings or
-    the replicas of a stage, its values have to be equal, and it is saved once. Buffers may differ; those of the lowest
-    rank are saved.
+    Names have to be those of the whole model. A tensor may be a DTensor over some ranks: a stage under FSDP2 or tensor
+    parallelism. If several ranks have a tensor under one name otherwise, such as tied embeddings or the replicas of a
+    stage, its values have to be equal, and it is saved once. Buffers may differ; those of the lowest rank are saved.
 
     An optimizer's state is saved by the names of its parameters: those of `module`, or ``param_names`` in its groups,
     which it has if it was made of ``named_parameters()``. Groups of the same index are one group.
 
     Args:
-        stage: this rank's module, or its optimizer.
-        module: the module with the parameters of an optimizer; None if its groups have ``param_names``.
+        stage: this rank's module, or its optimizer. A list of modules if the rank has several stages, as interleaved
+            schedules need; a list of optimizers if each has its own.
+        module: the module with the parameters of an optimizer, or a list of modules; None if its groups have
+            ``param_names``.
         timeout_s: seconds to wait for the other ranks; None for ``DISTCKPT_TIMEOUT_S``, or 300.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: the parameters of the optimizer have no names, or `timeout_s` is not positive.
+        ValueError: a list is empty, the parameters of the optimizer have no names, or `timeout_s` is not positive.
 
     Example:
         >>> import torch
@@ -50,31 +53,37 @@ class StageState:
 
     def __init__(
         self,
-        stage: nn.Module | torch.optim.Optimizer,
-        module: nn.Module | None = None,
+        stage: nn.Module | torch.optim.Optimizer | Sequence[nn.Module] | Sequence[torch.optim.Optimizer],
+        module: nn.Module | Sequence[nn.Module] | None = None,
         *,
         timeout_s: float | None = None,
     ) -> None:
-        if not isinstance(stage, nn.Module | torch.optim.Optimizer):
-            msg = f"Argument stage should be an nn.Module or an Optimizer, but given {type(stage)}"
-            raise TypeError(msg)
-        if module is not None and (not isinstance(module, nn.Module) or isinstance(stage, nn.Module)):
-            msg = f"Argument module should be the nn.Module of an optimizer, but given {type(module)}"
-            raise TypeError(msg)
-        if hasattr(stage, "consolidate_state_dict"):
-            msg = f"Argument stage: {type(stage).__name__} keeps a part of its state on each rank; it has no names"
-            raise TypeError(msg)
+        stages = _as_list(stage)
+        if not any(all(isinstance(one, kind) for one in stages) for kind in (nn.Module, torch.optim.Optimizer)):
+            kinds = "an nn.Module, an Optimizer, or a list of one of them"
+            raise TypeError(f"Argument stage should be {kinds}, but given {_types(stage)}")
+        if not stages:
+            raise ValueError("Argument stage should hold at least one module or optimizer, but the list is empty")
+        modules = [] if module is None else _as_list(module)
+        if not all(isinstance(one, nn.Module) for one in modules) or (modules and isinstance(stages[0], nn.Module)):
+            kinds = "the nn.Module of an optimizer, or a list of them"
+            raise TypeError(f"Argument module should be {kinds}, but given {_types(module)}")
+        for one in stages:
+            if hasattr(one, "consolidate_state_dict"):
+                msg = f"Argument stage: {type(one).__name__} keeps a part of its state on each rank; it has no names"
+                raise TypeError(msg)
         check_timeout(timeout_s)
         self._exchange = StageExchange(timeout_s)
-        self._stage = stage
-        self._module = module
-        if isinstance(stage, torch.optim.Optimizer):
-            self._names(stage)
+        self._stages = stages
+        self._modules = modules
+        for one in stages:
+            if isinstance(one, torch.optim.Optimizer):
+                self._names(one)
 
     @property
-    def wrapped(self) -> Any:
-        """The module, without wrappers, or the optimizer."""
-        return unwrap(self._stage)
+    def wrapped(self) -> list[Any]:
+        """The modules, without wrappers, or the optimizers."""
+        return list(map(unwrap, self._stages))
 
     def distckpt_consolidate(self, to: int) -> Any:
         """Collective. Return the state of all stages. A save calls this on all ranks.
@@ -84,11 +93,27 @@ class StageState:
         """
         del to
         backend = current()
-        return self.state_dict() if backend.world_size == 1 else self._exchange.join(backend, self._part)
+        return self.state_dict() if backend.world_size == 1 else self._exchange.join(backend, self._parts)
 
     def state_dict(self) -> Any:
-        """Return this rank's part of the state. Rank-local; a save writes those of all ranks instead."""
-        stage = self.wrapped
+        """Return this rank's part of the state. Rank-local; a save writes those of all ranks instead.
+
+        Raises:
+            ValueError: two stages of this rank have one name, with different tensors.
+        """
+        states = [self._state_of(one) for one in self.wrapped]
+        if len(states) == 1:
+            return states[0]
+        if isinstance(self._stages[0], nn.Module):
+            buffers = {name for one in self.wrapped for name, _ in one.named_buffers()}
+            joined: Any = OrderedDict(_joined(states, buffers))
+            versions = dict(item for state in states for item in getattr(state, "_metadata", {}).items())
+            joined._metadata = OrderedDict(versions)  # noqa: SLF001 - torch's name for it
+            return joined
+        groups = [(current().rank, state["param_groups"]) for state in states]
+        return {"state": _joined([one["state"] for one in states]), "param_groups": join_groups("an optimizer", groups)}
+
+    def _state_of(self, stage: Any) -> Any:
         if isinstance(stage, nn.Module):
             return stage.state_dict()
         state, names = stage.state_dict(), self._names(stage)
@@ -113,10 +138,11 @@ class StageState:
             StateMismatchError: an optimizer's parameter or group is missing; a ValueError too.
             RuntimeError: a module's tensor is missing, or has another shape.
         """
-        self.wrapped.load_state_dict(self.part_of(state_dict))
+        for stage, part in list(self.parts_of(state_dict)):
+            stage.load_state_dict(part)
 
-    def part_of(self, state: Any, name: str = "") -> Any:
-        """Return the part of a whole state that the object of this rank loads, as that object names it.
+    def parts_of(self, state: Any, name: str = "") -> Iterator[tuple[Any, Any]]:
+        """Yield the objects of this rank, each with the part of a whole state that it loads, as it names it.
 
         Args:
             state: of all stages, or of a model that was never split.
@@ -125,16 +151,18 @@ class StageState:
         Raises:
             StateMismatchError: an optimizer's parameter or group is missing; a ValueError too.
         """
-        stage = self.wrapped
-        if isinstance(stage, nn.Module):
-            renamed = rename_for_module(stage, state)
-            if not isinstance(renamed, Mapping) or current().world_size == 1:
-                return renamed
-            found: Any = OrderedDict((key, renamed[key]) for key in stage.state_dict() if key in renamed)
-            if hasattr(renamed, "_metadata"):
-                found._metadata = renamed._metadata  # noqa: SLF001 - torch's name for it
-            return found
-        return self._optimizer_part(stage, state, name)
+        for stage in self.wrapped:
+            is_module = isinstance(stage, nn.Module)
+            yield stage, self._module_part(stage, state) if is_module else self._optimizer_part(stage, state, name)
+
+    def _module_part(self, stage: nn.Module, state: Any) -> Any:
+        renamed = rename_for_module(stage, state)
+        if not isinstance(renamed, Mapping) or (current().world_size == 1 and len(self._stages) == 1):
+            return renamed
+        found: Any = OrderedDict((key, renamed[key]) for key in stage.state_dict() if key in renamed)
+        if hasattr(renamed, "_metadata"):
+            found._metadata = renamed._metadata  # noqa: SLF001 - torch's name for it
+        return found
 
     def _optimizer_part(self, optimizer: torch.optim.Optimizer, state: Any, name: str) -> Any:
         given = _by_name(state, name)
@@ -163,8 +191,11 @@ class StageState:
             states |= {number: given["state"][key] for number, key in pairs if key in given["state"]}
         return {"state": states, "param_groups": groups}
 
-    def _part(self) -> StagePart:
-        stage, state = self.wrapped, self.state_dict()
+    def _parts(self) -> list[StagePart]:
+        return list(map(self._part_of, self.wrapped))
+
+    def _part_of(self, stage: Any) -> StagePart:
+        state = self._state_of(stage)
         if isinstance(stage, torch.optim.Optimizer):
             return StagePart("an optimizer", state["state"], groups=state["param_groups"])
         versions = {path: one.get("version") for path, one in getattr(state, "_metadata", {}).items()}
@@ -173,25 +204,60 @@ class StageState:
 
     def _names(self, optimizer: torch.optim.Optimizer) -> list[list[str]]:
         """Return the names of the parameters of each group."""
-        module = None if self._module is None else unwrap(self._module)
-        known = {} if module is None else {id(one): name for name, one in reversed(list(module.named_parameters()))}
+        known: dict[int, str] = {}
+        for module in map(unwrap, reversed(self._modules)):
+            known |= {id(one): name for name, one in reversed(list(module.named_parameters()))}
         found = []
         for index, group in enumerate(optimizer.param_groups):
             kind = type(optimizer).__name__
-            if module is None and "param_names" not in group:
+            if not self._modules and "param_names" not in group:
                 msg = (
                     f"group {index} of the {kind} has no names of parameters. Pass the module too, or make the "
                     "optimizer of named_parameters()"
                 )
                 raise ValueError(msg)
-            absent = [
-                number for number, one in enumerate(group["params"]) if module is not None and id(one) not in known
-            ]
+            absent = [number for number, one in enumerate(group["params"]) if self._modules and id(one) not in known]
             if absent:
                 msg = f"parameter {absent[0]} of group {index} of the {kind} is not in the module"
                 raise ValueError(msg)
-            found.append(list(group["param_names"]) if module is None else [known[id(one)] for one in group["params"]])
+            found.append([known[id(one)] for one in group["params"]] if self._modules else list(group["param_names"]))
         return found
+
+
+def _as_list(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, list | tuple) else [given]
+
+
+def _types(given: Any) -> Any:
+    return [type(one) for one in given] if isinstance(given, list | tuple) else type(given)
+
+
+def _joined(states: Sequence[Mapping[str, Any]], unchecked: Collection[str] = ()) -> dict[str, Any]:
+    """Return the values by name that the stages of one rank have.
+
+    Args:
+        states: of the stages.
+        unchecked: names that may have different values.
+
+    Raises:
+        ValueError: two stages have one name, with different values.
+    """
+    found: dict[str, Any] = {}
+    for state in states:
+        for name, one in state.items():
+            if name in found and name not in unchecked and not _is_equal(found[name], one):
+                raise ValueError(f"two stages of this rank have {name!r}, with different values")
+            found.setdefault(name, one)
+    return found
+
+
+def _is_equal(one: Any, other: Any) -> bool:
+    """Return True if two values, which may hold tensors, are equal."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one is other or torch.equal(one, other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_is_equal(item, other[key]) for key, item in one.items())
+    return bool(one == other)
 
 
 def _by_name(state: Any, name: str) -> Mapping[str, Any]:
