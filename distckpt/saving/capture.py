@@ -12,6 +12,8 @@ from distckpt.saving.module_state import attached_state
 from distckpt.saving.object_forms import CapturedObjects
 from distckpt.saving.plain_state import LiveState, plain_state
 from distckpt.saving.sharded_objects import refuse_sharded_object
+from distckpt.saving.shards import local_of
+from distckpt.saving.stage_state import StageState
 from distckpt.saving.staging import has_step_hook
 
 
@@ -171,13 +173,17 @@ def find_replicas(to_save: Mapping[str, Any], *, world_size: int) -> frozenset[i
 def find_optimizer_storages(to_save: Mapping[str, Any]) -> dict[int, str]:
     """Find the storages that only an optimizer's step changes, if a hook can delay it. Rank-local.
 
+    Of a DTensor it is the storage of this rank's shard: gathering parameters only reads it.
+
     Returns:
         torch's identities of the storages, with the types of their devices.
     """
     found: dict[int, str] = {}
-    for optimizer in filter(has_step_hook, _plain_optimizers(_leaves(dict(to_save)))):
+    objects = _leaves(dict(to_save))
+    objects = [one for obj in objects for one in (obj.wrapped if isinstance(obj, StageState) else [obj])]
+    for optimizer in filter(has_step_hook, _plain_optimizers(objects)):
         for parameter, kept in _tensors_of(optimizer):
-            for tensor in (parameter, *kept):
+            for tensor in map(local_of, (parameter, *kept)):
                 identity = _storage_id(tensor)
                 if identity is not None:
                     found[identity] = tensor.device.type
