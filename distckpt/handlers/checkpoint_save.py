@@ -400,7 +400,7 @@ class CheckpointSave:
             check_name(filename)
             own.refuse_removal(filename, read_record(directory / filename))
         if saver is not None and self.agreed.removal != RemovalOrder.BEFORE:
-            saver.refuse_last_loadable(filename, self.decision)
+            saver.refuse_last_loadable(filename, self._kept_names, self.decision.filename)
         with contextlib.ExitStack() as stack:
             if self.history.unseen_handler is handler:  # an earlier file may have been the same file
                 stack.enter_context(contextlib.suppress(FileNotFoundError))
@@ -409,12 +409,16 @@ class CheckpointSave:
             if isinstance(handler, BaseSaveHandler):
                 handler.remove(filename)
 
+    @property
+    def _kept_names(self) -> list[str]:
+        return [name for _, name in self.decision.kept]
+
     def _remove_stored(self, filename: str, own: OwnFiles, saver: StorageSaver) -> None:
         """Rank-local, on the coordinator. Remove a file from the storage. Callable from any thread."""
         directory = directory_of(saver)
         check_name(filename)
         own.refuse_removal(filename, None if directory is None else read_record(directory / filename))
-        saver.refuse_last_loadable(filename, self.decision)
+        saver.refuse_last_loadable(filename, self._kept_names, self.decision.filename)
         saver.storage.remove(filename)
 
     def _take_over(self, removals: Sequence[protocol.Removal]) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -20,7 +20,7 @@ from distckpt.handlers.build_manifest import build_manifest
 from distckpt.handlers.compat import DISK_SAVER_OVERRIDES, refuse_overrides
 from distckpt.handlers.run_record import records_by_default
 from distckpt.handlers.save_handler import BaseSaveHandler, WhenBusy, runs_methods_of
-from distckpt.policy.decision import RemovalOrder, SaveDecision
+from distckpt.policy.decision import RemovalOrder
 from distckpt.policy.naming import check_name
 from distckpt.ptformat.loadable import RefusedObject, locate_refused
 from distckpt.ptformat.manifest import Manifest
@@ -365,13 +365,17 @@ class DiskSaver(BaseSaveHandler):
         is_own = runs_methods_of(self, DiskSaver, "__call__", "_save_func", "remove")
         return RemovalOrder.AFTER if is_own else RemovalOrder.AFTER_KEEPING
 
-    def refuse_last_loadable(self, filename: str, decision: SaveDecision) -> None:
-        """Raise StillNeeded if `filename` is the newest file that can be loaded. Rank-local. Any thread."""
-        written = decision.filename
-        is_last = written in self._unloadable and not any(
-            is_loadable(self.dirname / name) for _, name in decision.kept if name != written
-        )
-        if is_last and is_loadable(self.dirname / filename):
+    def refuse_last_loadable(self, filename: str, kept: Collection[str], written: str | None = None) -> None:
+        """Raise StillNeeded if no other file can be loaded. Rank-local. Any thread.
+
+        Args:
+            filename: the file to remove.
+            kept: the files that stay.
+            written: one of them that this object has written, and that need not be read therefore.
+        """
+        has_other = written is not None and written not in self._unloadable
+        others = (self.dirname / name for name in kept if name not in (filename, written))
+        if not has_other and not any(map(is_loadable, others)) and is_loadable(self.dirname / filename):
             msg = f"{filename} is kept: load_objects would refuse every other"
             raise StillNeeded(msg)
         self._unloadable.discard(filename)

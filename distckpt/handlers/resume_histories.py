@@ -24,10 +24,9 @@ from distckpt.handlers.save_handler import directory_of, storage_saver
 from distckpt.handlers.save_intent import coordinator_of
 from distckpt.policy.decision import RemovalOrder
 from distckpt.policy.naming import check_name
-from distckpt.ptformat.reader import is_loadable
 from distckpt.ptformat.records import Record, read_record
 from distckpt.saving.pending_save import Problems
-from distckpt.saving.protocol import StillNeeded, remove_local
+from distckpt.saving.protocol import remove_local
 from distckpt.storage.new_file import sync_directory_at
 
 _logger = logging.getLogger(__name__)
@@ -138,15 +137,13 @@ def _remove_orphans_here(handler: Checkpoint, engines: Sequence[Engine]) -> Prob
     if saver is None or saver.removal_order != RemovalOrder.AFTER:
         return {name: [False, ""] for name in history.orphans}
     directory, own = directory_of(saver) or Path(), handler._find_own_files(engines)  # noqa: SLF001 - as above
-    kept = [directory / name for _, name in history.kept]
+    kept = [name for _, name in history.kept]
 
     def remove(name: str) -> None:
         check_name(name)
         own.refuse_removal(name, read_record(directory / name))
-        if not any(map(is_loadable, kept)):
-            msg = f"{name} is kept: load_objects would refuse every other"
-            raise StillNeeded(msg)
-        for folder in {path.parent for path in kept}:
+        saver.refuse_last_loadable(name, kept)
+        for folder in {(directory / name).parent for name in kept}:
             sync_directory_at(folder)  # the killed process may not have
         saver.storage.remove(name)
         _logger.info("resume: removed %s, which a killed save has replaced", directory / name)

@@ -3,7 +3,7 @@
 import inspect
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -13,7 +13,7 @@ from ignite.handlers.checkpoint import DiskSaver as _IgniteDiskSaver
 
 from distckpt.backends.base import Backend
 from distckpt.coordination.phases import SyncPoint
-from distckpt.policy.decision import RemovalOrder, SaveDecision
+from distckpt.policy.decision import RemovalOrder
 from distckpt.ptformat.manifest import Manifest
 from distckpt.saving.rank_writer import RankWriter
 from distckpt.saving.writer_group import ShardWriters, WriterGroup
@@ -125,8 +125,8 @@ class StorageSaver(Protocol):
     ) -> None:
         """Rank-local. Save a file with its manifest, and return when it is durable."""
 
-    def refuse_last_loadable(self, filename: str, decision: SaveDecision) -> None:
-        """Rank-local. Raise ``StillNeeded`` if `filename` is the newest file that can be loaded. Any thread."""
+    def refuse_last_loadable(self, filename: str, kept: Collection[str], written: str | None = None) -> None:
+        """Rank-local. Raise ``StillNeeded`` if none of the kept files can be loaded, but `filename` can. Any thread."""
 
     def keeping(self, files: frozenset[tuple[int, int]]) -> AbstractContextManager[None]:
         """Rank-local. Keep ``remove`` from removing the files with these devices and inodes."""
