@@ -2,6 +2,8 @@
 
 import contextlib
 import math
+import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,19 +17,10 @@ from distckpt.backends.control_backend import ControlGroupBackend
 from distckpt.backends.detect import current
 from tests.support import job
 
-__all__ = [
-    "LIMIT_S",
-    "PLACES",
-    "VOTERS",
-    "Weights",
-    "attached",
-    "counted",
-    "operations",
-    "rank_is_last",
-    "saving_trainer",
-    "stored",
-]
-
+WORLDS = pytest.mark.parametrize("world_size", [2, 3])
+SOON_S = 2.0
+End = tuple[int, str | None]
+"""Of a run: the last iteration, and the stop reason."""
 LIMIT_S = 30.0
 """How long a rank waits for another one in these tests: none should have to."""
 
@@ -216,3 +209,34 @@ def saving_trainer(weights: Weights, folder: str, place: str, order: str, **pace
     if order == "before":
         trainer.add_event_handler(Events.ITERATION_COMPLETED, TerminateOnNan(timeout_s=LIMIT_S, **pace))
     return trainer
+
+
+def voting_trainer(weights: Weights, kind: str, at: int = 3) -> tuple[Engine, dict[str, Any]]:
+    """Return a trainer to which something happens on the last rank in iteration `at`, and where its handlers go."""
+    handlers: dict[str, Any] = {}
+
+    def step(engine: Engine, _batch: object) -> float:
+        weights.step = engine.state.iteration
+        if weights.step == at and rank_is_last():
+            if kind == "signal":
+                os.kill(os.getpid(), signal.SIGTERM)
+            elif kind == "time":
+                handlers["time"].start_time -= 3601
+            elif kind == "nan":
+                return math.nan
+        return 0.5
+
+    return Engine(step), handlers
+
+
+def engine_with_nan_at(iteration: int) -> Engine:
+    return Engine(lambda engine, _batch: nan_at(engine, iteration))
+
+
+def nan_at(engine: Engine, iteration: int) -> float:
+    return math.nan if engine.state.iteration == iteration and rank_is_last() else 0.5
+
+
+def step_of(engine: Engine, weights: Weights) -> float:
+    weights.step = engine.state.iteration
+    return math.nan if weights.step >= weights.breaks_at and rank_is_last() else 0.5

@@ -1,0 +1,5 @@
+"""Fixtures of the tests of the heartbeat."""
+
+from tests.unit.coordination.simulated_jobs import clock, job
+
+__all__ = ["clock", "job"]
