@@ -18,6 +18,7 @@ import pytest
 
 from tests.crash.loop_disk import KINDS, LoopDisk, unshare_mounts, why_no_mounts
 from tests.crash.modes import MODES, world_size_of
+from tests.crash.moments import Turns
 from tests.crash.program import saving, typical_save_s
 from tests.crash.tally import Tally, others_in, place_of
 from tests.support import fresh_ranks
@@ -56,9 +57,9 @@ def _cut_power(root: Path, kind: str, saver: str, cuts: int, seed: int, stop_at:
     directory = root / os.environ["RANK"]
     directory.mkdir(parents=True)
     disk = LoopDisk(directory, kind)
-    tally = TallyOfCuts()
+    tally, num_saves = TallyOfCuts(), Turns(4, moments)
     while tally.trials < cuts and tally.lost < stop_at:
-        _cut_once(disk, saver, world_size_of(saver), (moments.randrange(4), moments.uniform(0.0, span_s)), tally)
+        _cut_once(disk, saver, world_size_of(saver), (num_saves.take(), moments.uniform(0.0, span_s)), tally)
     return tally
 
 

@@ -17,6 +17,7 @@ import pytest
 from distckpt.storage.local import LocalStorage
 from tests.crash.forked import forked
 from tests.crash.modes import MODES, is_shared
+from tests.crash.moments import Turns
 from tests.crash.program import saving, typical_save_s
 from tests.crash.subject import name_of, steps_in
 from tests.crash.tally import Tally, others_in, place_of
@@ -62,12 +63,12 @@ def _kill_savers(root: Path, saver: str, kills: int, seed: int, stop_at: str, sp
     moments = random.Random(f"{seed}-{os.environ['RANK']}-{saver}")
     directory = root / os.environ["RANK"]
     directory.mkdir(parents=True)
-    tally = Tally()
+    tally, num_saves = Tally(), Turns(3, moments)
     with _live_writer(directory) as let_it_go_on:
         (live,) = others_in(directory)
         newest = 0
         for _ in range(kills):
-            moment = (moments.randrange(3), moments.uniform(0.0, span_s))
+            moment = (num_saves.take(), moments.uniform(0.0, span_s))
             newest = _kill_one(directory, saver, newest, moment, live, tally)
             if any(stop_at in finding for finding in tally.findings):
                 return tally

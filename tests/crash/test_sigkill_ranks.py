@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.crash.modes import MODES
+from tests.crash.moments import Turns
 from tests.crash.program import EXIT_LOST, EXIT_OTHERWISE, saving, typical_save_s
 from tests.crash.subject import name_of, steps_in
 from tests.crash.tally import Tally, others_in, place_of
@@ -75,10 +76,10 @@ def _kill_ranks(root: Path, saver: str, kills: int, seed: int, stop_at: str, spa
     moments = random.Random(f"{seed}-{os.environ['RANK']}-{saver}")  # other moments for each way of saving
     directory = root / os.environ["RANK"]
     directory.mkdir(parents=True)
-    tally = TallyOfRanks()
+    tally, num_saves = TallyOfRanks(), Turns(3, moments)
     newest = 0
     for number in range(kills):
-        moment = _moment(moments, span_s, survives=number % SURVIVES_EACH == 0)
+        moment = _moment(moments, span_s, num_saves.take(), survives=number % SURVIVES_EACH == 0)
         newest = _kill_once(directory, saver, newest, moment, tally)
         if any(stop_at in finding for finding in tally.findings):
             return tally
@@ -90,9 +91,9 @@ def _kill_ranks(root: Path, saver: str, kills: int, seed: int, stop_at: str, spa
     return tally
 
 
-def _moment(draw: random.Random, span_s: float, *, survives: bool) -> Moment:
+def _moment(draw: random.Random, span_s: float, num_saves: int, *, survives: bool) -> Moment:
     return Moment(
-        num_saves=draw.randrange(3),
+        num_saves=num_saves,
         seconds=draw.uniform(0.0, span_s),
         victims=(draw.randrange(WORLD_SIZE),) if survives else draw.choice(VICTIMS),
         survives_s=None if survives else draw.uniform(0.0, SOON_S),
