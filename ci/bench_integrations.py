@@ -272,14 +272,14 @@ def newest_loads(name: str, folder: Path) -> bool:
 def main() -> int:
     """Run all contestants and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a smaller model, one round, one kill")
+    parser.add_argument("--quick", action="store_true", help="a smaller model, one round, no kills")
     parser.add_argument("--width", type=int, help="of the model (768; with --quick 64)")
     parser.add_argument("--rounds", type=int, help="runs of each contestant (3; with --quick 1)")
-    parser.add_argument("--kills", type=int, help="kills of each contestant (10; with --quick 1)")
+    parser.add_argument("--kills", type=int, help="kills of each contestant (10; with --quick 0)")
     parser.add_argument("--directory", type=Path, help="for the checkpoints")
     options = parser.parse_args()
     width = options.width or (64 if options.quick else 768)
-    num_rounds, num_kills = options.rounds or (1 if options.quick else 3), options.kills or (1 if options.quick else 10)
+    num_rounds, num_kills = options.rounds or (1 if options.quick else 3), options.kills or (0 if options.quick else 10)
     root = Path(tempfile.mkdtemp(prefix="bench-integrations-", dir=options.directory))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a time limit: end what is forked
     results: dict[str, list[dict[str, float]]] = {name: [] for name in CONTESTANTS}
@@ -309,7 +309,7 @@ def main() -> int:
         stall, durable, step = (
             1000 * statistics.median(one[key] for one in found_all) for key in ("stall_s", "durable_s", "step_s")
         )
-        kills = f"after {damaged[name]} of {num_kills} kills"
+        kills = f"after {damaged[name]} of {num_kills} kills" if num_kills else "-"
         print(f"{name:20}  {stall:6.0f} ms  {durable:6.0f} ms  {step:6.0f} ms  {kills}")
     ours = [name for name, (_, is_ours) in CONTESTANTS.items() if is_ours]
     return 1 if any(damaged[name] for name in ours) else 0

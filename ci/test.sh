@@ -70,13 +70,14 @@ RESULTS="$(mktemp -d)"
 unset PYTHONDONTWRITEBYTECODE PYTHONPYCACHEPREFIX
 export PATH="$BIN:$PATH" PYTHONUNBUFFERED=1 PYTHONPATH="$ROOT"
 export MYPY_CACHE_DIR="${MYPY_CACHE_DIR:-$(dirname "$(dirname "$BIN")")/mypy}" # beside the environments: a fresh clone has none
-trap 'rm -rf "$RESULTS"' EXIT
+trap 'end_stages; rm -rf "$RESULTS"' EXIT
 
-# run_pytest NAME ARGUMENT...: run pytest in an environment, whose programs (torchrun) are on PATH.
+# run_pytest STAGE NAME ARGUMENT...: run pytest in an environment, whose programs (torchrun) are on PATH. STAGE is stage or
+# stage_beside.
 run_pytest() {
-    local name="$1" python="${PYTHONS[$1]}"
-    shift
-    stage "pytest, $name" "${DISTCKPT_LIMIT_S:-$LIMIT_S}" env PATH="$(dirname "$python"):$PATH" "$python" -m pytest \
+    local run="$1" name="$2" python="${PYTHONS[$2]}"
+    shift 2
+    "$run" "pytest, $name" "${DISTCKPT_LIMIT_S:-$LIMIT_S}" env PATH="$(dirname "$python"):$PATH" "$python" -m pytest \
         -n "${DISTCKPT_WORKERS:-3}" --dist worksteal --durations=10 --outcomes "$RESULTS/$name.json" "$@"
 }
 
@@ -98,22 +99,27 @@ if [ "$TESTS" -eq 1 ]; then
     [ "$FAST" -eq 0 ] || SELECTION+=(-m "not crash")
     for name in "${RUNTIMES[@]}"; do
         case "$name" in
-            base) run_pytest base "${SELECTION[@]}" "$@" ;;
-            newest) run_pytest newest -m "not crash" "${SELECTION[@]}" "$@" ;;
-            horovod) DISTCKPT_TEST_RUNTIME="$name" run_pytest "$name" tests/contracts tests/distributed "${SELECTION[@]}" "$@" ;;
+            base) run_pytest stage base "${SELECTION[@]}" "$@" ;;
+            newest) run_pytest stage newest -m "not crash" "${SELECTION[@]}" "$@" ;;
+            # The ranks of these wait for each other most of the time.
+            horovod)
+                DISTCKPT_TEST_RUNTIME="$name" run_pytest stage_beside "$name" tests/contracts tests/distributed \
+                    "${SELECTION[@]}" "$@"
+                ;;
             # torch_xla 2.9 with two replicas in one process crashes in its own operations about once in a thousand tests.
             # pytest prints which tests it ran again. On other runtimes a crash is a failure.
             xla)
-                DISTCKPT_TEST_RUNTIME="$name" run_pytest "$name" tests/contracts tests/distributed -rR --reruns 1 \
+                DISTCKPT_TEST_RUNTIME="$name" run_pytest stage_beside "$name" tests/contracts tests/distributed -rR --reruns 1 \
                     --only-rerun "killed by signal 11" "${SELECTION[@]}" "$@"
                 ;;
         esac
     done
     if [ "${#RUNTIMES[@]}" -ge 3 ]; then
-        stage "checkpoint matrix" 600 env DISTCKPT_PYTHONS="$(
+        stage_beside "checkpoint matrix" 600 env DISTCKPT_PYTHONS="$(
             printf '%s:' "${PYTHONS[base]}" "${PYTHONS[horovod]}" "${PYTHONS[xla]}"
         )" "$PYTHON" -m pytest tests/matrix
     fi
+    finish_stages
     if [ "${#RUNTIMES[@]}" -ge 3 ] && [ $# -eq 0 ]; then
         stage "contract report" 60 "$PYTHON" ci/contract_report.py "$RESULTS"/{base,horovod,xla}.json
     fi
