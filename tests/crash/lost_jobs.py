@@ -27,6 +27,8 @@ _ROOT = Path(__file__).resolve().parents[2]
 _START_LIMIT_S = 60.0
 _TRY_S = 15.0  # after which an agent's job is started again
 _POLL_S = 0.02
+_TORCH_SAYS = "The hostname of the client socket cannot be retrieved"
+"""Where the name of 127.0.0.1 is not found in time, as on a busy machine."""
 _NOISE = ("frame #", "Exception raised from", "<omitting python frames>")  # of torch's C++ stacks
 _ENVIRONMENT = {
     "GLOO_SOCKET_IFNAME": "lo",
@@ -118,9 +120,10 @@ class Job:
                 os.kill(self.pid_of(rank), number)
 
     def output(self, rank: int) -> str:
-        """Return what a rank wrote on stdout and stderr."""
+        """Return what a rank wrote on stdout and stderr, without what torch says of the machine's names."""
         path = self.folder / f"output_{rank}"
-        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        return "".join(line for line in text.splitlines(keepends=True) if _TORCH_SAYS not in line)
 
     def end(self, rank: int) -> End | None:
         """Return the end of a rank's run or process; None while it runs."""
