@@ -10,7 +10,14 @@ from torch import nn
 
 from distckpt.loading.plain_objects import get_tensors, is_plain_tensor
 from distckpt.ptformat.shard_geometry import Ranges, local_ranges
-from distckpt.ptformat.sharded import describe_shard, is_dtensor, is_flat_shard, none_sharded, sharded_error
+from distckpt.ptformat.sharded import (
+    describe_disorder,
+    describe_shard,
+    is_dtensor,
+    is_flat_shard,
+    none_sharded,
+    sharded_error,
+)
 from distckpt.saving.sharded_objects import MANAGED, may_be_sharded_module, refuse_fsdp1, refuse_own_storage
 
 Found = tuple[tuple[Any, ...], torch.Tensor, torch.Tensor]
@@ -217,4 +224,4 @@ def _describe_problem(tensor: torch.Tensor) -> str | None:
         get_part(tensor)
     except ValueError as error:
         return f"a DTensor whose {error}"
-    return None
+    return describe_disorder(tensor)

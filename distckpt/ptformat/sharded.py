@@ -109,6 +109,29 @@ def is_replicated(tensor: Any, world_size: int) -> bool:
     return (not used and world_size == 1) or (all(one.is_replicate() for one in used) and mesh.size() == world_size)
 
 
+def describe_disorder(tensor: Any) -> str | None:
+    """Return a phrase if torch does not hold a DTensor's shards in the order of its device mesh; else None.
+
+    A process group sorts its ranks. Where a mesh lists them in another order, ``distribute_tensor`` and FSDP2 shard by
+    the group's order, and other parts of torch by the mesh's.
+    """
+    mesh, placements = tensor.device_mesh, tensor.placements
+    sharded = tuple(dim for dim, one in enumerate(placements) if hasattr(one, "dim") and mesh.size(dim) > 1)
+    ranks = tuple(mesh.mesh.flatten().tolist())
+    if not sharded or _is_ascending(ranks, tuple(mesh.shape), sharded):
+        return None
+    return (
+        f"a DTensor that is sharded over the ranks {mesh.mesh.tolist()}, which are not in ascending order: parts of torch "
+        "disagree on which rank has which shard. Make the device mesh of ascending ranks"
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _is_ascending(ranks: tuple[int, ...], shape: tuple[int, ...], dims: tuple[int, ...]) -> bool:
+    mesh = torch.tensor(ranks, device="cpu").view(shape)
+    return all(bool((mesh.diff(dim=dim) > 0).all()) for dim in dims)
+
+
 def describe_shard(tensor: torch.Tensor) -> str | None:
     """Return a phrase that describes a sharded tensor; None if this rank holds all of it. Rank-local.
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 
-from distckpt.ptformat.sharded import is_replicated
+from distckpt.ptformat.sharded import describe_disorder, is_replicated
 from distckpt.saving.sharding import Mesh, make_mesh
 
 
@@ -25,7 +25,7 @@ class Placing(NamedTuple):
         needs_redistribution: whether the ranks hold other parts than rows.
         is_plain: whether each rank of the job holds the whole tensor.
         text: phrase that is equal on ranks that can write a tensor together.
-        refused: the placement that cannot be saved; empty if there is none.
+        refused: phrase for a DTensor that cannot be saved; empty if it can.
     """
 
     mesh: Mesh
@@ -53,7 +53,7 @@ class MeshPlacement(NamedTuple):
         splits: see :class:`ShardLayout`, once the tensor is redistributed.
         needs_redistribution: whether the ranks hold other parts than rows.
         placements: as text.
-        refused: the placement that cannot be saved; empty if there is none.
+        refused: phrase for a DTensor that cannot be saved; empty if it can.
     """
 
     ranks: tuple[int, ...]
@@ -82,7 +82,7 @@ class MeshPlacement(NamedTuple):
             splits=tuple(splits),
             needs_redistribution=needs_redistribution,
             placements=", ".join(map(str, placements)),
-            refused=next((str(one) for one in used if not (one.is_replicate() or is_shard(one))), ""),
+            refused=_describe_partial(used) or describe_disorder(tensor) or "",
         )
 
     @classmethod
@@ -171,6 +171,11 @@ def place_on_rank(rank: int) -> MeshPlacement:
 
 def _describe_mesh(mesh: Mesh) -> str:
     return f"ranks {list(mesh.ranks)} as {'x'.join(map(str, mesh.shape))}"
+
+
+def _describe_partial(placements: Sequence[Any]) -> str | None:
+    partial = next((str(one) for one in placements if not (one.is_replicate() or is_shard(one))), None)
+    return partial and f"a DTensor with placement {partial}: its ranks hold summands. Redistribute it first"
 
 
 def is_shard(placement: Any) -> bool:

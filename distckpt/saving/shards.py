@@ -312,8 +312,7 @@ class Shards:
 
     def _add(self, it: Any, name: str, placing: Placing) -> TensorShard:
         if placing.refused:
-            problem = f"a DTensor with placement {placing.refused}: its ranks hold summands. Redistribute it first"
-            raise sharded_error(name, problem)
+            raise sharded_error(name, placing.refused)
         shape, dtype = tuple(it.shape), it.dtype
         held: Any = it
         key: Any = id(it)
@@ -323,7 +322,8 @@ class Shards:
             local = local_of(it)
             # A parameter's state_dict entries are new tensors of one storage, of which each rank holds its shard.
             storage = local.untyped_storage()._cdata  # noqa: SLF001 - torch's identity of a storage
-            key = storage, local.storage_offset(), shape, it.stride(), dtype, id(placing)
+            signs = local.is_conj(), local.is_neg()
+            key = storage, local.storage_offset(), shape, it.stride(), dtype, signs, id(placing)
         number = self._numbers.setdefault(key, len(self.sources))
         shard = TensorShard(number, dtype, shape, it.requires_grad, isinstance(it, torch.nn.Parameter))
         if number == len(self.sources):

@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import distckpt
-from distckpt import Checkpoint, DiskSaver, RngState
+from distckpt import Checkpoint, DiskSaver, RngState, StageState
 from distckpt.ptformat.reader import verify
 from tests.distributed.programs import Stateful, kinds, raised
 from tests.support import job, run_distributed
@@ -348,3 +348,39 @@ def test_replicas_and_random_states_are_saved_beside_shards(tmp_path: Path) -> N
         distckpt.resume({"model": again, "replica": fresh}, tmp_path / str(number))
         assert_equal(whole(again.state_dict()), expected["model"])
         assert torch.equal(fresh.module.weight, replica.module.weight)
+
+
+@run_distributed(world_size=4, timeout_s=60)
+def test_a_mesh_of_ranks_in_another_order_is_refused_where_it_shards(tmp_path: Path) -> None:
+    """Torch's process groups sort their ranks: distribute_tensor and redistribute would mean other shards."""
+    values = numbers(8, 3)
+    path = tmp_path / "plain.pt"
+    if job.rank() == 0:
+        torch.save({"weight": values}, path)
+    job.barrier()
+    for ranks, placements, is_refused in (
+        ([[2, 3], [0, 1]], [Replicate(), Shard(0)], False),
+        ([[2, 3], [0, 1]], [Shard(0), Replicate()], True),
+        ([[1, 0], [3, 2]], [Replicate(), Shard(1)], True),
+        ([[3, 2], [1, 0]], [Replicate(), Replicate()], False),
+    ):
+        mesh = DeviceMesh("cpu", ranks)
+        module = nn.Module()
+        weight: Any = nn.Parameter(distribute_tensor(values, mesh, placements))
+        module.weight = weight
+        whole_values = weight.full_tensor().detach()
+        for obj in (module, StageState(module)):
+            if is_refused:
+                for error in (
+                    raised(lambda obj=obj: distckpt.save({"model": obj}, tmp_path / "a.pt")),  # type: ignore[misc]  # a default of a lambda
+                    raised(lambda obj=obj: distckpt.load({"model": obj}, path)),  # type: ignore[misc]  # as above
+                ):
+                    assert "ShardedStateError" in kinds(error)
+                    assert "which are not in ascending order" in str(error)
+            else:
+                distckpt.save({"model": obj}, tmp_path / "a.pt")
+                job.barrier()
+                assert torch.equal(torch.load(tmp_path / "a.pt", weights_only=True)["weight"], whole_values)
+                distckpt.load({"model": obj}, path)
+                assert torch.equal(weight.full_tensor(), values)
+            job.barrier()
