@@ -56,14 +56,14 @@ def rename_for_module(module: nn.Module, state: Any) -> Any:
     if not isinstance(state, Mapping):
         return state
     paths = [f"{path}." for path, _ in module.named_modules(remove_duplicate=False)]
-    compiled = {_without_compiled(path): path for path in paths if path.endswith(f"{_COMPILED}.")}
+    compiled = {without_compiled(path): path for path in paths if path.endswith(f"{_COMPILED}.")}
     names = [key for key in state if isinstance(key, str)]
     if not compiled and not any(f"{_COMPILED}." in name for name in names):
         return state
     is_parallel = all(name.startswith(_COMPILED_PARALLEL) for name in names) and "module." not in paths
 
     def rename(name: str) -> str:
-        plain = _without_compiled(name.removeprefix(_COMPILED_PARALLEL) if is_parallel else name)
+        plain = without_compiled(name.removeprefix(_COMPILED_PARALLEL) if is_parallel else name)
         prefix = max((path for path in compiled if plain.startswith(path)), key=len, default=None)
         return plain if prefix is None else compiled[prefix] + plain[len(prefix) :]
 
@@ -76,5 +76,6 @@ def rename_for_module(module: nn.Module, state: Any) -> Any:
     return renamed
 
 
-def _without_compiled(name: str) -> str:
+def without_compiled(name: str) -> str:
+    """Return a parameter's name without what ``torch.compile`` has put into it."""
     return ".".join(part for part in name.split(".") if part != _COMPILED)

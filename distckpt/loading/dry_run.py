@@ -14,9 +14,10 @@ from torch import nn
 
 from distckpt._messages import ignore_warnings
 from distckpt.errors import state_mismatch_error
-from distckpt.loading.dtensors import free_gathered_parameters, local_tensor
+from distckpt.loading.dtensors import local_tensor
 from distckpt.loading.plain_objects import get_tensors, has_memory, is_plain_module, is_plain_tensor, loads_by_name
 from distckpt.loading.report import LoadReport
+from distckpt.saving.sharded_objects import free_gathered_parameters
 
 _NAMES = "bool uint8 int8 int16 int32 int64 float16 bfloat16 float32 float64 cfloat cdouble float8_e4m3fn float8_e5m2"
 _COPYABLE = {getattr(torch, name, None) for name in f"{_NAMES} float8_e8m0fnu".split()}  # to each other

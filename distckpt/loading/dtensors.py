@@ -1,7 +1,6 @@
 """Live DTensors: their local shards, and DTensors of a file's values like them. Rank-local; issues no collectives."""
 
 import copy
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,7 +17,14 @@ from distckpt.ptformat.sharded import (
     none_sharded,
     sharded_error,
 )
-from distckpt.saving.sharded_objects import MANAGED, may_be_sharded_module, refuse_fsdp1, refuse_own_storage
+from distckpt.saving.sharded_objects import (
+    MANAGED,
+    free_gathered_parameters,
+    is_fsdp2,
+    may_be_sharded_module,
+    refuse_fsdp1,
+    refuse_own_storage,
+)
 
 Found = tuple[tuple[Any, ...], torch.Tensor, torch.Tensor]
 """The keys that lead to a plain tensor of a state, the live DTensor that takes its values, and the tensor."""
@@ -144,18 +150,6 @@ def _is_dtensor_of(live: Any, given: Any) -> bool:
     return not is_dtensor(given) and live.shape == given.shape
 
 
-def free_gathered_parameters(module: nn.Module) -> None:
-    """Make FSDP2's modules hold their shards, as torch's ``load_state_dict`` does."""
-    for child in filter(_is_fsdp2, module.modules()):
-        it: Any = child
-        it.reshard()
-
-
-def _is_fsdp2(module: nn.Module) -> bool:
-    fsdp2 = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-    return fsdp2 is not None and isinstance(module, fsdp2)
-
-
 # -- what is refused ---------------------------------------------------------------------------------
 
 
@@ -207,7 +201,7 @@ def _refuse_module(where: str, module: nn.Module) -> None:
     todo = [module]
     while todo:
         one = todo.pop()
-        if _is_fsdp2(one):  # it has freed the gathered parameters
+        if is_fsdp2(one):  # it has freed the gathered parameters
             continue
         parameters = list(one.parameters(recurse=False))
         if MANAGED in vars(one) and parameters and none_sharded(parameters):

@@ -40,7 +40,7 @@ from distckpt.loading.report import LoadReport, join_mismatches, join_reports
 from distckpt.loading.rollback import Rollback, make_rollback, own_state
 from distckpt.ptformat.reader import OpenCheckpoint
 from distckpt.saving.plain_state import plain_state
-from distckpt.saving.stage_state import StageState
+from distckpt.saving.stage_state import StageState, copy_at
 from distckpt.saving.staging import wait_for_deferred_copies
 
 _Mismatches = list[tuple[str, StateMismatchError]]  # with the objects' names
@@ -65,6 +65,7 @@ class _ObjectLoad:
         new_targets: DTensors for its state, which are read before any object is changed.
         report: the keys that the dry run passed over.
         rollback: restores the object; None if that is impossible or not needed.
+        repeated: the keys that lead to values that are given to other objects too.
     """
 
     name: str
@@ -75,6 +76,7 @@ class _ObjectLoad:
     new_targets: list[inplace.InplaceTarget] = field(default_factory=list)
     report: LoadReport = field(default_factory=LoadReport)
     rollback: Rollback | None = None
+    repeated: list[tuple[Any, ...]] = field(default_factory=list)
 
     def examine(self, options: dict[str, Any]) -> None:
         """Raise StateMismatchError if the state does not fit, as far as that can be known."""
@@ -82,9 +84,11 @@ class _ObjectLoad:
             report = try_load(self.obj, self.state, options, self.name)
             if report is not None:
                 self.order, self.report = _Order.PLAIN_MODULE, report
-        elif isinstance(self.obj, torch.optim.Optimizer) and is_plain_optimizer(self.obj):
-            _check_groups(self.name, self.obj, self.state)
-            self.order = _Order.OPTIMIZER
+        elif isinstance(self.obj, torch.optim.Optimizer):
+            _refuse_names(self.name, self.obj, self.state)
+            if is_plain_optimizer(self.obj):
+                _check_groups(self.name, self.obj, self.state)
+                self.order = _Order.OPTIMIZER
 
     def find_targets(self, file: OpenCheckpoint) -> list[inplace.InplaceTarget]:
         if self.order is _Order.PLAIN_MODULE:
@@ -107,7 +111,9 @@ class _ObjectLoad:
         self.replace_tensors((target.path, target.live) for target in self.new_targets)
 
     def use_slices(self) -> None:
-        """Replace tensors of the state, which have been read, by DTensors with this rank's part of them."""
+        """Replace tensors of the state, which have been read, by copies or by DTensors with this rank's part."""
+        own = {target.path for target in (*self.targets, *self.new_targets)}
+        self.state = copy_at(self.state, [path for path in self.repeated if path not in own])
         found = find_dtensors(self.obj, self.state)
         self.replace_tensors((path, slice_like(live, given)) for path, live, given in found)
         if self.rollback is not None:
@@ -338,13 +344,13 @@ def _walk(name: str, obj: Any, state: Any, loads: list[_ObjectLoad], mismatches:
     if hasattr(obj, "load_state_dict"):
         inner = unwrap(obj)
         try:
-            pairs = list(inner.parts_of(state, name)) if isinstance(inner, StageState) else [(inner, state)]
+            parts = inner.parts_of(state, name) if isinstance(inner, StageState) else [(inner, state, [])]
         except StateMismatchError as error:
             mismatches.append((name, error))
             return
-        for one, part in pairs:
+        for one, part, repeated in parts:
             its_state = rename_for_module(one, part) if isinstance(one, nn.Module) else part
-            loads.append(_ObjectLoad(name, one, its_state))
+            loads.append(_ObjectLoad(name, one, its_state, repeated=repeated))
         return
     if isinstance(obj, Mapping) and isinstance(state, Mapping):
         for key, item in obj.items():
@@ -365,6 +371,26 @@ def _walk(name: str, obj: Any, state: Any, loads: list[_ObjectLoad], mismatches:
         where = repr(name) if name else "its top level"
         msg = f"Argument to_load holds {type(obj)} at {where}, but the checkpoint holds {type(state)} there"
     mismatches.append((name, state_mismatch_error(msg, ["ValueError"], mismatched=[name])))
+
+
+def _refuse_names(name: str, optimizer: torch.optim.Optimizer, state: Any) -> None:
+    """Refuse a state by the names of parameters, of which torch's ``load_state_dict`` would go by the order.
+
+    Raises:
+        StateMismatchError: the state is such a state, and the optimizer is a plain one; a ValueError too.
+    """
+    groups = state.get("param_groups") if isinstance(state, Mapping) else None
+    is_named = isinstance(groups, Sequence) and any(
+        isinstance(key, str) for group in groups if isinstance(group, Mapping) for key in group.get("params", ())
+    )
+    kind: Any = type(optimizer)
+    has_own_way = kind.load_state_dict is not torch.optim.Optimizer.load_state_dict
+    if is_named and not has_own_way and not optimizer._optimizer_load_state_dict_pre_hooks:  # noqa: SLF001 - no public way
+        msg = (
+            f"the checkpoint's {name!r} holds the states of parameters by name, as distckpt.StageState saves them, and "
+            "an optimizer goes by their order. Load it into distckpt.StageState(optimizer, model)"
+        )
+        raise state_mismatch_error(msg, ["ValueError"], mismatched=[f"{name}.param_groups".lstrip(".")])
 
 
 def _check_groups(name: str, optimizer: torch.optim.Optimizer, state: Any) -> None:

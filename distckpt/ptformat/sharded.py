@@ -121,8 +121,8 @@ def describe_disorder(tensor: Any) -> str | None:
     if not sharded or _is_ascending(ranks, tuple(mesh.shape), sharded):
         return None
     return (
-        f"a DTensor that is sharded over the ranks {mesh.mesh.tolist()}, which are not in ascending order: parts of torch "
-        "disagree on which rank has which shard. Make the device mesh of ascending ranks"
+        f"a DTensor that is sharded over the ranks {mesh.mesh.tolist()}, which are not in ascending order: parts of "
+        "torch disagree on which rank has which shard. Make the device mesh of ascending ranks"
     )
 
 

@@ -90,7 +90,7 @@ def capture(
         is_gathered = _is_sharded_optimizer(obj) or _has_consolidate(obj)
         if _is_sharded_optimizer(obj) and rank != save_on_rank:
             return {}
-        refuse_sharded_object(name, obj, save_on_rank)
+        refuse_sharded_object(where, obj, save_on_rank)
         attached = attached_state(obj) if has_shards else None
         state = obj.state_dict() if attached is None else attached
         if objects is not None and not is_gathered:

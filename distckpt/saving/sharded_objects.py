@@ -24,18 +24,17 @@ _PACKAGES = {
 _PLAIN = frozenset({torch.Tensor, nn.Parameter, type(None)})
 
 
-def refuse_sharded_object(name: str, obj: Any, save_on_rank: int) -> None:
+def refuse_sharded_object(where: str, obj: Any, save_on_rank: int) -> None:
     """Refuse to save an object of whose state each rank holds a shard. Rank-local; issues no collectives.
 
     Args:
-        name: the object's name, for messages.
+        where: names the object, for messages.
         obj: the object, without wrappers.
         save_on_rank: rank that will save its state.
 
     Raises:
         ShardedStateError: the object is sharded.
     """
-    where = f"to_save[{name!r}]"
     refuse_own_storage(where, obj)
     if isinstance(obj, torch.optim.Optimizer):
         _refuse_optimizer(where, obj)
@@ -82,6 +81,19 @@ def may_be_sharded_module(module: nn.Module) -> bool:
             return True
         todo.extend(inner for inner in attributes.get("_modules", {}).values() if inner is not None)
     return False
+
+
+def free_gathered_parameters(module: nn.Module) -> None:
+    """Make FSDP2's modules hold their shards, as torch's ``state_dict`` does. Rank-local."""
+    for child in filter(is_fsdp2, module.modules()):
+        it: Any = child
+        it.reshard()
+
+
+def is_fsdp2(module: nn.Module) -> bool:
+    """Return True if ``fully_shard`` manages the module itself."""
+    fsdp2 = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    return fsdp2 is not None and isinstance(module, fsdp2)
 
 
 def refuse_fsdp1(where: str, module: nn.Module, save_on_rank: int | None) -> None:

@@ -133,7 +133,10 @@ class _StagePlan:
     def __init__(self, parts: Sequence[KnownPart]) -> None:
         self.parts = parts
         self.holders = _find_holders(parts)
-        self.unchecked = {name for part in parts for name in part.unchecked}
+        unchecked = [frozenset(part.unchecked) for part in parts]
+        self.unchecked = {
+            name for name, holders in self.holders.items() if all(name in unchecked[index] for index in holders)
+        }
         self.pairs: list[_Pair] = []
         self._shards: dict[str, list[Mapping[int, _Shards]]] = {}
         for name, holders in self.holders.items():
@@ -313,7 +316,7 @@ def join_groups(kind: str, groups_of: Sequence[tuple[int, Sequence[Mapping[str, 
                 joined.append({**group, "params": []})
                 first_ranks.append(rank)
             ours = joined[index]
-            for key in (ours.keys() | group.keys()) - {"params"}:
+            for key in sorted((ours.keys() | group.keys()) - {"params"}):
                 if wire.encode([key in ours, ours.get(key)]) != wire.encode([key in group, group.get(key)]):
                     msg = (
                         f"{kind}: param_groups[{index}] has {key} {ours.get(key)!r} on rank {first_ranks[index]} and "

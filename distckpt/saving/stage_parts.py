@@ -78,11 +78,14 @@ class StagePart:
             problem = f"a tensor of layout {held.layout}, quantized or nested"
         if problem is None and held.is_meta:
             problem = "a tensor on the meta device"
+        if problem is None and hasattr(type(held), "__tensor_flatten__"):
+            problem = f"a {type(held).__name__}, which is made of other tensors"
         if problem is not None:
             msg = f"{self.kind}, {name!r}: {problem}. A stage's tensors have to be dense tensors or DTensors"
             raise ShardedStateError(msg)
         storage = held.untyped_storage()._cdata  # noqa: SLF001 - torch's identity of a storage
-        key = storage, held.storage_offset(), tensor.shape, held.stride(), held.dtype, placement
+        signs = held.is_conj(), held.is_neg()
+        key = storage, held.storage_offset(), tensor.shape, held.stride(), held.dtype, signs, placement
         if key not in self._numbers:
             self._numbers[key] = len(self.tensors)
             self.tensors.append(tensor)
@@ -91,11 +94,14 @@ class StagePart:
 
 
 def _placement_of(tensor: torch.Tensor) -> MeshPlacement | None:
-    """Return the placement of a DTensor over several ranks, one of which is this rank; None for other tensors."""
-    if not is_dtensor(tensor):
+    """Return the placement of a DTensor of which this rank holds a shard; None for other tensors.
+
+    Of a replicated one each rank holds the whole. The ranks' values are compared, as those of plain tensors are.
+    """
+    if not is_dtensor(tensor) or none_sharded([tensor]) or describe_shard(tensor) is None:
         return None
     mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]  # a DTensor's
-    return None if mesh.size() == 1 or mesh.get_coordinate() is None else MeshPlacement.of(tensor)
+    return None if mesh.get_coordinate() is None else MeshPlacement.of(tensor)
 
 
 class TensorForm(NamedTuple):

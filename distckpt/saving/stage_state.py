@@ -1,16 +1,20 @@
 """The state of a pipeline of stages, of which each rank holds one, as one state by name."""
 
+import copy
+import functools
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from distckpt._unwrap import rename_for_module, unwrap
+from distckpt._unwrap import rename_for_module, unwrap, without_compiled
 from distckpt._values import check_timeout
 from distckpt.backends.detect import current
 from distckpt.errors import state_mismatch_error
+from distckpt.saving.sharded_objects import free_gathered_parameters, refuse_sharded_object
+from distckpt.saving.shards import checksum_of, local_of
 from distckpt.saving.stage_exchange import StageExchange, join_groups
 from distckpt.saving.stage_parts import StagePart
 
@@ -91,9 +95,9 @@ class StageState:
         Raises:
             ShardedStateError: the ranks' states do not fit together; on every rank.
         """
-        del to
         backend = current()
-        return self.state_dict() if backend.world_size == 1 else self._exchange.join(backend, self._parts)
+        make = functools.partial(self._parts, to)
+        return self.state_dict() if backend.world_size == 1 else self._exchange.join(backend, make)
 
     def state_dict(self) -> Any:
         """Return this rank's part of the state. Rank-local; a save writes those of all ranks instead.
@@ -105,13 +109,15 @@ class StageState:
         if len(states) == 1:
             return states[0]
         if isinstance(self._stages[0], nn.Module):
-            buffers = {name for one in self.wrapped for name, _ in one.named_buffers()}
-            joined: Any = OrderedDict(_joined(states, buffers))
+            joined: Any = OrderedDict(_joined(states, "tensors", set[str]().union(*map(_buffer_names, self.wrapped))))
             versions = dict(item for state in states for item in getattr(state, "_metadata", {}).items())
             joined._metadata = OrderedDict(versions)  # noqa: SLF001 - torch's name for it
             return joined
         groups = [(current().rank, state["param_groups"]) for state in states]
-        return {"state": _joined([one["state"] for one in states]), "param_groups": join_groups("an optimizer", groups)}
+        return {
+            "state": _joined([one["state"] for one in states], "parameters"),
+            "param_groups": join_groups("an optimizer", groups),
+        }
 
     def _state_of(self, stage: Any) -> Any:
         if isinstance(stage, nn.Module):
@@ -122,11 +128,15 @@ class StageState:
             for group, its_names in zip(state["param_groups"], names, strict=True)
             for number, name in zip(group["params"], its_names, strict=True)
         }
+        strange = next((key for key in state["state"] if key not in by_number), None)
+        if strange is not None:
+            raise ValueError(f"the {type(stage).__name__} has a state {strange!r} that belongs to no parameter")
         groups = [
             {**{key: item for key, item in group.items() if key != "param_names"}, "params": list(its_names)}
             for group, its_names in zip(state["param_groups"], names, strict=True)
         ]
-        return {"state": {by_number[number]: one for number, one in state["state"].items()}, "param_groups": groups}
+        by_name = _joined([{by_number[number]: one} for number, one in state["state"].items()], "parameters")
+        return {"state": by_name, "param_groups": groups}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load this rank's part of a state. Rank-local.
@@ -138,22 +148,40 @@ class StageState:
             StateMismatchError: an optimizer's parameter or group is missing; a ValueError too.
             RuntimeError: a module's tensor is missing, or has another shape.
         """
-        for stage, part in list(self.parts_of(state_dict)):
-            stage.load_state_dict(part)
+        for stage, part, repeated in self.parts_of(state_dict):
+            stage.load_state_dict(copy_at(part, repeated))
 
-    def parts_of(self, state: Any, name: str = "") -> Iterator[tuple[Any, Any]]:
-        """Yield the objects of this rank, each with the part of a whole state that it loads, as it names it.
+    def parts_of(self, state: Any, name: str = "") -> list[tuple[Any, Any, list[tuple[Any, ...]]]]:
+        """Return the objects of this rank, each with the part of a whole state that it loads, as it names it.
 
         Args:
             state: of all stages, or of a model that was never split.
             name: of this object, for messages.
 
+        Returns:
+            With each object and its part also the keys that lead to values that other objects or parameters get too:
+            they have to be copied, or an optimizer would step one tensor twice.
+
         Raises:
             StateMismatchError: an optimizer's parameter or group is missing; a ValueError too.
         """
+        found, seen = [], set[str]()
         for stage in self.wrapped:
-            is_module = isinstance(stage, nn.Module)
-            yield stage, self._module_part(stage, state) if is_module else self._optimizer_part(stage, state, name)
+            paths: list[tuple[str, tuple[Any, ...]]] = []
+            if isinstance(stage, nn.Module):
+                part = self._module_part(stage, state)
+                paths += [(key, (key,)) for key in part] if isinstance(part, Mapping) else []
+            else:
+                part = self._optimizer_part(stage, state, name)
+                numbered = zip(part["param_groups"], self._names(stage), strict=True)
+                paths += [
+                    (key, ("state", number, inner))
+                    for group, its_names in numbered
+                    for number, key in zip(group["params"], its_names, strict=True)
+                    for inner in part["state"].get(number, ())
+                ]
+            found.append((stage, part, _repeated(paths, seen)))
+        return found
 
     def _module_part(self, stage: nn.Module, state: Any) -> Any:
         renamed = rename_for_module(stage, state)
@@ -168,6 +196,13 @@ class StageState:
         given = _by_name(state, name)
         group_of = {key: index for index, group in enumerate(given["param_groups"]) for key in group["params"]}
         names = self._names(optimizer)
+        plain: dict[str, list[str]] = {}
+        for key in group_of:
+            plain.setdefault(without_compiled(key), []).append(key)
+        for its_names in names:  # as the file has them, whether the saved module was compiled or not
+            for index, key in enumerate(its_names):
+                found = plain.get(without_compiled(key), [])
+                its_names[index] = found[0] if key not in group_of and len(found) == 1 else key
         missing = [key for its_names in names for key in its_names if key not in group_of]
         if missing:
             msg = f"the checkpoint's {name!r} has no state of {', '.join(missing[:3])}{' ...' if missing[3:] else ''}"
@@ -184,28 +219,30 @@ class StageState:
                     f"than {its_names[0]!r}"
                 )
                 raise state_mismatch_error(msg, ["ValueError"], mismatched=[f"{name}.param_groups".lstrip(".")])
-            source = given["param_groups"][sources[0]] if sources else group
+            others = given["param_groups"]
+            source = others[sources[0] if sources else index] if sources or index < len(others) else group
             kept = {key: group[key] for key in ("params", "param_names") if key in group}
             groups.append({**{key: item for key, item in source.items() if key != "param_names"}, **kept})
             pairs = zip(group["params"], its_names, strict=True)
             states |= {number: given["state"][key] for number, key in pairs if key in given["state"]}
         return {"state": states, "param_groups": groups}
 
-    def _parts(self) -> list[StagePart]:
-        return list(map(self._part_of, self.wrapped))
+    def _parts(self, save_on_rank: int) -> list[StagePart]:
+        return [self._part_of(stage, save_on_rank) for stage in self.wrapped]
 
-    def _part_of(self, stage: Any) -> StagePart:
+    def _part_of(self, stage: Any, save_on_rank: int) -> StagePart:
+        refuse_sharded_object("StageState", stage, save_on_rank)
         state = self._state_of(stage)
         if isinstance(stage, torch.optim.Optimizer):
             return StagePart("an optimizer", state["state"], groups=state["param_groups"])
         versions = {path: one.get("version") for path, one in getattr(state, "_metadata", {}).items()}
-        buffers = [name for name, _ in stage.named_buffers()]
-        return StagePart("a module", state, versions=versions, unchecked=buffers)
+        return StagePart("a module", state, versions=versions, unchecked=sorted(_buffer_names(stage)))
 
     def _names(self, optimizer: torch.optim.Optimizer) -> list[list[str]]:
         """Return the names of the parameters of each group."""
         known: dict[int, str] = {}
         for module in map(unwrap, reversed(self._modules)):
+            free_gathered_parameters(module)  # FSDP2's: others stand in the module after a forward pass
             known |= {id(one): name for name, one in reversed(list(module.named_parameters()))}
         found = []
         for index, group in enumerate(optimizer.param_groups):
@@ -232,29 +269,60 @@ def _types(given: Any) -> Any:
     return [type(one) for one in given] if isinstance(given, list | tuple) else type(given)
 
 
-def _joined(states: Sequence[Mapping[str, Any]], unchecked: Collection[str] = ()) -> dict[str, Any]:
-    """Return the values by name that the stages of one rank have.
+def _joined(states: Sequence[Mapping[str, Any]], what: str, unchecked: Collection[str] = ()) -> dict[str, Any]:
+    """Return the values by name that are in some states.
 
     Args:
-        states: of the stages.
+        states: of stages, or of parameters.
+        what: phrase for what has a name.
         unchecked: names that may have different values.
 
     Raises:
-        ValueError: two stages have one name, with different values.
+        ValueError: two of them have different values under one name.
     """
     found: dict[str, Any] = {}
     for state in states:
         for name, one in state.items():
             if name in found and name not in unchecked and not _is_equal(found[name], one):
-                raise ValueError(f"two stages of this rank have {name!r}, with different values")
+                raise ValueError(f"two {what} of this rank are called {name!r}, with different values")
             found.setdefault(name, one)
     return found
 
 
+def _buffer_names(module: nn.Module) -> set[str]:
+    return {name for name, _ in module.named_buffers(remove_duplicate=False)}
+
+
+def _repeated(paths: Sequence[tuple[str, tuple[Any, ...]]], seen: set[str]) -> list[tuple[Any, ...]]:
+    """Return the paths of names that were seen before, in `seen` or with another path of another parent."""
+    found, first = [], dict[str, tuple[Any, ...]]()
+    for name, path in paths:
+        if name in seen or first.setdefault(name, path[:-1]) != path[:-1]:
+            found.append(path)
+    seen.update(first)
+    return found
+
+
+def copy_at(state: Any, paths: Sequence[tuple[Any, ...]]) -> Any:
+    """Return a copy of a state in which the values at some paths are copies; the others are those of the state."""
+    twin = copy.copy(state) if paths else state
+    below: dict[Any, list[tuple[Any, ...]]] = {}
+    for key, *rest in paths:
+        if rest:
+            below.setdefault(key, []).append(tuple(rest))
+        else:
+            twin[key] = copy.deepcopy(state[key])
+    for key, inner in below.items():
+        twin[key] = copy_at(state[key], inner)
+    return twin
+
+
 def _is_equal(one: Any, other: Any) -> bool:
-    """Return True if two values, which may hold tensors, are equal."""
+    """Return True if two values, which may hold tensors, are equal. Rank-local: of DTensors it compares the shards."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one is other or torch.equal(one, other)
+        held, its = local_of(one), local_of(other)
+        is_alike = (one.shape, held.shape, held.dtype) == (other.shape, its.shape, its.dtype)
+        return one is other or (is_alike and checksum_of(held) == checksum_of(its))
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(_is_equal(item, other[key]) for key, item in one.items())
     return bool(one == other)

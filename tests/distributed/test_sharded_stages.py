@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -185,7 +185,8 @@ def test_a_name_on_several_meshes_is_compared_and_saved_once(tmp_path: Path) -> 
             weight.to_local()[-1, -1] += job.rank() == 3
         error = raised(lambda model=model: distckpt.save({"model": StageState(model)}, tmp_path / "a.pt"))  # type: ignore[misc]  # a default of a lambda
         assert isinstance(error, ShardedStateError)
-        assert "a module: 'weight' is on rank 2 and on rank 3, with other values" in str(error)
+        first = 0 if placements == [Replicate()] else 2
+        assert f"a module: 'weight' is on rank {first} and on rank 3, with other values" in str(error)
         assert all_equal(gather(str(error)))
         verify(path)
         job.barrier()
@@ -316,7 +317,7 @@ def test_stages_of_one_rank_share_a_name_only_if_their_values_are_equal(tmp_path
     assert isinstance(error, ShardedStateError)
     assert "a module: 'tied' is on rank 0 and on rank 1, with other values" in str(error)
     if job.rank():
-        with pytest.raises(ValueError, match="two stages of this rank have 'tied', with different values"):
+        with pytest.raises(ValueError, match="two tensors of this rank are called 'tied', with different values"):
             StageState(stages).state_dict()
 
 
@@ -331,3 +332,72 @@ def test_lists_of_other_things_are_refused() -> None:
         StageState(optimizer, [optimizer])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="parameter 0 of group 0 of the SGD is not in the module"):
         StageState([optimizer], [nn.Linear(1, 1)])
+
+
+@run_distributed(world_size=2, timeout_s=60)
+def test_an_optimizer_is_saved_after_a_forward_pass_alone(tmp_path: Path) -> None:
+    """FSDP2 keeps the root's parameters gathered then: others than the optimizer's stand in the module."""
+    mesh = init_device_mesh("cpu", (2,))
+    model = nn.Sequential(nn.Linear(30, 40), nn.Linear(40, 30))
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2, 30)).sum().backward()
+    optimizer.step()
+    objects = {"optimizer": StageState(optimizer, model)}
+    with torch.no_grad():
+        model(torch.ones(2, 30))
+    path = distckpt.save(objects, tmp_path / "a.pt")
+    job.barrier()
+    with torch.no_grad():
+        model(torch.ones(2, 30))
+    objects = {"optimizer": StageState(optimizer, model)}
+    assert not distckpt.load(objects, path)
+    state = torch.load(path, weights_only=True)["state"]
+    for name, kept in whole(by_name(model, optimizer)).items():
+        assert all(torch.equal(state[name][key], one) for key, one in kept.items())
+
+
+@run_distributed(world_size=2, timeout_s=60)
+def test_an_optimizer_of_an_fsdp1_module_is_refused(tmp_path: Path) -> None:
+    module = FullyShardedDataParallel(nn.Linear(4, 4), use_orig_params=True, device_id=torch.device("cpu"))
+    optimizer = torch.optim.AdamW(module.parameters())
+    error = raised(lambda: distckpt.save({"optimizer": StageState(optimizer, module)}, tmp_path / "a.pt"))
+    assert isinstance(error, ShardedStateError)
+    assert "StageState, an optimizer: its parameter 0 of group 0 is a parameter that FullyShardedData" in str(error)
+    assert files_in(tmp_path) == []
+
+
+@run_distributed(world_size=2, timeout_s=60)
+def test_replicas_are_compared_and_buffers_are_those_of_the_lowest_rank(tmp_path: Path) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+
+    def replicated(value: float) -> DTensor:
+        return DTensor.from_local(torch.full((400,), value), mesh, [Replicate()], run_check=False)
+
+    model = nn.Module()
+    norm: Any = nn.BatchNorm1d(3)
+    model.shared = model.alias = norm
+    norm.running_mean.fill_(job.rank())
+    for number in range(3):
+        model.register_buffer(f"buffer{number}", replicated(job.rank()))
+    values = torch.full((2,), 1 - 2j)
+    model.register_buffer("complex", values)
+    model.register_buffer("conjugate", values.conj())
+    path = distckpt.save({"model": StageState(model)}, tmp_path / "a.pt")
+    job.barrier()
+    state = torch.load(path, weights_only=True)
+    names = ("shared.running_mean", "alias.running_mean", "buffer0", "buffer1", "buffer2")
+    assert all(state[name].eq(0).all() for name in names)
+    assert state["complex"].eq(1 - 2j).all()
+    assert state["conjugate"].eq(1 + 2j).all()
+    job.barrier()
+    model.weight = nn.Parameter(replicated(float(job.rank())))
+    error = raised(lambda: distckpt.save({"model": StageState(model)}, tmp_path / "b.pt"))
+    assert "a module: 'weight' is on rank 0 and on rank 1, with other values" in str(error)
+    mixed = nn.Module()
+    mixed.register_parameter("mixed", nn.Parameter(torch.full((2,), float(job.rank()))))
+    if job.rank():
+        mixed = nn.Module()
+        mixed.register_buffer("mixed", torch.ones(2))
+    error = raised(lambda: distckpt.save({"model": StageState(mixed)}, tmp_path / "b.pt"))
+    assert "a module: 'mixed' is on rank 0 and on rank 1, with other values" in str(error)
