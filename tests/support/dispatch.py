@@ -102,7 +102,7 @@ class Dispatch:
                 break
         for rank, handle in enumerate(self._handles):
             if rank not in self._ends:
-                self._record(RankEnd(rank=rank, kind="hung", reason=why, traceback=handle.stacks()))
+                self._ends[rank] = RankEnd(rank=rank, kind="hung", reason=why, traceback=handle.stacks())
         ends = [self._ends[rank] for rank in range(len(self._handles))]
         return [replace(end, output=self._handles[end.rank].output()) for end in ends]
 
@@ -147,29 +147,24 @@ class Dispatch:
         try:
             message = handle.receive()
         except (EOFError, ConnectionError):
+            end = RankEnd(rank=rank, kind="died")
             code = handle.wait_exit(5.0)
             stacks = handle.crash_stacks()
-            self._record(
-                RankEnd(rank=rank, kind="died", reason=_describe_death(code), traceback=stacks, exit_code=code)
-            )
+            self._ends[rank] = replace(end, reason=_describe_death(code), traceback=stacks, exit_code=code)
             return
         if isinstance(message, UserMessage):
             self._payloads[rank].append(unpack(message.payload))
         elif isinstance(message, Outcome):
-            self._record(
-                RankEnd(
-                    rank=rank,
-                    kind=message.kind,
-                    value=unpack(message.value) if message.kind == "returned" else None,
-                    reason=message.reason,
-                    traceback=message.traceback,
-                )
+            self._ends[rank] = RankEnd(
+                rank=rank,
+                kind=message.kind,
+                value=unpack(message.value) if message.kind == "returned" else None,
+                reason=message.reason,
+                traceback=message.traceback,
+                at_s=message.at_s,
             )
         else:
             raise TypeError(f"rank {rank} should have sent UserMessage or Outcome, got {message!r}")
-
-    def _record(self, end: RankEnd) -> None:
-        self._ends[end.rank] = replace(end, order=len(self._ends))
 
 
 def _pack_arguments(call: Call) -> bytes:

@@ -16,7 +16,8 @@ importing the test's modules.
 
 import pickle
 import signal
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from typing import Literal
 
 OutcomeKind = Literal["returned", "raised", "skipped", "xfailed", "exited"]
@@ -80,6 +81,8 @@ class Outcome:
     traceback: str = ""
     exit_code: int = 0
     """For `exited`: the argument of `sys.exit`."""
+    at_s: float = field(default_factory=time.monotonic)
+    """When it ended, on the machine's monotonic clock: messages may arrive in another order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,8 +1,9 @@
 """How a function ended on each rank, and the message of a failing test."""
 
 import textwrap
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tests.support.messages import OutcomeKind
@@ -25,8 +26,8 @@ class RankEnd:
     """The rank's output."""
     exit_code: int | None = None
     """The process's exit code, minus the signal's number if killed; None if it was not waited for."""
-    order: int = 0
-    """Position among the ranks' ends, in order of time."""
+    at_s: float = field(default_factory=time.monotonic)
+    """When it ended, on the machine's monotonic clock."""
 
     @property
     def failed(self) -> bool:
@@ -47,7 +48,7 @@ class RankFailedError(Exception):
 
 
 def _describe(what: str, ends: Sequence[RankEnd], limit_s: float) -> str:
-    bad = sorted((end for end in ends if end.kind != "returned"), key=lambda end: end.order)
+    bad = sorted((end for end in ends if end.kind != "returned"), key=lambda end: end.at_s)
     names = ", ".join(f"rank {end.rank} {end.kind}" for end in bad)
     parts = [f"{what} on {len(ends)} ranks, limit {limit_s:g} s: {names}"]
     for position, end in enumerate(bad):

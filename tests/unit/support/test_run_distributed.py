@@ -18,6 +18,7 @@ from tests.support import (
     run_ranks,
 )
 from tests.support.pool import pool_for
+from tests.support.report import RankEnd
 
 
 @run_distributed(world_size=2)
@@ -83,6 +84,14 @@ def test_a_failing_rank_is_reported_with_its_line_and_the_pool_is_rebuilt() -> N
     assert "assert 6 == 7" in str(caught.value), "assertions are not rewritten on the ranks"
     assert [end.kind for end in caught.value.ends] == ["raised", "raised"]
     assert set(before).isdisjoint(run_ranks(_pid, 2))
+
+
+def test_the_first_to_fail_is_the_first_on_the_clock_and_not_the_first_whose_message_arrived() -> None:
+    early = RankEnd(rank=1, kind="raised", reason="the cause")
+    late = RankEnd(rank=0, kind="raised", reason="its effect")
+    text = str(RankFailedError("a program", [late, early], limit_s=1.0))
+    assert "--- rank 1 (the first to fail) raised: the cause" in text
+    assert text.index("the cause") < text.index("its effect")
 
 
 def _hangs_on_rank_0() -> None:
