@@ -118,7 +118,7 @@ def _make_target(
         is_same_kind = memory.dtype == given.dtype or not (memory.is_complex() or given.is_complex())
         if not (may_copy and is_same_kind):
             return target
-    return target._replace(part=part)
+    return InplaceTarget(path, live, part)
 
 
 def _takes_bytes(tensor: torch.Tensor) -> bool:
@@ -184,4 +184,5 @@ def read_into(targets: Sequence[InplaceTarget], file: OpenCheckpoint) -> None:
     once = {_span(target)[:2]: target for target in targets}.values()
     pairs = ((target.part, local_tensor(target.live)) for target in once)
     # FSDP2 may have replaced a local shard since it became a target.
-    read_parts([part._replace(memory=memory) for part, memory in pairs if part is not None], file)
+    parts = ((part, memory) for part, memory in pairs if part is not None)
+    read_parts([one if one.memory is memory else one._replace(memory=memory) for one, memory in parts], file)

@@ -94,7 +94,8 @@ def as_whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def is_dtensor(tensor: torch.Tensor) -> bool:
     """Return True for a DTensor."""
-    return may_be_sharded(type(tensor)) and _kind_of(type(tensor)) == "dtensor"
+    kind = type(tensor)
+    return kind not in _PLAIN and may_be_sharded(kind) and _kind_of(kind) == "dtensor"
 
 
 def dtensor_type() -> type | None:
