@@ -1,8 +1,15 @@
-"""Numbers from users and libraries: checked, and as plain Python numbers, which load under ``weights_only``."""
+"""Numbers from users and libraries: checked, and as plain Python numbers, which load under ``weights_only``.
 
+Also values at given places of nested containers.
+"""
+
+import copy
+import functools
 import math
 import numbers
+import operator
 import sys
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 _PLAIN_KINDS = frozenset("biufcSU")
@@ -64,3 +71,32 @@ def check_timeout(timeout_s: object) -> None:
         given = repr(timeout_s) if is_number else type(timeout_s)
         msg = f"Argument timeout_s should be a positive number of seconds or None, but given {given}"
         raise ValueError(msg) if is_number else TypeError(msg)
+
+
+def replace_at(state: Any, items: Iterable[tuple[Sequence[Any], Any]]) -> Any:
+    """Return a copy of a state with items at the given paths; the containers of the original stay as they are.
+
+    Args:
+        state: nested mappings and sequences.
+        items: each with the keys that lead to its place.
+
+    Example:
+        >>> replace_at({"a": {"b": 1, "c": 2}}, [(("a", "b"), 3)])
+        {'a': {'b': 3, 'c': 2}}
+    """
+    twin, below = copy.copy(state), dict[Any, list[tuple[Sequence[Any], Any]]]()
+    for (key, *rest), item in items:
+        if rest:
+            below.setdefault(key, []).append((rest, item))
+        else:
+            twin[key] = item
+    for key, inner in below.items():
+        twin[key] = replace_at(state[key], inner)
+    return twin
+
+
+def copy_at(state: Any, paths: Sequence[Sequence[Any]]) -> Any:
+    """Return a state with deep copies in place of the values at some paths; `state` itself if there are none."""
+    if not paths:
+        return state
+    return replace_at(state, [(path, copy.deepcopy(functools.reduce(operator.getitem, path, state))) for path in paths])

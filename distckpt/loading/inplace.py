@@ -8,9 +8,8 @@ A live DTensor takes the part of the file's tensor that its local shard stands f
 it does, before any object is changed.
 """
 
-import copy
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -160,19 +159,6 @@ def _span(target: InplaceTarget) -> tuple[str, int, int]:
         return device, memory.data_ptr(), memory.data_ptr() + memory.nbytes
     storage = memory.untyped_storage()
     return device, storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-
-
-def replace_tensors(state: Any, tensors: Iterable[tuple[tuple[Any, ...], torch.Tensor]]) -> Any:
-    """Return a copy of a state with tensors at the given paths; the containers of the original stay as they are."""
-    twin, below = copy.copy(state), dict[Any, list[tuple[tuple[Any, ...], torch.Tensor]]]()
-    for (key, *rest), tensor in tensors:
-        if rest:
-            below.setdefault(key, []).append((tuple(rest), tensor))
-        else:
-            twin[key] = tensor
-    for key, inner in below.items():
-        twin[key] = replace_tensors(state[key], inner)
-    return twin
 
 
 def read_into(targets: Sequence[InplaceTarget], file: OpenCheckpoint) -> None:

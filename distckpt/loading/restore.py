@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from distckpt._unwrap import rename_for_module, unwrap
+from distckpt._values import copy_at, replace_at
 from distckpt.errors import (
     LoadError,
     PartialLoadError,
@@ -40,7 +41,7 @@ from distckpt.loading.report import LoadReport, join_mismatches, join_reports
 from distckpt.loading.rollback import Rollback, make_rollback, own_state
 from distckpt.ptformat.reader import OpenCheckpoint
 from distckpt.saving.plain_state import plain_state
-from distckpt.saving.stage_state import StageState, copy_at
+from distckpt.saving.stage_state import StageState
 from distckpt.saving.staging import wait_for_deferred_copies
 
 _Mismatches = list[tuple[str, StateMismatchError]]  # with the objects' names
@@ -123,7 +124,7 @@ class _ObjectLoad:
         """Replace tensors of the state, each given with the keys that lead to it."""
         replaced = list(tensors)
         if replaced:
-            self.state = inplace.replace_tensors(self.state, replaced)
+            self.state = replace_at(self.state, replaced)
 
     def load(self, options: Mapping[str, Any]) -> LoadReport:
         if self.order is _Order.PLAIN_MODULE:

@@ -1,6 +1,5 @@
 """The state of a pipeline of stages, of which each rank holds one, as one state by name."""
 
-import copy
 import functools
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 from distckpt._unwrap import rename_for_module, unwrap, without_compiled
-from distckpt._values import check_timeout
+from distckpt._values import check_timeout, copy_at
 from distckpt.backends.detect import current
 from distckpt.errors import state_mismatch_error
 from distckpt.saving.sharded_objects import free_gathered_parameters, refuse_sharded_object
@@ -301,20 +300,6 @@ def _repeated(paths: Sequence[tuple[str, tuple[Any, ...]]], seen: set[str]) -> l
             found.append(path)
     seen.update(first)
     return found
-
-
-def copy_at(state: Any, paths: Sequence[tuple[Any, ...]]) -> Any:
-    """Return a copy of a state in which the values at some paths are copies; the others are those of the state."""
-    twin = copy.copy(state) if paths else state
-    below: dict[Any, list[tuple[Any, ...]]] = {}
-    for key, *rest in paths:
-        if rest:
-            below.setdefault(key, []).append(tuple(rest))
-        else:
-            twin[key] = copy.deepcopy(state[key])
-    for key, inner in below.items():
-        twin[key] = copy_at(state[key], inner)
-    return twin
 
 
 def _is_equal(one: Any, other: Any) -> bool:
