@@ -272,7 +272,7 @@ def build(config: Config, parallelism: Parallelism, val_samples: Samples) -> Run
     def accuracy(engine: Engine) -> float:
         return float(engine.state.metrics["val_acc"])
 
-    saver = DiskSaver(config.output_dir, require_empty=not resumes(config))
+    saver = DiskSaver(config.output_dir, require_empty=not resumes(config), record_events=True)
     best = Checkpoint(
         {"model": model},
         saver,

@@ -28,8 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Prepare this process and its children."""
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "full" if selection.is_full(config) else "quick"))
     shorten_lookups()
-    # Most tests compare whole directories, also with ignite's. Tests of the record ask for it by the argument.
-    os.environ.setdefault("DISTCKPT_RECORD_EVENTS", "0")
+    os.environ.pop("DISTCKPT_RECORD_EVENTS", None)  # most tests compare whole directories, also with ignite's
     outcomes.register(config)
 
 

@@ -36,6 +36,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     output.json(_describe(directory, timeline, has_record=record.exists))
     if not record.exists:
         output.line(f"{directory} has no record of events ({EVENTS_NAME}): the picture shows what its files tell")
+        output.line("DiskSaver(record_events=True) records events")
     return ExitCode.OK
 
 

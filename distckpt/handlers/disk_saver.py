@@ -76,7 +76,7 @@ class DiskSaver(BaseSaveHandler):
             ranks that names the tensor.
         record_events: whether a :class:`~distckpt.Checkpoint` that saves here records its runs' events in the
             directory, in the hidden file ``.distckpt-events.jsonl``, for ``distckpt plot``. None for
-            ``DISTCKPT_RECORD_EVENTS``, or True.
+            ``DISTCKPT_RECORD_EVENTS``, or False: the directory then holds checkpoints alone.
         kwargs: keyword arguments of ``torch.save``; in an XLA job also those of ``xm.save``. ``master_only=False``:
             every replica writes, into its own `dirname`. ``global_master=False``: the first replica of each machine
             writes, for disks that the machines do not share.

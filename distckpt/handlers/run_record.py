@@ -1,8 +1,8 @@
 """The record of a run's events: start, resume, saves, stop, signal, error, end, and how far it came.
 
-Each coordinator writes the events of a run into the directories that the engine's Checkpoints save to; see
-docs/events.md. The record costs no collectives and nothing in an iteration. A record that cannot be written is logged
-once, and the run goes on. Rank-local: on ranks that coordinate no save nothing is written.
+Each coordinator writes the events of a run into the directories of the engine's Checkpoints whose savers ask for it;
+see docs/events.md. The record costs no collectives and nothing in an iteration. A record that cannot be written is
+logged once, and the run goes on. Rank-local: on ranks that coordinate no save nothing is written.
 """
 
 import logging
@@ -37,8 +37,8 @@ _COUNTERS = ("max_epochs", "max_iters", "epoch_length")
 
 
 def records_by_default() -> bool:
-    """Return False if ``DISTCKPT_RECORD_EVENTS=0`` is in the environment."""
-    return os.environ.get(RECORD_VARIABLE, "1") != "0"
+    """Return True if ``DISTCKPT_RECORD_EVENTS=1`` is in the environment."""
+    return os.environ.get(RECORD_VARIABLE) == "1"
 
 
 def record_directory_of(save_handler: object) -> Path | None:

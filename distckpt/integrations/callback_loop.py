@@ -90,6 +90,7 @@ class CallbackLoop:
         to_save: further objects to save.
         preemption: whether SIGTERM and SIGUSR1 save and stop the run.
         background: whether saves are written while training continues.
+        record_events: whether the run's events are recorded in `directory`.
         progress: the state of the package's own loop, to be saved.
 
     Attributes:
@@ -108,6 +109,7 @@ class CallbackLoop:
         to_save: Mapping[str, Any] | None,
         preemption: bool,
         background: bool,
+        record_events: bool,
         progress: Any,
     ) -> None:
         if save_every is not None and (not isinstance(save_every, int) or save_every < 1):
@@ -120,7 +122,7 @@ class CallbackLoop:
         self._own = dict(to_save or {})
         self._found: Resumed | None = None
         self._epoch_length = 1
-        saver = DiskSaver(Path(directory), require_empty=False, background=background)
+        saver = DiskSaver(Path(directory), require_empty=False, background=background, record_events=record_events)
         self.checkpoint = Checkpoint(self._objects | self._own, saver, n_saved=n_saved)
         event = Events.EPOCH_COMPLETED if save_every is None else Events.ITERATION_COMPLETED(every=save_every)
         self.engine.add_event_handler(event, self.checkpoint)
@@ -268,6 +270,7 @@ class LoopCallback(ABC):
         to_save: Mapping[str, Any] | None = None,
         preemption: bool = True,
         background: bool = True,
+        record_events: bool = True,
     ) -> None:
         self._run = CallbackLoop(
             directory,
@@ -277,6 +280,7 @@ class LoopCallback(ABC):
             to_save=to_save,
             preemption=preemption,
             background=background,
+            record_events=record_events,
             progress=self._make_progress(),
         )
 

@@ -29,6 +29,7 @@ class DistckptCallback(LoopCallback, Callback, lightning_hooks.FitHooks):  # typ
         to_save: further objects to save, by name.
         preemption: whether SIGTERM and SIGUSR1, on any rank, save and stop the run.
         background: whether saves are written while training continues.
+        record_events: whether `directory` gets a record of the run's events, for ``distckpt plot``.
 
     Attributes:
         loop: the engine that stands for the Trainer. Attach more handlers to it. ``loop.state.output`` holds what

@@ -31,6 +31,7 @@ def make(folder: Path, **options: Any) -> CallbackLoop:
         "to_save": None,
         "preemption": False,
         "background": False,
+        "record_events": False,
     }
     return CallbackLoop(folder, progress=Progress(), **defaults | options)
 

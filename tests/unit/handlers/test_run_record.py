@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 from ignite.engine import Engine, Events
+from ignite.handlers import Checkpoint as IgniteCheckpoint
 from ignite.handlers import DiskSaver as IgniteDiskSaver
+from ignite.handlers import ModelCheckpoint as IgniteModelCheckpoint
 
 from distckpt import (
     Checkpoint,
@@ -249,15 +251,41 @@ def test_nothing_is_recorded_if_it_is_switched_off_or_the_saver_is_no_directory_
     assert not (tmp_path / EVENTS_NAME).exists()
 
 
-@pytest.mark.parametrize("setting", [None, "1", ""])
-def test_events_are_recorded_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str | None) -> None:
-    monkeypatch.delenv("DISTCKPT_RECORD_EVENTS")
-    if setting is not None:
-        monkeypatch.setenv("DISTCKPT_RECORD_EVENTS", setting)
+def test_the_environment_switches_the_record_on_for_savers_that_do_not_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISTCKPT_RECORD_EVENTS", "1")
     trainer = idle_engine()
     trainer.add_event_handler(Events.EPOCH_COMPLETED, Checkpoint({"model": linear(0)}, tmp_path))
     run(trainer)
     assert kinds_in(tmp_path) == ["start", "save", "save", "end"]
+
+
+@pytest.mark.parametrize("setting", [None, "0", ""])
+@pytest.mark.parametrize("ignites", [False, True])
+def test_a_directory_holds_the_files_that_ignites_handlers_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str | None, *, ignites: bool
+) -> None:
+    monkeypatch.delenv("DISTCKPT_RECORD_EVENTS", raising=False)
+    if setting is not None:
+        monkeypatch.setenv("DISTCKPT_RECORD_EVENTS", setting)
+    trainer = idle_engine()
+    objects, directories = {"model": linear(0)}, [tmp_path / name for name in ("path", "saver", "model")]
+    handlers: list[Any]
+    if ignites:
+        handlers = [
+            IgniteCheckpoint(objects, str(directories[0])),
+            IgniteCheckpoint(objects, IgniteDiskSaver(directories[1])),
+        ]
+        handlers.append(IgniteModelCheckpoint(directories[2]))
+    else:
+        handlers = [Checkpoint(objects, directories[0]), Checkpoint(objects, DiskSaver(directories[1]))]
+        handlers.append(ModelCheckpoint(directories[2]))
+    for handler in handlers[:2]:
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, handler)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, handlers[2], objects)
+    run(trainer)
+    assert [os.listdir(directory) for directory in directories] == 3 * [[f"model_{2 * LENGTH}.pt"]]
 
 
 def test_a_record_that_cannot_be_written_is_logged_once_and_the_run_goes_on(
