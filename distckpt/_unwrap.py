@@ -11,6 +11,13 @@ _COMPILED = "_orig_mod"
 """The child of an OptimizedModule that is the compiled module; ``torch.compile`` puts it into all names."""
 _COMPILED_PARALLEL = f"{_COMPILED}.module."
 """How the names of a compiled DistributedDataParallel begin."""
+_STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+_STATE_METHODS = ("state_dict", "load_state_dict", "_save_to_state_dict", "_load_from_state_dict")
 
 
 def unwrap(obj: Any) -> Any:
@@ -32,9 +39,20 @@ def unwrap_once(obj: Any) -> Any:
         return obj.module
     # Not imported here: the import takes seconds, and a compiled module exists only after it.
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
-    if dynamo is not None and isinstance(obj, dynamo.OptimizedModule):
+    if dynamo is not None and isinstance(obj, dynamo.OptimizedModule) and not _has_own_state(obj):
         return obj._orig_mod  # noqa: SLF001 - torch.compile has no public way
     return obj
+
+
+def _has_own_state(compiled: nn.Module) -> bool:
+    """Return True if a compiled module saves or loads something else than the module inside of it."""
+    own = vars(compiled)
+    return (
+        bool(own["_parameters"] or own["_buffers"] or own["_modules"].keys() - {_COMPILED})
+        or any(own.get(hooks) for hooks in _STATE_HOOKS)
+        or not own.keys().isdisjoint(_STATE_METHODS)
+        or type(compiled).__name__ != "OptimizedModule"  # a subclass
+    )
 
 
 def rename_for_module(module: nn.Module, state: Any) -> Any:
@@ -45,8 +63,8 @@ def rename_for_module(module: nn.Module, state: Any) -> Any:
         state: a state dict, saved before or after ``torch.compile``.
 
     Returns:
-        `state` itself if all names are the module's, or if two names would become equal; else a new mapping of the
-        same tensors.
+        `state` itself if nothing was or is compiled, or if two names would become equal; else a new mapping of the same
+        tensors.
 
     Example:
         >>> layer = nn.Linear(1, 1, bias=False)
@@ -61,10 +79,16 @@ def rename_for_module(module: nn.Module, state: Any) -> Any:
     if not compiled and not any(f"{_COMPILED}." in name for name in names):
         return state
     is_parallel = all(name.startswith(_COMPILED_PARALLEL) for name in names) and "module." not in paths
+    names = [name.removeprefix(_COMPILED_PARALLEL) for name in names] if is_parallel else names
+    # What was compiled as it is here keeps its names: also those of a buffer, or of a hook, of the compiled module.
+    settled = {plain for plain, path in compiled.items() if any(name.startswith(path) for name in names)}
 
     def rename(name: str) -> str:
-        plain = without_compiled(name.removeprefix(_COMPILED_PARALLEL) if is_parallel else name)
+        name = name.removeprefix(_COMPILED_PARALLEL) if is_parallel else name
+        plain = without_compiled(name)
         prefix = max((path for path in compiled if plain.startswith(path)), key=len, default=None)
+        if prefix in settled:
+            return name
         return plain if prefix is None else compiled[prefix] + plain[len(prefix) :]
 
     renamed: Any = OrderedDict((rename(key) if isinstance(key, str) else key, item) for key, item in state.items())

@@ -34,14 +34,7 @@ from distckpt.handlers.engine_votes import Voter, announce_errors, count_votes, 
 from distckpt.handlers.ignite_hooks import CheckpointEvents, get_handlers
 from distckpt.handlers.own_files import FileNaming, OwnFiles
 from distckpt.handlers.save_handler import BaseSaveHandler, directory_of, is_same_directory, storage_saver
-from distckpt.handlers.save_intent import (
-    UserFacts,
-    call_user_functions,
-    coordinator_of,
-    may_want,
-    name_of,
-    policy_of,
-)
+from distckpt.handlers.save_intent import UserFacts, call_user_functions, coordinator_of, may_want, name_of, policy_of
 from distckpt.handlers.save_log import SkipLog
 from distckpt.loading import api
 from distckpt.loading.api import LoadReport
@@ -346,6 +339,10 @@ class Checkpoint(Serializable, Voter):
     @property
     def _saved(self) -> list[_Item]:
         return self._history.items  # ignite's name
+
+    @_saved.setter
+    def _saved(self, entries: Iterable[tuple[int | float, str]]) -> None:
+        Checkpoint.load_state_dict(self, {"_saved": entries})
 
     @property
     def last_checkpoint(self) -> str | Path | None:

@@ -317,7 +317,8 @@ class CheckpointSave:
             objects=self._objects,
         )
         if self.handler.include_self:
-            checkpoint["checkpointer"] = OrderedDict(_saved=list(self.decision.kept))
+            own = self.handler.state_dict()  # a subclass may add to it
+            checkpoint["checkpointer"] = OrderedDict({**own, "_saved": list(self.decision.kept)})
         elif len(checkpoint) == 1:
             (checkpoint,) = checkpoint.values()
         return checkpoint

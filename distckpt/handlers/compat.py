@@ -38,14 +38,15 @@ def deprecated(message: str, *, stacklevel: int = 3) -> None:
     warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
 
 
-def refuse_overrides(cls: type, instead: Mapping[str, str]) -> None:
-    """Raise TypeError if a class has a method which ignite calls and distckpt does not.
+def refuse_overrides(one: object, instead: Mapping[str, str]) -> None:
+    """Raise TypeError if a class, or an object, has a method which ignite calls and distckpt does not.
 
     `instead` says what to do instead, by the method's name.
     """
     for name, advice in instead.items():
-        if hasattr(cls, name):
-            msg = f"{cls.__qualname__} overrides `{name}`, which ignite calls and distckpt does not. {advice}"
+        if hasattr(one, name):
+            kind = one if isinstance(one, type) else type(one)
+            msg = f"{kind.__qualname__} overrides `{name}`, which ignite calls and distckpt does not. {advice}"
             raise TypeError(msg)
 
 

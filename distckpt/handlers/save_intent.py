@@ -5,11 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from ignite.engine import Engine, Events
 
 from distckpt._values import is_numpy_scalar, plain_score
 from distckpt.backends.detect import current
 from distckpt.handlers.checkpoint_history import CheckpointHistory
+from distckpt.handlers.compat import CHECKPOINT_OVERRIDES, refuse_overrides
 from distckpt.handlers.engine_events import find_engine_handling_exception, get_firing_engines
 from distckpt.handlers.own_files import OwnFiles
 from distckpt.handlers.progress import num_completed_epochs, position_of
@@ -46,6 +48,10 @@ class Settings(Protocol):
     @property
     def last_checkpoint(self) -> str | Path | None:
         """The kept checkpoint of highest priority."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Return the handler's state."""
+        ...
 
 
 class UserFacts(NamedTuple):
@@ -88,10 +94,18 @@ def policy_of(handler: Settings) -> SavePolicy:
 
 
 def call_user_functions(handler: Settings, engine: Engine) -> UserFacts:
-    """Rank-local. Return the step and the score of the present event; raise ValueError if one is no number."""
+    """Rank-local. Return the step and the score of the present event.
+
+    Raises:
+        ValueError: one of them is no number.
+        TypeError: the handler, or its class, was given a method which ignite calls and distckpt does not.
+    """
+    refuse_overrides(handler, CHECKPOINT_OVERRIDES)
     step: Any = None
     if handler.global_step_transform is not None:
         step = handler.global_step_transform(engine, engine.last_event_name)
+        if isinstance(step, torch.Tensor) and step.dim() == 0:
+            step = step.item()
     score = None
     if handler.score_function is not None:
         score = plain_score(handler.score_function(engine))

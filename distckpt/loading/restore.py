@@ -336,7 +336,8 @@ def _is_bare(obj: Any, state: Mapping[str, Any], key: str) -> bool:
     if isinstance(obj, nn.Module):
         return True
     try:
-        return isinstance(own_state(obj), Mapping)  # else the item at the key is such a state
+        own = own_state(obj)
+        return isinstance(own, Mapping) and key in own  # else the item at the key is such a state
     except Exception:  # noqa: BLE001 - a user's code; ignite takes the item at the key
         return False
 

@@ -65,7 +65,12 @@ def load_own_state(obj: Any, state: Any, **options: Any) -> None:
 
 
 def _is_gathered(obj: Any) -> bool:
-    return all(hasattr(type(obj), name) for name in _RANK_LOCAL)
+    """Return True if an object's state is what its class gathers, and nothing that a subclass has added."""
+    classes = type(obj).__mro__
+    origin = next((one for one in reversed(classes) if _RANK_LOCAL[0] in vars(one)), None)
+    return origin is not None and all(
+        next(one for one in classes if name in vars(one)) is origin for name in ("state_dict", "load_state_dict")
+    )
 
 
 def _restore(obj: Any, states: Sequence[tuple[Any, Mapping[str, Any]]]) -> None:

@@ -7,6 +7,7 @@ import errno
 import functools
 import inspect
 import pickle
+import pickletools
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +27,8 @@ from distckpt.storage.direct_io import BufferedWriter
 _NEWEST_PROTOCOL = 3
 _NUMPY_MARKS = ("GLOBAL numpy.", "GLOBAL bytes ")
 """In torch's error about a pickle with NumPy arrays."""
-_PROTO = 0x80
+_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, 2)[2:]
+"""In the first pickle of a file that torch.save wrote before it wrote zip archives."""
 _LENGTH = struct.Struct("<Q")
 _SIGNATURES = (
     (0, b"\x93NUMPY", "a NumPy array: numpy.load reads it"),
@@ -172,7 +174,7 @@ def describe_format(file: Readable, archive: Archive | None) -> str | None:
         (length,) = _LENGTH.unpack_from(begin)
         if length + _LENGTH.size <= file.num_bytes and file.read(_LENGTH.size, length).rstrip()[-1:] == b"}":
             return "a safetensors file: safetensors.torch.load_file reads it"
-    return None
+    return _describe_pickle(file, begin)
 
 
 def _describe_archive(file: Readable, archive: Archive) -> str | None:
@@ -184,12 +186,37 @@ def _describe_archive(file: Readable, archive: Archive) -> str | None:
     if "data.pkl" in names:
         number = names.index("data.pkl")
         try:
-            begin = read_record_bytes(file, archive.records[number], archive.inflated.get(number))[:2]
+            data = read_record_bytes(file, archive.records[number], archive.inflated.get(number))
         except ValueError:
             return None
-        if len(begin) > 1 and begin[0] == _PROTO and begin[1] > _NEWEST_PROTOCOL:
-            return (
-                f"a checkpoint whose pickle has protocol {begin[1]}: torch's reader that executes nothing knows "
-                f"protocols up to {_NEWEST_PROTOCOL}. Save it with torch.save's default, pickle_protocol=2"
-            )
+        return _describe_protocol(data) or _describe_long_integer(data)
     return None
+
+
+def _describe_pickle(file: Readable, begin: bytes) -> str | None:
+    if _MAGIC in begin:
+        return _describe_protocol(begin)
+    is_pickle = begin[:1] == pickle.PROTO and begin[1:2] <= bytes([pickle.HIGHEST_PROTOCOL])
+    if is_pickle and file.read(file.num_bytes - 1, 1) == pickle.STOP:
+        return "a pickle that torch.save has not written: pickle.load reads it, and executes code from the file"
+    return None
+
+
+def _describe_protocol(data: bytes) -> str | None:
+    if data[:1] != pickle.PROTO or data[1:2] <= bytes([_NEWEST_PROTOCOL]):
+        return None
+    return (
+        f"a checkpoint whose pickle has protocol {data[1]}: torch's reader that executes nothing knows "
+        f"protocols up to {_NEWEST_PROTOCOL}. Save it with torch.save's default, pickle_protocol=2"
+    )
+
+
+def _describe_long_integer(data: bytes) -> str | None:
+    try:
+        has_one = any(opcode.name == "LONG4" for opcode, *_ in pickletools.genops(data))
+    except Exception:  # noqa: BLE001 - of what a damaged pickle holds
+        return None
+    what = (
+        "a checkpoint with an integer of more than 255 bytes, which torch's reader that executes nothing does not know"
+    )
+    return f"{what}. Save it as text" if has_one else None

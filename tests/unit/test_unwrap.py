@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,6 +68,58 @@ def test_one_wrapped_object_is_its_bare_state(tmp_path: Path, order: tuple[str, 
     module = linear(1)
     run_epochs(Checkpoint({"model": _wrapped(module, order)}, tmp_path), 1)
     assert equal(torch.load(tmp_path / "model_1.pt", weights_only=True), module.state_dict())
+
+
+def _with_buffer(compiled: nn.Module) -> None:
+    compiled.register_buffer("steps", torch.tensor(7))
+
+
+def _with_hook(compiled: nn.Module) -> None:
+    hooked: Any = compiled
+    hooked.register_state_dict_post_hook(
+        lambda _, state, prefix, *__: state.update({f"{prefix}version": torch.ones(1)})
+    )
+    hooked.register_load_state_dict_pre_hook(lambda _, state, prefix, *__: state.pop(f"{prefix}version"))
+
+
+def _with_methods(compiled: nn.Module) -> None:
+    """Save and load the weights with the other sign."""
+    one: Any = compiled
+    own, load = one.state_dict, one.load_state_dict
+    one.state_dict = lambda *_, **__: {key: -item for key, item in own().items()}
+    one.load_state_dict = lambda state, **options: load({key: -item for key, item in state.items()}, **options)
+
+
+@pytest.mark.parametrize("change", [_with_buffer, _with_hook, _with_methods])
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_a_compiled_module_has_of_its_own_is_saved_and_loaded(
+    tmp_path: Path, change: Callable[[nn.Module], None], *, inside: bool
+) -> None:
+    def make(seed: int) -> nn.Module:
+        compiled = _compile(linear(seed))
+        change(compiled)
+        return nn.Sequential(compiled, linear(seed + 10)) if inside else compiled
+
+    saved, fresh = make(1), make(2)
+    run_epochs(Checkpoint({"model": saved, "other": linear(3)}, tmp_path), 1)
+    content = torch.load(tmp_path / "checkpoint_1.pt", weights_only=True)
+    assert equal(content["model"], saved.state_dict())
+    for source in (tmp_path / "checkpoint_1.pt", content):
+        Checkpoint.load_objects({"model": fresh}, source)
+        assert equal(fresh.state_dict(), saved.state_dict())
+        assert equal(dict(fresh.named_parameters()), dict(saved.named_parameters()))
+
+
+def test_a_users_child_that_is_called_like_a_compiled_module_keeps_its_name(tmp_path: Path) -> None:
+    class Wraps(nn.Module):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            self._orig_mod, self.scale = linear(seed), nn.Parameter(torch.full((2,), float(seed)))
+
+    saved, fresh = Wraps(1), Wraps(2)
+    run_epochs(Checkpoint({"model": saved, "other": linear(3)}, tmp_path), 1)
+    Checkpoint.load_objects({"model": fresh}, tmp_path / "checkpoint_1.pt")
+    assert equal(fresh.state_dict(), saved.state_dict())
 
 
 def test_wrappers_in_nested_collections_are_seen_through(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from ignite.engine import Engine
 from torch import nn
 
@@ -123,6 +124,7 @@ def test_metadata_holds_exactly_what_the_contract_says() -> None:
         ({"score_function": _score, "global_step_transform": _epoch}, 0.99991),
         ({"global_step_transform": lambda _engine, _event: None}, 203),
         ({"global_step_transform": lambda _engine, _event: np.int64(4)}, 4),
+        ({"global_step_transform": lambda _engine, _event: torch.tensor(4)}, 4),
     ],
 )
 def test_priority_is_score_else_global_step_else_iteration(options: dict[str, Any], priority: float) -> None:

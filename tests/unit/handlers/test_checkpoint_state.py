@@ -50,6 +50,15 @@ def test_a_program_may_change_the_list_of_kept_checkpoints() -> None:
     assert handler.state_dict() == {"_saved": [(2, "model_2.pt"), (3, "model_3.pt")]}
 
 
+def test_a_program_may_assign_the_list_of_kept_checkpoints() -> None:
+    handler = _checkpoint(n_saved=2)
+    run_epochs(handler, 3)
+    handler._saved = []
+    assert handler.last_checkpoint is None
+    handler._saved = [Checkpoint.Item(1, "model_1.pt")]
+    assert handler.state_dict() == {"_saved": [(1, "model_1.pt")]}
+
+
 @pytest.mark.parametrize("wrong", [[], None, "text", 12])
 def test_a_state_that_is_no_mapping_is_a_type_error(wrong: Any) -> None:
     with pytest.raises(TypeError, match=r"^Argument state_dict should be a dictionary, but given"):
@@ -113,6 +122,28 @@ def test_a_checkpoint_that_includes_itself_is_read_back(tmp_path: Path, names: l
     assert other.state_dict() == handler.state_dict()
     for name in names:
         assert equal(fresh[name].state_dict(), objects[name].state_dict())
+
+
+def test_what_a_subclass_adds_to_its_state_is_saved_and_read_back(tmp_path: Path) -> None:
+    class Best(Checkpoint):
+        best = 0.25
+
+        def state_dict(self) -> Any:
+            return {**super().state_dict(), "best": self.best}
+
+        def load_state_dict(self, state_dict: Any) -> None:
+            self.best = state_dict["best"]
+            super().load_state_dict(state_dict)
+
+    handler = Best({"model": linear(0)}, tmp_path, include_self=True, n_saved=2)
+    handler.best = 0.75
+    run_epochs(handler, 2)
+    assert isinstance(handler.last_checkpoint, Path)
+    content = torch.load(handler.last_checkpoint, weights_only=True)
+    assert content["checkpointer"] == handler.state_dict()
+    other = Best({"model": linear(1)}, InMemory(), include_self=True)
+    Checkpoint.load_objects({"checkpointer": other}, handler.last_checkpoint)
+    assert other.state_dict() == handler.state_dict()
 
 
 def test_a_single_object_is_read_back_without_its_checkpointer(tmp_path: Path) -> None:

@@ -298,6 +298,17 @@ def test_a_subclass_that_overrides_what_is_never_called_is_refused(base: type, n
         type("Mine", (base,), {"__qualname__": "Mine", name: lambda *_: None})
 
 
+@pytest.mark.parametrize("on_class", [False, True])
+def test_what_is_never_called_is_refused_on_an_object_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, on_class: bool
+) -> None:
+    handler = Checkpoint({"model": linear(0)}, tmp_path)
+    monkeypatch.setattr(Checkpoint if on_class else handler, "_setup_checkpoint", dict, raising=False)
+    with pytest.raises(TypeError, match=r"^Checkpoint overrides `_setup_checkpoint`, which ignite calls.*state_dict"):
+        run_epochs(handler, 1)
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("name", ["_save_native", "_save_xla"])
 def test_an_older_releases_hooks_of_a_disk_saver_are_refused_in_a_mixin_too(name: str) -> None:
     mixin = type("Mixin", (), {name: lambda *_: None})

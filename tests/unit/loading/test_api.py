@@ -101,6 +101,26 @@ def test_one_object_makes_the_round_trip_under_any_name(tmp_path: Path, name: st
     assert equal(fresh.state_dict(), model.state_dict())
 
 
+@pytest.mark.parametrize("item", [None, 3, "text", [1], (), torch.ones(2)])
+@pytest.mark.parametrize("own", [None, {}, {"w": torch.ones(1)}])
+def test_one_of_several_objects_gets_its_own_state_whatever_that_is(tmp_path: Path, item: Any, own: Any) -> None:
+    """Its live state may be of another type by now."""
+    saved = Notebook()
+    saved.state = item
+    run_epochs(Checkpoint({"ema": saved, "model": linear(0)}, tmp_path), 1)
+    for checkpoint in (tmp_path / "checkpoint_1.pt", {"ema": item, "model": linear(0).state_dict()}):
+        ema = Notebook(own)
+        load({"ema": ema}, checkpoint)
+        assert equal({"": ema.state}, {"": item})
+
+
+def test_one_object_whose_state_has_its_name_makes_the_round_trip(tmp_path: Path) -> None:
+    run_epochs(Checkpoint({"page": Notebook({"page": 3})}, tmp_path), 1)
+    fresh = Notebook({"page": 0})
+    load({"page": fresh}, tmp_path / "page_1.pt")
+    assert fresh.state == {"page": 3}
+
+
 def test_nested_mappings_and_lists_make_the_round_trip(tmp_path: Path) -> None:
     def tree(seed: int) -> dict[str, Any]:
         nets = {"a": linear(seed), "list": [linear(seed + 1), {"deep": (linear(seed + 2), Notebook({"seed": seed}))}]}

@@ -73,7 +73,6 @@ DAMAGED: dict[str, Callable[[], bytes]] = {
     "tail of zeros": lambda: GOOD[:-200] + BLANK[:200],
     "all but the head of zeros": lambda: GOOD[:64] + BLANK[: len(GOOD) - 64],
     "half, then noise": lambda: GOOD[: len(GOOD) // 2] + NOISE[: len(GOOD) // 2],
-    "pickle of a number": lambda: pickle.dumps(3),
     "pickle, torn": lambda: pickle.dumps(list(range(1000)))[:-50],
     "legacy, torn": lambda: LEGACY[: len(LEGACY) // 2],
     "legacy, head alone": lambda: LEGACY[:40],

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ignite.engine import Engine
+from ignite.metrics import Average
 from torch import nn
 
 from distckpt import Checkpoint, EarlyStopping, PartialLoadError
@@ -323,6 +324,30 @@ def test_an_object_that_cannot_tell_its_state_is_loaded_when_nothing_else_can_re
     assert book.state == {"page": 1}
     Checkpoint.load_objects({"book": book, "model": linear(1)}, states)
     assert book.state == {"page": 2}
+
+
+def test_a_metric_with_more_state_than_it_gathers_is_put_back() -> None:
+    class Counted(Average):
+        extra = 2
+
+        def state_dict(self) -> Any:
+            return {"base": super().state_dict(), "extra": self.extra}
+
+        def load_state_dict(self, state_dict: Any) -> None:
+            self.extra = state_dict["extra"]
+            super().load_state_dict(state_dict["base"])
+
+    metric, other = Counted(), Counted()
+    for one in (metric, other):
+        one.reset()
+    other.update(3.0)
+    other.extra = 7
+    with pytest.raises(RuntimeError, match="it refuses"):
+        Checkpoint.load_objects({"metric": metric, "r": Refuses()}, {"metric": other.state_dict(), "r": {}})
+    assert metric.extra == 2
+    assert metric.num_examples == 0
+    Checkpoint.load_objects({"metric": metric}, {"metric": other.state_dict()})
+    assert (metric.extra, metric.compute()) == (7, 3.0)
 
 
 def test_an_error_notes_which_objects_their_own_method_restored() -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import struct
 import subprocess
 import sys
@@ -188,6 +189,12 @@ def safetensors() -> bytes:
     return struct.pack("<Q", len(head)) + head + bytes(4)
 
 
+def long_integer() -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"m": Model().state_dict(), "n": 10**700}, buffer)
+    return buffer.getvalue()
+
+
 def numpy_file(save: Any) -> bytes:
     buffer = io.BytesIO()
     save(buffer, np.ones(2))
@@ -200,6 +207,17 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "lzma": (lambda: zipped(torchs(), zipfile.ZIP_LZMA), "compressed by zip's method 14"),
     "protocol 4": (lambda: torchs(pickle_protocol=4), "pickle has protocol 4"),
     "protocol 5, deflated": (lambda: zipped(torchs(pickle_protocol=5), zipfile.ZIP_DEFLATED), "has protocol 5"),
+    "protocol 4, before zip": (
+        lambda: torchs(pickle_protocol=4, _use_new_zipfile_serialization=False),
+        "pickle has protocol 4",
+    ),
+    "long integer": (long_integer, "integer of more than 255 bytes"),
+    "long integer, deflated": (
+        lambda: zipped(long_integer(), zipfile.ZIP_DEFLATED),
+        "integer of more than 255 bytes",
+    ),
+    "pickle": (lambda: pickle.dumps({"m": [1.0]}), r"pickle\.load reads it, and executes code"),
+    "pickle of protocol 2": (lambda: pickle.dumps({"m": [1.0]}, 2), r"pickle\.load reads it, and executes code"),
     "safetensors": (safetensors, "safetensors.torch.load_file"),
     "npy": (lambda: numpy_file(np.save), "numpy.load"),
     "npz": (lambda: numpy_file(np.savez), r"\.npz"),
