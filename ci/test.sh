@@ -88,12 +88,13 @@ for folder in distckpt tests launch ci; do
 done
 
 if [ "$CHECKS" -eq 1 ]; then
-    stage "ruff check" 120 "$BIN/ruff" check "${FOLDERS[@]}"
-    stage "ruff format" 120 "$BIN/ruff" format --check "${FOLDERS[@]}"
-    stage "mypy --strict" 900 "$BIN/mypy" "${FOLDERS[@]}"
-    stage "import layers" 120 "$BIN/lint-imports" --no-logo
-    stage "wheel" 300 "$PYTHON" ci/check_wheel.py
-    stage "docs" 300 ci/docs.sh
+    stage_beside "ruff check" 120 "$BIN/ruff" check "${FOLDERS[@]}"
+    stage_beside "ruff format" 120 "$BIN/ruff" format --check "${FOLDERS[@]}"
+    stage_beside "mypy --strict" 900 "$BIN/mypy" "${FOLDERS[@]}"
+    stage_beside "import layers" 120 "$BIN/lint-imports" --no-logo
+    stage_beside "wheel" 600 "$PYTHON" ci/check_wheel.py
+    stage_beside "docs" 600 ci/docs.sh
+    finish_stages
 fi
 if [ "$TESTS" -eq 1 ]; then
     [ "$FAST" -eq 0 ] || SELECTION+=(-m "not crash")
