@@ -1,9 +1,9 @@
 """Select the tests of a run: those of this process's runtime, and with `--full` all of them.
 
 Without `--full`, a parametrised test runs on a few cases, in which every value of every parameter occurs: `cover` picks
-them. At most `_MAX_CASES` of a test are picked, on Horovod and torch_xla `_MAX_CASES_ELSEWHERE`, since these runtimes
-repeat tests of torch.distributed's run. `quick(num)` sets another limit for a test; a `full_only` test does not run. A
-test named on the command line (`FILE::TEST`) runs on all its cases.
+them. At most `_MAX_CASES` of a test are picked. Horovod and torch_xla repeat tests of torch.distributed's run: there a
+test of the contract runs on `_MAX_CASES_ELSEWHERE`, another one on a single case. `quick(num)` sets another limit for a
+test; a `full_only` test does not run. A test named on the command line (`FILE::TEST`) runs on all its cases.
 
 A test that is left out is not reported as skipped. The summary counts such tests by reason.
 """
@@ -107,7 +107,7 @@ def _select_cases(group: Sequence[pytest.Item]) -> list[pytest.Item]:
     mark = group[0].get_closest_marker("quick")
     limit = _MAX_CASES if mark is None else int(mark.args[0])
     if RUNTIME != OWN:
-        limit = min(limit, _MAX_CASES_ELSEWHERE)
+        limit = min(limit, _MAX_CASES_ELSEWHERE if "contracts" in group[0].path.parts else 1)
     # One id for each `parametrize` mark: a row of several parameters is one value.
     values = [set(enumerate(item.callspec._idlist)) if hasattr(item, "callspec") else {(0, "")} for item in group]
     picked = cover(values)
