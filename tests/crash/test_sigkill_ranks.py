@@ -22,7 +22,7 @@ from tests.crash.subject import name_of, steps_in
 from tests.crash.tally import Tally, others_in, place_of
 from tests.support import run_ranks
 
-pytestmark = pytest.mark.crash
+pytestmark = [pytest.mark.crash, pytest.mark.slow]
 
 WORLD_SIZE = 2
 NUM_SERVERS = 2
