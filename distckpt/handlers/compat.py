@@ -43,9 +43,9 @@ def refuse_overrides(one: object, instead: Mapping[str, str]) -> None:
 
     `instead` says what to do instead, by the method's name.
     """
+    kind = one if isinstance(one, type) else type(one)
     for name, advice in instead.items():
-        if hasattr(one, name):
-            kind = one if isinstance(one, type) else type(one)
+        if name in vars(one) or hasattr(kind, name):
             msg = f"{kind.__qualname__} overrides `{name}`, which ignite calls and distckpt does not. {advice}"
             raise TypeError(msg)
 

@@ -134,8 +134,8 @@ class StorageSaver(Protocol):
 
 def storage_saver(handler: object) -> StorageSaver | None:
     """Return the handler if a Checkpoint may write into its storage; None if it can only be called."""
-    # A program's own handler may have an attribute of that name.
-    has_storage = getattr(handler, "storage", None) is not None and hasattr(handler, "make_writer")
+    # Of the class: a program's own handler may have an attribute of that name, and a mock or a proxy has every one.
+    has_storage = hasattr(type(handler), "make_writer") and getattr(handler, "storage", None) is not None
     return cast("StorageSaver", handler) if has_storage else None
 
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import ignite.handlers.checkpoint as ignites
 import pytest
@@ -52,6 +53,26 @@ def test_callables_get_as_many_arguments_as_they_take(handler: Callable[..., Non
     _CALLS.clear()
     run_epochs(Checkpoint({"model": nn.Identity()}, handler), 1)
     assert [len(call) for call in _CALLS] == [num_arguments]
+
+
+class _Proxy:
+    """Forwards what it does not know, as handles of remote objects do."""
+
+    def __call__(self, *given: Any) -> None:
+        _CALLS.append(given)
+
+    def __getattr__(self, name: str) -> Any:
+        return MagicMock(name=name)
+
+
+@pytest.mark.parametrize("make", [MagicMock, _Proxy])
+def test_a_handler_that_has_every_attribute_is_called_and_nothing_else(make: Callable[[], Any]) -> None:
+    handler = make()
+    _CALLS.clear()
+    run_epochs(Checkpoint({"model": linear(0), "other": linear(1)}, handler, n_saved=1), 2)
+    calls = _CALLS if make is _Proxy else [call.args for call in handler.call_args_list]
+    assert [filename for _, filename, *_ in calls] == ["checkpoint_1.pt", "checkpoint_2.pt"]
+    assert [list(checkpoint) for checkpoint, *_ in calls] == 2 * [["model", "other"]]
 
 
 def test_a_type_error_inside_a_handler_does_not_run_it_twice() -> None:
