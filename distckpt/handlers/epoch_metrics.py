@@ -9,35 +9,45 @@ collectives.
 import contextlib
 import math
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from ignite.engine import Engine, Events, State
 from ignite.metrics import Metric
 
+from distckpt.handlers.epoch_numbers import NOTHING, decode, encode, encode_all
 from distckpt.handlers.ignite_hooks import get_handlers
+
+_MOST_NAMES = 3
 
 
 def shown_numbers(state: State) -> dict[str, Any]:
     """Return the numbers that an engine's state shows, as plain JSON for a checkpoint's record."""
     output, metrics = getattr(state, "output", None), getattr(state, "metrics", None)
-    found: dict[str, Any] = {"output": output} if _is_number(output) else {}
+    lacking: list[str] = []
+    form = NOTHING if output is None else encode(output, lacking, "output")
+    found: dict[str, Any] = {} if form is NOTHING else {"output": form}
     if isinstance(metrics, Mapping):
-        found["metrics"] = {name: value for name, value in metrics.items() if type(name) is str and _is_number(value)}
-    return found
+        found["metrics"] = encode_all(metrics, lacking)
+    return {**found, "lacking": lacking[:_MOST_NAMES]} if lacking else found
 
 
-def show_numbers(state: State, output: Any, metrics: Mapping[str, Any] | None) -> None:
-    """Set what is missing in an engine's state to the numbers of a checkpoint's record."""
-    if state.output is None and _is_number(output):
-        state.output = output
-    for name, value in (metrics or {}).items():
-        if _is_number(value):
+def show_numbers(state: State, output: Any, metrics: Mapping[str, Any] | None, lacking: Sequence[str]) -> None:
+    """Set what is missing in an engine's state to the numbers of a checkpoint's record; warn of what it lacks."""
+    shown = NOTHING if output is None else decode(output)
+    if state.output is None and shown is not NOTHING:
+        state.output = shown
+    for name, form in (metrics or {}).items():
+        value = decode(form)
+        if value is not NOTHING:
             state.metrics.setdefault(name, value)
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    if lacking:
+        warnings.warn(
+            f"resume: all batches of epoch {state.epoch} were trained before, and the checkpoint does not hold "
+            f"state.{', state.'.join(lacking)}: handlers of EPOCH_COMPLETED do not find it. Let the step return "
+            "numbers, or save on EPOCH_COMPLETED",
+            stacklevel=2,
+        )
 
 
 @contextlib.contextmanager

@@ -248,7 +248,7 @@ class FastForward:
             engine.state.seed = self._point.seed
         if self._point.is_end_due and engine.state.iteration == self._point.trained:
             self._restore_loaded()
-            show_numbers(engine.state, self._point.output, self._point.metrics)
+            show_numbers(engine.state, self._point.output, self._point.metrics, self._point.lacking)
             for one in self._restored.objects:
                 if isinstance(one, torch.optim.Optimizer):
                     vars(one)["_opt_called"] = True  # it has stepped: torch's schedulers warn if it has not

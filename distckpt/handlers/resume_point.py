@@ -5,7 +5,7 @@ record has the engine's ``iteration`` alone; a pass over the data is then taken 
 translates a resume point for data in other batches or a job of another size. Rank-local; issues no collectives.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -44,8 +44,9 @@ class ResumePoint:
     seed: int | None = None  # of a DeterministicEngine's run
     world_size: int | None = None  # number of ranks
     sampler: Mapping[str, Any] | None = None  # the state of a ResumableSampler
-    output: Any = None  # the engine's, where `is_end_due` and it is a number
-    metrics: Mapping[str, Any] | None = None  # likewise, those that are numbers
+    output: Any = None  # the numbers in the engine's, where `is_end_due`; see epoch_numbers.py
+    metrics: Mapping[str, Any] | None = None  # likewise
+    lacking: Sequence[str] = ()  # names of what else was in them
 
     @classmethod
     def from_record(cls, position: Any) -> "ResumePoint | None":
@@ -63,6 +64,7 @@ class ResumePoint:
         known["event"] = known["event"] if isinstance(known["event"], str) else None
         for name in ("sampler", "metrics"):
             known[name] = known[name] if isinstance(known[name], Mapping) else None
+        known["lacking"] = [str(one) for one in known["lacking"]] if isinstance(known["lacking"], list) else ()
         return cls(**known)
 
     @classmethod

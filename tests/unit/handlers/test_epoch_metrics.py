@@ -6,7 +6,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from ignite.engine import Engine, Events
 from ignite.metrics import Average, RunningAverage
 
@@ -91,16 +93,78 @@ def test_a_metric_that_was_saved_has_its_value(tmp_path: Path, *, on_loop: bool)
     assert [seen["average"] for seen in training.seen] == [3.0, 3.0, 3.0]
 
 
-@pytest.mark.parametrize("output", [[1.0], "text", math.nan, True, None])
+OUTPUTS: list[Any] = [
+    *(1, 0.5, True, math.inf, [1.0, 2], (1.0, (2,)), {"g": 1.0, "d": {"real": [3]}}),
+    *(torch.tensor(0.5), torch.tensor(3, dtype=torch.int16), {"g": torch.tensor(0.5, requires_grad=True)}),
+    *(np.float64(0.5), np.float32(0.25), [np.int64(3)], {"loss": np.uint8(1)}),
+    *("text", {}, {"a": "b", "none": None}, []),
+]
+
+
+@pytest.mark.parametrize("output", OUTPUTS, ids=repr)
+def test_outputs_of_numbers_are_seen_after_a_resume(tmp_path: Path, output: Any) -> None:
+    def make() -> tuple[Engine, Checkpoint, list[Any]]:
+        trainer, seen = Engine(lambda _engine, _batch: output), list[Any]()
+        checkpoint = Checkpoint({"trainer": trainer}, DiskSaver(tmp_path, require_empty=False))
+        trainer.add_event_handler(Events.ITERATION_COMPLETED(every=2), checkpoint)
+        trainer.add_event_handler(
+            Events.ITERATION_COMPLETED, lambda: trainer.state.metrics.update(one=output, other=[output])
+        )
+        trainer.add_event_handler(
+            Events.EPOCH_COMPLETED, lambda: seen.append([trainer.state.output, *trainer.state.metrics.values()])
+        )
+        return trainer, checkpoint, seen
+
+    trainer, _, _ = make()
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), _kill)
+    trainer.logger.disabled = True
+    with contextlib.suppress(KilledError):
+        trainer.run(range(2), max_epochs=2)
+    again, checkpoint, seen = make()
+    resume({"trainer": again}, checkpoint, engine=again)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again.run(range(2), max_epochs=2)
+    assert len(seen) == 2
+    assert repr(seen[0]).replace(", requires_grad=True", "") == repr(seen[1]).replace(", requires_grad=True", "")
+    assert str(type(seen[0][0])) == str(type(output))
+
+
+def _kill() -> None:
+    raise KilledError
+
+
+def test_what_cannot_be_kept_of_an_output_is_named(tmp_path: Path) -> None:
+    def make() -> tuple[Engine, Checkpoint]:
+        trainer = Engine(lambda _engine, _batch: {"loss": 0.5, "y": torch.ones(3), "note": {1, 2}})
+        checkpoint = Checkpoint({"trainer": trainer}, DiskSaver(tmp_path, require_empty=False))
+        trainer.add_event_handler(Events.ITERATION_COMPLETED(every=2), checkpoint)
+        trainer.logger.disabled = True
+        return trainer, checkpoint
+
+    trainer, _ = make()
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), _kill)
+    with contextlib.suppress(KilledError):
+        trainer.run(range(2), max_epochs=2)
+    again, checkpoint = make()
+    outputs: list[Any] = []
+    again.add_event_handler(Events.EPOCH_COMPLETED, lambda: outputs.append(again.state.output))
+    resume({"trainer": again}, checkpoint, engine=again)
+    with pytest.warns(UserWarning, match=r"state\.output\['y'\], state\.output\['note'\]: handlers of EPOCH_COMPLETED"):
+        again.run(range(2), max_epochs=2)
+    assert outputs[0] == {"loss": 0.5}
+
+
+@pytest.mark.parametrize("output", [[torch.ones(2)], 300 * "text", {"a": object()}, 257 * [0], None])
 def test_only_numbers_are_recorded(tmp_path: Path, output: Any) -> None:
     trainer = Engine(lambda _engine, _batch: output)
     checkpoint = Checkpoint({"trainer": trainer}, DiskSaver(tmp_path, require_empty=False))
     trainer.add_event_handler(Events.ITERATION_COMPLETED, checkpoint)
-    trainer.state.metrics = {"loss": 0.5, "confusion": [[1, 2]], "none": None}
+    trainer.state.metrics = {"loss": 0.5, "confusion": torch.ones(2, 2), "none": None}
     trainer.run([0], max_epochs=1)
     position = record_of(Path(str(checkpoint.last_checkpoint)))["data"]
     assert "output" not in position
-    assert position["metrics"] == {"loss": 0.5}
+    assert position["metrics"] == {"loss": 0.5, "none": None}
 
 
 def test_within_an_epoch_nothing_is_recorded(tmp_path: Path) -> None:
