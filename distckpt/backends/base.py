@@ -379,6 +379,6 @@ class Backend(ABC):
 
     def check_rank(self, rank: int, what: str) -> None:
         """Raise ValueError unless `rank`, the value of argument `what`, is a rank of this job. Rank-local."""
-        if not 0 <= rank < self.world_size:
-            msg = f"Argument {what} should be a rank of this job (0 to {self.world_size - 1}), but given {rank}"
+        if not isinstance(rank, int) or not 0 <= rank < self.world_size:
+            msg = f"Argument {what} should be a rank of this job (0 to {self.world_size - 1}), but given {rank!r}"
             raise ValueError(msg)

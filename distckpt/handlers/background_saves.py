@@ -3,10 +3,11 @@
 The save itself is a :class:`~distckpt.saving.pending_save.PendingSave`.
 """
 
+import functools
 import logging
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from ignite.engine import Engine
 
@@ -21,6 +22,7 @@ from distckpt.saving.pending_save import PendingSave
 
 _logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 OnEnd = Callable[[PendingSave, BaseException | None], None]
 """Called on all ranks when a save has ended: with None if it is committed, else with the error."""
 
@@ -88,6 +90,8 @@ class BackgroundSaves(Poller):
             return
         if self._pending is not None and self._engine is not None:
             count_votes(self._engine)
+        if self._pending is not None:  # a disk may be slow; but a rank that is elsewhere is named in time
+            self._run(functools.partial(self._pending.meet, self.timeout_s))
         while self._pending is not None:
             self._advance()
 
@@ -125,13 +129,17 @@ class BackgroundSaves(Poller):
         pending = self._pending
         if pending is None:
             return
-        try:
-            is_over = pending.advance(timeout_s=timeout_s)
-        except BaseException as error:
-            self._end(pending, error)
-            raise
-        if is_over:
+        if self._run(functools.partial(pending.advance, timeout_s=timeout_s)):
             self._end(pending, None)
+
+    def _run(self, step: Callable[[], T]) -> T:
+        pending = self._pending
+        try:
+            return step()
+        except BaseException as error:
+            if pending is not None:
+                self._end(pending, error)
+            raise
 
     def _end(self, pending: PendingSave, error: BaseException | None) -> None:
         engine, on_end = self._engine, self._on_end

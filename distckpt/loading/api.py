@@ -76,6 +76,8 @@ def load(
     def check_arguments() -> str:
         check_timeout(timeout_s)
         check_to_load(objects)
+        if not isinstance(path, str | os.PathLike):
+            raise TypeError(f"Argument path should be a string or Path object, but given {type(path)}")
         return str(Path(os.fspath(path)).expanduser())
 
     location = Path(context.run_phase("checking the arguments", check_arguments)[0])
@@ -120,6 +122,7 @@ def latest(
         LoadError: there are files, but none is whole; or a rank does not have a file that rank 0 has. Alike on every
             rank.
         OSError: the directory cannot be read.
+        ValueError: `ext` or `timeout_s` has a wrong value; on every rank.
 
     Example:
         >>> import tempfile
@@ -134,6 +137,8 @@ def latest(
 
     def list_files() -> dict[str, Any]:
         check_timeout(timeout_s)
+        if not isinstance(ext, str) or not ext or ext.startswith(".") or set(ext) & set("*?[/"):
+            raise ValueError(f"Argument ext should be an extension without the dot, such as 'pt', but given {ext!r}")
         folder = Path(os.fspath(directory)).expanduser()
         files = read_records(folder, ext, is_nested=False) if context.backend.rank == 0 else {}
         return {"directory": str(folder), "names": sort_newest_first(folder, files)}

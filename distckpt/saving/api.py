@@ -193,12 +193,8 @@ def _start(
     def check() -> dict[str, Any]:
         _check_arguments(objects, path, step, share_write, timeout_s)
         backend.check_rank(save_on_rank, "save_on_rank")
-        target, number = Path(path).expanduser(), 0
-        if backend.rank == save_on_rank:
-            number = _wait_for_pending(target.absolute())
-            if target.is_dir():
-                msg = f"Argument path should name a file, but {target} is a directory"
-                raise ValueError(msg)
+        target = Path(path).expanduser()
+        number = _begin(target) if backend.rank == save_on_rank else 0
         same = {
             "the name in path": target.name,
             "save_on_rank": save_on_rank,
@@ -209,12 +205,14 @@ def _start(
         is_sharded = needs_consolidation(objects)
         return {"same": same, "is_sharded": is_sharded, "exists": target.exists(), "number": number}
 
-    # The long timeout: the coordinator may wait for an earlier save to the same path.
-    answers = phases.run(backend, sync_point("checking the arguments"), check, timeout_s=WRITE_TIMEOUT_S)
+    limit_s = timeout_s if _is_time_limit(timeout_s) else None
+    answers = phases.run(backend, sync_point("checking the arguments"), check, timeout_s=limit_s)
     _check_same([answer["same"] for answer in answers])
-    number = answers[save_on_rank]["number"]
+    number, target = answers[save_on_rank]["number"], Path(path).expanduser()
+    if number is None:  # an earlier save to this path is being written
+        wait = functools.partial(_wait_for_pending, target.absolute())
+        number = phases.run(backend, sync_point("waiting for it"), wait, timeout_s=WRITE_TIMEOUT_S)[save_on_rank]
     name = f"distckpt.save#{number}"
-    target = Path(path).expanduser()
     storage = LocalStorage(target.parent)
     ranks: tuple[int, ...] = (save_on_rank,)
     if share_write is not None:
@@ -304,9 +302,13 @@ def _check_arguments(objects: object, path: object, step: object, share_write: o
     if share_write not in (None, "node", "world"):
         msg = f"Argument share_write should be one of None, 'node', 'world', but given {share_write!r}"
         raise ValueError(msg)
-    if timeout_s is not None and not (isinstance(timeout_s, int | float) and 0 < timeout_s < math.inf):
+    if timeout_s is not None and not _is_time_limit(timeout_s):
         msg = f"Argument timeout_s should be a positive number of seconds or None, but given {timeout_s!r}"
         raise ValueError(msg)
+
+
+def _is_time_limit(timeout_s: object) -> bool:
+    return isinstance(timeout_s, int | float) and 0 < timeout_s < math.inf
 
 
 def _check_same(arguments: Sequence[Mapping[str, Any]]) -> None:
@@ -316,6 +318,15 @@ def _check_same(arguments: Sequence[Mapping[str, Any]]) -> None:
             texts = ", ".join(f"{value!r} on rank {rank}" for rank, value in enumerate(values))
             msg = f"The ranks call distckpt.save or async_save with different arguments: {name} is {texts}"
             raise ValueError(msg)
+
+
+def _begin(target: Path) -> int | None:
+    """Rank-local. Check the target; return a number that no pending save has, or None if a save to it is pending."""
+    if target.exists() and not target.is_file():
+        what = "a directory" if target.is_dir() else "no regular file"
+        raise ValueError(f"Argument path should name a file, but {target} is {what}")
+    path = target.absolute()
+    return None if path in _PENDING and not _PENDING[path][1].done() else _wait_for_pending(path)
 
 
 def _wait_for_pending(path: Path) -> int:

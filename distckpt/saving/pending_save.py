@@ -167,6 +167,23 @@ class PendingSave:
         self.wait(timeout_s)
         return Path(self.filename) if self.path is None else self.path
 
+    def meet(self, timeout_s: float | None) -> None:
+        """Collective. Wait until all ranks call this; not for their work.
+
+        Args:
+            timeout_s: seconds to wait for them; None for the default.
+
+        Raises:
+            CollectiveError: a rank did not come. The save cannot end.
+        """
+        point = self._sync_point(f"coming to wait for {self.filename}")
+        try:
+            phases.run(self.backend, point, lambda: None, timeout_s=timeout_s)
+        except BaseException as error:
+            self.give_up()
+            self._end(error)
+            raise
+
     def advance(self, *, timeout_s: float | None = None) -> bool:
         """Collective. Wait for the current step on all ranks, and start the next one.
 

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from distckpt import RemoteRankError, ReplicasDiffer, async_save, save
+from distckpt import CollectiveError, RemoteRankError, ReplicasDiffer, async_save, save
 from distckpt.backends.detect import current
 from distckpt.ptformat.reader import verify
 from distckpt.storage.direct_io import DirectFile
 from tests.distributed.programs import gather, raised
-from tests.support import job, run_distributed
+from tests.support import fresh_ranks, job, run_distributed
 from tests.support.selection import torch_only
 
 pytestmark = torch_only
@@ -39,6 +40,14 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
     model(torch.randn(4, 300)).square().sum().backward()
     optimizer.step()
+
+
+class Constant:
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def state_dict(self) -> dict[str, float]:
+        return {"value": self.value}
 
 
 def copy_of(model: DistributedDataParallel) -> dict[str, torch.Tensor]:
@@ -158,6 +167,42 @@ def test_different_arguments_are_refused_on_all_ranks(tmp_path: Path) -> None:
     assert isinstance(error, RemoteRankError)
     job.barrier()
     assert os.listdir(tmp_path) == []
+
+
+def save_on_rank_0_alone(folder: Path, in_background: bool) -> float:  # noqa: FBT001
+    """Return after how many seconds rank 0 learns that it is alone."""
+    begin_s = time.monotonic()
+    if job.rank() == 0:
+        with pytest.raises(CollectiveError, match="rank 1"):
+            (async_save if in_background else save)({"model": nn.Linear(1, 1)}, folder / "a.pt", timeout_s=2.0)
+        (folder / "over").touch()
+    while not (folder / "over").exists():
+        time.sleep(0.05)
+    return time.monotonic() - begin_s
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_save_on_one_rank_alone_ends_in_time(tmp_path: Path, *, in_background: bool) -> None:
+    with fresh_ranks(save_on_rank_0_alone, 2, tmp_path, in_background) as ranks:
+        ends = ranks.finish(timeout_s=60.0)
+    assert ends[0].value < 20.0
+    assert [path.name for path in tmp_path.iterdir()] == ["over"]
+
+
+@run_distributed(world_size=2)
+def test_a_save_waits_for_an_earlier_one_to_its_path_as_long_as_that_takes(tmp_path: Path) -> None:
+    write = DirectFile.write
+
+    def slowly(self: DirectFile, data: memoryview, offset: int) -> None:
+        time.sleep(2.0)
+        write(self, data, offset)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DirectFile, "write", slowly)
+        first = async_save({"model": Constant(1.0)}, tmp_path / "a.pt", timeout_s=1.0)
+        second = save({"model": Constant(2.0)}, tmp_path / "a.pt", timeout_s=1.0)
+    first.wait()
+    assert torch.load(second, weights_only=True)["value"] == 2.0
 
 
 @run_distributed(world_size=2)

@@ -231,6 +231,36 @@ def test_a_rank_that_fails_alone_leaves_a_whole_file(tmp_path: Path, which: int)
     verify(tmp_path / "obj_2.pt")
 
 
+def leave_alone(folder: Path) -> tuple[str, float]:
+    """Leave the run on rank 1 while a save is pending; return what was raised, and after how many seconds."""
+    handler = Checkpoint({"obj": Stateful()}, saver(folder), timeout_s=3.0)
+    trainer = Engine(lambda _engine, _batch: training_step())
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(every=2), handler)
+    left_s: list[float] = []
+
+    @trainer.on(Events.ITERATION_COMPLETED(once=4))
+    def leave(engine: Engine) -> None:
+        if job.rank() == 1:
+            engine.terminate()
+            left_s.append(time.monotonic())
+
+    try:
+        trainer.run([0] * 8)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the test looks at it
+        return f"{type(error).__name__}: {error}", time.monotonic() - left_s[0]
+    return "", 0.0
+
+
+@torch_only
+def test_a_rank_that_leaves_its_run_while_a_save_is_pending_learns_in_time_that_it_is_alone(tmp_path: Path) -> None:
+    with fresh_ranks(leave_alone, 2, tmp_path, env={"DISTCKPT_TIMEOUT_S": "3"}) as ranks:
+        ends = ranks.finish(timeout_s=60.0, may_fail=[0])
+    text, after_s = ends[1].value
+    assert "rank 0" in text
+    assert after_s < 20.0
+    verify(tmp_path / "obj_4.pt")
+
+
 @WORLDS
 @pytest.mark.parametrize("lag", [0, 1])
 def test_all_ranks_agree_whatever_the_vote_s_pace(tmp_path: Path, world_size: int, lag: int) -> None:

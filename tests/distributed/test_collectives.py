@@ -111,7 +111,8 @@ def counts(entered: list[str]) -> tuple[int, int]:
 SAVERS: dict[str, tuple[Callable[[Path], Any], tuple[int, int]]] = {
     # Reductions: decide, stage, save.
     "a DiskSaver": (DiskSaver, (3, 0)),
-    "in the background": (lambda folder: DiskSaver(folder, background=True), (3, 0)),
+    # And the ranks meet before they wait for a disk.
+    "in the background": (lambda folder: DiskSaver(folder, background=True), (4, 0)),
     # Decide, stage (the file's token is gathered), write (the checksums are), commit.
     "shared by a node": (lambda folder: DiskSaver(folder, share_write="node"), (4, 2)),
     "shared by the world": (lambda folder: DiskSaver(folder, share_write="world"), (4, 2)),

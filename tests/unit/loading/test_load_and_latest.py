@@ -113,6 +113,20 @@ def test_neither_needs_ignite(tmp_path: Path) -> None:
 # -- latest ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("ext", [".pt", "", "*", 3])
+def test_an_extension_that_no_file_can_have_is_refused(tmp_path: Path, ext: Any) -> None:
+    with pytest.raises(ValueError, match="Argument ext should be an extension without the dot"):
+        distckpt.latest(tmp_path, ext=ext)
+
+
+def test_no_path_is_refused_by_name() -> None:
+    nothing: Any = None
+    with pytest.raises(
+        TypeError, match="Argument path should be a string or Path object, but given <class 'NoneType'>"
+    ):
+        distckpt.load({}, nothing)
+
+
 def test_without_files_there_is_no_latest(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     assert distckpt.latest(tmp_path) is None

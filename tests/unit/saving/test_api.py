@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -85,9 +86,21 @@ def test_existing_file_is_replaced(tmp_path: Path, *, in_background: bool) -> No
     assert os.listdir(tmp_path) == ["a.pt"]
 
 
+def test_what_is_no_regular_file_is_never_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link"):
+        for call in (save, async_save):
+            with pytest.raises(ValueError, match=rf"path should name a file, but .*{name} is no regular file"):
+                call({"a": linear()}, tmp_path / name)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert (tmp_path / "link").is_symlink()
+
+
 @pytest.mark.parametrize(
     ("objects", "kwargs", "kind", "text"),
     [
+        ({"a": linear()}, {"save_on_rank": "0"}, ValueError, "save_on_rank should be a rank of this job .*given '0'"),
         ([linear()], {}, TypeError, "objects should be a dictionary"),
         ({"a": 1}, {}, TypeError, "should have `state_dict` method"),
         ({"a": linear()}, {"path": 1}, TypeError, "path should be a string or Path object"),
