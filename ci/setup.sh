@@ -86,8 +86,7 @@ contents_of() {
 # check_of NAME: print the program that checks that the environment works.
 check_of() {
     case "$1" in
-        base) printf '%s\n' 'import torch, ignite, isal, accelerate, pytorch_lightning, transformers' ;;
-        newest) printf '%s\n' 'import torch, ignite, isal' ;;
+        base | newest) printf '%s\n' 'import torch, ignite, isal, accelerate, pytorch_lightning, transformers' ;;
         bench) printf '%s\n' 'import ignite, isal, torch_checkpointing, torchsnapshot' ;;
         readme) printf '%s\n' 'import distckpt' ;;
         docs) printf '%s\n' 'import material, mkdocs, mkdocstrings' ;;
