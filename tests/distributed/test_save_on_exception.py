@@ -66,6 +66,7 @@ def trainer_of(error: BaseException | None, *, weights: Weights | None = None, v
         return 0.0
 
     trainer = Engine(step)
+    trainer.add_event_handler(Events.STARTED, job.barrier)  # a rank may save alone: all have their savers
     if votes:
         trainer.add_event_handler(Events.ITERATION_COMPLETED, TerminateOnNan(timeout_s=LIMIT_S))
     return trainer
