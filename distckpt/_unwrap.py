@@ -39,7 +39,7 @@ def unwrap_once(obj: Any) -> Any:
         return obj.module
     # Not imported here: the import takes seconds, and a compiled module exists only after it.
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
-    if dynamo is not None and isinstance(obj, dynamo.OptimizedModule) and not _has_own_state(obj):
+    if dynamo is not None and type(obj) is dynamo.OptimizedModule and not _has_own_state(obj):
         return obj._orig_mod  # noqa: SLF001 - torch.compile has no public way
     return obj
 
@@ -51,7 +51,6 @@ def _has_own_state(compiled: nn.Module) -> bool:
         bool(own["_parameters"] or own["_buffers"] or own["_modules"].keys() - {_COMPILED})
         or any(own.get(hooks) for hooks in _STATE_HOOKS)
         or not own.keys().isdisjoint(_STATE_METHODS)
-        or type(compiled).__name__ != "OptimizedModule"  # a subclass
     )
 
 

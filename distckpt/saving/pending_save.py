@@ -176,13 +176,7 @@ class PendingSave:
         Raises:
             CollectiveError: a rank did not come. The save cannot end.
         """
-        point = self._sync_point(f"coming to wait for {self.filename}")
-        try:
-            phases.run(self.backend, point, lambda: None, timeout_s=timeout_s)
-        except BaseException as error:
-            self.give_up()
-            self._end(error)
-            raise
+        self._run_phase("coming to wait for", lambda: None, timeout_s)
 
     def advance(self, *, timeout_s: float | None = None) -> bool:
         """Collective. Wait for the current step on all ranks, and start the next one.
@@ -198,13 +192,7 @@ class PendingSave:
             CommitNotDurable: the file has its name, but may not survive a power cut.
         """
         step = "saving" if self._writes_alone else "committing" if self._is_committing else "writing"
-        point = self._sync_point(f"{step} {self.filename}")
-        try:
-            answers = phases.run(self.backend, point, self._outcome, timeout_s=timeout_s or self._timeout_s)
-        except BaseException as error:
-            self.give_up()
-            self._end(error)
-            raise
+        answers = self._run_phase(step, self._outcome, timeout_s or self._timeout_s)
         if self._is_committing or answers[self.coordinator]["is_finished"]:
             self.problems = [answer["problems"] for answer in answers]
             self.duration_s = time.monotonic() - self._begin_s
@@ -214,6 +202,16 @@ class PendingSave:
         self._is_committing = True
         self._start(self._commit, has_work=self._writer.is_coordinator)
         return False
+
+    def _run_phase(self, step: str, work: Callable[[], Any], timeout_s: float | None) -> list[Any]:
+        """Collective. Run `work` on all ranks; an error ends the save."""
+        point = self._sync_point(f"{step} {self.filename}")
+        try:
+            return phases.run(self.backend, point, work, timeout_s=timeout_s)
+        except BaseException as error:
+            self.give_up()
+            self._end(error)
+            raise
 
     def join(self) -> None:
         """Rank-local. Block until this rank's current step has ended; its error is kept."""

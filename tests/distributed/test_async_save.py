@@ -169,7 +169,7 @@ def test_different_arguments_are_refused_on_all_ranks(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def save_on_rank_0_alone(folder: Path, in_background: bool) -> float:  # noqa: FBT001
+def save_on_rank_0_alone(folder: Path, in_background: bool) -> float:  # noqa: FBT001 - ranks get it by position
     """Return after how many seconds rank 0 learns that it is alone."""
     begin_s = time.monotonic()
     if job.rank() == 0:

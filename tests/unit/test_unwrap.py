@@ -97,7 +97,7 @@ def _with_methods(compiled: nn.Module) -> None:
 def test_what_a_compiled_module_has_of_its_own_is_saved_and_loaded(
     tmp_path: Path,
     change: Callable[[nn.Module], None],
-    inside: bool,  # noqa: FBT001
+    inside: bool,  # noqa: FBT001 - of one parametrize mark with `change`
 ) -> None:
     def make(seed: int) -> nn.Module:
         compiled = _compile(linear(seed))
