@@ -16,6 +16,7 @@ NOTHING: Any = object()
 """What stands for a value of which nothing can be recorded."""
 _MOST = 256
 """Largest number of values in one container, and of characters in a text."""
+_MOST_LEVELS = 8
 _KINDS = "biuf"
 _DTYPES: dict[str, torch.dtype] = {
     str(one).removeprefix("torch."): one
@@ -26,13 +27,14 @@ _DTYPES: dict[str, torch.dtype] = {
 }
 
 
-def encode(value: Any, lacking: list[str], name: str = "") -> Any:
+def encode(value: Any, lacking: list[str], name: str = "", level: int = 0) -> Any:
     """Return a value's numbers as JSON; `NOTHING` if it has none.
 
     Args:
         value: of any type.
         lacking: gets the names of what is left out.
         name: of the value.
+        level: number of containers around it; it may contain itself.
 
     Example:
         >>> lacking = []
@@ -48,19 +50,25 @@ def encode(value: Any, lacking: list[str], name: str = "") -> Any:
         return {"numpy": [value.dtype.name, encode(value.item(), lacking, name)]}
     if kind is torch.Tensor and value.dim() == 0 and _dtype_name(value) in _DTYPES and not value.is_meta:
         return {"tensor": [_dtype_name(value), encode(value.item(), lacking, name)]}
-    if kind in (dict, list, tuple) and len(value) <= _MOST:
-        return _encode_items(value, lacking, name)
+    if kind in (dict, list, tuple) and len(value) <= _MOST and level < _MOST_LEVELS:
+        return _encode_items(value, lacking, name, level + 1)
     lacking.append(f"{name} ({kind.__name__})" if not name.endswith("]") else name)
     return NOTHING
 
 
-def _encode_items(value: Any, lacking: list[str], name: str) -> Any:
-    pairs = value.items() if type(value) is dict else enumerate(value)
-    found = {key: encode(item, lacking, f"{name}[{key!r}]") for key, item in pairs}
+def _encode_items(value: Any, lacking: list[str], name: str, level: int) -> Any:
+    found = {}
+    for key, item in value.items() if type(value) is dict else enumerate(value):
+        path = f"{name}[{key!r}]"
+        if type(value) is dict and type(key) is not str:  # JSON has no other keys
+            lacking.append(path)
+            found[key] = NOTHING
+        else:
+            found[key] = encode(item, lacking, path, level)
     if found and all(item is NOTHING for item in found.values()):
         return NOTHING
     if type(value) is dict:
-        return {"dict": {key: item for key, item in found.items() if item is not NOTHING and type(key) is str}}
+        return {"dict": {key: item for key, item in found.items() if item is not NOTHING}}
     items = [None if item is NOTHING else item for item in found.values()]
     return items if type(value) is list else {"tuple": items}
 

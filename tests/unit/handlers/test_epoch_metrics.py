@@ -13,6 +13,7 @@ from ignite.engine import Engine, Events
 from ignite.metrics import Average, RunningAverage
 
 from distckpt import Checkpoint, DiskSaver, Loop, resume
+from distckpt.handlers.epoch_numbers import NOTHING, encode
 from tests.unit.ptformat.test_records import record_of
 
 LENGTH = 4
@@ -165,6 +166,17 @@ def test_only_numbers_are_recorded(tmp_path: Path, output: Any) -> None:
     position = record_of(Path(str(checkpoint.last_checkpoint)))["data"]
     assert "output" not in position
     assert position["metrics"] == {"loss": 0.5, "none": None}
+
+
+def test_keys_that_are_no_text_and_containers_in_themselves_are_named() -> None:
+    lacking: list[str] = []
+    assert encode({1: 0.5, "a": 0.5}, lacking, "output") == {"dict": {"a": 0.5}}
+    assert encode({1: 0.5}, lacking, "output") is NOTHING
+    assert lacking == ["output[1]", "output[1]"]
+    looped: list[Any] = []
+    looped.append(looped)
+    assert encode(looped, lacking, "output") is NOTHING
+    assert lacking[2:] == ["output" + 8 * "[0]"]
 
 
 def test_within_an_epoch_nothing_is_recorded(tmp_path: Path) -> None:
