@@ -57,6 +57,11 @@ def is_nan(score: float | None) -> bool:
     return isinstance(score, float) and math.isnan(score)
 
 
+def is_timeout(timeout_s: object) -> bool:
+    """Return True for a positive, finite number of seconds; None is not."""
+    return _is_number(timeout_s) and 0 < timeout_s < math.inf  # type: ignore[operator]  # a number
+
+
 def check_timeout(timeout_s: object) -> None:
     """Check the argument ``timeout_s``: a positive number of seconds, or None.
 
@@ -64,13 +69,14 @@ def check_timeout(timeout_s: object) -> None:
         TypeError: it is neither a number nor None.
         ValueError: it is not positive, or not finite.
     """
-    if timeout_s is None:
-        return
-    is_number = isinstance(timeout_s, int | float) and not isinstance(timeout_s, bool)
-    if not is_number or not 0 < timeout_s < math.inf:  # type: ignore[operator]  # a number
-        given = repr(timeout_s) if is_number else type(timeout_s)
+    if timeout_s is not None and not is_timeout(timeout_s):
+        given = repr(timeout_s) if _is_number(timeout_s) else type(timeout_s)
         msg = f"Argument timeout_s should be a positive number of seconds or None, but given {given}"
-        raise ValueError(msg) if is_number else TypeError(msg)
+        raise ValueError(msg) if _is_number(timeout_s) else TypeError(msg)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def replace_at(state: Any, items: Iterable[tuple[Sequence[Any], Any]]) -> Any:

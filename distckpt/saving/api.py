@@ -5,7 +5,6 @@ files. Neither imports ignite.
 """
 
 import functools
-import math
 import os
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 from distckpt._threads import get_num_threads
+from distckpt._values import check_timeout, is_timeout
 from distckpt.backends.base import Backend
 from distckpt.backends.detect import current
 from distckpt.coordination import phases
@@ -205,7 +205,7 @@ def _start(
         is_sharded = needs_consolidation(objects)
         return {"same": same, "is_sharded": is_sharded, "exists": target.exists(), "number": number}
 
-    limit_s = timeout_s if _is_time_limit(timeout_s) else None
+    limit_s = timeout_s if is_timeout(timeout_s) else None
     answers = phases.run(backend, sync_point("checking the arguments"), check, timeout_s=limit_s)
     _check_same([answer["same"] for answer in answers])
     number, target = answers[save_on_rank]["number"], Path(path).expanduser()
@@ -296,19 +296,16 @@ def _check_arguments(objects: object, path: object, step: object, share_write: o
     if not isinstance(path, str | os.PathLike):
         msg = f"Argument path should be a string or Path object, but given {type(path)}"
         raise TypeError(msg)
+    if isinstance(path, str) and path.endswith(os.sep):
+        msg = f"Argument path should name a file, but given {path!r}, a directory"
+        raise ValueError(msg)
     if step is not None and (not isinstance(step, int) or isinstance(step, bool)):
         msg = f"Argument step should be int | None, but given {type(step)}"
         raise TypeError(msg)
     if share_write not in (None, "node", "world"):
         msg = f"Argument share_write should be one of None, 'node', 'world', but given {share_write!r}"
         raise ValueError(msg)
-    if timeout_s is not None and not _is_time_limit(timeout_s):
-        msg = f"Argument timeout_s should be a positive number of seconds or None, but given {timeout_s!r}"
-        raise ValueError(msg)
-
-
-def _is_time_limit(timeout_s: object) -> bool:
-    return isinstance(timeout_s, int | float) and 0 < timeout_s < math.inf
+    check_timeout(timeout_s)
 
 
 def _check_same(arguments: Sequence[Mapping[str, Any]]) -> None:

@@ -210,5 +210,7 @@ def _refuse_symlink(entry: str, parent: int, path: Path, name: str) -> None:
     """Raise ValueError if an entry of a folder is a symlink."""
     with contextlib.suppress(OSError):
         if stat.S_ISLNK(os.stat(entry, dir_fd=parent, follow_symlinks=False).st_mode):
-            what = "Argument filename should name a file inside the checkpoint directory"
-            raise ValueError(f"{what}, but {name!r} meets {path}, a symlink")
+            raise ValueError(
+                f"{name!r} meets {path}, a symlink, which is neither followed, replaced nor removed. Choose another "
+                "name, or remove the symlink"
+            )

@@ -86,6 +86,13 @@ def test_existing_file_is_replaced(tmp_path: Path, *, in_background: bool) -> No
     assert os.listdir(tmp_path) == ["a.pt"]
 
 
+@pytest.mark.parametrize("call", [save, async_save])
+def test_name_of_a_directory_is_refused(tmp_path: Path, call: Any) -> None:
+    with pytest.raises(ValueError, match="Argument path should name a file, but given '.*new/', a directory"):
+        call({"a": linear()}, f"{tmp_path}/new/")
+    assert os.listdir(tmp_path) == []
+
+
 def test_what_is_no_regular_file_is_never_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("pipe")
@@ -110,6 +117,8 @@ def test_what_is_no_regular_file_is_never_replaced(tmp_path: Path) -> None:
         ({"a": linear()}, {"share_write": "all"}, ValueError, "share_write should be one of"),
         ({"a": linear()}, {"step": 1.5}, TypeError, "step should be int"),
         ({"a": linear()}, {"timeout_s": 0}, ValueError, "timeout_s should be a positive number"),
+        ({"a": linear()}, {"timeout_s": "1"}, TypeError, "timeout_s should be a positive number .*given <class 'str'>"),
+        ({"a": linear()}, {"timeout_s": True}, TypeError, "timeout_s should be a positive number"),
     ],
 )
 @pytest.mark.parametrize("call", [save, async_save])
