@@ -1,4 +1,4 @@
-"""Key-value stores in a store of torch.distributed's, with a time limit for every call.
+"""Key-value stores on top of a torch.distributed store, with a time limit for every call.
 
 A store whose host is frozen or unreachable blocks a call, and with it the connection, for as long as it likes. So the
 calls run on a worker thread with a connection of its own, and the caller waits for its limit only.

@@ -7,7 +7,8 @@ The protocol:
    (:meth:`~distckpt.backends.base.Backend.check_in_sync`): digest of event and handlers, and iteration, each with its
    negative; whether a handler failed; one number for each :class:`VoteKind`. If the ranks are at different iterations,
    or have different handlers, all raise :class:`~distckpt.errors.DesyncError`.
-3. (all ranks) only if a number is not 0: gather the reports. Level-triggered kinds have no reports.
+3. (all ranks) only if a number is not 0: gather the reports. Of a level-triggered kind none is gathered: its handler
+   acts once no rank has it set.
 4. (all ranks) return the same result.
 
 Step 2 can run during the next iteration: :meth:`VoteRound.start` starts it and returns a function that waits for it.
@@ -43,7 +44,7 @@ class VoteKind(IntEnum):
     SAVE_WANTED = 1
     """A checkpoint is due."""
     SAVE_PENDING = 2
-    """A background save is not durable on this rank yet. Level-triggered: reports only when the condition clears."""
+    """A background save is not durable on this rank yet. Level-triggered: handled once no rank has it set."""
     SIGNAL = 3
     """The process received a stop signal."""
     TIME_OVER = 4
@@ -71,14 +72,14 @@ Detail = Callable[[], Any]
 
 
 @dataclass(slots=True)
-class Pending:
+class DeferredAnswer:
     """An answer that is not known yet, and its detail if it is a yes."""
 
     answer: DeviceFlag
     detail: Detail
 
 
-Answer = Detail | Pending | None
+Answer = Detail | DeferredAnswer | None
 """One rank's answer: None for no, the detail for yes."""
 
 
@@ -135,7 +136,7 @@ class VoteRound:
 
     def __init__(self) -> None:
         self._entries: list[VoteEntry] = []
-        self._answers: dict[VoteEntry, list[Detail | Pending]] = {}
+        self._answers: dict[VoteEntry, list[Detail | DeferredAnswer]] = {}
         self._error: BaseException | None = None
         self._failure: RankFailure | None = None
         self._last_key: tuple[str, str, str, list[VoteEntry], str] = ("", "", "", [], "")
@@ -201,7 +202,7 @@ class _Vote:
     scope: VoteScope
     key: str
     entries: list[VoteEntry]
-    answers: dict[VoteEntry, list[Detail | Pending]]
+    answers: dict[VoteEntry, list[Detail | DeferredAnswer]]
     error: BaseException | None
     failure: RankFailure | None
     timeout_s: float | None
@@ -216,7 +217,7 @@ class _Vote:
     def has_unknown_answers(self) -> bool:
         """Return True if some answer has to be known before step 2."""
         return bool(self.answers) and any(
-            isinstance(answer, Pending)
+            isinstance(answer, DeferredAnswer)
             and not (self.backend.can_reduce_lazily and answer.answer.as_tensor() is not None)
             for answers in self.answers.values()
             for answer in answers
@@ -229,7 +230,7 @@ class _Vote:
         numbers: list[Any] = [0] * (1 + len(VoteKind))
         if self.error is not None:
             numbers[0] = 1
-        by_kind: dict[VoteKind, list[Detail | Pending]] = {}
+        by_kind: dict[VoteKind, list[Detail | DeferredAnswer]] = {}
         for entry, answers in self.answers.items():
             by_kind.setdefault(entry.kind, []).extend(answers)
         for kind, answers in by_kind.items():
@@ -284,7 +285,7 @@ class _Vote:
         for entry in self.entries:
             if entry.kind not in _LEVEL_TRIGGERED:
                 for answer in self.answers.get(entry, ()):
-                    if not isinstance(answer, Pending):
+                    if not isinstance(answer, DeferredAnswer):
                         found.setdefault(entry, answer)
         return found
 
@@ -292,10 +293,10 @@ class _Vote:
         """Wait for the answers that are not known yet, and keep the details of those that are a yes."""
         limit_s = default_timeout_s() if self.timeout_s is None else self.timeout_s
         deadline = time.monotonic() + limit_s
-        known: dict[VoteEntry, list[Detail | Pending]] = {}
+        known: dict[VoteEntry, list[Detail | DeferredAnswer]] = {}
         for entry, answers in self.answers.items():
             for answer in answers:
-                if isinstance(answer, Pending):
+                if isinstance(answer, DeferredAnswer):
                     self._wait_ready(answer.answer, deadline, limit_s)
                     if answer.answer.value():
                         known.setdefault(entry, []).append(answer.detail)
@@ -347,7 +348,7 @@ class _Vote:
         return VoteResult(self.scope, reports, cleared)
 
 
-def _combine(answers: Sequence[Detail | Pending]) -> Any:
+def _combine(answers: Sequence[Detail | DeferredAnswer]) -> Any:
     """Return 1 if a yes is known, else the disjunction of the unknown answers, as a tensor on the device."""
-    pending = [answer.answer.as_tensor() for answer in answers if isinstance(answer, Pending)]
+    pending = [answer.answer.as_tensor() for answer in answers if isinstance(answer, DeferredAnswer)]
     return functools.reduce(operator.or_, pending) if len(pending) == len(answers) else 1

@@ -17,7 +17,7 @@ from distckpt.coordination.phases import HandlerId
 from distckpt.coordination.votes import Answer, VoteKind
 from distckpt.errors import RemoteRankError
 from distckpt.handlers.engine_events import find_engine_handling_exception, get_firing_engines
-from distckpt.handlers.engine_votes import Poller, count_votes, start_polling, stop_polling
+from distckpt.handlers.engine_votes import Poller, hold_votes, start_polling, stop_polling
 from distckpt.saving.pending_save import PendingSave
 
 _logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class BackgroundSaves(Poller):
             self.abort(handled_exception())
             return
         if self._pending is not None and self._engine is not None:
-            count_votes(self._engine)
+            hold_votes(self._engine)
         if self._pending is not None:  # a disk may be slow; but a rank that is elsewhere is named in time
             self._run(functools.partial(self._pending.meet, self.timeout_s))
         while self._pending is not None:

@@ -30,7 +30,7 @@ from distckpt.handlers.engine_events import (
     is_iteration_event,
     restore_event_name,
 )
-from distckpt.handlers.engine_votes import Voter, announce_errors, count_votes, is_nonfinite, next_sync_point
+from distckpt.handlers.engine_votes import Voter, announce_errors, hold_votes, is_nonfinite, next_sync_point
 from distckpt.handlers.ignite_hooks import CheckpointEvents, get_handlers
 from distckpt.handlers.own_files import FileNaming, OwnFiles
 from distckpt.handlers.save_handler import BaseSaveHandler, directory_of, is_same_directory, storage_saver
@@ -178,7 +178,7 @@ class Checkpoint(Serializable, Voter):
     def __call__(self, engine: Engine, *_args: Any, **_kwargs: Any) -> None:
         """Collective. Save if this event calls for it, unless the step was voted NaN.
 
-        1. (all ranks) count the votes of the engine, and of the engines in whose events it runs. In an event of each
+        1. (all ranks) hold the votes of the engine, and of the engines in whose events it runs. In an event of each
            iteration the wish to save is one of the votes: if no rank wants to save, no other collective follows.
         2. (all ranks) save the present state; see :mod:`distckpt.saving.protocol`.
 
@@ -206,7 +206,7 @@ class Checkpoint(Serializable, Voter):
         asks = has_functions and has_others and is_iteration_event(engine)
         self._asking_engine, self._facts, self._is_wanted = (engine if asks else None), None, not asks
         try:
-            count_votes(engine, self, backend if has_others else None, asks=asks)
+            hold_votes(engine, self, backend if has_others else None, asks=asks)
         finally:
             self._asking_engine = None
         if is_nonfinite(engine):

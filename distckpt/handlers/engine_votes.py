@@ -1,7 +1,7 @@
 """Votes of an engine's handlers: the base classes of handlers that vote, and what handlers tell their engine.
 
 During an event each of these handlers adds its answer to one round. The round is counted after the event's last
-handler, or earlier where a save calls :func:`count_votes`. :mod:`distckpt.handlers.vote_rounds` decides when.
+handler, or earlier where a save calls :func:`hold_votes`. :mod:`distckpt.handlers.vote_rounds` decides when.
 """
 
 import logging
@@ -40,7 +40,7 @@ class Voter(TrackedHandler, ABC):
 
     Attributes:
         lag: 0 to act in the iteration that caused it, 1 to act one iteration later; None for no preference.
-        every: count the vote every N iterations; None for no preference.
+        every: hold the vote every N iterations; None for no preference.
         timeout_s: seconds to wait for the other ranks; None for the default.
     """
 
@@ -164,7 +164,7 @@ def is_off_schedule(engine: Engine, voter: Voter) -> bool:
     """Return True if the voter listens to iterations, and the present one is not one of every N.
 
     A run does not stop there: gradients of several batches may be accumulated, and a checkpoint does not hold them.
-    Trained iterations count: a save may count the vote as an iteration begins.
+    Trained iterations count: a save may hold the vote as an iteration begins.
     """
     if not any(one.tracked is voter for one in get_attachments(engine, Events.ITERATION_COMPLETED)):
         return False  # its events may not meet such an iteration for many epochs
@@ -241,10 +241,10 @@ def is_nonfinite(engine: Engine) -> bool:
     return False
 
 
-def count_votes(
+def hold_votes(
     engine: Engine, saver: Voter | None = None, backend: Backend | None = None, *, asks: bool = False
 ) -> None:
-    """Collective if a vote is open or a handler detects NaN. Count the votes of all engines that fire an event.
+    """Collective if a vote is open or a handler detects NaN. Hold the votes of all engines that fire an event.
 
     Only where all ranks call it, as in a save.
 

@@ -14,13 +14,13 @@ from ignite.engine import Engine, Events
 
 from distckpt._messages import log_level
 from distckpt.backends.detect import current
-from distckpt.coordination.votes import Answer, Pending, VoteKind
+from distckpt.coordination.votes import Answer, DeferredAnswer, VoteKind
 from distckpt.handlers.checkpoint import Checkpoint
 from distckpt.handlers.engine_events import after_event, is_iteration_event
 from distckpt.handlers.engine_votes import (
     Voter,
-    count_votes,
     exit_after_run,
+    hold_votes,
     is_nonfinite,
     is_off_schedule,
     stop_reason,
@@ -60,7 +60,7 @@ class Preemption(Voter):
             the usual code for "saved, requeue". Without effect if another handler has just ended the run, as for NaN.
         lag: 0 to stop in the iteration after which the vote is held, 1 to stop one iteration later; see
             :class:`~distckpt.TerminateOnNan`.
-        every: count the vote, and stop, every N iterations only. If gradients of N batches are accumulated, give N:
+        every: hold the vote, and stop, every N iterations only. If gradients of N batches are accumulated, give N:
             a stop between two of them would lose the accumulated gradients.
         timeout_s: seconds to wait for the other ranks; None for ``DISTCKPT_TIMEOUT_S``, or 300.
 
@@ -165,11 +165,11 @@ class Preemption(Voter):
         if self.requested:
             return self._describe
         # An evaluation may follow in the same event: a signal during it counts too.
-        return None if is_iteration_event(engine) else Pending(_ReceivedFlag(self._receiver), self._describe)
+        return None if is_iteration_event(engine) else DeferredAnswer(_ReceivedFlag(self._receiver), self._describe)
 
     def _answer_alone(self, engine: Engine) -> None:
         if self.requested:
-            count_votes(engine)  # a NaN of this iteration comes first, as in a vote
+            hold_votes(engine)  # a NaN of this iteration comes first, as in a vote
             self._act(engine, {0: self._describe()})
 
     def _describe(self) -> dict[str, Any]:
@@ -209,7 +209,7 @@ class Preemption(Voter):
 
     def _save(self, engine: Engine, end_s: float | None) -> None:
         """Collective."""
-        count_votes(engine)
+        hold_votes(engine)
         step = engine.state.iteration
         if not self._has_trained or is_nonfinite(engine):
             why = "was voted NaN" if is_nonfinite(engine) else "is the run's start"
@@ -367,7 +367,10 @@ class _SignalReceiver:
 
 
 class _ReceivedFlag:
-    """Whether the receiver has a signal when the vote is counted; see :class:`~distckpt.coordination.votes.Pending`."""
+    """Whether the receiver has a signal when the vote is held.
+
+    See :class:`~distckpt.coordination.votes.DeferredAnswer`.
+    """
 
     def __init__(self, receiver: _SignalReceiver) -> None:
         self._receiver = receiver

@@ -8,7 +8,7 @@ from ignite.engine import Engine
 
 from distckpt._messages import log_level
 from distckpt.backends.detect import current
-from distckpt.coordination.votes import Answer, Pending, VoteKind
+from distckpt.coordination.votes import Answer, DeferredAnswer, VoteKind
 from distckpt.handlers.engine_votes import Voter, mark_nonfinite, stop_reason, stop_run
 from distckpt.handlers.finite import PendingFlag, all_finite, describe_nonfinite, nonfinite_flag
 
@@ -17,7 +17,7 @@ class TerminateOnNan(Voter):
     """Handler that stops the run, on every rank at the same iteration, when any rank's output is NaN or infinite.
 
     Attach it on all ranks. All handlers that vote share one reduction per event. The step is not saved: a
-    :class:`~distckpt.Checkpoint` on the same event counts the vote before it saves, whichever was attached first.
+    :class:`~distckpt.Checkpoint` on the same event holds the vote before it saves, whichever was attached first.
 
     Args:
         output_transform: takes the process function's output and returns the value to check: a number, a tensor, a
@@ -25,7 +25,7 @@ class TerminateOnNan(Voter):
             may call it before handlers that were attached earlier.
         lag: 0 to stop in the iteration with the NaN; 1 to stop one iteration later, the same one on every rank. The
             reduction then runs beside that iteration, and nothing waits for an accelerator.
-        every: count the vote every N iterations only; the outputs between are checked too.
+        every: hold the vote every N iterations only; the outputs between are checked too.
         timeout_s: seconds to wait for the other ranks; None for ``DISTCKPT_TIMEOUT_S``, or 300.
 
     Raises:
@@ -86,7 +86,7 @@ class TerminateOnNan(Voter):
             self._nonfinite_output = output
             return self._describe(step, output)
 
-        return describe if flag is True else Pending(PendingFlag(flag), describe)
+        return describe if flag is True else DeferredAnswer(PendingFlag(flag), describe)
 
     def _act(self, engine: Engine, reports: Mapping[int, Any]) -> None:
         output, self._nonfinite_output = self._nonfinite_output, None

@@ -22,7 +22,7 @@ class TimeLimit(Voter):
     Args:
         limit_sec: the limit in seconds, an int.
         lag: 0 to stop in the iteration in which the time is over, 1 one iteration later; see :class:`TerminateOnNan`.
-        every: count the vote, and stop, every N iterations only; as for :class:`~distckpt.Preemption`.
+        every: hold the vote, and stop, every N iterations only; as for :class:`~distckpt.Preemption`.
         timeout_s: seconds to wait for the other ranks; None for ``DISTCKPT_TIMEOUT_S``, or 300.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""The form of a plain state: all that its pickle depends on, except for the values of numbers and text.
+"""The form of a plain state: keys, types, shapes and whatever else its pickle depends on, but not numbers and text.
 
 A job saves states of one form again and again. :class:`StateForms` compares a state with those of the last saves, which
 takes a fraction of the time to pickle it, and returns the earlier pickle with the present numbers and text in it.

@@ -132,7 +132,7 @@ class _Replacement:
         at = f", key {'.'.join(map(key_to_text, path))!r}," if path else ""
         if isinstance(tensor, StageTensor):
             if self._shards is None:
-                ranks = ", ".join(map(str, tensor.placing.mesh.ranks))
+                ranks = ", ".join(map(str, tensor.placement.mesh.ranks))
                 raise sharded_error(f"{self._where}{at}", f"a tensor that rank {ranks} holds")
             return self._shards.replace_staged(tensor, f"{self._where}{at}".rstrip(","))
         replaced = None if self._shards is None else self._shards.replace(tensor, f"{self._where}{at}".rstrip(","))

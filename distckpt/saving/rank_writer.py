@@ -167,9 +167,9 @@ class RankWriter:
         """Return phrases that must be equal on all ranks for these to write their shards."""
         return [] if self._snapshot is None else self._snapshot.describe_shards()
 
-    def twin_checksums(self) -> list[list[Any]]:
-        """Return number, place and checksum of this rank's rows of each tensor that has twins on other ranks."""
-        return [] if self._snapshot is None else self._snapshot.twin_checksums()
+    def cross_mesh_checksums(self) -> list[list[Any]]:
+        """Return number, place and checksum of this rank's rows of each tensor that other meshes hold too."""
+        return [] if self._snapshot is None else self._snapshot.cross_mesh_checksums()
 
     def gather_shards(self, write_range: WriteRange | None, num_ranks: int) -> tuple[list[bytearray], list[int]]:
         """Find this rank's rows of the sharded tensors. Collective where tensors are redistributed.

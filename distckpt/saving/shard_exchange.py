@@ -75,10 +75,10 @@ class ShardExchange:
             if blind:
                 self._raise_blind(blind, coordinator)
             sent.append(writer.gather_shards(group.range_of(backend.rank), backend.world_size))
-            return writer.twin_checksums()
+            return writer.cross_mesh_checksums()
 
         point = self._sync_point(f"gathering the shards of {filename}")
-        self._compare_twins(writer, phases.run(backend, point, gather, timeout_s=self._timeout_s))
+        self._compare_across_meshes(writer, phases.run(backend, point, gather, timeout_s=self._timeout_s))
         ((parts, num_received),) = sent
         point = self._sync_point(f"exchanging the shards of {filename}")
         writer.stage_shards(backend.exchange_host(parts, num_received, what=point, timeout_s=self._timeout_s))
@@ -93,7 +93,7 @@ class ShardExchange:
             )
             raise ShardedStateError(msg)
 
-    def _compare_twins(self, writer: RankWriter, checksums: Sequence[Sequence[Sequence[Any]]]) -> None:
+    def _compare_across_meshes(self, writer: RankWriter, checksums: Sequence[Sequence[Sequence[Any]]]) -> None:
         """Raise an error if ranks of different device meshes hold different rows under one key."""
         known: dict[tuple[int, int], tuple[int, int]] = {}
         for rank, found in enumerate(checksums):

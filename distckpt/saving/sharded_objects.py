@@ -1,4 +1,4 @@
-"""Objects of whose state each rank holds a shard.
+"""Find objects of whose state each rank holds a shard in plain tensors, and refuse them.
 
 FSDP1's parameters and states are plain tensors that hold a shard: only the module tells. Tensors that are sharded by
 their type are found by :mod:`distckpt.ptformat.sharded`.

@@ -17,7 +17,7 @@ import torch
 
 from distckpt._checksum import crc32
 from distckpt.ptformat.sharded import TensorShard, as_whole, is_dtensor, sharded_error
-from distckpt.saving.shard_placing import Placing, find_placing, is_shard
+from distckpt.saving.shard_placement import RankPlacement, find_rank_placement, is_shard
 from distckpt.saving.sharding import ShardLayout, held_bytes, is_certain, make_mesh
 
 NO_ROWS: Final[torch.UntypedStorage] = torch.empty(0, dtype=torch.uint8).untyped_storage()
@@ -28,13 +28,13 @@ class StageTensor(NamedTuple):
     """Stands in a consolidated state for a tensor that only some ranks have: the same state on every rank.
 
     Attributes:
-        placing: how these ranks hold it.
+        placement: how these ranks hold it.
         shape: of the whole tensor.
         dtype: of the elements.
         held: the tensor or DTensor of a rank that has it; an empty tensor on other ranks.
     """
 
-    placing: Placing
+    placement: RankPlacement
     shape: tuple[int, ...]
     dtype: torch.dtype
     held: torch.Tensor
@@ -52,7 +52,7 @@ class ShardSource:
         name: of the object and the key, for messages.
         text: a phrase that is equal on ranks that can write the tensor together.
         tensor: the tensor; None in a source that :meth:`of` is called on.
-        placing: of the tensor.
+        placement: of the tensor.
         layout: how the ranks hold the tensor's rows, once it is redistributed.
 
     Attributes:
@@ -61,34 +61,34 @@ class ShardSource:
         place: the rank of the layout's mesh whose rows this rank holds; None if it holds none.
     """
 
-    __slots__ = ("_placing", "_tensor", "_text", "layout", "name", "place")
+    __slots__ = ("_placement", "_tensor", "_text", "layout", "name", "place")
 
-    def __init__(self, name: str, text: str, tensor: Any, placing: Placing, layout: ShardLayout) -> None:
+    def __init__(self, name: str, text: str, tensor: Any, placement: RankPlacement, layout: ShardLayout) -> None:
         self.name = name
-        self.place = placing.place
+        self.place = placement.place
         self.layout = layout
         self._text = text
         self._tensor = tensor
-        self._placing = placing
+        self._placement = placement
 
     def of(self, tensor: Any) -> "ShardSource":
         """Return the source of another tensor of the same name, shape, dtype and placements; before :meth:`move`."""
-        return ShardSource(self.name, self._text, tensor, self._placing, self.layout)
+        return ShardSource(self.name, self._text, tensor, self._placement, self.layout)
 
     @property
     def needs_redistribution(self) -> bool:
         """Whether the ranks hold other parts than rows."""
-        return self._placing.needs_redistribution
+        return self._placement.needs_redistribution
 
     @property
-    def has_twins(self) -> bool:
+    def is_on_other_meshes(self) -> bool:
         """Whether other ranks hold the same rows on device meshes of their own."""
-        return self._placing.has_twins
+        return self._placement.is_on_other_meshes
 
     @property
     def is_on_one_rank(self) -> bool:
         """Whether the tensor's device mesh has one rank."""
-        return self._placing.is_on_one_rank
+        return self._placement.is_on_one_rank
 
     @property
     def has_fixed_rows(self) -> bool:
@@ -195,7 +195,7 @@ class Shards:
         self.rank = rank
         self.world_size = world_size
         self._numbers: dict[Any, int] = {}
-        self._placings: dict[Any, Placing] = {}
+        self._placements: dict[Any, RankPlacement] = {}
         self._meshes: list[Any] = []  # of the placings: an id must not be reused
         self._by_id: dict[int, tuple[Any, TensorShard]] = {}  # holds the tensors: an id must not be reused
         self._known: Rows | None = None
@@ -291,11 +291,11 @@ class Shards:
         if not is_dtensor(tensor):
             return None
         it: Any = tensor
-        placing = self._placing_of(it)
-        if placing.is_plain:
+        placement = self._placement_of(it)
+        if placement.is_plain:
             return None
         known = self._by_id.get(id(tensor))
-        return self._add(it, name, placing) if known is None else known[1]
+        return self._add(it, name, placement) if known is None else known[1]
 
     def replace_staged(self, tensor: StageTensor, name: str) -> TensorShard:
         """Return what stands for a tensor that only some ranks have.
@@ -308,11 +308,11 @@ class Shards:
             ShardedStateError: it is a DTensor that cannot be saved.
         """
         known = self._by_id.get(id(tensor))
-        return self._add(tensor, name, tensor.placing) if known is None else known[1]
+        return self._add(tensor, name, tensor.placement) if known is None else known[1]
 
-    def _add(self, it: Any, name: str, placing: Placing) -> TensorShard:
-        if placing.refused:
-            raise sharded_error(name, placing.refused)
+    def _add(self, it: Any, name: str, placement: RankPlacement) -> TensorShard:
+        if placement.refused:
+            raise sharded_error(name, placement.refused)
         shape, dtype = tuple(it.shape), it.dtype
         held: Any = it
         key: Any = id(it)
@@ -323,30 +323,30 @@ class Shards:
             # A parameter's state_dict entries are new tensors of one storage, of which each rank holds its shard.
             storage = local.untyped_storage()._cdata  # noqa: SLF001 - torch's identity of a storage
             signs = local.is_conj(), local.is_neg()
-            key = storage, local.storage_offset(), shape, it.stride(), dtype, signs, id(placing)
+            key = storage, local.storage_offset(), shape, it.stride(), dtype, signs, id(placement)
         number = self._numbers.setdefault(key, len(self.sources))
         shard = TensorShard(number, dtype, shape, it.requires_grad, isinstance(it, torch.nn.Parameter))
         if number == len(self.sources):
             num_rows, row_bytes = shape[0] if shape else 1, math.prod(shape[1:]) * dtype.itemsize
-            layout = ShardLayout(num_rows, row_bytes, placing.mesh, placing.splits, placing.num_replicas)
+            layout = ShardLayout(num_rows, row_bytes, placement.mesh, placement.splits, placement.num_replicas)
             if not is_certain(layout):
                 problem = (
                     f"a DTensor of {shape[0]} rows that FSDP2 and tensor parallelism share unevenly: its placements do "
                     "not say which rows a rank holds. Make the number of rows a multiple of the ranks"
                 )
                 raise sharded_error(name, problem)
-            text = f"{name}: {dtype} {shape}, {placing.text}"
-            self.sources.append(ShardSource(name, text, held, placing, layout))
+            text = f"{name}: {dtype} {shape}, {placement.text}"
+            self.sources.append(ShardSource(name, text, held, placement, layout))
             self.tensors.append(shard)
         self._by_id[id(it)] = it, shard
         return shard
 
-    def _placing_of(self, it: Any) -> Placing:
+    def _placement_of(self, it: Any) -> RankPlacement:
         device_mesh, placements = it.device_mesh, it.placements
         key = id(device_mesh), placements
-        found = self._placings.get(key)
+        found = self._placements.get(key)
         if found is None:
-            found = self._placings[key] = find_placing(it, self.rank, self.world_size)
+            found = self._placements[key] = find_rank_placement(it, self.rank, self.world_size)
             self._meshes.append(device_mesh)
         return found
 

@@ -165,10 +165,10 @@ class Snapshot:
         """Take the tensors of one rank from where the coordinator has them; see :meth:`Shards.settle`."""
         self._shards.settle(homes)
 
-    def twin_checksums(self) -> list[list[Any]]:
-        """Return number, place and checksum of this rank's rows of each tensor that has twins on other ranks."""
-        twins = [(number, one) for number, one in enumerate(self._shards) if one.has_twins]
-        return [[number, one.place, one.checksum()] for number, one in twins]
+    def cross_mesh_checksums(self) -> list[list[Any]]:
+        """Return number, place and checksum of this rank's rows of each tensor that other meshes hold too."""
+        found = [(number, one) for number, one in enumerate(self._shards) if one.is_on_other_meshes]
+        return [[number, one.place, one.checksum()] for number, one in found]
 
     def shards_digest(self) -> int:
         """Return a digest of :meth:`describe_shards`."""

@@ -22,7 +22,7 @@ from distckpt.backends.base import Backend
 from distckpt.coordination import phases
 from distckpt.coordination.phases import SyncPoint
 from distckpt.errors import ShardedStateError
-from distckpt.saving.shard_placing import MeshPlacement, Placing, place_on_mesh
+from distckpt.saving.shard_placement import MeshPlacement, RankPlacement, place_on_mesh
 from distckpt.saving.shards import StageTensor, checksum_of, local_of
 from distckpt.saving.stage_parts import KnownPart, Node, StagePart, TensorForm, form_of, numbers_in
 
@@ -260,7 +260,7 @@ class _Joined:
         self._rank = rank
         self._own = dict(zip(plan.parts_of(rank), own, strict=True))
         self._made: dict[tuple[_PartTensor, ...], StageTensor] = {}
-        self._placings: dict[MeshPlacement, Placing] = {}
+        self._placements: dict[MeshPlacement, RankPlacement] = {}
         self._nothing = torch.empty(0)
 
     def entries(self) -> dict[str, Any]:
@@ -291,9 +291,9 @@ class _Joined:
             dtype, shape, placement = self._plan.form(key[0])
             own = shards.get(self._rank)
             held = self._nothing if own is None else self._own[own.part].tensors[own.number]
-            if placement not in self._placings:
-                self._placings[placement] = place_on_mesh(placement, self._rank)
-            self._made[key] = StageTensor(self._placings[placement], shape, getattr(torch, dtype), held)
+            if placement not in self._placements:
+                self._placements[placement] = place_on_mesh(placement, self._rank)
+            self._made[key] = StageTensor(self._placements[placement], shape, getattr(torch, dtype), held)
         return self._made[key]
 
 

@@ -13,7 +13,7 @@ import torch
 from distckpt.backends import wire
 from distckpt.errors import ShardedStateError
 from distckpt.ptformat.sharded import as_whole, describe_shard, is_dtensor, none_sharded
-from distckpt.saving.shard_placing import MeshPlacement, place_on_rank
+from distckpt.saving.shard_placement import MeshPlacement, place_on_rank
 from distckpt.saving.shards import local_of
 
 _KEYS: Final = frozenset({str, int, float, bool, type(None)})

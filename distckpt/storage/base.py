@@ -1,4 +1,4 @@
-"""The interface between the engine and a place that stores checkpoints.
+"""The interface between distckpt and a place that stores checkpoints.
 
 :class:`~distckpt.storage.local.LocalStorage` is the implementation for directories. Another one, such as an object
 store, implements :class:`Storage`, :class:`NewFile` and :class:`StoredFile`, and has to pass

@@ -13,13 +13,13 @@ from distckpt.ptformat.sharded import describe_disorder, is_replicated
 from distckpt.saving.sharding import Mesh, make_mesh
 
 
-class Placing(NamedTuple):
-    """What DTensors with the same device mesh and placements have in common.
+class RankPlacement(NamedTuple):
+    """What DTensors with the same device mesh and placements have in common, as one rank sees it.
 
     Attributes:
         mesh: the mesh of the layout.
         place: the rank of `mesh` whose rows this rank holds; None if it holds none.
-        has_twins: whether other ranks hold the same rows on device meshes of their own.
+        is_on_other_meshes: whether other ranks hold the same rows on device meshes of their own.
         splits: see :class:`ShardLayout`, once a tensor is redistributed.
         num_replicas: see :class:`ShardLayout`.
         needs_redistribution: whether the ranks hold other parts than rows.
@@ -30,7 +30,7 @@ class Placing(NamedTuple):
 
     mesh: Mesh
     place: int | None
-    has_twins: bool
+    is_on_other_meshes: bool
     splits: tuple[int, ...]
     num_replicas: int
     needs_redistribution: bool
@@ -41,7 +41,7 @@ class Placing(NamedTuple):
     @property
     def is_on_one_rank(self) -> bool:
         """Whether the device mesh has one rank."""
-        return len(self.mesh.ranks) == 1 and not self.has_twins
+        return len(self.mesh.ranks) == 1 and not self.is_on_other_meshes
 
 
 class MeshPlacement(NamedTuple):
@@ -97,8 +97,8 @@ class MeshPlacement(NamedTuple):
         return math.prod(size for size, split in zip(self.shape, self.splits, strict=True) if not split)
 
 
-def find_placing(tensor: Any, rank: int, world_size: int) -> Placing:
-    """Return the placing of a DTensor that all ranks of the job have.
+def find_rank_placement(tensor: Any, rank: int, world_size: int) -> RankPlacement:
+    """Return the placement of a DTensor that all ranks of the job have.
 
     Args:
         tensor: the DTensor.
@@ -106,14 +106,14 @@ def find_placing(tensor: Any, rank: int, world_size: int) -> Placing:
         world_size: number of ranks.
     """
     found = MeshPlacement.of(tensor)
-    mesh, place, has_twins = _mesh_of(tensor.device_mesh, rank)
+    mesh, place, is_on_other_meshes = _mesh_of(tensor.device_mesh, rank)
     over = _describe_mesh(mesh)
-    if len(mesh.ranks) == 1 and not has_twins:
+    if len(mesh.ranks) == 1 and not is_on_other_meshes:
         over = "one rank"
-    return Placing(
+    return RankPlacement(
         mesh=mesh,
         place=place,
-        has_twins=has_twins,
+        is_on_other_meshes=is_on_other_meshes,
         splits=found.splits,
         num_replicas=found.num_replicas,
         needs_redistribution=found.needs_redistribution,
@@ -126,8 +126,8 @@ def find_placing(tensor: Any, rank: int, world_size: int) -> Placing:
 def _mesh_of(device_mesh: Any, rank: int) -> tuple[Mesh, int | None, bool]:
     """Return a mesh, the rank in it whose place this rank has, and whether other ranks have that place too.
 
-    A part of a larger mesh, such as the ``dp`` dimension of a mesh ``(dp, tp)``, has twins: the parts at the other
-    places of ``tp``. All of them are one mesh here, the one at the first place.
+    The ``dp`` dimension of a mesh ``(dp, tp)`` is one of several meshes with equal tensors, one at each place of
+    ``tp``. All of them are one mesh here, the one at the first place.
     """
     ranks = device_mesh.mesh.flatten().tolist()
     whole = device_mesh._get_root_mesh().mesh  # noqa: SLF001 - no public way
@@ -142,8 +142,8 @@ def _mesh_of(device_mesh: Any, rank: int) -> tuple[Mesh, int | None, bool]:
     return make_mesh(tuple(firsts), tuple(device_mesh.shape)), place, len(ranks) < whole.numel()
 
 
-def place_on_mesh(placement: MeshPlacement, rank: int) -> Placing:
-    """Return the placing of a tensor that only the ranks of a mesh have.
+def place_on_mesh(placement: MeshPlacement, rank: int) -> RankPlacement:
+    """Return the placement of a tensor that only the ranks of a mesh have.
 
     Args:
         placement: of the tensor.
@@ -151,10 +151,10 @@ def place_on_mesh(placement: MeshPlacement, rank: int) -> Placing:
     """
     mesh = make_mesh(placement.ranks, placement.shape)
     over = f"placements ({placement.placements}) over {_describe_mesh(mesh)}"
-    return Placing(
+    return RankPlacement(
         mesh=mesh,
         place=rank if rank in placement.ranks else None,
-        has_twins=False,
+        is_on_other_meshes=False,
         splits=placement.splits,
         num_replicas=placement.num_replicas,
         needs_redistribution=placement.needs_redistribution,
