@@ -9,7 +9,7 @@ import math
 import numbers
 import operator
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 _PLAIN_KINDS = frozenset("biufcSU")
@@ -77,6 +77,20 @@ def check_timeout(timeout_s: object) -> None:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def to_json_value(value: Any) -> Any:
+    """Return a value with text in place of numbers that are not finite, which JSON does not have, and of keys.
+
+    Example:
+        >>> to_json_value({1: (float("inf"), None)})
+        {'1': ['inf', None]}
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): to_json_value(item) for key, item in value.items()}
+    return [to_json_value(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def replace_at(state: Any, items: Iterable[tuple[Sequence[Any], Any]]) -> Any:

@@ -176,7 +176,6 @@ class Backend(ABC):
 
         With `to_host` the result has host tensors, if the runtime cannot write those of its devices.
         """
-        del to_host
         return tree
 
     def generators(self) -> Mapping[str, Any]:
@@ -189,7 +188,6 @@ class Backend(ABC):
         Raises:
             CollectiveTimeout: the rank that hosts it did not arrive within `timeout_s`.
         """
-        del timeout_s
         return None
 
     def abort(self) -> None:  # noqa: B027 - not every runtime can

@@ -63,7 +63,6 @@ class ControlGroupBackend(Backend):
 
     def _can_reduce(self, tensor: torch.Tensor, op: TensorOp) -> bool:
         """Return True if the runtime reduces tensors of this device and dtype. No dtype is bool."""
-        del tensor, op
         return True
 
     @abstractmethod

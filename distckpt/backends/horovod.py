@@ -167,11 +167,9 @@ class _HorovodTransport(Transport):
         """Do nothing: Horovod has connected its ranks."""
 
     def reduce(self, result: torch.Tensor, op: TensorOp, timeout_s: float) -> "_Work":
-        del timeout_s
         return _Work(hvd.allreduce_async_(result, op=_REDUCE_OPS[op], name=_operation_name("reduce", result)))
 
     def gather(self, result: Sequence[torch.Tensor], mine: torch.Tensor, timeout_s: float) -> "_Work":
-        del timeout_s
 
         def fill(output: torch.Tensor) -> None:
             for chunk, sent in zip(result, output.reshape(len(result), -1), strict=True):
@@ -180,11 +178,9 @@ class _HorovodTransport(Transport):
         return _Work(hvd.allgather_async(mine, name=_operation_name("gather", mine)), fill)
 
     def broadcast(self, result: torch.Tensor, src: int, timeout_s: float) -> "_Work":
-        del timeout_s
         return _Work(hvd.broadcast_async_(result, root_rank=src, name=_operation_name(f"broadcast.{src}", result)))
 
     def start_max(self, values: list[int], timeout_s: float) -> TensorMaxWork:
-        del timeout_s
         result = torch.tensor(values)
         return TensorMaxWork(_Work(hvd.allreduce_async_(result, op=hvd.Max, name="distckpt.maximum")), result)
 

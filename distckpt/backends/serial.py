@@ -14,33 +14,27 @@ class SerialBackend(Backend):
     rank, world_size, local_rank, node = 0, 1, 0, 0
 
     def reduce_host(self, values: torch.Tensor, op: ReduceOp, *, what: object, timeout_s: float | None) -> torch.Tensor:
-        del op, what, timeout_s
         return values.clone()
 
     def gather_host(self, data: bytes, num_bytes: int, *, what: object, timeout_s: float | None) -> list[bytes]:
-        del num_bytes, what, timeout_s
         return [data]
 
     def reduce_tensor(self, tensor: torch.Tensor, op: TensorOp) -> torch.Tensor:
-        del op
         return tensor.detach().clone()
 
     def gather_tensor(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         return [tensor.detach().clone()]
 
     def broadcast_tensor(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
-        del src
         return tensor.detach().clone()
 
     def next_object_id(self, kind: str) -> str | None:
-        del kind
         return None
 
     def post_note(self, object_id: str, text: str) -> None:
         del object_id, text
 
     def store_barrier(self, name: str, *, depends_on: str | None, timeout_s: float | None) -> str | None:
-        del name, depends_on, timeout_s
         return None
 
 

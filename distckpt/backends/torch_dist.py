@@ -78,7 +78,6 @@ class TorchDistBackend(ControlGroupBackend):
                 group.abort()
 
     def _can_reduce(self, tensor: torch.Tensor, op: TensorOp) -> bool:
-        del op
         return tensor.device.type != "cpu" or tensor.dtype in _GLOO_REDUCES
 
     def _reduce_on_device(self, tensor: torch.Tensor, op: TensorOp) -> torch.Tensor:

@@ -84,7 +84,6 @@ class Transport(ABC):
         Raises:
             NotImplementedError: the runtime cannot do it.
         """
-        del result, mine, num_received, num_sent, timeout_s
         msg = "this runtime cannot exchange bytes between ranks"
         raise NotImplementedError(msg)
 
@@ -94,7 +93,6 @@ class Transport(ABC):
 
     def withdraw(self, work: Any) -> bool:
         """Take back this rank's arrival at an operation; return False if all ranks have arrived by now."""
-        del work
         return True
 
     def close(self) -> None:  # noqa: B027 - not every runtime has something to close

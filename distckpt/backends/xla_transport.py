@@ -60,7 +60,6 @@ class XlaTransport(Transport):
         return self.begin(exchange)
 
     def gather(self, result: Sequence[torch.Tensor], mine: torch.Tensor, timeout_s: float) -> "_Work":
-        del timeout_s
 
         def exchange() -> None:
             for chunk, sent in zip(result, self._gather(mine), strict=True):
@@ -69,7 +68,6 @@ class XlaTransport(Transport):
         return self.begin(exchange)
 
     def broadcast(self, result: torch.Tensor, src: int, timeout_s: float) -> "_Work":
-        del timeout_s
 
         def exchange() -> None:
             words = _to_words(result if self._rank == src else torch.zeros_like(result))
@@ -80,7 +78,6 @@ class XlaTransport(Transport):
 
     def start_max(self, values: Sequence[int | torch.Tensor], timeout_s: float) -> TensorMaxWork:
         """Start to reduce twelve numbers with MAX. Unknown ones are bool () or integers () on this replica's device."""
-        del timeout_s
         known = [0 if isinstance(value, torch.Tensor) else value for value in values]
         if any(not -_INT32 <= value < _INT32 for value in known):
             msg = f"numbers that XLA reduces have to fit into int32, but given {known}"

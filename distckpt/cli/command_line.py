@@ -15,8 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from distckpt.cli.errors import CommandError, ExitCode
-from distckpt.cli.output import Output, printable
+from distckpt.cli.output import CommandError, ExitCode, Output, printable
 from distckpt.errors import CorruptCheckpointError, DistckptError
 from distckpt.policy.policies import EveryHours
 

@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from distckpt.cli.errors import ExitCode
-from distckpt.cli.output import Column, Output, Table, count, format_number
+from distckpt.cli.output import Column, ExitCode, Output, Table, count, format_number
 from distckpt.cli.progress import Progress
 from distckpt.cli.sources import (
     CHUNK_BYTES,

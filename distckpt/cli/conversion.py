@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from distckpt.cli.errors import CommandError, ExitCode
-from distckpt.cli.output import Output, count, format_bytes
+from distckpt.cli.output import CommandError, ExitCode, Output, count, format_bytes
 from distckpt.cli.progress import Progress
 from distckpt.cli.sources import PtSource, Source, chunks, dtype_name, find_key, memory_of, num_bytes_of, open_source
 from distckpt.cli.structure import MANIFEST, STRUCTURE, FlatState, flatten, is_plain_tensor

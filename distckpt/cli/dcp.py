@@ -25,7 +25,7 @@ from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
 
 from distckpt._messages import ignore_warnings
-from distckpt.cli.errors import CommandError
+from distckpt.cli.output import CommandError
 from distckpt.cli.sources import Source, load, memory_at
 from distckpt.cli.structure import MANIFEST, STRUCTURE, is_plain_tensor, unflatten
 from distckpt.cli.survey import DCP_METADATA

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from distckpt.cli.errors import ExitCode
-from distckpt.cli.output import Column, Output, Table, count, format_age, format_bytes, format_number
+from distckpt.cli.output import Column, ExitCode, Output, Table, count, format_age, format_bytes, format_number
 from distckpt.cli.progress import Progress
 from distckpt.cli.retention_view import describe_handler
 from distckpt.cli.sources import (

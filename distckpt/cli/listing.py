@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distckpt.cli.errors import ExitCode
-from distckpt.cli.output import Column, Output, Table, count, format_age, format_bytes, format_number
+from distckpt.cli.output import Column, ExitCode, Output, Table, count, format_age, format_bytes, format_number
 from distckpt.cli.retention_view import Kept, RetentionView, describe_handler, view_retention
 from distckpt.cli.survey import FileEntry, State, survey
 

@@ -1,4 +1,4 @@
-"""What commands print: tables and lines for people, JSON for programs.
+"""What commands print: tables and lines for people, JSON for programs; their exit codes.
 
 Text from files and file names is printed without control characters, which could change a terminal's state. In a
 terminal a table is as wide as the terminal: the least important columns are left out, then long texts continue on lines
@@ -7,12 +7,14 @@ terminal if it is installed.
 """
 
 import json
-import math
 import shutil
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any, NamedTuple, TextIO
+
+from distckpt._values import to_json_value
 
 _GAP = 2
 _LEAST_SHRUNK = 12
@@ -30,6 +32,32 @@ _STYLES = {
     "delete": "bold red",
     "keep": "green",
 }
+
+
+class ExitCode(IntEnum):
+    """The exit codes of all commands."""
+
+    OK = 0
+    FOUND = 1
+    """Something is wrong with a checkpoint, two checkpoints differ, or there is none."""
+    FAILED = 2
+    """The command could not be carried out. argparse uses the same code for wrong arguments."""
+    INTERRUPTED = 130
+    PIPE_CLOSED = 141
+    TERMINATED = 143
+
+
+class CommandError(Exception):
+    """A command cannot be carried out.
+
+    Args:
+        message: one line that says what is wrong and what to do.
+        code: the exit code.
+    """
+
+    def __init__(self, message: str, code: ExitCode = ExitCode.FAILED) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class Column(NamedTuple):
@@ -189,7 +217,7 @@ class Output:
     def json(self, value: Any) -> None:
         """Print JSON for programs."""
         if self.is_json:
-            self._stream.write(json.dumps(to_plain(value), indent=1, allow_nan=False) + "\n")
+            self._stream.write(json.dumps(to_json_value(value), indent=1, allow_nan=False, default=str) + "\n")
 
 
 def _print_by_rich(table: Table, stream: TextIO) -> bool:
@@ -284,14 +312,3 @@ def count(number: int, noun: str) -> str:
         ('1 file', '2 files')
     """
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def to_plain(value: Any) -> Any:
-    """Return a value as JSON has it: numbers that are not finite as text, as in a manifest."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {str(key): to_plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_plain(item) for item in value]
-    return value if value is None or isinstance(value, str | int | float | bool) else str(value)

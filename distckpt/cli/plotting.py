@@ -5,8 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from distckpt.cli.errors import CommandError, ExitCode
-from distckpt.cli.output import Output, count, format_bytes
+from distckpt.cli.output import CommandError, ExitCode, Output, count, format_bytes
 from distckpt.cli.survey import survey
 from distckpt.cli.timeline import Session, Timeline, make_timeline
 from distckpt.cli.timeline_picture import draw_timeline

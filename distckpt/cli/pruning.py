@@ -15,8 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distckpt.cli.errors import CommandError, ExitCode
-from distckpt.cli.output import Column, Output, Table, count, format_bytes, format_number
+from distckpt.cli.output import Column, CommandError, ExitCode, Output, Table, count, format_bytes, format_number
 from distckpt.cli.survey import FileEntry, State, survey
 from distckpt.policy.naming import EVENTS_NAME
 from distckpt.policy.policies import (

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 
-from distckpt.cli.errors import CommandError
+from distckpt.cli.output import CommandError
 from distckpt.cli.structure import MANIFEST, STRUCTURE, is_plain_tensor, unflatten
 from distckpt.cli.survey import DCP_METADATA
 from distckpt.errors import CorruptCheckpointError

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from distckpt.cli.errors import CommandError
+from distckpt.cli.output import CommandError
 from distckpt.policy.naming import is_temp
 from distckpt.ptformat.archive import NewerSchema, NotAnArchive, is_archive, read_archive, read_manifest
 from distckpt.ptformat.layout import UnsupportedArchive, check_end

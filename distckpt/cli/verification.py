@@ -13,8 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distckpt.cli.errors import CommandError, ExitCode
-from distckpt.cli.output import Column, Output, Table, count, format_bytes
+from distckpt.cli.output import Column, CommandError, ExitCode, Output, Table, count, format_bytes
 from distckpt.cli.progress import Progress
 from distckpt.cli.survey import FileEntry, State, look_at, survey
 from distckpt.errors import CorruptCheckpointError, LoadError

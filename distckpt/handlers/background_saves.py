@@ -69,13 +69,11 @@ class BackgroundSaves(Poller):
             self._vote(engine, current())
 
     def _probe(self, engine: Engine) -> Answer:
-        del engine
         self._voted_on = self._pending
         return _report_nothing if self._pending is not None and self._pending.is_pending else None
 
     def _act(self, engine: Engine, reports: Mapping[int, Any]) -> None:
         """Collective. No rank is writing any more."""
-        del engine, reports
         if self._pending is not None and self._pending is self._voted_on:
             self._advance()
 
@@ -97,7 +95,6 @@ class BackgroundSaves(Poller):
 
     def wait_all(self, engine: Engine) -> None:
         """Collective. Block until no save is pending, at the end of the engine's run."""
-        del engine
         self.wait()
 
     def abort(self, error: BaseException) -> None:

@@ -225,7 +225,6 @@ class Checkpoint(Serializable, Voter):
         return _report_nothing if is_wanted else None
 
     def _act(self, engine: Engine, reports: Mapping[int, Any]) -> None:
-        del engine, reports
         self._is_wanted = True
 
     def _find_facts(self, engine: Engine) -> UserFacts:

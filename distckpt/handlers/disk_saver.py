@@ -207,7 +207,6 @@ class DiskSaver(BaseSaveHandler):
             SaveError: the file could not be written. An earlier file of that name is untouched.
             CommitNotDurable: the file is in place, but may not survive a power cut.
         """
-        del metadata
         self._save(plain_state(checkpoint, "the checkpoint", convert_numpy=False), filename, build_manifest(current()))
 
     def save_with_manifest(
@@ -239,7 +238,6 @@ class DiskSaver(BaseSaveHandler):
         other than ``torch.save`` is called with the checkpoint, a file object (the path if `atomic` is off), and this
         handler's keyword arguments.
         """
-        del rank
         path = Path(path)
         is_inside = path.is_relative_to(self.dirname)
         storage = LocalStorage(self.dirname if is_inside else path.parent, atomic=self._atomic)

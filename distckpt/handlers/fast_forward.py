@@ -405,7 +405,6 @@ class FastForward:
             after_event(engine, self._after_iteration_started)
 
     def _after_iteration_started(self, engine: Engine) -> None:
-        del engine
         self._restored.restore_changed("ITERATION_STARTED")
         self._set_generators()
 

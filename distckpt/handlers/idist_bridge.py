@@ -122,7 +122,6 @@ class _XlaModel(ComputationModel):
     _do_broadcast = broadcast
 
     def _do_new_group(self, ranks: list[int], **kwargs: Any) -> Any:
-        del kwargs
         _refuse_group(ranks)
 
     def _rank_not_in_group(self, group: Any) -> bool:

@@ -88,7 +88,6 @@ class RngState:
 
     def distckpt_consolidate(self, to: int) -> dict[str, Any]:
         """Collective. Return the states of all ranks, on every rank. A Checkpoint calls this before it saves."""
-        del to
         backend = current()
         sync_point = phases.SyncPoint(handler="RngState", phase="gathering the generators' states", step=0)
         states = phases.run(backend, sync_point, self._capture, timeout_s=self.timeout_s)

@@ -71,7 +71,6 @@ class TimeLimit(Voter):
         return time.monotonic() - self.start_time
 
     def _probe(self, engine: Engine) -> Answer:
-        del engine
         return self._elapsed_s if self._elapsed_s() > self.limit_sec else None
 
     def _act(self, engine: Engine, reports: Mapping[int, Any]) -> None:

@@ -240,7 +240,6 @@ class EngineVotes:
 
     def is_uncaught(self, engine: Engine) -> bool:
         """Return True if an exception leaves the run though no handler of EXCEPTION_RAISED has raised."""
-        del engine
         is_uncaught, self.has_uncaught_error = self.has_uncaught_error, False
         return is_uncaught
 

@@ -57,7 +57,6 @@ class DistckptCallback(LoopCallback, Callback, lightning_hooks.FitHooks):  # typ
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Collective. Find the newest whole checkpoint."""
-        del pl_module
         if stage != "fit":
             return
         problem = lightning_hooks.why_unsupported(trainer)
@@ -72,7 +71,6 @@ class DistckptCallback(LoopCallback, Callback, lightning_hooks.FitHooks):  # typ
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collective. Load what was found."""
-        del pl_module
         self._run.load(lightning_hooks.objects_of(trainer))
         state = self.loop.state
         length = state.epoch_length
@@ -80,26 +78,22 @@ class DistckptCallback(LoopCallback, Callback, lightning_hooks.FitHooks):  # typ
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collective. Start the run."""
-        del pl_module
         self._begin()
         if self._run.has_ended:
             lightning_hooks.stop(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start an iteration; its first batch is drawn."""
-        del trainer, pl_module, batch, batch_idx
         self._run.begin_iteration()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep the loss."""
-        del trainer, pl_module, batch, batch_idx
         self._outputs.append(outputs)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collective. End the run."""
-        del trainer, pl_module
         self._run.end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -109,7 +103,6 @@ class DistckptCallback(LoopCallback, Callback, lightning_hooks.FitHooks):  # typ
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let the Trainer and signals act as before."""
-        del trainer, pl_module, stage
         if self._undo is not None:
             self._undo()
             self._undo = None

@@ -129,7 +129,6 @@ class TrainerProgress:
 
     def distckpt_consolidate(self, to: int) -> dict[str, Any]:
         """Collective. Add up the ranks' counts of floating-point operations, and return the state."""
-        del to
         if self.trainer is not None:
             self.trainer.store_flos()
         return self.state_dict()

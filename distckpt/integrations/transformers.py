@@ -89,7 +89,6 @@ class DistckptCallback(LoopCallback, TrainerCallback, trainer_hooks.TrainerHooks
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Collective. Load what :meth:`resume` has found, and start the run."""
-        del control
         trainer = self._progress.trainer
         if trainer is None:
             msg = "call trainer.train(resume_from_checkpoint=callback.resume(trainer)): it has to know the Trainer"
@@ -108,7 +107,6 @@ class DistckptCallback(LoopCallback, TrainerCallback, trainer_hooks.TrainerHooks
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start an iteration; its batches are drawn."""
-        del args, state, control, kwargs
         self._losses.clear()
         self._run.begin_iteration()
 
@@ -121,14 +119,12 @@ class DistckptCallback(LoopCallback, TrainerCallback, trainer_hooks.TrainerHooks
         **kwargs: Any,
     ) -> None:
         """Keep the results for handlers with a score."""
-        del args, state, control, kwargs
         self.loop.state.metrics.update(metrics or {})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """End the run, if no epoch was left to train."""
-        del args, state, control, kwargs
         self._run.end()
 
     # -- what the Trainer has no events for ----------------------------------------------------------

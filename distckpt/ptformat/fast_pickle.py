@@ -86,24 +86,8 @@ class TensorLocation(NamedTuple):
     num_bytes: int
 
 
-class PlainPickle(NamedTuple):
-    """A pickled state.
-
-    Attributes:
-        data: the pickle.
-        storages: the live storages, in the order of their numbers; each once.
-        tensors: name, form and number of the storage of each tensor.
-        walk: what was read of the state.
-    """
-
-    data: bytes
-    storages: list[torch.UntypedStorage]
-    tensors: Iterator[tuple[str, Form, int]]
-    walk: "PlainWalk"
-
-
-def pickle_plain(state: Any, num_shards: int = 0) -> PlainPickle:
-    """Pickle a plain state by protocol 2. Rank-local; issues no collectives.
+def pickle_plain(state: Any, num_shards: int = 0) -> "PlainWalk":
+    """Pickle a plain state by protocol 2, and return what was read of it. Rank-local; issues no collectives.
 
     Args:
         state: to pickle.
@@ -115,13 +99,12 @@ def pickle_plain(state: Any, num_shards: int = 0) -> PlainPickle:
 
     Example:
         >>> pickled = pickle_plain({"a": torch.ones(2), "b": 1})
-        >>> len(pickled.storages), [name for name, _, _ in pickled.tensors]
+        >>> len(pickled.storages), [name for name, _, _ in pickled.tensors()]
         (1, ['a'])
     """
     walk = PlainWalk(num_shards)
     walk.put(state, "", 0)
-    tensors = zip(walk.names, walk.forms, walk.numbers, strict=True)
-    return PlainPickle(join_parts(walk.out), walk.storages, tensors, walk)
+    return walk
 
 
 def join_parts(parts: Sequence[bytes]) -> bytes:
@@ -178,6 +161,15 @@ class PlainWalk:
         self._dtypes: dict[int, torch.dtype] = {}  # address of the data -> dtype
         self._forms: dict[_TensorForm, tuple[bytes, bytes, Form, _TensorForm]] = {}
         self._keys: dict[str, bytes] = {}  # many mappings have the same keys
+
+    @property
+    def data(self) -> bytes:
+        """The pickle."""
+        return join_parts(self.out)
+
+    def tensors(self) -> Iterator[tuple[str, Form, int]]:
+        """Yield name, form and number of the storage of each tensor."""
+        return zip(self.names, self.forms, self.numbers, strict=True)
 
     def without_shards(self) -> "PlainWalk":
         """Return what was read of the tensors that are not sharded. Their storages are numbered from 0."""

@@ -17,6 +17,8 @@ from dataclasses import dataclass, fields
 from json.encoder import encode_basestring as quoted
 from typing import Any, NamedTuple
 
+from distckpt._values import to_json_value
+
 SCHEMA = 2
 """The newest schema, and the one that is written."""
 
@@ -111,12 +113,12 @@ def to_json(manifest: Manifest) -> bytes:
     head = {"schema": manifest.schema} | {name: getattr(manifest, name) for name in names}
     head |= {
         "versions": dict(manifest.versions),
-        "score": _to_plain(manifest.score),
-        "priority": _to_plain(manifest.priority),
+        "score": to_json_value(manifest.score),
+        "priority": to_json_value(manifest.priority),
         "tensor_fields": _TENSOR_FIELDS,
     }
     if manifest.record is not None:
-        head["record"] = _to_plain(manifest.record)
+        head["record"] = to_json_value(manifest.record)
     # Five times as fast as json.dumps: this runs while training does.
     lines = ",\n".join(
         f'[{quoted(name)},"{dtype}",[{",".join(map(str, shape))}],"{record}",{offset},{num_bytes},{crc}]'
@@ -197,14 +199,6 @@ def _load_without_tensors(data: bytes) -> Any:
 def number_from(value: Any) -> Any:
     """Return a number that :func:`to_json` has written; it writes those that are not finite as text."""
     return _NOT_FINITE[value] if isinstance(value, str) else value
-
-
-def _to_plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {key: _to_plain(item) for key, item in value.items()}
-    return [_to_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _tensor_entry(entry: Any, order: Sequence[str] | None) -> TensorEntry:

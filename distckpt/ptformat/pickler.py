@@ -97,8 +97,8 @@ def pickle_state(
     """
     if protocol == PLAIN_PROTOCOL:
         with contextlib.suppress(NotPlain):
-            data, storages, forms, walk = pickle_plain(state, num_shards)
-            return PickledState(data, tuple(storages), tuple(forms), walk=walk)
+            walk = pickle_plain(state, num_shards)
+            return PickledState(walk.data, tuple(walk.storages), tuple(walk.tensors()), walk=walk)
     return pickle_like_torch(state, protocol=protocol, num_shards=num_shards, shards=shards)
 
 

@@ -8,7 +8,6 @@ thread.
 
 import errno
 import json
-import math
 import os
 import stat
 from collections.abc import Iterable, Mapping
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distckpt._values import to_json_value
 from distckpt.policy.naming import EVENTS_NAME
 from distckpt.storage.direct_io import close_quietly
 from distckpt.storage.new_file import FILE_MODE
@@ -48,7 +48,7 @@ def append_events(directory: Path, events: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         OSError: the operating system refuses, the record is no regular file, or it is full.
     """
-    text = "".join(f"{json.dumps(_to_plain(event), allow_nan=False, default=str)}\n" for event in events)
+    text = "".join(f"{json.dumps(to_json_value(event), allow_nan=False, default=str)}\n" for event in events)
     path = directory / EVENTS_NAME
     fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | _FLAGS, FILE_MODE)
     try:
@@ -95,12 +95,3 @@ def _parse(line: bytes) -> Mapping[str, Any] | None:
     at_s = event.get("at_s")
     is_number = isinstance(at_s, int | float) and not isinstance(at_s, bool) and 0 <= at_s < _LATEST_S
     return event if is_number else None
-
-
-def _to_plain(value: Any) -> Any:
-    """Return a value as JSON has it: numbers that are not finite are text, as in a manifest."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {str(key): _to_plain(item) for key, item in value.items()}
-    return [_to_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -40,7 +40,7 @@ def as_anew(matched: PickledState, state: Any) -> bool:
     plain = pickle_plain(state)
     assert matched.data == plain.data
     assert [one._cdata for one in matched.storages] == [one._cdata for one in plain.storages]
-    assert tuple(matched.forms) == tuple(plain.tensors)
+    assert tuple(matched.forms) == tuple(plain.tensors())
     facts = StorageFacts.of(plain.storages)
     assert matched.facts is not None
     assert list(matched.facts.sizes) == facts.sizes
