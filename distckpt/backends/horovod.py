@@ -163,9 +163,6 @@ class _HorovodTransport(Transport):
     def __init__(self, passthrough_errors: tuple[type[BaseException], ...]) -> None:
         self.passthrough_errors = passthrough_errors
 
-    def connect(self, timeout_s: float) -> None:
-        """Do nothing: Horovod has connected its ranks."""
-
     def reduce(self, result: torch.Tensor, op: TensorOp, timeout_s: float) -> "_Work":
         return _Work(hvd.allreduce_async_(result, op=_REDUCE_OPS[op], name=_operation_name("reduce", result)))
 

@@ -51,8 +51,7 @@ class Transport(ABC):
     can_share_memory: bool = False
     passthrough_errors: tuple[type[BaseException], ...] = ()
 
-    @abstractmethod
-    def connect(self, timeout_s: float) -> None:
+    def connect(self, timeout_s: float) -> None:  # noqa: B027 - many runtimes have connected their ranks before
         """Collective. Connect the ranks, after all have arrived.
 
         Raises:

@@ -45,9 +45,6 @@ class XlaTransport(Transport):
         self._gate = gate
         self._num_works = 0
 
-    def connect(self, timeout_s: float) -> None:
-        """Do nothing: the runtime has connected the replicas."""
-
     def reduce(self, result: torch.Tensor, op: TensorOp, timeout_s: float) -> "_Work":
         """Reduce a CPU tensor of any dtype in place: every replica gathers all, and folds them in rank order."""
         del timeout_s  # the control group looks at the clock

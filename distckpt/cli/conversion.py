@@ -133,7 +133,7 @@ def _write_safetensors(source: Source, flat: FlatState, manifest: Manifest, out:
             )
         forms.append((name, kind, tuple(tensor.shape)))
     try:
-        header, _ = build_safetensors_header(forms, {"format": "pt", **_texts(flat, manifest)})
+        header = build_safetensors_header(forms, {"format": "pt", **_texts(flat, manifest)})
     except ValueError as error:
         raise CommandError(f"{out} cannot be written: {error}") from error
     with LocalStorage(out.parent).create(out.name) as new:

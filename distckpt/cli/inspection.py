@@ -10,7 +10,6 @@ import torch
 
 from distckpt.cli.output import Column, ExitCode, Output, Table, count, format_age, format_bytes, format_number
 from distckpt.cli.progress import Progress
-from distckpt.cli.retention_view import describe_handler
 from distckpt.cli.sources import (
     Leaf,
     SafetensorsSource,
@@ -26,6 +25,7 @@ from distckpt.cli.sources import (
     unique_names,
 )
 from distckpt.cli.structure import is_plain_tensor
+from distckpt.policy.naming import describe_handler
 from distckpt.ptformat.manifest import Manifest
 from distckpt.ptformat.records import parse_record
 
@@ -163,7 +163,7 @@ def _print_head(source: Source, output: Output) -> None:
     if record is not None:
         origin = f", which went on from {record.run.lineage[-1]}" if record.run.lineage else ""
         output.line(f"run: {record.run.id}{origin}")
-        output.line(f"handler: {describe_handler(record)}")
+        output.line(f"handler: {describe_handler(record.handler)}")
         names = ", ".join(name for _, name in reversed(record.kept[-_MOST_NAMES:]))
         more = f", and {record.num_kept - _MOST_NAMES} more" if record.num_kept > _MOST_NAMES else ""
         is_long = len(record.kept) < record.num_kept  # then the record has no names

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from distckpt.cli.output import Column, ExitCode, Output, Table, count, format_age, format_bytes, format_number
-from distckpt.cli.retention_view import Kept, RetentionView, describe_handler, view_retention
+from distckpt.cli.retention_view import Kept, RetentionView, view_retention
 from distckpt.cli.survey import FileEntry, State, survey
+from distckpt.policy.naming import describe_handler
 
 _COLUMNS = (
     Column("NAME", can_shrink=True),
@@ -71,7 +72,7 @@ def _describe(entry: FileEntry, view: RetentionView, fault: str | None, *, is_ve
         "world_size": None if manifest is None else manifest.world_size,
         "backend": None if manifest is None else manifest.backend,
         "versions": None if manifest is None else dict(manifest.versions),
-        "handler": None if record is None else describe_handler(record),
+        "handler": None if record is None else describe_handler(record.handler),
         "run": run,
         "kept": None if kept is None else _kept_in_json(kept),
         "kept_as": _kept_as(entry, view),
@@ -137,7 +138,7 @@ def _sort_key(entry: FileEntry) -> tuple[Any, ...]:
     record = entry.record
     if record is None:
         return (0, _group_of(entry), entry.saved_s, entry.name)
-    return (1, record.run.started_s, record.run.id, describe_handler(record), record.number, entry.name)
+    return (1, record.run.started_s, record.run.id, describe_handler(record.handler), record.number, entry.name)
 
 
 def _group_of(entry: FileEntry) -> str:
@@ -152,4 +153,4 @@ def _group_of(entry: FileEntry) -> str:
         return f"saved without a handler, {ranks}"
     run = record.run
     origin = f", which went on from {run.lineage[-1][:_RUN_CHARS]}" if run.lineage else ""
-    return f"{describe_handler(record)}, run {run.id[:_RUN_CHARS]}{origin}, {ranks}"
+    return f"{describe_handler(record.handler)}, run {run.id[:_RUN_CHARS]}{origin}, {ranks}"

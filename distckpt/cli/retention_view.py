@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from distckpt.cli.survey import FileEntry
-from distckpt.policy import naming
 from distckpt.policy.history import Entry
 from distckpt.policy.policies import Policy, explain, ordinal, policies_of
 from distckpt.ptformat.records import Record
@@ -60,11 +59,6 @@ class RetentionView:
 def key_of(record: Record) -> HandlerKey:
     """Return what all records of one handler share."""
     return json.dumps(record.handler, sort_keys=True, default=str), record.run.root
-
-
-def describe_handler(record: Record) -> str:
-    """Return a handler's name for people; see :func:`distckpt.policy.naming.describe_handler`."""
-    return naming.describe_handler(record.handler)
 
 
 def view_retention(entries: Sequence[FileEntry]) -> RetentionView:

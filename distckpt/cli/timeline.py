@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from distckpt.cli.retention_view import describe_handler
 from distckpt.cli.survey import FileEntry, State
+from distckpt.policy.naming import describe_handler
 from distckpt.ptformat.manifest import number_from
 
 KILLED = "killed"
@@ -140,7 +140,8 @@ def make_timeline(
     for event in sorted(events, key=lambda event: float(event["at_s"])):
         name = event.get("session")
         if isinstance(name, str):
-            _take(sessions.setdefault(name, _new_session(name, event)), event)
+            at_s = float(event["at_s"])
+            _take(sessions.setdefault(name, Session(id=name, begin_s=at_s, end_s=at_s)), event)
         elif event["event"] == "save":
             others.append(_save_of(event))
     found = list(sessions.values())
@@ -151,10 +152,6 @@ def make_timeline(
         session.points.sort()
         _find_outcome(session, found[at + 1 :])
     return Timeline(sessions=found, others=others, num_dropped=num_dropped)
-
-
-def _new_session(name: str | None, event: Mapping[str, Any]) -> Session:
-    return Session(id=name, begin_s=float(event["at_s"]), end_s=float(event["at_s"]))
 
 
 def _take(session: Session, event: Mapping[str, Any]) -> None:
@@ -177,7 +174,8 @@ def _take(session: Session, event: Mapping[str, Any]) -> None:
         if session.last_iteration is None and length is not None and epochs is not None:
             session.last_iteration = length * epochs
     elif kind == "signal" and isinstance(event.get("signals"), list):
-        session.signals += [f"rank {one.get('rank')}: {one.get('signal')}" for one in event["signals"] if _is_map(one)]
+        signals = (one for one in event["signals"] if isinstance(one, Mapping))
+        session.signals += [f"rank {one.get('rank')}: {one.get('signal')}" for one in signals]
     elif kind == "stop":
         session.stop = str(event.get("reason"))
     elif kind == "error":
@@ -220,7 +218,7 @@ def _add_files(sessions: list[Session], others: list[Save], entries: Sequence[Fi
         save = Save(
             at_s=entry.saved_s,
             file=entry.name,
-            handler=None if record is None else describe_handler(record),
+            handler=None if record is None else describe_handler(record.handler),
             run=run,
             iteration=entry.step if record is None else record.iteration,
             epoch=manifest.epoch,
@@ -277,10 +275,6 @@ def iteration_time(session: Session, iteration: int) -> float:
         return session.begin_s if at == 0 else session.end_s
     (before_s, before), (after_s, after) = points[at - 1], points[at]
     return before_s + (after_s - before_s) * (iteration - before) / max(after - before, 1)
-
-
-def _is_map(value: object) -> bool:
-    return isinstance(value, Mapping)
 
 
 def _whole(value: object) -> int | None:

@@ -55,12 +55,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         raise CommandError(f"{path} is of torch.distributed.checkpoint, which keeps no checksums to compare with")
     begin_s = time.monotonic()
     if is_directory:
-        entries = [
-            entry
-            for entry in survey(path, recursive=arguments.recursive)
-            if entry.state not in (State.LEFT_OVER, State.BEING_WRITTEN)
-        ]
-        verified = verify_entries(entries)
+        verified = verify_entries(survey(path, recursive=arguments.recursive))
     else:
         found = None if path.is_fifo() else look_at(path, str(path))
         verified = {str(path): _verify_alone(path, found)}

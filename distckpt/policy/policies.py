@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from distckpt._values import is_nan
 
 _HOUR_S, _MINUTE_S = 3600, 60
-_LATEST_S = 1e11
+LATEST_S = 1e11
 """A later time is invalid."""
 
 
@@ -141,7 +141,7 @@ class EveryHours:
         if not isinstance(self.hours, numbers.Real) or isinstance(self.hours, bool):
             msg = f"EveryHours should be given a number of hours, but given {type(self.hours)}"
             raise TypeError(msg)
-        if not (self._period_s >= _MINUTE_S and self._period_s < _LATEST_S):
+        if not (self._period_s >= _MINUTE_S and self._period_s < LATEST_S):
             msg = f"EveryHours should be given a number of hours of at least a minute, but given {self.hours}"
             raise ValueError(msg)
 
@@ -154,7 +154,7 @@ class EveryHours:
 
     def is_unknown(self, file: SavedFile) -> bool:
         """Return True if it is unknown when the file was saved. Such a file is kept."""
-        return file.time_s is None or not 0 <= file.time_s < _LATEST_S
+        return file.time_s is None or not 0 <= file.time_s < LATEST_S
 
     def period_of(self, file: SavedFile) -> int:
         """Return the number of the file's period."""

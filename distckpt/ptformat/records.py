@@ -13,14 +13,12 @@ from typing import Any
 
 from distckpt.policy.history import Entry
 from distckpt.policy.naming import is_reserved
-from distckpt.policy.policies import Policy, SavedFile, from_plain, whole_minutes
+from distckpt.policy.policies import LATEST_S, Policy, SavedFile, from_plain, whole_minutes
 from distckpt.ptformat.archive import read_head_at
 from distckpt.ptformat.manifest import number_from
 
 _NUMBERS = (int, float, bool)
 _NO_RUN = "the record names no run"
-_LATEST_S = 1e11
-"""A later time is invalid: no run could start after it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +61,7 @@ class Run:
             started_s = float(found["started_s"])
         except (KeyError, TypeError) as error:
             raise ValueError(_NO_RUN) from error
-        if not isinstance(name, str) or not isinstance(lineage, list) or not 0.0 <= started_s < _LATEST_S:
+        if not isinstance(name, str) or not isinstance(lineage, list) or not 0.0 <= started_s < LATEST_S:
             raise ValueError(_NO_RUN)
         return cls(id=name, started_s=started_s, lineage=tuple(map(str, lineage)))
 
@@ -195,7 +193,7 @@ def _policies(found: Any) -> tuple[Policy, ...] | None:
 
 def _time(recorded: Any, wall_time_s: float | None) -> float | None:
     found = recorded if type(recorded) in _NUMBERS else wall_time_s
-    return whole_minutes(found) if isinstance(found, int | float) and 0.0 <= found < _LATEST_S else None
+    return whole_minutes(found) if isinstance(found, int | float) and 0.0 <= found < LATEST_S else None
 
 
 def _number(priority: Any) -> int | float:

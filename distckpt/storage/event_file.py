@@ -17,14 +17,13 @@ from typing import Any
 
 from distckpt._values import to_json_value
 from distckpt.policy.naming import EVENTS_NAME
+from distckpt.policy.policies import LATEST_S
 from distckpt.storage.direct_io import close_quietly
 from distckpt.storage.new_file import FILE_MODE
 
 _FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 MAX_BYTES = 64 << 20
 """A longer record is not continued: 200,000 saves fit in."""
-_LATEST_S = 1e11
-"""A later time is invalid."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,5 +92,5 @@ def _parse(line: bytes) -> Mapping[str, Any] | None:
     if not isinstance(event, dict) or not isinstance(event.get("event"), str):
         return None
     at_s = event.get("at_s")
-    is_number = isinstance(at_s, int | float) and not isinstance(at_s, bool) and 0 <= at_s < _LATEST_S
+    is_number = isinstance(at_s, int | float) and not isinstance(at_s, bool) and 0 <= at_s < LATEST_S
     return event if is_number else None

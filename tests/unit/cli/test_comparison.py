@@ -127,7 +127,7 @@ def test_chunks_add_up(command: Command, tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_flat_file_equals_a_nested_one(command: Command, tmp_path: Path) -> None:
     torch.save({"model": {"w": torch.tensor([1.0, 2.0])}}, tmp_path / "a.pt")
-    header, _ = build_safetensors_header([("model.w", "F32", (2,))], {})
+    header = build_safetensors_header([("model.w", "F32", (2,))], {})
     (tmp_path / "a.safetensors").write_bytes(header + torch.tensor([1.0, 2.0]).numpy().tobytes())
     assert command("diff", tmp_path / "a.pt", tmp_path / "a.safetensors").code == 0
 

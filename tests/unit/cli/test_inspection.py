@@ -116,7 +116,7 @@ def test_a_single_tensor_and_an_older_format(command: Command, tmp_path: Path) -
 
 
 def test_a_safetensors_file(command: Command, tmp_path: Path) -> None:
-    header, _ = build_safetensors_header([("b.w", "F32", (2,)), ("rare", "F8_E4M3", (1,))], {"format": "pt"})
+    header = build_safetensors_header([("b.w", "F32", (2,)), ("rare", "F8_E4M3", (1,))], {"format": "pt"})
     (tmp_path / "a.safetensors").write_bytes(header + torch.tensor([3.0, 4.0]).numpy().tobytes() + b"\0")
     found = command("inspect", tmp_path / "a.safetensors", "--json").json
     assert found["metadata"] == {"format": "pt"}
