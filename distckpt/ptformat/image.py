@@ -95,7 +95,7 @@ class ImagePlan:
         first, last = self.large
         return self.records[first].offset if first < last else self.end
 
-    def write_ranges(self, num_writers: int, coordinator_index: int) -> tuple[tuple[int, int], ...]:
+    def write_ranges(self, num_writers: int) -> tuple[tuple[int, int], ...]:
         """Split the image into one range a writer, of lengths as equal as possible; the last is the coordinator's.
 
         Returns:
@@ -106,9 +106,7 @@ class ImagePlan:
             self._cut_before(min(align_up(equal * number, BLOCK_BYTES), self.shared_end))
             for number in range(num_writers)
         ]
-        ranges = [*itertools.pairwise(cuts), (cuts[-1], self.ranges_end)]
-        others = iter(ranges[:-1])
-        return tuple(ranges[-1] if number == coordinator_index else next(others) for number in range(num_writers))
+        return (*itertools.pairwise(cuts), (cuts[-1], self.ranges_end))
 
     def _cut_before(self, at: int) -> int:
         """Return the last block boundary up to `at` that does not separate a header from its record's first byte."""

@@ -14,7 +14,7 @@ from distckpt.saving.module_state import detached
 from distckpt.saving.plain_state import LiveState, plain_state
 from distckpt.saving.shard_forms import KnownShards, ShardForms
 from distckpt.saving.shards import Shards
-from distckpt.saving.staging import KnownForms
+from distckpt.saving.staging import HostMemory
 
 
 class CapturedState:
@@ -23,16 +23,16 @@ class CapturedState:
     Args:
         tree: what ``torch.save`` takes, with a :class:`LiveState` for each object that may have sharded tensors.
         shards: takes the sharded tensors; None if there is no :class:`LiveState`.
-        forms: the forms of earlier states.
+        memory: knows the forms of earlier states.
         protocol: version of the pickle format.
 
     Raises:
         ShardedStateError: the state is sharded in a way that cannot be saved.
     """
 
-    def __init__(self, tree: Any, *, shards: Shards | None, forms: KnownForms, protocol: int) -> None:
+    def __init__(self, tree: Any, *, shards: Shards | None, memory: HostMemory, protocol: int) -> None:
         self._shards = shards
-        self._forms = forms
+        self._memory = memory
         self._protocol = protocol
         self._live = self._state = tree
         self._key: Any = None
@@ -45,7 +45,7 @@ class CapturedState:
         self._key = shards.rank, shards.world_size, names
         if protocol == PLAIN_PROTOCOL:
             with gc_paused():
-                self._known = forms.live.match(self._live, self._key)
+                self._known = memory.live_forms.match(self._live, self._key)
         if self._known is None:
             self._state = _replace_shards(tree, shards)
         else:
@@ -59,11 +59,14 @@ class CapturedState:
         shards, protocol, state = self._shards, self._protocol, self._state
         if shards is not None and len(shards):
             pickled = pickle_state(state, protocol=protocol, num_shards=len(shards), shards=shards.by_id)
-            return self._forms.live.keep(self._live, pickled, functools.partial(ShardForms, shards=shards), self._key)
+            return self._memory.live_forms.keep(
+                self._live, pickled, functools.partial(ShardForms, shards=shards), self._key
+            )
         if protocol != PLAIN_PROTOCOL:
             return pickle_state(state, protocol=protocol)
         with gc_paused():
-            return self._forms.plain.match(state) or self._forms.plain.keep(state, pickle_state(state))
+            forms = self._memory.plain_forms
+            return forms.match(state) or forms.keep(state, pickle_state(state))
 
 
 def _without_names(tree: Any, names: list[tuple[str, bool]]) -> Any:

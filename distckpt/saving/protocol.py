@@ -42,7 +42,7 @@ from distckpt.policy.policies import SavedFile
 from distckpt.saving.object_forms import CapturedObjects
 from distckpt.saving.pending_save import WRITE_TIMEOUT_S, PendingSave, Problems, SyncPointFactory
 from distckpt.saving.rank_writer import RankWriter
-from distckpt.saving.shard_exchange import ShardExchange
+from distckpt.saving.shard_exchange import exchange_shards
 from distckpt.saving.shards import Shards
 from distckpt.saving.writer_group import ShardWriters, WriterGroup
 
@@ -182,8 +182,18 @@ def start_save(
             point = sync_point(f"comparing replicas for {filename}")
             checksums = phases.run(backend, point, writer.replica_checksums, timeout_s=write_timeout_s)
             _check_replicas(checksums, coordinator)
-        exchange = ShardExchange(backend, sync_point, filename, timeout_s=write_timeout_s)
-        writers = exchange.run(writer, answers, shard_writers, coordinator) or writers
+        shard_ranks = exchange_shards(
+            backend,
+            sync_point,
+            filename,
+            writer,
+            shards,
+            answers,
+            shard_writers,
+            coordinator,
+            timeout_s=write_timeout_s,
+        )
+        writers = shard_ranks or writers
         if len({answers[rank]["layout"] for rank in writers}) > 1:
             point = sync_point(f"comparing layouts of {filename}")
             layouts = phases.run(backend, point, writer.describe_layout, timeout_s=timeout_s)

@@ -28,18 +28,6 @@ from distckpt.saving.sharding import Holder, ShardLayout, find_holders, written_
 from distckpt.storage.base import BLOCK_BYTES
 
 
-class Writers(NamedTuple):
-    """The ranks that write a file.
-
-    Attributes:
-        ranks: in the order of their ranges.
-        coordinator: the rank that commits.
-    """
-
-    ranks: tuple[int, ...]
-    coordinator: int
-
-
 class Sent(NamedTuple):
     """Bytes of a storage, which has a number, that another rank writes. `begin` is an offset in this rank's shard."""
 
@@ -76,36 +64,30 @@ class RankPlan:
     sends: dict[int, list[Sent]] = field(default_factory=lambda: defaultdict(list))
     receives: dict[int, list[Received]] = field(default_factory=lambda: defaultdict(list))
 
-    @property
-    def num_sent_bytes(self) -> int:
-        """Number of bytes that the rank sends to others."""
-        return sum(one.num_bytes for sent in self.sends.values() for one in sent)
-
 
 @functools.lru_cache(maxsize=8)
-def plan_rank(plan: ImagePlan, layouts: tuple[ShardLayout, ...], writers: Writers, rank: int) -> RankPlan:
+def plan_rank(plan: ImagePlan, layouts: tuple[ShardLayout, ...], writers: tuple[int, ...], rank: int) -> RankPlan:
     """Return one rank's plan; the last few are cached.
 
     Args:
         plan: the image's.
         layouts: of the sharded tensors, by the numbers of their storages. Their ranks are among the writers.
-        writers: the ranks that write.
+        writers: the ranks that write, in the order of their ranges; the coordinator is the last.
         rank: one of them.
     """
     return _Planner(plan, layouts, writers, rank).run()
 
 
 class _Planner:
-    def __init__(self, plan: ImagePlan, layouts: tuple[ShardLayout, ...], writers: Writers, rank: int) -> None:
+    def __init__(self, plan: ImagePlan, layouts: tuple[ShardLayout, ...], writers: tuple[int, ...], rank: int) -> None:
         self._plan = plan
         self._layouts = layouts
         self._rank = rank
-        self._coordinator = writers.coordinator
-        coordinator_index = writers.ranks.index(writers.coordinator)
-        ranges = plan.write_ranges(len(writers.ranks), coordinator_index)
-        self._ranges = sorted((begin, end, owner) for (begin, end), owner in zip(ranges, writers.ranks, strict=True))
+        self._coordinator = writers[-1]
+        ranges = plan.write_ranges(len(writers))
+        self._ranges = [(begin, end, owner) for (begin, end), owner in zip(ranges, writers, strict=True)]
         self._begins = [begin for begin, _, _ in self._ranges]
-        self._own_range = ranges[writers.ranks.index(rank)]
+        self._own_range = ranges[writers.index(rank)]
         # Most tensors have the layout of another one.
         pieces = functools.cache(written_pieces)
         self._turns = [number % layout.num_replicas for number, layout in enumerate(layouts)]
@@ -238,17 +220,14 @@ def _full_end(record: RecordLocation) -> int:
     return record.end // BLOCK_BYTES * BLOCK_BYTES
 
 
-def split_received(
-    data: Sequence[memoryview], plan: RankPlan, ranks: Sequence[int]
-) -> Iterator[tuple[int, memoryview]]:
+def split_received(data: Sequence[memoryview], plan: RankPlan) -> Iterator[tuple[int, memoryview]]:
     """Yield what other ranks have sent, and its offset in this rank's memory.
 
     Args:
-        data: from each of `ranks`.
+        data: from each rank.
         plan: this rank's.
-        ranks: the senders.
     """
-    for received, rank in zip(data, ranks, strict=True):
+    for rank, received in enumerate(data):
         at = 0
         for _, target, num_bytes in plan.receives.get(rank, ()):
             yield target, received[at : at + num_bytes]

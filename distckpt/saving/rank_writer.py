@@ -89,7 +89,7 @@ class RankWriter:
     @property
     def is_shared(self) -> bool:
         """Whether other ranks write the same file."""
-        return self._write_range is not None and self._write_range.num_writers > 1
+        return self._write_range is not None and len(self._write_range.writers) > 1
 
     @property
     def writes(self) -> bool:
@@ -125,13 +125,12 @@ class RankWriter:
             ShardedStateError: the state is sharded in a way that cannot be saved.
         """
         answer: dict[str, Any] = {"layout": None, "shards": None, "homes": [], "file_token": None, "save_id": None}
-        captured = CapturedState(state, shards=shards, forms=self._memory.forms, protocol=self._pickle_protocol)
+        captured = CapturedState(state, shards=shards, memory=self._memory, protocol=self._pickle_protocol)
         has_shards = shards is not None and len(shards) > 0
         if self._write_range is None and not self._check_replicas and not has_shards:
             return answer
         snapshot = self._snapshot = Snapshot(
             captured.pickle(),
-            write_range=self._write_range or WHOLE,
             shards=shards,
             replicated=replicas() if self.is_shared or self._check_replicas else (),
             num_threads=self._num_threads,
@@ -154,22 +153,9 @@ class RankWriter:
             self._stage(snapshot)
         return answer
 
-    def settle_shards(self, homes: Sequence[int]) -> None:
-        """Take the tensors of one rank from where the coordinator has them."""
-        if self._snapshot is not None:
-            self._snapshot.settle_shards(homes)
-
-    def shard_ranks(self) -> set[int]:
-        """Return the ranks that hold sharded tensors."""
-        return set() if self._snapshot is None else self._snapshot.shard_ranks()
-
     def describe_shards(self) -> list[str]:
         """Return phrases that must be equal on all ranks for these to write their shards."""
         return [] if self._snapshot is None else self._snapshot.describe_shards()
-
-    def cross_mesh_checksums(self) -> list[list[Any]]:
-        """Return number, place and checksum of this rank's rows of each tensor that other meshes hold too."""
-        return [] if self._snapshot is None else self._snapshot.cross_mesh_checksums()
 
     def gather_shards(self, write_range: WriteRange | None, num_ranks: int) -> tuple[list[bytearray], list[int]]:
         """Find this rank's rows of the sharded tensors. Collective where tensors are redistributed.
@@ -212,21 +198,21 @@ class RankWriter:
         """Let the coordinator write the whole file, and the other ranks nothing. Call it after :meth:`prepare`."""
         self._write_range = WHOLE if self.is_coordinator else None
         if self.is_coordinator and self._snapshot is not None:
-            self._stage(self._snapshot, whole=True)
+            self._stage(self._snapshot)
         else:
             self._release_memory()
 
-    def _stage(self, snapshot: Snapshot, *, whole: bool = False) -> None:
-        self._bind(snapshot, whole=whole)
+    def _stage(self, snapshot: Snapshot) -> None:
+        self._bind(snapshot)
         if self.in_background:
             snapshot.copy_to_host()
 
-    def _bind(self, snapshot: Snapshot, *, whole: bool = False) -> None:
+    def _bind(self, snapshot: Snapshot) -> None:
         if not self._has_memory:
             self._memory.reserve()
             self._has_memory = True
         snapshot.wait_copied()
-        snapshot.bind_buffer(self._memory, self._write_range, whole=whole, deferred=self._deferred)
+        snapshot.bind_buffer(self._memory, self._write_range or WHOLE, deferred=self._deferred)
 
     def write(
         self, file_token: str | None = None, exchange: ExchangeChecksums | None = None

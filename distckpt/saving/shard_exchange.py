@@ -16,101 +16,96 @@ from distckpt.coordination import phases
 from distckpt.errors import SaveError, ShardedStateError
 from distckpt.saving.pending_save import SyncPointFactory
 from distckpt.saving.rank_writer import RankWriter
-from distckpt.saving.shards import find_shard_difference
+from distckpt.saving.shards import Shards, find_shard_difference
 from distckpt.saving.writer_group import ShardWriters, WriterGroup
 
 
-class ShardExchange:
-    """Steps 1 to 5, for one file.
+def exchange_shards(
+    backend: Backend,
+    sync_point: SyncPointFactory,
+    filename: str,
+    writer: RankWriter,
+    shards: Shards,
+    answers: Sequence[Mapping[str, Any]],
+    shard_writers: ShardWriters,
+    coordinator: int,
+    *,
+    timeout_s: float,
+) -> tuple[int, ...]:
+    """Collective. Run steps 1 to 5; return the ranks that write, the coordinator last; none without sharded tensors.
 
     Args:
         backend: the job's backend.
         sync_point: makes a phase's sync point from its description.
         filename: name of the file.
+        writer: this rank's, prepared.
+        shards: this rank's sharded tensors.
+        answers: what each rank's :meth:`RankWriter.prepare` returned, and whether it ``knows_writers``.
+        shard_writers: finds the ranks that write.
+        coordinator: rank that commits the file.
         timeout_s: seconds to wait for the other ranks.
+
+    Raises:
+        ShardedStateError: the ranks have different sharded tensors; on every rank.
+        SaveError: a rank that holds rows does not see the directory; on every rank.
+        RemoteRankError: a step failed on some rank; on every rank.
     """
+    if all(answer["shards"] is None for answer in answers):
+        return ()
+    if len({answer["shards"] for answer in answers}) > 1:
+        point = sync_point(f"comparing the shards of {filename}")
+        _raise_difference(phases.run(backend, point, writer.describe_shards, timeout_s=timeout_s))
+    homes = answers[coordinator]["homes"]
+    for rank, answer in enumerate(answers):
+        differ = [at for at, other in zip(homes, answer["homes"], strict=True) if at not in (other, coordinator)]
+        if differ:
+            msg = f"a sharded tensor is on rank {differ[0]} for rank {coordinator}, but elsewhere for rank {rank}"
+            raise ShardedStateError(f"{msg}. Nothing was saved")
+    shards.settle(homes)
+    is_known = all(answer.get("knows_writers") for answer in answers)
+    group = WriterGroup(ranks=shard_writers.find(sync_point, is_known=is_known))
+    sent: list[tuple[list[bytearray], list[int]]] = []
 
-    def __init__(self, backend: Backend, sync_point: SyncPointFactory, filename: str, *, timeout_s: float) -> None:
-        self._backend = backend
-        self._sync_point = sync_point
-        self._filename = filename
-        self._timeout_s = timeout_s
-
-    def run(
-        self, writer: RankWriter, answers: Sequence[Mapping[str, Any]], shard_writers: ShardWriters, coordinator: int
-    ) -> tuple[int, ...]:
-        """Collective. Run the steps; return the ranks that write, the coordinator last; none without sharded tensors.
-
-        Args:
-            writer: this rank's, prepared.
-            answers: what each rank's :meth:`RankWriter.prepare` returned, and whether it ``knows_writers``.
-            shard_writers: finds the ranks that write.
-            coordinator: rank that commits the file.
-
-        Raises:
-            ShardedStateError: the ranks have different sharded tensors; on every rank.
-            SaveError: a rank that holds rows does not see the directory; on every rank.
-            RemoteRankError: a step failed on some rank; on every rank.
-        """
-        backend, filename = self._backend, self._filename
-        if all(answer["shards"] is None for answer in answers):
-            return ()
-        if len({answer["shards"] for answer in answers}) > 1:
-            point = self._sync_point(f"comparing the shards of {filename}")
-            self._raise_difference(phases.run(backend, point, writer.describe_shards, timeout_s=self._timeout_s))
-        homes = answers[coordinator]["homes"]
-        for rank, answer in enumerate(answers):
-            differ = [at for at, other in zip(homes, answer["homes"], strict=True) if at not in (other, coordinator)]
-            if differ:
-                msg = f"a sharded tensor is on rank {differ[0]} for rank {coordinator}, but elsewhere for rank {rank}"
-                raise ShardedStateError(f"{msg}. Nothing was saved")
-        writer.settle_shards(homes)
-        is_known = all(answer.get("knows_writers") for answer in answers)
-        ranks = shard_writers.find(self._sync_point, is_known=is_known)
-        group = WriterGroup(ranks=ranks)
-        sent: list[tuple[list[bytearray], list[int]]] = []
-
-        def gather() -> list[list[Any]]:
-            blind = sorted(writer.shard_ranks() - set(ranks))
-            if blind:
-                self._raise_blind(blind, coordinator)
-            sent.append(writer.gather_shards(group.range_of(backend.rank), backend.world_size))
-            return writer.cross_mesh_checksums()
-
-        point = self._sync_point(f"gathering the shards of {filename}")
-        self._compare_across_meshes(writer, phases.run(backend, point, gather, timeout_s=self._timeout_s))
-        ((parts, num_received),) = sent
-        point = self._sync_point(f"exchanging the shards of {filename}")
-        writer.stage_shards(backend.exchange_host(parts, num_received, what=point, timeout_s=self._timeout_s))
-        return ranks
-
-    def _raise_difference(self, descriptions: Sequence[Sequence[str]]) -> None:
-        difference = find_shard_difference(descriptions)
-        if difference is not None:
+    def gather() -> list[list[Any]]:
+        blind = sorted(shards.holders() - set(group.ranks))
+        if blind:
             msg = (
-                f"the ranks hold different sharded tensors: {difference}. Nothing was saved. All ranks have to save "
-                "the same tensors, with the same placements over the same device mesh"
+                f"{filename} was not written: rank {', '.join(map(str, blind))} holds shards, but does not see the "
+                f"directory of rank {coordinator}. All ranks need the directory, on a shared file system"
             )
-            raise ShardedStateError(msg)
+            raise SaveError(msg)
+        sent.append(writer.gather_shards(group.range_of(backend.rank), backend.world_size))
+        return shards.cross_mesh_checksums()
 
-    def _compare_across_meshes(self, writer: RankWriter, checksums: Sequence[Sequence[Sequence[Any]]]) -> None:
-        """Raise an error if ranks of different device meshes hold different rows under one key."""
-        known: dict[tuple[int, int], tuple[int, int]] = {}
-        for rank, found in enumerate(checksums):
-            for number, place, checksum in found:
-                if place is None:
-                    continue
-                first, expected = known.setdefault((number, place), (rank, checksum))
-                if checksum != expected:
-                    msg = (
-                        f"rank {first} and rank {rank} hold different values of {writer.describe_shards()[number]}. "
-                        "Nothing was saved. Give objects that differ between ranks keys of their own"
-                    )
-                    raise ShardedStateError(msg)
+    checksums = phases.run(backend, sync_point(f"gathering the shards of {filename}"), gather, timeout_s=timeout_s)
+    _compare_across_meshes(writer, checksums)
+    ((parts, num_received),) = sent
+    point = sync_point(f"exchanging the shards of {filename}")
+    writer.stage_shards(backend.exchange_host(parts, num_received, what=point, timeout_s=timeout_s))
+    return group.ranks
 
-    def _raise_blind(self, blind: Sequence[int], coordinator: int) -> None:
+
+def _raise_difference(descriptions: Sequence[Sequence[str]]) -> None:
+    difference = find_shard_difference(descriptions)
+    if difference is not None:
         msg = (
-            f"{self._filename} was not written: rank {', '.join(map(str, blind))} holds shards, but does not see the "
-            f"directory of rank {coordinator}. All ranks need the directory, on a shared file system"
+            f"the ranks hold different sharded tensors: {difference}. Nothing was saved. All ranks have to save "
+            "the same tensors, with the same placements over the same device mesh"
         )
-        raise SaveError(msg)
+        raise ShardedStateError(msg)
+
+
+def _compare_across_meshes(writer: RankWriter, checksums: Sequence[Sequence[Sequence[Any]]]) -> None:
+    """Raise an error if ranks of different device meshes hold different rows under one key."""
+    known: dict[tuple[int, int], tuple[int, int]] = {}
+    for rank, found in enumerate(checksums):
+        for number, place, checksum in found:
+            if place is None:
+                continue
+            first, expected = known.setdefault((number, place), (rank, checksum))
+            if checksum != expected:
+                msg = (
+                    f"rank {first} and rank {rank} hold different values of {writer.describe_shards()[number]}. "
+                    "Nothing was saved. Give objects that differ between ranks keys of their own"
+                )
+                raise ShardedStateError(msg)

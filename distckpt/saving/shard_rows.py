@@ -5,7 +5,7 @@ rows that exist only after a redistribution, and the few bytes that another rank
 
 1. (all ranks) :func:`gather_rows`: redistribute tensors where needed, collect what other ranks write.
 2. (all ranks) exchange: :meth:`~distckpt.backends.base.Backend.exchange_host`.
-3. (all ranks) :func:`place_received`.
+3. (all ranks) place what was received: :meth:`~distckpt.saving.snapshot.Snapshot.place_received`.
 """
 
 import functools
@@ -13,13 +13,12 @@ import operator
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
 from distckpt._checksum import crc32
 from distckpt.ptformat.image import CopyItem, ImagePlan
-from distckpt.saving.rank_plan import RankPlan, Writers, plan_rank, split_received
+from distckpt.saving.rank_plan import RankPlan, plan_rank
 from distckpt.saving.sharding import ShardLayout
 from distckpt.saving.shards import Rows, Shards
 from distckpt.saving.staging import Copies, Staging, split_copies
@@ -51,7 +50,7 @@ class RankCopies:
 def plan_copies(
     plan: ImagePlan,
     layouts: tuple[ShardLayout, ...],
-    writers: Writers,
+    writers: tuple[int, ...],
     rank: int,
     offsets: tuple[int, ...] = (),
     redistributed: frozenset[int] = frozenset(),
@@ -61,7 +60,7 @@ def plan_copies(
     Args:
         plan: the image's.
         layouts: of the sharded tensors.
-        writers: the ranks that write.
+        writers: the ranks that write, the coordinator last.
         rank: this rank.
         offsets: of the first byte of this rank's rows in their storages.
         redistributed: the numbers of the sharded tensors that are redistributed.
@@ -91,19 +90,9 @@ def plan_copies(
     )
 
 
-class GatheredRows(NamedTuple):
-    """What :func:`gather_rows` has found.
-
-    Attributes:
-        outgoing: by rank, what it writes of this rank's rows.
-        checksums: CRC-32 and length of what is in this rank's memory by now, by its offset.
-    """
-
-    outgoing: dict[int, bytearray]
-    checksums: dict[int, tuple[int, int]]
-
-
-def gather_rows(shards: Shards, rows: Rows, copies: RankCopies, view: memoryview) -> GatheredRows:
+def gather_rows(
+    shards: Shards, rows: Rows, copies: RankCopies, view: memoryview
+) -> tuple[dict[int, bytearray], dict[int, tuple[int, int]]]:
     """Collective where tensors are redistributed. Collect what other ranks write of this rank's rows.
 
     Rows of a redistributed tensor are copied at once, and then dropped: one tensor is held at a time.
@@ -113,26 +102,22 @@ def gather_rows(shards: Shards, rows: Rows, copies: RankCopies, view: memoryview
         rows: where this rank's rows are.
         copies: this rank's.
         view: this rank's memory.
+
+    Returns:
+        By rank, what it writes of this rank's rows; and CRC-32 and length of what is in this rank's memory by now, by
+        its offset.
     """
-    found = GatheredRows({other: bytearray(num_bytes) for other, num_bytes in copies.num_outgoing.items()}, {})
+    outgoing = {other: bytearray(num_bytes) for other, num_bytes in copies.num_outgoing.items()}
+    checksums: dict[int, tuple[int, int]] = {}
     for number, (own, sent) in copies.redistributed.items():
         storage, offset = shards.sources[number].rows()
         for other, items in sent.items():
-            _copy(storage, offset, items, memoryview(found.outgoing[other]))
-        found.checksums.update(_copy(storage, offset, own, view))
+            _copy(storage, offset, items, memoryview(outgoing[other]))
+        checksums.update(_copy(storage, offset, own, view))
     for other, items in copies.outgoing.items():
-        target = memoryview(found.outgoing[other])
+        target = memoryview(outgoing[other])
         Staging(rows.storages, items, target, 0, addresses=rows.addresses).run_on(1)
-    return found
-
-
-def place_received(received: Mapping[int, memoryview], plan: RankPlan, view: memoryview) -> dict[int, tuple[int, int]]:
-    """Copy what other ranks have sent into this rank's memory; return CRC-32 and length of each part, by its offset."""
-    checksums = {}
-    for at, data in split_received(list(received.values()), plan, list(received)):
-        view[at : at + len(data)] = data
-        checksums[at] = crc32(data), len(data)
-    return checksums
+    return outgoing, checksums
 
 
 def _shifted(item: CopyItem, offsets: Sequence[int]) -> CopyItem:

@@ -58,10 +58,11 @@ class ShardSource:
     Attributes:
         name: see above.
         layout: see above.
+        placement: see above.
         place: the rank of the layout's mesh whose rows this rank holds; None if it holds none.
     """
 
-    __slots__ = ("_placement", "_tensor", "_text", "layout", "name", "place")
+    __slots__ = ("_tensor", "_text", "layout", "name", "place", "placement")
 
     def __init__(self, name: str, text: str, tensor: Any, placement: RankPlacement, layout: ShardLayout) -> None:
         self.name = name
@@ -69,31 +70,16 @@ class ShardSource:
         self.layout = layout
         self._text = text
         self._tensor = tensor
-        self._placement = placement
+        self.placement = placement
 
     def of(self, tensor: Any) -> "ShardSource":
         """Return the source of another tensor of the same name, shape, dtype and placements; before :meth:`move`."""
-        return ShardSource(self.name, self._text, tensor, self._placement, self.layout)
-
-    @property
-    def needs_redistribution(self) -> bool:
-        """Whether the ranks hold other parts than rows."""
-        return self._placement.needs_redistribution
-
-    @property
-    def is_on_other_meshes(self) -> bool:
-        """Whether other ranks hold the same rows on device meshes of their own."""
-        return self._placement.is_on_other_meshes
-
-    @property
-    def is_on_one_rank(self) -> bool:
-        """Whether the tensor's device mesh has one rank."""
-        return self._placement.is_on_one_rank
+        return ShardSource(self.name, self._text, tensor, self.placement, self.layout)
 
     @property
     def has_fixed_rows(self) -> bool:
         """Whether this rank's rows are the memory of its tensor, whatever other ranks decide."""
-        if self.place is None or self.needs_redistribution or self.is_on_one_rank:
+        if self.place is None or self.placement.needs_redistribution or self.placement.is_on_one_rank:
             return False
         local = _memory_of(self._tensor)
         return type(local) is torch.Tensor and local.is_contiguous() and local.nbytes == self._num_held(self.place)
@@ -126,7 +112,7 @@ class ShardSource:
         return checksum_of(self._rows(self.place))
 
     def _rows(self, place: int) -> torch.Tensor:
-        if self.needs_redistribution:
+        if self.placement.needs_redistribution:
             with torch.no_grad():
                 local = self._redistributed(place)
         else:
@@ -196,7 +182,7 @@ class Shards:
         self.world_size = world_size
         self._numbers: dict[Any, int] = {}
         self._placements: dict[Any, RankPlacement] = {}
-        self._meshes: list[Any] = []  # of the placings: an id must not be reused
+        self._meshes: list[Any] = []  # of the placements: an id must not be reused
         self._by_id: dict[int, tuple[Any, TensorShard]] = {}  # holds the tensors: an id must not be reused
         self._known: Rows | None = None
         self.sources: list[ShardSource] = []
@@ -216,7 +202,7 @@ class Shards:
         """Return where this rank's rows are; :data:`NO_ROWS` for tensors that are redistributed."""
         storages, offsets, addresses, devices, others = self._before_asking()
         for number in others:
-            if not self.sources[number].needs_redistribution:
+            if not self.sources[number].placement.needs_redistribution:
                 storages[number], offsets[number] = self.sources[number].rows()
                 if storages[number].device.type != "cpu":
                     addresses = None
@@ -241,7 +227,7 @@ class Shards:
     def redistributed(self) -> frozenset[int]:
         """Numbers of the tensors that are redistributed."""
         numbers = range(len(self)) if self._known is None else self._known.others
-        return frozenset(number for number in numbers if self.sources[number].needs_redistribution)
+        return frozenset(number for number in numbers if self.sources[number].placement.needs_redistribution)
 
     def __len__(self) -> int:
         """Return the number of sharded tensors."""
@@ -259,7 +245,7 @@ class Shards:
     @property
     def homes(self) -> list[int]:
         """The rank of each tensor whose device mesh has one rank, as this rank sees it."""
-        return [source.layout.mesh.ranks[0] for source in self.sources if source.is_on_one_rank]
+        return [source.layout.mesh.ranks[0] for source in self.sources if source.placement.is_on_one_rank]
 
     def settle(self, homes: Sequence[int]) -> None:
         """Let other ranks than this one decide which rank has each tensor whose device mesh has one rank.
@@ -269,7 +255,7 @@ class Shards:
         Args:
             homes: the coordinator's :attr:`homes`.
         """
-        single = [source for source in self.sources if source.is_on_one_rank]
+        single = [source for source in self.sources if source.placement.is_on_one_rank]
         for source, home in zip(single, homes, strict=True):
             source.move(home, self.rank)
 
@@ -277,6 +263,15 @@ class Shards:
     def layouts(self) -> tuple[ShardLayout, ...]:
         """How the ranks hold each tensor."""
         return tuple(source.layout for source in self.sources)
+
+    def holders(self) -> set[int]:
+        """Return the ranks that hold sharded tensors."""
+        return {rank for mesh in {layout.mesh for layout in self.layouts} for rank in mesh.ranks}
+
+    def cross_mesh_checksums(self) -> list[list[Any]]:
+        """Return number, place and checksum of this rank's rows of each tensor that other meshes hold too."""
+        found = [(number, one) for number, one in enumerate(self) if one.placement.is_on_other_meshes]
+        return [[number, one.place, one.checksum()] for number, one in found]
 
     def replace(self, tensor: torch.Tensor, name: str) -> TensorShard | torch.Tensor | None:
         """Return what stands for a tensor in the state; None if :func:`as_whole` finds it.

@@ -5,12 +5,11 @@ coordinator then writes the tail: the pickle, the manifest and the archive's dir
 """
 
 import contextlib
-import ctypes
 import hashlib
 import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -21,9 +20,9 @@ from distckpt.ptformat.loadable import RefusedObject
 from distckpt.ptformat.manifest import Manifest, TensorEntry, to_json
 from distckpt.ptformat.pickler import PickledState
 from distckpt.ptformat.storage_facts import IDENTITY, StorageFacts
-from distckpt.saving.rank_plan import RankPlan, Writers
-from distckpt.saving.shard_rows import gather_rows, place_received, plan_copies
-from distckpt.saving.shards import Shards
+from distckpt.saving.rank_plan import RankPlan, split_received
+from distckpt.saving.shard_rows import gather_rows, plan_copies
+from distckpt.saving.shards import Shards, checksum_of
 from distckpt.saving.staging import Copies, HostMemory, OptimizerStepGuard, Staging
 from distckpt.storage.base import BLOCK_BYTES, NewFile
 
@@ -42,30 +41,15 @@ class WriteRange(NamedTuple):
     """Which range of the image a rank stages and writes.
 
     Attributes:
-        writer_index: of this rank among the writers.
-        num_writers: number of ranks that write the file.
-        coordinator_index: of the coordinator among the writers; its range is the image's last one.
-        ranks: the writers; needed for sharded tensors only.
+        rank: this rank.
+        writers: the ranks that write the file, in the order of their ranges; the coordinator is the last.
     """
 
-    writer_index: int
-    num_writers: int
-    coordinator_index: int
-    ranks: tuple[int, ...] = ()
-
-    @property
-    def writers(self) -> Writers:
-        """The ranks that write."""
-        ranks = self.ranks or tuple(range(self.num_writers))
-        return Writers(ranks, ranks[self.coordinator_index])
-
-    @property
-    def rank(self) -> int:
-        """This rank."""
-        return self.writers.ranks[self.writer_index]
+    rank: int
+    writers: tuple[int, ...]
 
 
-WHOLE = WriteRange(0, 1, 0)
+WHOLE = WriteRange(0, (0,))
 
 
 class _Tail(NamedTuple):
@@ -81,7 +65,6 @@ class Snapshot:
 
     Args:
         pickled: the pickled state.
-        write_range: the range to stage and write.
         shards: the state's sharded tensors; None if there are none.
         replicated: identities (``UntypedStorage._cdata``) of the storages that are equal on all ranks.
         num_threads: number of threads that copy.
@@ -91,7 +74,6 @@ class Snapshot:
         self,
         pickled: PickledState,
         *,
-        write_range: WriteRange = WHOLE,
         shards: Shards | None = None,
         replicated: Collection[int] = (),
         num_threads: int = 1,
@@ -105,7 +87,7 @@ class Snapshot:
         sizes = [*(shard.num_bytes for shard in self._shards.tensors), *self._facts.sizes]
         self._plan = plan_image(sizes if first else self._facts.sizes, replicas, first)
         self._replicas = frozenset(replicas)
-        self._write_range = write_range
+        self._write_range = WHOLE
         self._num_threads = num_threads
         self._rest = b""
         self._tail: _Tail | None = None
@@ -157,19 +139,6 @@ class Snapshot:
             f"{len(self._replicas)} replicas, {self._plan.shared_end} bytes up to their end",
         ]
 
-    def shard_ranks(self) -> set[int]:
-        """Return the ranks that hold sharded tensors."""
-        return {rank for mesh in {layout.mesh for layout in self._shards.layouts} for rank in mesh.ranks}
-
-    def settle_shards(self, homes: Sequence[int]) -> None:
-        """Take the tensors of one rank from where the coordinator has them; see :meth:`Shards.settle`."""
-        self._shards.settle(homes)
-
-    def cross_mesh_checksums(self) -> list[list[Any]]:
-        """Return number, place and checksum of this rank's rows of each tensor that other meshes hold too."""
-        found = [(number, one) for number, one in enumerate(self._shards) if one.is_on_other_meshes]
-        return [[number, one.place, one.checksum()] for number, one in found]
-
     def shards_digest(self) -> int:
         """Return a digest of :meth:`describe_shards`."""
         text = "\n".join(self.describe_shards())
@@ -185,29 +154,24 @@ class Snapshot:
     def bind_buffer(
         self,
         memory: HostMemory,
-        write_range: WriteRange | None = None,
+        write_range: WriteRange,
         *,
-        whole: bool = False,
         deferred: Collection[int] = (),
     ) -> None:
         """Prepare to stage into `memory`, which the caller has reserved until the image is written.
 
         Args:
             memory: the staging memory.
-            write_range: replaces the range that the constructor got.
-            whole: stage the whole image instead of this rank's range.
+            write_range: the range to stage and write.
             deferred: identities of the storages that :meth:`copy_to_host` may copy after it has returned.
         """
-        if write_range is not None:
-            self._write_range = write_range
-        if whole:
-            self._write_range = WHOLE
+        self._write_range = write_range
         shards, rows = self._shards, self._shards.rows()
         found = plan_copies(
             self._plan,
             shards.layouts,
-            self._write_range.writers,
-            self._write_range.rank,
+            write_range.writers,
+            write_range.rank,
             tuple(rows.offsets),
             shards.redistributed,
         )
@@ -241,7 +205,9 @@ class Snapshot:
         Args:
             parts: from each rank.
         """
-        self._known |= place_received(dict(enumerate(parts)), self._rank_plan, self._view)
+        for at, data in split_received(parts, self._rank_plan):
+            self._view[at : at + len(data)] = data
+            self._known[at] = crc32(data), len(data)
         self._outgoing = {}
 
     def copy_to_host(self) -> None:
@@ -318,8 +284,7 @@ class Snapshot:
         records = _as_records(checksums)
         if self._tail is None or self._tail.checksums != records:
             self._tail = self._make_tail(records, manifest)
-        writers = self._write_range
-        ends = [end for _, end in self._plan.write_ranges(writers.num_writers, writers.coordinator_index)]
+        ends = [end for _, end in self._plan.write_ranges(len(self._write_range.writers))]
         for offset, chunk in _required(self._buffer).complete_late(self._tail.crcs):
             # Through the page cache: the commit's sync writes these blocks all at once. It looks for holes again.
             file.write(bytes(chunk), offset)
@@ -342,7 +307,7 @@ class Snapshot:
             return
         with contextlib.suppress(Exception):  # write_tail makes the tail again, and raises
             others: Sequence[Checksums] | None = []
-            if self._write_range.num_writers > 1:
+            if len(self._write_range.writers) > 1:
                 others = None if exchange is None else exchange(buffer.checked, is_written)
             if others is not None:
                 self._tail = self._make_tail(_as_records([*others, buffer.checked]), manifest)
@@ -390,8 +355,4 @@ def _as_records(checksums: Sequence[Checksums]) -> list[_Records]:
 
 
 def _crc_of(storage: torch.UntypedStorage) -> int:
-    tensor = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).cpu()
-    num_bytes = tensor.numel()
-    if not num_bytes:
-        return 0
-    return crc32(memoryview((ctypes.c_char * num_bytes).from_address(tensor.data_ptr())).cast("B"))
+    return checksum_of(torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage))

@@ -68,19 +68,6 @@ def split_copies(copies: Iterable[CopyItem]) -> Copies:
     )
 
 
-class KnownForms:
-    """The forms of the states that were saved. Any thread.
-
-    Attributes:
-        plain: of states without sharded tensors.
-        live: of states with sharded tensors, as the objects have returned them.
-    """
-
-    def __init__(self) -> None:
-        self.plain = StateForms()
-        self.live = StateForms()
-
-
 class HostMemory:
     """Page-aligned host memory for snapshots, reused by one save after another.
 
@@ -88,7 +75,8 @@ class HostMemory:
 
     Attributes:
         num_bytes: allocated bytes.
-        forms: the forms of the states that were staged here.
+        plain_forms: the forms of the states without sharded tensors that were staged here.
+        live_forms: of those with sharded tensors, as the objects have returned them.
 
     Example:
         >>> memory = HostMemory()
@@ -101,7 +89,8 @@ class HostMemory:
         self._in_use = threading.Lock()
         self._is_pinned = False
         self.num_bytes = 0
-        self.forms = KnownForms()
+        self.plain_forms = StateForms()
+        self.live_forms = StateForms()
 
     def reserve(self) -> None:
         """Wait until no save uses the memory, and take it. The wait depends on no other rank."""
@@ -111,15 +100,6 @@ class HostMemory:
     def release(self) -> None:
         """Return the memory. Callable from any thread. Views of it must not be used afterwards."""
         self._in_use.release()
-
-    @contextlib.contextmanager
-    def reserved(self) -> Iterator[None]:
-        """Reserve the memory for the body of a ``with`` statement."""
-        self.reserve()
-        try:
-            yield
-        finally:
-            self.release()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "HostMemory":
         return HostMemory()

@@ -36,10 +36,7 @@ class WriterGroup:
 
     def range_of(self, rank: int) -> WriteRange | None:
         """Return the range that a rank writes; None for nothing."""
-        num_writers = len(self.ranks)
-        if rank not in self.ranks:
-            return None
-        return WriteRange(self.ranks.index(rank), num_writers, num_writers - 1, self.ranks)
+        return WriteRange(rank, self.ranks) if rank in self.ranks else None
 
 
 def find_writers(

@@ -22,9 +22,10 @@ from torch.distributed.tensor.placement_types import _StridedShard
 import distckpt
 from distckpt.ptformat.pickler import pickle_state
 from distckpt.ptformat.reader import verify
+from distckpt.ptformat.state_form import StateForms
 from distckpt.saving import captured_state
 from distckpt.saving.module_state import attached_state, detached
-from distckpt.saving.staging import KnownForms, thread_memory
+from distckpt.saving.staging import thread_memory
 from tests.distributed.programs import Stateful, kinds, raised
 from tests.distributed.test_sharded_saves import assert_equal, mesh_of, numbers, shard, tensors_of, trained, whole
 from tests.support import job, run_distributed
@@ -60,7 +61,7 @@ def save(objects: Mapping[str, Any], path: Path, *, background: bool = False) ->
 
 
 def forget() -> None:
-    thread_memory().forms = KnownForms()
+    thread_memory().plain_forms, thread_memory().live_forms = StateForms(), StateForms()
 
 
 def records_of(path: Path) -> list[Any]:

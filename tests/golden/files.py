@@ -45,19 +45,17 @@ def name_of(num_writers: int, schema: int = SCHEMA) -> str:
 
 
 def write(folder: Path, *, num_writers: int) -> Path:
-    """Write the state as a file of the present schema, in as many shares; the first writer's is the saving one."""
+    """Write the state as a file of the present schema, in as many shares."""
     state = golden_state()
     replicated = [state["model"]["weight"].untyped_storage()._cdata] if num_writers > 1 else []
-    writers = [
-        Snapshot(pickle_state(state), write_range=WriteRange(number, num_writers, 0), replicated=replicated)
-        for number in range(num_writers)
-    ]
+    ranks = tuple(range(num_writers))
+    writers = [Snapshot(pickle_state(state), replicated=replicated) for _ in ranks]
     checked = []
     name = name_of(num_writers)
     with LocalStorage(folder).create(name) as new:
-        for writer in (*writers[1:], writers[0]):  # in the order of the image
-            writer.bind_buffer(HostMemory())
+        for rank, writer in enumerate(writers):
+            writer.bind_buffer(HostMemory(), WriteRange(rank, ranks))
             with writer.copying_to_host():
                 checked.append(writer.write_image(new))
-        new.commit(writers[0].write_tail(new, checked, ABOUT))
+        new.commit(writers[-1].write_tail(new, checked, ABOUT))
     return folder / name

@@ -27,11 +27,11 @@ GIB = 1 << 30
 
 
 def buffers_of(
-    plan: ImagePlan, storages: Sequence[torch.UntypedStorage], num_ranks: int, saving_rank: int
+    plan: ImagePlan, storages: Sequence[torch.UntypedStorage], num_ranks: int
 ) -> list[tuple[ShardBuffer, bytes]]:
     """Stage and check every rank's share; returns them in the order of the image, each with its bytes."""
     found = []
-    for begin, end in sorted(plan.write_ranges(num_ranks, saving_rank)):
+    for begin, end in plan.write_ranges(num_ranks):
         memory = HostMemory().view(end - begin)
         items = [CopyItem(*piece)._replace(at=piece.at - begin) for piece in plan.copy_items(begin, end)]
         staging = Staging(storages, items, memory, 0)
@@ -51,13 +51,12 @@ def whole(
     pickled: bytes = b"",
     replicated: Collection[int] = (),
     num_ranks: int = 1,
-    saving_rank: int = 0,
 ) -> bytes:
     plan = plan_image([storage.nbytes() for storage in storages], replicated)
-    parts = buffers_of(plan, storages, num_ranks, saving_rank)
+    parts = buffers_of(plan, storages, num_ranks)
     crcs = combine_checksums(plan, [part.checked for part, _ in parts])
     image = bytearray().join(written for _, written in parts)
-    for at, header in plan.boundary_headers([end for _, end in plan.write_ranges(num_ranks, saving_rank)], crcs):
+    for at, header in plan.boundary_headers([end for _, end in plan.write_ranges(num_ranks)], crcs):
         image[at : at + len(header)] = header
     return bytes(image) + build_tail(plan, crcs, pickled, b"{}")
 
@@ -182,19 +181,17 @@ sizes = st.lists(st.sampled_from([0, 1, 4, 63, 64, 4000, 4096, 4097, 8192, 65_53
 
 @given(sizes=sizes, num_ranks=st.integers(1, 5), data=st.data())
 def test_any_number_of_shares_makes_the_same_file(sizes: list[int], num_ranks: int, data: st.DataObject) -> None:
-    saving_rank = data.draw(st.integers(0, num_ranks - 1))
     replicated = data.draw(st.sets(st.sampled_from(range(len(sizes))))) if sizes else set()
     storages = storages_of(*sizes)
     plan = plan_image(sizes, replicated)
-    shares = sorted(plan.write_ranges(num_ranks, saving_rank))
+    shares = plan.write_ranges(num_ranks)
     assert [begin for begin, _ in shares] == [0, *(end for _, end in shares[:-1])], "nothing is left out"
-    assert shares[-1] == plan.write_ranges(num_ranks, saving_rank)[saving_rank] or shares[-1][0] == shares[-1][1]
-    assert plan.write_ranges(num_ranks, saving_rank)[saving_rank][1] == plan.end
+    assert shares[-1][1] == plan.end
     assert all(begin % BLOCK_BYTES == 0 for begin, _ in shares)
     assert all(record.offset >= shares[-1][0] for number, record in zip(plan.storage_numbers, plan.records, strict=True)
                if number not in replicated), "what is the saving rank's own is in its share"  # fmt: skip
     one = whole(storages, b"pickle", replicated)
-    assert whole(storages, b"pickle", replicated, num_ranks, saving_rank) == one
+    assert whole(storages, b"pickle", replicated, num_ranks) == one
     with zipfile.ZipFile(io.BytesIO(one)) as archive:
         assert archive.testzip() is None
         assert archive.read(f"{FOLDER}/data.pkl") == b"pickle"
@@ -204,19 +201,19 @@ def test_any_number_of_shares_makes_the_same_file(sizes: list[int], num_ranks: i
 
 def test_shares_of_equal_tensors_are_about_equal() -> None:
     plan = plan_image([1_000_000] * 40, range(40))
-    lengths = [end - begin for begin, end in plan.write_ranges(4, 0)]
+    lengths = [end - begin for begin, end in plan.write_ranges(4)]
     assert max(lengths) - min(lengths) < 3 * BLOCK_BYTES
 
 
 def test_one_tensor_is_split_inside() -> None:
     plan = plan_image([64 << 20], [0])
-    lengths = [end - begin for begin, end in plan.write_ranges(4, 1)]
+    lengths = [end - begin for begin, end in plan.write_ranges(4)]
     assert max(lengths) - min(lengths) <= 4 * BLOCK_BYTES
 
 
 def test_bytes_that_nobody_checked_are_noticed() -> None:
     plan = plan_image([8192], [0])
-    parts = buffers_of(plan, storages_of(8192), 2, 0)
+    parts = buffers_of(plan, storages_of(8192), 2)
     with pytest.raises(ValueError, match=r"record data/0 do not cover its 8192 bytes"):
         combine_checksums(plan, [parts[0][0].checked])
 

@@ -10,7 +10,7 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from distckpt.ptformat.image import ShardBuffer, build_tail, combine_checksums, plan_image
-from distckpt.saving.rank_plan import RankPlan, Writers, plan_rank, split_received
+from distckpt.saving.rank_plan import RankPlan, plan_rank, split_received
 from distckpt.saving.sharding import ShardLayout, find_holders, held_bytes, is_certain, make_mesh, written_pieces
 
 BLOCK = 4096
@@ -137,7 +137,7 @@ def exchange(plans: Sequence[RankPlan], layouts: Sequence[ShardLayout], data: Se
             )
             for other in range(len(plans))
         ]
-        for at, part in split_received(sent, plan, range(len(plans))):
+        for at, part in split_received(sent, plan):
             memory[at : at + len(part)] = part
         assert [len(one) for one in sent] == [
             sum(one.num_bytes for one in plan.receives.get(other, ())) for other in range(len(plans))
@@ -156,7 +156,7 @@ def test_the_ranks_write_the_file_that_one_rank_would(seed: int) -> None:
     plan = plan_image([len(one) for one in data], replicated, len(layouts))
     coordinator = random_.randrange(num_ranks)
     ranks = (*(rank for rank in range(num_ranks) if rank != coordinator), coordinator)
-    plans = [plan_rank(plan, tuple(layouts), Writers(ranks, coordinator), rank) for rank in range(num_ranks)]
+    plans = [plan_rank(plan, tuple(layouts), ranks, rank) for rank in range(num_ranks)]
     memories = exchange(plans, layouts, data)
 
     file, blocks, checked = bytearray(plan.end), list[int](), []
@@ -174,12 +174,12 @@ def test_the_ranks_write_the_file_that_one_rank_would(seed: int) -> None:
         file[at : at + len(chunk)] = chunk
         blocks += range(at // BLOCK, -(-(at + len(chunk)) // BLOCK))
     assert sorted(blocks) == list(range(-(-plan.end // BLOCK)))
-    ends = [end for _, end in plan.write_ranges(num_ranks, len(ranks) - 1)]
+    ends = [end for _, end in plan.write_ranges(num_ranks)]
     for at, header in plan.boundary_headers(ends, crcs):
         file[at : at + len(header)] = header
 
     whole_layouts = tuple(layout_of(len(one), 1, (1,), (1,)) for one in data[: len(layouts)])
-    alone = plan_rank(plan, whole_layouts, Writers((0,), 0), 0)
+    alone = plan_rank(plan, whole_layouts, (0,), 0)
     (memory,) = exchange([alone], whole_layouts, data)
     whole = bytearray(plan.end)
     buffer = ShardBuffer(plan, memoryview(memory), alone.segments, alone.late)
@@ -197,7 +197,7 @@ def test_the_ranks_write_the_file_that_one_rank_would(seed: int) -> None:
 def test_few_bytes_are_exchanged() -> None:
     layouts = tuple(layout_of(1000 + number, 1536, (4,), (1,)) for number in range(50))
     plan = plan_image([one.num_bytes for one in layouts], (), len(layouts))
-    plans = [plan_rank(plan, layouts, Writers((1, 2, 3, 0), 0), rank) for rank in range(4)]
-    exchanged = sum(one.num_sent_bytes for one in plans)
+    plans = [plan_rank(plan, layouts, (1, 2, 3, 0), rank) for rank in range(4)]
+    exchanged = sum(sent.num_bytes for plan in plans for sent in itertools.chain.from_iterable(plan.sends.values()))
     assert 0 < exchanged <= 4 * BLOCK * len(layouts)
     assert exchanged < 0.02 * plan.end
