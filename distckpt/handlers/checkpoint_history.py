@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 from ignite.engine import Engine
 
 from distckpt.errors import CommitNotDurable
-from distckpt.handlers.engine_votes import get_run_number
 from distckpt.handlers.own_files import OwnFiles
 from distckpt.handlers.runs import Origin, propose_run, run_key, run_of, untrained_iteration
 from distckpt.policy.decision import AgreedSave
@@ -28,7 +27,7 @@ class RunIteration:
 
     def __init__(self, engine: Engine | None = None) -> None:
         self._engine = None if engine is None else weakref.ref(engine)
-        self._number = None if engine is None else (get_run_number(engine), engine.state.iteration)
+        self._number = None if engine is None else (run_of(engine).num_starts, engine.state.iteration)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Leave the engine out of copies and pickles."""
@@ -38,7 +37,7 @@ class RunIteration:
         """Return True if the engine is in this iteration of this run."""
         if self._engine is None or self._engine() is not engine:
             return False
-        return self._number == (get_run_number(engine), engine.state.iteration)
+        return self._number == (run_of(engine).num_starts, engine.state.iteration)
 
 
 class AttachedEngines:

@@ -204,12 +204,6 @@ def stop_reason(engine: Engine) -> StopReason | None:
     return None if votes is None else votes.stop_reason
 
 
-def get_run_number(engine: Engine) -> int:
-    """Return the number of the engine's run; 0 until a handler has voted or stopped a run."""
-    votes = get_hooks(engine)
-    return 0 if votes is None else int(votes.num_runs)
-
-
 def announce_errors(engine: Engine, *, is_uncaught: bool) -> None:
     """Rank-local. Report the present exception to the other ranks if it leaves the engine's run.
 

@@ -37,7 +37,6 @@ class EngineVotes:
     Attributes:
         stop_reason: why the last run was stopped; None if no handler stopped it.
         exit_code: exit code of the program after this run; 0 to continue.
-        num_runs: number of runs begun since this object was made.
         nonfinite_at: the iteration that was voted NaN; None for none.
         pollers: voters that vote after each iteration without being attached.
         announces_errors: whether an exception that leaves a run is reported to other ranks even if no handler votes.
@@ -47,7 +46,6 @@ class EngineVotes:
     def __init__(self) -> None:
         self.stop_reason: StopReason | None = None
         self.exit_code = 0
-        self.num_runs = 0
         self.nonfinite_at: int | None = None
         self.pollers: list[Poller] = []
         self.announces_errors = self.has_uncaught_error = False
@@ -218,7 +216,6 @@ class EngineVotes:
         """Reset the state before STARTED; before COMPLETED, count open votes and wait for background work."""
         if event is Events.STARTED:
             self.stop_reason, self.exit_code = None, 0
-            self.num_runs += 1
             self._forget_open_votes()
             self._forget_voters()  # handlers may have been removed, or replaced by some with another schedule
             if self.nonfinite_at != engine.state.iteration:

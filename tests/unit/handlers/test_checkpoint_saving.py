@@ -261,3 +261,14 @@ def test_last_checkpoint_is_the_best_with_a_score() -> None:
     handler = Checkpoint({"model": nn.Identity()}, InMemory(), score_function=_by_epoch([0.1, 0.9, 0.5]), n_saved=2)
     run_epochs(handler, 3)
     assert handler.last_checkpoint == "model_0.9000.pt"
+
+
+def test_an_iteration_of_a_second_run_has_not_been_saved_by_the_first() -> None:
+    handler, seen = Checkpoint({"model": nn.Identity()}, InMemory(), n_saved=None), list[bool]()
+    trainer = Engine(lambda _engine, _batch: None)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: seen.append(handler.has_saved_at(trainer)))
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, handler)
+    for _ in range(2):
+        trainer.run([0])
+        assert handler.has_saved_at(trainer)
+    assert seen == [False, False]
