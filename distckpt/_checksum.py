@@ -22,6 +22,11 @@ if not hasattr(_native, "copy_rows"):  # built in this checkout from an older so
     _native = None  # type: ignore[assignment]  # as above
 
 
+def memory_at(address: int, num_bytes: int) -> memoryview:
+    """Return memory at an address, which the caller keeps alive."""
+    return memoryview((ctypes.c_char * num_bytes).from_address(address)).cast("B") if num_bytes else memoryview(b"")
+
+
 def crc32(data: bytes | bytearray | memoryview, before: int = 0) -> int:
     """Return the CRC-32 of `data`, as zip and zlib define it. Any thread. Releases the GIL for large buffers.
 

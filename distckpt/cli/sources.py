@@ -5,7 +5,6 @@ touched costs nothing. Their bytes are read in chunks, or a tensor at a time. No
 """
 
 import contextlib
-import ctypes
 import difflib
 import itertools
 import math
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 
+from distckpt._checksum import memory_at
 from distckpt.cli.output import CommandError
 from distckpt.cli.structure import MANIFEST, STRUCTURE, is_plain_tensor, unflatten
 from distckpt.cli.survey import DCP_METADATA
@@ -297,11 +297,6 @@ def chunks(source: Source, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 def memory_of(buffer: torch.Tensor) -> memoryview:
     """Return the memory of a contiguous tensor of bytes."""
     return memory_at(buffer.data_ptr(), buffer.numel())
-
-
-def memory_at(address: int, num_bytes: int) -> memoryview:
-    """Return memory at an address, which the caller keeps alive."""
-    return memoryview((ctypes.c_char * num_bytes).from_address(address)).cast("B") if num_bytes else memoryview(b"")
 
 
 def find_ties(state: Any) -> dict[str, str]:

@@ -35,30 +35,24 @@ _MAX_KEPT = 100
 """A longer history is not recorded: each file would hold the names of all others."""
 
 
-def build_manifest(
-    backend: Backend,
-    engine: Engine | None = None,
-    agreed: AgreedSave | None = None,
-    to_save: Mapping[str, Any] | None = None,
-) -> Manifest:
+def build_manifest(backend: Backend, engine: Engine, agreed: AgreedSave, to_save: Mapping[str, Any]) -> Manifest:
     """Return the manifest of a checkpoint that is saved now, without its tensors. Rank-local.
 
     Args:
         backend: the job's backend.
-        engine: the engine on whose event it is saved; None outside of a run.
-        agreed: what the ranks agreed on; None if a user calls a save handler.
+        engine: the engine on whose event it is saved.
+        agreed: what the ranks agreed on.
         to_save: the objects.
     """
-    decision = None if agreed is None else agreed.decision
-    event = None if engine is None else engine.last_event_name
+    decision, event = agreed.decision, engine.last_event_name
     return Manifest(
-        epoch=None if engine is None else engine.state.epoch,
-        iteration=None if engine is None else engine.state.iteration,
-        score=None if agreed is None else agreed.score,
+        epoch=engine.state.epoch,
+        iteration=engine.state.iteration,
+        score=agreed.score,
         priority=None if decision is None else decision.priority,
         reason=None if event is None else str(getattr(event, "name", event)),
         **describe_job(backend),
-        record=None if engine is None or agreed is None else _make_record(engine, agreed, to_save or {}),
+        record=_make_record(engine, agreed, to_save),
     )
 
 

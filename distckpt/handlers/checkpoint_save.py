@@ -42,7 +42,7 @@ from distckpt.ptformat.records import read_record
 from distckpt.saving import protocol
 from distckpt.saving.capture import capture, consolidate, find_optimizer_storages, find_replicas, refuse_unconsolidated
 from distckpt.saving.object_forms import CapturedObjects, captured_objects
-from distckpt.saving.pending_save import PendingSave
+from distckpt.saving.pending_save import PendingSave, Problems
 from distckpt.saving.shards import Shards
 from distckpt.storage.written_files import WrittenFiles
 
@@ -277,7 +277,7 @@ class CheckpointSave:
         if is_current:
             self.history.commit(self.agreed, took_s=self.log.committed())
         if removes_at_commit:
-            self._take_over(protocol.merge_removals(self.decision.evicted, pending.problems))
+            self._take_over(protocol.merge_problems(self.decision.evicted, pending.problems))
         else:
             self._remove_after(written)
         self.log.committed(pending.committed_at_s)
@@ -298,7 +298,7 @@ class CheckpointSave:
         elif is_current:
             self.history.commit(self.agreed, took_s=self.log.committed())
             if removes_at_commit:
-                self._take_over(protocol.merge_removals(self.decision.evicted, [pending.own_problems]))
+                self._take_over(protocol.merge_problems(self.decision.evicted, [pending.own_problems]))
         if pending.has_committed:
             self.log.committed(pending.committed_at_s)
             self._log_saved()
@@ -391,7 +391,11 @@ class CheckpointSave:
         """Collective. Remove evicted files. Those that cannot be removed are orphans."""
         own, timeout_s = self.find_own_files(get_firing_engines()), self.handler.timeout_s
         remove_one = functools.partial(self._remove_one, own=own, written=written)
-        self._take_over(protocol.remove(self.backend, point, tuple(evicted), remove_one, timeout_s=timeout_s))
+        answers: Sequence[Problems] = []
+        if evicted:
+            remove = functools.partial(protocol.remove_local, evicted, remove_one)
+            answers = phases.run(self.backend, point, remove, timeout_s=timeout_s)
+        self._take_over(protocol.merge_problems(evicted, answers))
 
     def _remove_one(self, filename: str, own: OwnFiles, written: WrittenFiles | None) -> None:
         """Rank-local. Let the save handler remove a file that is the Checkpoint's own."""
@@ -422,12 +426,10 @@ class CheckpointSave:
         saver.refuse_last_loadable(filename, self._kept_names, self.decision.filename)
         saver.storage.remove(filename)
 
-    def _take_over(self, removals: Sequence[protocol.Removal]) -> None:
-        self.history.orphans = tuple(one.filename for one in removals if one.problem is not None and not one.gone)
+    def _take_over(self, problems: Problems) -> None:
+        self.history.orphans = tuple(name for name, (is_gone, _) in problems.items() if not is_gone)
         self._problems += [
-            f"{one.problem}.{'' if one.gone else ' The next save tries again.'}"
-            for one in removals
-            if one.problem is not None
+            f"{text}.{'' if is_gone else ' The next save tries again.'}" for is_gone, text in problems.values()
         ]
 
     def _log_saved(self) -> None:

@@ -16,7 +16,6 @@ from distckpt.backends.base import Backend
 from distckpt.backends.detect import current
 from distckpt.coordination.phases import SyncPoint, post_failure
 from distckpt.handlers.arguments import check_choice, check_rank
-from distckpt.handlers.build_manifest import build_manifest
 from distckpt.handlers.compat import DISK_SAVER_OVERRIDES, refuse_overrides
 from distckpt.handlers.run_record import records_by_default
 from distckpt.handlers.save_handler import BaseSaveHandler, WhenBusy, runs_methods_of
@@ -26,7 +25,7 @@ from distckpt.ptformat.loadable import RefusedObject, locate_refused
 from distckpt.ptformat.manifest import Manifest
 from distckpt.ptformat.reader import find_refused_names, is_loadable
 from distckpt.ptformat.torch_format import check_save_options, uses_default_format
-from distckpt.saving.api import warn_of_refused
+from distckpt.saving.api import describe_job, warn_of_refused
 from distckpt.saving.plain_state import plain_state
 from distckpt.saving.protocol import StillNeeded
 from distckpt.saving.rank_writer import RankWriter, write_file
@@ -207,7 +206,8 @@ class DiskSaver(BaseSaveHandler):
             SaveError: the file could not be written. An earlier file of that name is untouched.
             CommitNotDurable: the file is in place, but may not survive a power cut.
         """
-        self._save(plain_state(checkpoint, "the checkpoint", convert_numpy=False), filename, build_manifest(current()))
+        state = plain_state(checkpoint, "the checkpoint", convert_numpy=False)
+        self._save(state, filename, Manifest(**describe_job(current())))
 
     def save_with_manifest(
         self, checkpoint: Any, filename: str, manifest: Manifest, key: str, metadata: Mapping[str, Any]
@@ -249,7 +249,7 @@ class DiskSaver(BaseSaveHandler):
                 name,
                 checkpoint,
                 memory=self._staging_memory(),
-                manifest=self._manifest or build_manifest(backend),
+                manifest=self._manifest or Manifest(**describe_job(backend)),
                 options=self._options(),
                 num_threads=get_num_threads(backend.world_size),
                 on_refused=functools.partial(self._on_refused, name, self._key),

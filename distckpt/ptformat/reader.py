@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from distckpt._checksum import crc32
+from distckpt._checksum import crc32, memory_at
 from distckpt.errors import CorruptCheckpointError, LoadError, UnsafeCheckpoint, UnsupportedCheckpoint
 from distckpt.ptformat.archive import (
     Archive,
@@ -347,7 +347,7 @@ class OpenCheckpoint:
                 ctypes.memmove(address, source + offset - begin, num_bytes)
 
     def _read_one(self, address: int, num_bytes: int, offset: int) -> None:
-        memory, done = memoryview((ctypes.c_char * num_bytes).from_address(address)).cast("B"), 0
+        memory, done = memory_at(address, num_bytes), 0
         while done < num_bytes:
             num_read = self._file.read_into(memory[done:], offset + done)
             if num_read == 0:

@@ -105,9 +105,6 @@ class StateForms:
                     self._forms = [form, *self._forms[: _MOST_FORMS - 1]]
         return replace(pickled, walk=None)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "StateForms":
-        return StateForms()
-
     def __reduce__(self) -> tuple[Any, ...]:
         return (StateForms, ())
 

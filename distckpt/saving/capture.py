@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from distckpt._unwrap import unwrap, unwrap_once
-from distckpt.saving.module_state import attached_state
+from distckpt.saving.captured_state import attached_state
 from distckpt.saving.object_forms import CapturedObjects
 from distckpt.saving.plain_state import LiveState, plain_state
 from distckpt.saving.sharded_objects import refuse_sharded_object

@@ -25,7 +25,7 @@ class LiveState(NamedTuple):
     Attributes:
         where: name of the object, for messages.
         state: the state.
-        is_attached: whether the state is that of :func:`~distckpt.saving.module_state.attached_state`.
+        is_attached: whether the state is that of :func:`~distckpt.saving.captured_state.attached_state`.
     """
 
     where: str

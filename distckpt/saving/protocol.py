@@ -28,7 +28,7 @@ removal comes first.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -328,38 +328,8 @@ def add_context(error: SaveError, rank: int, step: int, filename: str, history: 
     return save_error(f"rank {rank}, step {step}: {error}.{intact}", error, renamed=is_renamed)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Removal:
-    """The outcome for one file to remove.
-
-    Attributes:
-        filename: name of the file.
-        problem: why it was not removed; None if it was.
-        gone: whether the file no longer exists. If it does, a later save tries again.
-    """
-
-    filename: str
-    problem: str | None
-    gone: bool
-
-
 class StillNeeded(Exception):  # noqa: N818 - a reason to keep the file, not an error
     """Raised in place of the removal of a file that is still needed. A later save tries again."""
-
-
-def remove(
-    backend: Backend,
-    point: phases.SyncPoint,
-    filenames: Sequence[str],
-    remove_one: Callable[[str], None],
-    *,
-    timeout_s: float | None,
-) -> list[Removal]:
-    """Collective. Call `remove_one` for each file on all ranks; return the outcomes, the same on every rank."""
-    if not filenames:
-        return []
-    answers = phases.run(backend, point, lambda: remove_local(filenames, remove_one), timeout_s=timeout_s)
-    return merge_removals(filenames, answers)
 
 
 def remove_local(filenames: Sequence[str], remove_one: Callable[[str], None]) -> Problems:
@@ -382,11 +352,12 @@ def remove_local(filenames: Sequence[str], remove_one: Callable[[str], None]) ->
     return problems
 
 
-def merge_removals(filenames: Sequence[str], answers: Sequence[Mapping[str, Sequence[Any]]]) -> list[Removal]:
-    """Return the outcome for each file, from the :func:`remove_local` of each rank, in rank order."""
-    removals = []
-    for filename in filenames:
-        texts = [f"rank {rank}: {answer[filename][1]}" for rank, answer in enumerate(answers) if filename in answer]
-        gone = all(answer[filename][0] for answer in answers if filename in answer)
-        removals.append(Removal(filename=filename, problem="; ".join(texts) or None, gone=gone))
-    return removals
+def merge_problems(filenames: Sequence[str], answers: Sequence[Problems]) -> Problems:
+    """Return the problems of all ranks, from each rank's :func:`remove_local`, in rank order."""
+    found: Problems = {}
+    for name in filenames:
+        problems = [(rank, *answer[name]) for rank, answer in enumerate(answers) if name in answer]
+        if problems:
+            gone = all(is_gone for _, is_gone, _ in problems)
+            found[name] = [gone, "; ".join(f"rank {rank}: {text}" for rank, _, text in problems)]
+    return found

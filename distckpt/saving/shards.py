@@ -7,7 +7,6 @@ Source: ``torch.distributed.tensor`` of torch 2.13. Its types are not imported: 
 has no instances.
 """
 
-import ctypes
 import math
 from array import array
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from distckpt._checksum import crc32
+from distckpt._checksum import crc32, memory_at
 from distckpt.ptformat.sharded import TensorShard, as_whole, is_dtensor, sharded_error
 from distckpt.saving.shard_placement import RankPlacement, find_rank_placement, is_shard
 from distckpt.saving.sharding import ShardLayout, held_bytes, is_certain, make_mesh
@@ -366,8 +365,7 @@ def find_shard_difference(descriptions: Sequence[Sequence[str]]) -> str | None:
 def checksum_of(tensor: torch.Tensor) -> int:
     """Return a checksum of a tensor's elements, row by row."""
     rows = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).cpu()
-    memory = memoryview((ctypes.c_char * rows.numel()).from_address(rows.data_ptr())).cast("B")
-    return crc32(memory) if rows.numel() else 0
+    return crc32(memory_at(rows.data_ptr(), rows.numel()))
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:

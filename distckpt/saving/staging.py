@@ -101,9 +101,6 @@ class HostMemory:
         """Return the memory. Callable from any thread. Views of it must not be used afterwards."""
         self._in_use.release()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "HostMemory":
-        return HostMemory()
-
     def __reduce__(self) -> tuple[Any, ...]:
         return (HostMemory, ())
 

@@ -136,9 +136,6 @@ class WriterCache:
         self._key: tuple[Any, ...] = ()
         self._ranks: tuple[int, ...] = ()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "WriterCache":
-        return WriterCache()
-
     def __reduce__(self) -> tuple[Any, ...]:
         return (WriterCache, ())
 

@@ -24,7 +24,7 @@ from distckpt.ptformat.pickler import pickle_state
 from distckpt.ptformat.reader import verify
 from distckpt.ptformat.state_form import StateForms
 from distckpt.saving import captured_state
-from distckpt.saving.module_state import attached_state, detached
+from distckpt.saving.captured_state import attached_state, detached
 from distckpt.saving.staging import thread_memory
 from tests.distributed.programs import Stateful, kinds, raised
 from tests.distributed.test_sharded_saves import assert_equal, mesh_of, numbers, shard, tensors_of, trained, whole
