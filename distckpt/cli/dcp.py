@@ -24,9 +24,10 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
 
+from distckpt._checksum import memory_at
 from distckpt._messages import ignore_warnings
 from distckpt.cli.output import CommandError
-from distckpt.cli.sources import Source, load, memory_at
+from distckpt.cli.sources import Source, load
 from distckpt.cli.structure import MANIFEST, STRUCTURE, is_plain_tensor, unflatten
 from distckpt.cli.survey import DCP_METADATA
 from distckpt.errors import CorruptCheckpointError, UnsafeCheckpoint

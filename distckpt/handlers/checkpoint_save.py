@@ -391,7 +391,7 @@ class CheckpointSave:
         """Collective. Remove evicted files. Those that cannot be removed are orphans."""
         own, timeout_s = self.find_own_files(get_firing_engines()), self.handler.timeout_s
         remove_one = functools.partial(self._remove_one, own=own, written=written)
-        answers: Sequence[Problems] = []
+        answers: list[Problems] = []
         if evicted:
             remove = functools.partial(protocol.remove_local, evicted, remove_one)
             answers = phases.run(self.backend, point, remove, timeout_s=timeout_s)

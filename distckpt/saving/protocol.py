@@ -352,7 +352,7 @@ def remove_local(filenames: Sequence[str], remove_one: Callable[[str], None]) ->
     return problems
 
 
-def merge_problems(filenames: Sequence[str], answers: Sequence[Problems]) -> Problems:
+def merge_problems(filenames: Sequence[str], answers: Sequence[Mapping[str, Sequence[Any]]]) -> Problems:
     """Return the problems of all ranks, from each rank's :func:`remove_local`, in rank order."""
     found: Problems = {}
     for name in filenames:
