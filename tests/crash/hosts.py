@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, Self, get_args
 
+from tests.support.limits import PROGRAM_LIMIT_S
+
 __all__ = ["CUTS", "INTERFACE", "Cut", "Hosts", "address_of", "enter"]
 
 Cut = Literal["interface down on host A", "cable out at host B", "silent loss"]
@@ -28,7 +30,6 @@ CUTS: tuple[Cut, ...] = get_args(Cut)
 INTERFACE = "wire"
 """The name of the link's end on each host."""
 
-_LIMIT_S = 30.0
 _NAMES = ("a", "b")
 # Of linux, include/uapi/linux/sched.h.
 _CLONE_NEWNS, _CLONE_NEWNET = 0x00020000, 0x40000000
@@ -135,14 +136,14 @@ def _keeper() -> Iterator[int]:
             yield keeper.pid
         finally:
             keeper.kill()
-            keeper.communicate(timeout=_LIMIT_S)
+            keeper.communicate(timeout=PROGRAM_LIMIT_S)
 
 
 def _await_ready(keeper: subprocess.Popen[bytes]) -> None:
-    if keeper.stdout is None or not select.select([keeper.stdout], [], [], _LIMIT_S)[0]:
+    if keeper.stdout is None or not select.select([keeper.stdout], [], [], PROGRAM_LIMIT_S)[0]:
         raise AssertionError("a host was not made in time")
     if keeper.stdout.readline() != b"ready\n":
-        _, said = keeper.communicate(timeout=_LIMIT_S)
+        _, said = keeper.communicate(timeout=PROGRAM_LIMIT_S)
         raise AssertionError(f"no host can be made here: {said.decode(errors='replace').strip()}")
 
 
@@ -152,7 +153,7 @@ def _ip(namespaces: str, *words: str) -> None:
         ["nsenter", f"--net={namespaces}/net", "ip", *words],
         capture_output=True,
         text=True,
-        timeout=_LIMIT_S,
+        timeout=PROGRAM_LIMIT_S,
         check=False,
     )
     if done.returncode != 0:

@@ -15,10 +15,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from tests.support.limits import PROGRAM_LIMIT_S
+
 __all__ = ["KINDS", "LoopDisk", "mounted_tmpfs", "must", "try_mounts", "unshare_mounts", "why_no_mounts"]
 
 _CLONE_NEWNS = 0x20000  # linux/sched.h
-_LIMIT_S = 30.0
 _E2FSCK_REPAIRED = 3  # the bits of its exit code for errors that were repaired
 # Less than 300 MiB is no xfs. Only what is written takes room.
 _IMAGE_BYTES: Mapping[str, int] = {"ext4": 32 << 20, "xfs": 300 << 20}
@@ -31,7 +32,7 @@ _NO_LOG_FLUSH = struct.pack("I", 2)
 
 
 def _command(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words, capture_output=True, text=True, timeout=_LIMIT_S, check=False)
+    return subprocess.run(words, capture_output=True, text=True, timeout=PROGRAM_LIMIT_S, check=False)
 
 
 def unshare_mounts() -> None:
@@ -151,7 +152,7 @@ def mounted_tmpfs(directory: Path, size: str) -> Iterator[None]:
 
 def must(*words: str) -> None:
     """Run a command, and again while it reports a busy device: a process that still ends may use it."""
-    deadline = time.monotonic() + _LIMIT_S
+    deadline = time.monotonic() + PROGRAM_LIMIT_S
     while (done := _command(*words)).returncode != 0:
         if "busy" not in done.stderr or time.monotonic() > deadline:
             raise RuntimeError(f"{' '.join(words)} failed: {done.stderr.strip()}")

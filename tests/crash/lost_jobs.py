@@ -19,12 +19,12 @@ from typing import Any, Self
 
 from tests.crash.lost_programs import Plan
 from tests.crash.lost_ranks import start_time_of
+from tests.support.limits import PROGRAM_LIMIT_S
 
 __all__ = ["EXIT_BLOCKED", "End", "Job", "Jobs", "Table"]
 
 EXIT_BLOCKED = 70
 _ROOT = Path(__file__).resolve().parents[2]
-_START_LIMIT_S = 60.0
 _TRY_S = 15.0  # after which an agent's job is started again
 _POLL_S = 0.02
 _TORCH_SAYS = "The hostname of the client socket cannot be retrieved"
@@ -96,7 +96,7 @@ class Job:
                 raise AssertionError(f"{what}: not within {limit_s:g} s\n{self.describe()}")
             time.sleep(_POLL_S)
 
-    def form(self, limit_s: float = _START_LIMIT_S) -> None:
+    def form(self, limit_s: float = PROGRAM_LIMIT_S) -> None:
         """Wait until the ranks have formed their group."""
         self.wait_for(lambda: len(self.events("formed")) == self.plan.world_size, "forming", limit_s)
 

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.crash.loop_disk import LoopDisk, must, try_mounts
+from tests.support.limits import PROGRAM_LIMIT_S
 
 __all__ = ["RecordedDisk", "State", "why_no_recorder"]
 
 _HEADER = struct.Struct("<cqq")
 _WRITE, _FLUSH, _ACKNOWLEDGED = b"W", b"F", b"A"
 _PLUGIN = Path(__file__).with_name("recorder.py")
-_LIMIT_S = 30.0
 _BLOCK, _SECTOR = 4096, 512
 # Shares of the unflushed blocks that are lost, and of the rest that are half-written.
 _LOST = (0.1, 0.5, 0.9)
@@ -98,7 +98,7 @@ class RecordedDisk:
             if server.poll() is None:
                 must("umount", str(self._server))  # nbdfuse ends by it
             try:
-                server.communicate(timeout=_LIMIT_S)
+                server.communicate(timeout=PROGRAM_LIMIT_S)
             except subprocess.TimeoutExpired:
                 server.kill()
                 server.communicate()
@@ -171,7 +171,7 @@ def _events_in(log: Path) -> Iterator[_Event]:
 
 
 def _await_file(path: Path, server: "subprocess.Popen[bytes]") -> None:
-    deadline = time.monotonic() + _LIMIT_S
+    deadline = time.monotonic() + PROGRAM_LIMIT_S
     while not path.exists():
         if server.poll() is not None or time.monotonic() > deadline:
             server.kill()

@@ -30,7 +30,6 @@ from tests.support import run_ranks
 
 LENGTH, BATCH_SIZE, MAX_EPOCHS = 36, 3, 3
 """Divisible by all numbers of ranks, so that each sample of an epoch comes exactly once."""
-_LIMIT_S = 300.0
 
 SAMPLERS = (
     "ResumableSampler",
@@ -92,7 +91,7 @@ def run_leg(folder: Path, cells: Sequence[tuple[str, Cell, tuple[int, int] | Non
         cells: a folder's name, the cell, and its next stop; None for the end of the run.
         num_ranks: number of ranks.
     """
-    by_rank = run_ranks(_train_all, num_ranks, folder, list(cells), timeout_s=_LIMIT_S)
+    by_rank = run_ranks(_train_all, num_ranks, folder, list(cells))
     return [list(legs) for legs in zip(*by_rank, strict=True)]
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
+from tests.support.limits import PROGRAM_LIMIT_S
+
 __all__ = ["Called", "Fault", "How", "Shim", "build", "why_no_compiler"]
 
 _SOURCE = Path(__file__).with_name("shim.c")
@@ -80,7 +82,11 @@ def build(directory: Path) -> Path:
     compiler = next(name for name in _COMPILERS if shutil.which(name))
     options = ["-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror"]
     done = subprocess.run(
-        [compiler, *options, "-o", library, _SOURCE, "-ldl"], capture_output=True, text=True, timeout=60, check=False
+        [compiler, *options, "-o", library, _SOURCE, "-ldl"],
+        capture_output=True,
+        text=True,
+        timeout=PROGRAM_LIMIT_S,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return library

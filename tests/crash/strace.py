@@ -11,10 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support.limits import PROGRAM_LIMIT_S
+
 __all__ = ["Call", "calls_in", "changes", "traced", "why_no_strace"]
 
 _PR_SET_PTRACER, _ANY = 0x59616D61, ctypes.c_ulong(-1)  # linux/prctl.h
-_LIMIT_S = 30.0
 _LINE = re.compile(r"^(?P<pid>\d+) +(?P<name>\w+)\((?P<arguments>.*)\) += (?P<result>-?\d+|\?)")
 _UNFINISHED = re.compile(r"^(?P<pid>\d+) +(?P<start>.*) <unfinished \.\.\.>$")
 _RESUMED = re.compile(r"^(?P<pid>\d+) +<\.\.\. \w+ resumed>(?P<rest>.*)$")
@@ -65,7 +66,7 @@ def traced(output: Path) -> Iterator[None]:
             yield
         finally:
             process.send_signal(signal.SIGINT)  # it lets go of this process
-            process.communicate(timeout=_LIMIT_S)
+            process.communicate(timeout=PROGRAM_LIMIT_S)
 
 
 def calls_in(trace: Path, directory: Path, *, failed: bool = False) -> list[Call]:

@@ -30,11 +30,11 @@ from tests.crash.shim import Called, How, Shim, build, why_no_compiler
 from tests.crash.subject import name_of
 from tests.crash.tally import place_of
 from tests.support import fresh_ranks
+from tests.support.limits import PROGRAM_LIMIT_S
 
 pytestmark = pytest.mark.crash
 
 WORLD_SIZE = 2
-LIMIT_S = 170.0
 T = TypeVar("T")
 Judged = tuple[Sequence[str], Sequence[str]]
 """Descriptions of the trials, and what was wrong in them."""
@@ -232,7 +232,7 @@ def _full_disks(root: str) -> Judged:
 # -- tests -------------------------------------------------------------------------------------------
 
 
-def _on_ranks(function: Callable[..., T], *args: object, limit_s: float = LIMIT_S, **kwargs: Any) -> T:
+def _on_ranks(function: Callable[..., T], *args: object, limit_s: float = PROGRAM_LIMIT_S, **kwargs: Any) -> T:
     with fresh_ranks(function, WORLD_SIZE, *args, **kwargs) as ranks:
         ends = ranks.finish(timeout_s=limit_s)
     judged: T = ends[0].value

@@ -19,7 +19,6 @@ from tests.support import run_ranks
 
 pytestmark = pytest.mark.crash
 
-LIMIT_S = 120.0
 # 3 MiB: several writes.
 NUM_FLOATS = 800_000
 OLD, NEW = name_of(1), name_of(2)
@@ -65,7 +64,7 @@ def _trace(tmp_path: Path, world_size: int, places: Sequence[tuple[Path, int, st
         directory.parent.mkdir()
     run_ranks(
         _save_twice, world_size, [(str(directory), rank, whose) for directory, rank, whose in places],
-        [str(trace) for trace in traces], backend="gloo" if world_size > 1 else None, fresh=True, timeout_s=LIMIT_S,
+        [str(trace) for trace in traces], backend="gloo" if world_size > 1 else None, fresh=True,
     )  # fmt: skip
     for directory, _, _ in places:
         assert steps_in(directory) == [2]

@@ -28,7 +28,6 @@ pytestmark = pytest.mark.crash
 NUM_SERVERS = 2
 CONTROL_CUTS = 50
 CONTROL_LOSSES = 3
-LIMIT_S = 170.0
 
 
 @dataclass(kw_only=True)
@@ -136,7 +135,7 @@ def test_the_same_cuts_find_out_savers_that_do_not_sync(
     with fresh_ranks(
         _cut_power_of_each, 1, str(tmp_path), kind, savers, CONTROL_CUTS, seed, CONTROL_LOSSES, backend=None
     ) as servers:  # fmt: skip
-        tallies = servers.finish(timeout_s=LIMIT_S)[0].value
+        tallies = servers.finish()[0].value
     report(
         f"power cut, {kind}, negative controls, acknowledged saves lost: "
         + ", ".join(f"{saver} {tally.lost} in {tally.trials} cuts" for saver, tally in tallies.items())

@@ -30,7 +30,6 @@ LIVE_NAME = "live.bin"
 LIVE_HALF = b"x" * 5_000_000
 CONTROL_KILLS = 200
 NEVER = "never"
-LIMIT_S = 170.0
 
 
 @contextmanager
@@ -150,7 +149,7 @@ def test_the_same_kills_find_out_broken_savers(tmp_path: Path, seed: int, report
     }
     (tallies,) = run_ranks(
         _kill_each, 1, str(tmp_path), controls, CONTROL_KILLS, seed,
-        backend=None, fresh=True, timeout_s=LIMIT_S,
+        backend=None, fresh=True,
     )  # fmt: skip
     report(
         "SIGKILL, negative controls, kills until the fault was found: "

@@ -30,7 +30,6 @@ CONTROL_KILLS = 60
 NEVER = "never"
 # Limit of the time until a survivor knows that the other rank is gone.
 SURVIVOR_LIMIT_S = 30.0
-LIMIT_S = 170.0
 VICTIMS = ((0,), (1,), (0, 1), (0, 1))
 # The other rank is killed within SOON_S seconds. In every SURVIVES_EACH-th trial it is not, which takes two seconds.
 SOON_S = 0.2
@@ -187,7 +186,7 @@ def test_the_same_kills_of_ranks_find_out_broken_savers(
         controls |= {"removes first": "lost:", "in place": "torn:"}
     (tallies,) = run_ranks(
         _kill_ranks_of_each, 1, str(tmp_path), controls, CONTROL_KILLS, seed,
-        backend=None, fresh=True, timeout_s=LIMIT_S,
+        backend=None, fresh=True,
     )  # fmt: skip
     report(
         "SIGKILL of ranks, negative controls, kills until the fault was found: "

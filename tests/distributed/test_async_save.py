@@ -21,10 +21,10 @@ from distckpt.ptformat.reader import verify
 from distckpt.storage.direct_io import DirectFile
 from tests.distributed.programs import gather, raised
 from tests.support import fresh_ranks, job, run_distributed
+from tests.support.limits import PROGRAM_LIMIT_S
 from tests.support.selection import torch_only
 
 pytestmark = torch_only
-TIMEOUT_S = 30.0
 SHARED = pytest.mark.parametrize("share_write", [None, "node"])
 
 
@@ -93,7 +93,7 @@ def test_file_is_committed_while_the_ranks_train(tmp_path: Path, *, share_write:
     pending.join()
     assert all(gather(pending.done()))
     assert holds(tmp_path / "a.pt", expected), "before any rank waits"
-    assert pending.result(TIMEOUT_S) == tmp_path / "a.pt"
+    assert pending.result(PROGRAM_LIMIT_S) == tmp_path / "a.pt"
     assert pending.result() == tmp_path / "a.pt"
     job.barrier()
     assert os.listdir(tmp_path) == ["a.pt"]
@@ -108,7 +108,7 @@ def test_wait_commits_where_the_job_has_no_board(tmp_path: Path) -> None:
         pending.join()
         assert gather(pending.done()) == [False, True], "rank 0 has yet to hear of rank 1"
         assert not (tmp_path / "a.pt").exists()
-        pending.wait(TIMEOUT_S)
+        pending.wait(PROGRAM_LIMIT_S)
     assert pending.done()
     assert holds(tmp_path / "a.pt", copy_of(model))
 
@@ -141,7 +141,7 @@ def test_wait_times_out_on_all_ranks_and_can_be_repeated(tmp_path: Path) -> None
     is_open, write = threading.Event(), DirectFile.write
 
     def wait_and_write(self: DirectFile, data: memoryview, offset: int) -> None:
-        assert is_open.wait(timeout=TIMEOUT_S)
+        assert is_open.wait(timeout=PROGRAM_LIMIT_S)
         write(self, data, offset)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -152,7 +152,7 @@ def test_wait_times_out_on_all_ranks_and_can_be_repeated(tmp_path: Path) -> None
         assert "rank 0 is still writing" in str(error)
         assert gather(pending.done()) == [False, True]
         is_open.set()
-        pending.wait(TIMEOUT_S)
+        pending.wait(PROGRAM_LIMIT_S)
     assert holds(tmp_path / "a.pt", copy_of(model))
 
 

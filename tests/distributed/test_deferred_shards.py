@@ -70,7 +70,7 @@ def differing(folder: Path, expected: Any, model: nn.Module) -> list[int]:
 
 
 @pytest.mark.parametrize("is_stage", [False, True], ids=["FSDP2", "a stage under FSDP2"])
-@run_distributed(world_size=2, timeout_s=90)
+@run_distributed(world_size=2)
 def test_each_file_holds_the_state_of_its_iteration(tmp_path: Path, *, is_stage: bool) -> None:
     model, optimizer = trained(mesh_of(2))
     objects: dict[str, Any] = {"model": model, "optimizer": optimizer}
@@ -90,7 +90,7 @@ def test_each_file_holds_the_state_of_its_iteration(tmp_path: Path, *, is_stage:
     assert guards._GUARDS == []
 
 
-@run_distributed(world_size=2, timeout_s=90)
+@run_distributed(world_size=2)
 def test_without_the_guard_the_same_loop_saves_other_states(tmp_path: Path) -> None:
     model, optimizer = trained(mesh_of(2))
     copy, step, stepped = Staging._copy, optimizer.step, threading.Event()

@@ -19,12 +19,12 @@ from distckpt import Checkpoint
 from distckpt.backends.detect import current
 from tests.distributed.programs import fire
 from tests.support import job, run_distributed
+from tests.support.limits import PROGRAM_LIMIT_S
 from tests.support.selection import only_on
 
 pytestmark = only_on("horovod", why="about Horovod's own modes")
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT_S = 240.0
 
 
 def test_an_elastic_job_goes_on_from_the_newest_checkpoint_without_the_rank_that_was_killed(tmp_path: Path) -> None:
@@ -36,7 +36,9 @@ def test_an_elastic_job_goes_on_from_the_newest_checkpoint_without_the_rank_that
     command += [sys.executable, str(Path(__file__).with_name("elastic_program.py")), str(tmp_path)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HOROVOD_", "PYTEST_"))}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=PROGRAM_LIMIT_S, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "killed").exists()
     result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))

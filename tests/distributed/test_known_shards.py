@@ -105,17 +105,17 @@ def save_each_twice(world_size: int, folder: Path) -> None:
         check(objects, folder, expected, background=dtype is torch.float32)
 
 
-@run_distributed(world_size=2, timeout_s=120)
+@run_distributed(world_size=2)
 def test_two_ranks_save_every_placement_as_anew(tmp_path: Path) -> None:
     save_each_twice(2, tmp_path)
 
 
-@run_distributed(world_size=4, timeout_s=120)
+@run_distributed(world_size=4)
 def test_four_ranks_save_every_placement_as_anew(tmp_path: Path) -> None:
     save_each_twice(4, tmp_path)
 
 
-@run_distributed(world_size=4, timeout_s=120)
+@run_distributed(world_size=4)
 def test_trained_models_and_their_optimizers_are_saved_as_anew(tmp_path: Path) -> None:
     meshes = {
         "FSDP2": (mesh_of(4), False),
@@ -194,7 +194,7 @@ CHANGES: dict[str, Callable[[dict[str, Any], DeviceMesh], Any]] = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
-@run_distributed(world_size=2, timeout_s=60)
+@run_distributed(world_size=2)
 def test_a_state_of_another_form_is_pickled_anew(tmp_path: Path, what: str) -> None:
     forget()
     line = mesh_of(2)
@@ -235,7 +235,7 @@ KEPT: dict[str, Callable[[dict[str, Any], DeviceMesh], Any]] = {
 
 
 @pytest.mark.parametrize("what", KEPT)
-@run_distributed(world_size=2, timeout_s=60)
+@run_distributed(world_size=2)
 def test_other_values_and_objects_of_the_same_form_are_saved(tmp_path: Path, what: str) -> None:
     forget()
     line = mesh_of(2)
@@ -245,7 +245,7 @@ def test_other_values_and_objects_of_the_same_form_are_saved(tmp_path: Path, wha
     check({"one": Stateful(state)}, tmp_path, whole(state))
 
 
-@run_distributed(world_size=2, timeout_s=60)
+@run_distributed(world_size=2)
 def test_another_set_of_objects_is_pickled_anew(tmp_path: Path) -> None:
     forget()
     line = mesh_of(2)
@@ -257,7 +257,7 @@ def test_another_set_of_objects_is_pickled_anew(tmp_path: Path) -> None:
     assert [torch.equal(state["a"], numbers(8, 3) + number) for number, state in enumerate(found)] == [True, True]
 
 
-@run_distributed(world_size=2, timeout_s=60)
+@run_distributed(world_size=2)
 def test_a_state_under_another_name_has_that_name(tmp_path: Path) -> None:
     forget()
     state = state_of(mesh_of(2))
@@ -270,7 +270,7 @@ def test_a_state_under_another_name_has_that_name(tmp_path: Path) -> None:
     assert "to_save['one']" not in str(error)
 
 
-@run_distributed(world_size=2, timeout_s=60)
+@run_distributed(world_size=2)
 def test_shards_that_change_on_one_rank_are_one_error_as_ever(tmp_path: Path) -> None:
     forget()
     line = mesh_of(2)
@@ -286,7 +286,7 @@ def test_shards_that_change_on_one_rank_are_one_error_as_ever(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("changed", [0, 1])
-@run_distributed(world_size=2, timeout_s=60)
+@run_distributed(world_size=2)
 def test_a_plain_value_that_changes_on_one_rank_is_pickled_anew_there(tmp_path: Path, changed: int) -> None:
     forget()
     state = state_of(mesh_of(2))
@@ -359,7 +359,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("what", MODULES)
-@run_distributed(world_size=2, timeout_s=60)
+@run_distributed(world_size=2)
 def test_the_state_of_a_module_is_that_of_its_state_dict(tmp_path: Path, what: str) -> None:
     module = sharded_module()
     module.append(MODULES[what]())
@@ -378,7 +378,7 @@ def test_the_state_of_a_module_is_that_of_its_state_dict(tmp_path: Path, what: s
     assert_equal(torch.load(tmp_path / "file.pt", weights_only=True), whole(expected))
 
 
-@run_distributed(world_size=2, timeout_s=60)
+@run_distributed(world_size=2)
 def test_tied_parameters_and_plain_ones_stay_as_they_are(tmp_path: Path) -> None:
     forget()
     module = sharded_module(nn.Linear(20, 20), nn.Linear(20, 20))
@@ -393,7 +393,7 @@ def test_tied_parameters_and_plain_ones_stay_as_they_are(tmp_path: Path) -> None
     assert found["3.weight"].untyped_storage()._cdata == found["2.weight"].untyped_storage()._cdata
 
 
-@run_distributed(world_size=2, timeout_s=60)
+@run_distributed(world_size=2)
 def test_parameters_that_an_object_returns_stay_parameters(tmp_path: Path) -> None:
     forget()
     module = nn.Linear(30, 20)
@@ -410,7 +410,7 @@ def test_parameters_that_an_object_returns_stay_parameters(tmp_path: Path) -> No
     assert [type(one) for one in found.values()] == [torch.Tensor] * 2
 
 
-@run_distributed(world_size=2, timeout_s=60)
+@run_distributed(world_size=2)
 def test_a_refused_form_is_refused_again(tmp_path: Path) -> None:
     forget()
     line = mesh_of(2)
@@ -422,7 +422,7 @@ def test_a_refused_form_is_refused_again(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@run_distributed(world_size=2, timeout_s=60)
+@run_distributed(world_size=2)
 def test_a_known_form_keeps_no_tensor_and_no_mesh_alive(tmp_path: Path) -> None:
     forget()
     line = DeviceMesh("cpu", [0, 1])

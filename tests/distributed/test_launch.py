@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from tests.support import run_distributed
+from tests.support.limits import PROGRAM_LIMIT_S
 from tests.support.runtime import RUNTIME
 from tests.support.selection import full_only, quick, torch_only
 
@@ -30,7 +31,6 @@ ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
 TRAIN = [sys.executable, str(LAUNCH / "train_digits.py")]
 TORCHRUN = ["bash", str(LAUNCH / "torchrun.sh")]
-LIMIT_S = 240.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +57,19 @@ def started(command: Sequence[str], **environment: str) -> Iterator[subprocess.P
     base = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "PYTEST_"))}
     base |= {"PYTHON": sys.executable, "NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     pipe = subprocess.PIPE
-    process = subprocess.Popen(command, env=base | environment, stdout=pipe, stderr=pipe, text=True)
+    process = subprocess.Popen(
+        command, env=base | environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    )
     try:
         yield process
     finally:
         if process.poll() is None:
             process.terminate()  # torchrun passes it on to its ranks, and waits for them
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.communicate(timeout=40)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate(timeout=10)
+        with contextlib.suppress(ProcessLookupError):  # ranks that outlive their launcher
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=10)
 
 
 def train(
@@ -80,7 +82,7 @@ def train(
     """Run the script to its end and return what it printed."""
     options = ("--output-dir", str(directory), "--summary", str(directory / "summary.json"), *options)
     with started([*command, *options], **(environment or {})) as process:
-        stdout, stderr = process.communicate(timeout=LIMIT_S)
+        stdout, stderr = process.communicate(timeout=PROGRAM_LIMIT_S)
         assert (process.returncode == 0) is succeeds, stdout + stderr
     return stdout if succeeds else stdout + stderr
 
@@ -177,7 +179,7 @@ def accuracy_in(checkpoint: Path) -> float:
     """Return what a script prints that imports neither distckpt nor torch.distributed."""
     bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # distckpt is not installed
     command = [sys.executable, str(LAUNCH / "accuracy.py"), str(checkpoint)]
-    ended = subprocess.run(command, env=bare, capture_output=True, text=True, timeout=LIMIT_S, check=True)
+    ended = subprocess.run(command, env=bare, capture_output=True, text=True, timeout=PROGRAM_LIMIT_S, check=True)
     return float(ended.stdout.removeprefix("accuracy "))
 
 
@@ -216,7 +218,7 @@ def test_two_nodes_train_as_one_job_and_have_nothing_to_resume_from(tmp_path: Pa
         started(command, NODE_RANK="1", **nodes) as second,
     ):
         for process in (first, second):
-            stdout, stderr = process.communicate(timeout=LIMIT_S)
+            stdout, stderr = process.communicate(timeout=PROGRAM_LIMIT_S)
             assert process.returncode == 0, stdout + stderr
             assert ("nothing to resume from: starting afresh" in stdout) is (process is first)
     summary = summary_in(tmp_path)
@@ -287,13 +289,13 @@ def test_slurm_job_that_is_told_to_stop_saves_and_goes_back_into_the_queue(tmp_p
     variables |= {"OUTPUT_DIR": str(tmp_path / "out"), "PATH": f"{stand_ins}:{os.environ['PATH']}"}
     command = ["bash", str(LAUNCH / "slurm.sbatch"), "--epochs", "400", "--patience", "999", "--save-every", "999"]
     with started(command, **variables) as job:
-        deadline = time.monotonic() + LIMIT_S
+        deadline = time.monotonic() + PROGRAM_LIMIT_S
         while not list((tmp_path / "out").glob("best_*.pt")):  # the first epoch is over
             assert time.monotonic() < deadline
             assert job.poll() is None
             time.sleep(0.05)
         job.send_signal(signal.SIGTERM)
-        stdout, stderr = job.communicate(timeout=LIMIT_S)
+        stdout, stderr = job.communicate(timeout=PROGRAM_LIMIT_S)
     assert job.returncode == 0, stdout + stderr
     assert "told to stop: job 7 goes back into the queue" in stdout
     assert (tmp_path / "scontrol.log").read_text(encoding="utf-8") == "requeue 7\n"

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
+from tests.support.limits import PROGRAM_LIMIT_S
 from tests.support.selection import quick, torch_only
 
 pytestmark = torch_only
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
-LIMIT_S = 240.0
 PODS = {
     "pytorchjob.yaml": [{"HOSTNAME": f"distckpt-digits-worker-{index}"} for index in range(2)],
     "jobset.yaml": [{"JOB_COMPLETION_INDEX": str(index)} for index in range(2)],
@@ -78,7 +78,7 @@ def test_a_manifest_starts_one_job_on_all_its_pods(manifest: str, tmp_path: Path
     ]
     try:
         for process in pods:
-            output, _ = process.communicate(timeout=LIMIT_S)
+            output, _ = process.communicate(timeout=PROGRAM_LIMIT_S)
             assert process.returncode == 0, output
     finally:
         for process in pods:
@@ -95,13 +95,13 @@ def test_a_pod_slice_is_started_by_one_command_on_all_workers() -> None:
         "PYTHON": "/env/bin/python",
     }
     command = ["bash", str(LAUNCH / "tpu_pod.sh"), "--output-dir", "/mnt/a folder", "--resume"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PROGRAM_LIMIT_S, check=True)
     *start, remote = done.stdout.splitlines()
     assert " ".join(start) == "gcloud compute tpus tpu-vm ssh my-pod --zone us-central2-b --worker all --command"
     assert remote.endswith("PYTHON=/env/bin/python bash launch/xla_spawn.sh --output-dir /mnt/a\\ folder --resume")
     assert shlex.split(remote)[-2:] == ["/mnt/a folder", "--resume"]
     stop = subprocess.run(
-        command, env=environment | {"STOP": "1"}, capture_output=True, text=True, timeout=60, check=True
+        command, env=environment | {"STOP": "1"}, capture_output=True, text=True, timeout=PROGRAM_LIMIT_S, check=True
     ).stdout
     assert "pkill -f launch/train_digits.py" in stop
 
@@ -109,6 +109,8 @@ def test_a_pod_slice_is_started_by_one_command_on_all_workers() -> None:
 def test_a_pod_slice_needs_a_name() -> None:
     environment = {name: value for name, value in os.environ.items() if name not in ("TPU_NAME", "ZONE")}
     command = ["bash", str(LAUNCH / "tpu_pod.sh")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=PROGRAM_LIMIT_S, check=False
+    )
     assert done.returncode != 0
     assert "name of the TPU slice, needed" in done.stderr

@@ -19,13 +19,13 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from distckpt import Checkpoint, DiskSaver, Preemption, RngState, global_step_from_engine, resume, stop_reason
 from tests.support import run_ranks
+from tests.support.limits import PROGRAM_LIMIT_S
 from tests.support.selection import only_on, quick
 from tests.unit.toys import equal
 
 MAX_EPOCHS = 3
 EPOCH_LENGTH = 8
 LAST = MAX_EPOCHS * EPOCH_LENGTH
-LIMIT_S = 240.0
 
 pytestmark = [
     pytest.mark.slow,
@@ -128,7 +128,7 @@ def train(folder: Path, data: str, when: str, step: int) -> dict[str, Any]:
         if dist.get_rank() == dist.get_world_size() - 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    found = resume(training.objects, training.checkpoint, engine=training.trainer, timeout_s=LIMIT_S)
+    found = resume(training.objects, training.checkpoint, engine=training.trainer, timeout_s=PROGRAM_LIMIT_S)
     if when == "step":
         training.trainer.add_event_handler(Events.ITERATION_STARTED(once=step), kill_me)
     elif when == "end of epoch":
@@ -148,7 +148,7 @@ def train(folder: Path, data: str, when: str, step: int) -> dict[str, Any]:
 def run(folder: Path, data: str, when: str, step: int) -> list[dict[str, Any]]:
     """Train on two ranks: in processes of their own where they are sent a signal, or start others."""
     is_fresh = when != "never" or data == "by workers"
-    ends = run_ranks(train, 2, folder, data, when, step, fresh=is_fresh, timeout_s=LIMIT_S)
+    ends = run_ranks(train, 2, folder, data, when, step, fresh=is_fresh)
     for name in ("resumed from", "reason", "iteration"):
         assert len({str(end[name]) for end in ends}) == 1, f"{name} is the same on every rank"
     return ends
@@ -219,7 +219,7 @@ def test_the_comparison_finds_a_run_that_restarts_its_epoch(
 ) -> None:
     """Negative control: the same harness, with ignite's own way of resuming."""
     run(tmp_path / "killed", data, *MIDDLE)
-    ends = run_ranks(train_as_ignite_does, 2, tmp_path / "killed", timeout_s=LIMIT_S)
+    ends = run_ranks(train_as_ignite_does, 2, tmp_path / "killed")
     for end, other in zip(ends, alone, strict=True):
         assert end["iteration"] == other["iteration"]
         assert not equal(end["state"]["model"], other["state"]["model"])

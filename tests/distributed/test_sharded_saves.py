@@ -150,17 +150,17 @@ def save_each(world_size: int, folder: Path) -> int:
     return count
 
 
-@run_distributed(world_size=2, timeout_s=120)
+@run_distributed(world_size=2)
 def test_two_ranks_save_every_placement_as_whole_tensors(tmp_path: Path) -> None:
     assert save_each(2, tmp_path) == 240
 
 
-@run_distributed(world_size=3, timeout_s=120)
+@run_distributed(world_size=3)
 def test_three_ranks_save_every_placement_as_whole_tensors(tmp_path: Path) -> None:
     assert save_each(3, tmp_path) == 180
 
 
-@run_distributed(world_size=4, timeout_s=120)
+@run_distributed(world_size=4)
 def test_four_ranks_save_every_placement_as_whole_tensors(tmp_path: Path) -> None:
     assert save_each(4, tmp_path) == 240
 
@@ -183,7 +183,7 @@ def trained(mesh: DeviceMesh, *, tensor_parallel: bool = False) -> tuple[nn.Modu
     return model, optimizer
 
 
-@run_distributed(world_size=4, timeout_s=120)
+@run_distributed(world_size=4)
 def test_fsdp_and_tensor_parallel_models_and_their_optimizers_are_whole_in_the_file(tmp_path: Path) -> None:
     meshes = {
         "FSDP2": (mesh_of(4), False),
@@ -199,7 +199,7 @@ def test_fsdp_and_tensor_parallel_models_and_their_optimizers_are_whole_in_the_f
         check_file(tmp_path / "file.pt", expected)
 
 
-@run_distributed(world_size=2, timeout_s=60)
+@run_distributed(world_size=2)
 def test_tied_and_nested_tensors_keep_their_form(tmp_path: Path) -> None:
     line = mesh_of(2)
     tied = shard(numbers(10, 9), line, [Shard(0)])
@@ -219,7 +219,7 @@ def test_tied_and_nested_tensors_keep_their_form(tmp_path: Path) -> None:
     assert torch.equal(found["parameter"], numbers(6))
 
 
-@run_distributed(world_size=2, timeout_s=60)
+@run_distributed(world_size=2)
 def test_a_background_save_holds_the_state_of_its_call(tmp_path: Path) -> None:
     model, optimizer = trained(mesh_of(2))
     expected = {"model": whole(model.state_dict()), "optimizer": whole(optimizer.state_dict())}
@@ -231,7 +231,7 @@ def test_a_background_save_holds_the_state_of_its_call(tmp_path: Path) -> None:
     check_file(tmp_path / "file.pt", expected)
 
 
-@run_distributed(world_size=2, timeout_s=60)
+@run_distributed(world_size=2)
 def test_states_that_differ_beside_the_shards_do_not_matter(tmp_path: Path) -> None:
     mine = shard(numbers(70, 999), mesh_of(2), [Shard(0)])
     extra = {f"own {index}": torch.ones(50_000 * (index + 1)) for index in range(3 * job.rank())}
@@ -258,7 +258,7 @@ def _different(kind: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["shape", "dtype", "placement", "missing"])
-@run_distributed(world_size=2, timeout_s=60)
+@run_distributed(world_size=2)
 def test_ranks_with_different_shards_raise_one_error_that_names_tensor_and_rank(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "file.pt"
     good = {"one": Stateful({"a": shard(numbers(8, 3), mesh_of(2), [Shard(0)])})}
@@ -274,7 +274,7 @@ def test_ranks_with_different_shards_raise_one_error_that_names_tensor_and_rank(
     assert [one.name for one in tmp_path.iterdir()] == ["file.pt"]
 
 
-@run_distributed(world_size=2, timeout_s=60)
+@run_distributed(world_size=2)
 def test_a_partial_tensor_is_refused_by_name(tmp_path: Path) -> None:
     partial = DTensor.from_local(torch.ones(2), mesh_of(2), [Partial()])
     error = raised(lambda: distckpt.save({"one": Stateful({"sum": partial})}, tmp_path / "file.pt"))
@@ -283,7 +283,7 @@ def test_a_partial_tensor_is_refused_by_name(tmp_path: Path) -> None:
     assert "summands" in str(error)
 
 
-@run_distributed(world_size=4, timeout_s=60)
+@run_distributed(world_size=4)
 def test_rows_that_fsdp_and_tensor_parallelism_share_unevenly_are_saved_whole(tmp_path: Path) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     torch.manual_seed(0)
@@ -295,7 +295,7 @@ def test_rows_that_fsdp_and_tensor_parallelism_share_unevenly_are_saved_whole(tm
     check_file(tmp_path / "file.pt", {"0.weight": expected})
 
 
-@run_distributed(world_size=2, timeout_s=60)
+@run_distributed(world_size=2)
 def test_a_rank_that_does_not_see_the_directory_is_named(tmp_path: Path) -> None:
     folder = tmp_path / str(job.rank())
     folder.mkdir()
@@ -306,7 +306,7 @@ def test_a_rank_that_does_not_see_the_directory_is_named(tmp_path: Path) -> None
     assert list(folder.iterdir()) == []
 
 
-@run_distributed(world_size=2, timeout_s=60)
+@run_distributed(world_size=2)
 def test_a_handler_removes_what_a_sharded_save_replaces(tmp_path: Path) -> None:
     model, optimizer = trained(mesh_of(2))
     handler = Checkpoint({"model": model, "optimizer": optimizer}, DiskSaver(tmp_path, background=True), n_saved=2)
@@ -326,7 +326,7 @@ SHARED: list[dict[str, Any]] = [
 ]
 
 
-@run_distributed(world_size=2, timeout_s=90)
+@run_distributed(world_size=2)
 def test_replicas_and_random_states_are_saved_beside_shards(tmp_path: Path) -> None:
     for number, options in enumerate(SHARED):
         model, optimizer = trained(mesh_of(2))
@@ -350,7 +350,7 @@ def test_replicas_and_random_states_are_saved_beside_shards(tmp_path: Path) -> N
         assert torch.equal(fresh.module.weight, replica.module.weight)
 
 
-@run_distributed(world_size=4, timeout_s=60)
+@run_distributed(world_size=4)
 def test_a_mesh_of_ranks_in_another_order_is_refused_where_it_shards(tmp_path: Path) -> None:
     """Torch's process groups sort their ranks: distribute_tensor and redistribute would mean other shards."""
     values = numbers(8, 3)

@@ -121,7 +121,7 @@ def check_loads(path: Path, shape: Sequence[int]) -> None:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-@run_distributed(world_size=4, timeout_s=120)
+@run_distributed(world_size=4)
 def test_sharded_stages_are_whole_in_the_file_and_load_in_any_layout(tmp_path: Path, name: str) -> None:
     model, optimizer, mesh = build(SHAPES[name])
     for number in range(2):
@@ -179,7 +179,7 @@ def placed(mesh: DeviceMesh, placements: Sequence[Any], seed: int = 0) -> nn.Mod
     return model
 
 
-@run_distributed(world_size=4, timeout_s=90)
+@run_distributed(world_size=4)
 def test_a_name_on_several_meshes_is_compared_and_saved_once(tmp_path: Path) -> None:
     mesh = mesh_of((2, 1, 2))
     part = mesh["stages"]  # ranks 0 and 2, ranks 1 and 3
@@ -338,7 +338,7 @@ def test_lists_of_other_things_are_refused() -> None:
         StageState([optimizer], [nn.Linear(1, 1)])
 
 
-@run_distributed(world_size=2, timeout_s=60)
+@run_distributed(world_size=2)
 def test_an_optimizer_is_saved_after_a_forward_pass_alone(tmp_path: Path) -> None:
     """FSDP2 keeps the root's parameters gathered then: others than the optimizer's stand in the module."""
     mesh = init_device_mesh("cpu", (2,))
@@ -361,7 +361,7 @@ def test_an_optimizer_is_saved_after_a_forward_pass_alone(tmp_path: Path) -> Non
         assert all(torch.equal(state[name][key], one) for key, one in kept.items())
 
 
-@run_distributed(world_size=2, timeout_s=60)
+@run_distributed(world_size=2)
 def test_an_optimizer_of_an_fsdp1_module_is_refused(tmp_path: Path) -> None:
     module = FullyShardedDataParallel(nn.Linear(4, 4), use_orig_params=True, device_id=torch.device("cpu"))
     optimizer = torch.optim.AdamW(module.parameters())
@@ -371,7 +371,7 @@ def test_an_optimizer_of_an_fsdp1_module_is_refused(tmp_path: Path) -> None:
     assert files_in(tmp_path) == []
 
 
-@run_distributed(world_size=2, timeout_s=60)
+@run_distributed(world_size=2)
 def test_replicas_are_compared_and_buffers_are_those_of_the_lowest_rank(tmp_path: Path) -> None:
     mesh = init_device_mesh("cpu", (2,))
 

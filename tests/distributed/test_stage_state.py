@@ -225,7 +225,7 @@ def _train_with(folder: Path, total: int, background: bool) -> int:  # noqa: FBT
     return train_with_handler(folder, total, background=background)
 
 
-@run_distributed(world_size=4, timeout_s=90)
+@run_distributed(world_size=4)
 def test_stages_with_replicas_and_tied_tensors_are_saved_once(tmp_path: Path) -> None:
     """Two stages on two ranks each; the first and the last one share an embedding, and each has a tie of its own."""
     stage = job.rank() // 2

@@ -21,6 +21,7 @@ import distckpt
 from distckpt import Checkpoint, DiskSaver, EarlyStopping, ModelCheckpoint, TerminateOnNan, TimeLimit, Timer, resume
 from distckpt.backends.detect import current
 from tests.support import job, run_distributed, run_ranks
+from tests.support.limits import PROGRAM_LIMIT_S
 from tests.support.selection import only_on
 
 pytestmark = only_on("xla", why="about XLA's graphs and devices")
@@ -145,7 +146,7 @@ def executions_of_a_save(folder: Path, *, is_pending: bool) -> list[int]:
     return [after - before for before, after in itertools.pairwise(counts[1:])]
 
 
-@run_distributed(world_size=2, timeout_s=60.0)
+@run_distributed(world_size=2)
 def test_a_save_computes_what_is_pending_once_on_every_replica(tmp_path: Path) -> None:
     computed = executions_of_a_save(tmp_path / "computed", is_pending=False)
     pending = executions_of_a_save(tmp_path / "pending", is_pending=True)
@@ -153,7 +154,7 @@ def test_a_save_computes_what_is_pending_once_on_every_replica(tmp_path: Path) -
     assert pending[0] - computed[0] == job.world_size(), "one graph more on each replica"
 
 
-@run_distributed(world_size=2, timeout_s=60.0)
+@run_distributed(world_size=2)
 def test_values_and_devices_come_back(tmp_path: Path) -> None:
     training = Training(tmp_path)
     training.trainer.run(training.data, max_epochs=1)
@@ -172,7 +173,7 @@ def test_values_and_devices_come_back(tmp_path: Path) -> None:
     assert moments == [job.device()] * len(moments)
 
 
-@run_distributed(world_size=2, timeout_s=60.0)
+@run_distributed(world_size=2)
 def test_idist_and_metrics_answer_as_under_gloo(tmp_path: Path) -> None:
     rank, size = job.rank(), job.world_size()
     assert (idist.get_rank(), idist.get_world_size()) == (rank, size)
@@ -203,7 +204,7 @@ def test_idist_and_metrics_answer_as_under_gloo(tmp_path: Path) -> None:
         idist.new_group([0])
 
 
-@run_distributed(world_size=2, timeout_s=60.0)
+@run_distributed(world_size=2)
 def test_options_of_xm_save_are_honoured(tmp_path: Path) -> None:
     state = {"rank": torch.tensor([float(job.rank())], device=job.device())}
     one = DiskSaver(tmp_path / "one", create_dir=True, master_only=True, global_master=True)
@@ -215,7 +216,7 @@ def test_options_of_xm_save_are_honoured(tmp_path: Path) -> None:
     assert found == {"one/state.pt": 0.0, "rank0/state.pt": 0.0, "rank1/state.pt": 1.0}
 
 
-@run_distributed(world_size=2, timeout_s=60.0)
+@run_distributed(world_size=2)
 def test_states_of_the_device_generator_come_back() -> None:
     generator = current().generators()["xla"]
     before = generator.get_state()
@@ -231,7 +232,7 @@ def run_program(program: str) -> list[str]:
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PROGRAM_LIMIT_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr

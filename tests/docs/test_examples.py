@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from distckpt.ptformat.reader import verify
+from tests.support.limits import PROGRAM_LIMIT_S
 from tests.support.selection import quick, torch_only
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
-LIMIT_S = 240
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 pytestmark = torch_only
@@ -88,7 +88,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
 def pip(python: str, *arguments: str | Path) -> None:
     """Run pip, quietly and without a network."""
     command = [python, "-m", "pip", "--disable-pip-version-check", "-qq", "--no-input", *arguments]
-    subprocess.run(command, check=True, timeout=LIMIT_S)
+    subprocess.run(command, check=True, timeout=PROGRAM_LIMIT_S)
 
 
 def run(
@@ -114,7 +114,7 @@ def run(
         capture_output=True,
         text=True,
         check=False,
-        timeout=LIMIT_S,
+        timeout=PROGRAM_LIMIT_S,
     )
     assert done.returncode == 0, done.stderr
     return sorted(path.name for path in folder.glob("checkpoints/*")), done.stdout, done.stderr

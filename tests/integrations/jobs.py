@@ -19,10 +19,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
+from tests.support.limits import PROGRAM_LIMIT_S
+
 __all__ = ["Jobs"]
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT_S = 120.0
 _READY = b"r"
 
 
@@ -50,7 +51,7 @@ class Jobs:
 
     def __exit__(self, *_: object) -> None:
         """End the process, and with it the ranks."""
-        self._process.communicate(timeout=LIMIT_S)
+        self._process.communicate(timeout=PROGRAM_LIMIT_S)
 
     def run(
         self, folder: Path, world_size: int = 1, *, kill_after_s: float | None = None, **plan: Any
@@ -142,7 +143,7 @@ def _join(job: dict[str, Any], rank: int) -> None:
 def _run_job(train: Callable[..., dict[str, Any]], job: dict[str, Any]) -> Any:
     Path(job["folder"]).mkdir(parents=True, exist_ok=True)
     ranks = [_Rank(train, job, rank) for rank in range(job["world_size"])]
-    deadline, end = time.monotonic() + LIMIT_S, None
+    deadline, end = time.monotonic() + PROGRAM_LIMIT_S, None
     with contextlib.ExitStack() as stack:
         for one in ranks:
             stack.callback(_kill, one)

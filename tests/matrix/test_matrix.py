@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
+from tests.support.limits import PROGRAM_LIMIT_S
+
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).with_name("program.py")
 BACKENDS = ("serial", "gloo", "horovod", "xla")
-LIMIT_S = 240.0
 
 
 def pythons() -> dict[str, str]:
@@ -33,7 +34,9 @@ def start(backend: str, what: str, folder: Path) -> list[dict[str, Any]]:
     environment |= {"PYTHON": python, "SCRIPT": str(PROGRAM), "PYTHONPATH": str(ROOT), "NPROC_PER_NODE": "2", "NP": "2"}
     environment |= {"MATRIX_DO": what, "MATRIX_FOLDER": str(folder), "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{Path(python).parent}:{environment['PATH']}"
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=PROGRAM_LIMIT_S, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     paths = sorted(folder.glob(f"{what}.{backend}.*.json"))
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]

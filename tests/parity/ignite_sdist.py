@@ -17,6 +17,7 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import distckpt
+from tests.support.limits import PROGRAM_LIMIT_S
 
 VERSION = "0.5.5"
 SHA256 = "2c14de75c939a3cc06d2e7de00b1e0a261917ef9bd874dac2e69d789dfa9cc64"
@@ -160,7 +161,7 @@ def run_pytest(root: Path, files: tuple[str, ...], options: tuple[str, ...], env
         env={**inherited, "CUDA_VISIBLE_DEVICES": "", **environment},
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=PROGRAM_LIMIT_S,
         check=False,
     )
     assert report.exists(), done.stdout + done.stderr

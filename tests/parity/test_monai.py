@@ -313,7 +313,7 @@ def test_the_early_stop_handler_stops_in_the_same_iteration(tmp_path: Path, opti
 
 
 @pytest.mark.parametrize("key_metric_filename", [None, "model.pt"])
-@run_distributed(world_size=2, timeout_s=240)  # ranks that import MONAI for the first time
+@run_distributed(world_size=2)  # ranks that import MONAI for the first time
 def test_two_ranks_leave_the_same_files(tmp_path: Path, key_metric_filename: str | None) -> None:
     results = []
     for library in (IGNITE, OURS):

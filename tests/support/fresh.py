@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tests.support.dispatch import Call, Dispatch
 from tests.support.handle import RankHandle
+from tests.support.limits import PROGRAM_LIMIT_S
 from tests.support.report import RankEnd, RankFailedError
 from tests.support.start import start
 
@@ -26,11 +27,11 @@ class FreshRanks:
         """Return the process id of a rank, to signal it."""
         return self._handles[rank].pid
 
-    def receive(self, rank: int, *, timeout_s: float = 60.0) -> object:
+    def receive(self, rank: int, *, timeout_s: float = PROGRAM_LIMIT_S) -> object:
         """Return the next payload that a rank sends with `send_to_parent`."""
         return self._dispatch.receive(rank, time.monotonic() + timeout_s)
 
-    def finish(self, *, timeout_s: float = 90.0, may_fail: Sequence[int] = ()) -> list[RankEnd]:
+    def finish(self, *, timeout_s: float = PROGRAM_LIMIT_S, may_fail: Sequence[int] = ()) -> list[RankEnd]:
         """Wait until every rank's function and process has ended.
 
         Args:

@@ -9,12 +9,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tests.support.limits import PROGRAM_LIMIT_S
 from tests.support.messages import STACK_SIGNAL, Ready, pack, unpack
 
 if TYPE_CHECKING:
     from tests.support.fork_server import ForkedProcess
 
-_START_LIMIT_S = 120.0
 _MAX_OUTPUT_BYTES = 20_000
 
 
@@ -51,8 +51,8 @@ class RankHandle:
         if self.pid:
             return
         try:
-            if not self.connection.poll(_START_LIMIT_S):
-                limit = f"{_START_LIMIT_S:.0f} s"
+            if not self.connection.poll(PROGRAM_LIMIT_S):
+                limit = f"{PROGRAM_LIMIT_S:.0f} s"
                 raise RuntimeError(f"rank {self.rank} did not start in {limit}:\n{self.output()}")
             message = self.receive()
         except (EOFError, ConnectionError) as error:

@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.dispatch import Call, Dispatch
 from tests.support.fresh import fresh_ranks
+from tests.support.limits import PROGRAM_LIMIT_S
 from tests.support.locate import RANK_BODY, WORLD_SIZE
 from tests.support.pool import pool_for
 from tests.support.report import RankEnd, RankFailedError
@@ -19,7 +20,7 @@ T = TypeVar("T")
 def run_distributed(
     world_size: int = 2,
     backend: str | None = "gloo",
-    timeout_s: float = 90.0,
+    timeout_s: float = PROGRAM_LIMIT_S,
     *,
     env: Mapping[str, str] | None = None,
 ) -> Callable[[Callable[P, None]], Callable[P, None]]:
@@ -67,7 +68,7 @@ def run_ranks(
     world_size: int = 2,
     *args: object,
     backend: str | None = "gloo",
-    timeout_s: float = 90.0,
+    timeout_s: float = PROGRAM_LIMIT_S,
     fresh: bool = False,
     env: Mapping[str, str] | None = None,
     collective_timeout_s: float | None = None,

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.limits import PROGRAM_LIMIT_S
+
 COMMAND = Path(__file__).resolve().parents[2] / "ci" / "accel.sh"
 STAGES = ["contracts", "tests", "train", "save", "sharded"]
 
@@ -15,7 +17,12 @@ STAGES = ["contracts", "tests", "train", "save", "sharded"]
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHON": sys.executable}
     return subprocess.run(
-        ["bash", str(COMMAND), *arguments], env=environment, capture_output=True, text=True, timeout=60, check=False
+        ["bash", str(COMMAND), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PROGRAM_LIMIT_S,
+        check=False,
     )
 
 

@@ -11,6 +11,7 @@ from ignite.handlers import checkpoint as ignites
 
 import distckpt
 from distckpt import EarlyStopping, TerminateOnNan, TimeLimit
+from tests.support.limits import PROGRAM_LIMIT_S
 from tests.unit.toys import idle_engine
 
 NAMES = [
@@ -71,7 +72,9 @@ def test_handlers_log_below_the_package_and_add_no_handlers(make: type[Terminate
 def run_fresh(program: str) -> str:
     """Return what a program prints in a process of its own."""
     root = Path(distckpt.__file__).parents[1]
-    return subprocess.check_output([sys.executable, "-c", program], cwd=root, text=True, timeout=120).strip()
+    return subprocess.check_output(
+        [sys.executable, "-c", program], cwd=root, text=True, timeout=PROGRAM_LIMIT_S
+    ).strip()
 
 
 def test_importing_configures_nothing_and_pulls_in_no_other_runtime() -> None:

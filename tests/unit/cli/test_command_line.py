@@ -13,6 +13,7 @@ import pytest
 from distckpt.cli import listing, main
 from distckpt.cli.output import Column, Output, Table, shorten
 from distckpt.cli.progress import Progress
+from tests.support.limits import PROGRAM_LIMIT_S
 from tests.unit.cli.conftest import Command
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -32,7 +33,7 @@ def test_help_and_ls_import_neither_torch_nor_ignite(trained: Path, arguments: l
         "print([name for name in ('torch', 'ignite', 'numpy', 'rich') if name in sys.modules])"
     )
     called = [sys.executable, "-c", code, *(one.format(trained=trained) for one in arguments)]
-    out = subprocess.check_output(called, cwd=ROOT, text=True, timeout=240)
+    out = subprocess.check_output(called, cwd=ROOT, text=True, timeout=PROGRAM_LIMIT_S)
     assert out.splitlines()[-1] == "[]"
 
 
@@ -48,7 +49,13 @@ def test_a_pipe_that_closes_ends_it_quietly(trained: Path) -> None:
     os.close(reader)
     with os.fdopen(writer, "w") as pipe:
         done = subprocess.run(
-            program("ls", trained), cwd=ROOT, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False, timeout=240
+            program("ls", trained),
+            cwd=ROOT,
+            stdout=pipe,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            timeout=PROGRAM_LIMIT_S,
         )
     assert (done.returncode, done.stderr) == (141, "")
 

@@ -22,6 +22,7 @@ from distckpt.cli import sources
 from distckpt.cli.sources import load, open_source
 from distckpt.cli.structure import flatten, unflatten
 from distckpt.ptformat.reader import read_pt, verify
+from tests.support.limits import PROGRAM_LIMIT_S
 from tests.support.selection import quick
 from tests.unit.cli.conftest import Command, flip
 from tests.unit.directories import names_in
@@ -312,7 +313,7 @@ sys.exit(main(sys.argv[1:4]))
 def test_a_signal_leaves_no_file(tmp_path: Path, out: str, number: signal.Signals) -> None:
     torch.save({str(at): torch.ones(1000) for at in range(100)}, tmp_path / "a.pt")
     called = [sys.executable, "-c", SIGNALLED, "convert", str(tmp_path / "a.pt"), str(tmp_path / out), str(int(number))]
-    done = subprocess.run(called, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
+    done = subprocess.run(called, cwd=ROOT, capture_output=True, text=True, check=False, timeout=PROGRAM_LIMIT_S)
     assert done.returncode == (130 if number is signal.SIGINT else 143), done.stderr
     assert done.stderr == f"distckpt: {'interrupted' if number is signal.SIGINT else 'terminated'}\n"
     assert names_in(tmp_path) == ["a.pt"]

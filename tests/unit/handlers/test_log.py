@@ -14,6 +14,7 @@ from ignite.engine import Engine, Events
 import distckpt
 from distckpt import Checkpoint, DiskSaver
 from distckpt._messages import log_level
+from tests.support.limits import PROGRAM_LIMIT_S
 from tests.unit.toys import InMemory, idle_engine, linear, run_epochs
 
 NAN = float("nan")
@@ -99,7 +100,7 @@ def lines_of_the_program(folder: Path, mode: str) -> list[str]:
         env={**os.environ, "PYTHONPATH": str(Path(distckpt.__file__).parents[1])},
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=PROGRAM_LIMIT_S,
         check=False,
     )
     assert done.stdout == "done\n", done.stderr

@@ -14,6 +14,7 @@ from torch import nn
 
 import distckpt
 from distckpt import Checkpoint, CorruptCheckpointError, LoadError, LoadReport, StateMismatchError, UnsafeCheckpoint
+from tests.support.limits import PROGRAM_LIMIT_S
 from tests.unit.toys import Notebook, equal, linear, run_epochs, snapshot
 
 
@@ -104,7 +105,7 @@ def test_neither_needs_ignite(tmp_path: Path) -> None:
         cwd=Path(distckpt.__file__).parents[1],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PROGRAM_LIMIT_S,
         check=True,
     )
     assert done.stdout.split() == ["checkpoint_1.pt", "False"]

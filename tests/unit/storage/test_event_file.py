@@ -15,6 +15,7 @@ from distckpt.policy.naming import EVENTS_NAME
 from distckpt.storage import event_file
 from distckpt.storage.event_file import append_events, read_events
 from distckpt.storage.local import LocalStorage
+from tests.support.limits import PROGRAM_LIMIT_S
 
 EVENT = {"event": "save", "at_s": 1.5, "file": "caf\udce9\n.pt", "score": float("nan")}
 _REFUSALS = "no regular file|Is a directory|symbolic links|Not a directory|No such device"
@@ -84,7 +85,7 @@ def test_lines_of_several_processes_do_not_mix(tmp_path: Path) -> None:
     processes = [
         subprocess.Popen([sys.executable, "-c", _WRITER, str(tmp_path), writer, str(num_events)]) for writer in writers
     ]
-    assert [process.wait(timeout=60) for process in processes] == [0, 0, 0]
+    assert [process.wait(timeout=PROGRAM_LIMIT_S) for process in processes] == [0, 0, 0]
     found = read_events(tmp_path)
     assert found.num_dropped == 0
     for writer in writers:
