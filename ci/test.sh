@@ -116,7 +116,7 @@ if [ "$TESTS" -eq 1 ]; then
         esac
     done
     if [ "${#RUNTIMES[@]}" -ge 3 ]; then
-        stage_beside "checkpoint matrix" 600 env DISTCKPT_PYTHONS="$(
+        stage_beside "checkpoint matrix" 1800 env DISTCKPT_PYTHONS="$(
             printf '%s:' "${PYTHONS[base]}" "${PYTHONS[horovod]}" "${PYTHONS[xla]}"
         )" "$PYTHON" -m pytest tests/matrix
     fi

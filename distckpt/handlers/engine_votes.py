@@ -1,6 +1,6 @@
 """Votes of an engine's handlers: the base classes of handlers that vote, and what handlers tell their engine.
 
-During an event each of these handlers adds its answer to one round. The round is counted after the event's last
+During an event each of these handlers adds its answer to one round. The vote is held after the event's last
 handler, or earlier where a save calls :func:`hold_votes`. :mod:`distckpt.handlers.vote_rounds` decides when.
 """
 
@@ -72,7 +72,7 @@ class Voter(TrackedHandler, ABC):
 
     @abstractmethod
     def _act(self, engine: Engine, reports: Mapping[int, Any]) -> None:
-        """All ranks, if a rank said yes. Act on it.
+        """All ranks, if a rank said yes; for a level-triggered kind, once no rank does. Act on it.
 
         Args:
             engine: the engine whose event it is.
@@ -246,7 +246,7 @@ def hold_votes(
        `saver` vote, and call the handlers that may run early. The event then skips them. In an iteration event of
        `engine` all voters are called, so that one reduction counts them; in others only the NaN detectors are, since
        much may happen before the event ends.
-    2. (all ranks) count the pending and the present round, and act on both.
+    2. (all ranks) hold the pending and the present vote, and act on both.
 
     Args:
         engine: the engine on whose event the save runs.

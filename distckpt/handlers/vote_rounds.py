@@ -1,4 +1,4 @@
-"""The vote rounds of one engine on one rank: when they are counted, and what the engine's run does around them.
+"""The vote rounds of one engine on one rank: when the votes are held, and what the engine's run does around them.
 
 Handlers use :mod:`distckpt.handlers.engine_votes`. :mod:`distckpt.coordination.votes` counts.
 """
@@ -53,12 +53,8 @@ class EngineVotes:
         self._name = ""
         self._start_anew(None)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "EngineVotes":
-        """Return a new object: a copy of an engine votes for itself."""
-        return EngineVotes()
-
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return a new object in another process."""
+        """Return a new object: a copy of an engine votes for itself."""
         return (EngineVotes, ())
 
     def _start_anew(self, backend: Backend | None) -> None:
@@ -151,14 +147,14 @@ class EngineVotes:
 
     @property
     def has_votes(self) -> bool:
-        """Whether the present round has answers that are not counted."""
+        """Whether the present round has answers that no vote has counted."""
         return bool(self._round)
 
     def _count_after_event(self, engine: Engine) -> None:
-        """Collective. Count the round, or start to count it, and act on the known results."""
+        """Collective. Hold the vote, or start it, and act on the known results."""
         self._is_scheduled = False
         if not self._round:
-            return  # a save has counted it
+            return  # a save has held its vote
         if engine.state.iteration % self._every and self._is_iteration_event:
             return  # the answers stay in the round
         before = self._finish_pending()
@@ -168,7 +164,7 @@ class EngineVotes:
             self._act(engine, before, self._start()())
 
     def flush(self, engine: Engine) -> None:
-        """Collective if a vote is open: finish the pending count, count the round, and act on both.
+        """Collective if a vote is open: finish the pending vote, hold the present one, and act on both.
 
         Only where all ranks call it, as in a save.
         """

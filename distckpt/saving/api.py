@@ -71,8 +71,8 @@ def save(
     Args:
         objects: objects with ``state_dict``, in nested mappings and lists. The file holds a mapping of the same shape;
             of a single object it holds the bare state.
-        path: of the file. The directory has to exist. Only the path on `save_on_rank` counts, or with `share_write`
-            the paths on all writers.
+        path: of the file; one that ends in a slash is refused. The directory has to exist. Only the path on
+            `save_on_rank` counts, or with `share_write` the paths on all writers.
         save_on_rank: the coordinator; it creates and commits the file.
         step: number of training steps, for the manifest and for errors.
         share_write: ranks of the coordinator's ``"node"``, or of the ``"world"``, that see its directory write the file
@@ -296,7 +296,7 @@ def _check_arguments(objects: object, path: object, step: object, share_write: o
     if not isinstance(path, str | os.PathLike):
         msg = f"Argument path should be a string or Path object, but given {type(path)}"
         raise TypeError(msg)
-    if isinstance(path, str) and path.endswith(os.sep):
+    if str(os.fspath(path)).endswith((os.sep, f"{os.sep}.")):
         msg = f"Argument path should name a file, but given {path!r}, a directory"
         raise ValueError(msg)
     if step is not None and (not isinstance(step, int) or isinstance(step, bool)):

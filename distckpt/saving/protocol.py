@@ -182,7 +182,7 @@ def start_save(
             point = sync_point(f"comparing replicas for {filename}")
             checksums = phases.run(backend, point, writer.replica_checksums, timeout_s=write_timeout_s)
             _check_replicas(checksums, coordinator)
-        shard_ranks = exchange_shards(
+        sharded_writers = exchange_shards(
             backend,
             sync_point,
             filename,
@@ -193,7 +193,7 @@ def start_save(
             coordinator,
             timeout_s=write_timeout_s,
         )
-        writers = shard_ranks or writers
+        writers = sharded_writers or writers
         if len({answers[rank]["layout"] for rank in writers}) > 1:
             point = sync_point(f"comparing layouts of {filename}")
             layouts = phases.run(backend, point, writer.describe_layout, timeout_s=timeout_s)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.crash.lost_jobs import Jobs, Table
+from tests.support.limits import PROGRAM_LIMIT_S
 from tests.support.selection import is_full
 
 _COUNTS = {
@@ -28,7 +29,7 @@ _COUNTS = {
     "PROGRAMS": (8, 500),
 }
 """Number of trials for each way of saving, in the quick selection and in all."""
-_LIMITS_S = (170.0, 3000.0)
+_LIMITS_S = (PROGRAM_LIMIT_S, 3000.0)
 
 
 def _from_environment(name: str, default: int) -> int:

@@ -134,7 +134,7 @@ def test_a_record_that_cannot_be_written_costs_no_save_and_is_logged_once(tmp_pa
     reason = why_no_mounts(tmp_path, kind="tmpfs")
     if reason is not None:
         pytest.skip(f"this machine does not allow to mount a small tmpfs: {reason}")
-    (found,) = run_ranks(_train_with_bad_records, 1, str(tmp_path), backend=None, fresh=True, timeout_s=60)
+    (found,) = run_ranks(_train_with_bad_records, 1, str(tmp_path), backend=None, fresh=True)
     for kind, (names, messages) in found.items():
         assert names == [EVENTS_NAME, "notes_5.pt"]
         (message,) = messages

@@ -20,10 +20,10 @@ from distckpt.storage.direct_io import DirectFile
 from tests.distributed.failures import Stateful
 from tests.distributed.programs import all_equal, gather, logged, model_of, raised, training_step
 from tests.support import fresh_ranks, job, run_distributed
+from tests.support.limits import PROGRAM_LIMIT_S
 from tests.support.selection import torch_only
 
 WORLDS = pytest.mark.parametrize("world_size", [2, 3])
-LIMIT_S = 60.0
 
 
 @contextlib.contextmanager
@@ -40,7 +40,7 @@ def slow_disk(rank: int, until: str, error: OSError | None = None) -> Iterator[N
     def held(self: DirectFile, data: memoryview, offset: int) -> None:
         if threading.current_thread().name.startswith("distckpt-writer"):
             # Not store.wait: it would keep this rank's other threads from the store.
-            deadline = time.monotonic() + LIMIT_S
+            deadline = time.monotonic() + PROGRAM_LIMIT_S
             while not store.check([until]) and time.monotonic() < deadline:
                 time.sleep(0.01)
             if error is not None:
@@ -224,7 +224,7 @@ def fail_alone(folder: Path, which: int) -> str:
 def test_a_rank_that_fails_alone_leaves_a_whole_file(tmp_path: Path, which: int) -> None:
     # The rank that is left hangs in its own collective: it is ended by force, and not before it has written.
     with fresh_ranks(fail_alone, 2, tmp_path, which) as ranks:
-        ends = ranks.finish(timeout_s=60.0, may_fail=[0, 1])
+        ends = ranks.finish(may_fail=[0, 1])
     assert ends[which].value == "ArithmeticError"
     assert ends[1 - which].exit_code == 70
     assert [path.name for path in tmp_path.iterdir()] == ["obj_2.pt"]
@@ -254,7 +254,7 @@ def leave_alone(folder: Path) -> tuple[str, float]:
 @torch_only
 def test_a_rank_that_leaves_its_run_while_a_save_is_pending_learns_in_time_that_it_is_alone(tmp_path: Path) -> None:
     with fresh_ranks(leave_alone, 2, tmp_path, env={"DISTCKPT_TIMEOUT_S": "3"}) as ranks:
-        ends = ranks.finish(timeout_s=60.0, may_fail=[0])
+        ends = ranks.finish(may_fail=[0])
     text, after_s = ends[1].value
     assert "rank 0" in text
     assert after_s < 20.0

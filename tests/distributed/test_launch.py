@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,10 +57,10 @@ def started(command: Sequence[str], **environment: str) -> Iterator[subprocess.P
     """Start a launcher; whatever happens in the body, it and its ranks end."""
     base = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "PYTEST_"))}
     base |= {"PYTHON": sys.executable, "NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    mark = uuid.uuid4().hex
+    base |= {"DISTCKPT_TEST_MARK": mark}
     pipe = subprocess.PIPE
-    process = subprocess.Popen(
-        command, env=base | environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
-    )
+    process = subprocess.Popen(command, env=base | environment, stdout=pipe, stderr=pipe, text=True)
     try:
         yield process
     finally:
@@ -67,9 +68,16 @@ def started(command: Sequence[str], **environment: str) -> Iterator[subprocess.P
             process.terminate()  # torchrun passes it on to its ranks, and waits for them
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.communicate(timeout=40)
-        with contextlib.suppress(ProcessLookupError):  # ranks that outlive their launcher
-            os.killpg(process.pid, signal.SIGKILL)
+        _kill_marked(mark)
         process.communicate(timeout=10)
+
+
+def _kill_marked(mark: str) -> None:
+    """Kill ranks that have outlived their launcher: those with a mark in their environment."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # another user's, or it has ended
+            if mark.encode() in (folder / "environ").read_bytes():
+                os.kill(int(folder.name), signal.SIGKILL)
 
 
 def train(

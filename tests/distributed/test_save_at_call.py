@@ -126,7 +126,7 @@ def save_while_swapped(
 
 @WORLDS
 def test_what_is_saved_is_the_state_of_the_call_and_never_a_step_voted_nan(tmp_path: Path, world_size: int) -> None:
-    results = run_ranks(_save_in_each_way, world_size, str(tmp_path), timeout_s=120.0)
+    results = run_ranks(_save_in_each_way, world_size, str(tmp_path))
     for rank, by_way in enumerate(results):
         for way, (held, ended, reason, votes, is_there) in by_way.items():
             assert held == {"weights_2.pt": -2.0}, (rank, way)

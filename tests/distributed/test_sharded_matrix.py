@@ -163,10 +163,10 @@ def test_every_layout_is_saved_and_loaded_bit_for_bit_on_every_number_of_ranks(
     shapes: Mapping[str, Sequence[int]] = {}
     for num, folder in folders.items():
         Path(folder).mkdir()
-        shapes = run_ranks(save_all, num, folder, ways, timeout_s=150)[0]
+        shapes = run_ranks(save_all, num, folder, ways)[0]
     counts = load_plain(folders, ways, shapes)
     for num in loading:
-        counts += run_ranks(load_all, num, folders, ways, timeout_s=150)[0]
+        counts += run_ranks(load_all, num, folders, ways)[0]
     with capsys.disabled():
         print(f"\n{table_of(counts, saving, loading, ways)}", file=sys.stderr)  # noqa: T201 - the counts belong in the log
     num_layouts = len(shapes)

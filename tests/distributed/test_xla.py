@@ -98,7 +98,7 @@ def compilations(folder: Path) -> tuple[list[int], int]:
 
 
 def test_fifty_iterations_with_all_handlers_compile_nothing_after_the_fifth(tmp_path: Path) -> None:
-    results = run_ranks(compilations, 2, tmp_path, fresh=True, timeout_s=120.0)
+    results = run_ranks(compilations, 2, tmp_path, fresh=True)
     assert [last for _, last in results] == [NUM_ITERATIONS] * 2
     for (after_1, after_5, before_50, after_50), _ in results:
         assert 0 < after_1 < after_5, "it does count"

@@ -92,7 +92,7 @@ def _with_both(folder: Path, name: str, work: str) -> Any:
 
 def _on_ranks(world_size: int, folder: Path, name: str, work: str) -> Any:
     backend = "gloo" if world_size > 1 else None
-    return run_ranks(_with_both, world_size, folder, name, work, backend=backend, timeout_s=150.0)[0]
+    return run_ranks(_with_both, world_size, folder, name, work, backend=backend)[0]
 
 
 def _files(folder: Path) -> dict[str, Any]:

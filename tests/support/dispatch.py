@@ -10,6 +10,7 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from tests.support.handle import RankHandle
+from tests.support.limits import PROGRAM_LIMIT_S
 from tests.support.locate import reference_to
 from tests.support.messages import Idle, Outcome, Release, Task, UserMessage, pack, unpack
 from tests.support.report import RankEnd
@@ -30,7 +31,7 @@ class Call:
     kwargs: Mapping[str, object] = field(default_factory=dict)
     backend: str | None = "gloo"
     environment: Mapping[str, str] = field(default_factory=dict)
-    collective_timeout_s: float = 120.0
+    collective_timeout_s: float = 2 * PROGRAM_LIMIT_S
     fresh: bool = False
 
     @property

@@ -72,7 +72,7 @@ def fresh_ranks(
     *args: object,
     backend: str | None = "gloo",
     env: Mapping[str, str] | None = None,
-    collective_timeout_s: float = 120.0,
+    collective_timeout_s: float = 2 * PROGRAM_LIMIT_S,
 ) -> Iterator[FreshRanks]:
     """Start `function(*args)` on new processes, which are killed when the block ends.
 

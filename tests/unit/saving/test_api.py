@@ -86,10 +86,11 @@ def test_existing_file_is_replaced(tmp_path: Path, *, in_background: bool) -> No
     assert os.listdir(tmp_path) == ["a.pt"]
 
 
+@pytest.mark.parametrize("end", ["/", "/."])
 @pytest.mark.parametrize("call", [save, async_save])
-def test_name_of_a_directory_is_refused(tmp_path: Path, call: Any) -> None:
-    with pytest.raises(ValueError, match=r"Argument path should name a file, but given '.*new/', a directory"):
-        call({"a": linear()}, f"{tmp_path}/new/")
+def test_name_of_a_directory_is_refused(tmp_path: Path, call: Any, end: str) -> None:
+    with pytest.raises(ValueError, match=r"Argument path should name a file, but given '.*new/\.?', a directory"):
+        call({"a": linear()}, f"{tmp_path}/new{end}")
     assert os.listdir(tmp_path) == []
 
 
