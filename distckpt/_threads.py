@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 EXIT_LIMIT_S = 10.0
 """How long a process waits at its end for a torch call that does not return, such as a call to a frozen store."""
-_MAX_THREADS = 4
+_MAX_COPYING = 4
 """More threads do not copy memory faster."""
 _LOCK = threading.Lock()
 _PENDING_WRITES: "dict[int, PendingWrite]" = {}
@@ -38,7 +38,7 @@ def get_num_threads(world_size: int) -> int:
     text = os.environ.get("LOCAL_WORLD_SIZE", "")
     num_local = int(text) if text.isdecimal() and 0 < int(text) <= world_size else world_size
     num_cpus = len(os.sched_getaffinity(0)) // max(num_local, 1)
-    return min(max(torch.get_num_threads(), num_cpus), _MAX_THREADS)
+    return min(max(torch.get_num_threads(), num_cpus), _MAX_COPYING)
 
 
 @contextlib.contextmanager
@@ -74,7 +74,7 @@ def start_thread(work: Callable[[], None]) -> threading.Event:
         finally:
             has_ended.set()
 
-    threading.Thread(target=run, name="distckpt-staging", daemon=False).start()
+    threading.Thread(target=run, name="distckpt-helper", daemon=False).start()
     return has_ended
 
 

@@ -30,7 +30,7 @@ from distckpt.storage.base import NewFile, Storage
 from distckpt.storage.direct_io import BufferedWriter
 
 _T = TypeVar("_T")
-_MAX_THREADS = 64
+_MAX_WRITING = 64
 """More than saves can be pending: replicas may be threads of one process."""
 
 
@@ -340,7 +340,7 @@ def _threads(process: int) -> ThreadPoolExecutor:
     An exiting program waits for their work. The key makes a forked process start its own.
     """
     del process
-    return ThreadPoolExecutor(_MAX_THREADS, thread_name_prefix="distckpt-writer")
+    return ThreadPoolExecutor(_MAX_WRITING, thread_name_prefix="distckpt-writer")
 
 
 def run_in_background(work: Callable[[], _T]) -> "Future[_T]":

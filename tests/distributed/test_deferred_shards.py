@@ -85,7 +85,7 @@ def test_each_file_holds_the_state_of_its_iteration(tmp_path: Path, *, is_stage:
 
     with patch.object(Staging, "_copy", slowly):
         expected = train(tmp_path, objects, model, optimizer)
-    assert threads.count("distckpt-staging") >= NUM_STEPS, "copies were deferred"
+    assert threads.count("distckpt-helper") >= NUM_STEPS, "copies were deferred"
     assert differing(tmp_path, expected, model) == []
     assert guards._GUARDS == []
 
@@ -96,7 +96,7 @@ def test_without_the_guard_the_same_loop_saves_other_states(tmp_path: Path) -> N
     copy, step, stepped = Staging._copy, optimizer.step, threading.Event()
 
     def copy_after_step(self: Staging, which: int) -> None:
-        if threading.current_thread().name == "distckpt-staging":
+        if threading.current_thread().name == "distckpt-helper":
             assert stepped.wait(30)
         copy(self, which)
 

@@ -66,7 +66,7 @@ def test_each_file_holds_the_state_of_its_iteration_despite_deferred_copies(
     trainer.add_event_handler(Events.ITERATION_COMPLETED, handler)
     trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda _: average.update_parameters(model))
     trainer.run([0] * 25)
-    assert slow_copies.count("distckpt-staging") >= 25
+    assert slow_copies.count("distckpt-helper") >= 25
     for iteration, held in expected.items():
         path = tmp_path / f"checkpoint_{iteration}.pt"
         verify(path)
@@ -133,7 +133,7 @@ def test_load_waits_for_deferred_copies(tmp_path: Path, slow_copies: list[str]) 
     handler(Engine(lambda _engine, _batch: None))
     Checkpoint.load_objects({"model": model}, {"weight": torch.zeros(1200, 1200), "bias": torch.zeros(1200)})
     handler.wait_until_finished()
-    assert "distckpt-staging" in slow_copies
+    assert "distckpt-helper" in slow_copies
     assert torch.equal(torch.load(tmp_path / "checkpoint_0.pt", weights_only=True)["model"]["weight"], before)
     assert guards._GUARDS == []
 
