@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 
 from distckpt import _checksum
-from tests.support.limits import PROGRAM_LIMIT_S
 
 KIB, MIB = 1 << 10, 1 << 20
 BYTES = random.Random(1).randbytes(3 * MIB)
@@ -239,8 +238,6 @@ sources, rows = array("Q", [ctypes.addressof(source)]), array("q", [0, 0, 0, 999
 checksum.copy_rows(memoryview(target), 0, sources, rows, 0, 1, crcs)
 print(checksum.kernel_name(), target == b"x" * 99999, crcs[0] == -1, zlib.crc32(target) == checksum.crc32(target))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=PROGRAM_LIMIT_S, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["None", "True", "True", "True"]
