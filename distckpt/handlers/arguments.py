@@ -81,11 +81,11 @@ def check_include_self(to_save: Mapping[str, Any], *, include_self: bool) -> Non
 
 
 def check_rank(rank: object, name: str = "save_on_rank") -> None:
-    """Check an argument that is a rank. The first event checks whether the job has it.
+    """Check an argument that is a rank. Whether the job has that rank is checked at the first event.
 
     Raises:
-        TypeError: it is no int.
-        ValueError: it is negative.
+        TypeError: `rank` is not an int.
+        ValueError: `rank` is negative.
     """
     if not isinstance(rank, int) or isinstance(rank, bool):
         msg = f"Argument {name} should be a non-negative integer, but given {type(rank)}"
@@ -99,7 +99,7 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Check an argument that has to be one of `choices`.
 
     Raises:
-        ValueError: it is none of them.
+        ValueError: `value` is none of them.
     """
     if value not in choices:
         msg = f"Argument {name} should be one of {', '.join(map(repr, choices))}, but given {value!r}"

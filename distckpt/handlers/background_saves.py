@@ -1,4 +1,4 @@
-"""A Checkpoint's save that is written while training continues: when the ranks ask whether it is done, and who waits.
+"""A Checkpoint's background saves: when the ranks vote on whether a save is done, and when they wait for it.
 
 The save itself is a :class:`~distckpt.saving.pending_save.PendingSave`.
 """
@@ -30,8 +30,9 @@ OnEnd = Callable[[PendingSave, BaseException | None], None]
 class BackgroundSaves(Poller):
     """The pending save of one Checkpoint, if any.
 
-    It polls the outermost engine that fires as the save starts. After each iteration all ranks vote on whether a rank
-    is still writing, together with the other votes. Nobody waits for the save before it has ended on all ranks.
+    It votes with the outermost engine that fires as the save starts. After each of that engine's iterations all ranks
+    vote on whether a rank is still writing, together with the other votes. No iteration waits for a
+    rank that is still writing.
 
     Args:
         timeout_s: seconds to wait for the other ranks; None for the default.
@@ -73,22 +74,24 @@ class BackgroundSaves(Poller):
         return _report_nothing if self._pending is not None and self._pending.is_pending else None
 
     def _act(self, engine: Engine, reports: Mapping[int, Any]) -> None:
-        """Collective. No rank is writing any more."""
+        """Collective. Advance the save, since no rank is writing any more."""
         if self._pending is not None and self._pending is self._voted_on:
             self._advance()
 
     def wait(self) -> None:
-        """Collective. Block until no save is pending. While an engine handles an exception: :meth:`abort`.
+        """Collective. Block until no save is pending.
+
+        While an engine handles an exception in a job of several ranks, :meth:`abort` the save instead.
 
         Raises:
-            RemoteRankError: the save failed on some rank; on every rank. In a world of one the original error.
+            RemoteRankError: the save failed on some rank; raised on every rank. With one rank: the original error.
         """
         if find_engine_handling_exception() is not None and current().world_size > 1:
             self.abort(handled_exception())
             return
         if self._pending is not None and self._engine is not None:
             hold_votes(self._engine)
-        if self._pending is not None:  # a disk may be slow; but a rank that is elsewhere is named in time
+        if self._pending is not None:  # disks may be slow, but a rank that does not come here is named in time
             self._run(functools.partial(self._pending.meet, self.timeout_s))
         while self._pending is not None:
             self._advance()
@@ -163,4 +166,4 @@ def _log_aborted(pending: PendingSave, reason: str) -> None:
 
 
 def _report_nothing() -> None:
-    """Return what a rank reports with its vote."""
+    """Report a yes without a detail."""

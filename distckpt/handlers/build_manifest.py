@@ -4,9 +4,9 @@ The manifest's ``record`` is what a later run resumes from:
 
 * ``handler``: the handler's identity, the same in the next run (see ``OwnFiles.identity``);
 * ``run``: ``id``, ``started_s`` and ``lineage`` of the run (see :class:`~distckpt.ptformat.records.Run`);
-* ``number``: the number of checkpoints that the run had saved before, of all handlers;
-* ``kept``: the handler's history after this save, as pairs of priority and name, lowest first. Of more than 100
-  checkpoints it has the new one alone: the records of the others' files have the others;
+* ``number``: the number of checkpoints that all handlers had saved in the run before;
+* ``kept``: the handler's history after this save, as pairs of priority and name, lowest first. If it has
+  more than 100, only the new checkpoint's pair is here: each other file's own record has that file's pair;
 * ``num_kept``: length of the history;
 * ``keep``: the handler's policies, as pairs of name and number; missing if it has ``n_saved``;
 * ``step``: the step that policies see: the global step in the name, or the iteration of the outermost engine;
@@ -36,11 +36,11 @@ _MAX_KEPT = 100
 
 
 def build_manifest(backend: Backend, engine: Engine, agreed: AgreedSave, to_save: Mapping[str, Any]) -> Manifest:
-    """Return the manifest of a checkpoint that is saved now, without its tensors. Rank-local.
+    """Return the manifest of a checkpoint that is being saved, without its tensors. Rank-local.
 
     Args:
         backend: the job's backend.
-        engine: the engine on whose event it is saved.
+        engine: the engine on whose event the checkpoint is saved.
         agreed: what the ranks agreed on.
         to_save: the objects.
     """

@@ -59,10 +59,10 @@ class Checkpoint(Serializable, Voter):
         save_handler: a directory (str or Path), a :class:`BaseSaveHandler`, or a callable that takes
             ``(checkpoint, filename, metadata)`` or ``(checkpoint, filename)``. A custom one is called on every rank.
         filename_prefix: the beginning of the file name.
-        score_function: takes the engine and returns a number. The checkpoints with the highest scores are kept. NaN is
-            not better than any score, and is not saved.
-        score_name: the score's name in the file name. Without `score_function`, the score is
-            ``get_default_score_fn(score_name)``.
+        score_function: takes the engine and returns a number. The checkpoints with the highest scores are kept. A
+            checkpoint whose score is NaN is not saved.
+        score_name: the score's name in the file name. Without `score_function`,
+            ``get_default_score_fn(score_name)`` gives the score.
         n_saved: the number of checkpoints to keep; None keeps all. Not used if `keep` is given.
         global_step_transform: takes ``(engine, event_name)`` and returns the global step; see
             :func:`global_step_from_engine`.
@@ -72,7 +72,7 @@ class Checkpoint(Serializable, Voter):
         greater_or_equal: whether a checkpoint of equal score replaces the lowest one.
         save_on_rank: the coordinator, which writes. A :class:`DiskSaver`'s own ``save_on_rank`` takes precedence.
         archived: deprecated, without effect.
-        keep: policies such as :class:`LastN`. A checkpoint is kept if any policy wants it. None for `n_saved`.
+        keep: policies such as :class:`LastN`. A checkpoint is kept if any policy wants it. None to use `n_saved`.
         score_rule: which score counts when the ranks' scores differ: ``"mean"``, ``"min"``, ``"max"``, or the
             ``"coordinator"``'s.
         timeout_s: seconds to wait for the other ranks; None for ``DISTCKPT_TIMEOUT_S``, or 300.
@@ -178,16 +178,17 @@ class Checkpoint(Serializable, Voter):
     def __call__(self, engine: Engine, *_args: Any, **_kwargs: Any) -> None:
         """Collective. Save if this event calls for it, unless the step was voted NaN.
 
-        1. (all ranks) hold the votes of the engine, and of the engines in whose events it runs. In an event of each
-           iteration the wish to save is one of the votes: if no rank wants to save, no other collective follows.
+        1. (all ranks) hold the votes of the engine, and of the engines in whose events it runs. On an event of every
+           iteration, a handler with a score function or a step transform also votes on whether to save: if no rank
+           wants to, no other collective follows.
         2. (all ranks) save the present state; see :mod:`distckpt.saving.protocol`.
 
         While an engine handles an exception (``EXCEPTION_RAISED``), a call is rank-local: the coordinator saves alone,
         because the other ranks may never come.
 
         Raises:
-            RemoteRankError: the save failed on some rank; on every rank, with the type of the error there.
-            SaveError: in a world of one, the checkpoint could not be written.
+            RemoteRankError: the save failed on some rank; raised on every rank, with the type of the error there.
+            SaveError: with one rank, the checkpoint could not be written.
             CommitNotDurable: the file is in place, but may not survive a power cut.
         """
         restore_event_name(engine)
@@ -201,7 +202,7 @@ class Checkpoint(Serializable, Voter):
             announce_errors(failing, is_uncaught=all(isinstance(handler, Checkpoint) for handler in handlers))
             self._save_alone(engine, backend)
             return
-        # Without user functions every call saves. On events other than iterations a vote costs more than it saves.
+        # Without user functions every call saves. On events other than iterations a vote costs more than it avoids.
         has_functions = self.score_function is not None or self.global_step_transform is not None
         asks = has_functions and has_others and is_iteration_event(engine)
         self._asking_engine, self._facts, self._is_wanted = (engine if asks else None), None, not asks
@@ -218,7 +219,7 @@ class Checkpoint(Serializable, Voter):
 
     def _probe(self, engine: Engine) -> Answer:
         if engine is not self._asking_engine:
-            return None  # registers the handler: ranks at different places are detected by its name
+            return None  # only registers the handler: by its name, ranks at different places are detected
         facts = self._facts = self._find_facts(engine)
         is_wanted = not self._history.is_agreed or self._is_forced
         is_wanted = is_wanted or may_want(self, self._history, facts, engine, is_early=self._is_early)
@@ -235,7 +236,7 @@ class Checkpoint(Serializable, Voter):
         return self._history.saved_at.is_present(engine)
 
     def save_early(self, engine: Engine, event: Any, calls: Sequence[Callable[[Engine], Any]] = ()) -> None:
-        """Collective. Save the present state because the run is being ended, as `event` would.
+        """Collective. Save the present state, as on `event`, because the run is being ended.
 
         The file is named as on `event`. In the middle of an epoch, if `event` counts epochs, the priority is half a
         step lower: after a resume the end of that epoch replaces the file. An iteration is saved only once, by this
@@ -245,7 +246,7 @@ class Checkpoint(Serializable, Voter):
             engine: the engine whose run is ended.
             event: the event that the handler is attached to.
             calls: functions that call the handler with its arguments on that event; empty to call it with the engine
-            alone.
+                alone.
         """
         if not self.has_saved_at(engine):
             present, is_within_epoch = engine.last_event_name, is_iteration_event(engine)
@@ -314,7 +315,7 @@ class Checkpoint(Serializable, Voter):
                 self._engines.names.add(name_of(value))
 
     def _find_own_files(self, engines: Iterable[Engine] = (), *, loaded_name: str | None = None) -> OwnFiles:
-        """Return what identifies this handler's files among those of other handlers on its engines, and `engines`."""
+        """Return what tells this handler's files from those of other handlers on its engines and on `engines`."""
         directory = directory_of(self.save_handler)
         known = [one for engine in self._engines.union(engines) for one in get_tracked_handlers(engine)]
         handlers = {id(one): one for one in known if isinstance(one, Checkpoint) and one is not self}.values()
@@ -373,15 +374,15 @@ class Checkpoint(Serializable, Voter):
         Afterwards the save is in the history, and ``last_checkpoint`` returns it.
 
         Raises:
-            RemoteRankError: the save failed on some rank; on every rank, with the type of the error there.
-            SaveError: in a world of one, the checkpoint could not be written.
+            RemoteRankError: the save failed on some rank; raised on every rank, with the type of the error there.
+            SaveError: with one rank, the checkpoint could not be written.
         """
         self._background_saves.wait()
 
     def reset(self) -> None:
         """Forget the saved checkpoints, for an engine that runs several times independently. The files stay.
 
-        A handler of STARTED may call it in a resumed run: that run keeps its history.
+        In a resumed run, a call before the first batch, as by a handler of STARTED, keeps the history.
         """
         if not self.keeps_history:
             self._history.replace()
@@ -397,7 +398,7 @@ class Checkpoint(Serializable, Voter):
             state_dict: the result of :meth:`state_dict`. The key ``saved`` of older releases is accepted.
 
         Raises:
-            TypeError: it is no mapping.
+            TypeError: `state_dict` is not a mapping.
             ValueError: it lacks ``_saved``.
         """
         if isinstance(state_dict, Mapping) and "_saved" not in state_dict and "saved" in state_dict:
@@ -426,7 +427,7 @@ class Checkpoint(Serializable, Voter):
             The keys that a load with ``strict=False`` has ignored.
 
         Raises:
-            AttributeError: the save handler is no :class:`DiskSaver`.
+            AttributeError: the save handler is not a :class:`DiskSaver`.
             Exception: as :meth:`load_objects`.
         """
         directory = directory_of(self.save_handler)

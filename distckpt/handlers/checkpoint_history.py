@@ -58,7 +58,7 @@ class AttachedEngines:
     def add(self, engine: Engine) -> None:
         """Add an engine."""
         self._engines.add(engine)
-        run_of(engine)  # which records the events of its runs
+        run_of(engine)  # so that the engine's runs are counted and recorded
 
     def union(self, engines: Iterable[Engine]) -> list[Engine]:
         """Return the engines that are alive, and `engines`, each once."""
@@ -76,7 +76,7 @@ class CheckpointHistory:
         saved_at: the iteration of the last save.
         last_save_s: the duration of the last save on this rank in seconds; 0.0 before the first one.
         unseen_handler: the save handler if its files were not found where it saves; else None.
-        directory: the save handler of the last save, and the coordinator's directory. This rank's may be another one.
+        directory: the save handler of the last save, and the coordinator's directory. This rank's may differ.
         version: changes when the history is replaced, by a load or a reset.
     """
 
@@ -153,7 +153,7 @@ class CheckpointHistory:
         self.version += 1
 
     def resume_from(self, origin: Origin) -> None:
-        """Count the history as that of the runs which the next run resumes."""
+        """Treat the history as that of the runs that the next run resumes."""
         self._origin, self._is_user_given = origin, False
 
     def enter_run(self, engines: Sequence[Engine], own: OwnFiles, *, is_coordinator: bool) -> Run:
@@ -176,7 +176,7 @@ class CheckpointHistory:
         return run
 
     def look_at_files(self, own: OwnFiles, keep: tuple[Policy, ...] | None) -> None:
-        """Find the steps and times of kept files that policies ask for, in the files' records.
+        """Read the steps and times that policies ask for from the kept files' records.
 
         They are unknown after a load of the history, and after a change of the policies.
         """
@@ -197,7 +197,7 @@ class CheckpointHistory:
         return self._iteration is not None and self._iteration == untrained_iteration(outermost)
 
     def adopt(self, agreed: AgreedSave, outermost: Engine) -> None:
-        """All ranks. Take over the coordinator's history, and the run of the outermost engine; count the save."""
+        """All ranks. Take over the coordinator's history and, for the outermost engine, its run; count the save."""
         intent = agreed.intent
         self.kept, self.orphans = intent.history, intent.orphans
         if intent.run is None:
@@ -211,7 +211,7 @@ class CheckpointHistory:
             if filename in self.former:
                 self.former -= {filename}
             self._iteration = outermost.state.iteration
-            if len(self.saved_in) > 2 * (len(intent.history) + len(intent.orphans) + 1):  # now and then
+            if len(self.saved_in) > 2 * (len(intent.history) + len(intent.orphans) + 1):  # not in every save
                 known = {name for _, name in intent.history}.union(intent.orphans)
                 self.saved_in = {name: run_id for name, run_id in self.saved_in.items() if name in known}
             self.saved_in[filename] = str(intent.run["id"])

@@ -64,7 +64,7 @@ class CheckpointSave:
         is_early: whether the run is being ended in the middle of an epoch.
         is_forced: whether the run is being ended.
         log: measures the save.
-        sync_point: makes the sync point of a phase from its description. Set by :meth:`decide`, as all that follows.
+        sync_point: makes the sync point of a phase from its description. Set by :meth:`decide`, like all below.
         agreed: what the ranks agreed on.
         decision: the decision, if the ranks save.
     """
@@ -97,7 +97,7 @@ class CheckpointSave:
             sync_point: makes the sync points of this save.
 
         Raises:
-            RemoteRankError: a user's function failed on some rank; on every rank.
+            RemoteRankError: a user's function failed on some rank; raised on every rank.
             DesyncError: the ranks came with different handlers.
             ValueError: the ranks name different coordinators, or one that does not exist.
             KeyError: the user's pattern holds an unknown field.
@@ -136,8 +136,8 @@ class CheckpointSave:
         """Collective. Save in the foreground, or start a save in the background.
 
         Raises:
-            RemoteRankError: the save failed on some rank; on every rank, with the type of the error there.
-            SaveError: in a world of one, the file could not be written.
+            RemoteRankError: the save failed on some rank; raised on every rank, with the type of the error there.
+            SaveError: with one rank, the file could not be written.
             CommitNotDurable: the file is in place, but may not survive a power cut.
         """
         saver = storage_saver(self.handler.save_handler)
@@ -210,7 +210,7 @@ class CheckpointSave:
                 error.__context__ = context
 
     def _run_in_steps(self, saver: StorageSaver, background_saves: BackgroundSaves) -> None:
-        """Collective. Let the Checkpoint write into the saver's storage itself, in the background if so asked."""
+        """Collective. Let the Checkpoint write into the saver's storage itself, in the background if the saver does."""
         group = saver.find_group(
             self.backend, self.sync_point, is_known=self.agreed.knows_writers, timeout_s=self.handler.timeout_s
         )
@@ -287,7 +287,7 @@ class CheckpointSave:
     def _end_with_error(
         self, pending: PendingSave, error: BaseException, *, is_current: bool, removes_at_commit: bool
     ) -> None:
-        """Rank-local. Take over what this rank has committed, if it has; note the failure otherwise.
+        """Rank-local. Take over the save if this rank has committed it; else note the failure.
 
         The other ranks take over the coordinator's history with the next save.
         """
@@ -339,7 +339,7 @@ class CheckpointSave:
             saver.save_with_manifest(checkpoint, filename, self._build_manifest(), self._object_key(), metadata)
 
     def _watch_writes(self) -> WrittenFiles | None:
-        """Return an object that finds the written files; None if the save handler's names are distinct files."""
+        """Return an object that finds the written files; None if no removal depends on them."""
         directory = directory_of(self.handler.save_handler)
         if self.agreed.removal != RemovalOrder.AFTER_KEEPING or not self.decision.evicted or directory is None:
             return None
@@ -348,7 +348,7 @@ class CheckpointSave:
         return WrittenFiles(directory, self.decision.filename, is_only_one=is_only_one)
 
     def _remove_first(self) -> list[str]:
-        """Collective. Remove evicted files before the write, if they have to be; return the removed ones."""
+        """Collective. Remove evicted files before the write, if the handler needs that; return the removed ones."""
         if self.agreed.removal != RemovalOrder.BEFORE:
             return []
         self._remove(self.sync_point("removing evicted files first"), self.decision.evicted, None)
@@ -372,7 +372,7 @@ class CheckpointSave:
             self._remove(self.sync_point("removing evicted files"), evicted, None)
             return
         try:
-            # On all ranks before any rank removes: a handler need not check its rank.
+            # Keep the files on all ranks before any rank removes: a handler need not check its rank.
             found = phases.run(
                 self.backend,
                 self.sync_point("keeping the written files"),
@@ -407,7 +407,7 @@ class CheckpointSave:
         if saver is not None and self.agreed.removal != RemovalOrder.BEFORE:
             saver.refuse_last_loadable(filename, self._kept_names, self.decision.filename)
         with contextlib.ExitStack() as stack:
-            if self.history.unseen_handler is handler:  # an earlier file may have been the same file
+            if self.history.unseen_handler is handler:  # an earlier name may have been of the same file
                 stack.enter_context(contextlib.suppress(FileNotFoundError))
             if written is not None and saver is not None:
                 stack.enter_context(saver.keeping(written.identities))

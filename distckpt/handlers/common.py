@@ -1,7 +1,7 @@
 """``ignite.contrib.engines.common`` with distckpt's handlers: the same functions with the same arguments.
 
 ignite's functions make ignite's own Checkpoint, EarlyStopping and TerminateOnNan, whatever a program imports. The
-functions that make one of these are written anew here. The rest of ignite's module is exported unchanged.
+functions that make one of these are reimplemented here. The rest of ignite's module is exported unchanged.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -86,7 +86,7 @@ def setup_common_training_handlers(
 
     Raises:
         ValueError: `output_path` and `save_handler` are both given, or neither of them with `to_save`.
-        TypeError: `train_sampler` is no DistributedSampler, in a job of several ranks.
+        TypeError: `train_sampler` is not a DistributedSampler, in a job of several ranks.
 
     Example:
         >>> import os, tempfile
@@ -152,7 +152,7 @@ def gen_save_best_models_by_val_score(
         n_saved: the number of checkpoints to keep. Without effect if `keep` is among `kwargs`.
         trainer: the engine whose epoch is in the file name; None for no epoch.
         tag: the beginning of the score's name.
-        score_sign: 1.0, or -1.0 for a metric of which smaller values are better.
+        score_sign: 1.0, or -1.0 for a metric for which smaller values are better.
         kwargs: keyword arguments of :class:`Checkpoint`.
 
     Example:
@@ -217,7 +217,7 @@ def add_early_stopping_by_val_score(
         evaluator: the engine whose metric is the score at the end of its run.
         trainer: the engine to stop.
         metric_name: the key in ``evaluator.state.metrics``.
-        score_sign: 1.0, or -1.0 for a metric of which smaller values are better.
+        score_sign: 1.0, or -1.0 for a metric for which smaller values are better.
 
     Example:
         >>> trainer, evaluator = Engine(lambda engine, batch: None), Engine(lambda engine, batch: None)

@@ -1,7 +1,7 @@
 """Facts about the data that an engine draws its batches from: sizes, samplers and random number generators.
 
-The data may be a DataLoader or any iterable. None stands for a fact that the data do not tell. Rank-local; issues no
-collectives.
+The data may be a DataLoader or any iterable. None stands for a fact that the data do not reveal. Rank-local; issues
+no collectives.
 """
 
 from collections.abc import Iterator
@@ -63,7 +63,7 @@ def samplers_of(data: Any) -> Iterator[Any]:
 def find_random_sampler(data: Any) -> Any:
     """Return the loader's sampler that may draw the sample order from a generator; None if there is none.
 
-    A sampler of an unknown class may draw.
+    A sampler of an unknown class counts as one that may.
     """
     if isinstance(getattr(data, "dataset", None), IterableDataset):
         return None

@@ -61,21 +61,21 @@ class DiskSaver(BaseSaveHandler):
         when_busy: what a Checkpoint does if its last save is still pending: ``"wait"`` for it, or ``"skip"`` the new
             one.
         overlap_copy: whether background saves copy parameters and optimizer states that are on an accelerator while the
-            next step computes. The optimizer's step waits for the copy, and so do distckpt's own loads. False if other
-            code changes parameters in place before that: a handler that swaps averaged weights, or torch's
-            ``load_state_dict``.
+            next step computes. The optimizer's step waits for the copy, and so do distckpt's own loads. Set it to
+            False if other code changes parameters in place before that step, such as a handler that swaps averaged
+            weights, or torch's ``load_state_dict``.
         own_memory: whether this saver has host memory of its own. Otherwise the savers of the process share the memory
             for one file, and wait for each other.
         share_write: ranks of the same ``"node"``, or of the whole ``"world"``, that see the same directory (by a probe
             file) write the file together. Each copies and writes a range of the replicas: the parameters of modules in
             `to_save` that are wrapped in DistributedDataParallel, and their optimizer's state. Everything else comes
             from ``save_on_rank``. If the ranks' states have different layouts, ``save_on_rank`` writes all, with a
-            warning. None: ``save_on_rank`` writes.
+            warning. None: ``save_on_rank`` alone writes.
         check_replicas: whether to compare checksums of the replicas before each save. A difference is an error on all
             ranks that names the tensor.
         record_events: whether a :class:`~distckpt.Checkpoint` that saves here records its runs' events in the
             directory, in the hidden file ``.distckpt-events.jsonl``, for ``distckpt plot``. None for
-            ``DISTCKPT_RECORD_EVENTS``, or False: the directory then holds checkpoints alone.
+            ``DISTCKPT_RECORD_EVENTS``, or False if it is not set. If False, the directory holds checkpoints alone.
         kwargs: keyword arguments of ``torch.save``; in an XLA job also those of ``xm.save``. ``master_only=False``:
             every replica writes, into its own `dirname`. ``global_master=False``: the first replica of each machine
             writes, for disks that the machines do not share.
@@ -90,7 +90,7 @@ class DiskSaver(BaseSaveHandler):
     The other attributes are the arguments of the same names.
 
     Raises:
-        TypeError: `dirname` is neither str nor Path, or `save_on_rank` no int.
+        TypeError: `dirname` is neither str nor Path, or `save_on_rank` is not an int.
         ValueError: the directory is missing or not empty, on every rank that sees it; or an argument has a wrong value.
         OSError: the directory cannot be created.
 
@@ -151,7 +151,7 @@ class DiskSaver(BaseSaveHandler):
             if self._writes_on(backend):
                 self._check_and_setup(self.dirname, bool(create_dir), bool(require_empty))
             elif self.dirname.exists() or not create_dir:
-                # A missing directory is the coordinator's to create. Here it may be another node's disk.
+                # The coordinator creates a missing directory. This rank may see another node's disk, without it.
                 DiskSaver._check_and_setup(self.dirname, create_dir=False, require_empty=bool(require_empty))
         except (ValueError, OSError) as error:
             if self._object_id is not None:
@@ -200,8 +200,8 @@ class DiskSaver(BaseSaveHandler):
             metadata: not used.
 
         Raises:
-            TypeError: the constructor got a keyword argument that ``torch.save`` does not take; on every rank.
-            ShardedStateError: the checkpoint holds a sharded tensor; on every rank that has a shard.
+            TypeError: the constructor got a keyword argument that ``torch.save`` does not take; raised on every rank.
+            ShardedStateError: the checkpoint holds a sharded tensor; raised on every rank that has a shard.
             ValueError: the name would leave the directory, or meets a symlink.
             SaveError: the file could not be written. An earlier file of that name is untouched.
             CommitNotDurable: the file is in place, but may not survive a power cut.
@@ -282,19 +282,19 @@ class DiskSaver(BaseSaveHandler):
     def saves_in_steps(self) -> bool:
         """Whether a Checkpoint's save is a :class:`~distckpt.saving.pending_save.PendingSave`."""
         # Keyword arguments that choose another pickler or format need torch's own writer, which has no steps. A
-        # subclass that removes files in its own way may have to do so first, which a save in the foreground can.
+        # subclass that removes files in its own way may have to do so first, which only a save without steps can.
         is_own = self.removal_order == RemovalOrder.AFTER
         is_wanted = self.background or self.share_write is not None or self.check_replicas or is_own
         return is_wanted and uses_default_format(self.kwargs) and self.writes_one_file
 
     @property
     def writes_one_file(self) -> bool:
-        """Whether a save writes no file but the named one: no subclass overrides how."""
+        """Whether a save writes the named file and no other: no subclass overrides how it writes."""
         return runs_methods_of(self, DiskSaver, "__call__", "_save_func")
 
     @property
     def writes_on_one_rank(self) -> bool:
-        """Whether ``save_on_rank`` alone writes files of its own."""
+        """Whether only ``save_on_rank`` creates files; other ranks may write parts of them."""
         return current().name != "xla" or all(self.kwargs.get(option, True) for option in _XLA_OPTIONS)
 
     def _writes_on(self, backend: Backend) -> bool:
@@ -312,7 +312,7 @@ class DiskSaver(BaseSaveHandler):
     def find_group(
         self, backend: Backend, sync_point: Callable[[str], SyncPoint], *, is_known: bool, timeout_s: float | None
     ) -> WriterGroup:
-        """Return the ranks that write, the same on every rank. Collective unless `is_known`, on every rank."""
+        """Return the ranks that write, the same on every rank. Collective unless `is_known`, which is the same too."""
         ranks: tuple[int, ...] = (self.save_on_rank,)
         if self._shares():
             found = self._writers.get(backend, self.storage, self.save_on_rank) if is_known else None
@@ -364,12 +364,12 @@ class DiskSaver(BaseSaveHandler):
         return RemovalOrder.AFTER if is_own else RemovalOrder.AFTER_KEEPING
 
     def refuse_last_loadable(self, filename: str, kept: Collection[str], written: str | None = None) -> None:
-        """Raise StillNeeded if no other file can be loaded. Rank-local. Any thread.
+        """Raise StillNeeded if `filename` is the last file that can be loaded. Rank-local. Callable from any thread.
 
         Args:
             filename: the file to remove.
             kept: the files that stay.
-            written: one of them that this object has written, and that need not be read therefore.
+            written: one of `kept` that this object has written, so that it need not be read; None for none.
         """
         has_other = written is not None and written not in self._unloadable
         others = (self.dirname / name for name in kept if name not in (filename, written))
@@ -399,5 +399,5 @@ class DiskSaver(BaseSaveHandler):
             self.storage.remove(filename)
 
 
-# ignite's code asks for its own DiskSaver to find the directory: this class counts too.
+# ignite's code takes the directory from instances of its own DiskSaver: make this class count as one.
 _IgniteDiskSaver.register(DiskSaver)

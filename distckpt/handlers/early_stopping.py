@@ -1,4 +1,4 @@
-"""Stop of a run without improvement: :class:`EarlyStopping`."""
+"""Stop a run that no longer improves: :class:`EarlyStopping`."""
 
 import logging
 import numbers

@@ -1,6 +1,6 @@
 """Events that engines fire on this thread: what runs after them, and which handlers they have still to call.
 
-ignite tells neither. :mod:`distckpt.handlers.ignite_hooks` keeps this state, from wrappers of the engine's methods.
+ignite exposes neither. :mod:`distckpt.handlers.ignite_hooks` keeps this state, from wrappers of the engine's methods.
 """
 
 import threading
@@ -21,13 +21,13 @@ Action = Callable[[Engine], None]
 class TrackedHandler:
     """Base of handlers whose attachments an engine records.
 
-    They are recorded when they are made: a profiler may later replace the entries of the engine's list.
+    Attachments are recorded as they are made: a profiler may later replace the entries of the engine's list.
     """
 
     may_run_early: ClassVar[bool]
     """Whether a save may call the handler before its own place in the event."""
     detects_nan: ClassVar[bool]
-    """Whether a save needs the handler's answer."""
+    """Whether the handler checks for NaN, so that a save needs its answer first."""
 
     def on_attach(self, engine: Engine, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Receive the engine and the further arguments that the handler is attached with."""
@@ -216,7 +216,7 @@ def after_event(engine: Engine, action: Action) -> None:
 
 
 def restore_event_name(engine: Engine) -> None:
-    """Set ``last_event_name`` to the present event, though a user's handler may have fired another event since."""
+    """Set ``last_event_name`` to the present event: a user's handler may have fired another event since."""
     firing = _find_firing(engine)
     if firing is not None:
         engine.last_event_name = firing.event
@@ -231,7 +231,7 @@ def run_early(engine: Engine, only: Collection[TrackedHandler] | None) -> None:
     """Call the handlers of :func:`get_early_handlers`, and the hook ``after_iteration``, now.
 
     Args:
-        engine: fires an event.
+        engine: the engine, which fires an event.
         only: the handlers to call; None for all.
     """
     for firing in [firing for firing in FIRINGS.stack if firing.engine is engine]:

@@ -39,7 +39,7 @@ class Voter(TrackedHandler, ABC):
     """Mixin of handlers that vote.
 
     Attributes:
-        lag: 0 to act in the iteration that caused it, 1 to act one iteration later; None for no preference.
+        lag: 0 to act in the iteration that is voted on, 1 to act one iteration later; None for no preference.
         every: hold the vote every N iterations; None for no preference.
         timeout_s: seconds to wait for the other ranks; None for the default.
     """
@@ -72,7 +72,7 @@ class Voter(TrackedHandler, ABC):
 
     @abstractmethod
     def _act(self, engine: Engine, reports: Mapping[int, Any]) -> None:
-        """All ranks, if a rank said yes; for a level-triggered kind, once no rank does. Act on it.
+        """All ranks. Act on a vote in which a rank said yes or, for a level-triggered kind, no rank did.
 
         Args:
             engine: the engine whose event it is.
@@ -148,7 +148,7 @@ def next_sync_point(
         timeout_s: seconds to wait for the other ranks; None for the default.
 
     Returns:
-        Takes the name of a phase and returns its sync point.
+        A function that takes the name of a phase and returns its sync point.
     """
     handler, sequence = handler_id.advance(backend, depends_on=depends_on, timeout_s=timeout_s)
     if engine is None:
@@ -161,13 +161,13 @@ def next_sync_point(
 
 
 def is_off_schedule(engine: Engine, voter: Voter) -> bool:
-    """Return True if the voter listens to iterations, and the present one is not one of every N.
+    """Return True if the voter listens to iterations, and the present one is not a multiple of N (`every`).
 
     A run does not stop there: gradients of several batches may be accumulated, and a checkpoint does not hold them.
-    Trained iterations count: a save may hold the vote as an iteration begins.
+    The trained iterations are counted, since a save may hold the vote as an iteration begins.
     """
     if not any(one.tracked is voter for one in get_attachments(engine, Events.ITERATION_COMPLETED)):
-        return False  # its events may not meet such an iteration for many epochs
+        return False  # its events may not fall on a multiple of N for many epochs
     state = engine.state
     if is_last_iteration(state.iteration, state.epoch_length, state.max_epochs, state.max_iters):
         return False  # the run ends here anyway
@@ -209,7 +209,7 @@ def announce_errors(engine: Engine, *, is_uncaught: bool) -> None:
 
     Args:
         engine: the engine that handles the exception.
-        is_uncaught: whether the exception leaves the run though its handlers do not raise.
+        is_uncaught: whether the exception leaves the run although no handler of EXCEPTION_RAISED raises.
     """
     for one in (engine, *get_firing_engines()):
         _votes_of(one).announces_errors = True
@@ -240,12 +240,12 @@ def hold_votes(
 ) -> None:
     """Collective if a vote is open or a handler detects NaN. Hold the votes of all engines that fire an event.
 
-    Only where all ranks call it, as in a save.
+    Call it only where all ranks do, as in a save.
 
     1. (all ranks) for each engine with an open vote, a NaN detector still to be called, or a question by `saver`: let
        `saver` vote, and call the handlers that may run early. The event then skips them. In an iteration event of
-       `engine` all voters are called, so that one reduction counts them; in others only the NaN detectors are, since
-       much may happen before the event ends.
+       `engine` all voters are called, so that one reduction counts them; in other events only the NaN
+       detectors are, since much may happen before the event ends.
     2. (all ranks) hold the pending and the present vote, and act on both.
 
     Args:

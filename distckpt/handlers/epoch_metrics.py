@@ -1,4 +1,4 @@
-"""What EPOCH_COMPLETED's handlers look at, for an epoch whose batches were all trained before a resume.
+"""The numbers that EPOCH_COMPLETED's handlers read, for an epoch whose batches were all trained before a resume.
 
 A checkpoint that was saved between an epoch's last batch and EPOCH_COMPLETED records the numbers in ``state.output``
 and ``state.metrics``. What an ignite metric has accumulated over the epoch is in the checkpoint only if the metric was
@@ -22,7 +22,7 @@ _MOST_NAMES = 3
 
 
 def shown_numbers(state: State) -> dict[str, Any]:
-    """Return the numbers that an engine's state shows, as plain JSON for a checkpoint's record."""
+    """Return the numbers in ``state.output`` and ``state.metrics``, as plain JSON for a checkpoint's record."""
     output, metrics = getattr(state, "output", None), getattr(state, "metrics", None)
     lacking: list[str] = []
     form = NOTHING if output is None else encode(output, lacking, "output")
@@ -33,7 +33,7 @@ def shown_numbers(state: State) -> dict[str, Any]:
 
 
 def show_numbers(state: State, output: Any, metrics: Mapping[str, Any] | None, lacking: Sequence[str]) -> None:
-    """Set what is missing in an engine's state to the numbers of a checkpoint's record; warn of what it lacks."""
+    """Set what is missing in an engine's state to the numbers of a checkpoint's record; warn of those it lacks."""
     shown = NOTHING if output is None else decode(output)
     if state.output is None and shown is not NOTHING:
         state.output = shown
@@ -52,11 +52,11 @@ def show_numbers(state: State, output: Any, metrics: Mapping[str, Any] | None, l
 
 @contextlib.contextmanager
 def unknown_as_nan(engine: Engine, known: Collection[Any]) -> Iterator[None]:
-    """Let the engine's metrics of an epoch be NaN within the body, and warn of them.
+    """Within the body, let the epoch's metrics that were not loaded be NaN, and warn of them.
 
     Args:
         engine: the engine.
-        known: the metrics that were loaded; they have their values.
+        known: the metrics that were loaded; they keep their values.
     """
     owners = [getattr(function, "__self__", None) for function in get_handlers(engine, Events.EPOCH_COMPLETED)]
     unknown = [one for one in owners if isinstance(one, Metric) and not any(one is other for other in known)]

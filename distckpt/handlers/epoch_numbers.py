@@ -1,6 +1,7 @@
 """The numbers in an engine's output and metrics, as plain JSON for a checkpoint's record, and back.
 
-Numbers, NumPy's scalars, tensors of no dimension and short texts, in mappings, lists and tuples. All else is left out.
+Numbers, NumPy's scalars, tensors without dimensions and short texts are kept, in dicts, lists and tuples. All else is
+left out.
 """
 
 import math
@@ -13,7 +14,7 @@ import torch
 from distckpt._values import is_numpy_scalar
 
 NOTHING: Any = object()
-"""What stands for a value of which nothing can be recorded."""
+"""Stands for a value of which nothing can be recorded."""
 _MOST = 256
 """Largest number of values in one container, and of characters in a text."""
 _MOST_LEVELS = 8
@@ -31,9 +32,9 @@ def encode(value: Any, lacking: list[str], name: str = "", level: int = 0) -> An
     """Return a value's numbers as JSON; `NOTHING` if it has none.
 
     Args:
-        value: of any type.
-        lacking: gets the names of what is left out.
-        name: of the value.
+        value: a value of any type.
+        lacking: a list that gets the names of what is left out.
+        name: the value's name.
         level: number of containers around it; it may contain itself.
 
     Example:
@@ -74,7 +75,7 @@ def _encode_items(value: Any, lacking: list[str], name: str, level: int) -> Any:
 
 
 def decode(form: Any) -> Any:
-    """Return the value that :func:`encode` has made JSON of; `NOTHING` if it is malformed.
+    """Return the value that :func:`encode` turned into JSON; `NOTHING` if it is malformed.
 
     Example:
         >>> decode({"tuple": [1, {"float": "nan"}, {"tensor": ["float32", 0.5]}]})

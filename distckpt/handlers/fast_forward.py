@@ -56,12 +56,12 @@ class FastForward:
     2. STARTED, after all other handlers: restore the objects that these have changed. If the last batch of an epoch was
        trained before the save, and EPOCH_COMPLETED was not fired: set the generators to their loaded states, fire it.
     3. EPOCH_STARTED, before all other handlers, between two epochs: set the generators to their loaded states, or to
-       those after step 2. What other handlers draw follows, as in an uninterrupted run.
+       those after step 2. Other handlers then draw the same numbers as in an uninterrupted run.
     4. EPOCH_STARTED, after all other handlers, before ignite makes the iterator: in an interrupted epoch, restore the
        objects that these have changed. In the middle of a pass, set the generators to their states from the start of
        the pass, so that its order is the same.
     5. GET_BATCH_STARTED: draw and drop the batches that are already trained, then set the generators to their loaded
-       states. If the next batch had been drawn before the save, do the latter after it is drawn.
+       states. If the next batch had been drawn before the save, set the generators after it is drawn.
     6. ITERATION_STARTED: without data, set the generators here. If the iteration had been started before the save,
        restore the objects that handlers have changed.
 
@@ -129,7 +129,7 @@ class FastForward:
             The engine's state if nothing is left to train; None to start the run.
 
         Raises:
-            ValueError: the position in the data cannot be determined; on every rank.
+            ValueError: the position in the data cannot be determined; raised on every rank.
         """
         state = engine.state
         is_reset = state.max_epochs is None and state.max_iters is None and state.iteration > 0
@@ -323,7 +323,7 @@ class FastForward:
         return self._point.trained > 0
 
     def _data_know_position(self, engine: Engine, data: Any) -> bool:
-        """Return True if the data, or the source of their indices, have been restored themselves."""
+        """Return True if the data, their sampler or a DeterministicEngine find the position by themselves."""
         sampler = find_resumable(data)
         if sampler is not None and sampler.distckpt_is_positioned:
             if self._point.is_mid_pass and self._num_consumed:
@@ -368,7 +368,7 @@ class FastForward:
 
     def _on_get_batch_completed(self, engine: Engine) -> None:
         if self._point.is_drawn and not self._point.iteration_begun:
-            self._set_generators()  # a handler may save here; another may draw
+            self._set_generators()  # now, since a handler may save here; again below, since another may draw
             after_event(engine, lambda _: self._set_generators())
 
     def _skip_consumed(self, engine: Engine) -> None:

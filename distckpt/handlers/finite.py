@@ -1,4 +1,4 @@
-"""Finite numbers in a nested output: whether all are, and which is the first that is not.
+"""Check a nested output for NaN and infinity, and describe the first such number.
 
 Rank-local; issues no collectives: of a DTensor each rank checks its own shard.
 """
@@ -22,7 +22,7 @@ _ALWAYS_FINITE = frozenset({getattr(torch, "float4_e2m1fn_x2", None)})
 # From this many tensors on, fused calls cost less than one call per tensor. On an accelerator only the first wait is
 # long.
 _MIN_FUSED = 4
-# Up to this size, copying a host tensor beside others costs less than a call for it alone.
+# Up to this size, concatenating a host tensor with others costs less than a call for it alone.
 _SMALL_NUMEL = 4096
 # Numbers that `describe_nonfinite` checks at a time, which bounds its memory.
 _CHUNK_NUMEL = 2**22
@@ -66,7 +66,7 @@ class PendingFlag:
 
 
 def all_finite(output: Any) -> bool:
-    """Return True if `output` holds neither NaN nor infinity. A Python float is finite if float64 says so.
+    """Return True if `output` holds neither NaN nor infinity. A Python float is checked as a float64.
 
     Waits for the tensors' accelerator; once, if there are many tensors.
 
@@ -253,9 +253,9 @@ def _nonfinite_flag(output: Any, accelerator_of: Callable[[torch.Tensor], Hashab
 
 
 def _flag(tensors: list[torch.Tensor]) -> torch.Tensor | None:
-    """Return whether a tensor holds NaN or infinity, bool () on the tensors' device; None if they hold no numbers.
+    """Return whether any tensor holds NaN or infinity, bool () on the tensors' device; None if they hold no numbers.
 
-    A sum may overflow, and `isfinite` writes several tensors of its argument's size.
+    Uses the infinity norm: a sum may overflow, and `isfinite` writes several tensors of its argument's size.
     """
     by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
     for part in (part for tensor in tensors for part in _reducible(tensor, may_wait=False)):

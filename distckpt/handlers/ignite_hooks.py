@@ -59,7 +59,7 @@ def get_iterator(engine: Engine) -> Iterator[Any] | None:
 
 
 def get_init_iter(engine: Engine) -> int | None:
-    """Return how many iterations of the run's first epoch are done; None if ignite derives it."""
+    """Return how many iterations of the run's first epoch are done; None if ignite derives the number."""
     return engine._init_iter  # noqa: SLF001
 
 
@@ -74,14 +74,15 @@ def expect_run(engine: Engine) -> None:
 
 
 def end_expectation(engine: Engine) -> None:
-    """Let the engine find out itself whether its run is complete."""
+    """Undo :func:`expect_run`: let the engine find out itself whether its run is complete."""
     vars(engine).pop("_is_done", None)
 
 
 def end_trained_epoch(engine: Engine, end: Callable[[Engine], None]) -> None:
-    """Call `end` for an epoch whose batches are all trained: at once, or after the rest of a program's epoch.
+    """Call `end` for an epoch whose batches are all trained.
 
-    Call it after STARTED.
+    Calls it at once or, for a :class:`SteppedEngine`, after the program has done the rest of the epoch. To be called
+    after STARTED.
     """
     if isinstance(engine, SteppedEngine):
         engine.end_epoch = end
@@ -90,9 +91,9 @@ def end_trained_epoch(engine: Engine, end: Callable[[Engine], None]) -> None:
 
 
 def take_rng_states(engine: Engine) -> Any:
-    """Return the generators' states that a DeterministicEngine would set with its new iterator, and keep it from that.
+    """Return the generators' states that a DeterministicEngine would set with its new iterator; it then sets none.
 
-    None for other engines, and if there are none.
+    None for other engines, and if there are no states.
     """
     if not isinstance(engine, DeterministicEngine):
         return None
@@ -340,14 +341,14 @@ def _wrap_set_data(set_data: Callable[..., None], progress_of: Callable[[Engine]
 
 
 class Pause(Enum):
-    """Where the run of a :class:`SteppedEngine` stands still."""
+    """Where the run of a :class:`SteppedEngine` pauses."""
 
     RUN_STARTED = auto()
     EPOCH_TRAINED = auto()
-    """In a resumed run: all batches of an epoch were trained before. What follows them is to be done."""
+    """In a resumed run: all batches of an epoch were trained before. The caller does what follows them."""
     EPOCH_STARTED = auto()
     ITERATION_STARTED = auto()
-    """The step is to be made."""
+    """The caller makes the step."""
     ITERATION_COMPLETED = auto()  # only of an engine that pauses after iterations
     BATCHES_ENDED = auto()
     """The epoch has no further batch, or the run is to stop. EPOCH_COMPLETED or TERMINATE is not fired yet."""
@@ -355,18 +356,18 @@ class Pause(Enum):
 
 
 class SteppedEngine(Engine):
-    """An engine that runs from one :class:`Pause` to the next, as its caller tells it.
+    """An engine that its caller runs from one :class:`Pause` to the next.
 
-    ignite writes its run as a generator, for ``interrupt()``. It yields at more places here. What happens between them,
-    and the order of events, are ignite's. With `pauses_after_iterations` it also pauses between two iterations, for a
-    loop that may end after any of them.
+    ignite implements its run as a generator, for ``interrupt()``. Here the generator yields at more places. What
+    happens between them, and the order of events, are as in ignite. With `pauses_after_iterations` the engine also
+    pauses between two iterations, for a loop that may end after any of them.
 
     Attributes:
-        pause: where the run stands still; None if there is no run.
+        pause: where the run is paused; None if there is no run.
         end_epoch: see :func:`end_trained_epoch`; None if no epoch is to be ended.
     """
 
-    interrupt_resume_enabled = True  # the generator, also where a program prefers ignite's other one
+    interrupt_resume_enabled = True  # the generator, even if a program prefers ignite's other loop
 
     def __init__(self, *, pauses_after_iterations: bool = False) -> None:
         super().__init__(lambda engine, _batch: engine.state.output)  # which the step has set
@@ -414,7 +415,7 @@ class SteppedEngine(Engine):
         return pause
 
     def interrupt(self) -> NoReturn:
-        """Raise: the program has the control between two steps anyway."""
+        """Raise RuntimeError: the program has control between two steps anyway."""
         raise RuntimeError(f"{type(self).__name__} cannot be interrupted: leave its for statements instead")
 
     def _internal_run(self) -> State:

@@ -17,12 +17,12 @@ class Loop(SteppedEngine):
     follows ``for batch`` in an epoch, such as an evaluation or a scheduler's step, runs before EPOCH_COMPLETED.
 
     If a handler stops the run, both ``for`` statements end. ``break`` in ``for batch`` completes the iteration and ends
-    the epoch, as :meth:`terminate_epoch` in a step function. Leaving ``with`` before the end completes the iteration
-    and stops the run, as :meth:`terminate`. An exception that leaves ``with`` is handled as one that a step function
+    the epoch, like :meth:`terminate_epoch` in a step function. Leaving ``with`` before the end completes the iteration
+    and stops the run, like :meth:`terminate`. An exception that leaves ``with`` is handled as one that a step function
     raises: EXCEPTION_RAISED fires, and the other ranks raise a RemoteRankError.
 
     Args:
-        data: the batches: a DataLoader or another iterable; None for none, with `epoch_length`.
+        data: the batches: a DataLoader or another iterable; None for no data, and then give `epoch_length`.
         max_epochs: number of epochs; 1 if neither it nor `max_iters` is given.
         max_iters: number of iterations, instead of `max_epochs`.
         epoch_length: iterations in an epoch; None for the length of `data`.
@@ -60,7 +60,7 @@ class Loop(SteppedEngine):
 
     @property
     def output(self) -> Any:
-        """What the step of the present iteration gave: ``state.output``, which handlers read."""
+        """The output of the present iteration's step: ``state.output``, which handlers read."""
         return self.state.output
 
     @output.setter

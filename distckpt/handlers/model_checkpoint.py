@@ -37,7 +37,7 @@ def _is_older(given: dict[str, Any]) -> bool:
 
 
 class ModelCheckpoint(Checkpoint):
-    """Handler that saves objects to a local directory. They are named where the handler is attached.
+    """Handler that saves objects to a local directory. The objects are given where the handler is attached.
 
     It is called with ``(engine, to_save)``. The arguments are those of :class:`Checkpoint`, and of the
     :class:`DiskSaver` that it makes.
@@ -157,7 +157,7 @@ class ModelCheckpoint(Checkpoint):
         return frozenset(self._engines.names | ({name_of(self.to_save)} if self.to_save else set()))
 
     def _find_facts(self, engine: Engine) -> UserFacts:
-        # In the phase that reports every rank's error to every rank, not before it.
+        # Check here, in the phase that reports every rank's error to every rank, and not earlier.
         if len(self.to_save) == 0:
             msg = "No objects to checkpoint found."
             raise RuntimeError(msg)

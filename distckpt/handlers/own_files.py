@@ -90,7 +90,7 @@ class OwnFiles:
     """Identifies the files of one Checkpoint. Rank-local; issues no collectives.
 
     Args:
-        directory: the directory that it saves into; None if there is none.
+        directory: the directory that the Checkpoint saves into; None if there is none.
         naming: how it names its files.
         others: how the other handlers that save there name theirs.
         saved_in: the ids of the runs in which this process saved the handler's files, by name.
@@ -178,7 +178,7 @@ class OwnFiles:
     def is_own(self, name: str, files: Mapping[str, Record | None]) -> bool:
         """Return True if a file is certainly the handler's, and may be removed.
 
-        A file without a record is, if no other handler that saves there, or has saved there, may have named it so.
+        A file without a record is, if its name fits this handler and no other handler that saves or has saved there.
         """
         if name not in files:
             return False
@@ -238,9 +238,9 @@ class OwnFiles:
         return RecordedHistory(entries=entries, orphans=orphans, iteration=record.iteration)
 
     def _found_entries(self, last: Record, files: Mapping[str, Record | None]) -> list[Entry]:
-        """Return a history too long for a record: of the files up to the one with the record `last`.
+        """Return a history too long for one record, from the files up to the one with the record `last`.
 
-        If there are more files than the history had, then the handler has left the oldest ones alone.
+        If there are more files than the history had, the oldest ones are not part of it: the handler left them alone.
         """
         own = {
             name: record
@@ -276,7 +276,7 @@ class OwnFiles:
         return None
 
     def named_history(self, resumed: str, others: Iterable[str], *, is_mid_epoch: bool) -> list[Entry] | None:
-        """Return the history that follows from names of files without records; None if they hold no priority.
+        """Return the history that follows from names of files without records; None if `resumed` holds no priority.
 
         Args:
             resumed: the file that the handler resumes from. The history holds it.
@@ -326,7 +326,7 @@ def _regexes_of_record(record: Record) -> list[re.Pattern[str]]:
 
 
 def _regexes_of(policy: SavePolicy, name: str, *, is_scored: bool) -> list[re.Pattern[str]]:
-    """Return expressions for a handler's names, if it is unknown whether names with a score hold a step too."""
+    """Return expressions for a handler's file names, where it is unknown whether names with a score hold a step too."""
     return [
         _regex_of(policy, name, is_scored=is_scored, has_step=has_step)
         for has_step in ([True, False] if is_scored else [True])

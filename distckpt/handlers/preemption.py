@@ -1,4 +1,4 @@
-"""Stop of a run when its process receives a signal: :class:`Preemption`, and its receiver of signals."""
+"""Stop a run when its process receives a signal: :class:`Preemption`, and its signal receiver."""
 
 import logging
 import math
@@ -40,13 +40,13 @@ class Preemption(Voter):
     Construct it on all ranks, as soon as the trainer exists; it attaches itself. A signal only sets a flag. The next
     vote agrees on it; then all ranks call `checkpoint` once, for the same iteration, and the run ends. Votes are held
     after each iteration and epoch and at the start of a run, together with those of the other handlers. An evaluation
-    ends before the signal is answered, unless :meth:`attach` shortens it. At the start of a run nothing is saved. A
-    second signal changes nothing. Neither does one after the last training step: call :meth:`close` then. A later run
-    of the same trainer ends where it starts.
+    runs to its end before the signal is acted on, unless :meth:`attach` shortens it. At the start of a run nothing is
+    saved. A second signal changes nothing, nor does a signal after the last training step: call :meth:`close` then.
+    After a signal, a later run of the same trainer ends where it starts.
 
-    A :class:`~distckpt.Checkpoint` attached to the trainer names its file as on its own event. On EPOCH_COMPLETED it
-    uses the epoch in progress, and the end of that epoch replaces the file after a resume. A Checkpoint with a
-    ``score_function`` that is attached to another engine, such as an evaluator, is not called.
+    A :class:`~distckpt.Checkpoint` attached to the trainer names its file as on its own event. If that is
+    EPOCH_COMPLETED, the name has the epoch in progress, and the end of that epoch replaces the file after a resume. A
+    Checkpoint with a ``score_function`` that is attached to another engine, such as an evaluator, is not called.
 
     Args:
         trainer: the engine whose run ends.
@@ -208,7 +208,7 @@ class Preemption(Voter):
         after_event(engine, lambda _: self._save(engine, end_s))
 
     def _save(self, engine: Engine, end_s: float | None) -> None:
-        """Collective."""
+        """Collective. Call the savers that have not saved this iteration; log whether they end before `end_s`."""
         hold_votes(engine)
         step = engine.state.iteration
         if not self._has_trained or is_nonfinite(engine):
@@ -333,7 +333,7 @@ class _SignalReceiver:
         return True
 
     def remove(self) -> None:
-        """Restore the previous handlers, except for signals with a later one; outside the main thread, pass them on."""
+        """Restore the previous handlers where no later one is installed; outside the main thread, pass signals on."""
         self._pid = None
         if threading.current_thread() is threading.main_thread():
             for number in self._previous:
@@ -344,7 +344,7 @@ class _SignalReceiver:
         return self._pid == os.getpid()
 
     def _find_previous(self, number: int) -> _SignalHandler:
-        """Return the previous handler that is still open; the default for a handler that Python did not install."""
+        """Return the previous handler, past receivers that are removed; the default if Python did not install it."""
         previous = self._previous.get(number)
         owner = getattr(previous, "__self__", None)
         if isinstance(owner, _SignalReceiver) and not owner._is_open():  # noqa: SLF001 - same class
@@ -393,7 +393,10 @@ def _name_of(number: int) -> str:
 
 
 class _DeadlineLog:
-    """Logs whether a save can end, and has ended, before `end_s`, when the process is killed; None if unknown."""
+    """Logs whether a save can end, and has ended, before `end_s`.
+
+    That is the time, monotonic, at which the process is killed; None if unknown.
+    """
 
     def __init__(self, logger: logging.Logger, step: int, end_s: float | None, usual_s: float) -> None:
         self._logger = logger

@@ -1,8 +1,8 @@
 """An engine's progress: trained iterations, completed epochs, and the position in the pass over its data.
 
-ignite keeps ``state.iteration`` alone. It is raised before a batch is trained. It tells neither the batches trained in
-a pass, nor where an epoch started after ``terminate_epoch()``. These counters do. The wrapped ``Engine._fire_event`` in
-:mod:`distckpt.handlers.ignite_hooks` updates them, with two assignments an iteration.
+ignite keeps only ``state.iteration``, and raises it before a batch is trained. It tells neither the batches trained in
+a pass, nor where an epoch started after ``terminate_epoch()``. The counters here tell both. The wrapped
+``Engine._fire_event`` in :mod:`distckpt.handlers.ignite_hooks` updates them, with two assignments an iteration.
 
 A pass starts when ignite makes a new iterator over the data. It need not be an epoch: ``epoch_length`` may differ from
 the data's length.
@@ -34,7 +34,7 @@ class Progress:
     # `trained` at the start of the present pass; negative if a resumed run has fewer iterations than the one before.
     pass_began_at: int = 0
     iterator_began_at: int = 0  # `trained` when the present iterator was made
-    needs_iterator: bool = True  # ignite makes a new iterator before the next batch, unless one was trained since
+    needs_iterator: bool = True  # ignite makes a new iterator before the next batch, or has just made it
     scale: int = 0  # as in ResumePoint
     resumed: ResumePoint | None = None  # where the next run continues; None if it starts where ignite would
 
@@ -44,7 +44,7 @@ class Progress:
         self.needs_iterator = False
 
     def end_pass(self) -> None:
-        """Count the following batches to a new pass."""
+        """Count the following batches as those of a new pass."""
         self.begin_pass()
         self.needs_iterator = True
 
@@ -81,7 +81,7 @@ def count_event(engine: Engine, event: Any) -> None:
             progress.needs_iterator = True
             data = engine.state.dataloader
             sampler = find_resumable(data)
-            if sampler is not None:  # its own state, too, is to count trained samples
+            if sampler is not None:  # its own state, too, then counts trained samples
                 sampler.distckpt_set_counter(lambda: _num_samples_trained(data, progress))
         progress.resumed = None
     elif event is Events.DATALOADER_STOP_ITERATION:

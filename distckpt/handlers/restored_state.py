@@ -32,7 +32,8 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class RestoredState:
     """The objects that a resume restored, by names that are the same on all ranks.
 
-    `handlers` had their histories restored. `load_again` loads some objects from the checkpoint again, rank-local.
+    `handlers` are those whose histories were restored. `load_again` loads some objects from the checkpoint again; it is
+    rank-local.
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class _CapturedState:
         return bool(changed)
 
     def restore(self) -> bool:
-        """Load the captured state; return False if :meth:`is_changed` found a large value changed, without a copy."""
+        """Load the captured state; return False if :meth:`is_changed` found a large value changed: it has no copy."""
         if not self._is_lost:
             load_own_state(self._obj, _map_leaves(self._state, _restore_leaf))
         return not self._is_lost

@@ -116,12 +116,12 @@ def resume(
        manifests; after those, files without a record, by the iteration inside.
     2. (all ranks) verify them in that order; the ranks of a machine read a part of the file each. Skip a checkpoint on
        all ranks if it is damaged on some rank, differs between ranks or lacks an object, and log the reason.
-    3. (all ranks) check that it fits the objects. If it does not on some rank, raise on all ranks; no object has
-       changed.
+    3. (all ranks) check that it fits the objects. If it does not fit on some rank, raise on all ranks; no object
+       has changed.
     4. (all ranks) load it: on each rank all objects, or none. If a rank fails, raise on all ranks.
     5. (all ranks) restore the histories of `dirname_or_handler` and of the handlers in `to_load` and on the engine, so
-       that they continue to remove old checkpoints. Remove those that a killed save had still to remove. Other handlers
-       do so in their first save.
+       that they continue to remove old checkpoints. Other handlers restore theirs in their first save. Remove the
+       checkpoints that a killed save had still to remove.
     6. (all ranks) let the engine's next run start at the first batch that was not trained: see `skip_batches`. Changes
        to the restored objects by handlers of STARTED, or of EPOCH_STARTED in an interrupted epoch, are reverted. If the
        run was complete, ``engine.run()`` with the same limits returns at once.
@@ -134,11 +134,11 @@ def resume(
             without a record, by their names. The coordinator is the handler's ``save_on_rank``, else rank 0.
         engine: the trainer. If it is not in `to_load`, it gets the only other engine state in the checkpoint. None for
             the engine in `to_load`; of several, the one that ran during the save.
-        skip_batches: draw and drop the batches of the present pass that were trained before. Data that are restored
-            themselves (a loader or sampler in `to_load`) and a DeterministicEngine's continue on their own; False for
-            other data that do.
-        timeout_s: seconds to wait for the other ranks; None for ``DISTCKPT_TIMEOUT_S``, or 300, and for at least 1800
-            while they read and load.
+        skip_batches: draw and drop the batches of the present pass that were trained before. No batches are
+            dropped of data that are restored themselves (a loader or sampler in `to_load`) or a DeterministicEngine's:
+            these continue on their own. Give False for other data that do.
+        timeout_s: seconds to wait for the other ranks; None for ``DISTCKPT_TIMEOUT_S``, or 300, but at least 1800
+            while the ranks read and load.
         verify: compare the files with their checksums.
         kwargs: for ``nn.Module.load_state_dict``, e.g. ``strict=False``.
 

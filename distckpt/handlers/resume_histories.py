@@ -3,7 +3,7 @@
 The handler to resume from takes the history that the selected file records. The other known handlers take what their
 own newest files of the same runs record. Handlers that are not known yet do so in the first save of the resumed run.
 
-A process that is killed after a commit leaves the files that the new one replaces. They are removed here: the resumed
+A process that is killed after a commit leaves the files that the new file replaces. They are removed here: the resumed
 run may have nothing left to save.
 """
 
@@ -47,8 +47,8 @@ def restore_histories(
 
     1. (each handler's coordinator) if the checkpoint has a record: search the handler's directory for its newest file.
     2. (all ranks) take over the history that the file records.
-    3. (each handler's coordinator) if there are any: remove files that a killed save has replaced. Those that cannot be
-       removed are left to the next save.
+    3. (each handler's coordinator) remove the files, if any, that a killed save has replaced and left. Those that
+       cannot be removed are left to the next save.
 
     Args:
         backend: the job's backend.

@@ -44,9 +44,9 @@ class ResumePoint:
     seed: int | None = None  # of a DeterministicEngine's run
     world_size: int | None = None  # number of ranks
     sampler: Mapping[str, Any] | None = None  # the state of a ResumableSampler
-    output: Any = None  # the numbers in the engine's, where `is_end_due`; see epoch_numbers.py
+    output: Any = None  # the numbers in the engine's output, if `is_end_due`; see epoch_numbers.py
     metrics: Mapping[str, Any] | None = None  # likewise
-    lacking: Sequence[str] = ()  # names of what else was in them
+    lacking: Sequence[str] = ()  # names of what is left out of both
 
     @classmethod
     def from_record(cls, position: Any) -> "ResumePoint | None":
@@ -93,7 +93,7 @@ class ResumePoint:
 
 
 def find_engine(to_load: Mapping[str, Any], record: Mapping[str, Any]) -> Engine | None:
-    """Return the only engine in `to_load`, or the one that ran during the save."""
+    """Return the only engine in `to_load`, or of several the one that ran during the save; None if unknown."""
     engines = {path: obj for path, obj in iter_objects(to_load) if isinstance(obj, Engine)}
     if len({id(engine) for engine in engines.values()}) == 1:
         return next(iter(engines.values()))
@@ -125,7 +125,7 @@ def find_resume_point(
 
 
 def is_last_iteration(iteration: int, epoch_length: int | None, max_epochs: int | None, max_iters: int | None) -> bool:
-    """Return True if a run with these limits ends with an iteration. ignite's own check is true for a whole epoch."""
+    """Return True if a run with these limits ends with `iteration`. ignite's own check is true for a whole epoch."""
     if max_iters is not None:
         return iteration >= max_iters
     return max_epochs is not None and epoch_length is not None and iteration >= max_epochs * epoch_length
@@ -144,9 +144,9 @@ def fit_to_data(
     """Translate a resume point for the resumed run's data, which may come in other batches.
 
     Args:
-        point: as recorded; `batches` is known.
-        data: as `epoch_length`, an argument of ``engine.run()``.
-        epoch_length: see `data`.
+        point: the recorded one; its `batches` is not None.
+        data: the argument of ``engine.run()``.
+        epoch_length: the argument of ``engine.run()``, in iterations; None if not given.
         knows_pass: True if the generators' states from the start of the pass are known.
         counts_epochs: True if the run's limit is in epochs. Otherwise iterations keep their numbers.
         world_size: number of ranks.

@@ -34,7 +34,7 @@ class RngState:
     ``DataLoader(shuffle=True)``.
 
     Args:
-        trainer: the engine that draws from the data; None for generators outside of the data alone.
+        trainer: the engine that draws from the data; None to leave out the data's generators.
         generators: further generators of the program, by name: torch's, Python's or NumPy's.
         timeout_s: seconds to wait for the other ranks; None for ``DISTCKPT_TIMEOUT_S``, or 300.
 
@@ -105,14 +105,14 @@ class RngState:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Set this rank's generators. Rank-local.
 
-        In a job of another size, a rank without a state of its own gets a derived one. In a job of the same size, its
-        generators keep their states. Both cases give a warning.
+        In a job of another size, a rank without a state of its own gets a derived one. In a job of the same size,
+        such a rank's generators stay as they are. Both cases give a warning.
 
         Args:
             state_dict: as :meth:`state_dict` returned it.
 
         Raises:
-            TypeError: `state_dict` is no mapping.
+            TypeError: `state_dict` is not a mapping.
             ValueError: it holds no states of random number generators.
         """
         if not isinstance(state_dict, Mapping):
@@ -152,7 +152,7 @@ class RngState:
         self._pass = state.get("pass")
 
     def distckpt_rollback(self) -> Callable[[], None]:
-        """Return a function that reverts a following load. Rank-local."""
+        """Return a function that reverts the next load. Rank-local."""
         restore, attributes = self.capture_current(), copy.copy(vars(self))
 
         def rollback() -> None:
@@ -197,7 +197,7 @@ class RngState:
     def begin_pass(self, began_at: int) -> None:
         """Set this rank's generators for the rest of the loaded pass, before the iterator is made. Rank-local.
 
-        `began_at` is the number of iterations trained at its start, in case the state does not hold it.
+        `began_at` is the number of iterations trained at the pass's start, for a state that does not hold it.
         """
         if self._loaded is not None and self._pass is not None:
             self.restore_pass_start()
@@ -245,7 +245,7 @@ class RngState:
         return {**self._program_generators, **find_generators(self._data)}
 
     def _capture(self) -> dict[str, Any]:
-        pass_start = None if self._trainer is None else self._pass  # else the loaded one may be out of date
+        pass_start = None if self._trainer is None else self._pass  # without a trainer, a loaded one may be out of date
         return {"now": rng_generators.capture(self._generators), "pass": pass_start}
 
     def _warn(self, message: str) -> None:

@@ -2,7 +2,7 @@
 
 Each coordinator writes the events of a run into the directories of the engine's Checkpoints whose savers ask for it;
 see docs/events.md. The record costs no collectives and nothing in an iteration. A record that cannot be written is
-logged once, and the run goes on. Rank-local: on ranks that coordinate no save nothing is written.
+logged once, and the run goes on. Rank-local: ranks that coordinate no save write nothing.
 """
 
 import logging
@@ -31,7 +31,7 @@ RECORD_VARIABLE = "DISTCKPT_RECORD_EVENTS"
 _FORMAT = 1
 _PERIOD_S = 1.0
 _PERIODS_A_RUN = 100
-"""The progress of a session is recorded every second, and in a long one after each hundredth of its time."""
+"""Progress is recorded every second; in a long session, at intervals of a hundredth of the time since its start."""
 _MAX_CHARS = 400
 _COUNTERS = ("max_epochs", "max_iters", "epoch_length")
 
@@ -83,7 +83,7 @@ class RunRecord:
         """Record a committed save.
 
         Args:
-            engine: the outermost engine that fired as it began.
+            engine: the outermost engine that fired as the save began.
             directory: see :func:`record_directory_of`.
             facts: the event, without its session.
         """
@@ -150,10 +150,10 @@ class RunRecord:
 
 
 def note_resume(engine: Engine | None, resumed: Any, record: Mapping[str, Any], took_s: float) -> None:
-    """Let the engine's next session record that it continues from a checkpoint. None has no session.
+    """Let the engine's next session record that it continues from a checkpoint.
 
     Args:
-        engine: the trainer.
+        engine: the trainer; None records nothing.
         resumed: a :class:`~distckpt.handlers.resume.Resumed`.
         record: the checkpoint's record; empty without one.
         took_s: how long the resume took, in seconds.
@@ -174,7 +174,7 @@ def note_resume(engine: Engine | None, resumed: Any, record: Mapping[str, Any], 
 
 
 class _ProgressThread(threading.Thread):
-    """Records how far the run came, for a process that is killed."""
+    """Records how far the run has come, in case the process is killed."""
 
     def __init__(self, record: RunRecord, engine: Engine) -> None:
         super().__init__(name="distckpt-record", daemon=True)

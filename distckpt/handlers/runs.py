@@ -96,7 +96,7 @@ def propose_run(engine: Engine, origin: Origin | None, newest_s: float) -> Run:
 
     Args:
         engine: the outermost engine that fires.
-        origin: what the handler resumes. It counts if the engine itself resumes nothing.
+        origin: what the handler resumes; used if the engine itself resumes nothing.
         newest_s: the time at which the newest known run started; 0.0 for none.
     """
     found = run_of(engine)

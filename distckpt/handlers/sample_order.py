@@ -43,9 +43,9 @@ def start_workers(data: Any, rng_states: Sequence[RngState]) -> None:
 
 
 def exhaust_sampler(data: Any, rng_states: Sequence[RngState]) -> None:
-    """Make the random draws of a sampler's exhaustion, for a pass whose batches have all been trained.
+    """Make the random draws that exhausting a sampler makes, for a pass whose batches have all been trained.
 
-    Before, the generators are as the checkpoint has them. The sampler yields the indices of that pass again; no sample
+    Call it with the generators as the checkpoint has them. The sampler yields the indices of that pass again; no sample
     is loaded.
     """
     sampler = find_random_sampler(data)

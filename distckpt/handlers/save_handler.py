@@ -36,8 +36,8 @@ class BaseSaveHandler(_IgniteSaveHandler):
 
     Attributes:
         storage: the place to which a Checkpoint writes files itself, with manifests, in the background and from several
-            ranks. Such a handler is a :class:`StorageSaver`. None: the Checkpoint only calls this handler, and
-            ``remove``.
+            ranks. A handler with a storage is a :class:`StorageSaver`. None: the Checkpoint only calls this handler,
+            and ``remove``.
 
     Example:
         >>> class InMemory(BaseSaveHandler):
@@ -98,11 +98,11 @@ class StorageSaver(Protocol):
 
     @property
     def writes_on_one_rank(self) -> bool:
-        """Whether the coordinator alone writes files of its own."""
+        """Whether only the coordinator creates files; other ranks may write parts of them."""
 
     @property
     def writes_one_file(self) -> bool:
-        """Whether a save writes no file but the named one."""
+        """Whether a save writes the named file and no other."""
 
     def knows_writers(self, backend: Backend) -> bool:
         """Rank-local. Return True if this rank knows which ranks write."""
@@ -134,7 +134,7 @@ class StorageSaver(Protocol):
 
 def storage_saver(handler: object) -> StorageSaver | None:
     """Return the handler if a Checkpoint may write into its storage; None if it can only be called."""
-    # Of the class: a program's own handler may have an attribute of that name, and a mock or a proxy has every one.
+    # Ask the class: a program's own handler may have an attribute of that name, and a mock or a proxy has every one.
     has_storage = hasattr(type(handler), "make_writer") and getattr(handler, "storage", None) is not None
     return cast("StorageSaver", handler) if has_storage else None
 

@@ -97,7 +97,7 @@ def call_user_functions(handler: Settings, engine: Engine) -> UserFacts:
     """Rank-local. Return the step and the score of the present event.
 
     Raises:
-        ValueError: one of them is no number.
+        ValueError: one of them is not a number.
         TypeError: the handler, or its class, was given a method which ignite calls and distckpt does not.
     """
     refuse_overrides(handler, CHECKPOINT_OVERRIDES)
@@ -121,7 +121,7 @@ def call_user_functions(handler: Settings, engine: Engine) -> UserFacts:
 
 
 def is_mid_epoch(handler: Settings, facts: UserFacts, engine: Engine, *, is_early: bool) -> bool:
-    """Return True if the step is the number of an epoch that is not over, whose end is to replace the save.
+    """Return True if the step is the number of an unfinished epoch, at whose end a save is to replace this one.
 
     `engine` is the outermost engine that fires. `is_early`: the run is being ended in the middle of an epoch.
     """

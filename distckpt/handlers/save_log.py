@@ -67,7 +67,7 @@ def describe_last(last_checkpoint: str | Path | None) -> str:
 
 
 class SaveLog:
-    """Measures a save from now on, and logs one line when it is committed: at INFO on the coordinator.
+    """Measures a save from construction on, and logs one line when it is committed: at INFO on the coordinator.
 
     Attributes:
         begin_at_s: wall time of the beginning, in seconds since 1970.

@@ -1,4 +1,4 @@
-"""Stop of a run whose output is NaN or infinite: :class:`TerminateOnNan`."""
+"""Stop a run whose output is NaN or infinite: :class:`TerminateOnNan`."""
 
 import logging
 from collections.abc import Callable, Mapping

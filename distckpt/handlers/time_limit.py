@@ -1,4 +1,4 @@
-"""Stop of a run after a given time: :class:`TimeLimit`."""
+"""Stop a run after a given time: :class:`TimeLimit`."""
 
 import logging
 import time

@@ -1,6 +1,6 @@
 """The vote rounds of one engine on one rank: when the votes are held, and what the engine's run does around them.
 
-Handlers use :mod:`distckpt.handlers.engine_votes`. :mod:`distckpt.coordination.votes` counts.
+Handlers use :mod:`distckpt.handlers.engine_votes`. :mod:`distckpt.coordination.votes` counts the answers.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ class EngineVotes:
         nonfinite_at: the iteration that was voted NaN; None for none.
         pollers: voters that vote after each iteration without being attached.
         announces_errors: whether an exception that leaves a run is reported to other ranks even if no handler votes.
-        has_uncaught_error: whether the present exception leaves the run though its handlers do not raise.
+        has_uncaught_error: whether the present exception leaves the run although no handler of EXCEPTION_RAISED raises.
     """
 
     def __init__(self) -> None:
@@ -166,7 +166,7 @@ class EngineVotes:
     def flush(self, engine: Engine) -> None:
         """Collective if a vote is open: finish the pending vote, hold the present one, and act on both.
 
-        Only where all ranks call it, as in a save.
+        Call it only where all ranks do, as in a save.
         """
         self._is_scheduled = False
         before = self._finish_pending()
@@ -176,7 +176,7 @@ class EngineVotes:
         if self._backend is None or self._scope is None:
             msg = "a vote without an answer"
             raise AssertionError(msg)
-        self._scope.schedule = self._schedule_text  # of all handlers: the event's first one has made the scope
+        self._scope.schedule = self._schedule_text  # of all handlers: the event's first handler has made the scope
         timeout_s = self._default_timeout_s if self._timeout_s is None else self._timeout_s
         return self._round.start(self._backend, self._scope, timeout_s=timeout_s)
 
@@ -232,7 +232,7 @@ class EngineVotes:
             sys.exit(code)
 
     def is_uncaught(self, engine: Engine) -> bool:
-        """Return True if an exception leaves the run though no handler of EXCEPTION_RAISED has raised."""
+        """Return True if an exception leaves the run although no handler of EXCEPTION_RAISED has raised."""
         is_uncaught, self.has_uncaught_error = self.has_uncaught_error, False
         return is_uncaught
 
@@ -255,7 +255,7 @@ class EngineVotes:
         if vars(error).get(_REPORTED) and not monitor.in_run:
             return error  # ignite handles it twice: where it is raised, and around the run
         if any(get_hooks(one) is not None for one in get_firing_engines()):
-            return error  # the engine around this one may catch it; otherwise it reports it
+            return error  # the engine around this one may catch the error; otherwise that engine reports it
         monitor.step = engine.state.iteration
         vars(error)[_REPORTED] = True
         try:

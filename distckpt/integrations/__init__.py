@@ -1,1 +1,1 @@
-"""distckpt in training loops of other packages: a module for each, which imports it. No other package does."""
+"""Callbacks for training loops of other packages: one module each. Only modules here import those packages."""

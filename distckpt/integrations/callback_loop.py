@@ -39,8 +39,8 @@ class LoaderRngState(RngState):
 
         Args:
             iteration: number of iterations trained.
-            is_resumed: whether the pass is the loaded one. Its generators are set to those from its start: the
-                sampler draws the same order, and workers get the same seeds.
+            is_resumed: whether the pass is the loaded one. Then the generators are set to their states from its start,
+                so that the sampler draws the same order and workers get the same seeds.
         """
         self._is_in_pass = is_resumed and self._pass is not None
         if self._is_in_pass:
@@ -51,13 +51,13 @@ class LoaderRngState(RngState):
     def finish_pass_restore(self) -> None:
         """Set the generators to the loaded state now, and not again before the first iteration. Rank-local.
 
-        For a loop that draws no batch ahead, when the trained batches are skipped: what the next batch draws follows.
+        For a loop that draws no batch ahead. Call it when the trained batches are skipped, before the next draw.
         """
         self.restore_loaded()
         self._is_set = True
 
     def restore_loaded(self) -> None:
-        """Set the generators to the loaded state. In the loaded pass, the loader's have drawn what they should."""
+        """Set the generators to the loaded state. In the loaded pass, leave the loader's: they have drawn its order."""
         if self._is_set:
             return
         if self._loaded is not None and self._is_in_pass:
@@ -142,17 +142,17 @@ class CallbackLoop:
 
     @property
     def num_in_epoch(self) -> int:
-        """The number of iterations trained in the epoch under way, the present one included; 0 at its end."""
+        """The number of iterations trained in the epoch under way, the present one included; 0 at the epoch's end."""
         return self.engine.state.iteration % self._epoch_length
 
     def load(self, objects: Mapping[str, Any]) -> None:
-        """Collective. Load what :meth:`find` has found, if it has.
+        """Collective. Load the checkpoint that :meth:`find` has found, if any.
 
         Args:
-            objects: model, optimizers and what else the package's loop consists of, by name.
+            objects: model, optimizers and the other objects of the package's loop, by name.
 
         Raises:
-            ValueError: further objects to save have the same names.
+            ValueError: further objects to save have names that are in use.
         """
         both = sorted(objects.keys() & self._own.keys() | self._objects.keys() & self._own.keys())
         if both:
@@ -160,7 +160,7 @@ class CallbackLoop:
             raise ValueError(msg)
         self.checkpoint.to_save = {**self._objects, **objects, **self._own}
         if self._found is not None:
-            # Its bytes were compared by find().
+            # find() has verified the file already.
             resume(self.checkpoint.to_save, self.checkpoint, engine=self.engine, verify=False)
 
     def begin(self, loader: Any, *, max_iters: int, epoch_length: int) -> None:
@@ -194,7 +194,7 @@ class CallbackLoop:
         """Complete an iteration, when all that belongs to it is done; return False if the run stops.
 
         Args:
-            output: what handlers read, the loss.
+            output: the loss, which handlers read as ``state.output``.
         """
         if self.engine.pause is not Pause.ITERATION_STARTED:
             return False
@@ -226,7 +226,7 @@ class CallbackLoop:
         return engine.pause is Pause.EPOCH_STARTED
 
     def end(self) -> None:
-        """Complete the run; background saves are durable then."""
+        """Complete the run, and wait until background saves are durable."""
         engine = self.engine
         self._leave_start()
         if not self.has_ended:
@@ -241,7 +241,7 @@ class CallbackLoop:
             self.engine.advance()
 
     def fail(self, error: BaseException) -> None:
-        """Handle an exception of the loop as one of an engine's step: tell the other ranks. It may raise another."""
+        """Handle the loop's exception as if an engine's step had raised it: tell the other ranks. May raise another."""
         try:
             if not self.has_ended:
                 self.engine.throw(error)
@@ -249,13 +249,13 @@ class CallbackLoop:
             self.close()
 
     def close(self) -> None:
-        """Let signals act as before. Rank-local."""
+        """Restore the signals' previous handlers. Rank-local."""
         if self._preemption is not None:
             self._preemption.close()
 
 
 class LoopCallback(ABC):
-    """What the callbacks of all packages have in common: their arguments, and what they show of their loop.
+    """Base class of the callbacks of all packages: their arguments, and the engine and the handler that they expose.
 
     The arguments are those of :class:`CallbackLoop`.
     """

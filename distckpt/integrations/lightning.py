@@ -13,10 +13,10 @@ from distckpt.integrations.callback_loop import LoopCallback
 class DistckptCallback(LoopCallback, Callback, lightning_hooks.FitHooks):  # type: ignore[misc]  # checked without Lightning
     """Callback that saves a Trainer's whole state in the background, resumes it, and stops it on all ranks together.
 
-    A run that was killed and started again ends with the parameters of the run left alone, bit for bit. ``fit()`` loads
-    the newest whole checkpoint by itself, and skips the trained batches of the epoch. An iteration of :attr:`loop` is
-    an optimizer step: with gradient accumulation, several batches; with manual optimization, one batch. A save follows
-    the step's validation, and the last one of an epoch all that belongs to the epoch.
+    A run that was killed and started again ends with the parameters of an uninterrupted run, bit for bit. ``fit()``
+    loads the newest whole checkpoint by itself, and skips the trained batches of the epoch. An iteration of
+    :attr:`loop` is an optimizer step: with gradient accumulation, several batches; with manual optimization, one batch.
+    A save follows the step's validation; at the last step of an epoch, it follows all that belongs to the epoch.
 
     Set ``Trainer(enable_checkpointing=False)``, or Lightning also saves by itself. A callback is for one ``fit()``.
 
@@ -83,7 +83,7 @@ class DistckptCallback(LoopCallback, Callback, lightning_hooks.FitHooks):  # typ
             lightning_hooks.stop(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Start an iteration; its first batch is drawn."""
+        """Start an iteration, after its first batch is drawn."""
         self._run.begin_iteration()
 
     def on_train_batch_end(
@@ -102,7 +102,7 @@ class DistckptCallback(LoopCallback, Callback, lightning_hooks.FitHooks):  # typ
         self._run.fail(exception)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let the Trainer and signals act as before."""
+        """Restore the Trainer's own methods and the signals' previous handlers."""
         if self._undo is not None:
             self._undo()
             self._undo = None
@@ -111,7 +111,7 @@ class DistckptCallback(LoopCallback, Callback, lightning_hooks.FitHooks):  # typ
     # -- what the Trainer has no events for ----------------------------------------------------------
 
     def before_epoch(self, fetcher: Any) -> None:
-        """Collective. Start an epoch; in the process's first one, draw anew from the generators as they should be."""
+        """Collective. Start an epoch; in the process's first one, make the iterator anew with the generators set."""
         trainer, is_resumed = self._trainer, self._run.rng.is_loaded
         self._outputs.clear()
         if not self._run.begin_epoch():
@@ -129,7 +129,7 @@ class DistckptCallback(LoopCallback, Callback, lightning_hooks.FitHooks):  # typ
         return self.loop.pause is Pause.ITERATION_STARTED
 
     def after_step(self) -> None:
-        """Collective. Complete an iteration, unless what belongs to the epoch follows."""
+        """Collective. Complete an iteration, unless it is the epoch's last: :meth:`after_epoch` completes that."""
         if self._run.num_in_epoch > 0 and not self._complete():
             lightning_hooks.stop(self._trainer)
 
@@ -145,13 +145,13 @@ class DistckptCallback(LoopCallback, Callback, lightning_hooks.FitHooks):  # typ
         self._run.begin(lightning_hooks.loader_of(self._trainer), max_iters=max_iters, epoch_length=epoch_length)
 
     def after_run(self) -> None:
-        """Collective. End a resumed run of which no epoch was left to train."""
+        """Collective. End a resumed run that had no epoch left to train."""
         rng = self._run.rng
         if not self._is_first_epoch or not rng.is_loaded:
             return
         rng.loader = lightning_hooks.loader_of(self._trainer)
         rng.restore_loaded()  # the Trainer has made an iterator, which draws a seed
-        if self.loop.pause is None and rng.loader is not None:  # it has skipped its events, too
+        if self.loop.pause is None and rng.loader is not None:  # the Trainer has skipped its events, too
             self._begin()
             self._run.end()
 

@@ -154,7 +154,7 @@ class FitProgress:
     """The counters of a Trainer's loops, and the states of its callbacks and data module, as an object to save.
 
     Attributes:
-        trainer: None until it is known.
+        trainer: the Trainer; None until it is known.
         loaded: the state that was loaded; None for none.
     """
 
@@ -185,8 +185,8 @@ class FitProgress:
         """Give the loaded state to the Trainer. Rank-local.
 
         Args:
-            is_in_epoch: whether an epoch is under way. Else its next one starts, also where `max_steps` counts: there
-                the Trainer would take the last epoch for unfinished.
+            is_in_epoch: whether an epoch is under way. If not, the next one starts, even if `max_steps` limits the run:
+                then the Trainer would take the last epoch for unfinished.
         """
         trainer, state = self.trainer, self.loaded
         if trainer is None or state is None:

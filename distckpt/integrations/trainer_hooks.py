@@ -41,7 +41,7 @@ class TrainerHooks(ABC):
 
 
 def install(trainer: Trainer, hooks: TrainerHooks) -> None:
-    """Let a Trainer call the hooks in its next ``train()``, and load nothing itself in it."""
+    """Let a Trainer call the hooks in its next ``train()``, and keep it from loading anything itself."""
     step: dict[str, int] = {}
 
     def run(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

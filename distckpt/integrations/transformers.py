@@ -16,9 +16,9 @@ from distckpt.integrations.callback_loop import LoopCallback
 class DistckptCallback(LoopCallback, TrainerCallback, trainer_hooks.TrainerHooks):  # type: ignore[misc]  # checked without transformers
     """Callback that saves a Trainer's whole state in the background, resumes it, and stops it on all ranks together.
 
-    A run that was killed and started again ends with the parameters of the run left alone, bit for bit. An iteration of
-    :attr:`loop` is an optimizer step: with gradient accumulation, several batches. A save follows the step's logs and
-    evaluation, and the last one of an epoch those of the epoch.
+    A run that was killed and started again ends with the parameters of an uninterrupted run, bit for bit. An iteration
+    of :attr:`loop` is an optimizer step: with gradient accumulation, several batches. A save follows the step's logs
+    and evaluation; at the last step of an epoch, it follows those of the epoch.
 
     Set ``save_strategy="no"``, or the Trainer also saves by itself. A callback is for one call of ``train()``.
 
@@ -106,7 +106,7 @@ class DistckptCallback(LoopCallback, TrainerCallback, trainer_hooks.TrainerHooks
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start an iteration; its batches are drawn."""
+        """Start an iteration, after its batches are drawn."""
         self._losses.clear()
         self._run.begin_iteration()
 
