@@ -16,7 +16,7 @@ except ImportError:  # built without a compiler, or for another machine
     _native = None  # type: ignore[assignment]  # a module that may be absent has no type of its own
 
 _CHUNK = 512
-"""Objects that stay in the processor's cache while one attribute after another is read."""
+"""Number of objects that stay in the processor's cache while one attribute after another is read."""
 
 
 def have_values(
@@ -53,7 +53,7 @@ def have_values(
 
 
 def has_layouts(api: object) -> bool:
-    """Return True if :func:`have_layouts` can use an exchange API; None is none."""
+    """Return True if :func:`have_layouts` can use an exchange API; False for None, if torch has no such API."""
     return _native is not None and api is not None
 
 
@@ -74,7 +74,7 @@ def layout_of(
 
 
 def have_layouts(api: object, tensors: list[Any], layouts: list[bytes], addresses: "array[int]") -> bool:
-    """Return True if each tensor has its layout.
+    """Return True if each tensor has the layout at its index.
 
     Args:
         api: DLPack's exchange API, such as ``torch.Tensor.__dlpack_c_exchange_api__``. See :func:`has_layouts`.

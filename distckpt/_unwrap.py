@@ -79,7 +79,7 @@ def rename_for_module(module: nn.Module, state: Any) -> Any:
         return state
     is_parallel = all(name.startswith(_COMPILED_PARALLEL) for name in names) and "module." not in paths
     names = [name.removeprefix(_COMPILED_PARALLEL) for name in names] if is_parallel else names
-    # What was compiled as it is here keeps its names: also those of a buffer, or of a hook, of the compiled module.
+    # A part that was compiled in the saved module too keeps its names, also those of its own buffers or hooks.
     settled = {plain for plain, path in compiled.items() if any(name.startswith(path) for name in names)}
 
     def rename(name: str) -> str:

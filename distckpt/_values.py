@@ -1,6 +1,6 @@
-"""Numbers from users and libraries: checked, and as plain Python numbers, which load under ``weights_only``.
+"""Check numbers from users and libraries, and make them plain Python numbers, which load under ``weights_only``.
 
-Also values at given places of nested containers.
+Also replace or copy values at given places of nested containers.
 """
 
 import copy
@@ -80,7 +80,7 @@ def _is_number(value: object) -> bool:
 
 
 def to_json_value(value: Any) -> Any:
-    """Return a value with text in place of numbers that are not finite, which JSON does not have, and of keys.
+    """Return a value for JSON: keys, and numbers that are not finite, which JSON does not have, become text.
 
     Example:
         >>> to_json_value({1: (float("inf"), None)})

@@ -49,8 +49,8 @@ class ResumableSampler(DistributedSampler[int]):
         rank: this rank; None for the job's.
         shuffle: True for a random order, False for the data set's.
         seed: selects the random orders; the same on all ranks. A loaded state replaces it.
-        drop_last: where the ranks do not divide the rest of the epoch, True leaves out its last samples. False repeats
-            its first samples, so that all ranks have equally many.
+        drop_last: if the samples left in the epoch are not a multiple of the ranks, True leaves out the last ones.
+            False repeats the epoch's first samples, so that all ranks have equally many.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -228,7 +228,7 @@ class ResumableSampler(DistributedSampler[int]):
     def distckpt_position(self, num_trained: int | None) -> dict[str, Any]:
         """Return the state after each rank has trained a number of samples of its present iterator.
 
-        None if the loader has no batch left in the pass, even if some samples are left.
+        `num_trained` is None if the loader has no batch left in the pass, even if some samples are left.
         """
         following = _Position(self._next_epoch)
         start = self._loaded or self._start or following

@@ -139,7 +139,7 @@ class Backend(ABC):
     def gather_host(self, data: bytes, num_bytes: int, *, what: object, timeout_s: float | None) -> list[bytes]:
         """Collective. Return the bytes of every rank, in rank order.
 
-        Lengths may differ between ranks. `num_bytes`, the same on every rank, is not less than any of them.
+        Lengths may differ between ranks. `num_bytes` is the same on every rank, and no length exceeds it.
         """
 
     def exchange_host(
@@ -174,7 +174,7 @@ class Backend(ABC):
     def sync_device(self, tree: Any, *, to_host: bool) -> Any:
         """All ranks. Compute the pending values of a state, if the runtime computes lazily. Issues no collectives.
 
-        With `to_host` the result has host tensors, if the runtime cannot write those of its devices.
+        With `to_host` the result has host tensors in place of device tensors that cannot be written directly.
         """
         return tree
 
@@ -191,7 +191,7 @@ class Backend(ABC):
         return None
 
     def abort(self) -> None:  # noqa: B027 - not every runtime can
-        """Make the job's own collectives that wait fail, if the runtime can. Rank-local; any thread."""
+        """Make the job's own waiting collectives fail, if the runtime can do so. Rank-local; any thread."""
 
     def close(self) -> None:  # noqa: B027 - most have nothing to close
         """Close this backend's threads and connections. Rank-local; the backend cannot be used after it."""
@@ -212,7 +212,7 @@ class Backend(ABC):
 
     @abstractmethod
     def store_barrier(self, name: str, *, depends_on: str | None, timeout_s: float | None) -> str | None:
-        """All ranks. Block until every rank has called `name`; through the key-value store, without a collective.
+        """All ranks. Block until every rank has called `name`; through the key-value store, if the job has one.
 
         A name is used once in a job. `depends_on` is the id of an object; a note about it ends the waiting.
 

@@ -23,7 +23,7 @@ FOLD: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 }
 """How each operation reduces two tensors to one."""
 
-# Of bools, which neither NCCL nor Gloo nor Horovod reduces, as uint8.
+# For bools, which neither NCCL nor Gloo nor Horovod reduces: they are reduced as uint8, by another operation.
 _BOOL_OPS: dict[TensorOp, TensorOp] = {"SUM": "MAX", "PRODUCT": "MIN", "AND": "MIN", "OR": "MAX"}
 
 _REASON_S = 5.0  # how long the monitor may take to find out why the store is silent

@@ -262,7 +262,7 @@ class ControlGroup:
         return operation
 
     def _was_idle(self, timeout_s: float) -> bool:
-        """Return True if other ranks may have timed out, which have waited since about the last operation's end."""
+        """Return True if ranks that have waited since about the end of the last operation may have timed out."""
         return time.monotonic() - self._last_end_s > min(_PATIENCE_S, timeout_s / 2)
 
     def _finish(self, operation: _Operation) -> None:

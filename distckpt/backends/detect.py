@@ -41,7 +41,7 @@ def current() -> Backend:
     group = dist.group.WORLD if dist.is_available() else None
     if group is None:
         return _find_other() or _SERIAL
-    # Without the lock, and mostly right: every handler calls this in every iteration.
+    # Without the lock: there mostly is a backend, and every handler calls this in every iteration.
     backend = _BY_GROUP.get(group)
     if backend is None:
         if dist.get_backend(group) == "xla":  # torch_xla's own process group: its replicas are the ranks

@@ -38,7 +38,7 @@ _PAUSE_S = 0.001
 
 
 class _MarkedRanks(list[int]):
-    """The list of Horovod's ranks, equal to no other: Horovod's next ``init`` replaces it.
+    """A list of Horovod's ranks that marks one job: it equals no other list, and Horovod's next ``init`` replaces it.
 
     Horovod does not count its initialisations, and a job that is joined again may look like the one before.
     """

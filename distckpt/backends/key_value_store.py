@@ -3,8 +3,8 @@
 A store whose host is frozen or unreachable blocks a call, and with it the connection, for as long as it likes. So the
 calls run on a worker thread with a connection of its own, and the caller waits for its limit only.
 
-A call that timed out may still block the worker. It is waited for before the interpreter ends, after everything else
-that may use the store at exit; see :mod:`distckpt._threads` for what happens otherwise.
+A call that timed out may still block the worker. The worker is waited for before the interpreter ends, after everything
+else that may use the store at exit; see :mod:`distckpt._threads` for what happens otherwise.
 """
 
 import atexit

@@ -34,9 +34,10 @@ def rendezvous_server() -> Server | None:
 def clear_addresses(server: Server, number: int) -> None:
     """Collective, through the server. Delete the addresses that the ranks had in the job they have left.
 
-    Horovod deletes them while the ranks connect: its server counts the ranks that asked for it, in one list of
-    addresses after the other. But when it deletes one list it forgets the counts of all others. Addresses remain, and
-    a job that is joined again may call a rank at an old one (Horovod 0.28.1, ``RendezvousHandler.do_DELETE``).
+    Horovod deletes them while the ranks connect: its server counts the ranks that asked for the deletion, in one list
+    of addresses after the other. But when the server deletes one list, it forgets the counts of all others. Addresses
+    remain, and a job that is joined again may call a rank at an old one (Horovod 0.28.1,
+    ``RendezvousHandler.do_DELETE``).
 
     Args:
         server: the launcher's server.
@@ -67,7 +68,7 @@ def clear_addresses(server: Server, number: int) -> None:
 class StoreRendezvous:
     """Connects the ranks to one store: rank 0 hosts it and publishes its address on the launcher's server.
 
-    If another rank has stopped waiting for rank 0 before that, both find out in either order. That rank writes that it
+    If another rank stops waiting for rank 0, both ranks find that out, whichever acts first. That rank writes that it
     has stopped, and then looks for the store. Rank 0 publishes the store, and then looks whether a rank has stopped.
 
     Args:

@@ -1,7 +1,7 @@
 """Small reductions and gathers through memory that ranks of one machine share.
 
 Gloo wakes three threads for a reduction, which takes longer than the reduction. Here a rank writes its values and reads
-those of the others; if they are there already, nothing waits. Time limits and failures are the business of
+those of the others; if they are there already, nothing waits. Time limits and failures are handled by
 :mod:`distckpt.backends.control_group`.
 
 The memory has no name (``memfd_create``), so nothing is left behind, however a job ends. The ranks find out whether all
@@ -42,7 +42,7 @@ _CHECK_S = 0.05  # how often it checks that the other ranks still exist
 
 
 def create_offer(world_size: int) -> "tuple[SharedMemory | None, bytes]":
-    """Create memory for all ranks. Rank-local; every rank does so, and all take that of rank 0.
+    """Create memory for all ranks. Rank-local; every rank creates memory, and all ranks use that of rank 0.
 
     Returns:
         The memory, and text for :meth:`SharedMemory.join` on the other ranks. None if the system has no such memory.

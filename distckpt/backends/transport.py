@@ -1,4 +1,4 @@
-"""What a runtime offers a control group (:mod:`distckpt.backends.control_group`): it carries host values.
+"""Transports carry the host values of a control group (:mod:`distckpt.backends.control_group`) over a runtime.
 
 The group waits for the operations and explains their failures.
 """

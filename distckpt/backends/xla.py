@@ -71,7 +71,7 @@ def launch(
         start_method: how the processes are started.
 
     Raises:
-        ValueError: there is another number of devices; raised in the replicas.
+        ValueError: `num_ranks` is neither 1 nor the number of devices; raised in the replicas.
     """
     replica = functools.partial(_run_replica, fn, tuple(args), dict(kwargs), num_ranks)
     torch_xla.launch(replica, start_method=start_method, debug_single_process=num_ranks == 1)

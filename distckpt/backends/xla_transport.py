@@ -3,7 +3,7 @@
 Two rules keep the collectives safe:
 
 1. **Pending computations of the program run first, in a graph of their own.** Replicas complete a collective only
-   if they run the same program. A pending value of one replica, such as a metric on rank 0, would make it another.
+   if they run the same program. A pending value of one replica, such as a metric on rank 0, would change its program.
 2. **Replicas of one process wait for each other at a gate, and then enter a collective at once.** A replica that enters
    alone cannot come back: on a CPU the runtime ends the process after ten seconds. At the gate it has a time limit, and
    learns which replicas are missing. Between the gate and the collective nothing else is computed:

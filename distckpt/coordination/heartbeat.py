@@ -82,7 +82,8 @@ class HeartbeatMonitor:
 
     Attributes:
         step: this rank's iteration, set by the training thread.
-        in_run: whether an engine runs. Only then the others expect heartbeats, and a blocked training thread is ended.
+        in_run: whether an engine runs. Only during a run do the other ranks expect heartbeats, and does a blocked
+            training thread end the process.
     """
 
     def __init__(
@@ -333,7 +334,7 @@ class HeartbeatMonitor:
         host = self._store_host
         try:
             self._write_heartbeat(limit_s)
-            # The failure apart from the heartbeats: while there is none, those are read in one exchange.
+            # Apart from the heartbeats: with a missing key, get_many() takes one exchange a key.
             self._read_failure(limit_s)
             self._read_heartbeats(limit_s, elapsed_s)
             if len(host.hosts) < self._world_size:

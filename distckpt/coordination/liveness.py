@@ -1,4 +1,4 @@
-"""The start of a job's heartbeat monitor: with the first handler that votes. It ends with the process."""
+"""Start a job's heartbeat monitor with the first handler that votes. It ends with the process."""
 
 import atexit
 import multiprocessing

@@ -1,7 +1,7 @@
 """A rank's knowledge of the others: heartbeats, processes, the host of the key-value store, and the failure of the job.
 
 The operating system reports the end of a process on this machine at once and for certain. A missing heartbeat proves
-much less, but it is all there is of a rank on another machine.
+much less, but nothing else is known of a rank on another machine.
 """
 
 import contextlib
@@ -139,7 +139,7 @@ class Peers:
     def check_processes(self) -> None:
         """Find out which processes have ended.
 
-        IMPORTANT: call it before the heartbeats are read. Then those of an ended process are known to be its last.
+        IMPORTANT: call it before the heartbeats are read. Then the heartbeat of an ended process is its last one.
         """
         for rank in () if self._processes is None else self._processes.ended():
             self._peers[rank].has_ended = True

@@ -8,8 +8,8 @@ The protocol of a phase:
    begins with such a header.
 3. (all ranks) if the sync point's digest or the sequence number differ between the ranks: gather the sync points, and
    raise :class:`~distckpt.errors.DesyncError`, which names them, on every rank.
-4. (all ranks) if the digests of the answers differ: gather the answers, padded to the longest. Otherwise each rank has
-   the answer of all.
+4. (all ranks) if the digests of the answers differ: gather the answers, padded to the longest. Otherwise this rank's
+   answer is that of all ranks.
 5. (all ranks) if any rank failed: raise the same :class:`~distckpt.errors.RemoteRankError` on every rank.
 6. (all ranks) return the answers of all ranks, in rank order. A pure function of them has the same result on every
    rank. Where one rank decides, the caller picks that rank's answer.

@@ -7,8 +7,8 @@ The protocol:
    (:meth:`~distckpt.backends.base.Backend.check_in_sync`): digest of event and handlers, and iteration, each with its
    negative; whether a handler failed; one number for each :class:`VoteKind`. If the ranks are at different iterations,
    or have different handlers, all raise :class:`~distckpt.errors.DesyncError`.
-3. (all ranks) only if a number is not 0: gather the reports. Of a level-triggered kind none is gathered: its handler
-   acts once no rank has it set.
+3. (all ranks) only if a number is not 0: gather the reports. A level-triggered kind has no reports: its handler acts
+   once the kind is set on no rank.
 4. (all ranks) return the same result.
 
 Step 2 can run during the next iteration: :meth:`VoteRound.start` starts it and returns a function that waits for it.

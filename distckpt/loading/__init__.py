@@ -1,1 +1,1 @@
-"""A checkpoint file -> live objects: all of them, or none."""
+"""Load a checkpoint file into live objects: all of them, or none."""

@@ -45,7 +45,7 @@ def load(
     Args:
         objects: objects with ``load_state_dict``, in nested mappings and lists. DistributedDataParallel, DataParallel
             and torch.compile are unwrapped.
-        path: a file that distckpt or ``torch.save`` wrote; rank 0's counts.
+        path: a file that distckpt or ``torch.save`` wrote; only rank 0's path counts.
         strict: False to pass over missing and unexpected keys of modules.
         verify: compare the file with its checksums. False if that was just done, as by :func:`latest`.
         timeout_s: seconds to wait for the other ranks; None for ``DISTCKPT_TIMEOUT_S``, but at least 1800.
@@ -110,7 +110,7 @@ def latest(
        passed over on all ranks; a warning in the log says why.
 
     Args:
-        directory: rank 0's counts. It need not exist.
+        directory: the directory of the files; only rank 0's counts. It need not exist.
         ext: the files' extension, without the dot.
         verify: compare the files with their checksums.
         timeout_s: seconds to wait for the other ranks; None for ``DISTCKPT_TIMEOUT_S``, but at least 1800.
@@ -181,7 +181,7 @@ def load_objects(
 
 
 def _spread(number: int) -> float:
-    """Return a fraction below 1, so that those of the first n numbers are spread evenly for every n.
+    """Return a fraction below 1, so that the fractions of the first n numbers are spread evenly for every n.
 
     Example:
         >>> [_spread(number) for number in range(5)]

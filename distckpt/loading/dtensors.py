@@ -1,4 +1,4 @@
-"""Live DTensors: their local shards, and DTensors of a file's values like them. Rank-local; issues no collectives."""
+"""Find live DTensors, and make DTensors like them from a file's values. Rank-local; issues no collectives."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -40,7 +40,7 @@ def get_part(tensor: torch.Tensor) -> tuple[Ranges, ...] | None:
     """Return the ranges of indices of the whole tensor that this rank holds, for each dimension; None if it holds all.
 
     Raises:
-        ValueError: the placements do not say which part it is.
+        ValueError: the placements do not say which part this rank holds.
     """
     if not is_dtensor(tensor):
         return None
@@ -52,7 +52,7 @@ def get_part(tensor: torch.Tensor) -> tuple[Ranges, ...] | None:
 
 
 def empty_like(live: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return a DTensor with the mesh and placements of another, in memory of its own that holds nothing yet."""
+    """Return a DTensor with the mesh and placements of another, in new memory that is not initialized."""
     it: Any = live
     device = it.device_mesh.device_type if local_tensor(live).is_meta else local_tensor(live).device
     return torch.empty_like(live.detach(), dtype=dtype, device=device)

@@ -1,11 +1,11 @@
 """Read a file's bytes straight into the memory of live tensors.
 
 An :class:`InplaceTarget` is a live tensor that may take its bytes from the file. It replaces the state's tensor in the
-state. So torch's ``load_state_dict`` copies it onto itself, which does nothing, and does all the rest of a load.
+state. So torch's ``load_state_dict`` copies the target onto itself, which changes nothing, and does the rest of a load.
 Nothing refers to the state's tensor any more, so the reader does not read it.
 
-A live DTensor takes the part of the file's tensor that its local shard stands for. Where it cannot, a new DTensor like
-it does, before any object is changed.
+A live DTensor takes the part of the file's tensor that its local shard stands for. If it cannot, the bytes are read
+into a new DTensor like it, before any object is changed.
 """
 
 import sys
@@ -125,7 +125,7 @@ def _takes_bytes(tensor: torch.Tensor) -> bool:
 
 
 def drop_overlapping(targets: Sequence[InplaceTarget]) -> list[InplaceTarget]:
-    """Return the targets of one load that share no memory with others, unless these are read from the same bytes."""
+    """Return the targets of one load, without those that share memory with targets read from other bytes."""
     groups: list[list[InplaceTarget]] = []
     reads: list[set[Any]] = []
     alone: list[InplaceTarget] = []  # shards of no elements
@@ -162,7 +162,7 @@ def _span(target: InplaceTarget) -> tuple[str, int, int]:
 
 
 def read_into(targets: Sequence[InplaceTarget], file: OpenCheckpoint) -> None:
-    """Read each target's bytes into its memory, once where targets share it.
+    """Read each target's bytes into its memory; targets that share memory are read once.
 
     Raises:
         OSError: reading failed; some tensors have been written to.

@@ -4,7 +4,7 @@ A part is cut into boxes, each a range of every dimension. A box is read in span
 Spans go straight into memory that is laid out like them. Others go through a buffer of limited size, from which torch
 copies them with other strides, another dtype, or to another device.
 
-A plain tensor is the part that is whole: one box, one span.
+For a plain tensor the part is the whole tensor: one box, one span.
 """
 
 import itertools
@@ -105,7 +105,7 @@ class _Box(NamedTuple):
     offset: int
 
     def spans(self) -> tuple[int, int]:
-        """Return the number of outer dimensions, over which spans lie apart, and the elements of a span with gaps."""
+        """Return the number of outer dimensions, over which spans lie apart, and the elements of a span, with gaps."""
         level, span, itemsize = self.memory.dim(), 1, self.dtype.itemsize
         for dim in reversed(range(self.memory.dim())):
             if self.memory.shape[dim] > 1:
@@ -130,7 +130,7 @@ class _Box(NamedTuple):
         return (ReadRequest(address + to * size, span * size, self.offset + begin * size) for to, begin in at)
 
     def pieces(self) -> Iterator[Self]:
-        """Yield boxes that fit into the buffer with their gaps."""
+        """Yield boxes, parts of this one, that fit into the buffer with their gaps."""
         level, span = self.spans()
         limit = max(_BUFFER_BYTES // self.dtype.itemsize, 1)
         shape = self.memory.shape
@@ -147,7 +147,7 @@ class _Box(NamedTuple):
             yield from self._replace(memory=part, offset=offset).pieces()
 
     def copy_through(self, buffer: torch.Tensor, file: OpenCheckpoint) -> None:
-        """Read a box that :meth:`pieces` has returned, and copy it into the memory."""
+        """Read this box, which :meth:`pieces` has returned, into `buffer`, and copy it into the memory."""
         level, span = self.spans()
         outer, size = self.memory.shape[:level], self.dtype.itemsize
         address = buffer.data_ptr()

@@ -11,7 +11,7 @@ from distckpt.errors import StateMismatchError, state_mismatch_error, type_names
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadReport:
-    """The keys that a load with ``strict=False`` passed over; false if there are none.
+    """The keys that a load with ``strict=False`` passed over. The report is false if there are none.
 
     Attributes:
         missing: keys that an object has and the checkpoint lacks, after the object's name: ``model.layer.bias``.

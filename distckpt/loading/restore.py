@@ -149,7 +149,7 @@ class _ObjectLoad:
 
 
 def loaded_objects(obj: Any) -> list[Any]:
-    """Return the objects that a load changes: without wrappers, of a :class:`StageState` its modules or optimizers."""
+    """Return the objects that a load changes: `obj` without wrappers, or what a :class:`StageState` wraps."""
     inner = unwrap(obj)
     return inner.wrapped if isinstance(inner, StageState) else [inner]
 
@@ -175,8 +175,8 @@ def prepare(
 
     Raises:
         ShardedStateError: a state holds a tensor that is sharded over ranks.
-        StateMismatchError: some objects have no state, or one that does not fit; it lists all. Also a ValueError for
-            missing objects, list lengths and optimizer groups, a RuntimeError for a module.
+        StateMismatchError: some objects have no state, or one that does not fit; the error lists all. Also a ValueError
+            for missing objects, list lengths and optimizer groups, a RuntimeError for a module.
     """
     options = dict(module_options)
     loads, mismatches = _pair_objects(to_load, state)
@@ -376,10 +376,10 @@ def _walk(name: str, obj: Any, state: Any, loads: list[_ObjectLoad], mismatches:
 
 
 def _refuse_names(name: str, optimizer: torch.optim.Optimizer, state: Any) -> None:
-    """Refuse a state by the names of parameters, of which torch's ``load_state_dict`` would go by the order.
+    """Refuse an optimizer's state by parameter names, since torch's ``load_state_dict`` goes by their order.
 
     Raises:
-        StateMismatchError: the state is such a state, and the optimizer is a plain one; a ValueError too.
+        StateMismatchError: the state is by names, and the optimizer loads it as torch does; a ValueError too.
     """
     groups = state.get("param_groups") if isinstance(state, Mapping) else None
     is_named = isinstance(groups, Sequence) and any(

@@ -55,12 +55,12 @@ def make_rollback(obj: Any, options: Mapping[str, Any]) -> Rollback | None:
 
 
 def own_state(obj: Any) -> Any:
-    """Return an object's state of this rank. Rank-local where that can be known."""
+    """Return this rank's state of an object. Issues no collectives for an ignite metric, whose state_dict() gathers."""
     return getattr(obj, _RANK_LOCAL[0])() if _is_gathered(obj) else obj.state_dict()
 
 
 def load_own_state(obj: Any, state: Any, **options: Any) -> None:
-    """Load a state that :func:`own_state` returned. Rank-local where that can be known."""
+    """Load a state that :func:`own_state` returned. Issues no collectives for an ignite metric."""
     getattr(obj, _RANK_LOCAL[1] if _is_gathered(obj) else "load_state_dict")(state, **options)
 
 

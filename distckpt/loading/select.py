@@ -150,7 +150,7 @@ def select_checkpoint(
         verify: compare the files with their checksums.
 
     Raises:
-        LoadError: no file will do, or a rank does not have a file that the coordinator has; on every rank.
+        LoadError: no file can be loaded, or a rank does not have a file that the coordinator has; on every rank.
     """
     refused: dict[str, str] = {}
     for name in names:

@@ -2,7 +2,7 @@
 
 1. (all ranks) open the file, and say which file it is. Ranks of one machine that have the same file share its page
    cache: they form a group.
-2. (all ranks) compare a range of the file with its checksums, one of as many as the group has ranks. Read the pickle
+2. (all ranks) compare this rank's range of the file with its checksums; a group has one range per rank. Read the pickle
    meanwhile.
 3. (all ranks) combine the group's results. Then apply the caller's check to the state.
 
@@ -164,7 +164,7 @@ def verify_on_all_ranks(
 
 
 def _machine_id() -> str:
-    """Return a text that is equal for processes with one page cache."""
+    """Return a text that is equal for processes that share a page cache."""
     with contextlib.suppress(OSError):
         return _BOOT_ID.read_text(encoding="ascii").strip()
     return socket.gethostname()

@@ -22,7 +22,7 @@ def digest_of(value: object) -> str:
 
 
 class Settled(NamedTuple):
-    """What a decision leaves for the next one by the same policies, which then looks at few files.
+    """What a decision leaves for the next decision by the same policies, so that this one looks at few files only.
 
     Attributes:
         key: the policies, and whether priorities are scores.
@@ -47,9 +47,9 @@ class History(Sequence[Entry]):
         files: what is known of some of them, in the order of the saves. The others count as older.
 
     Attributes:
-        entries: the same.
-        digest: text. Histories with equal digests are equal. Equal ones have equal digests if the same was added to
-            equal ones, and removed.
+        entries: see above.
+        digest: text. Histories with equal digests are equal. Equal histories have equal digests if they were made by
+            the same additions and removals.
         settled: left by the decision that made this history; None if it was not made by one.
 
     Example:
@@ -119,7 +119,7 @@ class History(Sequence[Entry]):
         return History(entries, self.files)
 
     def from_highest(self, priority: float) -> Iterator[Entry]:
-        """Return the checkpoints from the highest down; those below `priority` may be missing."""
+        """Return the checkpoints from the highest down; those below `priority` may be left out."""
         for entry in reversed(self.entries):
             if self._is_regular and entry[0] < priority:
                 return

@@ -96,7 +96,7 @@ def describe_handler(identity: Mapping[str, Any]) -> str:
     """Return a handler's name for people: how its files are called, and what they are ranked by.
 
     Args:
-        identity: the handler's, as in a checkpoint's record.
+        identity: the handler's identity, as in a checkpoint's record.
 
     Example:
         >>> describe_handler({"prefix": "best", "name": "model", "is_scored": True, "score_name": "accuracy"})

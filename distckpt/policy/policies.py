@@ -4,7 +4,7 @@ A file is kept if any policy wants it. :func:`explain` is the definition; the co
 :func:`distckpt.policy.retention.admit` finds the same files without looking at each.
 
 ``LastN`` and ``BestN`` want the files that are highest in an order. ``EveryNSteps`` and ``EveryHours`` divide steps and
-time into periods, and want the first file of each: what they want once, they want forever.
+time into periods, and want the first file of each: a file that they want once, they want forever.
 """
 
 import functools
@@ -127,7 +127,7 @@ class EveryNSteps:
 class EveryHours:
     """Policy that keeps the first checkpoint of each period of `hours` hours. The periods begin at midnight UTC.
 
-    It is the coordinator's clock that counts, in whole minutes. Periods of, for example, 5 hours are counted from the
+    The coordinator's clock counts, in whole minutes. Periods of, for example, 5 hours are counted from the
     beginning of 1970.
 
     Example:
@@ -236,8 +236,8 @@ def from_plain(found: Iterable[Any]) -> tuple[Policy, ...]:
 def policies_of(keep: tuple[Policy, ...] | None, n_saved: int | None, *, is_scored: bool) -> tuple[Policy, ...]:
     """Return the policies of a handler; none if it keeps all checkpoints.
 
-    The newest checkpoint is always kept, because a resume needs it: ``LastN(1)`` is added. A handler whose policies are
-    all BestN does not save a checkpoint that is not one of the best: then its newest one is.
+    The newest checkpoint is always kept, because a resume needs it: ``LastN(1)`` is added. If all policies are BestN,
+    this is not needed: such a handler saves only checkpoints that are among the best, so the newest one is kept.
 
     Args:
         keep: the handler's argument; None for `n_saved`.

@@ -35,7 +35,7 @@ def wants(
 ) -> bool:
     """Return True if a checkpoint of `priority` is to be saved. NaN is never saved.
 
-    If priorities are scores, and a policy keeps the newest checkpoint whatever its score, then every one is saved.
+    If priorities are scores, and a policy keeps the newest checkpoint whatever its score, every checkpoint is saved.
 
     Args:
         history: the kept checkpoints, lowest priority first.
@@ -95,7 +95,7 @@ def admit(history: Iterable[Entry], added: SavedFile, *, policies: Sequence[Poli
     num_ranked, rival = _num_ranked(policies, is_scored=is_scored), find_rival(before, policies, is_scored=is_scored)
     # Without scores the new checkpoint is the newest even if its step is not above the others'.
     is_ranked = num_ranked > 0 and (not is_scored or rival is None or not added.priority < rival[0])
-    first = max(0, len(before) - (num_ranked - is_ranked))  # it and those above are kept for their priorities
+    first = max(0, len(before) - (num_ranked - is_ranked))  # this one and those above are kept for their priorities
     first_of: list[Policy] = []
     if all(isinstance(policy, BestN if is_scored else LastN) for policy in policies):
         evicted = tuple(name for _, name in before[:first])

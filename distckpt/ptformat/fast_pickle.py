@@ -1,8 +1,8 @@
 """Pickle a plain state in one walk, and note its storages: tensors, numbers and text in dicts, lists and tuples.
 
 Other states are left to :mod:`distckpt.ptformat.pickler`. Python's pickler needs about ten microseconds a tensor, while
-training waits; this one needs two. It keeps what tensors have in common in the pickle's memo, and tensors of one form
-share their bytes.
+training waits; this one needs two. It writes what tensors have in common once, into the pickle's memo, and tensors of
+one form share their bytes.
 
 Source: ``pickletools`` of Python 3.11, protocol 2. ``torch._weights_only_unpickler`` of torch 2.9 to 2.13 knows all
 opcodes that are used here.
@@ -128,7 +128,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
 class PlainWalk:
     """A walk over a plain state.
 
-    IMPORTANT: whatever it reads of a state is compared by :mod:`distckpt.ptformat.state_form` too.
+    IMPORTANT: whatever it reads of a state must be compared by :mod:`distckpt.ptformat.state_form` too.
 
     Args:
         num_shards: number of the first storage.
@@ -181,7 +181,7 @@ class PlainWalk:
         return found
 
     def put(self, value: Any, path: str, level: int) -> None:
-        """Pickle an object, which has a path and is in as many containers as `level` says; raise NotPlain."""
+        """Pickle an object that is at `path`, inside of `level` containers; raise NotPlain if it is not plain."""
         kind = type(value)
         if kind is torch.Tensor:
             self._put_tensor(value, path)

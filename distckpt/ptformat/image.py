@@ -11,10 +11,10 @@ The order of the file::
     central directory
 
 All before the tail is the *image*. Up to the first large sharded tensor it is split into write ranges that are aligned
-to blocks, one a writer; the last one is the coordinator's. Without large sharded tensors, that is all of it. Of a large
-sharded tensor each rank writes the blocks of its own bytes (:mod:`distckpt.saving.rank_plan`).
+to blocks, one a writer; the last one is the coordinator's. Without large sharded tensors, they cover the whole image.
+Of a large sharded tensor each rank writes the blocks of its own bytes (:mod:`distckpt.saving.rank_plan`).
 
-A record's header contains the checksum of the whole record. Where a record ends in another writer's range, its header
+A record's header contains the checksum of the whole record. If a record ends in another writer's range, its header
 is left out, and the coordinator writes it when all checksums are known.
 """
 
@@ -59,7 +59,7 @@ class Segment(NamedTuple):
 
 
 class CopyItem(NamedTuple):
-    """`num_bytes` bytes to copy from offset `begin` of a storage, which has a number, to offset `at` of the image."""
+    """`num_bytes` bytes to copy from offset `begin` of storage number `storage` to offset `at` of the image."""
 
     storage: int
     begin: int
@@ -292,7 +292,7 @@ class ShardBuffer:
                 self._change.notify_all()
 
     def _wait_for(self, offset: int) -> int:
-        """Block until the memory's bytes up to an offset are ready, and return up to where they are."""
+        """Block until the memory's bytes up to an offset are ready, and return the offset up to which they are."""
         with self._change:
             while self._ready < offset and self._error is None:
                 self._change.wait(timeout=1.0)  # with a timeout, so that signal handlers run

@@ -56,7 +56,7 @@ _SAMPLE = 32
 
 
 class UnsupportedArchive(Exception):  # noqa: N818 - a reason, always caught
-    """The archive is sound, but not written in a way that is read here; the text says how it is."""
+    """The archive is sound, but of a kind that distckpt does not read; the text says which."""
 
 
 class RecordLocation(NamedTuple):

@@ -82,7 +82,8 @@ def _records_by_name(archive: Archive, file: Readable) -> dict[str, RecordLocati
     """Return the records by their names in the archive's folder.
 
     Raises:
-        NeedsTorchLoad: the archive has several folders, another byte order, deflated records, or is a program.
+        NeedsTorchLoad: the archive has several folders, another byte order or deflated records, or is a TorchScript
+            program.
     """
     if archive.inflated:
         raise NeedsTorchLoad

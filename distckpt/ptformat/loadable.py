@@ -51,14 +51,14 @@ class RefusedObject(NamedTuple):
 def find_refused(
     state: Any, data: bytes, *, kinds: Iterable[type], called: Iterable[Any], protocol: int
 ) -> tuple[RefusedObject, ...]:
-    """Return the first objects that loading will refuse of a state. Any thread.
+    """Return the first objects of a state that loading will refuse. Any thread.
 
     Args:
         state: what was pickled to `data`.
         data: the pickle.
         kinds: types of its objects that pickle has no opcodes for.
         called: classes and functions that the pickle names.
-        protocol: the pickle's.
+        protocol: version of the pickle format.
     """
     if protocol > _NEWEST_PROTOCOL:
         return (RefusedObject("", f"pickle_protocol={protocol}, above {_NEWEST_PROTOCOL}"),)

@@ -1,9 +1,9 @@
 """The manifest: the record ``distckpt.json`` inside a ``.pt`` file.
 
-Its first line, closed by a brace, is JSON of its own: all fields but the tensors. :func:`read_head` needs no more.
+Its first line plus a closing brace is JSON of its own: all fields but the tensors. :func:`read_head` needs no more.
 
 Older readers ignore fields that a newer version adds. A change of a field's meaning or of the file's layout needs a new
-number in :data:`SCHEMA`: a newer schema is refused, an older one is read by its own rules.
+number in :data:`SCHEMA`: a newer schema is refused, an older one is read by its own rules. The schemas:
 
 1. Each tensor is an object; every storage is aligned to 4096 bytes (distckpt 0.1).
 2. Each tensor is a list, in the order of ``tensor_fields``; small storages are aligned to 64 bytes.

@@ -77,7 +77,7 @@ class PickledState:
 def pickle_state(
     state: Any, *, protocol: int = 2, num_shards: int = 0, shards: Mapping[int, TensorShard] | None = None
 ) -> PickledState:
-    """Pickle `state` so that ``torch.load`` returns what it would return from ``torch.save``'s. Rank-local.
+    """Pickle `state` so that ``torch.load`` returns the same as from a file by ``torch.save``. Rank-local.
 
     Args:
         state: to pickle.
@@ -105,7 +105,7 @@ def pickle_state(
 def pickle_like_torch(
     state: Any, *, protocol: int = 2, num_shards: int = 0, shards: Mapping[int, TensorShard] | None = None
 ) -> PickledState:
-    """Pickle `state` to the bytes of ``torch.save``; else as :func:`pickle_state` does."""
+    """Pickle `state` to the bytes that ``torch.save`` writes; otherwise as :func:`pickle_state` does."""
     buffer = io.BytesIO()
     pickler = _Pickler(buffer, protocol, num_shards, shards or {})
     with name_sharded_tensor(state):

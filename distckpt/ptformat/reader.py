@@ -51,7 +51,7 @@ _TOGETHER_BYTES = 1 << 20
 _FEW = 32
 """Up to this many small requests are read one by one, without a buffer."""
 _TAIL_BYTES = 64 * 1024
-"""Covered by a fingerprint, with the central directory, which has the checksums of all records."""
+"""A fingerprint covers these last bytes, and the central directory, which has the checksums of all records."""
 _MOST_FAULTS = 3
 
 Ranges = list[tuple[int, int]]
@@ -96,7 +96,7 @@ class _UnreadStorages:
 
 
 class OpenCheckpoint:
-    """A checkpoint file, open for reading. A context. All methods raise OSError if the file cannot be read.
+    """A checkpoint file, open for reading; a context manager. All methods raise OSError if the file cannot be read.
 
     Args:
         file: path of a file that ``torch.save`` or distckpt wrote, or such a file, which this object then closes.
@@ -181,7 +181,7 @@ class OpenCheckpoint:
         return self._archive.is_own and self.head() is None
 
     def range_for(self, number: int, num_ranks: int) -> Ranges:
-        """Return the range that one of several ranks checks, if all check as much."""
+        """Return the range that one of several ranks checks, if they share the file evenly."""
         return [] if self._archive is None else [split_ranges(self._archive, num_ranks)[number]]
 
     def readahead(self, ranges: Ranges) -> AbstractContextManager[SupportsReadInto]:
@@ -189,7 +189,7 @@ class OpenCheckpoint:
         return self._file.readahead(ranges)
 
     def readahead_staggered(self, fraction: float) -> AbstractContextManager[SupportsReadInto]:
-        """Return a context in which all processes of a machine fetch the file together, each with its own fraction."""
+        """Return a context in which all processes of a machine fetch the file together, each from its own fraction."""
         return self.readahead([] if self._archive is None else staggered_ranges(self.num_bytes, fraction))
 
     def check(self, ranges: Ranges, source: SupportsReadInto | None = None) -> list[Checksum]:
@@ -257,9 +257,10 @@ class OpenCheckpoint:
         return self._unread.is_known
 
     def state(self) -> Any:
-        """Return the saved state. Its tensors are on the CPU, and empty until :meth:`fill` if :meth:`read_structure`.
+        """Return the saved state, on the CPU.
 
-        The caller holds the only references: :meth:`fill` reads no tensor that the caller has dropped.
+        If :meth:`read_structure` returns True, the tensors are empty until :meth:`fill`. The caller holds the only
+        references: :meth:`fill` reads no tensor that the caller has dropped.
 
         Raises:
             OSError: the file cannot be read.
@@ -280,7 +281,7 @@ class OpenCheckpoint:
             raise UnsupportedCheckpoint(f"{self.path} cannot be read: it is {found}.") from error
 
     def offset_of(self, tensor: torch.Tensor) -> int | None:
-        """Return the offset in the file of a tensor's storage; None if the tensor has its bytes."""
+        """Return the offset in the file of a tensor's storage; None if the tensor has its bytes already."""
         record, _ = self._unread.storages.get(tensor.untyped_storage()._cdata, (None, None))  # noqa: SLF001 - torch's identity of a storage
         return None if record is None else record.offset
 

@@ -70,7 +70,7 @@ def num_indices(ranges: Ranges) -> int:
 
 
 DimShard = tuple[int, int, int, int]
-"""How a mesh dimension shards a tensor's: dimension, number of parts, this rank's part, split factor."""
+"""How a mesh dimension shards a tensor dimension: that dimension, number of parts, this rank's part, split factor."""
 
 
 def _find_shards(mesh_shape: Sequence[int], coordinate: Sequence[int], placements: Sequence[Any]) -> list[DimShard]:

@@ -39,7 +39,7 @@ class TensorShard:
 
     @property
     def num_bytes(self) -> int:
-        """Length of the whole tensor."""
+        """Number of bytes of the whole tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property

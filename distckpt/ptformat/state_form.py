@@ -25,7 +25,7 @@ from distckpt.ptformat.tensor_forms import Differs, TensorForms
 _SCALARS: Final = frozenset({str, int, float, bool, type(None)})
 _CONTAINERS: Final = frozenset({dict, OrderedDict, list, tuple})
 _KEYS: Final = frozenset({str, int, bool, type(None)})
-"""Types of keys of which equal ones have the same bytes; 0.0 and -0.0 have not."""
+"""Types of keys whose bytes are equal if the keys are. Floats are not among them: 0.0 equals -0.0."""
 _MOST_FORMS: Final = 4
 
 
@@ -47,7 +47,7 @@ class ReadsSharded(Protocol):
 
 
 MakeReader = Callable[[list[Any], list[int]], ReadsSharded]
-"""Makes the object that compares DTensors from the first ones, and the numbers of their storages in the pickle."""
+"""Takes a state's DTensors and the numbers of their storages in the pickle; returns what compares others with them."""
 
 
 class StateForms:
@@ -73,7 +73,7 @@ class StateForms:
 
         Args:
             state: the state. If it has DTensors, the result has :attr:`PickledState.sharded`.
-            key: what has to be equal too, as it was when the form was kept.
+            key: has to equal the key with which the form was kept.
         """
         with self._lock:
             for number, form in enumerate(self._forms):
@@ -90,7 +90,7 @@ class StateForms:
     def keep(
         self, state: Any, pickled: PickledState, make_reader: MakeReader | None = None, key: Any = None
     ) -> PickledState:
-        """Keep the form of a state that was pickled now; return its pickle, without the walk.
+        """Keep the form of a state that was just pickled; return its pickle, without the walk.
 
         Args:
             state: the state. It may hold DTensors where the pickled one had what stands for them.

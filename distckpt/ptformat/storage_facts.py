@@ -10,7 +10,7 @@ import torch
 
 _T = TypeVar("_T")
 CHUNK: Final = 512
-"""Items that stay in the processor's cache while one attribute after another is read."""
+"""Number of items that stay in the processor's cache while one attribute after another is read."""
 IDENTITY: Final = operator.attrgetter("_cdata")
 """Returns torch's identity of a storage."""
 _DEVICE: Final = operator.attrgetter("device")
@@ -32,7 +32,7 @@ class StorageFacts:
 
     @classmethod
     def of(cls, storages: Sequence[torch.UntypedStorage]) -> "StorageFacts":
-        """Read them.
+        """Read the facts of storages.
 
         Example:
             >>> StorageFacts.of([torch.ones(2).untyped_storage()]).sizes

@@ -1,4 +1,4 @@
-"""Write a ``.pt`` file of distckpt's layout from bytes that are read as they are written: nothing is held in memory."""
+"""Write a ``.pt`` file of distckpt's layout while its bytes are read: only one chunk of them is in memory at a time."""
 
 import mmap
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """torch's own writer and reader, for the formats and options that distckpt does not handle itself. No code is executed.
 
-Also: what a file is that torch cannot read, for error messages.
+Also describes files that torch cannot read, for error messages.
 """
 
 import errno
@@ -163,7 +163,7 @@ def _reason_in(text: str) -> str:
 
 
 def describe_format(file: Readable, archive: Archive | None) -> str | None:
-    """Return what a sound file is that is no checkpoint, and what reads it; None if that is unknown."""
+    """Return a phrase for a sound file that is no checkpoint: its format, and what reads it; None if unknown."""
     if archive is not None:
         return _describe_archive(file, archive)
     begin = file.read(0, _BEGIN_BYTES)

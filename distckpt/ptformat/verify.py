@@ -20,7 +20,7 @@ _READ_BYTES = 1 << 20
 """Fits into a core's own cache between reading and checking."""
 
 Checksum = tuple[int, int, int]
-"""Record number, CRC-32 of some of its bytes, and their number. With number -1: damage between records, its offset, its
+"""Record number, CRC-32 of some of its bytes, and their number. For damage between records: -1, its offset, and its
 length."""
 
 

@@ -1,1 +1,1 @@
-"""Live objects -> a committed checkpoint file."""
+"""Save live objects as a committed checkpoint file."""

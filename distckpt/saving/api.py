@@ -45,7 +45,7 @@ from distckpt.storage.local import LocalStorage
 ShareWrite = Literal["node", "world"] | None
 _RUNTIMES = {"horovod": "horovod", "xla": "torch_xla"}
 _PENDING: dict[Path, tuple[int, PendingSave]] = {}
-"""The pending saves that this process coordinates, by path, with a number that no two of them share."""
+"""The pending saves that this process coordinates, by path, each with a number that is unique among them."""
 
 
 def save(
@@ -71,14 +71,15 @@ def save(
     Args:
         objects: objects with ``state_dict``, in nested mappings and lists. The file holds a mapping of the same shape;
             of a single object it holds the bare state.
-        path: of the file; one that ends in a slash is refused. The directory has to exist. Only the path on
-            `save_on_rank` counts, or with `share_write` the paths on all writers.
+        path: path of the file, in a directory that exists; a path that ends in a slash is refused. The file name must
+            be equal on all ranks. Only the directory on `save_on_rank` counts, with `share_write` or sharded tensors
+            those on all writers.
         save_on_rank: the coordinator; it creates and commits the file.
         step: number of training steps, for the manifest and for errors.
-        share_write: ranks of the coordinator's ``"node"``, or of the ``"world"``, that see its directory write the file
-            together: each writes a range of what is equal on all of them, as DistributedDataParallel keeps parameters
-            and their optimizer states. None: the coordinator writes.
-        check_replicas: compare checksums of what should be equal on all ranks first.
+        share_write: ``"node"`` or ``"world"``: the ranks of the coordinator's node, or all ranks, write the file
+            together if they see its directory. Each writes a range of what is equal on all of them, such as the
+            parameters of a DistributedDataParallel module and their optimizer states. None: the coordinator writes.
+        check_replicas: before writing, compare checksums of what should be equal on all ranks.
         timeout_s: seconds to wait for the other ranks; None for the default. Writing may take half an hour.
 
     Returns:
@@ -351,7 +352,7 @@ def warn_of_refused(path: Path, key: str, refused: Sequence[RefusedObject]) -> N
     """Warn of objects in a file that loading will refuse.
 
     Args:
-        path: of the file.
+        path: path of the file.
         key: key of the single object whose bare state the file holds; empty if it holds a mapping.
         refused: the objects, with the paths to them.
     """
@@ -366,7 +367,7 @@ def warn_of_refused(path: Path, key: str, refused: Sequence[RefusedObject]) -> N
 
 
 def describe_job(backend: Backend) -> dict[str, Any]:
-    """Return the fields of a manifest that are known of any save: the job, versions of libraries, and the time."""
+    """Return the fields that the manifest of every save has: the job, versions of libraries, and the time."""
     versions = {"distckpt": _version_of("distckpt"), "torch": str(torch.__version__)}
     if "ignite" in sys.modules:
         versions["pytorch-ignite"] = sys.modules["ignite"].__version__

@@ -104,10 +104,10 @@ def capture(
 def consolidate(to_save: Mapping[str, Any], *, save_on_rank: int) -> dict[int, Any]:
     """Collective. Gather state that is sharded over the ranks on the coordinator.
 
-    It is apart from :func:`capture`, since user code there may fail on one rank while the others would wait here. It
+    This is not part of :func:`capture`: there, user code may fail on one rank, and the other ranks would wait here. It
     handles ZeroRedundancyOptimizer, and classes with a method ``distckpt_consolidate(to)``, such as
     :class:`~distckpt.RngState`. That method may be collective: it is called on every rank, in the same order. It
-    returns the state to save, or None if ``state_dict()`` returns it afterwards.
+    returns the state to save, or None if ``state_dict()`` returns that state afterwards.
 
     Returns:
         The returned states by the ids of their objects, for :func:`capture`.
@@ -152,7 +152,7 @@ def find_replicas(to_save: Mapping[str, Any], *, world_size: int) -> frozenset[i
     """Find the storages that are known to be bit-equal on all ranks. Rank-local; issues no collectives.
 
     These are the parameters of modules wrapped in DistributedDataParallel over all ranks, and their optimizers' state.
-    Buffers may differ. With post-local SGD there are none: it averages parameters only now and then.
+    Buffers may differ. With post-local SGD no storage is a replica: it averages parameters only now and then.
 
     Returns:
         torch's identities of the storages (``UntypedStorage._cdata``), valid while the objects live.
@@ -171,9 +171,9 @@ def find_replicas(to_save: Mapping[str, Any], *, world_size: int) -> frozenset[i
 
 
 def find_optimizer_storages(to_save: Mapping[str, Any]) -> dict[int, str]:
-    """Find the storages that only an optimizer's step changes, if a hook can delay it. Rank-local.
+    """Find the storages that only an optimizer's step changes, if a hook can delay that step. Rank-local.
 
-    Of a DTensor it is the storage of this rank's shard: gathering parameters only reads it.
+    For a DTensor this is the storage of this rank's shard: gathering parameters only reads it.
 
     Returns:
         torch's identities of the storages, with the types of their devices.

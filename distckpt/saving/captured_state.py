@@ -1,10 +1,10 @@
-"""Pickle what :func:`~distckpt.saving.capture.capture` has returned: anew, or as a state of the same form before it.
+"""Pickle what :func:`~distckpt.saving.capture.capture` has returned, or reuse the pickle of a state of the same form.
 
 A state with sharded tensors is compared as the objects have returned it. If its form is known, nothing is replaced,
 pickled or described again. Otherwise the sharded tensors are found and replaced first.
 
-:func:`attached_state` takes a module's state without ``detach()`` of its DTensors, which takes longer than all else
-that a save reads of them.
+:func:`attached_state` takes a module's state without calling ``detach()`` on its DTensors: that takes longer than all
+else that a save reads of them.
 """
 
 import functools
@@ -109,8 +109,8 @@ def attached_state(module: Any) -> Any:
     """Return what ``state_dict()`` would return, but with the module's own DTensors. Rank-local.
 
     Returns:
-        The state; None if it has to be asked of ``state_dict()``: for an object without DTensors, and for a module with
-        hooks or methods of its own, to which the tensors might make a difference.
+        The state; None if ``state_dict()`` has to be called: for an object without DTensors, and for a module whose own
+        hooks or methods might treat such tensors differently.
     """
     first = next(module.parameters(), None) if isinstance(module, nn.Module) else None
     if first is None or not is_dtensor(first):

@@ -1,7 +1,7 @@
 """Compare the forms of the modules and optimizers that the ranks save under one key.
 
-Of such an object the coordinator's state alone is saved. A rank that holds another object there, such as a stage of a
-pipeline, would lose it in silence. So the ranks compare names, shapes and dtypes:
+Only the coordinator's state of such an object is saved. If another rank holds a different object under the key, such as
+a stage of a pipeline, its state would be lost silently. So the ranks compare names, shapes and dtypes:
 
 1. (all ranks) :meth:`CapturedObjects.digests`, after capture. They travel in the answers of that phase.
 2. (all ranks) only if the digests say that state would be lost: exchange descriptions, and raise the same error.
@@ -34,7 +34,7 @@ _DIGEST_BYTES: Final = 7
 class FormDigests:
     """The digests of the objects that one thread has saved.
 
-    An object's tensors are looked at again where its keys are new, or their order.
+    An object's tensors are read again only if its keys or their order have changed.
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class CapturedObjects:
     """The modules and optimizers of one save, on this rank.
 
     Args:
-        digests: of earlier saves; None if there is no other rank to compare with.
+        digests: digests of earlier saves; None if there is no other rank to compare with.
     """
 
     def __init__(self, digests: FormDigests | None) -> None:
@@ -149,7 +149,7 @@ class CapturedObjects:
 
 
 def captured_objects(world_size: int) -> CapturedObjects:
-    """Return an object for one save of this rank. It uses what the calling thread knows of earlier saves."""
+    """Return the object that collects for one save of this rank. It uses the digests of the thread's earlier saves."""
     return CapturedObjects(_THREAD_DIGESTS.digests if world_size > 1 else None)
 
 
@@ -167,7 +167,7 @@ def describe_form(obj: Any, state: Any) -> dict[str, str]:
 
 
 def _quick_key(obj: Any, state: Any) -> Any:
-    """Return what changes if the list of an object's tensors does; None if there is nothing to compare."""
+    """Return a key that changes with the list of an object's tensors; None if there is nothing to compare."""
     if isinstance(obj, torch.optim.Optimizer):
         # getattr: ignite's own tests use a stand-in for an optimizer.
         return [len(group["params"]) for group in getattr(obj, "param_groups", ())] or None

@@ -128,8 +128,9 @@ class PendingSave:
     def done(self) -> bool:
         """Return True if this rank has nothing left to do. Rank-local; does not block.
 
-        On the coordinator it means that the file is committed, or that the save failed; on other ranks, that their
-        bytes are written. Ranks may see it at different times, so it must not decide whether to call :meth:`wait`.
+        On the coordinator, True means that the file is committed, or that the save failed; on other ranks, that their
+        bytes are written. Ranks may be done at different times, so the result must not decide whether to call
+        :meth:`wait`.
         """
         if self._has_ended:
             return True
@@ -141,7 +142,7 @@ class PendingSave:
 
         1. (all ranks) block until this rank's work has ended.
         2. (all ranks) exchange results. An error on one rank ends the save on all.
-        3. (coordinator) commit, unless its thread has: it may have learned of the other writers from the store.
+        3. (coordinator) commit, unless its thread has committed after it learned of the other writers from the store.
         4. (all ranks) exchange the result of the commit.
 
         A later call returns at once, or raises the same error.
@@ -168,13 +169,13 @@ class PendingSave:
         return Path(self.filename) if self.path is None else self.path
 
     def meet(self, timeout_s: float | None) -> None:
-        """Collective. Wait until all ranks call this; not for their work.
+        """Collective. Wait until all ranks call this method, but not until their work has ended.
 
         Args:
             timeout_s: seconds to wait for them; None for the default.
 
         Raises:
-            CollectiveError: a rank did not come. The save cannot end.
+            CollectiveError: a rank did not call it in time. The save cannot end.
         """
         self._run_phase("coming to wait for", lambda: None, timeout_s)
 
@@ -219,7 +220,7 @@ class PendingSave:
             wait_for_futures([self._future])
 
     def wait_local(self) -> None:
-        """Rank-local. Block until this rank's current step has ended, and no longer for other writers."""
+        """Rank-local. Block until this rank's current step has ended, without waiting for other writers."""
         if self._completions is not None:
             self._completions.cancel()
         self.join()
@@ -282,7 +283,7 @@ class PendingSave:
                 raise
 
     def _run(self) -> dict[str, Any]:
-        """Run a step of a save that nobody may wait for."""
+        """Run a step, and log its error: the caller may never wait for the save."""
         try:
             answer = self._work()
         except BaseException as error:
@@ -301,7 +302,7 @@ class PendingSave:
         return answer
 
     def _raise_if_rank_lost(self) -> None:
-        """Wait for this rank's step, but no longer than until a rank is lost whose completion it waits for."""
+        """Wait for this rank's step; raise the failure if a rank is lost before this step has ended."""
         while self._completions is not None and not self._is_done(within_s=_POLL_LOST_RANK_S):
             failure = None if self.backend.monitor is None else self.backend.monitor.failure()
             if failure is not None:
@@ -372,7 +373,7 @@ class WriteCompletions:
         self._is_cancelled = threading.Event()
 
     def publish(self, rank: int, checksums: Checksums | None) -> None:
-        """Publish that a rank's bytes are durable; None if its write failed."""
+        """Publish the checksums of a rank's durable bytes; None if its write failed."""
         self._set(self._key(rank, "receipt"), checksums)
 
     def publish_checksums(self, rank: int, checksums: Checksums) -> None:
@@ -380,7 +381,7 @@ class WriteCompletions:
         self._set(self._key(rank, "checked"), checksums)
 
     def collect(self, ranks: Sequence[int]) -> list[Checksums] | None:
-        """Block until all `ranks` have published; return None if one failed, or within a minute did not."""
+        """Block until all `ranks` have published; return None if one failed, or did not publish within a minute."""
         deadline = time.monotonic() + self._MAX_WAIT_S
         keys = [self._key(rank, "receipt") for rank in ranks]
         return self._get(keys, lambda: time.monotonic() >= deadline, poll_s=self._POLL_S)

@@ -83,7 +83,7 @@ def _may_need_replacement(state: Any) -> bool:
 
 
 class _Replacement:
-    """One walk over a state. A tensor that it holds twice is replaced by one tensor."""
+    """One walk over a state. A tensor that the state holds twice is replaced by one tensor."""
 
     def __init__(self, where: str, *, convert_numpy: bool, shards: Shards | None) -> None:
         self._where = where

@@ -47,7 +47,7 @@ from distckpt.saving.shards import Shards
 from distckpt.saving.writer_group import ShardWriters, WriterGroup
 
 _KEPT = ("history", "orphans", "former")
-"""The fields of an intent that grow with the number of checkpoints. Their digest travels."""
+"""The fields of an intent that grow with the number of checkpoints. At first the ranks exchange only their digest."""
 
 
 def decide(
@@ -135,7 +135,8 @@ def start_save(
         capture: returns the checkpoint on this rank.
         objects: the modules and optimizers that `capture` finds.
         replicas: returns the identities of the storages that are equal on all ranks.
-        optimizer_storages: returns those of the storages that only an optimizer's step changes, with device types.
+        optimizer_storages: returns the identities of the storages that only an optimizer's step changes, with the types
+            of their devices.
         make_writer: returns this rank's writer.
         group: the ranks that write.
         remove_replaced: removes the files that this one replaces, on the coordinator; None if the caller does it.
@@ -274,7 +275,8 @@ def save_by_handler(
         objects: the modules and optimizers that `capture` finds.
         remove_first: removes files that must go before the write, and returns their names; collective.
         write: passes the checkpoint to the save handler on this rank.
-        all_write: whether every rank may take long. Otherwise the coordinator waits `timeout_s` for the other ranks.
+        all_write: whether every rank writes, and may take long. Otherwise only the coordinator writes, and it waits
+            `timeout_s` for the other ranks.
         timeout_s: seconds to wait for the other ranks; None for the default.
 
     Raises:

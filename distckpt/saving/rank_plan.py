@@ -4,13 +4,13 @@ Each block of the file has one writer, so that O_DIRECT and network file systems
 
 * Up to the first large sharded tensor each writer has a range (:meth:`ImagePlan.write_ranges`). It receives the bytes
   of small sharded tensors from the ranks that hold them.
-* A block of a large sharded tensor belongs to the rank that holds the block's first byte. It receives the rest of its
-  last block from the next rank.
+* A block of a large sharded tensor belongs to the rank that holds the block's first byte. That rank receives the rest
+  of its last block from the next rank.
 * The block in which a large sharded tensor ends also has the header of the next record. It belongs to the coordinator,
   which writes it when all checksums are known.
 
-All else is the coordinator's. Every rank computes its own plan from the layouts, which are equal on all ranks. So what
-one rank sends is what another one expects, and nobody has to see the plan of all ranks. Rank-local; issues no
+The coordinator writes all else. Every rank computes its own plan from the layouts, which are equal on all ranks. So
+what one rank sends is what another one expects, and no rank needs the plans of the others. Rank-local; issues no
 collectives.
 """
 
@@ -29,7 +29,7 @@ from distckpt.storage.base import BLOCK_BYTES
 
 
 class Sent(NamedTuple):
-    """Bytes of a storage, which has a number, that another rank writes. `begin` is an offset in this rank's shard."""
+    """Bytes of this rank's shard of a storage that another rank writes; `begin` is an offset in the shard."""
 
     storage: int
     begin: int
@@ -70,7 +70,7 @@ def plan_rank(plan: ImagePlan, layouts: tuple[ShardLayout, ...], writers: tuple[
     """Return one rank's plan; the last few are cached.
 
     Args:
-        plan: the image's.
+        plan: plan of the image.
         layouts: of the sharded tensors, by the numbers of their storages. Their ranks are among the writers.
         writers: the ranks that write, in the order of their ranges; the coordinator is the last.
         rank: one of them.
@@ -88,7 +88,7 @@ class _Planner:
         self._ranges = [(begin, end, owner) for (begin, end), owner in zip(ranges, writers, strict=True)]
         self._begins = [begin for begin, _, _ in self._ranges]
         self._own_range = ranges[writers.index(rank)]
-        # Most tensors have the layout of another one.
+        # Cached: most tensors have the layout of another one.
         pieces = functools.cache(written_pieces)
         self._turns = [number % layout.num_replicas for number, layout in enumerate(layouts)]
         self._pieces = [pieces(layout, rank, turn) for layout, turn in zip(layouts, self._turns, strict=True)]
@@ -121,7 +121,7 @@ class _Planner:
         return found
 
     def _add(self, begin: int, end: int) -> int:
-        """Add a part of the image; return where it is in the memory, less its offset in the image."""
+        """Add a part of the image; return its position in the memory minus its offset in the image."""
         at = align_up(self._found.num_bytes, BLOCK_BYTES)
         if begin < end:
             self._found.segments.append(Segment(begin, end, at))
@@ -139,7 +139,7 @@ class _Planner:
                 self._fill(index, first, last, record.offset + self._add(first, last))
 
     def _add_rest(self, last: int) -> None:
-        """Add what follows the last large sharded tensor, with the end of that."""
+        """Add what follows the last large sharded tensor, and the block in which that tensor ends."""
         record = self._plan.records[last - 1]
         begin, end = _full_end(record), self._plan.end
         to_memory = self._add(begin, end)
@@ -160,7 +160,7 @@ class _Planner:
         self._found.num_bytes = at
 
     def _fill(self, index: int, begin: int, end: int, to_memory: int) -> None:
-        """Find out who holds bytes of a sharded record that this rank writes.
+        """Add the copies and receives of bytes of a sharded record that this rank writes.
 
         Args:
             index: of the record.
@@ -187,7 +187,7 @@ class _Planner:
                 self._found.sends[rank].append(Sent(number, local, end - begin))
 
     def _owners_of_small(self, index: int) -> Iterator[tuple[Holder, int]]:
-        """Yield who writes this rank's bytes of a small record, and their offset in this rank's shard."""
+        """Yield the writers of this rank's bytes of a small record, and the bytes' offsets in this rank's shard."""
         record, number = self._plan.records[index], self._plan.storage_numbers[index]
         for begin, end, local in self._pieces[number]:
             at = begin
@@ -225,7 +225,7 @@ def split_received(data: Sequence[memoryview], plan: RankPlan) -> Iterator[tuple
 
     Args:
         data: from each rank.
-        plan: this rank's.
+        plan: this rank's plan.
     """
     for rank, received in enumerate(data):
         at = 0

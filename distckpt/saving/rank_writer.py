@@ -31,7 +31,7 @@ from distckpt.storage.direct_io import BufferedWriter
 
 _T = TypeVar("_T")
 _MAX_WRITING = 64
-"""More than saves can be pending: replicas may be threads of one process."""
+"""More threads than saves can be pending; replicas that are threads of one process share them."""
 
 
 class RankWriter:
@@ -114,9 +114,9 @@ class RankWriter:
                 types of their devices.
 
         Returns:
-            What other ranks need: ``shards``, the digest of the sharded tensors, and ``homes``, the ranks of those on
-            one rank. If several ranks write the file also ``layout``, the image's digest, and on the coordinator
-            ``file_token``, by which they join the file, and ``save_id``, which is unique.
+            What other ranks need: ``shards``, the digest of the sharded tensors, and ``homes``, the rank of each tensor
+            that is on one rank. If several ranks write the file, also ``layout``, the image's digest, and on the
+            coordinator ``file_token``, by which they join the file, and ``save_id``, which is unique.
 
         Raises:
             ValueError: the name points outside the storage.

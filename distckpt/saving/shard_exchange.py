@@ -38,7 +38,7 @@ def exchange_shards(
         backend: the job's backend.
         sync_point: makes a phase's sync point from its description.
         filename: name of the file.
-        writer: this rank's, prepared.
+        writer: this rank's writer, after :meth:`RankWriter.prepare`.
         shards: this rank's sharded tensors.
         answers: what each rank's :meth:`RankWriter.prepare` returned, and whether it ``knows_writers``.
         shard_writers: finds the ranks that write.

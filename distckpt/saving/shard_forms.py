@@ -1,10 +1,10 @@
 """The forms of a state's DTensors: all that a save reads of them, except for their bytes.
 
 A repeated save takes over what an earlier save has found: names, numbers, layouts, and what the ranks compare. Each
-rank does so for itself: the result is that of a new search, and the ranks compare it as after one.
+rank does so for itself: the result equals that of a new search, and the ranks compare it in the same way.
 
 IMPORTANT: everything that :class:`~distckpt.saving.shards.Shards` reads of a DTensor is compared here. A difference
-that is overlooked writes a file with other tensors.
+that is overlooked writes a file with wrong tensors.
 """
 
 import itertools
@@ -84,7 +84,7 @@ class ShardForms:
         self._others = [number for number, source in enumerate(shards) if not source.has_fixed_rows]
 
     def read(self, tensors: list[Any]) -> tuple[KnownShards, list[torch.Tensor]]:
-        """Compare DTensors.
+        """Compare DTensors with these forms; return what a save reads of them.
 
         Args:
             tensors: the DTensors, in the order of the pickle.
@@ -125,7 +125,7 @@ class ShardForms:
 
 
 def _are_parameters(tensors: list[Any]) -> list[bool]:
-    """Return for each DTensor if it is an ``nn.Parameter``; ``isinstance`` takes ten times as long."""
+    """Return for each DTensor whether it is an ``nn.Parameter``; ``isinstance`` takes ten times as long."""
     return [bool(attributes.get("_is_param")) for attributes in map(_ATTACHED, tensors)]
 
 

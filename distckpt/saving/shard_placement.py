@@ -45,7 +45,7 @@ class RankPlacement(NamedTuple):
 
 
 class MeshPlacement(NamedTuple):
-    """What the ranks of a device mesh know alike about a DTensor of theirs, in plain values.
+    """What all ranks of a device mesh know about one of its DTensors, in plain values.
 
     Attributes:
         ranks: of the mesh, in row-major order.
@@ -87,7 +87,7 @@ class MeshPlacement(NamedTuple):
 
     @classmethod
     def of_plain(cls, plain: Sequence[Any]) -> Self:
-        """Return the placement that JSON has made a list of."""
+        """Return the placement from the list that JSON has made of it."""
         ranks, shape, splits, *others = plain
         return cls(tuple(ranks), tuple(shape), tuple(splits), *others)
 
@@ -124,10 +124,10 @@ def find_rank_placement(tensor: Any, rank: int, world_size: int) -> RankPlacemen
 
 
 def _mesh_of(device_mesh: Any, rank: int) -> tuple[Mesh, int | None, bool]:
-    """Return a mesh, the rank in it whose place this rank has, and whether other ranks have that place too.
+    """Return the layout's mesh, the rank in it whose place this rank has, and whether other meshes have that place too.
 
-    The ``dp`` dimension of a mesh ``(dp, tp)`` is one of several meshes with equal tensors, one at each place of
-    ``tp``. All of them are one mesh here, the one at the first place.
+    The ``dp`` dimension of a mesh ``(dp, tp)`` stands for several meshes with equal tensors, one for each index of
+    ``tp``. The mesh at the first index represents all of them here.
     """
     ranks = device_mesh.mesh.flatten().tolist()
     whole = device_mesh._get_root_mesh().mesh  # noqa: SLF001 - no public way

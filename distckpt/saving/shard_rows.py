@@ -35,8 +35,8 @@ class RankCopies:
         own: into its memory, without rows of redistributed tensors.
         outgoing: by rank, into what is sent to it, without rows of redistributed tensors.
         num_outgoing: by rank, how many bytes are sent to it.
-        redistributed: by the numbers of the redistributed tensors: into the rank's memory, and by rank into what is
-            sent to it.
+        redistributed: for each redistributed tensor, by number: its copies into the rank's memory, and by rank those
+            into what is sent to it.
     """
 
     plan: RankPlan

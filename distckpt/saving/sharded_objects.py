@@ -1,7 +1,7 @@
-"""Find objects of whose state each rank holds a shard in plain tensors, and refuse them.
+"""Find and refuse objects of which each rank keeps a shard in plain tensors.
 
-FSDP1's parameters and states are plain tensors that hold a shard: only the module tells. Tensors that are sharded by
-their type are found by :mod:`distckpt.ptformat.sharded`.
+FSDP1's parameters and states are plain tensors that hold a shard, which only the module shows. Tensors that are sharded
+by their type are found by :mod:`distckpt.ptformat.sharded`.
 """
 
 import sys
@@ -25,7 +25,7 @@ _PLAIN = frozenset({torch.Tensor, nn.Parameter, type(None)})
 
 
 def refuse_sharded_object(where: str, obj: Any, save_on_rank: int) -> None:
-    """Refuse to save an object of whose state each rank holds a shard. Rank-local; issues no collectives.
+    """Refuse to save an object if its state is sharded in another way than by DTensors. Rank-local.
 
     Args:
         where: names the object, for messages.

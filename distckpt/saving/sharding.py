@@ -49,8 +49,8 @@ class ShardLayout(NamedTuple):
         num_rows: size of the tensor's first dimension.
         row_bytes: bytes of a row.
         mesh: the mesh.
-        splits: for each dimension of the mesh, 0 if its ranks hold the same rows, 1 if they share the rows, and n > 1
-            if they share each n-th part of the rows (a ``_StridedShard``).
+        splits: for each dimension of the mesh, 0 if its ranks hold the same rows, 1 if they split the rows, and n > 1
+            if they split each of n parts of the rows (a ``_StridedShard``).
         num_replicas: number of ranks that hold the same rows.
 
     Example:
@@ -67,7 +67,7 @@ class ShardLayout(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Length of the whole tensor."""
+        """Number of bytes of the whole tensor."""
         return self.num_rows * self.row_bytes
 
 
@@ -108,7 +108,7 @@ def written_pieces(layout: ShardLayout, rank: int, turn: int = 0) -> list[Piece]
     Args:
         layout: of the tensor.
         rank: the rank.
-        turn: number of the tensor. It spreads tensors that are too short to be parted over the ranks.
+        turn: number of the tensor, by which tensors that are too short to be split are spread over the ranks.
     """
     pieces, local = [], 0
     held = held_bytes(layout, rank)
@@ -136,8 +136,8 @@ def find_holders(layout: ShardLayout, begin: int, end: int, turn: int = 0) -> It
 def is_certain(layout: ShardLayout) -> bool:
     """Return True if the placements say which rows each rank holds.
 
-    FSDP2 shards what tensor parallelism has sharded already. Where rows do not divide evenly, it holds other rows than
-    torch computes for its placements; see :mod:`distckpt.ptformat.shard_geometry`.
+    FSDP2 shards what tensor parallelism has sharded already. If rows do not divide evenly, a rank then holds other rows
+    than torch computes from the placements; see :mod:`distckpt.ptformat.shard_geometry`.
     """
     return max(layout.splits, default=0) <= 1 or _is_certain(layout.num_rows, layout.mesh.shape, layout.splits)
 

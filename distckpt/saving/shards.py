@@ -24,7 +24,7 @@ NO_ROWS: Final[torch.UntypedStorage] = torch.empty(0, dtype=torch.uint8).untyped
 
 
 class StageTensor(NamedTuple):
-    """Stands in a consolidated state for a tensor that only some ranks have: the same state on every rank.
+    """Stands for a tensor that only some ranks have, in a consolidated state that is the same on every rank.
 
     Attributes:
         placement: how these ranks hold it.
@@ -72,7 +72,7 @@ class ShardSource:
         self.placement = placement
 
     def of(self, tensor: Any) -> "ShardSource":
-        """Return the source of another tensor of the same name, shape, dtype and placements; before :meth:`move`."""
+        """Return the source of another tensor of the same name, shape, dtype and placements. Call it before `move`."""
         return ShardSource(self.name, self._text, tensor, self.placement, self.layout)
 
     @property
@@ -148,11 +148,11 @@ class Rows(NamedTuple):
     """Where this rank's rows of some tensors are, by the tensors' numbers.
 
     Attributes:
-        storages: that hold them.
-        offsets: of the first byte in each storage.
+        storages: the storages that hold the rows.
+        offsets: offset of the first byte in each storage.
         addresses: of the storages' bytes; None if they are not known, or not in host memory.
         devices: types of the devices, except for those of `others`.
-        others: numbers of the tensors whose rows have to be asked of their sources.
+        others: numbers of the tensors whose rows only their sources can find.
     """
 
     storages: list[torch.UntypedStorage]
@@ -188,12 +188,12 @@ class Shards:
         self.tensors: list[TensorShard] = []
 
     def reuse(self, sources: list[ShardSource], tensors: list[TensorShard], rows: "Rows") -> None:
-        """Take the tensors of a state whose form an earlier save has had, in place of :meth:`replace`.
+        """Take over the tensors of a state whose form an earlier save had, instead of calling :meth:`replace`.
 
         Args:
             sources: the sharded tensors.
             tensors: what stands for each.
-            rows: where the rows are of sources that have them fixed; of others :data:`NO_ROWS`.
+            rows: where the rows are; :data:`NO_ROWS` for sources whose rows are not fixed.
         """
         self.sources, self.tensors, self._known = sources, tensors, rows
 
@@ -247,9 +247,9 @@ class Shards:
         return [source.layout.mesh.ranks[0] for source in self.sources if source.placement.is_on_one_rank]
 
     def settle(self, homes: Sequence[int]) -> None:
-        """Let other ranks than this one decide which rank has each tensor whose device mesh has one rank.
+        """Adopt the coordinator's choice of the rank that saves each tensor whose device mesh has one rank.
 
-        Each rank may have such a mesh of its own: then the coordinator's tensor is saved.
+        Each rank may have such a mesh of its own; then the coordinator's tensor is saved.
 
         Args:
             homes: the coordinator's :attr:`homes`.
@@ -273,7 +273,7 @@ class Shards:
         return [[number, one.place, one.checksum()] for number, one in found]
 
     def replace(self, tensor: torch.Tensor, name: str) -> TensorShard | torch.Tensor | None:
-        """Return what stands for a tensor in the state; None if :func:`as_whole` finds it.
+        """Return what stands for a tensor in the state; None if it is no DTensor, or each rank holds the whole.
 
         Args:
             tensor: any tensor.

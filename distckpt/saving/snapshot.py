@@ -118,7 +118,8 @@ class Snapshot:
     def layout_digest(self) -> int:
         """Return a digest of the image's layout. Ranks with equal digests can write one file together.
 
-        Ranks with different digests may still be able to: it covers the whole pickle. :meth:`describe_layout` decides.
+        Ranks with different digests may be able to as well: the digest covers the whole pickle. :meth:`describe_layout`
+        decides.
         """
         parts = (sorted(self._replicas), self._plan.shared_end, self._plan.end, crc32(self._pickled.data))
         return crc32(repr(parts).encode())
@@ -271,7 +272,7 @@ class Snapshot:
                 file.compare(blocks, at)
 
     def write_tail(self, file: NewFile, checksums: Sequence[Checksums], manifest: Manifest) -> int:
-        """Write what follows the image, and the record headers that no range's writer could complete. Any thread.
+        """Write the tail, and the record headers that no range's writer could complete. Callable from any thread.
 
         Args:
             file: the new file.
@@ -286,7 +287,7 @@ class Snapshot:
             self._tail = self._make_tail(records, manifest)
         ends = [end for _, end in self._plan.write_ranges(len(self._write_range.writers))]
         for offset, chunk in _required(self._buffer).complete_late(self._tail.crcs):
-            # Through the page cache: the commit's sync writes these blocks all at once. It looks for holes again.
+            # Through the page cache: the commit's sync writes these blocks all at once, and commit() looks for holes.
             file.write(bytes(chunk), offset)
             file.compare(chunk, offset)
         for offset, header in self._plan.boundary_headers(ends, self._tail.crcs):

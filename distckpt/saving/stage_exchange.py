@@ -203,7 +203,7 @@ class _StagePlan:
         """Compare the :meth:`checksums` of all ranks.
 
         Raises:
-            ShardedStateError: two ranks have other values.
+            ShardedStateError: two ranks have different values.
         """
         known: dict[_PartTensor, int] = {}
         for rank, found in enumerate(checksums):
@@ -298,11 +298,11 @@ class _Joined:
 
 
 def join_groups(kind: str, groups_of: Sequence[tuple[int, Sequence[Mapping[str, Any]]]]) -> list[dict[str, Any]]:
-    """Return the parameter groups of all stages: those of one index are one group.
+    """Return the parameter groups of all stages: groups of the same index become one group.
 
     Args:
         kind: phrase for the object, for messages.
-        groups_of: of each stage, with its rank.
+        groups_of: the groups of each stage, with its rank.
 
     Raises:
         ShardedStateError: they have different hyperparameters, or a parameter is in two groups.

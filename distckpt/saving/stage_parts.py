@@ -29,7 +29,7 @@ class StagePart:
         kind: phrase for the object; the same on all ranks.
         entries: values by name.
         groups: an optimizer's parameter groups, with names; None for a module.
-        versions: of a module's parts, by path: the ``version`` in its ``_metadata``.
+        versions: the ``version`` entries of a module's ``_metadata``, by path.
         unchecked: names that may differ in value between the ranks that have them.
         tensors: the tensors in `entries`. Set by :meth:`describe`.
     """
@@ -96,7 +96,7 @@ class StagePart:
 def _placement_of(tensor: torch.Tensor) -> MeshPlacement | None:
     """Return the placement of a DTensor of which this rank holds a shard; None for other tensors.
 
-    Of a replicated one each rank holds the whole. The ranks' values are compared, as those of plain tensors are.
+    Each rank holds the whole of a replicated DTensor. The ranks' values are compared, as those of plain tensors are.
     """
     if not is_dtensor(tensor) or none_sharded([tensor]) or describe_shard(tensor) is None:
         return None

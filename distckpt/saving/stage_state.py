@@ -1,4 +1,4 @@
-"""The state of a pipeline of stages, of which each rank holds one, as one state by name."""
+"""Save and load the stages of a pipeline, which are on different ranks, as one state by name."""
 
 import functools
 from collections import OrderedDict
@@ -23,12 +23,13 @@ class StageState:
 
     With pipeline parallelism each rank has other layers in its module, and another optimizer. A save joins them by
     name: the file holds one state of the whole model, as if it had never been split. Each rank writes the tensors that
-    it holds; nothing is gathered. A load gives each rank the names that its objects have. So a model loads the file
-    after another split, on another number of ranks, or unsplit.
+    it holds; nothing is gathered. A load gives each rank the values whose names its objects have. So the file also
+    loads into a model that is split in another way, over another number of ranks, or not at all.
 
     Names have to be those of the whole model. A tensor may be a DTensor over some ranks: a stage under FSDP2 or tensor
-    parallelism. If several ranks have a tensor under one name otherwise, such as tied embeddings or the replicas of a
-    stage, its values have to be equal, and it is saved once. Buffers may differ; those of the lowest rank are saved.
+    parallelism. If several ranks have a tensor under one name, but not as its shards, such as tied embeddings or the
+    replicas of a stage, its values have to be equal, and it is saved once. Buffers may differ; those of the lowest rank
+    are saved.
 
     An optimizer's state is saved by the names of its parameters: those of `module`, or ``param_names`` in its groups,
     which it has if it was made of ``named_parameters()``. Groups of the same index are one group.
@@ -36,8 +37,8 @@ class StageState:
     Args:
         stage: this rank's module, or its optimizer. A list of modules if the rank has several stages, as interleaved
             schedules need; a list of optimizers if each has its own.
-        module: the module with the parameters of an optimizer, or a list of modules; None if its groups have
-            ``param_names``.
+        module: the module with the parameters of an optimizer, or a list of modules; None if the optimizer's groups
+            have ``param_names``.
         timeout_s: seconds to wait for the other ranks; None for ``DISTCKPT_TIMEOUT_S``, or 300.
 
     Raises:
@@ -99,7 +100,7 @@ class StageState:
         return self.state_dict() if backend.world_size == 1 else self._exchange.join(backend, make)
 
     def state_dict(self) -> Any:
-        """Return this rank's part of the state. Rank-local; a save writes those of all ranks instead.
+        """Return this rank's part of the state. Rank-local; a save writes the parts of all ranks instead.
 
         Raises:
             ValueError: two stages of this rank have one name, with different tensors.
@@ -151,15 +152,15 @@ class StageState:
             stage.load_state_dict(copy_at(part, repeated))
 
     def parts_of(self, state: Any, name: str = "") -> list[tuple[Any, Any, list[tuple[Any, ...]]]]:
-        """Return the objects of this rank, each with the part of a whole state that it loads, as it names it.
+        """Return this rank's objects, each with the part of a whole state that it loads, under the object's own names.
 
         Args:
             state: of all stages, or of a model that was never split.
             name: of this object, for messages.
 
         Returns:
-            With each object and its part also the keys that lead to values that other objects or parameters get too:
-            they have to be copied, or an optimizer would step one tensor twice.
+            Each object, its part, and the keys that lead to values which other objects or parameters get too: these
+            have to be copied, or an optimizer would step one tensor twice.
 
         Raises:
             StateMismatchError: an optimizer's parameter or group is missing; a ValueError too.
@@ -241,7 +242,7 @@ class StageState:
         """Return the names of the parameters of each group."""
         known: dict[int, str] = {}
         for module in map(unwrap, reversed(self._modules)):
-            free_gathered_parameters(module)  # FSDP2's: others stand in the module after a forward pass
+            free_gathered_parameters(module)  # FSDP2: after a forward pass, the module holds gathered tensors
             known |= {id(one): name for name, one in reversed(list(module.named_parameters()))}
         found = []
         for index, group in enumerate(optimizer.param_groups):
@@ -269,7 +270,7 @@ def _types(given: Any) -> Any:
 
 
 def _joined(states: Sequence[Mapping[str, Any]], what: str, unchecked: Collection[str] = ()) -> dict[str, Any]:
-    """Return the values by name that are in some states.
+    """Return the values of several states as one mapping by name.
 
     Args:
         states: of stages, or of parameters.
@@ -277,7 +278,7 @@ def _joined(states: Sequence[Mapping[str, Any]], what: str, unchecked: Collectio
         unchecked: names that may have different values.
 
     Raises:
-        ValueError: two of them have different values under one name.
+        ValueError: two states have different values under one name.
     """
     found: dict[str, Any] = {}
     for state in states:
@@ -293,7 +294,7 @@ def _buffer_names(module: nn.Module) -> set[str]:
 
 
 def _repeated(paths: Sequence[tuple[str, tuple[Any, ...]]], seen: set[str]) -> list[tuple[Any, ...]]:
-    """Return the paths of names that were seen before, in `seen` or with another path of another parent."""
+    """Return the paths of names that are in `seen`, or that occurred before under another parent."""
     found, first = [], dict[str, tuple[Any, ...]]()
     for name, path in paths:
         if name in seen or first.setdefault(name, path[:-1]) != path[:-1]:

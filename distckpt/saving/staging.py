@@ -46,7 +46,7 @@ class Copies(tuple[CopyItem, ...]):  # noqa: SLOT001 - its cached properties nee
         return self.batches_without(())
 
     def batches_without(self, alone: Collection[int]) -> list[tuple[int, int]]:
-        """Return batches that consist of one copy for the storages in `alone`."""
+        """Return the batches; each copy of a storage in `alone` is a batch of its own."""
         batches: list[tuple[int, int]] = []
         first, num_bytes, was_alone = 0, 0, False
         for index, item in enumerate(self):
@@ -125,7 +125,7 @@ class HostMemory:
         return memoryview(self._map)[:num_bytes]
 
     def free(self) -> None:
-        """Free the memory. Existing views keep theirs."""
+        """Free the memory. Existing views keep it alive."""
         if self._is_pinned and self._map is not None:
             _unpin(_address_of(memoryview(self._map)))
         self._map, self._is_pinned, self.num_bytes = None, False, 0
@@ -336,7 +336,7 @@ class OptimizerStepGuard:
     """Delays the next step of every optimizer in the process until a deferred copy is done.
 
     Args:
-        wait: blocks until it is done. The guard ignores its errors.
+        wait: blocks until the copy is done. The guard ignores its errors.
     """
 
     def __init__(self, wait: Callable[[], None]) -> None:

@@ -35,7 +35,7 @@ class WriterGroup:
     check_replicas: bool = False
 
     def range_of(self, rank: int) -> WriteRange | None:
-        """Return the range that a rank writes; None for nothing."""
+        """Return the range that a rank writes; None if it writes nothing."""
         return WriteRange(rank, self.ranks) if rank in self.ranks else None
 
 
@@ -110,11 +110,11 @@ class ShardWriters:
         self._timeout_s = timeout_s
 
     def is_known(self) -> bool:
-        """Rank-local. Return True if this rank knows the ranks."""
+        """Rank-local. Return True if this rank's cache holds the ranks."""
         return self._cache.get(self._backend, self._storage, self._coordinator) is not None
 
     def find(self, sync_point: Callable[[str], phases.SyncPoint], *, is_known: bool) -> tuple[int, ...]:
-        """Return the ranks, the coordinator last. Collective unless `is_known`, on every rank."""
+        """Return the ranks, the coordinator last. Collective unless `is_known`, which must be equal on every rank."""
         found = self._cache.get(self._backend, self._storage, self._coordinator) if is_known else None
         if found is None:
             found = find_writers(

@@ -68,9 +68,9 @@ class StoredFile(Readable, Protocol):
 
 
 class NewFile(Readable, Protocol):
-    """A file that is being written. It has no name before :meth:`commit`. A context that calls :meth:`abort`.
+    """A file that is being written. It has no name before :meth:`commit`. A context manager that calls :meth:`abort`.
 
-    Any thread may call, one at a time.
+    Any thread may call its methods, one thread at a time.
 
     Attributes:
         token: what another rank passes to :meth:`Storage.join`.
@@ -116,7 +116,7 @@ class NewFile(Readable, Protocol):
 
         Args:
             num_bytes: the length that the file must have.
-            check: returns what is wrong with the file's content. Called where the storage may have lost bytes.
+            check: returns what is wrong with the file's content. Called if the storage may have lost bytes.
 
         Raises:
             SaveError: the storage failed; the previous file of that name is untouched.
@@ -156,7 +156,7 @@ class Storage(Protocol):
             token: the :attr:`NewFile.token` there.
 
         Raises:
-            ValueError: the name points outside the storage, or the token is no token.
+            ValueError: the name points outside the storage, or `token` is not of the form of a token.
             SaveError: the storage failed; also a FileNotFoundError if there is no such file.
         """
 

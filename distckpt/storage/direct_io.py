@@ -20,7 +20,7 @@ class DirectFile:
     """A file that is written with O_DIRECT where the file system supports it. One thread at a time.
 
     Args:
-        fd: open for writing; the caller closes it. Takes what O_DIRECT does not.
+        fd: open for writing; the caller closes it. Used for what O_DIRECT cannot write.
         parent: descriptor of the file's folder.
         name: the file's name in it.
     """

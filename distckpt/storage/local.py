@@ -74,7 +74,7 @@ class LocalFile(OpenFile):
 class LocalStorage:
     """A directory that stores checkpoints; see :class:`~distckpt.storage.base.Storage` for methods and errors.
 
-    A name that meets a symlink is a ValueError too.
+    A name that leads over a symlink raises ValueError too.
 
     Attributes:
         directory: need not exist yet.
@@ -196,7 +196,7 @@ def make_directory(path: Path) -> None:
 
 
 def _open_directory(path: Path, parent: int | None = None) -> int:
-    """Open a directory, by its last name where its parent is open; then it must not be a symlink."""
+    """Open a directory; if `parent`, a descriptor of its parent, is given, the directory must not be a symlink."""
     try:
         if parent is None:
             return os.open(path, DIRECTORY_FLAGS)

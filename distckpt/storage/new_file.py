@@ -7,8 +7,8 @@ A save makes these system calls, in this order:
 3. rename it to the final name
 4. fsync the folder
 
-The lock ends with the process that holds it: a later save deletes temporary files that nobody has locked. Process ids
-would not do, as they are reused and differ between containers.
+The lock ends with the process that holds it: a later save deletes temporary files that no process has locked. Process
+ids would not do, as they are reused and differ between containers.
 """
 
 import contextlib
@@ -203,7 +203,7 @@ def create_temp(parent: int) -> tuple[int, str]:
         temp = new_temp_name()
         fd = os.open(temp, CREATE_FLAGS, FILE_MODE, dir_fd=parent)
         try:
-            # Without locks on a file system no process can take one, so none deletes this file.
+            # On a file system without locks no process can take one, so none deletes this file.
             with contextlib.suppress(OSError):
                 fcntl.flock(fd, fcntl.LOCK_EX)
             # Another process may have deleted it between open and lock.

@@ -17,13 +17,13 @@ from typing import Self
 from distckpt._threads import start_thread, wait_all
 
 _STEP_BYTES = 64 << 20
-"""Length of one ``sendfile``, which a reader that stops has to wait for. Also the length of a window."""
+"""Length of one ``sendfile``, which a reader that stops has to wait for, and of a window of `staggered_ranges`."""
 _LEAST_BYTES = 8 << 20
 """No thread is started for less."""
 _LEAD_BYTES = 1 << 30
 """How far the thread gets ahead of the reader: a small memory would drop more again."""
 _SAMPLE_BYTES = 4 << 20
-"""Distance of the bytes by which a file counts as cached."""
+"""Distance between the bytes that :func:`is_cached` samples."""
 _PAUSE_S = 0.0005
 """A disk of two gigabytes a second brings a megabyte in this time."""
 _LONG_PAUSE_S = 0.01
