@@ -82,8 +82,7 @@ class HeartbeatMonitor:
 
     Attributes:
         step: this rank's iteration, set by the training thread.
-        in_run: whether an engine runs. Only during a run do the other ranks expect heartbeats, and does a blocked
-            training thread end the process.
+        in_run: whether an engine runs: only then do others expect heartbeats, and a blocked training thread is ended.
     """
 
     def __init__(

@@ -391,10 +391,8 @@ class CheckpointSave:
         """Collective. Remove evicted files. Those that cannot be removed are orphans."""
         own, timeout_s = self.find_own_files(get_firing_engines()), self.handler.timeout_s
         remove_one = functools.partial(self._remove_one, own=own, written=written)
-        answers: list[Problems] = []
-        if evicted:
-            remove = functools.partial(protocol.remove_local, evicted, remove_one)
-            answers = phases.run(self.backend, point, remove, timeout_s=timeout_s)
+        remove = functools.partial(protocol.remove_local, evicted, remove_one)
+        answers = phases.run(self.backend, point, remove, timeout_s=timeout_s) if evicted else []
         self._take_over(protocol.merge_problems(evicted, answers))
 
     def _remove_one(self, filename: str, own: OwnFiles, written: WrittenFiles | None) -> None:

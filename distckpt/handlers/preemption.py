@@ -367,10 +367,7 @@ class _SignalReceiver:
 
 
 class _ReceivedFlag:
-    """Whether the receiver has a signal when the vote is held.
-
-    See :class:`~distckpt.coordination.votes.DeferredAnswer`.
-    """
+    """Whether the receiver has a signal when the vote is held, as a ``DeferredAnswer`` asks."""
 
     def __init__(self, receiver: _SignalReceiver) -> None:
         self._receiver = receiver
