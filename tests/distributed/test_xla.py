@@ -278,3 +278,31 @@ def test_a_torch_xla_of_another_torch_is_refused_with_what_to_do(monkeypatch: py
     monkeypatch.setattr(importlib.metadata, "version", lambda package: versions[package])
     with pytest.raises(RuntimeError, match=r"pip install 'torch==2\.9\.\*' 'torch_xla==2\.9\.\*'"):
         distckpt.initialize("xla")
+
+
+def test_replicas_of_a_forked_process_begin_their_first_backward_passes_together() -> None:
+    """Without `take_turns` some three in a hundred such processes hang, or have no device to compute on."""
+    assert run_program(
+        """
+        import os, signal, sys, threading
+        sys.path.insert(0, "launch")
+        os.environ |= {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "3", "PJRT_CPU_ASYNC_CLIENT": "0"}
+        os.environ["XLA_THREAD_POOL_SIZE"] = "10"
+        import torch, torch_xla, xla_on_cpu
+        from torch_xla._internal import pjrt
+
+        def replica():
+            xla_on_cpu.take_turns()
+            total = torch.ones(2, requires_grad=True, device=torch_xla.device()).sum()
+            together.wait()
+            total.backward()
+
+        for _ in range(40):
+            if os.fork() == 0:
+                signal.alarm(60)  # the signal ends a process whatever its threads wait for
+                together = threading.Barrier(3)
+                pjrt._run_thread_per_device(0, 1, replica, pjrt.initialize_multiprocess)
+                os._exit(0)
+            print(os.waitstatus_to_exitcode(os.wait()[1]))
+        """
+    ) == ["0"] * 40
