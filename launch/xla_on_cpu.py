@@ -8,8 +8,8 @@ which they find each other. Two that compile the same graph at the same time wou
 goes first, until its graph is among the compiled ones, and the other then finds it there. It must not be held up any
 longer: the first one now waits for it, in the collective.
 
-Reductions are traced one at a time as well: replicas that do it at the same moment crash now and then. So do their first
-backward passes in a process that was forked, as `xmp.spawn` does.
+Reductions are traced one at a time as well: replicas that do it at the same moment crash now and then. So do first
+backward passes, in a process that was forked, as those of `xmp.spawn` are.
 """
 
 import threading
@@ -34,8 +34,8 @@ def take_turns() -> None:
     with _LOCK:
         if getattr(run, _MARK, False):
             return
-        # torch makes its autograd engine anew at the first use after a fork. Threads that do so at the same time leave it
-        # without a queue for any device, and every backward pass of the process then fails.
+        # After a fork, torch makes its autograd engine anew at the first use. Threads that do so at the same time leave
+        # it without queues for the devices, and each backward pass of the process fails or hangs.
         torch.autograd.Variable._execution_engine.is_checkpoint_valid()  # noqa: SLF001 - the one that starts no thread
         turns = _Turns(lambda: xr.get_num_cached_compilation_graph() + (met.counter_value("CachedCompile") or 0))
 

@@ -282,7 +282,7 @@ def test_a_torch_xla_of_another_torch_is_refused_with_what_to_do(monkeypatch: py
 
 def test_replicas_of_a_forked_process_begin_their_first_backward_passes_together() -> None:
     """Without `take_turns` some three in a hundred such processes hang, or have no device to compute on."""
-    assert run_program(
+    exit_codes = run_program(
         """
         import os, signal, sys, threading
         sys.path.insert(0, "launch")
@@ -305,4 +305,5 @@ def test_replicas_of_a_forked_process_begin_their_first_backward_passes_together
                 os._exit(0)
             print(os.waitstatus_to_exitcode(os.wait()[1]))
         """
-    ) == ["0"] * 40
+    )
+    assert exit_codes == ["0"] * 40
