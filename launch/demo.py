@@ -1,7 +1,6 @@
-"""The demo: one run left alone; the same run killed in a save, and resumed; NaN, SIGTERM, a restart, sharded state.
+"""Run the demo: an undisturbed run; the same run killed in a save and resumed; NaN, SIGTERM, a restart, sharded state.
 
-Owns the acts, what has to be true after each, and the table that says so. Must not know how distckpt
-works: what is said here of a checkpoint, a directory listing and plain ``torch.load`` have said.
+After each act, its result is checked by directory listings and plain ``torch.load``, without distckpt.
 """
 
 import json

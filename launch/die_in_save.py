@@ -1,9 +1,7 @@
-"""A real fault for the demo: SIGKILL in the middle of a save.
+"""Kill a rank with SIGKILL in the middle of a save.
 
-Owns the watcher: a small process beside the saving rank that waits for the save's temporary file to grow,
-and then kills the rank. It stands outside of distckpt, knows nothing of how a save works beyond "a file that
-grows and is not called .pt", and, being another process, needs neither the rank's interpreter nor its leave.
-Must not import torch or distckpt.
+A small process beside the saving rank waits until the save's temporary file grows, and then kills the rank. It imports
+neither torch nor distckpt: all it knows of a save is that a file grows whose name does not end in ``.pt``.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """Faults for the demo and the tests: a NaN, a signal or a death, on one rank, in one iteration.
 
-Owns what ``--fault`` means. Must not import distckpt: a fault comes from outside of it.
+This is the meaning of ``--fault``. The module does not import distckpt: faults come from outside of it.
 """
 
 import os

@@ -1,8 +1,7 @@
-"""How ranks come to be, launcher by launcher.
+"""Start the ranks, for each launcher.
 
-Owns everything that differs between launchers: which backend is live, how ``main`` is entered on each rank,
-and how a model comes to average its gradients. Must not know what is trained. A new launcher is a branch
-here and nowhere else.
+The module contains everything that differs between launchers: which backend is active, how ``main`` starts on each
+rank, and how gradients are averaged. A new launcher needs a branch in this module only.
 """
 
 import os

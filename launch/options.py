@@ -1,7 +1,6 @@
-"""The command line of the training script.
+"""The command line of the training scripts: options, defaults and help.
 
-Owns the options, their defaults and their help; a wrong one ends the program before there are ranks. Must not
-know what they do.
+A wrong option ends the program before ranks are started.
 """
 
 import argparse

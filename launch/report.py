@@ -1,7 +1,6 @@
-"""What is seen of a run: a progress bar while it trains, a table at its end, a summary for programs.
+"""Show a run's progress bar, the table at its end, and a summary for programs.
 
-Owns how things are shown, on rank 0 alone. Decides nothing, saves nothing; issues no collectives, so that the
-other ranks never wait for a terminal.
+Only rank 0 shows anything. The module issues no collectives, so that the other ranks never wait for a terminal.
 """
 
 import hashlib

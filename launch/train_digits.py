@@ -6,10 +6,9 @@
     bash launch/xla_spawn.sh                              # a replica of torch_xla's on each device
     PYTHONPATH=. python launch/train_digits.py --help     # all options
 
-``main(local_rank, config)`` runs on each rank, whatever launched it. Everything random is a function of seed,
-epoch and rank, or saved, so a run that was killed, or told to stop in the middle of an epoch, and resumed ends where
-one left alone does. Owns the engines and what
-watches them; must not know how a launcher works or how a checkpoint is written.
+``main(local_rank, config)`` runs on each rank, with any launcher. All random numbers depend only on seed, epoch and
+rank, or their state is saved. A run that was killed or stopped in the middle of an epoch, and then resumed, therefore
+ends with the parameters of an undisturbed run.
 """
 
 import logging

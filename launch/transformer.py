@@ -1,4 +1,4 @@
-"""A small transformer that reads an image row by row, as a sequence. Plain torch: it knows no ranks."""
+"""A small transformer that reads an image row by row, as a sequence. Plain torch, without ranks."""
 
 import torch
 from digits import NUM_CLASSES

@@ -1,15 +1,13 @@
-"""Let replicas of torch_xla's that are threads on a CPU meet in their collectives.
+"""Make torch_xla's replicas work when they are threads on a CPU.
 
-Owns whose turn it is to compile. Must not know what is trained, nor import distckpt: what it mends is torch_xla 2.9's
-on CPUs, where people try programs before they have a TPU, and where our tests run.
+This mends faults of torch_xla 2.9 on CPUs, where people try programs before they have a TPU, and where our tests run.
 
-Two replicas meet in a collective there only if they run the same compiled program: each compilation has a number, by
-which they find each other. Two that compile the same graph at the same time would get a program each. So one replica
-goes first, until its graph is among the compiled ones, and the other then finds it there. It must not be held up any
-longer: the first one now waits for it, in the collective.
+Two replicas meet in a collective only if they run the same compiled program. If both compiled the same graph at the
+same time, each would get its own program, and both would wait forever. So one replica compiles first, and the other
+finds the compiled program. The second must start as soon as it is there, because the first waits in the collective.
 
-Reductions are traced one at a time as well: replicas that do it at the same moment crash now and then. So do first
-backward passes, in a process that was forked, as those of `xmp.spawn` are.
+Reductions are traced one at a time as well: replicas that trace them at the same moment crash now and then. The same is
+true of the first backward passes in a forked process, such as a process of `xmp.spawn`.
 """
 
 import threading

@@ -1,6 +1,6 @@
-"""The arguments of the command ``distckpt``, and what its errors look like.
+"""Parse the arguments of the command ``distckpt``, and print its errors.
 
-A module of a command is imported when the command is called, and torch only where a command needs it.
+A command's module is imported when the command is called. torch is imported only by commands that need it.
 """
 
 import argparse
@@ -27,14 +27,14 @@ be carried out; 130 interrupted"""
 
 
 class _Terminated(BaseException):
-    """SIGTERM came."""
+    """SIGTERM arrived."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code.
 
     Args:
-        arguments: without the program's name; None for this process's.
+        arguments: the command line without the program's name; None for that of this process.
 
     Example:
         >>> main(["ls", "/dev/null"])  # prints "distckpt: /dev/null is no directory: ..."
@@ -59,9 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: BaseException) -> int:
-    """Print one line that says why a command ends; return the exit code."""
+    """Print one line that says why the command failed; return the exit code."""
     if isinstance(error, BrokenPipeError):
-        with contextlib.suppress(OSError, ValueError):  # what the interpreter flushes at its end goes nowhere
+        with contextlib.suppress(OSError, ValueError):  # the interpreter flushes standard output at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.PIPE_CLOSED
     code, message = ExitCode.FAILED, str(error)
@@ -83,7 +83,7 @@ def _fail(error: BaseException) -> int:
 
 
 def _raise_on_sigterm() -> Callable[[int, "FrameType | None"], object] | int | None:
-    """Let SIGTERM end a command as Ctrl-C does: nothing is left half done. Return the previous handler."""
+    """Let SIGTERM end a command as Ctrl-C does, with its clean-up. Return the previous signal handler."""
 
     def end(_signal: int, _frame: "FrameType | None") -> None:
         raise _Terminated
@@ -169,5 +169,5 @@ def _hours(text: str) -> float:
 def _version() -> str:
     try:
         return metadata.version("distckpt")
-    except metadata.PackageNotFoundError:  # it runs from its source folder
+    except metadata.PackageNotFoundError:  # run from a source folder
         return "(not installed)"

@@ -1,6 +1,6 @@
-"""``distckpt diff``: what differs between two checkpoints, key by key.
+"""``distckpt diff``: compare two checkpoints key by key.
 
-Both are read once, in chunks, by several threads. Tensors are compared bit by bit first: numbers are computed only
+Both are read once, in chunks, by several threads. Tensors are compared bit by bit first: differences are computed only
 where bits differ. Keys are compared by their names, so that a nested file and a flat one can be equal.
 """
 
@@ -34,7 +34,7 @@ from distckpt.cli.structure import is_plain_tensor
 
 _MOST_THREADS = 4
 _PART = 1 << 20
-"""Elements that are compared at once: their number is exact as a 32-bit float."""
+"""Number of elements that are compared at once. A 32-bit float holds it exactly."""
 _memcmp = ctypes.CDLL(None).memcmp
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _SHORT_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -50,15 +50,15 @@ _VALUES = (
 
 @dataclass(slots=True)
 class Difference:
-    """What differs between two tensors of one shape and dtype.
+    """The difference between two tensors of one shape and dtype.
 
     Attributes:
-        num_elements: of each.
-        num_different: elements with different values; NaN equals NaN.
-        num_nan: elements that are NaN in one of the two alone.
-        largest: the largest absolute difference of the others.
-        total: the sum of the absolute differences of the others.
-        has_other_bits: whether any bit differs, as in 0.0 and -0.0.
+        num_elements: number of elements of each tensor.
+        num_different: number of elements with different values; NaN equals NaN.
+        num_nan: number of elements that are NaN in only one of the two.
+        largest: the largest absolute difference of the other elements.
+        total: the sum of the absolute differences of the other elements.
+        has_other_bits: True if any bit differs, as between 0.0 and -0.0.
     """
 
     num_elements: int
@@ -70,11 +70,11 @@ class Difference:
 
     @property
     def mean(self) -> float:
-        """The mean absolute difference of all elements but NaN."""
+        """The mean absolute difference of the elements that are not NaN."""
         return self.total / max(self.num_elements - self.num_nan, 1)
 
     def add(self, other: "Difference") -> None:
-        """Add the difference of other elements of the same tensors."""
+        """Add the difference of further elements of the same tensors."""
         self.num_different += other.num_different
         self.num_nan += other.num_nan
         self.largest = max(self.largest, other.largest)
@@ -83,13 +83,13 @@ class Difference:
 
 
 class Change(NamedTuple):
-    """A key that has another form or another value in the second checkpoint.
+    """A key whose type, dtype, shape or value differs.
 
     Attributes:
         name: the key.
         kind: ``type``, ``dtype``, ``shape`` or ``value``.
-        before: in the first checkpoint.
-        after: in the second one.
+        before: a description of the first checkpoint's value.
+        after: a description of the second checkpoint's value.
     """
 
     name: str
@@ -171,7 +171,7 @@ def _print_changes(changes: Sequence[Change], differing: dict[str, Difference], 
 
 
 def _compare_forms(name: str, one: Any, other: Any) -> Change | None:
-    """Return what differs but the elements of tensors; None if nothing does."""
+    """Return the change of type, dtype, shape or plain value; None if only elements of tensors can differ."""
     is_tensor = is_plain_tensor(one)
     if is_tensor != is_plain_tensor(other) or (not is_tensor and type(one) is not type(other)):
         return Change(name, "type", describe_value(one), describe_value(other))
@@ -193,7 +193,7 @@ def _equal(one: Any, other: Any) -> bool:
         return bool(
             (one == other) if not hasattr(one, "shape") else (one.shape == other.shape and (one == other).all())
         )
-    except Exception:  # noqa: BLE001 - a class's own method: what cannot be compared is not equal
+    except Exception:  # noqa: BLE001 - a class's own method; values that cannot be compared count as different
         return False
 
 
@@ -234,7 +234,7 @@ def _compare_all(first: Source, second: Source, pairs: Sequence[_Pair]) -> dict[
 
 
 def _ranges(pair: _Pair) -> list[tuple[int, int]]:
-    """Return the chunks of two tensors; one chunk if one of the two is not contiguous."""
+    """Return the ranges of elements to compare: one range if either tensor is not contiguous."""
     ranges = chunk_ranges(pair.one), chunk_ranges(pair.other)
     return min(ranges, key=len)
 
@@ -260,7 +260,7 @@ def compare(one: torch.Tensor, other: torch.Tensor) -> Difference:
 
 
 def _add_part(difference: Difference, one: torch.Tensor, other: torch.Tensor) -> None:
-    """Add the differences of elements that differ in some bit."""
+    """Add the differences of two chunks that are not bit-equal."""
     difference.has_other_bits = True
     numbers = [_as_numbers(each) for each in (one, other)]
     apart = (numbers[0] - numbers[1]).abs_()
@@ -282,7 +282,7 @@ def _add_part(difference: Difference, one: torch.Tensor, other: torch.Tensor) ->
 
 
 def _as_numbers(one: torch.Tensor) -> torch.Tensor:
-    """Return elements as numbers whose differences are exact enough: 64-bit ones, or 32-bit for shorter floats."""
+    """Return elements as float64, or as float32 where their dtype is a 32-bit or 16-bit float."""
     if one.is_complex():
         return torch.view_as_real(one).to(torch.float64)
     return one.to(torch.float32 if one.dtype in _SHORT_FLOATS else torch.float64)

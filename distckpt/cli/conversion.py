@@ -1,7 +1,7 @@
-"""``distckpt convert``: a checkpoint in another format.
+"""``distckpt convert``: write a checkpoint in another format.
 
-Tensors are read and written in chunks (DCP: one at a time). A ``.pt`` file is verified first, as damaged bytes would
-get new checksums. The result gets its name when it is durable.
+Tensors are read and written in chunks (DCP: one at a time). A ``.pt`` file is verified first: otherwise damaged bytes
+would get valid checksums. The result is renamed to its final name when it is durable.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 
 
 def _check_out(file: Path, out: Path, kind: str, *, force: bool) -> None:
-    """Raise a CommandError if the result must not get its name."""
+    """Raise a CommandError if the result cannot be written to `out`."""
     if is_temp(out.name):
         raise CommandError(f"{out} is a name of temporary files: give another name")
     if not out.parent.is_dir():
@@ -88,7 +88,7 @@ def _check_out(file: Path, out: Path, kind: str, *, force: bool) -> None:
 
 
 def _checked(flat: FlatState, out: Path) -> FlatState:
-    """Return the state if a format of tensors alone can keep it."""
+    """Return the state if a format that holds only tensors can keep it."""
     if flat.refused:
         more = f", and {len(flat.refused) - _MOST_SHOWN} more" if len(flat.refused) > _MOST_SHOWN else ""
         what = ", ".join(flat.refused[:_MOST_SHOWN])
@@ -97,12 +97,12 @@ def _checked(flat: FlatState, out: Path) -> FlatState:
 
 
 def _manifest_of(source: Source) -> Manifest:
-    """Return the source's manifest without its record: no handler counts the result as its own."""
+    """Return the source's manifest without its record, so that no handler counts the result as its own."""
     if source.manifest is not None:
         return replace(source.manifest, record=None, tensors=(), priority=None, schema=SCHEMA)
     try:
         version = metadata.version("distckpt")
-    except metadata.PackageNotFoundError:  # it runs from its source folder
+    except metadata.PackageNotFoundError:  # run from a source folder
         version = "unknown"
     versions = {"distckpt": version, "torch": str(torch.__version__)}
     return Manifest(versions=versions, wall_time_s=time.time(), reason="convert")

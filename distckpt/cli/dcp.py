@@ -1,8 +1,8 @@
 """Read and write the directories of ``torch.distributed.checkpoint`` (DCP), without executing code.
 
-DCP's own reader unpickles whatever ``.metadata`` and the values name. Here the metadata may name DCP's own dataclasses
-only, and values are read by torch's ``weights_only`` unpickler. A tensor is put together from its shards when it is
-asked for; one is held at a time.
+DCP's own reader unpickles any class that ``.metadata`` and the values name. Here the metadata may name only DCP's own
+dataclasses, and values are read by torch's ``weights_only`` unpickler. A tensor is assembled from its shards when it is
+read; one tensor is held at a time.
 
 Source: ``torch/distributed/checkpoint/metadata.py`` and ``filesystem.py`` of torch 2.9 to 2.13.
 """
@@ -49,7 +49,7 @@ _PLAIN = {
             "_MEM_FORMAT_ENCODING",
         )
     },
-    (filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo,  # noqa: SLF001 - what each file's metadata consists of
+    (filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo,  # noqa: SLF001 - the entry of each value in the metadata
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,  # noqa: SLF001 - how a layout is pickled
     ("collections", "OrderedDict"): dict,
@@ -73,10 +73,10 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class DcpSource:
-    """A directory of DCP; see :class:`~distckpt.cli.sources.Source`.
+    """A checkpoint by DCP; see :class:`~distckpt.cli.sources.Source`.
 
     Args:
-        path: of the directory.
+        path: the directory.
 
     Raises:
         UnsafeCheckpoint: it holds objects that only executing code could load.
@@ -144,11 +144,11 @@ class DcpSource:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing is open."""
+        """Do nothing: no file is open."""
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
-        """Return a context in which all of it is read."""
+        """Return a context for reading the whole checkpoint."""
         yield
 
     def read(self, tensor: torch.Tensor, begin: int, memory: memoryview) -> None:
@@ -177,7 +177,7 @@ class DcpSource:
 
 
 class _Planner(dcp.DefaultSavePlanner):
-    """Reads a tensor when DCP writes it, and frees the one before, which DCP holds to the end."""
+    """Reads a tensor when DCP writes it, and frees the previous one, which DCP would hold to the end."""
 
     def __init__(self, source: Source) -> None:
         super().__init__()
@@ -195,13 +195,13 @@ class _Planner(dcp.DefaultSavePlanner):
 
 
 def write_dcp(source: Source, state: Mapping[str, Any], texts: Mapping[str, str], out: Path) -> None:
-    """Write a state as a directory of DCP, all at once: under a temporary name first.
+    """Write a state as a directory of DCP, under a temporary name first.
 
     Args:
-        source: of the state's tensors.
+        source: the checkpoint that the state's tensors are read from.
         state: a mapping.
-        texts: more values by name.
-        out: the directory, which does not exist or is empty.
+        texts: additional values by name.
+        out: the directory, which must not exist or must be empty.
 
     Raises:
         CommandError: DCP refuses the state.

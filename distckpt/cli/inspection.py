@@ -1,4 +1,4 @@
-"""``distckpt inspect``: a checkpoint's manifest, and its tensors as a tree."""
+"""``distckpt inspect``: show a checkpoint's manifest, and its tensors as a tree."""
 
 import argparse
 import math
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 
 
 def _norm(source: Source, tensor: torch.Tensor, progress: Progress) -> float:
-    """Return the root of the sum of all squares, by 64-bit numbers."""
+    """Return the Euclidean norm of a tensor, computed in float64."""
     total = 0.0
     for chunk in chunks(source, tensor):
         numbers = as_double(chunk).flatten()
@@ -80,12 +80,12 @@ def _norm(source: Source, tensor: torch.Tensor, progress: Progress) -> float:
 
 
 def as_double(chunk: torch.Tensor) -> torch.Tensor:
-    """Return numbers as 64-bit ones, complex ones as two each."""
+    """Return elements as float64; a complex element becomes two."""
     return torch.view_as_real(chunk).to(torch.float64) if chunk.is_complex() else chunk.to(torch.float64)
 
 
 def _statistics(source: Source, tensor: torch.Tensor) -> dict[str, Any]:
-    """Return what is known of one tensor's values."""
+    """Return the statistics of one tensor's elements."""
     finite, num_nan, num_inf, total = 0, 0, 0, 0.0
     low, high = math.inf, -math.inf
     first: list[float] = []
@@ -166,14 +166,14 @@ def _print_head(source: Source, output: Output) -> None:
         output.line(f"handler: {describe_handler(record.handler)}")
         names = ", ".join(name for _, name in reversed(record.kept[-_MOST_NAMES:]))
         more = f", and {record.num_kept - _MOST_NAMES} more" if record.num_kept > _MOST_NAMES else ""
-        is_long = len(record.kept) < record.num_kept  # then the record has no names
+        is_long = len(record.kept) < record.num_kept  # a long history is not in the record
         output.line(f"its handler kept then: {count(record.num_kept, 'file') if is_long else names + more}")
 
 
 def _add_rows(
     table: Table, item: Any, key: str | None, name: str, level: int, ties: Mapping[str, str], norms: Mapping[str, float]
 ) -> None:
-    """Add the rows of an item and of all below it."""
+    """Add the rows of an item and of all items in it."""
     lead = "  " * level
     pairs = children_of(item)
     if pairs and not _is_short(item):
@@ -193,6 +193,6 @@ def _add_rows(
 
 
 def _is_short(item: Any) -> bool:
-    """Return True for a sequence of numbers and texts alone, which is shown as one value."""
+    """Return True for a sequence of only numbers and texts, which is shown as one value."""
     is_scalar: Callable[[Any], bool] = lambda one: isinstance(one, _SCALARS)  # noqa: E731 - used once
     return isinstance(item, list | tuple) and all(map(is_scalar, item))

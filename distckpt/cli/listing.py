@@ -1,4 +1,4 @@
-"""``distckpt ls``: the checkpoints of a directory, by handler and run, the oldest first."""
+"""``distckpt ls``: list the checkpoints of a directory by handler and run, oldest first."""
 
 import argparse
 import time
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 
 
 def _describe(entry: FileEntry, view: RetentionView, fault: str | None, *, is_verified: bool) -> dict[str, Any]:
-    """Return what is known of a file, as JSON."""
+    """Return the JSON description of a file."""
     manifest, record, kept = entry.manifest, entry.record, view.kept.get(entry.name)
     state, detail = str(entry.state), entry.detail
     if fault is not None:
@@ -134,7 +134,7 @@ def _print(
 
 
 def _sort_key(entry: FileEntry) -> tuple[Any, ...]:
-    """The files of runs come in the order of their saves, after all others."""
+    """Return the sort key: files of runs in the order of their saves, after all other files."""
     record = entry.record
     if record is None:
         return (0, _group_of(entry), entry.saved_s, entry.name)
@@ -142,7 +142,7 @@ def _sort_key(entry: FileEntry) -> tuple[Any, ...]:
 
 
 def _group_of(entry: FileEntry) -> str:
-    """Return the title of the table that a file is in."""
+    """Return the title of the table that lists the file."""
     manifest, record = entry.manifest, entry.record
     if entry.state in (State.LEFT_OVER, State.BEING_WRITTEN):
         return "temporary files of saves"

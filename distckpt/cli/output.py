@@ -1,9 +1,9 @@
-"""What commands print: tables and lines for people, JSON for programs; their exit codes.
+"""Print tables and lines for people, or JSON for programs; define the exit codes.
 
 Text from files and file names is printed without control characters, which could change a terminal's state. In a
-terminal a table is as wide as the terminal: the least important columns are left out, then long texts continue on lines
-of their own, then the longest names are cut. Elsewhere, as in a pipe, each row is one whole line. rich adds styles in a
-terminal if it is installed.
+terminal, a table is at most as wide as the terminal: the least important columns are left out first, then long texts
+are wrapped, then the longest names are cut. In a pipe, each row is one whole line. If rich is installed, it adds styles
+in a terminal.
 """
 
 import json
@@ -48,10 +48,10 @@ class ExitCode(IntEnum):
 
 
 class CommandError(Exception):
-    """A command cannot be carried out.
+    """The command cannot be carried out.
 
     Args:
-        message: one line that says what is wrong and what to do.
+        message: one line that says what failed and what to do.
         code: the exit code.
     """
 
@@ -64,12 +64,12 @@ class Column(NamedTuple):
     """A column of a table.
 
     Attributes:
-        title: its head.
-        is_number: aligned to the right.
-        can_shrink: its longest texts may be cut in the middle.
-        can_wrap: its longest texts may continue on further lines.
-        is_optional: left out in a terminal if all its texts are ``-``.
-        least_width: left out in a narrower terminal; 0 to keep it always.
+        title: the heading.
+        is_number: align the texts to the right.
+        can_shrink: long texts may be cut in the middle.
+        can_wrap: long texts may continue on further lines.
+        is_optional: leave the column out in a terminal if all its texts are ``-``.
+        least_width: leave the column out in a terminal of fewer characters; 0 to keep it always.
     """
 
     title: str
@@ -85,9 +85,9 @@ class Table:
     """A table of texts.
 
     Attributes:
-        title: lines above it; empty for none.
-        columns: its columns.
-        rows: one text a column each.
+        title: lines above the table; empty for none.
+        columns: the columns.
+        rows: the rows, each with one text per column.
     """
 
     title: str = ""
@@ -95,7 +95,7 @@ class Table:
     rows: list[Sequence[str]] = field(default_factory=list)
 
     def fitted(self, width: int | None) -> "Table":
-        """Return the table as it fits into a width, as far as possible; None is any width."""
+        """Return the table fitted into `width` characters as far as possible; None for no limit."""
         texts = [[printable(text) for text in row] for row in self.rows]
         numbers = list(range(len(self.columns)))
         if width is not None:
@@ -127,7 +127,7 @@ class Table:
         return Table(title=title, columns=columns, rows=rows)
 
     def cells(self) -> list[list[str]]:
-        """Return the texts of all rows and of their head, as wide as their columns."""
+        """Return the texts of the heading and of all rows, padded to the widths of their columns."""
         widths = _widths(self.columns, self.rows)
         found = []
         for row in ([column.title for column in self.columns], *self.rows):
@@ -143,12 +143,12 @@ class Table:
         return found
 
     def lines(self) -> list[str]:
-        """Return the table as plain lines."""
+        """Return the table as lines of plain text."""
         return [*self.title.splitlines(), *((" " * _GAP).join(cells).rstrip() for cells in self.cells())]
 
 
 def _is_wide(row: Sequence[str]) -> bool:
-    """Return True for a row whose first text has the place of all others."""
+    """Return True for a row whose first text extends over all columns."""
     return len(row) > 1 and not any(row[1:])
 
 
@@ -158,12 +158,12 @@ def _widths(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> list[in
 
 
 def _excess(widths: Sequence[int], width: int | None) -> int:
-    """Return by how much a table is too wide."""
+    """Return the number of characters by which a table is too wide."""
     return 0 if width is None else sum(widths) + _GAP * (len(widths) - 1) - width
 
 
 def _wrap_cell(row: Sequence[str], number: int, size: int) -> list[Sequence[str]]:
-    """Return a row, and the rows in which one of its texts continues."""
+    """Return a row, and the rows in which text number `number` continues."""
     if _is_wide(row):
         return [row]
     first, *others = wrap(row[number], size)
@@ -172,22 +172,22 @@ def _wrap_cell(row: Sequence[str], number: int, size: int) -> list[Sequence[str]
 
 
 def wrap(text: str, width: int | None) -> list[str]:
-    """Return the lines of a text of at most `width` characters, where no word is longer; None is any width."""
+    """Return the lines of a text, of at most `width` characters unless a word is longer; None for no limit."""
     if width is None:
         return [text]
     return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
 
 
 class Output:
-    """Where a command prints.
+    """The output of a command.
 
     Args:
         stream: standard output.
-        is_json: print JSON alone.
-        width: of the terminal; None if `stream` is none.
+        is_json: print only JSON.
+        width: the terminal's width in characters; None if `stream` is not a terminal.
 
     Attributes:
-        is_json: as given.
+        is_json: the argument.
     """
 
     def __init__(self, stream: TextIO, *, is_json: bool = False, width: int | None = None) -> None:
@@ -239,7 +239,7 @@ def _print_by_rich(table: Table, stream: TextIO) -> bool:
 
 
 def printable(text: str) -> str:
-    r"""Return a text with escapes for what is no printable character, such as control characters.
+    r"""Return a text with escapes for characters that are not printable, such as control characters.
 
     Example:
         >>> printable("a\x1b[2Jb\udce9")
@@ -279,7 +279,7 @@ def format_bytes(num_bytes: float) -> str:
 
 
 def format_age(age_s: float) -> str:
-    """Return how long ago something was.
+    """Return an age with a unit.
 
     Example:
         >>> format_age(5.2), format_age(130), format_age(86400), format_age(10 * 86400)

@@ -1,4 +1,4 @@
-"""``distckpt plot``: the timeline of a directory's runs as a picture."""
+"""``distckpt plot``: draw the timeline of a directory's runs."""
 
 import argparse
 import dataclasses
@@ -59,7 +59,7 @@ def _write(out: Path, picture: bytes) -> None:
 
 
 def _describe(directory: Path, timeline: Timeline, *, has_record: bool) -> dict[str, Any]:
-    """Return the data of the picture, as JSON."""
+    """Return the picture's data for JSON."""
     return {
         "directory": str(directory),
         "has_record": has_record,

@@ -1,4 +1,4 @@
-"""A progress bar for work on many bytes: on standard error, in a terminal only, once the work takes a second."""
+"""Show a progress bar on standard error, in a terminal only, once the work has taken a second."""
 
 import sys
 import threading
@@ -14,12 +14,12 @@ _BAR_CHARS = 24
 
 
 class Progress:
-    """A context in which work is done. Any thread may report.
+    """A context manager that shows a progress bar. Thread-safe.
 
     Args:
-        what: verb of the work, such as ``verifying``.
-        num_bytes: how many bytes there are.
-        stream: where the bar goes; None for standard error. Nothing is shown unless it is a terminal.
+        what: a verb for the work, such as ``verifying``.
+        num_bytes: total number of bytes.
+        stream: the stream for the bar; None for standard error. Nothing is shown unless it is a terminal.
         clock: a monotonic clock.
     """
 
@@ -42,7 +42,7 @@ class Progress:
         self._is_shown = False
 
     def __enter__(self) -> Self:
-        """Return the progress."""
+        """Return this object."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -52,7 +52,7 @@ class Progress:
             self._stream.flush()
 
     def advance(self, num_bytes: int) -> None:
-        """Report that some bytes are done."""
+        """Report that `num_bytes` more bytes are done."""
         with self._lock:
             self._done += num_bytes
             now_s = self._clock()

@@ -1,8 +1,8 @@
 """``distckpt prune``: delete the checkpoints that no policy keeps.
 
-Policies apply to the files of each handler by themselves; files saved without a handler count as one more. A file is
-kept if any policy keeps it. Only complete files with a manifest are ever deleted: never the newest of a handler, a
-symlink, or a file that a symlink of the directory points to.
+Policies apply to the files of each handler separately; files saved without a handler form a group of their own. A file
+is kept if any policy keeps it. Only complete files with a manifest are deleted, but never a handler's newest file, a
+symlink, or a file that a symlink in the directory points to.
 
 IMPORTANT: before anything is deleted, every byte of each handler's newest file is verified.
 """
@@ -45,7 +45,7 @@ _FAILURE = "not deleted: "
 
 
 class Verdict(NamedTuple):
-    """What becomes of a file: ``keep``, ``delete``, or ``leave`` for one that is not judged by the policies."""
+    """The decision on a file: ``keep``, ``delete``, or ``leave`` for a file that policies do not apply to."""
 
     entry: FileEntry
     action: str
@@ -100,7 +100,7 @@ def _policies_of(arguments: argparse.Namespace) -> list[Policy]:
 
 
 def judge(entries: Sequence[FileEntry], policies: Sequence[Policy]) -> list[Verdict]:
-    """Return what becomes of each file, the oldest first. Pure."""
+    """Return the decision on each file, oldest first. Pure."""
     links = {entry.identity: entry.name for entry in entries if entry.link is not None}
     groups: dict[str, list[FileEntry]] = {}
     verdicts = []
@@ -125,7 +125,7 @@ def judge(entries: Sequence[FileEntry], policies: Sequence[Policy]) -> list[Verd
 
 
 def _describe(entry: FileEntry) -> SavedFile:
-    """Return what policies know of a file: the step is that of the table, also if the name has another one."""
+    """Return a file as policies see it. The step is the manifest's, even if the name has another one."""
     score = math.nan if entry.score is None else entry.score
     return SavedFile(entry.name, score, entry.step, whole_minutes(entry.saved_s))
 
@@ -167,7 +167,7 @@ def _check_safe(directory: Path, verdicts: Sequence[Verdict]) -> None:
 
 
 def _carry_out(directory: Path, verdict: Verdict) -> Verdict:
-    """Delete a file if it is to be deleted and is the one that was judged; return what became of it."""
+    """Delete a file if the verdict says so and the file has not changed since; return the verdict carried out."""
     entry = verdict.entry
     if verdict.action != DELETE:
         return verdict
@@ -185,7 +185,7 @@ def _carry_out(directory: Path, verdict: Verdict) -> Verdict:
 
 
 def _record(directory: Path, names: Sequence[str], policies: Sequence[Policy], output: Output) -> None:
-    """Add the deleted files to the records of events: each to that of its nearest folder that has one."""
+    """Record each deleted file in the event file of its nearest folder that has one."""
     removed: dict[Path, list[str]] = {}
     for name in names:
         folders = [directory / folder for folder in Path(name).parents]

@@ -1,7 +1,7 @@
-"""Which of a directory's checkpoints their handlers keep, and why, from the newest record of each handler.
+"""Find out which checkpoints of a directory their handlers keep, and why, from the newest record of each handler.
 
-Only a record tells: names and scores of files do not. The files of one handler are those with equal identities whose
-runs go back to one run; the newest of them has the handler's history.
+Names and scores of files are not used. Two files belong to one handler if its identity in their records is the same and
+their runs descend from one run. The newest of a handler's files has the handler's history.
 """
 
 import json
@@ -15,7 +15,7 @@ from distckpt.policy.policies import Policy, explain, ordinal, policies_of
 from distckpt.ptformat.records import Record
 
 HandlerKey = tuple[str, str]
-"""A handler's identity as JSON, and the first run of the lineage."""
+"""A handler's identity as JSON, and the id of the first run of the lineage."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,9 +24,9 @@ class Kept:
 
     Attributes:
         place: 1 for the file of highest priority.
-        num_kept: how many files the handler keeps.
-        is_scored: whether the priority is a score; else it is a step.
-        policies: the policies that keep the file, each with a reason in words; None if the record names none.
+        num_kept: number of files that the handler keeps.
+        is_scored: True if the priority is a score, False if it is a step.
+        policies: the policies that keep the file, each with a reason in words; None if the record names no policies.
     """
 
     place: int
@@ -35,7 +35,7 @@ class Kept:
     policies: tuple[tuple[Policy, str], ...] | None
 
     def __str__(self) -> str:
-        """Return the reasons, or the place, in words."""
+        """Return the reasons in words, or the place if there are none."""
         if self.policies is None:
             return f"{ordinal(self.place)} of {self.num_kept}"
         return ", ".join(dict.fromkeys(reason for _, reason in self.policies)) or "until the next save"
@@ -43,12 +43,12 @@ class Kept:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetentionView:
-    """What the handlers of a directory keep.
+    """The files that the handlers of a directory keep.
 
     Attributes:
         kept: the place of each kept file, by name.
-        evicted: names of files that a handler removes, or has failed to.
-        missing: names that a handler keeps and that are not there.
+        evicted: names of files that a handler is about to remove, or could not remove.
+        missing: names of files that a handler keeps but the directory lacks.
     """
 
     kept: Mapping[str, Kept]
@@ -57,12 +57,12 @@ class RetentionView:
 
 
 def key_of(record: Record) -> HandlerKey:
-    """Return what all records of one handler share."""
+    """Return the key that all records of one handler share."""
     return json.dumps(record.handler, sort_keys=True, default=str), record.run.root
 
 
 def view_retention(entries: Sequence[FileEntry]) -> RetentionView:
-    """Return what the handlers of these files keep."""
+    """Return the files that the handlers of `entries` keep."""
     kept: dict[str, Kept] = {}
     evicted, missing = set[str](), list[str]()
     found = {entry.name: entry.record for entry in entries}
@@ -84,7 +84,7 @@ def view_retention(entries: Sequence[FileEntry]) -> RetentionView:
 def _reasons(
     record: Record, history: Sequence[Entry], found: Mapping[str, Record | None], *, is_scored: bool
 ) -> Mapping[str, Sequence[tuple[Policy, str]]] | None:
-    """Return why the files of a history are kept, by name; None if the record does not name the policies."""
+    """Return the policies that keep each file of a history, by name; None if the record does not name policies."""
     if record.keep is None:
         return None
     known = [(one, name, priority) for priority, name in history if (one := found.get(name)) is not None]
@@ -95,7 +95,7 @@ def _reasons(
 def _history_of(record: Record, key: HandlerKey, entries: Sequence[FileEntry]) -> Sequence[Entry]:
     """Return the files that a handler keeps, lowest priority first.
 
-    A long history is not in the record. It is then of the newest files of the handler, as a resume finds it.
+    A record does not hold a long history. The handler's newest files are then its history, as for a resume.
     """
     if len(record.kept) >= record.num_kept:
         return record.kept

@@ -1,7 +1,7 @@
-"""Open a checkpoint of any format to look into it: its state, with tensors whose bytes are read when asked for.
+"""Open a checkpoint of any format, and read its tensors on request.
 
-The state's tensors are on the CPU and hold nothing (see :mod:`distckpt.ptformat.lazy_state`): memory that is never
-touched costs nothing. Their bytes are read in chunks, or a tensor at a time. Nothing from a file is executed.
+The state's tensors are on the CPU and have no data (see :mod:`distckpt.ptformat.lazy_state`): untouched memory takes no
+space. Their bytes are read in chunks, or one tensor at a time. Nothing from a file is executed.
 """
 
 import contextlib
@@ -36,14 +36,14 @@ _CLOSE = 3
 
 
 class Source(Protocol):
-    """An open checkpoint. A context that closes it.
+    """An open checkpoint. As a context manager, it closes the checkpoint.
 
     Attributes:
-        path: of the file or directory.
-        kind: the format, for people.
-        manifest: None without one.
-        state: the saved state; its tensors are read by :func:`load` and :func:`chunks`.
-        num_bytes: length of its files.
+        path: the file or directory.
+        kind: the format, in words.
+        manifest: the manifest; None if the checkpoint has none.
+        state: the saved state; :func:`load` and :func:`chunks` read its tensors.
+        num_bytes: total length of the files, in bytes.
     """
 
     path: Path
@@ -53,27 +53,27 @@ class Source(Protocol):
     num_bytes: int
 
     def read(self, tensor: torch.Tensor, begin: int, memory: memoryview) -> None:
-        """Read bytes of a tensor's storage from offset `begin` on. Any thread."""
+        """Read bytes of a tensor's storage, from offset `begin` on. Thread-safe."""
 
     def reading(self) -> AbstractContextManager[None]:
-        """Return a context in which all of the checkpoint is read, in order."""
+        """Return a context for reading the whole checkpoint in order."""
 
     def __enter__(self) -> Self:
         """Return the source."""
 
     def __exit__(self, *_: object) -> None:
-        """Close it."""
+        """Close the checkpoint."""
 
 
 class Leaf(NamedTuple):
-    """A tensor or another value of a state, and the keys that lead to it, joined by dots."""
+    """A tensor or another value of a state, with the keys that lead to it, joined by dots."""
 
     name: str
     value: Any
 
 
 class _FileSource:
-    """What the formats of one file have in common."""
+    """Base class for formats of one file."""
 
     def __init__(self, file: LocalFile) -> None:
         self.path, self.num_bytes = file.path, file.num_bytes
@@ -101,7 +101,7 @@ class _FileSource:
 
     def read(self, tensor: torch.Tensor, begin: int, memory: memoryview) -> None:
         offset = self._offset_of(tensor)
-        if offset is None:  # the state has its bytes already
+        if offset is None:  # the state already holds the bytes
             memory[:] = memory_at(tensor.untyped_storage().data_ptr() + begin, len(memory))
             return
         done = 0
@@ -140,7 +140,7 @@ class PtSource(_FileSource):
 
 
 class SafetensorsSource(_FileSource):
-    """A safetensors file. Its state is a flat mapping, unless ``distckpt convert`` has noted a structure.
+    """A safetensors file. Its state is a flat mapping, unless ``distckpt convert`` stored a structure.
 
     Attributes:
         header: the file's header.
@@ -160,7 +160,7 @@ class SafetensorsSource(_FileSource):
                 continue
             tensor = flat[name] = torch.empty(shape, dtype=dtype)
             self._offsets[tensor.untyped_storage()._cdata] = offset  # noqa: SLF001 - torch's identity of a storage
-        self._flat = flat  # a tensor that the structure ties to another is no longer in the state
+        self._flat = flat  # keeps tensors that the structure replaces by ties
         self.state: Any = flat
         structure, manifest = header.metadata.get(STRUCTURE), header.metadata.get(MANIFEST)
         try:
@@ -186,9 +186,9 @@ def open_source(path: Path) -> Source:
     """Open a checkpoint of any known format.
 
     Raises:
-        CommandError: there is none.
-        LoadError: it is damaged, unsafe or of another format.
-        OSError: it cannot be read.
+        CommandError: `path` is not a checkpoint's path.
+        LoadError: the checkpoint is damaged, unsafe or of another format.
+        OSError: the file cannot be read.
     """
     try:
         found = path.stat()
@@ -217,7 +217,7 @@ def open_source(path: Path) -> Source:
 
 
 def leaves(state: Any) -> Iterator[Leaf]:
-    """Yield the tensors and the other values of a state: what is in nested mappings, lists and tuples."""
+    """Yield the tensors and other values in a state's nested mappings, lists and tuples."""
     yield from _leaves(state, "", ())
 
 
@@ -231,7 +231,7 @@ def _leaves(item: Any, name: str, parents: tuple[int, ...]) -> Iterator[Leaf]:
 
 
 def children_of(item: Any) -> list[tuple[str, Any]] | None:
-    """Return what a container of a state holds, by key as text; None for other objects."""
+    """Return the items of a container, with keys as text; None for objects that are not containers."""
     if isinstance(item, Mapping):
         return [(key_to_text(key), value) for key, value in item.items()]
     if isinstance(item, list | tuple) and not isinstance(item, torch.Size | UnknownTensor):
@@ -240,12 +240,12 @@ def children_of(item: Any) -> list[tuple[str, Any]] | None:
 
 
 def num_bytes_of(tensor: torch.Tensor) -> int:
-    """Return the length of a tensor's elements."""
+    """Return the size of a tensor's elements, in bytes."""
     return math.prod(tensor.shape) * tensor.element_size()
 
 
 def load(source: Source, tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor with its bytes, in memory of its own."""
+    """Read a tensor; return a copy that holds its data."""
     span = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
     size = tensor.element_size()
     buffer = torch.empty(span * size if tensor.numel() else 0, dtype=torch.uint8)
@@ -257,7 +257,7 @@ def load(source: Source, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def chunk_ranges(tensor: torch.Tensor) -> list[tuple[int, int]]:
-    """Return first and last + 1 of the elements of each chunk of a tensor. One that is strided is one chunk."""
+    """Return the range of elements (first, last + 1) of each chunk. A tensor that is not contiguous is one chunk."""
     total = tensor.numel()
     if not total:
         return []
@@ -270,13 +270,13 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 
 def read_chunk(source: Source, tensor: torch.Tensor, first: int, last: int, buffer: torch.Tensor) -> torch.Tensor:
-    """Return elements of a tensor in their logical order, flat.
+    """Read a range of a tensor's elements, in logical order; return them flat.
 
     Args:
         source: the checkpoint.
-        tensor: of its state.
-        first: number of the first element, from :func:`chunk_ranges`.
-        last: number of the last element + 1.
+        tensor: a tensor of its state.
+        first: index of the first element, from :func:`chunk_ranges`.
+        last: index of the last element + 1.
         buffer: uint8 (n,): memory that the result may use.
     """
     size = tensor.element_size()
@@ -288,7 +288,7 @@ def read_chunk(source: Source, tensor: torch.Tensor, first: int, last: int, buff
 
 
 def chunks(source: Source, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield a tensor's elements, flat, in chunks that are valid until the next one."""
+    """Read a tensor in chunks; yield flat tensors, each valid until the next."""
     buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
     for first, last in chunk_ranges(tensor):
         yield read_chunk(source, tensor, first, last, buffer)
@@ -300,7 +300,7 @@ def memory_of(buffer: torch.Tensor) -> memoryview:
 
 
 def find_ties(state: Any) -> dict[str, str]:
-    """Return the names of tensors that view the same elements as an earlier one, each with the earlier one's name."""
+    """Return the tied tensors: the name of each, with that of an earlier tensor that views the same elements."""
     seen: dict[tuple[Any, ...], str] = {}
     ties: dict[str, str] = {}
     for name, value in leaves(state):
@@ -314,7 +314,7 @@ def find_ties(state: Any) -> dict[str, str]:
 
 
 def unique_names(state: Any) -> Iterator[Leaf]:
-    """Yield leaves as :func:`leaves` does; of equal names, such as of keys 1 and "1", the later ones get a number."""
+    """Yield leaves as :func:`leaves` does; repeated names, such as of keys 1 and "1", get a number."""
     seen: set[str] = set()
     for name, value in leaves(state):
         found = name if name not in seen else next(n for i in itertools.count(2) if (n := f"{name}#{i}") not in seen)
@@ -323,7 +323,7 @@ def unique_names(state: Any) -> Iterator[Leaf]:
 
 
 def describe_value(value: Any) -> str:
-    """Return a tensor's form, or another value as one short text."""
+    """Return a tensor's dtype and shape, or another value as one short text."""
     if is_plain_tensor(value):
         return f"{dtype_name(value)} ({', '.join(map(str, value.shape))})"
     if isinstance(value, torch.Tensor):
@@ -341,7 +341,7 @@ def dtype_name(tensor: torch.Tensor) -> str:
 
 
 def find_key(state: Any, key: str) -> Any:
-    """Return what a key leads to. A key may hold dots itself.
+    """Return the item at a key. The parts of a key may contain dots.
 
     Raises:
         CommandError: there is no such key; the message names similar ones.

@@ -1,7 +1,7 @@
-"""A state as flat tensors and a text: for formats that hold nothing but tensors by name.
+"""Flatten a state into named tensors and a text, for formats that hold only named tensors.
 
-The text is JSON. It has the containers, the keys with their types, and the values that are no tensors, so that the
-state can be built again exactly. Tensors that view the same elements are one tensor again then.
+The text is JSON. It has the containers, the keys with their types, and the values that are not tensors, so that
+:func:`unflatten` rebuilds the state exactly. Tensors that viewed the same elements become one tensor again.
 """
 
 import json
@@ -16,24 +16,24 @@ from torch import nn
 from distckpt.ptformat.sharded import key_to_text
 
 STRUCTURE, MANIFEST = "distckpt.structure", "distckpt.manifest"
-"""Names of the texts that ``distckpt convert`` adds to other formats."""
+"""Names under which ``distckpt convert`` stores texts in other formats."""
 _LEVELS = 64
 _VERBATIM = (str, int, bool, type(None))
 
 
 def is_plain_tensor(value: Any) -> bool:
-    """Return True for a tensor whose elements are bytes of a storage: neither sparse nor quantised."""
+    """Return True for a tensor with one dense storage: neither sparse nor quantised."""
     return isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_quantized
 
 
 class FlatState(NamedTuple):
-    """A state, flat.
+    """A flattened state.
 
     Attributes:
-        tensors: by name: the keys that lead to a tensor, joined by dots.
-        structure: the text; None if the state is a mapping from these names to these tensors, and nothing else.
+        tensors: the tensors by name; a name is the keys that lead to the tensor, joined by dots.
+        structure: the text; None if the state is just a mapping from these names to these tensors.
         refused: names of values that cannot be kept, with their types.
-        num_separated: tensors that share memory with another, and not all of it: they would no longer.
+        num_separated: number of tensors that share part of their memory with another tensor, which the format loses.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -43,7 +43,7 @@ class FlatState(NamedTuple):
 
 
 def flatten(state: Any) -> FlatState:
-    """Return a state as flat tensors and a text.
+    """Return a state as named tensors and a text.
 
     Example:
         >>> flat = flatten({"model": {"w": torch.ones(2)}, "lr": 0.1})
@@ -130,10 +130,10 @@ def _join(name: str, key: str) -> str:
 
 
 def unflatten(structure: str, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """Return the state of a text and tensors by name.
+    """Return the state that :func:`flatten` was given.
 
     Raises:
-        ValueError: the text is damaged, or names a tensor that is not there.
+        ValueError: the text is damaged, or names a tensor that is not in `tensors`.
     """
     try:
         return _decode(json.loads(structure), tensors, {})

@@ -1,7 +1,8 @@
-"""Find out what the files of a directory are, from their ends alone: what ``ls`` and ``prune`` start from.
+"""List the checkpoints of a directory with their states, for ``ls`` and ``prune``.
 
-Neither imports torch. A file that distckpt wrote is *complete* if its manifest has its checksum and its directory is at
-its end; ``verify`` reads the rest. Symlinks to files are read; those to directories are not followed.
+Only the ends of the files are read, and torch is not imported. A file by distckpt is *complete* if its manifest matches
+its checksum and the archive's directory is at the file's end; ``verify`` reads the rest. Symlinks to files are read;
+symlinks to directories are not followed.
 """
 
 import contextlib
@@ -24,18 +25,18 @@ from distckpt.storage.new_file import is_being_written
 
 _SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
 DCP_METADATA = ".metadata"
-"""A file that each directory of ``torch.distributed.checkpoint`` has."""
+"""A file in every checkpoint directory of ``torch.distributed.checkpoint``."""
 _OLD_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
-"""How torch's files begin that are no archives: a pickle of its magic number."""
+"""The beginning of files in torch's format before archives: a pickled magic number."""
 
 
 class State(StrEnum):
-    """What is known of a file without reading all of it."""
+    """The state of a file, found without reading all of it."""
 
     COMPLETE = "complete"
     DAMAGED = "damaged"
     UNREADABLE = "unreadable"
-    """The operating system refuses, or its format is newer or unknown."""
+    """The operating system refuses access, or the format is newer or unknown."""
     BEING_WRITTEN = "being written"
     LEFT_OVER = "left over"
     """A temporary file whose process is dead. The next save deletes it."""
@@ -43,19 +44,19 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileEntry:
-    """A file.
+    """A file of the directory.
 
     Attributes:
-        name: relative to the directory.
-        path: its path.
-        state: what is known of it.
-        detail: why it is not complete; None if it is.
-        num_bytes: its length.
-        modified_s: when it was changed, in seconds since 1970.
-        identity: device, inode, length and time of change: equal as long as it is the same file.
-        link: what the symlink points to; None for a file.
-        manifest: without tensors; None for a file of another program.
-        record: its handler's record; None if a save without a handler wrote it.
+        name: path relative to the directory.
+        path: the path.
+        state: complete, damaged, and so on.
+        detail: why the file is not complete; None if it is.
+        num_bytes: the file's length.
+        modified_s: time of the last change, in seconds since 1970.
+        identity: device, inode, length and time of the last change: differs once the file is changed or replaced.
+        link: the symlink's target; None if it is not a symlink.
+        manifest: the manifest without the list of tensors; None for a file by another program.
+        record: the handler's record; None if the file was saved without a handler.
     """
 
     name: str
@@ -71,30 +72,30 @@ class FileEntry:
 
     @property
     def saved_s(self) -> float:
-        """When it was saved, in seconds since 1970; when it was changed if it does not say."""
+        """Time of the save, in seconds since 1970; without a manifest, time of the last change."""
         return self.modified_s if self.manifest is None else self.manifest.wall_time_s
 
     @property
     def step(self) -> int | None:
-        """The iteration that the manifest has."""
+        """The manifest's iteration; None if unknown."""
         return None if self.manifest is None else self.manifest.iteration
 
     @property
     def score(self) -> float | None:
-        """The score that the manifest has."""
+        """The manifest's score; None if unknown."""
         return None if self.manifest is None else self.manifest.score
 
 
 def survey(directory: Path, *, recursive: bool) -> list[FileEntry]:
-    """Return the checkpoints of a directory and what saves have left over, sorted by name.
+    """Return the checkpoints and the temporary files of a directory, sorted by name.
 
     Args:
-        directory: to list.
+        directory: the directory.
         recursive: search sub-folders too.
 
     Raises:
-        CommandError: it is no directory.
-        OSError: it cannot be listed.
+        CommandError: `directory` is not a directory of checkpoints.
+        OSError: the directory cannot be listed.
     """
     if not directory.is_dir():
         if not os.path.lexists(directory):
@@ -124,7 +125,7 @@ def _files(directory: Path, *, recursive: bool) -> Iterator[Path]:
 
 
 def look_at(path: Path, name: str) -> FileEntry | None:
-    """Return what a file is; None if it is no checkpoint by content and by name, is no regular file, or is gone."""
+    """Return a file's entry; None if it is gone, not regular, or a checkpoint by neither content nor name."""
     is_named = path.name.endswith(_SUFFIXES) or is_temp(path.name)
     manifest: Manifest | None = None
     detail: str | None
@@ -177,7 +178,7 @@ def _state_of_temp(path: Path) -> tuple[State, str]:
 
 
 def _find_damage(file: LocalFile, manifest: Manifest | None) -> str | None:
-    """Return what is wrong with a file, from its beginning and its end; None if nothing is."""
+    """Return the damage at a file's beginning and end, in words; None if there is none."""
     if file.num_bytes == 0:
         return "it is empty"
     try:
@@ -202,4 +203,4 @@ def _find_archive_damage(file: LocalFile, manifest: Manifest | None) -> str | No
             damage = str(error)
         else:
             return None
-    return damage if read_archive(file).is_own else None  # other programs lay archives out in other ways
+    return damage if read_archive(file).is_own else None  # other programs have other layouts

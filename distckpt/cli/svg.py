@@ -1,4 +1,4 @@
-"""Draw lines, marks and texts as SVG, and find round numbers for axes. No text can end a tag: all of it is escaped."""
+"""Draw lines, marks and texts as SVG, and find round numbers for axes. All text is escaped."""
 
 import math
 from collections.abc import Sequence
@@ -9,17 +9,17 @@ from distckpt.cli.output import printable
 Point = tuple[float, float]
 FONT_SIZE = 12
 _CHAR_WIDTH = 0.58
-"""The mean width of a character of a sans-serif font, as a part of its size."""
+"""The mean width of a character of a sans-serif font, relative to the font size."""
 MARKS = ("circle", "square", "diamond", "triangle")
 
 
 class Drawing:
-    """A picture of a fixed size, on a white ground.
+    """A picture of a fixed size, on a white background.
 
     Args:
-        width: in pixels.
-        height: in pixels.
-        title: for screen readers.
+        width: width in pixels.
+        height: height in pixels.
+        title: a title for screen readers.
     """
 
     def __init__(self, width: float, height: float, title: str) -> None:
@@ -93,17 +93,17 @@ class Drawing:
         )
 
     def to_bytes(self) -> bytes:
-        """Return the file."""
+        """Return the SVG file."""
         return "\n".join([*self._parts, "</svg>", ""]).encode("ascii", "xmlcharrefreplace")
 
 
 def text_width(text: str, size: float = FONT_SIZE) -> float:
-    """Return about how wide a text is, in pixels."""
+    """Return the approximate width of a text, in pixels."""
     return len(printable(text)) * size * _CHAR_WIDTH
 
 
 def linear_ticks(low: float, high: float, most: int) -> list[float]:
-    """Return at most about `most` round numbers from `low` to `high`.
+    """Return about `most` round numbers or fewer, from `low` to `high`.
 
     Example:
         >>> linear_ticks(0.0, 47.0, 5)

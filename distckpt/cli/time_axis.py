@@ -1,4 +1,4 @@
-"""The horizontal axis of a timeline: the time in which sessions ran. Long pauses between them are cut out."""
+"""Compute the horizontal axis of a timeline. Long pauses between sessions are cut out."""
 
 import bisect
 import time
@@ -23,7 +23,7 @@ _MOST_TICKS = 8
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """A pause that is cut out: where it is drawn, and how long it was."""
+    """A pause that is cut out: its place on the axis and its duration."""
 
     left: float
     width: float
@@ -31,12 +31,12 @@ class Pause:
 
 
 class TimeAxis:
-    """Places times between `left` and `left + width`.
+    """Maps times to places between `left` and `left + width`.
 
     Args:
-        spans: pairs of the begin and the end of what ran, in seconds since 1970, in any order; at least one.
-        left: of the axis, in pixels.
-        width: of the axis, in pixels.
+        spans: the begin and the end of each session, in seconds since 1970, in any order; at least one.
+        left: left end of the axis, in pixels.
+        width: width of the axis, in pixels.
 
     Attributes:
         pauses: the pauses that are cut out.
@@ -71,19 +71,19 @@ class TimeAxis:
         self._unit_s = unit_s
 
     def x(self, at_s: float) -> float:
-        """Return where a time is."""
+        """Return the place of a time, in pixels."""
         begin, end, _, left = self._pieces[max(bisect.bisect_right(self._begins, at_s) - 1, 0)]
         return left + self._scale * (min(max(at_s, begin), end) - begin)
 
     @property
     def label(self) -> str:
-        """What the axis shows."""
+        """The axis label."""
         began = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(self._begins[0]))
         cut = ", long pauses cut out" if self.pauses else ""
         return f"running time in {self._unit}, from {began}{cut}"
 
     def ticks(self) -> list[tuple[float, str]]:
-        """Return places and texts of round times."""
+        """Return the places and labels of round times."""
         found = []
         for tick in linear_ticks(0.0, self._total_s / self._unit_s, _MOST_TICKS):
             running_s = tick * self._unit_s
@@ -93,7 +93,7 @@ class TimeAxis:
 
 
 def _united(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return spans that do not overlap, in order."""
+    """Merge overlapping spans; return them in order."""
     found: list[tuple[float, float]] = []
     for begin, end in spans:
         if found and begin <= found[-1][1]:

@@ -1,7 +1,7 @@
-"""What a directory's record of events and its files tell about the runs that saved there, for ``distckpt plot``.
+"""Build the timeline of a directory's runs from its event record and its files, for ``distckpt plot``.
 
-The record may be incomplete: a job was killed, recording was off for a while, lines are torn. Saves that it lacks are
-taken from the manifests of the files that are there. Fields of other types than expected count as missing.
+The record may be incomplete: a job was killed, recording was off for a while, or lines are torn. Saves that it lacks
+are taken from the manifests of the existing files. Fields of unexpected types count as missing.
 """
 
 import bisect
@@ -19,7 +19,7 @@ ENDED = "ended"
 NO_END = "no end recorded"
 _MOST = 2**53
 _LONGEST_S = 1e9
-"""Higher numbers count as missing."""
+"""Longer durations count as missing."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -27,17 +27,17 @@ class Save:
     """A committed save.
 
     Attributes:
-        at_s: when it began, in seconds since 1970.
-        file: its name.
-        handler: of the Checkpoint, for people; None for a save without one.
+        at_s: time of the call, in seconds since 1970.
+        file: the file's name.
+        handler: the handler's identity in words; None for a save without a handler.
         run: id of the run; None if unknown.
-        iteration: trained iterations; None if unknown, as for the following ones.
+        iteration: number of trained iterations; None if unknown, as for all following attributes.
         epoch: the epoch in progress.
-        score: may be NaN or infinite.
+        score: the score, which may be NaN or infinite.
         num_bytes: length of the file.
-        stall_s: how long training stood still.
-        durable_s: how long until the commit.
-        is_there: whether the directory holds the file.
+        stall_s: time for which training stood still, in seconds.
+        durable_s: time from the call to the commit, in seconds.
+        is_there: True if the directory holds the file.
     """
 
     at_s: float
@@ -55,21 +55,21 @@ class Save:
 
 @dataclass(slots=True, kw_only=True)
 class Session:
-    """A call of ``engine.run()``, or what is known of one.
+    """A call of ``engine.run()``, as far as it is known.
 
     Attributes:
-        id: None if only files tell of it.
-        begin_s: when it began, or its first event.
-        end_s: its last event.
-        start_iteration: iterations trained before; None if unknown.
-        last_iteration: of its target, from its limits; None if unknown.
-        points: pairs of a time and the iterations trained by then.
-        saves: in order of time.
-        resumed: the event of the resume; None if it began anew, or is not recorded.
-        stop: the reason of a handler that stopped it; None if none did.
-        signals: such as ``rank 1: SIGTERM``.
-        outcome: how it ended: ``complete``, a reason to stop, the type of an error, or one of the constants above.
-        lost: iterations that its successor trains again.
+        id: the session's id; None if it is known only from files.
+        begin_s: time of its begin or its first event, in seconds since 1970.
+        end_s: time of its last event, in seconds since 1970.
+        start_iteration: number of iterations trained before; None if unknown.
+        last_iteration: the iteration at which it would be complete; None if unknown.
+        points: pairs of a time and the number of iterations trained by then.
+        saves: the saves in order of time.
+        resumed: the event of the resume; None if it did not resume, or if that is not recorded.
+        stop: the reason given by the handler that stopped it; None if no handler did.
+        signals: the signals received, such as ``rank 1: SIGTERM``.
+        outcome: ``complete``, a reason to stop, the type of an error, or one of the constants above.
+        lost: number of iterations that the next session trains again.
     """
 
     id: str | None
@@ -87,12 +87,12 @@ class Session:
 
     @property
     def runs(self) -> set[str]:
-        """The ids of the runs that its saves belong to."""
+        """The ids of the runs that the saves belong to."""
         return {save.run for save in self.saves if save.run is not None}
 
     @property
     def ancestors(self) -> set[str]:
-        """The ids of the runs that it went on from."""
+        """The ids of the runs that the session resumed from."""
         if self.resumed is None:
             return set()
         lineage = self.resumed.get("lineage")
@@ -101,13 +101,13 @@ class Session:
 
     @property
     def reached(self) -> int | None:
-        """The highest number of iterations that it is known to have trained."""
+        """The highest known number of trained iterations; None if unknown."""
         return max((iteration for _, iteration in self.points), default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
-    """The sessions of a directory, and saves outside of any, by time."""
+    """The sessions of a directory, and the saves outside of sessions, in order of time."""
 
     sessions: Sequence[Session]
     others: Sequence[Save]
@@ -115,13 +115,13 @@ class Timeline:
 
     @property
     def saves(self) -> list[Save]:
-        """All saves by time."""
+        """All saves in order of time."""
         found = [*self.others, *(save for session in self.sessions for save in session.saves)]
         return sorted(found, key=lambda save: save.at_s)
 
     @property
     def lost(self) -> int:
-        """All iterations that were trained again."""
+        """The total number of iterations that were trained again."""
         return sum(session.lost for session in self.sessions)
 
 
@@ -131,9 +131,9 @@ def make_timeline(
     """Return the timeline of a directory.
 
     Args:
-        events: of its record.
+        events: the events of its record.
         entries: its files.
-        num_dropped: the number of lines of the record that are no events.
+        num_dropped: number of lines of the record that are not events.
     """
     sessions: dict[str, Session] = {}
     others: list[Save] = []
@@ -203,10 +203,10 @@ def _save_of(event: Mapping[str, Any]) -> Save:
 
 
 def _add_files(sessions: list[Session], others: list[Save], entries: Sequence[FileEntry]) -> None:
-    """Mark the saves whose files are there, and add those that the record lacks."""
+    """Mark the saves whose files exist, and add the saves that the record lacks."""
     known: dict[tuple[str, str | None], Save] = {}
     for save in sorted([*others, *(save for one in sessions for save in one.saves)], key=lambda save: save.at_s):
-        known[save.file, save.run] = save  # of several with one name the newest
+        known[save.file, save.run] = save  # the newest save of a name wins
     for entry in entries:
         manifest, record = entry.manifest, entry.record
         if manifest is None or entry.state is not State.COMPLETE or entry.link is not None:
@@ -233,7 +233,7 @@ def _add_files(sessions: list[Session], others: list[Save], entries: Sequence[Fi
 
 
 def _session_for(sessions: list[Session], save: Save, lineage: Sequence[str]) -> Session:
-    """Return the session that a file was saved in: a new one if none fits."""
+    """Return the session that saved a file; a new session if none matches."""
     same = [one for one in sessions if save.run in one.runs]
     around = [one for one in sessions if not one.runs and one.begin_s <= save.at_s]
     if same:
@@ -251,7 +251,7 @@ def _session_for(sessions: list[Session], save: Save, lineage: Sequence[str]) ->
 
 
 def _find_outcome(session: Session, later: Sequence[Session]) -> None:
-    """Find the session that went on where this one ended, and what was lost."""
+    """Set the session's outcome and its lost iterations, from the sessions after it."""
     successor = next((one for one in later if one.begin_s >= session.end_s and _goes_on(one, session)), None)
     if successor is None:
         return
@@ -262,13 +262,13 @@ def _find_outcome(session: Session, later: Sequence[Session]) -> None:
 
 
 def _goes_on(later: Session, session: Session) -> bool:
-    if later.resumed is None:  # it began anew: so did the session, and saved nothing
+    if later.resumed is None:  # it started from the beginning: this session had saved nothing
         return later.start_iteration == 0 and session.start_iteration == 0 and not session.saves
     return bool(later.ancestors & (session.runs | session.ancestors))
 
 
 def iteration_time(session: Session, iteration: int) -> float:
-    """Return when a session had trained a number of iterations, between the points that are known."""
+    """Return the time at which a session had trained a number of iterations, interpolated between known points."""
     points = sorted(dict(session.points).items())
     at = bisect.bisect_left([trained for _, trained in points], iteration)
     if at == 0 or at == len(points):

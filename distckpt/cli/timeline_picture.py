@@ -1,7 +1,7 @@
-"""The picture of a timeline: progress, the saves' timings and scores over the running time.
+"""Draw a timeline: progress, timings of the saves and scores over the running time.
 
-Up to 250 saves have a mark each; of more, a line shows the median and a band the range of each few pixels, so that the
-picture stays legible and small. The colours are those of Okabe and Ito, which colour-blind people can tell apart.
+Up to 250 saves have a mark each. With more saves, a line shows the median of every few pixels and a band their range,
+which keeps the picture legible and small. The colours are those of Okabe and Ito, distinct for colour-blind people.
 """
 
 import math
@@ -29,20 +29,20 @@ _LABEL_CHARS = 40
 _SMALL = 11
 _MOST_LINES = 25
 _HIGHEST_SCORE = 1e100
-"""A higher one is not drawn, nor one that is not finite."""
+"""Higher scores are not drawn, and neither are scores that are not finite."""
 _SIZES = {"circle": 4.5, "square": 3.2, "diamond": 2.4, "triangle": 2.0}
-"""Marks of several handlers in one place are seen."""
+"""Different sizes, so that marks of several handlers at one place stay visible."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Panel:
-    """A part of the picture with a vertical axis of its own.
+    """A part of the picture with its own vertical axis.
 
     Attributes:
-        top: of the panel, in pixels.
-        height: in pixels.
-        low: the value at its bottom.
-        high: the value at its top.
+        top: upper edge, in pixels.
+        height: height in pixels.
+        low: value at the bottom.
+        high: value at the top.
     """
 
     top: float
@@ -72,8 +72,8 @@ def draw_timeline(timeline: Timeline, title: str) -> bytes:
     """Return the picture as an SVG file.
 
     Args:
-        timeline: with at least one session or save.
-        title: what it is of.
+        timeline: a timeline with at least one session or save.
+        title: the picture's title.
     """
     saves = timeline.saves
     handlers = sorted({name_of(save) for save in saves})
@@ -258,7 +258,7 @@ def _draw_ends(drawing: Drawing, axis: TimeAxis, sessions: Sequence[Session], to
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Label:
-    """A text about a session's end, in a row of texts that do not overlap; the lowest row is 0."""
+    """A label at a session's end. Labels of one row do not overlap; row 0 is the lowest."""
 
     text: str
     color: str
@@ -267,7 +267,7 @@ class _Label:
 
 
 def _place_labels(axis: TimeAxis, sessions: Sequence[Session]) -> list[_Label]:
-    """Return the texts about the sessions' ends, as many as there is room for."""
+    """Return the labels at the sessions' ends, as many as fit."""
     found, row_ends = list[_Label](), [0.0] * _LABEL_ROWS
     for session in sessions:
         text = session.outcome if not session.signals else f"{session.outcome} ({', '.join(session.signals)})"
@@ -330,7 +330,7 @@ class _Mark(NamedTuple):
 
 
 def _draw_series(drawing: Drawing, panel: _Panel, marks: Sequence[_Mark], color: str) -> None:
-    """Draw the marks; of many the median and the range of each few pixels."""
+    """Draw the marks; if there are many, the median and the range of every few pixels instead."""
     if len(marks) <= _MOST_MARKS:
         for mark in marks:
             drawing.mark((mark.x, panel.y(mark.value)), mark.shape, color, is_filled=mark.is_filled)
@@ -346,7 +346,7 @@ def _draw_series(drawing: Drawing, panel: _Panel, marks: Sequence[_Mark], color:
 
 
 def _thinned(points: Sequence[tuple[float, int]]) -> Sequence[tuple[float, int]]:
-    """Return at most about :data:`_MOST_POINTS` of the points, with the last one."""
+    """Return about :data:`_MOST_POINTS` of the points or fewer, including the last one."""
     stride = -(-len(points) // _MOST_POINTS)
     return points if stride <= 1 else [*points[::stride], points[-1]]
 

@@ -1,7 +1,7 @@
-"""``distckpt verify``: compare every byte of checkpoints with their checksums, on several threads.
+"""``distckpt verify``: check every byte of checkpoints against their checksums, on several threads.
 
-Each thread reads a range of a file, in order and ahead of itself. Other programs' files are compared with zip's
-checksums where these were computed; safetensors files have none.
+Each thread reads a range of a file in order, with readahead. Files by other programs are checked against the zip
+checksums if these were computed; safetensors files have no checksums.
 """
 
 import argparse
@@ -23,9 +23,9 @@ from distckpt.storage.readahead import is_cached
 
 _MOST_THREADS = 4
 _STEP_BYTES = 64 << 20
-"""How much a thread checks between two looks at whether the command was interrupted."""
+"""Number of bytes after which a thread checks whether the command was interrupted."""
 _LEAST_BYTES = 16 << 20
-"""No further thread is started for less."""
+"""Least number of bytes per thread."""
 _COLUMNS = (Column("NAME", can_shrink=True), Column("SIZE", is_number=True), Column("STATE"))
 _MOST_SHOWN = 10
 NO_CHECKSUMS = "no checksums"
@@ -38,7 +38,7 @@ class Verified(NamedTuple):
         state: ``whole``, ``damaged``, ``unreadable`` or ``no checksums``.
         faults: a phrase for each damaged place.
         tensors: the names of the damaged tensors.
-        num_bytes: the file's length.
+        num_bytes: length of the file.
     """
 
     state: str
@@ -90,7 +90,7 @@ def _verify_alone(path: Path, entry: FileEntry | None) -> Verified:
 
 
 def verify_entries(entries: Sequence[FileEntry]) -> Mapping[str, Verified]:
-    """Verify the files that are no temporary ones; return the results by name."""
+    """Verify all files except temporary ones; return the results by name."""
     found: dict[str, Verified] = {}
     todo = [entry for entry in entries if entry.state not in (State.LEFT_OVER, State.BEING_WRITTEN)]
     with Progress("verifying", sum(entry.num_bytes for entry in todo)) as progress:
@@ -110,7 +110,7 @@ def _verify(path: Path, progress: Progress) -> Verified:
             checksums = check_file(file, progress)
             faults = file.faults(checksums)
             if not faults and not file.has_checksums(checksums):
-                file.state()  # raises what is wrong
+                file.state()  # raises if the state cannot be read
                 return Verified(NO_CHECKSUMS, (), (), file.num_bytes)
             tensors = dict.fromkeys(name for fault in faults for name in fault.tensors)
             state = "damaged" if faults else "whole"
@@ -122,7 +122,7 @@ def _verify(path: Path, progress: Progress) -> Verified:
 
 
 def _verify_safetensors(path: Path) -> Verified:
-    entry = look_at(path, path.name)  # its header says how long the file has to be
+    entry = look_at(path, path.name)  # compares the file's length with its header
     num_bytes = 0 if entry is None else entry.num_bytes
     if entry is not None and entry.detail is not None:
         return Verified("damaged", (str(Fault(entry.detail)),), (), num_bytes)
