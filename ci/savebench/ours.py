@@ -49,8 +49,11 @@ class Foreground(Contestant):
         return Path(self._checkpoint.last_checkpoint)
 
     def load(self, where: Path) -> None:
-        """Load on every rank."""
-        distckpt.Checkpoint.load_objects(self.job.wrapped(), where)
+        """Load on every rank: all together if each has a shard, as DCP does; else each by itself, as ignite does."""
+        if self.job.is_sharded:
+            distckpt.load(self.job.wrapped(), where)
+        else:
+            distckpt.Checkpoint.load_objects(self.job.wrapped(), where)
 
     def remove(self, path: Path) -> None:
         """Do nothing: the next save removes the file."""
