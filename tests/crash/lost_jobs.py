@@ -211,10 +211,10 @@ class Jobs:
         """End everything."""
         self.end(self._jobs)
         with contextlib.suppress(OSError):
-            self._server.communicate(timeout=20.0)
+            self._server.communicate(timeout=PROGRAM_LIMIT_S)
         if self._server.poll() is None:
             self._server.kill()
-            self._server.wait(10.0)
+            self._server.wait(PROGRAM_LIMIT_S)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def start(self, **what: Any) -> Job:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.crash.lost_jobs import Job, Jobs
+from tests.support.limits import PROGRAM_LIMIT_S
 
 pytestmark = pytest.mark.crash
 
@@ -54,7 +55,7 @@ def busy_machine() -> Iterator[None]:
     finally:
         for loop in loops:
             loop.kill()
-            loop.wait(10.0)
+            loop.wait(PROGRAM_LIMIT_S)
 
 
 def test_ranks_that_end_well_beside_a_slow_store_exit_with_0(

@@ -67,9 +67,9 @@ def started(command: Sequence[str], **environment: str) -> Iterator[subprocess.P
         if process.poll() is None:
             process.terminate()  # torchrun passes it on to its ranks, and waits for them
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.communicate(timeout=40)
+                process.communicate(timeout=PROGRAM_LIMIT_S)
         _kill_marked(mark)
-        process.communicate(timeout=10)
+        process.communicate(timeout=PROGRAM_LIMIT_S)
 
 
 def _kill_marked(mark: str) -> None:

@@ -29,7 +29,7 @@ from distckpt import (
 from tests.distributed.programs import all_equal, training_step
 from tests.distributed.test_launch import started
 from tests.distributed.voters import Weights, stored
-from tests.support import fresh, fresh_ranks, job, send_to_parent
+from tests.support import fresh_ranks, job, send_to_parent
 from tests.support.selection import process_ranks_only, torch_only
 
 pytestmark = process_ranks_only
@@ -95,9 +95,7 @@ def test_the_launcher_sees_the_exit_code_that_was_asked_for_on_every_rank(
     exit_code: int,
     world_size: int,
     signals: dict[int, signal.Signals],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fresh, "_EXIT_LIMIT_S", LIMIT_S)  # an interpreter with torch takes a second of its own to end
     everyone = range(world_size)
     with fresh_ranks(train_until_told, world_size, str(tmp_path), exit_code) as ranks:
         children = [ranks.receive(rank, timeout_s=LIMIT_S) for rank in everyone]

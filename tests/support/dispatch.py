@@ -19,7 +19,6 @@ from tests.support.store import shared_store
 
 _GRACE_S = 3.0
 """How long the other ranks may run after one has failed, so that they can report too."""
-_RELEASE_LIMIT_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +115,7 @@ class Dispatch:
 
     def wait_idle(self) -> tuple[str, ...]:
         """Wait until released ranks of a pool can take another task; return what the task left behind."""
-        deadline = time.monotonic() + _RELEASE_LIMIT_S
+        deadline = time.monotonic() + PROGRAM_LIMIT_S
         leftovers: list[str] = []
         for rank, handle in enumerate(self._handles):
             try:

@@ -25,6 +25,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support.limits import PROGRAM_LIMIT_S
+
 _ROOT = Path(__file__).resolve().parents[2]
 _PRELOAD = {
     "gloo": ("torch._dynamo", "distckpt.handlers", "tests.support.rank_main"),
@@ -139,7 +141,7 @@ class ForkServer:
         """End the server and its children."""
         self._socket.close()
         self._process.kill()
-        self._process.wait(10.0)
+        self._process.wait(PROGRAM_LIMIT_S)
 
     def start(self, request: Request, descriptors: Sequence[int]) -> ForkedProcess:
         """Fork a process that inherits `descriptors`."""

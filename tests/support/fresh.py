@@ -13,8 +13,6 @@ from tests.support.limits import PROGRAM_LIMIT_S
 from tests.support.report import RankEnd, RankFailedError
 from tests.support.start import start
 
-_EXIT_LIMIT_S = 30.0
-
 
 class FreshRanks:
     """A call that runs on fresh processes. `fresh_ranks` makes it."""
@@ -56,7 +54,7 @@ class FreshRanks:
         if end.kind == "hung":
             return end
         handle = self._handles[end.rank]
-        code = handle.wait_exit(_EXIT_LIMIT_S)
+        code = handle.wait_exit(PROGRAM_LIMIT_S)  # Horovod alone may take 30 s after a death
         if code is None:
             reason = f"{end.kind}, but the process does not end"
             return replace(end, kind="hung", reason=reason, traceback=handle.stacks())

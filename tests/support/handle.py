@@ -87,7 +87,7 @@ class RankHandle:
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait(10.0)
+            self._process.wait(PROGRAM_LIMIT_S)
         if not self.connection.closed:
             self.connection.close()
 

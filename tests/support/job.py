@@ -13,10 +13,11 @@ import torch.distributed as dist
 from torch.distributed import Store
 
 from tests.support.channel import call_store, next_sequence_number
+from tests.support.limits import PROGRAM_LIMIT_S
 from tests.support.messages import pack, unpack
 from tests.support.runtime import OWN, RUNTIME
 
-_LIMIT = timedelta(seconds=20)
+_LIMIT = timedelta(seconds=PROGRAM_LIMIT_S)
 
 
 def name() -> str:
