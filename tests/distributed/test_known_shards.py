@@ -422,17 +422,22 @@ def test_a_refused_form_is_refused_again(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@run_distributed(world_size=2)
-def test_a_known_form_keeps_no_tensor_and_no_mesh_alive(tmp_path: Path) -> None:
-    for _ in range(2):  # torch's own caches keep the first mesh of those that are equal
-        forget()
-        line = DeviceMesh("cpu", [0, 1])
-        state = state_of(line)
-        for _ in range(2):
-            save({"one": Stateful(state)}, tmp_path / "file.pt")
-    dead = [weakref.ref(state["a"]), weakref.ref(state["a"].to_local()), weakref.ref(state["more"]["plain"])]
-    dead.append(weakref.ref(line))  # which keeps its process groups alive
+def alive_after_saves(path: Path) -> list[Any]:
+    """Save a state twice and drop it; return what is alive of its tensors and its mesh."""
+    forget()
+    line = DeviceMesh("cpu", [0, 1])
+    state = state_of(line)
+    for _ in range(2):
+        save({"one": Stateful(state)}, path)
+    watched = [weakref.ref(state["a"]), weakref.ref(state["a"].to_local()), weakref.ref(state["more"]["plain"])]
+    watched.append(weakref.ref(line))  # which keeps its process groups alive
     state.clear()
     del line
     gc.collect()
-    assert [one() for one in dead] == [None] * 4
+    return [one() for one in watched]
+
+
+@run_distributed(world_size=2)
+def test_a_known_form_keeps_no_tensor_and_no_mesh_alive(tmp_path: Path) -> None:
+    alive_after_saves(tmp_path / "file.pt")  # torch's own caches keep the first mesh of those that are equal
+    assert alive_after_saves(tmp_path / "file.pt") == [None] * 4
