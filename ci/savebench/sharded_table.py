@@ -7,17 +7,19 @@ from ci.savebench.world import Measured
 KIB = 2**10
 LEGEND = """\
 Each rank has a shard of every tensor. stall: duration of the call, on the slowest rank; /memcpy: relative to one memcpy
-of as many bytes as a rank has. durable: from the call until everything is synced; /write: relative to a raw O_DIRECT
-write of as many bytes by all ranks. extra x: largest additional memory of all ranks during a save, relative to the
-state. written x: bytes that all ranks wrote, relative to the state. exchanged: what all ranks received over TCP until
-the save was durable. load: cold, into live objects, on as many ranks; /read+copy: relative to a raw read of the same
-files by all ranks and one memcpy of a rank's share. read x: bytes that all ranks read, relative to the checkpoint.
-one file: the second pass that makes one file of the checkpoint, cold and synced (dcp_to_torch_save); distckpt's is one.
-lost: stall and longer steps until it is durable. Ratios are of the same round. Medians of the rounds
-(smallest-largest). torch and torch_checkpointing sync nothing: a thread syncs their files while training continues."""
+of as many bytes as a rank has; /tensors: relative to one memcpy per shard. durable: from the call until everything is
+synced; /write: relative to a raw O_DIRECT write of as many bytes by all ranks. extra x: largest additional memory of
+all ranks during a save, relative to the state. written x: bytes that all ranks wrote, relative to the state. exchanged:
+what all ranks received over TCP until the save was durable. load: cold, into live objects, on as many ranks;
+/read+copy: relative to a raw read of the same files by all ranks and one memcpy of a rank's share. read x: bytes that
+all ranks read, relative to the checkpoint. one file: the second pass that makes one file of the checkpoint, cold and
+synced (dcp_to_torch_save); distckpt's is one. lost: stall and longer steps until it is durable. Ratios are of the same
+round. Medians of the rounds (smallest-largest). torch and torch_checkpointing sync nothing: a thread syncs their files
+while training continues."""
 _HEADS = (
     "stall s",
     "/memcpy",
+    "/tensors",
     "durable s",
     "/write",
     "lost s",
@@ -60,6 +62,7 @@ def _cells(row: Row, beside: ShardedRow, measured: Measured, load: LoadRow | Non
         row.name,
         spread_text(row.stall_s),
         f"{row.stall_by_share:.2f}",
+        f"{row.stall_by_tensors:.2f}",
         spread_text(row.durable_s),
         f"{row.durable_by_write:.2f}",
         spread_text(row.lost_s),
