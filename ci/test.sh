@@ -127,14 +127,15 @@ if [ "$TESTS" -eq 1 ]; then
 fi
 if [ "$BENCHMARKS" -eq 1 ]; then
     # With --quick these only show that they work, so they need no machine of their own: the others hold ratios of times.
-    for name in bench_integrations bench_save; do
+    BESIDE=(bench_integrations bench_save)
+    for name in "${BESIDE[@]}"; do
         stage_beside "$name" 900 env PYTHONPATH="$ROOT" "$PYTHON" "ci/$name.py" --quick
     done
     stage_beside "bench_save, sharded" 900 env PYTHONPATH="$ROOT" "$PYTHON" ci/bench_save.py --sharded --quick
     finish_stages
     for benchmark in ci/bench_*.py; do
         name="$(basename "$benchmark" .py)"
-        [[ "$name" =~ ^bench_(integrations|save)$ ]] ||
+        [[ " ${BESIDE[*]} " == *" $name "* ]] ||
             stage "$name" 900 env PYTHONPATH="$ROOT" "$PYTHON" "$benchmark" --quick
     done
 fi
