@@ -262,7 +262,7 @@ def _find_outcome(session: Session, later: Sequence[Session]) -> None:
 
 
 def _goes_on(later: Session, session: Session) -> bool:
-    if later.resumed is None:  # it started from the beginning: this session had saved nothing
+    if later.resumed is None:  # it began anew, as did this session, which saved nothing
         return later.start_iteration == 0 and session.start_iteration == 0 and not session.saves
     return bool(later.ancestors & (session.runs | session.ancestors))
 
