@@ -185,12 +185,14 @@ def train_with_a_stop(path: str, kind: str, num_before: int) -> None:
     def state_of(net: Any, optimizer: torch.optim.Optimizer) -> Any:
         return with_whole_tensors({"net": dict(net.state_dict()), "optimizer": optimizer.state_dict()})
 
+    pending = list[distckpt.PendingSave]()
     net, optimizer = made()
     for number in range(NUM_STEPS):
         step(net, optimizer)
         if number + 1 == num_before:
-            distckpt.async_save({"net": net, "optimizer": optimizer}, path)
+            pending.append(distckpt.async_save({"net": net, "optimizer": optimizer}, path))
     alone = state_of(net, optimizer)
+    pending[0].wait()
     net, optimizer = made()
     distckpt.load({"net": net, "optimizer": optimizer}, path)
     assert not equal(state_of(net, optimizer), alone)
