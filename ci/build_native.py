@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "distckpt" / "_native"
-NAMES = ("copy_crc", "compare")
+NAMES = ("copy_crc", "compare", "chunks")
 SUFFIX = ".abi3.so"
 TAG = "cp311-abi3"  # Py_LIMITED_API of the sources
 FLAGS = "-std=c11 -O2 -fPIC -shared -fvisibility=hidden -Wall -Wextra"

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = [ROOT / "tests" / "unit" / f"test_{name}.py" for name in ("checksum", "compare")]
-NATIVE = {f"distckpt/_native/{name}.abi3.so" for name in ("copy_crc", "compare")}
+TESTS = [ROOT / "tests" / "unit" / f"{name}.py" for name in ("test_checksum", "test_compare", "storage/test_direct_io")]
+NATIVE = {f"distckpt/_native/{name}.abi3.so" for name in ("copy_crc", "compare", "chunks")}
 TAGS = {True: "-cp311-abi3-linux_", False: "-py3-none-any.whl"}
 _IMPORT = """
 import pathlib, sys

@@ -10,6 +10,7 @@ from distckpt.cli.survey import survey
 from distckpt.cli.timeline import Session, Timeline, make_timeline
 from distckpt.cli.timeline_picture import draw_timeline
 from distckpt.policy.naming import EVENTS_NAME
+from distckpt.storage.base import Chunk
 from distckpt.storage.event_file import read_events
 from distckpt.storage.local import LocalStorage
 
@@ -54,7 +55,7 @@ def _check_out(out: Path | None, *, is_json: bool) -> None:
 
 def _write(out: Path, picture: bytes) -> None:
     with LocalStorage(out.parent).create(out.name) as new:
-        new.write(picture, 0)
+        new.write([Chunk(0, picture)])
         new.commit(len(picture))
 
 

@@ -39,10 +39,10 @@ from distckpt.ptformat.layout import (
     local_header,
     locate,
 )
-from distckpt.storage.base import BLOCK_BYTES
+from distckpt.storage.base import BLOCK_BYTES, Chunk
 
 CHUNK_BYTES, MOST_BYTES = 8 << 20, 256 << 20
-"""Least and most bytes of one write. Powers of two of blocks."""
+"""Least and most bytes that are written in one call. Powers of two of blocks."""
 _GROUP_BYTES = 1 << 20
 """Small records are checksummed in groups of this length, without waiting in between."""
 _HEAD = (("version", b"3\n"), ("byteorder", sys.byteorder.encode()))
@@ -130,8 +130,8 @@ class ImagePlan:
                 first = max(offset, begin)
                 yield CopyItem(number, first - offset, first, min(last, end) - first)
 
-    def boundary_headers(self, ends: Collection[int], crcs: Sequence[int]) -> list[tuple[int, bytes]]:
-        """Return offsets and bytes of the headers that no writer could write: their records extend over a range's end.
+    def boundary_headers(self, ends: Collection[int], crcs: Sequence[int]) -> list[Chunk]:
+        """Return the headers that no writer could write: their records extend over a range's end.
 
         Args:
             ends: of the ranges.
@@ -139,7 +139,7 @@ class ImagePlan:
         """
         numbers = {bisect.bisect_left(self.records, end, key=header_of) - 1 for end in ends}
         return [
-            (record.header, local_header(record, crcs[number]))
+            Chunk(record.header, local_header(record, crcs[number]))
             for number, record in ((number, self.records[number]) for number in sorted(numbers) if number >= 0)
             if any(record.header < end < record.end for end in ends)
         ]
@@ -248,19 +248,28 @@ class ShardBuffer:
             return False
         return True
 
-    def chunks(self) -> Iterator[tuple[int, memoryview]]:
-        """Yield the bytes of all parts with their offsets in the file, as they become ready. Any one thread.
+    def chunks(self) -> Iterator[list[Chunk]]:
+        """Yield the bytes of all parts, those together that are ready at the same time. Any one thread.
 
         Raises:
             BaseException: the error of :meth:`check`.
         """
+        chunks, num_bytes = list[Chunk](), 0
         for begin, end, first in self.segments:
             at, last = first, first + end - begin
             while at < last:
-                ready = self._wait_for(min(at + CHUNK_BYTES, last))
-                until = min(last, at + MOST_BYTES, ready if ready >= last else ready // BLOCK_BYTES * BLOCK_BYTES)
-                yield end - (last - at), self._memory[at:until]
+                least = min(at + CHUNK_BYTES, last)
+                if chunks and (self._ready < least or num_bytes == MOST_BYTES):
+                    yield chunks
+                    chunks, num_bytes = [], 0
+                ready = self._wait_for(least)
+                most = at + MOST_BYTES - num_bytes
+                until = min(last, most, ready if ready >= last else ready // BLOCK_BYTES * BLOCK_BYTES)
+                chunks.append(Chunk(end - (last - at), self._memory[at:until]))
+                num_bytes += until - at
                 at = until
+        if chunks:
+            yield chunks
 
     def keep_late(self) -> None:
         """Copy the parts that are written last into memory of their own; the rest of the memory may be reused then."""
@@ -272,8 +281,8 @@ class ShardBuffer:
             at += end - begin
         self._late_memory, self._late = memory, kept
 
-    def complete_late(self, crcs: Sequence[int]) -> Iterator[tuple[int, memoryview]]:
-        """Fill the missing headers into the parts that are written last; yield these with their offsets in the file.
+    def complete_late(self, crcs: Sequence[int]) -> Iterator[Chunk]:
+        """Fill the missing headers into the parts that are written last; yield these.
 
         Args:
             crcs: CRC-32 of each of the plan's records.
@@ -283,7 +292,7 @@ class ShardBuffer:
             record = self.plan.records[index]
             header, at = local_header(record, crcs[index]), segment.at + record.header - segment.begin
             self._late_memory[at : at + len(header)] = header
-            yield segment.begin, self._late_memory[segment.at : segment.at + segment.end - segment.begin]
+            yield Chunk(segment.begin, self._late_memory[segment.at : segment.at + segment.end - segment.begin])
 
     def _publish(self, ready: int) -> None:
         if ready - self._ready >= CHUNK_BYTES or ready == self._end:

@@ -11,7 +11,7 @@ from distckpt.ptformat.image import build_tail, head_bytes, plan_image
 from distckpt.ptformat.layout import local_header
 from distckpt.ptformat.manifest import Manifest, TensorEntry, to_json
 from distckpt.ptformat.pickler import PickledState
-from distckpt.storage.base import NewFile
+from distckpt.storage.base import Chunk, NewFile
 
 _CHUNK_BYTES = 8 << 20
 
@@ -35,7 +35,7 @@ def write_streamed(
         Exception: what `read` raises.
     """
     plan = plan_image([storage.nbytes() for storage in pickled.storages])
-    file.write(head_bytes(), 0)
+    file.write([Chunk(0, head_bytes())])
     crcs = []
     with mmap.mmap(-1, _CHUNK_BYTES) as buffer, memoryview(buffer) as memory:  # aligned, for O_DIRECT
         for number, record in zip(plan.storage_numbers, plan.records, strict=True):
@@ -44,8 +44,8 @@ def write_streamed(
                 with memory[: min(_CHUNK_BYTES, record.num_bytes - begin)] as part:
                     read(pickled.storages[number], begin, part)
                     crc = crc32(part, crc)
-                    file.write(part, record.offset + begin)
-            file.write(local_header(record, crc), record.header)
+                    file.write([Chunk(record.offset + begin, part)])
+            file.write([Chunk(record.header, local_header(record, crc))])
             crcs.append(crc)
     by_storage = {
         number: (record.name, record.offset, crc)
@@ -56,5 +56,5 @@ def write_streamed(
         record_name, offset, crc = by_storage[number]
         entries.append(TensorEntry(name, dtype, shape, record_name, offset + begin_bytes, num_bytes, crc))
     tail = build_tail(plan, crcs, pickled.data, to_json(replace(manifest, tensors=tuple(entries))))
-    file.write(tail, plan.end)
+    file.write([Chunk(plan.end, tail)])
     return plan.end + len(tail)

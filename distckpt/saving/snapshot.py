@@ -24,7 +24,7 @@ from distckpt.saving.rank_plan import RankPlan, split_received
 from distckpt.saving.shard_rows import gather_rows, plan_copies
 from distckpt.saving.shards import Shards, checksum_of
 from distckpt.saving.staging import Copies, HostMemory, OptimizerStepGuard, Staging
-from distckpt.storage.base import BLOCK_BYTES, NewFile
+from distckpt.storage.base import BLOCK_BYTES, Chunk, NewFile
 
 _T = TypeVar("_T")
 _DIGEST_BYTES = 7
@@ -249,10 +249,11 @@ class Snapshot:
         with contextlib.ExitStack() as stack:
             stack.enter_context(helper_threads(lambda: self._checksum(buffer, manifest, exchange, is_written)))
             stack.callback(is_written.set)
-            for at, chunk in buffer.chunks():
-                num_aligned = len(chunk) // BLOCK_BYTES * BLOCK_BYTES
-                file.write(chunk[:num_aligned], at)
-                self._rest = bytes(chunk[num_aligned:])  # of the image's last chunk only; written with the tail
+            for chunks in buffer.chunks():
+                *others, last = chunks
+                blocks = _blocks_of(last)
+                file.write([*others, blocks])
+                self._rest = bytes(last.data[len(blocks.data) :])  # of the image's last chunk only; for the tail
         self.wait_copied()
         buffer.keep_late()
         self._staging = self._deferred = None
@@ -265,11 +266,12 @@ class Snapshot:
         Call it after :meth:`write_image` and a sync, while the staging memory is still reserved. Raises SaveError.
         """
         buffer = _required(self._buffer)
-        has_hole = any(file.has_hole(begin, end // BLOCK_BYTES * BLOCK_BYTES) for begin, end, _ in buffer.segments)
-        for at, chunk in buffer.chunks():
-            blocks = chunk[: len(chunk) // BLOCK_BYTES * BLOCK_BYTES]
-            if has_hole or len(blocks) <= BLOCK_BYTES:  # a block that was written in part is no hole
-                file.compare(blocks, at)
+        written = [(begin, end // BLOCK_BYTES * BLOCK_BYTES) for begin, end, _ in buffer.segments]
+        has_hole = file.has_hole([(begin, end) for begin, end in written if begin < end])
+        for chunks in buffer.chunks():
+            blocks = map(_blocks_of, chunks)
+            # A block that was written in part is no hole.
+            file.compare([one for one in blocks if has_hole or len(one.data) <= BLOCK_BYTES])
 
     def write_tail(self, file: NewFile, checksums: Sequence[Checksums], manifest: Manifest) -> int:
         """Write the tail, and the record headers that no range's writer could complete. Callable from any thread.
@@ -286,14 +288,13 @@ class Snapshot:
         if self._tail is None or self._tail.checksums != records:
             self._tail = self._make_tail(records, manifest)
         ends = [end for _, end in self._plan.write_ranges(len(self._write_range.writers))]
-        for offset, chunk in _required(self._buffer).complete_late(self._tail.crcs):
-            # Through the page cache: the commit's sync writes these blocks all at once, and commit() looks for holes.
-            file.write(bytes(chunk), offset)
-            file.compare(chunk, offset)
-        for offset, header in self._plan.boundary_headers(ends, self._tail.crcs):
-            file.write(header, offset)
-            file.compare(header, offset)  # a lost write leaves no hole here: the block was written before
-        file.write(self._rest + self._tail.data, self._plan.end - len(self._rest))
+        late = _required(self._buffer).complete_late(self._tail.crcs)
+        # As bytes they go through the page cache: the commit's sync writes these blocks all at once.
+        chunks = [Chunk(offset, bytes(data)) for offset, data in late]
+        chunks += self._plan.boundary_headers(ends, self._tail.crcs)
+        file.write(chunks)
+        file.compare(chunks)  # a lost write may leave no hole here: a header's block was written before
+        file.write([Chunk(self._plan.end - len(self._rest), self._rest + self._tail.data)])
         return self._plan.end + len(self._tail.data)
 
     def _checksum(
@@ -349,6 +350,10 @@ def _required(one: _T | None) -> _T:
         msg = "the snapshot has no buffer, or was written already"
         raise AssertionError(msg)
     return one
+
+
+def _blocks_of(chunk: Chunk) -> Chunk:
+    return chunk._replace(data=chunk.data[: len(chunk.data) // BLOCK_BYTES * BLOCK_BYTES])
 
 
 def _as_records(checksums: Sequence[Checksums]) -> list[_Records]:

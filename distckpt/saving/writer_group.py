@@ -16,7 +16,7 @@ from typing import Any
 from distckpt.backends.base import Backend
 from distckpt.coordination import phases
 from distckpt.saving.snapshot import WriteRange
-from distckpt.storage.base import Storage
+from distckpt.storage.base import Chunk, Storage
 
 _NAME = "probe.pt"
 _NUM_BYTES = 16
@@ -156,7 +156,7 @@ def _probe(storage: Storage) -> Iterator[list[str]]:
         with contextlib.suppress(OSError, ValueError):  # the save itself will raise
             file = stack.enter_context(storage.create(_NAME))
             content = secrets.token_hex(_NUM_BYTES // 2)
-            file.write(content.encode(), 0)
+            file.write([Chunk(0, content.encode())])
             file.sync()
             found = [file.token, content]
         yield found

@@ -11,10 +11,22 @@ are rank-local and issue no collectives.
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, Protocol, Self
+from typing import IO, NamedTuple, Protocol, Self
 
 BLOCK_BYTES = 4096
 """Writers of one file write ranges that begin at multiples of this. A page, so that no two writers share one."""
+
+
+class Chunk(NamedTuple):
+    """Bytes for a file.
+
+    Attributes:
+        offset: of the first byte in the file.
+        data: the bytes.
+    """
+
+    offset: int
+    data: bytes | memoryview
 
 
 class SupportsReadInto(Protocol):
@@ -78,8 +90,8 @@ class NewFile(Readable, Protocol):
 
     token: str
 
-    def write(self, data: bytes | memoryview, offset: int) -> None:
-        """Write all of `data` at an offset. Offsets may come in any order.
+    def write(self, chunks: Sequence[Chunk]) -> None:
+        """Write all bytes of some chunks. Offsets may come in any order.
 
         Raises:
             SaveError: the storage failed.
@@ -99,11 +111,15 @@ class NewFile(Readable, Protocol):
             SaveError: the storage failed.
         """
 
-    def has_hole(self, begin: int, end: int) -> bool:
-        """Return True if the storage reports bytes in a range that were never written; False if it cannot tell."""
+    def has_hole(self, ranges: Sequence[tuple[int, int]]) -> bool:
+        """Return True if the storage reports bytes that were never written; False if it cannot tell.
 
-    def compare(self, data: bytes | memoryview, offset: int) -> None:
-        """Compare `data` with the file's bytes at an offset.
+        Args:
+            ranges: begin and end of each, in ascending order.
+        """
+
+    def compare(self, chunks: Sequence[Chunk]) -> None:
+        """Compare some chunks with the file's bytes.
 
         Raises:
             SaveError: they differ, or the storage failed.

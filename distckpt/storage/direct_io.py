@@ -1,19 +1,30 @@
-"""File descriptors and memory: O_DIRECT, allocation, and buffered writing.
+"""File descriptors and memory: O_DIRECT, allocation, buffered writing, and many chunks in one call.
 
 Writing through the page cache copies every byte once more and evicts the training data from memory; O_DIRECT does
 neither. It needs memory, offset and length aligned to 4096 bytes. File systems without it (tmpfs, some FUSE and network
 file systems) are written through the page cache.
+
+After each system call a thread waits for the GIL, which an optimizer's step may hold for 60 ms. A rank of a sharded job
+writes hundreds of chunks: in C (``_native/chunks.c``) it waits once for all of them.
 """
 
 import contextlib
 import ctypes
 import errno
+import itertools
 import os
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 
-from distckpt.storage.base import BLOCK_BYTES
+from distckpt.storage.base import BLOCK_BYTES, Chunk
+
+try:
+    from distckpt._native import chunks as _native
+except ImportError:  # built without a compiler, or for another machine
+    _native = None  # type: ignore[assignment]  # a module that may be absent has no type of its own
 
 _BUFFER_BYTES = 1 << 20
+_COMPARE_BYTES = 8 << 20
 
 
 class DirectFile:
@@ -27,27 +38,48 @@ class DirectFile:
 
     def __init__(self, fd: int, parent: int, name: str) -> None:
         self._fd = fd
-        self._direct: int | None = None
-        with contextlib.suppress(OSError):  # mostly EINVAL; after any error the page cache is used
-            flags = os.O_WRONLY | os.O_DIRECT | os.O_NOFOLLOW | os.O_CLOEXEC
-            self._direct = os.open(name, flags, dir_fd=parent)
+        self._parent = parent
+        self._name = name
+        self._direct: int | None = None  # -1 if the file cannot be opened with O_DIRECT
 
     def close(self) -> None:
-        """Close the descriptor that the constructor has opened."""
-        if self._direct is not None:
+        """Close the descriptor that was opened for O_DIRECT."""
+        if self._direct is not None and self._direct >= 0:
             close_quietly(self._direct)
-            self._direct = None
+        self._direct = -1
+
+    def write_chunks(self, chunks: Sequence[Chunk]) -> None:
+        """Write all bytes of some chunks."""
+        done = 0
+        while done < len(chunks):
+            if _native is not None and len(chunks) - done > 1:
+                done += _native.write(self._fd, self._open(), list(chunks[done:]))
+            if done < len(chunks):  # the only one, or one of which a part was written
+                offset, data = chunks[done]
+                if isinstance(data, bytes):  # never page-aligned
+                    write_at(self._fd, memoryview(data), offset)
+                else:
+                    self.write(data, offset)
+                done += 1
 
     def write(self, data: memoryview, offset: int) -> None:
         """Write `data` at an offset: whole blocks with O_DIRECT, where memory and offset are aligned."""
-        done = 0
-        if self._direct is not None and offset % BLOCK_BYTES == 0:
+        done, direct = 0, self._open() if offset % BLOCK_BYTES == 0 else -1
+        if direct >= 0:
             try:
-                done = self._write_blocks(self._direct, data[: len(data) // BLOCK_BYTES * BLOCK_BYTES], offset)
+                done = self._write_blocks(direct, data[: len(data) // BLOCK_BYTES * BLOCK_BYTES], offset)
             except OSError as error:
                 if error.errno != errno.EINVAL:  # EINVAL: the memory is not aligned
                     raise
         write_at(self._fd, data[done:], offset + done)
+
+    def _open(self) -> int:
+        if self._direct is None:
+            self._direct = -1
+            with contextlib.suppress(OSError):  # mostly EINVAL; after any error the page cache is used
+                flags = os.O_WRONLY | os.O_DIRECT | os.O_NOFOLLOW | os.O_CLOEXEC
+                self._direct = os.open(self._name, flags, dir_fd=self._parent)
+        return self._direct
 
     @staticmethod
     def _write_blocks(fd: int, data: memoryview, offset: int) -> int:
@@ -61,21 +93,21 @@ class DirectFile:
 
 
 class BufferedWriter:
-    """A binary stream for ``torch.save`` over a function that writes at an offset.
+    """A binary stream for ``torch.save`` over a function that writes chunks.
 
     Small writes are gathered. The first error is kept and raised by every later write: torch calls ``write`` from C++,
     may replace the error, and goes on to write the file's end.
 
     Args:
-        write_at: writes bytes at an offset.
+        write_chunks: such as :meth:`~distckpt.storage.base.NewFile.write`.
 
     Attributes:
         num_bytes: how many bytes were taken.
         error: the first error; None if there was none.
     """
 
-    def __init__(self, write_at: Callable[[memoryview, int], None]) -> None:
-        self._write_at = write_at
+    def __init__(self, write_chunks: Callable[[Sequence[Chunk]], None]) -> None:
+        self._write_chunks = write_chunks
         self._pending = bytearray()
         self.num_bytes = 0
         self.error: OSError | None = None
@@ -102,7 +134,7 @@ class BufferedWriter:
         if self.error is not None:
             raise self.error
         try:
-            self._write_at(view, offset)
+            self._write_chunks([Chunk(offset, view)])
         except OSError as error:
             self.error = error
             raise
@@ -113,6 +145,33 @@ def write_at(fd: int, data: memoryview, offset: int) -> None:
     done = 0
     while done < len(data):
         done += _num_written(os.pwrite(fd, data[done:], offset + done))
+
+
+def find_difference(fd: int, chunks: Sequence[Chunk]) -> Chunk | None:
+    """Return the first chunk whose bytes a file does not have; None if it has all. Raises OSError."""
+    if _native is not None:
+        index = _native.find_difference(fd, list(chunks))
+        return chunks[index] if index >= 0 else None
+    for chunk in chunks:
+        for begin in range(0, len(chunk.data), _COMPARE_BYTES):
+            expected = chunk.data[begin : begin + _COMPARE_BYTES]
+            if os.pread(fd, len(expected), chunk.offset + begin) != expected:
+                return chunk
+    return None
+
+
+def has_hole(fd: int, ranges: Sequence[tuple[int, int]]) -> bool:
+    """Return True if the file system reports a hole in one of the ranges; False if it cannot tell.
+
+    Args:
+        fd: of the file. Its position changes.
+        ranges: begin and end of each, in ascending order.
+    """
+    if _native is not None:
+        return _native.has_hole(fd, array("q", itertools.chain.from_iterable(ranges)))
+    with contextlib.suppress(OSError):
+        return any(os.lseek(fd, begin, os.SEEK_HOLE) < end for begin, end in ranges)
+    return False
 
 
 def allocate(fd: int, num_bytes: int) -> None:

@@ -26,13 +26,12 @@ from typing import Self
 
 from distckpt.errors import SaveError, save_error
 from distckpt.policy.naming import TEMP_PREFIX, TEMP_SUFFIX, is_temp
-from distckpt.storage.base import Readable
-from distckpt.storage.direct_io import DirectFile, allocate, close_quietly, write_at
+from distckpt.storage.base import Chunk, Readable
+from distckpt.storage.direct_io import DirectFile, allocate, close_quietly, find_difference, has_hole
 
 DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 CREATE_FLAGS = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 FILE_MODE = 0o666  # minus umask, as any file of the user
-_COMPARE_BYTES = 8 << 20
 _FOREIGN_STALE_S = 900.0
 """Some network file systems do not show locks to other hosts. A temporary file of another host counts as dead when
 nothing was written to it for this long."""
@@ -73,7 +72,7 @@ class LocalNewFile(OpenFile):
         self._parent = parent
         self._is_owner = is_owner
         self._is_open = True
-        self._direct: DirectFile | None = None
+        self._direct = DirectFile(fd, parent, token)
 
     def __enter__(self) -> Self:
         """Return the file."""
@@ -83,17 +82,12 @@ class LocalNewFile(OpenFile):
         """Call :meth:`abort`."""
         self.abort()
 
-    def write(self, data: bytes | memoryview, offset: int) -> None:
-        """Write all of `data` at an offset, with O_DIRECT where it can be."""
+    def write(self, chunks: Sequence[Chunk]) -> None:
+        """Write all bytes of some chunks, with O_DIRECT where it can be."""
         try:
-            if isinstance(data, bytes):  # never page-aligned
-                write_at(self.fd, memoryview(data), offset)
-                return
-            if self._direct is None:
-                self._direct = DirectFile(self.fd, self._parent, self.token)
-            self._direct.write(data, offset)
+            self._direct.write_chunks(chunks)
         except OSError as error:
-            raise self._failure(f"writing {len(data)} bytes at offset {offset}", error) from error
+            raise self._failure(f"writing {_text_of(chunks)}", error) from error
 
     def allocate(self, num_bytes: int) -> None:
         """Set the file's length and reserve disk blocks."""
@@ -109,22 +103,19 @@ class LocalNewFile(OpenFile):
         except OSError as error:
             raise self._failure("syncing", error) from error
 
-    def has_hole(self, begin: int, end: int) -> bool:
+    def has_hole(self, ranges: Sequence[tuple[int, int]]) -> bool:
         """Return True if the file system reports a hole: it has left out zeros, or lost what was written."""
-        try:
-            return os.lseek(self.fd, begin, os.SEEK_HOLE) < end
-        except OSError:
-            return False
+        return has_hole(self.fd, ranges)
 
-    def compare(self, data: bytes | memoryview, offset: int) -> None:
-        """Compare `data` with the file's bytes at an offset."""
+    def compare(self, chunks: Sequence[Chunk]) -> None:
+        """Compare some chunks with the file's bytes."""
         try:
-            for begin in range(0, len(data), _COMPARE_BYTES):
-                expected = data[begin : begin + _COMPARE_BYTES]
-                if os.pread(self.fd, len(expected), offset + begin) != expected:
-                    raise OSError(errno.EIO, "it does not hold what was written")  # noqa: TRY301 - one error path
+            found = find_difference(self.fd, chunks)
+            if found is not None:
+                chunks = [found]
+                raise OSError(errno.EIO, "it does not hold what was written")  # noqa: TRY301 - one error path
         except OSError as error:
-            raise self._failure(f"checking {len(data)} bytes at offset {offset}", error) from error
+            raise self._failure(f"checking {_text_of(chunks)}", error) from error
 
     def commit(self, num_bytes: int, check: Callable[[Readable], Sequence[str]] | None = None) -> None:
         """Sync the file, rename it, sync the directory."""
@@ -134,7 +125,7 @@ class LocalNewFile(OpenFile):
             if self.num_bytes != num_bytes:
                 what = f"the file system reported {num_bytes} bytes written, but holds {self.num_bytes}"
                 raise OSError(errno.EIO, what)  # noqa: TRY301 - one error path for all steps
-            faults = check(self) if check is not None and self.has_hole(0, num_bytes) else ()
+            faults = check(self) if check is not None and self.has_hole([(0, num_bytes)]) else ()
             if faults:
                 raise OSError(errno.EIO, f"it does not hold what was written: {faults[0]}")  # noqa: TRY301 - as above
             doing = "renaming its temporary file"
@@ -160,13 +151,17 @@ class LocalNewFile(OpenFile):
         if self._is_owner and self.token != self.path.name:
             with contextlib.suppress(OSError):  # a later save deletes it
                 os.unlink(self.token, dir_fd=self._parent)
-        if self._direct is not None:
-            self._direct.close()
+        self._direct.close()
         close_quietly(self.fd)
         close_quietly(self._parent)
 
     def _failure(self, doing: str, error: OSError) -> SaveError:
         return save_error(f"cannot save {self.path}: {doing} failed ({text_of(error)})", error)
+
+
+def _text_of(chunks: Sequence[Chunk]) -> str:
+    where = f"at offset {chunks[0].offset}" if len(chunks) == 1 else f"in {len(chunks)} chunks"
+    return f"{sum(len(one.data) for one in chunks)} bytes {where}"
 
 
 def sync_directory_at(path: Path) -> None:

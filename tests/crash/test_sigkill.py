@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from distckpt.storage.base import Chunk
 from distckpt.storage.local import LocalStorage
 from tests.crash.forked import forked
 from tests.crash.modes import MODES, is_shared
@@ -39,10 +40,10 @@ def _live_writer(directory: Path) -> Iterator[Callable[[], list[str]]]:
 
     def body(send: Callable[[int], None]) -> None:
         with LocalStorage(directory).create(LIVE_NAME) as new:
-            new.write(LIVE_HALF, 0)
+            new.write([Chunk(0, LIVE_HALF)])
             send(0)
             os.read(ours, 1)
-            new.write(LIVE_HALF, len(LIVE_HALF))
+            new.write([Chunk(len(LIVE_HALF), LIVE_HALF)])
             new.commit(2 * len(LIVE_HALF))
 
     def let_it_go_on() -> list[str]:

@@ -1,5 +1,6 @@
 """A sharded state is saved as one plain file with whole tensors, each rank writing the bytes that it holds."""
 
+import ctypes
 import itertools
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
@@ -229,6 +230,21 @@ def test_a_background_save_holds_the_state_of_its_call(tmp_path: Path) -> None:
         optimizer.step()
     pending.wait()
     check_file(tmp_path / "file.pt", expected)
+
+
+@run_distributed(world_size=2)
+def test_a_background_save_ends_while_training_rarely_gives_up_the_gil(tmp_path: Path) -> None:
+    step = ctypes.PyDLL(None).usleep  # PyDLL keeps the GIL, as a fused optimizer's step does
+    tensors = {f"weight {at}": shard(numbers(2, 20_001 + at), mesh_of(2), [Shard(0)]) for at in range(150)}
+    objects = {"one": Stateful(tensors)}
+    pending = distckpt.async_save(objects, tmp_path / "file.pt")
+    num_steps = 0
+    while not pending.done():
+        step(10_000)
+        num_steps += 1
+    pending.wait()
+    assert num_steps < 75, "a rank does not wait for the GIL at each of its 150 tensors"
+    check_file(tmp_path / "file.pt", {name: numbers(*one.shape) for name, one in tensors.items()})
 
 
 @run_distributed(world_size=2)

@@ -3,13 +3,13 @@
 import contextlib
 from pathlib import Path
 
-from distckpt.storage.base import Storage
+from distckpt.storage.base import Chunk, Storage
 
 
 def write(storage: Storage, name: str, content: bytes) -> None:
     """Write a file that holds `content`."""
     with storage.create(name) as new:
-        new.write(content, 0)
+        new.write([Chunk(0, content)])
         new.commit(len(content))
 
 

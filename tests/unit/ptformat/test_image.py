@@ -1,10 +1,14 @@
 """The image of a ``.pt``: every byte has its locate, its owner and its checksum, and torch's own readers open it."""
 
 import io
+import itertools
+import random
 import subprocess
+import threading
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from torch import nn
 from torch.utils.serialization import config
 
 from distckpt._checksum import crc32
+from distckpt.ptformat import image
 from distckpt.ptformat.image import CopyItem, ImagePlan, Segment, ShardBuffer, build_tail, combine_checksums, plan_image
 from distckpt.ptformat.layout import FOLDER, RecordLocation, build_directory, local_header, locate
 from distckpt.ptformat.pickler import pickle_like_torch, pickle_state
@@ -39,7 +44,7 @@ def buffers_of(
         part = ShardBuffer(plan, memory, [Segment(begin, end, 0)] if begin < end else [])
         written = b""
         part.check(staging.wait_until)
-        for at, chunk in part.chunks():
+        for at, chunk in itertools.chain.from_iterable(part.chunks()):
             assert at == begin + len(written)
             written += bytes(chunk)
         found.append((part, written))
@@ -216,6 +221,40 @@ def test_bytes_that_nobody_checked_are_noticed() -> None:
     parts = buffers_of(plan, storages_of(8192), 2)
     with pytest.raises(ValueError, match=r"record data/0 do not cover its 8192 bytes"):
         combine_checksums(plan, [parts[0][0].checked])
+
+
+def test_parts_that_are_ready_together_are_written_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image, "CHUNK_BYTES", 2 * BLOCK_BYTES)
+    monkeypatch.setattr(image, "MOST_BYTES", 32 * BLOCK_BYTES)
+    plan = plan_image([100 * BLOCK_BYTES])
+    cuts = [*range(0, plan.end, 4 * BLOCK_BYTES), plan.end]
+    segments = [Segment(begin, end, begin) for begin, end in itertools.pairwise(cuts)]
+    memory = memoryview(random.Random(6).randbytes(plan.end)).cast("B")
+    part = ShardBuffer(plan, memoryview(bytearray(memory)), segments)
+    is_reached, is_open = threading.Event(), threading.Event()
+    half = plan.end // 2 // BLOCK_BYTES * BLOCK_BYTES
+
+    def wait_for(offset: int) -> None:
+        if offset > half:
+            is_reached.set()
+            assert is_open.wait(60)
+
+    with ThreadPoolExecutor(1) as pool:
+        is_checked = pool.submit(part.check, wait_for)
+        written, lengths = bytearray(), []
+        assert is_reached.wait(60)
+        for chunks in part.chunks():
+            lengths.append(sum(len(one.data) for one in chunks) // BLOCK_BYTES)
+            for at, data in chunks:
+                assert at == len(written)
+                written += data
+            if len(written) > half - 4 * BLOCK_BYTES:  # what was ready came without the rest
+                is_open.set()
+                assert is_checked.result(60)
+    assert len(written) == plan.end
+    first, last = plan.records[0].offset, plan.records[0].offset + 100 * BLOCK_BYTES
+    assert written[first:last] == memory[first:last]
+    assert lengths == [32, 16, 32, 21]
 
 
 def test_more_than_four_gibibytes_are_described_by_zip64(tmp_path: Path) -> None:

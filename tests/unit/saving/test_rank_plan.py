@@ -165,7 +165,7 @@ def test_the_ranks_write_the_file_that_one_rank_would(seed: int) -> None:
         buffers.append(ShardBuffer(plan, memoryview(memory), one.segments, one.late))
         assert buffers[-1].check(lambda _: None)
         checked.append(buffers[-1].checked)
-        for at, chunk in buffers[-1].chunks():
+        for at, chunk in itertools.chain.from_iterable(buffers[-1].chunks()):
             assert at % BLOCK == 0
             file[at : at + len(chunk)] = chunk
             blocks += range(at // BLOCK, -(-(at + len(chunk)) // BLOCK))
@@ -184,7 +184,8 @@ def test_the_ranks_write_the_file_that_one_rank_would(seed: int) -> None:
     whole = bytearray(plan.end)
     buffer = ShardBuffer(plan, memoryview(memory), alone.segments, alone.late)
     assert buffer.check(lambda _: None)
-    for at, chunk in (*buffer.chunks(), *buffer.complete_late(combine_checksums(plan, [buffer.checked]))):
+    written = itertools.chain.from_iterable(buffer.chunks())
+    for at, chunk in (*written, *buffer.complete_late(combine_checksums(plan, [buffer.checked]))):
         whole[at : at + len(chunk)] = chunk
     for at, header in plan.boundary_headers([plan.ranges_end], crcs):
         whole[at : at + len(header)] = header

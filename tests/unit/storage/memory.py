@@ -11,7 +11,7 @@ from typing import IO, Self
 
 from distckpt.errors import save_error
 from distckpt.policy.naming import check_name
-from distckpt.storage.base import NewFile, Readable
+from distckpt.storage.base import Chunk, NewFile, Readable
 
 __all__ = ["MemoryStorage"]
 
@@ -79,11 +79,12 @@ class _NewFile(_Bytes):
     def __exit__(self, *_: object) -> None:
         self.abort()
 
-    def write(self, data: bytes | memoryview, offset: int) -> None:
-        """Write at an offset."""
-        self._save_call("write")
-        self._content.extend(bytes(max(offset + len(data) - len(self._content), 0)))
-        self._content[offset : offset + len(data)] = data
+    def write(self, chunks: Sequence[Chunk]) -> None:
+        """Write at offsets."""
+        for offset, data in chunks:
+            self._save_call("write")
+            self._content.extend(bytes(max(offset + len(data) - len(self._content), 0)))
+            self._content[offset : offset + len(data)] = data
 
     def allocate(self, num_bytes: int) -> None:
         """Set the file's length."""
@@ -94,15 +95,16 @@ class _NewFile(_Bytes):
         """Do nothing."""
         self._save_call("sync")
 
-    def has_hole(self, begin: int, end: int) -> bool:
+    def has_hole(self, ranges: Sequence[tuple[int, int]]) -> bool:
         """Return True: every check is to be made."""
-        return begin < end
+        return bool(ranges)
 
-    def compare(self, data: bytes | memoryview, offset: int) -> None:
+    def compare(self, chunks: Sequence[Chunk]) -> None:
         """Compare with the content."""
-        self._save_call("compare")
-        if bytes(self._content[offset : offset + len(data)]) != bytes(data):
-            self._fail("compare", OSError(errno.EIO, "it does not hold what was written"))
+        for offset, data in chunks:
+            self._save_call("compare")
+            if bytes(self._content[offset : offset + len(data)]) != bytes(data):
+                self._fail("compare", OSError(errno.EIO, "it does not hold what was written"))
 
     def commit(self, num_bytes: int, check: Callable[[Readable], Sequence[str]] | None = None) -> None:
         """Make the file visible."""

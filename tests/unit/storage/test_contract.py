@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from distckpt.ptformat.reader import OpenCheckpoint, read_pt
 from distckpt.saving.rank_writer import RankWriter, write_file
 from distckpt.saving.snapshot import WriteRange
 from distckpt.saving.staging import HostMemory
-from distckpt.storage.base import Storage
+from distckpt.storage.base import Chunk, Storage
 from distckpt.storage.local import LocalStorage
 from tests.unit.directories import write
 from tests.unit.storage.memory import MemoryStorage
@@ -42,7 +43,7 @@ def test_a_file_is_invisible_before_its_commit_and_replaces_the_previous_one(sto
     write(storage, "a.pt", b"older")
     for name, before in (("a.pt", [b"older"]), ("b.pt", [])):
         with storage.create(name) as new:
-            new.write(b"newer!", 0)
+            new.write([Chunk(0, b"newer!")])
             new.sync()
             assert [content_of(storage, one) for one in storage.list() if one == name] == before
             new.commit(6)
@@ -52,19 +53,32 @@ def test_a_file_is_invisible_before_its_commit_and_replaces_the_previous_one(sto
 
 def test_offsets_may_come_in_any_order(storage: Storage) -> None:
     with storage.create("a.pt") as new:
-        new.write(b"tail", 10_000)
-        new.write(memoryview(bytearray(b"x" * 9_000)), 0)
-        new.write(b"y" * 1_000, 9_000)
-        new.write(b"Z", 4_000)
+        new.write([Chunk(10_000, b"tail")])
+        new.write([Chunk(0, memoryview(bytearray(b"x" * 9_000)))])
+        new.write([Chunk(9_000, b"y" * 1_000)])
+        new.write([Chunk(4_000, b"Z")])
         assert new.num_bytes == 10_004
         assert new.read(9_998, 100) == b"yytail"
         new.commit(10_004)
     assert content_of(storage, "a.pt") == b"x" * 4_000 + b"Z" + b"x" * 4_999 + b"y" * 1_000 + b"tail"
 
 
+def test_many_chunks_are_written_in_one_call(storage: Storage) -> None:
+    content = os.urandom(3 * 4096 + 5)
+    cuts = (0, 4096, 8192, 8193, 12_000, len(content))
+    chunks = [Chunk(begin, memoryview(content)[begin:end]) for begin, end in itertools.pairwise(cuts)]
+    with storage.create("a.pt") as new:
+        new.write([])
+        new.write([*chunks[3:], Chunk(0, b""), *chunks[:3]])
+        new.compare([*chunks, Chunk(9_000, b"")])
+        new.compare([])
+        new.commit(len(content))
+    assert content_of(storage, "a.pt") == content
+
+
 def test_an_aborted_file_is_gone(storage: Storage) -> None:
     with storage.create("a.pt") as new:
-        new.write(b"half", 0)
+        new.write([Chunk(0, b"half")])
     new.abort()
     assert list(storage.list()) == []
     with pytest.raises(FileNotFoundError) as caught:
@@ -77,7 +91,7 @@ def test_several_writers_join_one_file_and_its_owner_commits(storage: Storage) -
         new.allocate(8192)
         for number in range(2):
             with storage.join("fold0/a.pt", new.token) as joined:
-                joined.write(bytes([number + 1]) * 4096, 4096 * number)
+                joined.write([Chunk(4096 * number, bytes([number + 1]) * 4096)])
                 joined.sync()
             joined.abort()
         new.commit(8192)
@@ -89,7 +103,7 @@ def test_several_writers_join_one_file_and_its_owner_commits(storage: Storage) -
 def test_a_commit_of_another_length_fails_and_the_previous_file_stays(storage: Storage) -> None:
     write(storage, "a.pt", b"older")
     with storage.create("a.pt") as new:
-        new.write(b"short", 0)
+        new.write([Chunk(0, b"short")])
         with pytest.raises(SaveError, match=r"/a\.pt"):
             new.commit(6)
     assert content_of(storage, "a.pt") == b"older"
@@ -97,11 +111,11 @@ def test_a_commit_of_another_length_fails_and_the_previous_file_stays(storage: S
 
 def test_comparing_finds_a_difference(storage: Storage) -> None:
     with storage.create("a.pt") as new:
-        new.write(b"content", 0)
-        new.compare(b"tent", 3)
+        new.write([Chunk(0, b"content")])
+        new.compare([Chunk(3, b"tent")])
         for data, offset in ((b"Tent", 3), (b"tent", 2), (b"content!", 0)):
             with pytest.raises(SaveError, match=r"/a\.pt.*does not hold what was written"):
-                new.compare(data, offset)
+                new.compare([Chunk(0, b"con"), Chunk(offset, data), Chunk(0, b"c")])
 
 
 # -- reading, listing, removing ----------------------------------------------------------------------

@@ -1,16 +1,176 @@
-"""BufferedWriter gathers small writes, passes large ones on, and keeps the first error."""
+"""Many chunks are written and checked in one call, in C or in Python; BufferedWriter gathers small writes."""
 
 import array
+import contextlib
+import ctypes
 import errno
+import itertools
+import mmap
 import os
+import random
+import resource
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from distckpt.storage import direct_io
-from distckpt.storage.direct_io import BufferedWriter
+from distckpt.storage.base import BLOCK_BYTES, Chunk
+from distckpt.storage.direct_io import BufferedWriter, DirectFile, find_difference, has_hole
 
+BUILT: Any = vars(direct_io)["_native"]
+WAYS = {"as built": BUILT, "no extension": None}
+MIB = 1 << 20
+CONTENT = random.Random(4).randbytes(MIB)
 GATHERED_BYTES = direct_io._BUFFER_BYTES
+
+
+# -- many chunks -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test with the native code that is here, and without any."""
+    monkeypatch.setattr(direct_io, "_native", WAYS[request.param])
+    return str(request.param)
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[tuple[int, DirectFile]]:
+    parent = os.open(path.parent, os.O_RDONLY)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    with contextlib.closing(DirectFile(fd, parent, path.name)) as direct:
+        yield fd, direct
+    os.close(fd)
+    os.close(parent)
+
+
+def aligned(num_bytes: int) -> memoryview:
+    memory = memoryview(mmap.mmap(-1, num_bytes))
+    memory[:] = CONTENT[:num_bytes]
+    return memory
+
+
+def blocks_of(memory: memoryview) -> list[Chunk]:
+    """Every second block first, so that offsets neither ascend nor join."""
+    begins = range(0, len(memory), BLOCK_BYTES)
+    return [Chunk(at, memory[at : at + BLOCK_BYTES]) for at in (*begins[::2], *begins[1::2])]
+
+
+@pytest.mark.usefixtures("way")
+def test_chunks_of_every_alignment_are_written_checked_and_found_whole(tmp_path: Path) -> None:
+    dice, memory = random.Random(5), aligned(MIB)
+    cuts = sorted({0, MIB, *(BLOCK_BYTES * dice.randrange(256) for _ in range(60)), *dice.choices(range(MIB), k=60)})
+    chunks = [Chunk(begin, memory[begin:end]) for begin, end in itertools.pairwise(cuts)]
+    chunks = [one._replace(data=bytes(one.data)) if dice.random() < 0.3 else one for one in chunks]
+    dice.shuffle(chunks)
+    chunks.insert(7, Chunk(BLOCK_BYTES, memory[:0]))
+    with opened(tmp_path / "a") as (fd, direct):
+        direct.write_chunks(chunks)
+        direct.write_chunks([])
+        assert (tmp_path / "a").read_bytes() == CONTENT
+        assert find_difference(fd, chunks) is None
+        assert find_difference(fd, []) is None
+        for wrong in (0, 40, len(chunks) - 1):
+            offset, data = chunks[wrong]
+            os.pwrite(fd, bytes([data[-1] ^ 1]), offset + len(data) - 1)
+            assert find_difference(fd, chunks) is chunks[wrong]
+            os.pwrite(fd, data[-1:], offset + len(data) - 1)
+        longer = Chunk(MIB - 1, CONTENT[-1:] + b"!")
+        assert find_difference(fd, [*chunks, longer]) is longer
+
+
+@pytest.mark.usefixtures("way")
+def test_a_large_chunk_is_compared_to_its_last_byte(tmp_path: Path) -> None:
+    content = CONTENT * 9
+    (tmp_path / "a").write_bytes(content)
+    with opened(tmp_path / "a") as (fd, _):
+        assert find_difference(fd, [Chunk(0, content)]) is None
+        os.pwrite(fd, bytes([content[-1] ^ 1]), len(content) - 1)
+        assert find_difference(fd, [Chunk(5, b""), Chunk(0, content)]) == Chunk(0, content)
+
+
+@pytest.mark.usefixtures("way")
+def test_a_hole_is_found_in_the_range_that_has_it(tmp_path: Path) -> None:
+    with opened(tmp_path / "a") as (fd, direct):
+        os.ftruncate(fd, 40 * BLOCK_BYTES)
+        written = [(begin * BLOCK_BYTES, (begin + 2) * BLOCK_BYTES) for begin in range(0, 40, 4)]
+        direct.write_chunks([Chunk(begin, aligned(end - begin)) for begin, end in written])
+        assert not has_hole(fd, written)
+        assert not has_hole(fd, [])
+        for number in range(10):
+            begin, end = written[number]
+            grown = [*written[:number], (begin, end + 1), *written[number + 1 :]]
+            assert has_hole(fd, grown)
+            assert has_hole(fd, [(begin, end), (end, end + 1)])
+        assert not has_hole(fd, [(60 * BLOCK_BYTES, 61 * BLOCK_BYTES)])  # past the end, where nothing can be told
+
+
+@pytest.mark.usefixtures("way")
+def test_an_error_of_one_chunk_is_raised_and_later_ones_are_not_written(tmp_path: Path) -> None:
+    memory = aligned(64 * BLOCK_BYTES)
+    with opened(tmp_path / "a") as (fd, direct):
+        chunks = [Chunk(at, memory[at : at + BLOCK_BYTES]) for at in range(0, len(memory), BLOCK_BYTES)]
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10 * BLOCK_BYTES + 1000, before[1]))  # Python ignores SIGXFSZ
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                direct.write_chunks(chunks)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert (tmp_path / "a").read_bytes()[: 10 * BLOCK_BYTES] == CONTENT[: 10 * BLOCK_BYTES]
+        assert os.fstat(fd).st_size <= 10 * BLOCK_BYTES + 1000
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize(
+    ("path", "flags", "text"), [("/dev/full", os.O_RDWR, "No space"), ("/dev/null", 0, "Bad file")]
+)
+def test_a_file_that_takes_nothing_is_an_error(path: str, flags: int, text: str) -> None:
+    fd = os.open(path, flags)
+    with contextlib.closing(DirectFile(fd, -1, "none")) as direct, pytest.raises(OSError, match=text):
+        direct.write_chunks(blocks_of(aligned(MIB)))
+    os.close(fd)
+
+
+@pytest.mark.usefixtures("way")
+def test_where_o_direct_is_refused_after_all_the_page_cache_is_used(tmp_path: Path) -> None:
+    with opened(tmp_path / "a") as (_, direct):
+        direct._direct = os.open("/proc/self/oom_score_adj", os.O_WRONLY)  # EINVAL for what is no number
+        with pytest.raises(OSError, match="Invalid argument"):
+            os.pwrite(direct._direct, CONTENT[:BLOCK_BYTES], 0)
+        direct.write_chunks(blocks_of(aligned(MIB)))
+    assert (tmp_path / "a").read_bytes() == CONTENT
+
+
+def test_a_thread_that_writes_chunks_rarely_waits_for_the_gil(tmp_path: Path, way: str) -> None:
+    sleep = ctypes.PyDLL(None).usleep  # PyDLL keeps the GIL, as an optimizer's step does
+    chunks = blocks_of(aligned(MIB // 2))
+    with opened(tmp_path / "a") as (_, direct):
+        thread, num_sleeps = threading.Thread(target=direct.write_chunks, args=(chunks,)), 0
+        thread.start()
+        while thread.is_alive():
+            sleep(10_000)
+            num_sleeps += 1
+    assert (tmp_path / "a").read_bytes() == CONTENT[: MIB // 2]
+    if way == "as built" and BUILT is not None:
+        assert num_sleeps < len(chunks) / 4
+    else:
+        assert num_sleeps > len(chunks) / 2
+
+
+@pytest.mark.skipif(BUILT is None, reason="built without the C extension")
+@pytest.mark.parametrize("wrong", [(0,), [0, b"x"], (0, b"x", 1), ("0", b"x"), (0, "x"), (1 << 70, b"x"), (0, None)])
+def test_what_is_no_chunk_is_refused(tmp_path: Path, wrong: object) -> None:
+    with opened(tmp_path / "a") as (fd, _), pytest.raises((TypeError, OverflowError)):
+        BUILT.write(fd, -1, [(0, b"first"), wrong])
+    assert (tmp_path / "a").read_bytes() == b""
+
+
+# -- gathered writes ---------------------------------------------------------------------------------
 
 
 @dataclass
@@ -20,10 +180,11 @@ class Target:
     content: bytearray = field(default_factory=bytearray)
     sizes: list[int] = field(default_factory=list)
 
-    def write(self, data: memoryview, offset: int) -> None:
-        assert offset == len(self.content)
-        self.content += data
-        self.sizes.append(len(data))
+    def write(self, chunks: Sequence[Chunk]) -> None:
+        for offset, data in chunks:
+            assert offset == len(self.content)
+            self.content += data
+            self.sizes.append(len(data))
 
 
 @pytest.fixture
@@ -71,8 +232,8 @@ def test_nothing_is_written_after_a_failure() -> None:
     failure = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     calls: list[int] = []
 
-    def refuse(_data: memoryview, offset: int) -> None:
-        calls.append(offset)
+    def refuse(chunks: Sequence[Chunk]) -> None:
+        calls.append(chunks[0].offset)
         raise failure
 
     writer = BufferedWriter(refuse)

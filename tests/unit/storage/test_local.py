@@ -13,6 +13,7 @@ import pytest
 
 from distckpt.errors import SaveError
 from distckpt.storage import new_file
+from distckpt.storage.base import Chunk
 from distckpt.storage.local import LocalStorage, make_directory
 from tests.unit.directories import names_in, open_files_below, write
 
@@ -49,9 +50,9 @@ def test_a_file_that_was_begun_can_be_joined_and_is_its_makers(tmp_path: Path, *
     with LocalStorage(tmp_path, atomic=atomic).create("a.pt") as new:
         new.allocate(8)
         with LocalStorage(tmp_path).join("a.pt", new.token) as joined:
-            joined.write(b"half", 4)
+            joined.write([Chunk(4, b"half")])
             joined.sync()
-        new.write(b"one ", 0)
+        new.write([Chunk(0, b"one ")])
         assert names_in(tmp_path) == [new.token]
         new.commit(8)
     assert (tmp_path / "a.pt").read_bytes() == b"one half"
@@ -149,9 +150,9 @@ def test_a_dead_processs_temporary_file_is_cleared_by_the_next_save(tmp_path: Pa
 def test_a_living_processs_temporary_file_is_not_cleared(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     with storage.create("a.pt") as new:
-        new.write(b"first half, ", 0)
+        new.write([Chunk(0, b"first half, ")])
         write(storage, "b.pt", b"another save")  # which clears what is dead
-        new.write(b"second half", 12)
+        new.write([Chunk(12, b"second half")])
         new.commit(23)
     assert (tmp_path / "a.pt").read_bytes() == b"first half, second half"
     assert names_in(tmp_path) == ["a.pt", "b.pt"]

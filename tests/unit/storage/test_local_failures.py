@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from distckpt.errors import CommitNotDurable, SaveError
+from distckpt.storage.base import Chunk
 from distckpt.storage.local import LocalStorage
 from tests.unit.directories import names_in, open_files_below, write
 
@@ -24,7 +25,7 @@ def test_a_save_that_fails_before_its_commit_leaves_what_was_there_before(tmp_pa
 
     def fail() -> None:
         with LocalStorage(tmp_path).create("a.pt") as new:
-            new.write(b"half", 0)
+            new.write([Chunk(0, b"half")])
             raise error
 
     with pytest.raises(type(error)):
