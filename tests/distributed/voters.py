@@ -18,7 +18,7 @@ from distckpt.backends.detect import current
 from tests.support import job
 
 WORLDS = pytest.mark.parametrize("world_size", [2, 3])
-SOON_S = 2.0
+SOON_S = 10.0
 End = tuple[int, str | None]
 """Of a run: the last iteration, and the stop reason."""
 LIMIT_S = 30.0

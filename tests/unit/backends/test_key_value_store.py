@@ -23,7 +23,7 @@ from tests.support.selection import quick
 
 DeadHost = tuple[TorchKeyValueStore, TorchKeyValueStore]
 LIMIT_S = 0.3
-SLACK_S = 1.0
+SLACK_S = 10.0
 """By how much a call may overrun its limit on a busy machine; a hang is a minute."""
 _ENOUGH = timedelta(seconds=60)
 
@@ -255,7 +255,7 @@ def test_a_host_that_died_is_told_from_one_that_is_frozen(
             call(dead_host[0], 20.0)
     with pytest.raises(ConnectionError, match="the job's store is gone"):
         dead_host[0].set("note", "text", limit_s=20.0)
-    assert time.monotonic() - begin_s < 5.0
+    assert time.monotonic() - begin_s < 15.0
 
 
 def test_a_first_call_to_a_host_that_died_ends_within_its_limit(
@@ -278,7 +278,7 @@ def test_a_guest_on_a_connection_hears_at_once_that_its_host_died() -> None:
     begin_s = time.monotonic()
     with pytest.raises(ConnectionError, match="the job's store is gone"):
         kv.add("n", 1, limit_s=20.0)
-    assert time.monotonic() - begin_s < 5.0
+    assert time.monotonic() - begin_s < 15.0
 
 
 # -- where it is kept --------------------------------------------------------------------------------
