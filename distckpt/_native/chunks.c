@@ -1,6 +1,6 @@
 /* Writing and comparing many ranges of a file in one call each. See distckpt/storage/direct_io.py for why.
  *
- * A chunk is a tuple of an offset in the file and an object with a buffer, which is not resized meanwhile.
+ * A chunk is a tuple of an offset in the file and an object with a buffer, which cannot be resized meanwhile.
  *
  * The module uses Python's stable ABI of 3.11.
  */
@@ -23,6 +23,7 @@
 typedef struct {
     Py_buffer buffer;
     off_t offset;
+    int is_bytes; /* a `bytes` object */
 } Chunk;
 
 /* --- chunks --------------------------------------------------------------------------------------------------- */
@@ -34,20 +35,22 @@ static void release(Chunk *chunks, Py_ssize_t num_chunks)
     PyMem_Free(chunks);
 }
 
-/* Return the chunks of a list, for `release`; NULL for an error. */
-static Chunk *chunks_of(PyObject *list, Py_ssize_t *num_chunks)
+/* Return the chunks of a sequence, for `release`; NULL for an error. */
+static Chunk *chunks_of(PyObject *sequence, Py_ssize_t *num_chunks)
 {
     Py_ssize_t at = 0;
+    PyObject *list = PySequence_List(sequence);
+    if (!list)
+        return NULL;
     *num_chunks = PyList_Size(list);
     Chunk *chunks = PyMem_Calloc(*num_chunks ? (size_t)*num_chunks : 1, sizeof *chunks);
     if (!chunks) {
+        Py_DECREF(list);
         PyErr_NoMemory();
         return NULL;
     }
     for (; at < *num_chunks; at++) {
         PyObject *pair = PyList_GetItem(list, at);
-        if (!pair)
-            break;
         if (!PyTuple_Check(pair) || PyTuple_Size(pair) != 2) {
             PyErr_SetString(PyExc_TypeError, "a chunk is no tuple of an offset and bytes");
             break;
@@ -57,7 +60,9 @@ static Chunk *chunks_of(PyObject *list, Py_ssize_t *num_chunks)
             PyObject_GetBuffer(PyTuple_GetItem(pair, 1), &chunks[at].buffer, PyBUF_SIMPLE))
             break;
         chunks[at].offset = (off_t)offset;
+        chunks[at].is_bytes = PyBytes_Check(PyTuple_GetItem(pair, 1));
     }
+    Py_DECREF(list); /* each buffer holds its object */
     if (at < *num_chunks) {
         release(chunks, at);
         return NULL;
@@ -67,30 +72,35 @@ static Chunk *chunks_of(PyObject *list, Py_ssize_t *num_chunks)
 
 /* --- writing -------------------------------------------------------------------------------------------------- */
 
+/* Return 1 if O_DIRECT can write the chunk. `bytes` can be aligned by chance only: they always take the page cache. */
 static int is_aligned(const Chunk *chunk)
 {
     const uintptr_t bits = (uintptr_t)chunk->buffer.buf | (uintptr_t)chunk->buffer.len | (uintptr_t)chunk->offset;
-    return bits % BLOCK_BYTES == 0;
+    return bits % BLOCK_BYTES == 0 && !chunk->is_bytes;
 }
 
 static PyObject *write_chunks(PyObject *module, PyObject *arguments)
 {
     int fd, direct, code = 0;
-    PyObject *list;
+    PyObject *sequence;
     Py_ssize_t num_chunks, done = 0;
     (void)module;
-    if (!PyArg_ParseTuple(arguments, "iiO!:write", &fd, &direct, &PyList_Type, &list))
+    if (!PyArg_ParseTuple(arguments, "iiO:write", &fd, &direct, &sequence))
         return NULL;
-    Chunk *chunks = chunks_of(list, &num_chunks);
+    Chunk *chunks = chunks_of(sequence, &num_chunks);
     if (!chunks)
         return NULL;
     Py_BEGIN_ALLOW_THREADS
     for (; done < num_chunks; done++) {
         const Chunk *chunk = &chunks[done];
-        const int is_direct = direct >= 0 && is_aligned(chunk);
         const size_t num_bytes = (size_t)chunk->buffer.len;
-        const ssize_t written = pwrite(is_direct ? direct : fd, chunk->buffer.buf, num_bytes, chunk->offset);
-        if (written < 0 && errno != EINTR && !(is_direct && errno == EINVAL))
+        ssize_t written = -1;
+        errno = EINVAL;
+        if (direct >= 0 && is_aligned(chunk))
+            written = pwrite(direct, chunk->buffer.buf, num_bytes, chunk->offset);
+        if (written < 0 && errno == EINVAL) /* not tried, or of another alignment */
+            written = pwrite(fd, chunk->buffer.buf, num_bytes, chunk->offset);
+        if (written < 0 && errno != EINTR)
             code = errno;
         if (written != chunk->buffer.len)
             break;
@@ -114,8 +124,6 @@ static int has_bytes(int fd, const Chunk *chunk, char *memory)
         const Py_ssize_t rest = chunk->buffer.len - done;
         const size_t most = (size_t)(rest < COMPARE_BYTES ? rest : COMPARE_BYTES);
         const ssize_t num_read = pread(fd, memory, most, chunk->offset + done);
-        if (num_read < 0 && errno == EINTR)
-            continue;
         if (num_read < 0)
             return -1;
         if (num_read == 0 || memcmp(memory, (const char *)chunk->buffer.buf + done, (size_t)num_read))
@@ -128,12 +136,12 @@ static int has_bytes(int fd, const Chunk *chunk, char *memory)
 static PyObject *find_difference(PyObject *module, PyObject *arguments)
 {
     int fd, is_equal = 1, code = 0;
-    PyObject *list;
+    PyObject *sequence;
     Py_ssize_t num_chunks, at = 0;
     (void)module;
-    if (!PyArg_ParseTuple(arguments, "iO!:find_difference", &fd, &PyList_Type, &list))
+    if (!PyArg_ParseTuple(arguments, "iO:find_difference", &fd, &sequence))
         return NULL;
-    Chunk *chunks = chunks_of(list, &num_chunks);
+    Chunk *chunks = chunks_of(sequence, &num_chunks);
     if (!chunks)
         return NULL;
     Py_BEGIN_ALLOW_THREADS
@@ -163,14 +171,18 @@ static PyObject *has_hole(PyObject *module, PyObject *arguments)
         return NULL;
     const Py_ssize_t num_ranges = ranges.len / (Py_ssize_t)(2 * sizeof(int64_t));
     Py_BEGIN_ALLOW_THREADS
-    off_t hole = -1; /* the first one after a range's begin */
+    off_t hole = -1; /* the first one from a range's begin on; a file ends with one */
     for (Py_ssize_t at = 0; at < num_ranges && !is_found; at++) {
         int64_t range[2];
         memcpy(range, (const char *)ranges.buf + at * (Py_ssize_t)sizeof range, sizeof range);
+        if (range[0] >= range[1])
+            continue;
         if (hole < range[0])
             hole = lseek(fd, range[0], SEEK_HOLE);
-        if (hole < 0)
-            break; /* the file system cannot tell */
+        if (hole < 0) {
+            is_found = errno == ENXIO; /* past the file's end; after other errors, the file system cannot tell */
+            break;
+        }
         is_found = hole < range[1];
     }
     Py_END_ALLOW_THREADS
@@ -181,14 +193,15 @@ static PyObject *has_hole(PyObject *module, PyObject *arguments)
 static PyMethodDef functions[] = {
     { "write", write_chunks, METH_VARARGS,
       "write(fd, direct, chunks)\n--\n\n"
-      "Write chunks, and return how many were written. It stops before one of which only a part was written. A chunk with\n"
-      "aligned memory, offset and length is written to `direct` unless that is -1, until EINVAL." },
+      "Write chunks, and return how many were written. It stops before one of which not all was written, without an\n"
+      "error or because of a signal. A chunk with aligned memory, offset and length is written to `direct`, a descriptor\n"
+      "with O_DIRECT or -1, if it can be." },
     { "find_difference", find_difference, METH_VARARGS,
       "find_difference(fd, chunks)\n--\n\n"
       "Return the index of the first chunk whose bytes a file does not have; -1 if it has all." },
     { "has_hole", has_hole, METH_VARARGS,
       "has_hole(fd, ranges)\n--\n\n"
-      "Return True if the file system reports a hole in one of the ranges, which are pairs of int64 in ascending order." },
+      "Return True if the file system reports a hole in one of the ranges: pairs of int64, in ascending order." },
     { NULL, NULL, 0, NULL },
 };
 

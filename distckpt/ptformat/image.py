@@ -42,7 +42,7 @@ from distckpt.ptformat.layout import (
 from distckpt.storage.base import BLOCK_BYTES, Chunk
 
 CHUNK_BYTES, MOST_BYTES = 8 << 20, 256 << 20
-"""Least and most bytes that are written in one call. Powers of two of blocks."""
+"""Bytes of one part to wait for, and most bytes to write in one call. Powers of two of blocks."""
 _GROUP_BYTES = 1 << 20
 """Small records are checksummed in groups of this length, without waiting in between."""
 _HEAD = (("version", b"3\n"), ("byteorder", sys.byteorder.encode()))

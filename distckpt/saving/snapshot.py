@@ -267,7 +267,7 @@ class Snapshot:
         """
         buffer = _required(self._buffer)
         written = [(begin, end // BLOCK_BYTES * BLOCK_BYTES) for begin, end, _ in buffer.segments]
-        has_hole = file.has_hole([(begin, end) for begin, end in written if begin < end])
+        has_hole = file.has_hole(written)
         for chunks in buffer.chunks():
             blocks = map(_blocks_of, chunks)
             # A block that was written in part is no hole.

@@ -32,7 +32,7 @@ class DirectFile:
 
     Args:
         fd: open for writing; the caller closes it. Used for what O_DIRECT cannot write.
-        parent: descriptor of the file's folder.
+        parent: descriptor of the file's folder, which the caller keeps open as well.
         name: the file's name in it.
     """
 
@@ -53,10 +53,10 @@ class DirectFile:
         done = 0
         while done < len(chunks):
             if _native is not None and len(chunks) - done > 1:
-                done += _native.write(self._fd, self._open(), list(chunks[done:]))
-            if done < len(chunks):  # the only one, or one of which a part was written
+                done += _native.write(self._fd, self._open(), chunks[done:])
+            if done < len(chunks):  # the only one, or one of which not all was written
                 offset, data = chunks[done]
-                if isinstance(data, bytes):  # never page-aligned
+                if isinstance(data, bytes):  # aligned by chance only
                     write_at(self._fd, memoryview(data), offset)
                 else:
                     self.write(data, offset)
@@ -149,9 +149,10 @@ def write_at(fd: int, data: memoryview, offset: int) -> None:
 
 def find_difference(fd: int, chunks: Sequence[Chunk]) -> Chunk | None:
     """Return the first chunk whose bytes a file does not have; None if it has all. Raises OSError."""
-    if _native is not None:
-        index = _native.find_difference(fd, list(chunks))
-        return chunks[index] if index >= 0 else None
+    while _native is not None:
+        with contextlib.suppress(InterruptedError):  # a signal's handler has run
+            index = _native.find_difference(fd, chunks)
+            return chunks[index] if index >= 0 else None
     for chunk in chunks:
         for begin in range(0, len(chunk.data), _COMPARE_BYTES):
             expected = chunk.data[begin : begin + _COMPARE_BYTES]
@@ -169,9 +170,10 @@ def has_hole(fd: int, ranges: Sequence[tuple[int, int]]) -> bool:
     """
     if _native is not None:
         return _native.has_hole(fd, array("q", itertools.chain.from_iterable(ranges)))
-    with contextlib.suppress(OSError):
-        return any(os.lseek(fd, begin, os.SEEK_HOLE) < end for begin, end in ranges)
-    return False
+    try:
+        return any(os.lseek(fd, begin, os.SEEK_HOLE) < end for begin, end in ranges if begin < end)
+    except OSError as error:
+        return error.errno == errno.ENXIO  # past the file's end
 
 
 def allocate(fd: int, num_bytes: int) -> None:

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 import distckpt
 from distckpt import Checkpoint, DiskSaver, RngState, StageState
 from distckpt.ptformat.reader import verify
+from distckpt.storage import direct_io
 from tests.distributed.programs import Stateful, kinds, raised
 from tests.support import job, run_distributed
 
@@ -232,6 +233,7 @@ def test_a_background_save_holds_the_state_of_its_call(tmp_path: Path) -> None:
     check_file(tmp_path / "file.pt", expected)
 
 
+@pytest.mark.skipif(vars(direct_io)["_native"] is None, reason="built without the C extension")
 @run_distributed(world_size=2)
 def test_a_background_save_ends_while_training_rarely_gives_up_the_gil(tmp_path: Path) -> None:
     step = ctypes.PyDLL(None).usleep  # PyDLL keeps the GIL, as a fused optimizer's step does

@@ -97,7 +97,7 @@ class _NewFile(_Bytes):
 
     def has_hole(self, ranges: Sequence[tuple[int, int]]) -> bool:
         """Return True: every check is to be made."""
-        return bool(ranges)
+        return any(begin < end for begin, end in ranges)
 
     def compare(self, chunks: Sequence[Chunk]) -> None:
         """Compare with the content."""

@@ -23,6 +23,7 @@ from distckpt.storage.direct_io import BufferedWriter, DirectFile, find_differen
 
 BUILT: Any = vars(direct_io)["_native"]
 WAYS = {"as built": BUILT, "no extension": None}
+needs_extension = pytest.mark.skipif(BUILT is None, reason="built without the C extension")
 MIB = 1 << 20
 CONTENT = random.Random(4).randbytes(MIB)
 GATHERED_BYTES = direct_io._BUFFER_BYTES
@@ -106,7 +107,14 @@ def test_a_hole_is_found_in_the_range_that_has_it(tmp_path: Path) -> None:
             grown = [*written[:number], (begin, end + 1), *written[number + 1 :]]
             assert has_hole(fd, grown)
             assert has_hole(fd, [(begin, end), (end, end + 1)])
-        assert not has_hole(fd, [(60 * BLOCK_BYTES, 61 * BLOCK_BYTES)])  # past the end, where nothing can be told
+        end = 40 * BLOCK_BYTES
+        for past in ([(end, end + 1)], [(2 * end, 3 * end)], [written[0], (end, end + 1)], [(end - 1, end + 1)]):
+            assert has_hole(fd, past), "past the end nothing was written"
+        assert not has_hole(fd, [(end, end), (2 * end, end)])
+    read, other = os.pipe()
+    assert not has_hole(read, [(0, 1)]), "a file system that cannot tell"
+    os.close(read)
+    os.close(other)
 
 
 @pytest.mark.usefixtures("way")
@@ -114,6 +122,8 @@ def test_an_error_of_one_chunk_is_raised_and_later_ones_are_not_written(tmp_path
     memory = aligned(64 * BLOCK_BYTES)
     with opened(tmp_path / "a") as (fd, direct):
         chunks = [Chunk(at, memory[at : at + BLOCK_BYTES]) for at in range(0, len(memory), BLOCK_BYTES)]
+        later = chunks.pop(3)
+        chunks.append(later)
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (10 * BLOCK_BYTES + 1000, before[1]))  # Python ignores SIGXFSZ
         try:
@@ -121,7 +131,9 @@ def test_an_error_of_one_chunk_is_raised_and_later_ones_are_not_written(tmp_path
                 direct.write_chunks(chunks)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        assert (tmp_path / "a").read_bytes()[: 10 * BLOCK_BYTES] == CONTENT[: 10 * BLOCK_BYTES]
+        expected = bytearray(CONTENT[: 10 * BLOCK_BYTES])
+        expected[later.offset : later.offset + BLOCK_BYTES] = bytes(BLOCK_BYTES)
+        assert (tmp_path / "a").read_bytes()[: 10 * BLOCK_BYTES] == expected
         assert os.fstat(fd).st_size <= 10 * BLOCK_BYTES + 1000
 
 
@@ -146,23 +158,47 @@ def test_where_o_direct_is_refused_after_all_the_page_cache_is_used(tmp_path: Pa
     assert (tmp_path / "a").read_bytes() == CONTENT
 
 
-def test_a_thread_that_writes_chunks_rarely_waits_for_the_gil(tmp_path: Path, way: str) -> None:
+@pytest.mark.usefixtures("way")
+def test_aligned_memory_is_written_with_o_direct_and_bytes_never_are(tmp_path: Path) -> None:
+    memory = aligned(MIB)
+    chunks = blocks_of(memory)
+    taken = [
+        chunk._replace(data=bytes(chunk.data)) if number % 3 == 0 else chunk for number, chunk in enumerate(chunks)
+    ]
+    other = os.open(tmp_path / "direct", os.O_RDWR | os.O_CREAT)
+    os.ftruncate(other, MIB)
+    with opened(tmp_path / "a") as (fd, direct):
+        os.ftruncate(fd, MIB)
+        direct._direct = other  # another file, to tell the ways apart
+        direct.write_chunks(taken)
+    for chunk in taken:
+        names = ["a", "direct"] if isinstance(chunk.data, bytes) else ["direct", "a"]
+        written, left = ((tmp_path / name).read_bytes()[chunk.offset :][:BLOCK_BYTES] for name in names)
+        assert written == chunk.data
+        assert left == bytes(BLOCK_BYTES)
+
+
+@needs_extension
+def test_a_thread_that_writes_chunks_rarely_waits_for_the_gil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sleep = ctypes.PyDLL(None).usleep  # PyDLL keeps the GIL, as an optimizer's step does
-    chunks = blocks_of(aligned(MIB // 2))
-    with opened(tmp_path / "a") as (_, direct):
-        thread, num_sleeps = threading.Thread(target=direct.write_chunks, args=(chunks,)), 0
-        thread.start()
-        while thread.is_alive():
-            sleep(10_000)
-            num_sleeps += 1
-    assert (tmp_path / "a").read_bytes() == CONTENT[: MIB // 2]
-    if way == "as built" and BUILT is not None:
-        assert num_sleeps < len(chunks) / 4
-    else:
-        assert num_sleeps > len(chunks) / 2
+    chunks = blocks_of(aligned(MIB // 4))
+
+    def num_sleeps() -> int:
+        with opened(tmp_path / "a") as (_, direct):
+            thread, found = threading.Thread(target=direct.write_chunks, args=(chunks,)), 0
+            thread.start()
+            while thread.is_alive():
+                sleep(20_000)
+                found += 1
+        assert (tmp_path / "a").read_bytes() == CONTENT[: MIB // 4]
+        return found
+
+    in_c = num_sleeps()
+    monkeypatch.setattr(direct_io, "_native", None)
+    assert in_c < num_sleeps() / 2
 
 
-@pytest.mark.skipif(BUILT is None, reason="built without the C extension")
+@needs_extension
 @pytest.mark.parametrize("wrong", [(0,), [0, b"x"], (0, b"x", 1), ("0", b"x"), (0, "x"), (1 << 70, b"x"), (0, None)])
 def test_what_is_no_chunk_is_refused(tmp_path: Path, wrong: object) -> None:
     with opened(tmp_path / "a") as (fd, _), pytest.raises((TypeError, OverflowError)):
