@@ -102,6 +102,8 @@ static PyObject *write_chunks(PyObject *module, PyObject *arguments)
             written = pwrite(fd, chunk->buffer.buf, num_bytes, chunk->offset);
         if (written < 0 && errno != EINTR)
             code = errno;
+        if (written == 0 && num_bytes) /* a file system that takes no bytes */
+            code = EIO;
         if (written != chunk->buffer.len)
             break;
     }
