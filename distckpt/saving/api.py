@@ -123,7 +123,8 @@ def async_save(
 ) -> PendingSave:
     """Collective. Copy the state of objects to host memory, and write it while training continues.
 
-    Call it on all ranks. It saves as :func:`save` does, but returns when training may change the objects again.
+    Call it on all ranks. It saves as :func:`save` does, but returns when training may change the objects again. Until
+    the commit `path` names the earlier file, or none: call :meth:`PendingSave.wait` before you load it.
 
     The file becomes durable without further calls: the coordinator's thread commits it. With `share_write` that thread
     learns of the other writers through the job's key-value store; in a job without one (Horovod, XLA in several
