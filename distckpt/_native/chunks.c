@@ -94,11 +94,9 @@ static PyObject *write_chunks(PyObject *module, PyObject *arguments)
     for (; done < num_chunks; done++) {
         const Chunk *chunk = &chunks[done];
         const size_t num_bytes = (size_t)chunk->buffer.len;
-        ssize_t written = -1;
-        errno = EINVAL;
-        if (direct >= 0 && is_aligned(chunk))
-            written = pwrite(direct, chunk->buffer.buf, num_bytes, chunk->offset);
-        if (written < 0 && errno == EINVAL) /* not tried, or of another alignment */
+        const int is_direct = direct >= 0 && is_aligned(chunk);
+        ssize_t written = pwrite(is_direct ? direct : fd, chunk->buffer.buf, num_bytes, chunk->offset);
+        if (is_direct && written < 0 && errno == EINVAL) /* O_DIRECT needs another alignment here */
             written = pwrite(fd, chunk->buffer.buf, num_bytes, chunk->offset);
         if (written < 0 && errno != EINTR)
             code = errno;

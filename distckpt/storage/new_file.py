@@ -87,7 +87,7 @@ class LocalNewFile(OpenFile):
         try:
             self._direct.write_chunks(chunks)
         except OSError as error:
-            raise self._failure(f"writing {_text_of(chunks)}", error) from error
+            raise self._failure(f"writing {_describe(chunks)}", error) from error
 
     def allocate(self, num_bytes: int) -> None:
         """Set the file's length and reserve disk blocks."""
@@ -115,7 +115,7 @@ class LocalNewFile(OpenFile):
                 chunks = [found]
                 raise OSError(errno.EIO, "it does not hold what was written")  # noqa: TRY301 - one error path
         except OSError as error:
-            raise self._failure(f"checking {_text_of(chunks)}", error) from error
+            raise self._failure(f"checking {_describe(chunks)}", error) from error
 
     def commit(self, num_bytes: int, check: Callable[[Readable], Sequence[str]] | None = None) -> None:
         """Sync the file, rename it, sync the directory."""
@@ -159,7 +159,7 @@ class LocalNewFile(OpenFile):
         return save_error(f"cannot save {self.path}: {doing} failed ({text_of(error)})", error)
 
 
-def _text_of(chunks: Sequence[Chunk]) -> str:
+def _describe(chunks: Sequence[Chunk]) -> str:
     where = f"at offset {chunks[0].offset}" if len(chunks) == 1 else f"in {len(chunks)} chunks"
     return f"{sum(len(one.data) for one in chunks)} bytes {where}"
 
