@@ -1,14 +1,12 @@
 """Copies into staging memory on several threads."""
 
 import ctypes
-import errno
 import os
 import pickle
 import signal
 import threading
 import zlib
 from collections.abc import Iterator
-from contextlib import closing
 from copy import deepcopy
 from pathlib import Path
 
@@ -19,7 +17,6 @@ from distckpt import DiskSaver
 from distckpt._checksum import combine_crc32, kernel_name
 from distckpt.ptformat.image import CopyItem
 from distckpt.saving.staging import HostMemory, Staging, split_copies, thread_memory
-from distckpt.storage.direct_io import DirectFile
 from tests.unit.storages import bytes_of, storages_of
 
 MIB = 1 << 20
@@ -191,93 +188,3 @@ def test_savers_share_memory_only_within_a_thread(tmp_path: Path) -> None:
     thread.start()
     thread.join(timeout=10.0)
     assert found[0] is not thread_memory()
-
-
-# -- O_DIRECT ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def parent(tmp_path: Path) -> Iterator[int]:
-    fd = os.open(tmp_path, os.O_RDONLY)
-    yield fd
-    os.close(fd)
-
-
-def write_through(path: Path, parent: int, pieces: list[tuple[int, memoryview]]) -> bytes:
-    with path.open("w+b") as file, closing(DirectFile(file.fileno(), parent, path.name)) as direct:
-        for offset, data in pieces:
-            direct.write(data, offset)
-    return path.read_bytes()
-
-
-def content(num_bytes: int) -> memoryview:
-    memory = HostMemory().view(num_bytes)
-    memory[:] = bytes_of(storages_of(num_bytes)[0])
-    return memory
-
-
-def test_aligned_and_unaligned_ranges_are_written(tmp_path: Path, parent: int) -> None:
-    data = content(3 * MIB + 123)
-    pieces = [(MIB, data[MIB:]), (0, data[:MIB])]
-    assert write_through(tmp_path / "a", parent, pieces) == bytes(data)
-
-
-@pytest.mark.parametrize("code", [errno.EINVAL, errno.EIO])
-def test_file_system_without_o_direct_is_written_through_the_page_cache(
-    tmp_path: Path, parent: int, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
-    real = os.open
-
-    def refuse(path: str, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
-        if flags & os.O_DIRECT:
-            raise OSError(code, os.strerror(code))
-        return real(path, flags, mode, dir_fd=dir_fd)
-
-    monkeypatch.setattr(os, "open", refuse)
-    data = content(10_000)
-    assert write_through(tmp_path / "a", parent, [(0, data)]) == bytes(data)
-
-
-def test_file_system_with_another_alignment_is_no_error(
-    tmp_path: Path, parent: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, refused = os.pwrite, list[int]()
-
-    def refuse(fd: int, data: memoryview, offset: int) -> int:
-        if not refused:
-            refused.append(offset)
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return real(fd, data, offset)
-
-    monkeypatch.setattr(os, "pwrite", refuse)
-    data = content(10_000)
-    assert write_through(tmp_path / "a", parent, [(0, data)]) == bytes(data)
-    assert refused == [0]
-
-
-@pytest.mark.parametrize("most", [1, 1000, 4096, 5000])
-def test_short_writes_are_continued(tmp_path: Path, parent: int, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    real = os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: real(fd, bytes(data[:most]), offset))
-    data = content(9_000)
-    with (
-        (tmp_path / "a").open("w+b") as file,
-        closing(DirectFile(file.fileno(), parent, "missing")) as direct,
-    ):
-        direct.write(data, 0)
-    assert (tmp_path / "a").read_bytes() == bytes(data)
-
-
-def test_write_of_zero_bytes_is_an_error(tmp_path: Path, parent: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "pwrite", lambda *_: 0)
-    with pytest.raises(OSError, match="took no bytes"):
-        write_through(tmp_path / "a", parent, [(0, content(8192))])
-
-
-def test_full_disk_is_an_error(tmp_path: Path, parent: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "pwrite", refuse)
-    with pytest.raises(OSError, match="No space left"):
-        write_through(tmp_path / "a", parent, [(0, content(8192))])

@@ -1,4 +1,4 @@
-"""Many chunks are written and checked in one call, in C or in Python; BufferedWriter gathers small writes."""
+"""O_DIRECT and what it cannot write; many chunks in one call, in C or in Python; BufferedWriter."""
 
 import array
 import contextlib
@@ -25,18 +25,9 @@ BUILT: Any = vars(direct_io)["_native"]
 WAYS = {"as built": BUILT, "no extension": None}
 needs_extension = pytest.mark.skipif(BUILT is None, reason="built without the C extension")
 MIB = 1 << 20
-CONTENT = random.Random(4).randbytes(MIB)
+DATA = random.Random(4).randbytes(4 * MIB)
+CONTENT = DATA[:MIB]
 GATHERED_BYTES = direct_io._BUFFER_BYTES
-
-
-# -- many chunks -------------------------------------------------------------------------------------
-
-
-@pytest.fixture(params=WAYS)
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run a test with the native code that is here, and without any."""
-    monkeypatch.setattr(direct_io, "_native", WAYS[request.param])
-    return str(request.param)
 
 
 @contextlib.contextmanager
@@ -51,8 +42,18 @@ def opened(path: Path) -> Iterator[tuple[int, DirectFile]]:
 
 def aligned(num_bytes: int) -> memoryview:
     memory = memoryview(mmap.mmap(-1, num_bytes))
-    memory[:] = CONTENT[:num_bytes]
+    memory[:] = DATA[:num_bytes]
     return memory
+
+
+# -- many chunks -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test with the native code that is here, and without any."""
+    monkeypatch.setattr(direct_io, "_native", WAYS[request.param])
+    return str(request.param)
 
 
 def blocks_of(memory: memoryview) -> list[Chunk]:
@@ -204,6 +205,78 @@ def test_what_is_no_chunk_is_refused(tmp_path: Path, wrong: object) -> None:
     with opened(tmp_path / "a") as (fd, _), pytest.raises((TypeError, OverflowError)):
         BUILT.write(fd, -1, [(0, b"first"), wrong])
     assert (tmp_path / "a").read_bytes() == b""
+
+
+# -- O_DIRECT ----------------------------------------------------------------------------------------
+
+
+def write_each(path: Path, pieces: list[tuple[int, memoryview]]) -> bytes:
+    with opened(path) as (_, direct):
+        for offset, data in pieces:
+            direct.write(data, offset)
+    return path.read_bytes()
+
+
+def test_aligned_and_unaligned_ranges_are_written(tmp_path: Path) -> None:
+    data = aligned(3 * MIB + 123)
+    pieces = [(MIB, data[MIB:]), (0, data[:MIB])]
+    assert write_each(tmp_path / "a", pieces) == bytes(data)
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EIO])
+def test_file_system_without_o_direct_is_written_through_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    real = os.open
+
+    def refuse(path: str, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(code, os.strerror(code))
+        return real(path, flags, mode, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "open", refuse)
+    data = aligned(10_000)
+    assert write_each(tmp_path / "a", [(0, data)]) == bytes(data)
+
+
+def test_file_system_with_another_alignment_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, refused = os.pwrite, list[int]()
+
+    def refuse(fd: int, data: memoryview, offset: int) -> int:
+        if not refused:
+            refused.append(offset)
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    data = aligned(10_000)
+    assert write_each(tmp_path / "a", [(0, data)]) == bytes(data)
+    assert refused == [0]
+
+
+@pytest.mark.parametrize("most", [1, 1000, 4096, 5000])
+def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: real(fd, bytes(data[:most]), offset))
+    data = aligned(9_000)
+    with opened(tmp_path / "a") as (fd, _), contextlib.closing(DirectFile(fd, -1, "missing")) as direct:
+        direct.write(data, 0)
+    assert (tmp_path / "a").read_bytes() == bytes(data)
+
+
+def test_write_of_zero_bytes_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "pwrite", lambda *_: 0)
+    with pytest.raises(OSError, match="took no bytes"):
+        write_each(tmp_path / "a", [(0, aligned(8192))])
+
+
+def test_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        write_each(tmp_path / "a", [(0, aligned(8192))])
 
 
 # -- gathered writes ---------------------------------------------------------------------------------
