@@ -4,6 +4,10 @@ A thread lets the kernel read, by ``sendfile`` to ``/dev/null``: in order, with 
 copy. The thread needs Python's lock once in tens of megabytes, so it goes on while another thread runs Python. The
 reader asks the kernel for bytes in the page cache only (``RWF_NOWAIT``), and sleeps if there are none. This process,
 another one, or the kernel itself may bring them: Linux 6.18 may start to read what it is asked for.
+
+The kernel is not told that it reads in order (``POSIX_FADV_SEQUENTIAL``). That doubles its read-ahead. Where that is
+8 MiB, two processes that read 512 MiB each took 0.98 to 1.15 s with it and 0.55 to 0.76 s without, and three to four
+times as long on a busy machine. Where it is 128 KiB, both took 0.7 s.
 """
 
 import contextlib
@@ -98,7 +102,7 @@ class Readahead:
         """
         self._is_waiting = is_waiting
         with contextlib.suppress(OSError):
-            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM if is_waiting else os.POSIX_FADV_SEQUENTIAL)
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM if is_waiting else os.POSIX_FADV_NORMAL)
 
     def _run(self) -> None:
         try:
@@ -114,7 +118,6 @@ class Readahead:
             stack.callback(os.close, fd)
             null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
             stack.callback(os.close, null)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             firsts = list(itertools.accumulate((begin for begin, _ in reversed(self._steps)), min))
             for (begin, end), first in zip(self._steps, reversed(firsts), strict=True):
                 self._front = first  # all bytes before it were brought

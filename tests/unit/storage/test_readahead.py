@@ -150,6 +150,14 @@ def test_a_thread_that_breaks_leaves_the_reading_to_the_reader(cold: int, monkey
     assert told == [MemoryError]
 
 
+def test_it_does_not_enlarge_the_kernel_s_own_windows(cold: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    advice: set[int] = set()
+    monkeypatch.setattr(os, "posix_fadvise", lambda _fd, _offset, _length, kind: advice.add(kind))
+    with Readahead(cold, [(0, SIZE)]) as ahead:
+        assert all_of(ahead) == expected()
+    assert advice == {os.POSIX_FADV_RANDOM, os.POSIX_FADV_NORMAL}
+
+
 @pytest.fixture
 def brought(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return what becomes a list of what has been brought, in small steps and with a small lead."""
