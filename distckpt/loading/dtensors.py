@@ -14,6 +14,7 @@ from distckpt.ptformat.sharded import (
     describe_shard,
     is_dtensor,
     is_flat_shard,
+    mesh_ranks,
     none_sharded,
     sharded_error,
 )
@@ -48,7 +49,8 @@ def get_part(tensor: torch.Tensor) -> tuple[Ranges, ...] | None:
     coordinate = it.device_mesh.get_coordinate()
     if coordinate is None:
         return tuple([] for _ in tensor.shape)
-    return local_ranges(tensor.shape, it.device_mesh.shape, coordinate, it.placements, local_tensor(tensor).shape)
+    _, mesh_shape = mesh_ranks(it.device_mesh)
+    return local_ranges(tensor.shape, mesh_shape, coordinate, it.placements, local_tensor(tensor).shape)
 
 
 def empty_like(live: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

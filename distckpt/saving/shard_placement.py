@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 
-from distckpt.ptformat.sharded import describe_disorder, is_replicated
+from distckpt.ptformat.sharded import describe_disorder, is_replicated, mesh_ranks
 from distckpt.saving.sharding import Mesh, make_mesh
 
 
@@ -67,7 +67,7 @@ class MeshPlacement(NamedTuple):
     def of(cls, tensor: Any) -> Self:
         """Return the placement of a DTensor."""
         placements = tensor.placements
-        shape = tuple(tensor.device_mesh.shape)
+        ranks, shape = mesh_ranks(tensor.device_mesh)
         used = [one for one, size in zip(placements, shape, strict=True) if size > 1]
         splits = [
             int(getattr(one, "split_factor", 1)) if size > 1 and is_shard(one) else 0
@@ -77,7 +77,7 @@ class MeshPlacement(NamedTuple):
         if needs_redistribution:
             splits = [min(split, 1) for split in splits]
         return cls(
-            ranks=tuple(tensor.device_mesh.mesh.flatten().tolist()),
+            ranks=ranks,
             shape=shape,
             splits=tuple(splits),
             needs_redistribution=needs_redistribution,
