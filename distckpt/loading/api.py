@@ -8,6 +8,7 @@ A load from a file:
 4. load the objects, and read the rest straight into their tensors.
 """
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,8 +39,8 @@ def load(
 ) -> LoadReport:
     """Collective. Load a checkpoint into the objects of all ranks: on each rank all objects, or none.
 
-    1. (all ranks) verify the file; the ranks of a machine share the reading.
-    2. (all ranks) try the state on the objects. If it does not fit on one rank, no rank changes an object.
+    1. (all ranks) verify the file; the ranks of a machine share the reading. Meanwhile try the state on the objects.
+    2. (all ranks) if the state does not fit on one rank, no rank changes an object.
     3. (all ranks) load the objects.
 
     Args:
@@ -81,15 +82,23 @@ def load(
         return str(Path(os.fspath(path)).expanduser())
 
     location = Path(context.run_phase("checking the arguments", check_arguments)[0])
+    prepared: list[PreparedLoad] = []
+
+    def try_to_fit(unverified: OpenCheckpoint) -> bool:
+        with contextlib.suppress(Exception):  # damage is reported before a mismatch, which fit() will raise
+            prepared.append(prepare(objects, unverified.state(), {"strict": strict}, unverified))
+        return bool(prepared)
+
     try:
-        file, state = verify_on_all_ranks(context, location, verify=verify)
+        file, state = verify_on_all_ranks(context, location, take=try_to_fit, verify=verify)
     except RefusedCheckpoint as refusal:
         raise refusal.error from refusal.error.__cause__
-    states, prepared = [state], list[PreparedLoad]()
+    states = [state]
     del state
 
     def fit() -> None:
-        prepared.append(prepare(objects, states.pop(), {"strict": strict}, file if file.read_structure() else None))
+        if not prepared:
+            prepared.append(prepare(objects, states.pop(), {"strict": strict}, file if file.read_structure() else None))
         prepared[0].fill()
 
     reports: list[LoadReport] = []

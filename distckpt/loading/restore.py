@@ -39,6 +39,7 @@ from distckpt.loading.dtensors import find_dtensors, make_like_own, slice_like
 from distckpt.loading.plain_objects import is_plain_optimizer
 from distckpt.loading.report import LoadReport, join_mismatches, join_reports
 from distckpt.loading.rollback import Rollback, make_rollback, own_state
+from distckpt.ptformat.gc_pause import gc_paused
 from distckpt.ptformat.reader import OpenCheckpoint
 from distckpt.saving.plain_state import plain_state
 from distckpt.saving.stage_state import StageState
@@ -154,6 +155,7 @@ def loaded_objects(obj: Any) -> list[Any]:
     return inner.wrapped if isinstance(inner, StageState) else [inner]
 
 
+@gc_paused()
 def prepare(
     to_load: Mapping[str, Any],
     state: Any,

@@ -3,7 +3,7 @@
 1. (all ranks) open the file, and say which file it is. Ranks of one machine that have the same file share its page
    cache: they form a group.
 2. (all ranks) compare this rank's range of the file with its checksums; a group has one range per rank. Read the pickle
-   meanwhile.
+   meanwhile, and let the caller try its state.
 3. (all ranks) combine the group's results. Then apply the caller's check to the state.
 
 After each step all ranks know what failed on which rank, and refuse the file alike.
@@ -106,18 +106,25 @@ class LoadContext:
 
 
 def verify_on_all_ranks(
-    context: LoadContext, path: Path, *, check: Callable[[Any], None] | None = None, verify: bool = True
+    context: LoadContext,
+    path: Path,
+    *,
+    check: Callable[[Any], None] | None = None,
+    take: Callable[[OpenCheckpoint], bool] | None = None,
+    verify: bool = True,
 ) -> tuple[OpenCheckpoint, Any]:
     """Collective. Open a file, verify it on all ranks, and read its state. Steps 1 to 3 of this module.
 
     Args:
         context: the operation that needs the file.
         path: the file; the same on every rank.
-        check: raises ValueError if the state lacks objects.
+        check: raises ValueError if the state lacks objects. Not called for a state that was taken.
+        take: called while bytes are fetched, before any is verified. Returns True if it has taken the file's state.
         verify: compare the file with its checksums.
 
     Returns:
-        The open file, which the caller has to close, and its state. The state's tensors may have no data yet.
+        The open file, which the caller has to close, and its state; None for the state if `take` has taken it. The
+        state's tensors may have no data yet.
 
     Raises:
         RefusedCheckpoint: the file is missing, damaged, not the same on all ranks, or incomplete; on every rank.
@@ -139,17 +146,20 @@ def verify_on_all_ranks(
         def check_range() -> list[list[int]]:
             ranges = file.range_for(group.index(rank), len(group)) if verify else []
             with file.readahead(ranges) as source:
-                file.read_structure()
+                if file.read_structure() and take is not None and take(file):
+                    states.append(None)
                 return [list(one) for one in file.check(ranges, source)]
 
-        results = context.collect(path, "reading", check_range)
         states: list[Any] = []
+        results = context.collect(path, "reading", check_range)
 
         def read_state() -> None:
             if verify:
                 file.raise_for_faults(
                     file.faults([[(number, crc, size) for number, crc, size in results[one]] for one in group])
                 )
+            if states:
+                return
             states.append(file.state())
             try:
                 if check is not None:

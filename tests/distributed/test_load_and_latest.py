@@ -123,6 +123,19 @@ def test_a_state_that_does_not_fit_on_one_rank_changes_no_object_of_any(tmp_path
     assert "size mismatch for weight" in ends[0]["error"]
 
 
+def test_damage_is_reported_before_a_mismatch(tmp_path: Path) -> None:
+    """A state that does not fit may be a damaged one."""
+    path = put(tmp_path, 8)
+    content = path.read_bytes()
+    at = content.index(torch.full((2,), 8.0).numpy().tobytes())
+    path.write_bytes(content[:at] + b"?" + content[at + 1 :])
+    ends = run_ranks(loaded_into_another_shape_on_rank_1, 2, path)
+    assert all_equal(ends)
+    assert ends[0]["is_unchanged"]
+    assert "CorruptCheckpointError" in ends[0]["kinds"]
+    assert "StateMismatchError" not in ends[0]["kinds"]
+
+
 @WORLDS
 def test_the_latest_is_the_same_on_all_ranks(tmp_path: Path, world_size: int) -> None:
     for step in (4, 12, 8):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import nn
 
 import distckpt
 from distckpt import Checkpoint, CorruptCheckpointError, LoadError, LoadReport, StateMismatchError, UnsafeCheckpoint
+from distckpt.loading.restore import prepare
+from distckpt.ptformat.reader import OpenCheckpoint
 from tests.support.limits import PROGRAM_LIMIT_S
 from tests.unit.toys import Notebook, equal, linear, run_epochs, snapshot
 
@@ -32,6 +35,39 @@ def saved(folder: Path, num_epochs: int = 1, n_saved: int = 9) -> dict[str, Any]
 
 
 # -- load --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return what becomes a list of the steps of a load: trying the state on the objects, and verifying."""
+    done: list[str] = []
+
+    def noting(step: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*given: Any) -> Any:
+            done.append(step)
+            return work(*given)
+
+        return noted
+
+    monkeypatch.setattr("distckpt.loading.api.prepare", noting("try", prepare))
+    monkeypatch.setattr(OpenCheckpoint, "check", noting("verify", OpenCheckpoint.check))
+    return done
+
+
+def test_a_state_is_tried_once_while_the_file_is_fetched(tmp_path: Path, steps: list[str]) -> None:
+    objects, model = saved(tmp_path), linear(2)
+    assert distckpt.load({"model": model}, tmp_path / "checkpoint_1.pt") == LoadReport()
+    assert equal(model.state_dict(), objects["model"].state_dict())
+    assert steps == ["try", "verify"]
+
+
+def test_a_state_that_does_not_fit_is_refused_when_the_file_is_known_to_be_sound(
+    tmp_path: Path, steps: list[str]
+) -> None:
+    saved(tmp_path)
+    with pytest.raises(StateMismatchError, match="size mismatch for weight"):
+        distckpt.load({"model": nn.Linear(7, 7)}, tmp_path / "checkpoint_1.pt")
+    assert steps == ["try", "verify", "try"]
 
 
 @pytest.mark.parametrize("verify", [True, False])
