@@ -10,6 +10,7 @@ divides evenly. Elsewhere they may differ, and the shape of the local shard says
 Source: ``torch.distributed.tensor.placement_types`` and ``FSDPParam._init_sharded_param`` of torch 2.9 to 2.13.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -44,23 +45,31 @@ def local_ranges(
         >>> local_ranges((5, 3), (2,), (1,), (Shard(0),), (2, 3))
         ([(3, 5)], [(0, 3)])
     """
-    shards = _find_shards(mesh_shape, coordinate, placements)
-    found: list[Ranges] = []
+    fitting = _fitting_ranges(tuple(shape), _find_shards(mesh_shape, coordinate, placements), tuple(local_shape))
+    unclear = next((found for found in fitting if len(found) != 1), None)
+    if unclear is not None:
+        names = ", ".join(map(str, placements))
+        what = "several shards" if unclear else "no shard"
+        msg = (
+            f"placements ({names}) over a mesh of {'x'.join(map(str, mesh_shape))} ranks give {what} of shape "
+            f"{tuple(local_shape)} at {tuple(coordinate)} of a tensor of shape {tuple(shape)}"
+        )
+        raise ValueError(msg)
+    return tuple(list(ranges) for (ranges,) in fitting)
+
+
+@functools.lru_cache(maxsize=1024)
+def _fitting_ranges(
+    shape: tuple[int, ...], shards: tuple["DimShard", ...], local_shape: tuple[int, ...]
+) -> tuple[tuple[Ranges, ...], ...]:
+    """Return the ranges of each dimension that have the local shard's size; one in each, unless something is wrong."""
+    found = []
     for dim, (size, local_size) in enumerate(zip(shape, local_shape, strict=True)):
         on_dim = [shard for shard in shards if shard[0] in (dim, dim - len(shape))]
         candidates = [split_dimension(size, on_dim)]
         if (reverse := fsdp_order(on_dim)) and (other := split_dimension(size, reverse)) != candidates[0]:
             candidates.append(other)
-        fitting = [one for one in candidates if num_indices(one) == local_size]
-        if len(fitting) != 1:
-            names = ", ".join(map(str, placements))
-            what = "several shards" if fitting else "no shard"
-            msg = (
-                f"placements ({names}) over a mesh of {'x'.join(map(str, mesh_shape))} ranks give {what} of shape "
-                f"{tuple(local_shape)} at {tuple(coordinate)} of a tensor of shape {tuple(shape)}"
-            )
-            raise ValueError(msg)
-        found += fitting
+        found.append(tuple(one for one in candidates if num_indices(one) == local_size))
     return tuple(found)
 
 
@@ -73,7 +82,9 @@ DimShard = tuple[int, int, int, int]
 """How a mesh dimension shards a tensor dimension: that dimension, number of parts, this rank's part, split factor."""
 
 
-def _find_shards(mesh_shape: Sequence[int], coordinate: Sequence[int], placements: Sequence[Any]) -> list[DimShard]:
+def _find_shards(
+    mesh_shape: Sequence[int], coordinate: Sequence[int], placements: Sequence[Any]
+) -> tuple[DimShard, ...]:
     shards: list[DimShard] = []
     for num_parts, part, placement in zip(mesh_shape, coordinate, placements, strict=True):
         # Over a mesh dimension of one rank, every placement is the whole tensor.
@@ -83,7 +94,7 @@ def _find_shards(mesh_shape: Sequence[int], coordinate: Sequence[int], placement
             msg = f"placement {placement} does not say which part of the tensor a rank holds"
             raise ValueError(msg)
         shards.append((placement.dim, num_parts, part, int(getattr(placement, "split_factor", 1))))
-    return shards
+    return tuple(shards)
 
 
 def fsdp_order(shards: list[DimShard]) -> list[DimShard]:
