@@ -229,6 +229,7 @@ class PreparedLoad:
                     one.new_targets = []
             self._file.fill()
 
+    @gc_paused()
     def load(self) -> LoadReport:
         """Load all objects, or none.
 
