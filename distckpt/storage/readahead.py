@@ -5,9 +5,9 @@ copy. The thread needs Python's lock once in tens of megabytes, so it goes on wh
 reader asks the kernel for bytes in the page cache only (``RWF_NOWAIT``), and sleeps if there are none. This process,
 another one, or the kernel itself may bring them: Linux 6.18 may start to read what it is asked for.
 
-The kernel is not told that it reads in order (``POSIX_FADV_SEQUENTIAL``). That doubles its read-ahead. Where that is
-8 MiB, two processes that read 512 MiB each took 0.98 to 1.15 s with it and 0.55 to 0.76 s without, and three to four
-times as long on a busy machine. Where it is 128 KiB, both took 0.7 s.
+The kernel is not told that it reads in order (``POSIX_FADV_SEQUENTIAL``), which doubles its read-ahead. In a virtual
+machine where that is 8 MiB, two processes that read 512 MiB each then took 0.98 to 1.15 s instead of 0.55 to 0.76, and
+three times as long beside other work. Where it is 128 KiB, it made no difference.
 """
 
 import contextlib
