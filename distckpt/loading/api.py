@@ -84,13 +84,16 @@ def load(
     location = Path(context.run_phase("checking the arguments", check_arguments)[0])
     prepared: list[PreparedLoad] = []
 
-    def try_to_fit(unverified: OpenCheckpoint) -> bool:
+    def try_state(file: OpenCheckpoint, state: Any) -> None:
+        prepared.append(prepare(objects, state, {"strict": strict}, file if file.read_structure() else None))
+
+    def take(unverified: OpenCheckpoint) -> bool:
         with contextlib.suppress(Exception):  # damage is reported before a mismatch, which fit() will raise
-            prepared.append(prepare(objects, unverified.state(), {"strict": strict}, unverified))
+            try_state(unverified, unverified.state())
         return bool(prepared)
 
     try:
-        file, state = verify_on_all_ranks(context, location, take=try_to_fit, verify=verify)
+        file, state = verify_on_all_ranks(context, location, take=take, verify=verify)
     except RefusedCheckpoint as refusal:
         raise refusal.error from refusal.error.__cause__
     states = [state]
@@ -98,7 +101,7 @@ def load(
 
     def fit() -> None:
         if not prepared:
-            prepared.append(prepare(objects, states.pop(), {"strict": strict}, file if file.read_structure() else None))
+            try_state(file, states.pop())
         prepared[0].fill()
 
     reports: list[LoadReport] = []
