@@ -17,6 +17,8 @@ from typing import Any
 
 Ranges = list[tuple[int, int]]
 """Begin and end of runs of indices. Empty for a dimension of which a shard has nothing."""
+DimShard = tuple[int, int, int, int]
+"""How a mesh dimension shards a tensor dimension: that dimension, number of parts, this rank's part, split factor."""
 
 _SHARDS = frozenset({"Shard", "_StridedShard"})
 
@@ -60,7 +62,7 @@ def local_ranges(
 
 @functools.lru_cache(maxsize=1024)
 def _fitting_ranges(
-    shape: tuple[int, ...], shards: tuple["DimShard", ...], local_shape: tuple[int, ...]
+    shape: tuple[int, ...], shards: tuple[DimShard, ...], local_shape: tuple[int, ...]
 ) -> tuple[tuple[Ranges, ...], ...]:
     """Return the ranges of each dimension that have the local shard's size; one in each, unless something is wrong."""
     found = []
@@ -76,10 +78,6 @@ def _fitting_ranges(
 def num_indices(ranges: Ranges) -> int:
     """Return the number of indices in ranges."""
     return sum(end - begin for begin, end in ranges)
-
-
-DimShard = tuple[int, int, int, int]
-"""How a mesh dimension shards a tensor dimension: that dimension, number of parts, this rank's part, split factor."""
 
 
 def _find_shards(

@@ -65,6 +65,7 @@ _FLAT: Final = "_fsdp_flattened"
 _PLAIN: Final = frozenset({torch.Tensor, nn.Parameter, nn.Buffer})
 _LEVELS: Final = 64
 _MESHES: "weakref.WeakKeyDictionary[Any, tuple[tuple[int, ...], tuple[int, ...]]]" = weakref.WeakKeyDictionary()
+"""What :func:`mesh_ranks` has found, by device mesh."""
 
 
 def may_be_sharded(kind: type) -> bool:
@@ -113,7 +114,7 @@ def is_replicated(tensor: Any, world_size: int) -> bool:
 
 
 def mesh_ranks(mesh: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return a device mesh's ranks, flattened, and its shape. torch computes both at each question, in 20 us."""
+    """Return a device mesh's ranks, flattened, and its shape. torch computes both anew each time."""
     found = _MESHES.get(mesh)
     if found is None:
         found = _MESHES[mesh] = tuple(mesh.mesh.flatten().tolist()), tuple(mesh.shape)

@@ -129,7 +129,7 @@ def _mesh_of(device_mesh: Any, rank: int) -> tuple[Mesh, int | None, bool]:
     The ``dp`` dimension of a mesh ``(dp, tp)`` stands for several meshes with equal tensors, one for each index of
     ``tp``. The mesh at the first index represents all of them here.
     """
-    ranks = device_mesh.mesh.flatten().tolist()
+    ranks, shape = mesh_ranks(device_mesh)
     whole = device_mesh._get_root_mesh().mesh  # noqa: SLF001 - no public way
     places = {one: index for index, one in enumerate(whole.flatten().tolist())}
     coordinates = [torch.unravel_index(torch.tensor(places[one]), whole.shape) for one in ranks]
@@ -139,7 +139,7 @@ def _mesh_of(device_mesh: Any, rank: int) -> tuple[Mesh, int | None, bool]:
         for one in coordinates
     ]
     place = firsts[ranks.index(rank)] if rank in ranks else None
-    return make_mesh(tuple(firsts), tuple(device_mesh.shape)), place, len(ranks) < whole.numel()
+    return make_mesh(tuple(firsts), shape), place, len(ranks) < whole.numel()
 
 
 def place_on_mesh(placement: MeshPlacement, rank: int) -> RankPlacement:
