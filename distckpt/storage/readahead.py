@@ -5,9 +5,9 @@ copy. The thread needs Python's lock once in tens of megabytes, so it goes on wh
 reader asks the kernel for bytes in the page cache only (``RWF_NOWAIT``), and sleeps if there are none. This process,
 another one, or the kernel itself may bring them: Linux 6.18 may start to read what it is asked for.
 
-The kernel is not told that it reads in order (``POSIX_FADV_SEQUENTIAL``), which doubles its read-ahead. In a virtual
-machine where that is 8 MiB, two processes that read 512 MiB each then took 0.98 to 1.15 s instead of 0.55 to 0.76, and
-three times as long beside other work. Where it is 128 KiB, it made no difference.
+The thread does not advise ``POSIX_FADV_SEQUENTIAL``, because that doubles the kernel's read-ahead window. With a window
+of 8 MiB, in a virtual machine, it made two processes that read 512 MiB each take 0.98 to 1.15 s instead of 0.55 to
+0.76, and three times as long beside other work. With a window of 128 KiB it made no difference.
 """
 
 import contextlib
