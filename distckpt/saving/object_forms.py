@@ -11,16 +11,18 @@ are made by the first step; sharded tensors, which :mod:`distckpt.saving.shard_e
 state on some rank other than the coordinator; and objects that gather their state.
 """
 
+import contextlib
 import hashlib
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import nn
 
 from distckpt._checksum import crc32
+from distckpt._compare import have_values
 from distckpt.backends.base import Backend
 from distckpt.coordination import phases
 from distckpt.errors import ShardedStateError
@@ -29,16 +31,36 @@ from distckpt.saving.pending_save import SyncPointFactory
 
 _DIGEST_BYTES: Final = 7
 """The ranks compare digests as numbers that fit into int64."""
+_COMPARED: Final = ("__class__", "dtype", "shape")
+
+
+class _NoTensor(NamedTuple):
+    """Stands for a value that is no tensor. Attributes are those of tensors that are compared."""
+
+    dtype: None = None
+    shape: tuple[int, ...] = ()
+
+
+_NO_TENSOR: Final = _NoTensor()
+
+
+class _Known(NamedTuple):
+    """What is known of an object: a weak reference, its names, the rows of its tensors, and the digest."""
+
+    obj: "weakref.ref[Any]"
+    names: Any
+    rows: list[tuple[Any, ...]]
+    digest: int
 
 
 class FormDigests:
     """The digests of the objects that one thread has saved.
 
-    An object's tensors are read again only if its keys or their order have changed.
+    An object is described again only if its names, or the type, dtype or shape of a tensor have changed.
     """
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[weakref.ref[Any], Any, int]] = {}
+        self._known: dict[int, _Known] = {}
 
     def digest(self, obj: Any, state: Any) -> int | None:
         """Return a digest of an object's form; None if it has no state, or none with names.
@@ -47,16 +69,19 @@ class FormDigests:
             obj: a module or an optimizer.
             state: what its ``state_dict()`` has returned.
         """
-        key = _quick_key(obj, state)
-        if key is None:
+        names = _names_of(obj, state)
+        if names is None:
             return None
+        values = _values_of(obj, state)
         known = self._known.get(id(obj))
-        if known is not None and known[0]() is obj and known[1] == key:
-            return known[2]
+        if known is not None and known.obj() is obj and known.names == names and _have_rows(values, known.rows):
+            return known.digest
         text = repr(sorted(describe_form(obj, state).items()))
         digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).digest(), "little")
-        self._known = {number: one for number, one in self._known.items() if one[0]() is not None}
-        self._known[id(obj)] = weakref.ref(obj), key, digest
+        self._known = {number: one for number, one in self._known.items() if one.obj() is not None}
+        with contextlib.suppress(RuntimeError):  # a tensor without a shape is described in each save
+            rows = [tuple(getattr(value, name) for name in _COMPARED) for value in values]
+            self._known[id(obj)] = _Known(weakref.ref(obj), names, rows, digest)
         return digest
 
 
@@ -166,8 +191,8 @@ def describe_form(obj: Any, state: Any) -> dict[str, str]:
     return {name: "a buffer" if name in buffers else _form_of(value) for name, value in state.items()}
 
 
-def _quick_key(obj: Any, state: Any) -> Any:
-    """Return a key that changes with the list of an object's tensors; None if there is nothing to compare."""
+def _names_of(obj: Any, state: Any) -> Any:
+    """Return a key that changes with the names of an object's tensors; None if there is nothing to compare."""
     if isinstance(obj, torch.optim.Optimizer):
         # getattr: ignite's own tests use a stand-in for an optimizer.
         return [len(group["params"]) for group in getattr(obj, "param_groups", ())] or None
@@ -177,6 +202,20 @@ def _quick_key(obj: Any, state: Any) -> Any:
         return len(state), crc32("\0".join(state).encode())
     except TypeError:  # a state_dict() of the user's, with keys that are no names
         return None
+
+
+def _values_of(obj: Any, state: Any) -> list[Any]:
+    """Return an optimizer's parameters, or the values of a module's state."""
+    if isinstance(obj, torch.optim.Optimizer):
+        return [parameter for group in obj.param_groups for parameter in group["params"]]
+    return [value if isinstance(value, torch.Tensor) else _NO_TENSOR for value in state.values()]
+
+
+def _have_rows(values: list[Any], rows: list[tuple[Any, ...]]) -> bool:
+    try:
+        return len(values) == len(rows) and have_values(values, rows, _COMPARED, ())
+    except RuntimeError:  # a tensor without a shape
+        return False
 
 
 def _form_of(value: Any) -> str:

@@ -152,6 +152,15 @@ def test_a_module_that_changes_between_two_saves_is_compared_again(tmp_path: Pat
     distckpt.save({"model": model}, tmp_path / "a.pt")
 
 
+@run_distributed(world_size=2)
+def test_a_parameter_that_gets_another_shape_between_two_saves_is_compared_again(tmp_path: Path) -> None:
+    model = nn.Linear(4, 4)
+    distckpt.save({"model": model}, tmp_path / "a.pt")
+    model.weight = nn.Parameter(torch.ones(4, 4 + 2 * job.rank()))
+    error = raised(lambda: distckpt.save({"model": model}, tmp_path / "a.pt"))
+    assert "rank 0 has weight (torch.float32 (4, 4)); rank 1 has weight (torch.float32 (4, 6))" in str(error)
+
+
 class Nothing(nn.Linear):
     """A module that only the coordinator has a state of, like FSDP1's with ``rank0_only``."""
 

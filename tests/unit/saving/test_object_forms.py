@@ -53,6 +53,36 @@ def test_tensors_are_looked_at_again_only_where_the_list_of_them_is_new(monkeypa
     assert described == [model, optimizer] * 2
 
 
+@pytest.mark.parametrize("change", ["shape", "dtype", "type", "no tensor"])
+def test_a_tensor_of_another_form_under_the_same_name_gives_another_digest(change: str) -> None:
+    model, digests = nn.Linear(2, 2), FormDigests()
+    state = model.state_dict()
+    before = digests.digest(model, state)
+    changed: dict[str, Any] = {
+        "shape": torch.ones(2, 3),
+        "dtype": state["weight"].double(),
+        "type": torch.UntypedStorage(4),
+        "no tensor": None,
+    }
+    assert digests.digest(model, {**state, "weight": changed[change]}) != before
+    assert digests.digest(model, state) == before
+
+
+def test_an_optimizer_with_a_parameter_of_another_shape_has_another_digest() -> None:
+    optimizer, digests = torch.optim.SGD([nn.Parameter(torch.ones(2))]), FormDigests()
+    before = digests.digest(optimizer, optimizer.state_dict())
+    optimizer.param_groups[0]["params"] = [nn.Parameter(torch.ones(3))]
+    assert digests.digest(optimizer, optimizer.state_dict()) != before
+
+
+def test_a_module_without_shapes_is_described_until_it_has_them() -> None:
+    model, digests = nn.LazyLinear(2), FormDigests()
+    before = digests.digest(model, model.state_dict())
+    assert digests.digest(model, model.state_dict()) == before
+    model(torch.ones(1, 3))
+    assert digests.digest(model, model.state_dict()) != before
+
+
 def test_objects_are_not_kept_alive() -> None:
     digests = FormDigests()
 
