@@ -104,7 +104,7 @@ class RankWriter:
         replicas: Callable[[], Collection[int]] = frozenset,
         optimizer_storages: Callable[[], Mapping[int, str]] = dict,
     ) -> dict[str, Any]:
-        """Run step 1. With sharded tensors, :meth:`gather_shards` and :meth:`stage_shards` have to follow.
+        """Run step 1. With sharded tensors, :meth:`bind_shards` and the methods after it have to follow.
 
         Args:
             state: what :class:`CapturedState` takes.
@@ -157,21 +157,27 @@ class RankWriter:
         """Return phrases that must be equal on all ranks for these to write their shards."""
         return [] if self._snapshot is None else self._snapshot.describe_shards()
 
-    def gather_shards(self, write_range: WriteRange | None, num_ranks: int) -> tuple[list[bytearray], list[int]]:
-        """Find this rank's rows of the sharded tensors. Collective where tensors are redistributed.
+    def bind_shards(self, write_range: WriteRange | None) -> None:
+        """Find this rank's rows of the sharded tensors, and memory for what it writes.
 
         Args:
             write_range: this rank's place among all writers; None if it writes nothing.
-            num_ranks: number of ranks.
-
-        Returns:
-            What each rank writes of this rank's rows, and how many bytes each rank sends to this one.
         """
         self._write_range = write_range
-        if write_range is None or self._snapshot is None:
+        if write_range is not None and self._snapshot is not None:
+            self._bind(self._snapshot)
+
+    def gather_shards(self, num_ranks: int) -> tuple[list[bytearray], list[int]]:
+        """Return what each rank writes of this rank's rows, and how many bytes each rank sends to this one.
+
+        Collective where tensors are redistributed.
+
+        Args:
+            num_ranks: number of ranks.
+        """
+        if self._write_range is None or self._snapshot is None:
             return [bytearray() for _ in range(num_ranks)], [0] * num_ranks
-        self._bind(self._snapshot)
-        return self._snapshot.outgoing(num_ranks), self._snapshot.num_incoming(num_ranks)
+        return self._snapshot.collect_rows(num_ranks), self._snapshot.num_incoming(num_ranks)
 
     def stage_shards(self, received: Sequence[memoryview]) -> None:
         """Take what the ranks have sent; in a background save copy the rest to host memory.

@@ -3,7 +3,8 @@
 1. (all ranks) compare the sharded tensors. If they differ, all ranks raise an error that names the first difference.
 2. (all ranks) find the ranks that see the coordinator's storage, unless they are known. All ranks that hold rows have
    to be among them.
-3. (all ranks) find this rank's rows; redistribute where a rank holds no rows.
+3. (all ranks) find this rank's rows, and memory for what it writes. If tensors have to be redistributed, do so in a
+   phase of its own: a rank that has failed before would leave the others in that collective.
 4. (all ranks) exchange the bytes that another rank writes: parts of blocks, and small tensors.
 5. (all ranks) stage. An error is raised where the ranks exchange the results of writing.
 """
@@ -66,7 +67,7 @@ def exchange_shards(
     group = WriterGroup(ranks=shard_writers.find(sync_point, is_known=is_known))
     sent: list[tuple[list[bytearray], list[int]]] = []
 
-    def gather() -> list[list[Any]]:
+    def bind() -> None:
         blind = sorted(shards.holders() - set(group.ranks))
         if blind:
             msg = (
@@ -74,9 +75,16 @@ def exchange_shards(
                 f"directory of rank {coordinator}. All ranks need the directory, on a shared file system"
             )
             raise SaveError(msg)
-        sent.append(writer.gather_shards(group.range_of(backend.rank), backend.world_size))
+        writer.bind_shards(group.range_of(backend.rank))
+
+    def gather() -> list[list[Any]]:
+        if not shards.redistributed:
+            bind()
+        sent.append(writer.gather_shards(backend.world_size))
         return shards.cross_mesh_checksums()
 
+    if shards.redistributed:
+        phases.run(backend, sync_point(f"preparing the shards of {filename}"), bind, timeout_s=timeout_s)
     checksums = phases.run(backend, sync_point(f"gathering the shards of {filename}"), gather, timeout_s=timeout_s)
     _compare_across_meshes(writer, checksums)
     ((parts, num_received),) = sent

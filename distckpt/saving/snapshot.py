@@ -5,6 +5,7 @@ coordinator then writes the tail: the pickle, the manifest and the archive's dir
 """
 
 import contextlib
+import functools
 import hashlib
 import threading
 from collections.abc import Callable, Collection, Sequence
@@ -95,7 +96,7 @@ class Snapshot:
         self._staging: Staging | None = None
         self._deferred: Staging | None = None
         self._rank_plan = RankPlan()
-        self._outgoing: dict[int, bytearray] = {}  # by rank, what it writes of this rank's shards
+        self._collect: Callable[[], tuple[dict[int, bytearray], dict[int, tuple[int, int]]]] | None = None
         self._view = memoryview(b"")
         self._known: dict[int, tuple[int, int]] = {}  # CRC-32 and length of what was not staged, by offset
         self._guard: OptimizerStepGuard | None = None
@@ -126,18 +127,26 @@ class Snapshot:
 
     def describe_layout(self) -> list[str]:
         """Return phrases that must be equal on two ranks for these to write one file together."""
-        tensors = [
+        return [
+            *self._describe_replicas(),
+            f"{self._plan.shared_end} bytes of replicas, {self._plan.end} bytes in all",
+        ]
+
+    def _describe_replicas(self) -> list[str]:
+        if not self._replicas:
+            return []
+        return [
             f"{one.name}: {one.dtype} {list(one.shape)}, in data/{one.storage} from byte {one.begin_bytes}"
             for one in self._pickled.tensors()
             if one.storage in self._replicas
         ]
-        return [*tensors, f"{self._plan.shared_end} bytes of replicas, {self._plan.end} bytes in all"]
 
     def describe_shards(self) -> list[str]:
         """Return phrases that must be equal on all ranks for these to write their shards into one file."""
         return [
             *map(str, self._shards),
-            f"{len(self._replicas)} replicas, {self._plan.shared_end} bytes up to their end",
+            *self._describe_replicas(),
+            f"{self._plan.shared_end} bytes of small shards and replicas",
         ]
 
     def shards_digest(self) -> int:
@@ -161,6 +170,8 @@ class Snapshot:
     ) -> None:
         """Prepare to stage into `memory`, which the caller has reserved until the image is written.
 
+        With sharded tensors, :meth:`collect_rows` has to follow.
+
         Args:
             memory: the staging memory.
             write_range: the range to stage and write.
@@ -180,7 +191,8 @@ class Snapshot:
         view = memory.view(plan.num_bytes, pinned="cuda" in self.devices)
         storages: list[torch.UntypedStorage] = [*rows.storages, *self._pickled.storages]
         self._rank_plan, self._view = plan, view
-        self._outgoing, self._known = gather_rows(shards, rows, found, view)
+        if len(shards):
+            self._collect = functools.partial(gather_rows, shards, rows, found, view)
         self._buffer = ShardBuffer(self._plan, view, plan.segments, plan.late)
         if deferred:
             is_deferred = [storage._cdata in deferred for storage in storages]  # noqa: SLF001 - torch's identity
@@ -191,9 +203,13 @@ class Snapshot:
             addresses = rows.addresses + self._facts.addresses
         self._staging = Staging(storages, copies, view, 0, addresses=addresses)
 
-    def outgoing(self, num_ranks: int) -> list[bytearray]:
-        """Return what each rank writes of this rank's shards. Call it after :meth:`bind_buffer`."""
-        return [self._outgoing.get(rank, bytearray()) for rank in range(num_ranks)]
+    def collect_rows(self, num_ranks: int) -> list[bytearray]:
+        """Return what each rank writes of this rank's shards. Collective where tensors are redistributed."""
+        outgoing = dict[int, bytearray]()
+        if self._collect is not None:
+            outgoing, self._known = self._collect()
+            self._collect = None
+        return [outgoing.get(rank, bytearray()) for rank in range(num_ranks)]
 
     def num_incoming(self, num_ranks: int) -> list[int]:
         """Return how many bytes each rank sends to this one."""
@@ -209,7 +225,6 @@ class Snapshot:
         for at, data in split_received(parts, self._rank_plan):
             self._view[at : at + len(data)] = data
             self._known[at] = crc32(data), len(data)
-        self._outgoing = {}
 
     def copy_to_host(self) -> None:
         """Copy the bytes; return when training may continue. Optimizers wait for the deferred copies."""
