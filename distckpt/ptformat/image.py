@@ -98,10 +98,12 @@ class ImagePlan:
     def write_ranges(self, num_writers: int) -> tuple[tuple[int, int], ...]:
         """Split the image into one range a writer, of lengths as equal as possible; the last is the coordinator's.
 
+        With sharded tensors, ranks with other storages of different sizes compute equal begins.
+
         Returns:
             Begin and end by writer. All begins are multiples of 4096, and all ends but the image's.
         """
-        equal = -(-self.ranges_end // num_writers)
+        equal = -(-(self.shared_end if self.num_shards else self.end) // num_writers)
         cuts = [
             self._cut_before(min(align_up(equal * number, BLOCK_BYTES), self.shared_end))
             for number in range(num_writers)

@@ -60,19 +60,54 @@ def local_ranges(
     return tuple(list(ranges) for (ranges,) in fitting)
 
 
+def shard_shape(
+    shape: Sequence[int], mesh_shape: Sequence[int], coordinate: Sequence[int], placements: Sequence[Any]
+) -> tuple[int, ...] | None:
+    """Return the shape of the local shard at a coordinate; None if the placements do not say which part it is.
+
+    Args:
+        shape: of the whole tensor.
+        mesh_shape: of the device mesh.
+        coordinate: of the rank in the mesh.
+        placements: of the tensor, one for each dimension of the mesh.
+
+    Raises:
+        ValueError: the placements are partial or of an unknown kind.
+
+    Example:
+        >>> from torch.distributed.tensor import Shard
+        >>> shard_shape((5, 3), (2,), (1,), (Shard(0),))
+        (2, 3)
+    """
+    return _shard_shape(tuple(shape), _find_shards(mesh_shape, coordinate, placements))
+
+
+@functools.lru_cache(maxsize=1024)
+def _shard_shape(shape: tuple[int, ...], shards: tuple[DimShard, ...]) -> tuple[int, ...] | None:
+    candidates = [_candidates(shape, dim, shards) for dim in range(len(shape))]
+    if any(len(found) > 1 for found in candidates):
+        return None
+    return tuple(num_indices(ranges) for (ranges,) in candidates)
+
+
 @functools.lru_cache(maxsize=1024)
 def _fitting_ranges(
     shape: tuple[int, ...], shards: tuple[DimShard, ...], local_shape: tuple[int, ...]
 ) -> tuple[tuple[Ranges, ...], ...]:
     """Return the ranges of each dimension that have the local shard's size; one in each, unless something is wrong."""
-    found = []
-    for dim, (size, local_size) in enumerate(zip(shape, local_shape, strict=True)):
-        on_dim = [shard for shard in shards if shard[0] in (dim, dim - len(shape))]
-        candidates = [split_dimension(size, on_dim)]
-        if (reverse := fsdp_order(on_dim)) and (other := split_dimension(size, reverse)) != candidates[0]:
-            candidates.append(other)
-        found.append(tuple(one for one in candidates if num_indices(one) == local_size))
-    return tuple(found)
+    return tuple(
+        tuple(one for one in _candidates(shape, dim, shards) if num_indices(one) == local_size)
+        for dim, local_size in zip(range(len(shape)), local_shape, strict=True)
+    )
+
+
+def _candidates(shape: Sequence[int], dim: int, shards: Sequence[DimShard]) -> list[Ranges]:
+    """Return the part of a dimension as torch computes it, and as FSDP2 does if that is another."""
+    on_dim = [shard for shard in shards if shard[0] in (dim, dim - len(shape))]
+    found = [split_dimension(shape[dim], on_dim)]
+    if (reverse := fsdp_order(on_dim)) and (other := split_dimension(shape[dim], reverse)) != found[0]:
+        found.append(other)
+    return found
 
 
 def num_indices(ranges: Ranges) -> int:

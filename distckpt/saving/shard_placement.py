@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 
+from distckpt.ptformat.shard_geometry import shard_shape
 from distckpt.ptformat.sharded import describe_disorder, is_replicated, mesh_ranks
 from distckpt.saving.sharding import Mesh, make_mesh
 
@@ -176,6 +177,31 @@ def _describe_mesh(mesh: Mesh) -> str:
 def _describe_partial(placements: Sequence[Any]) -> str | None:
     partial = next((str(one) for one in placements if not (one.is_replicate() or is_shard(one))), None)
     return partial and f"a DTensor with placement {partial}: its ranks hold summands. Redistribute it first"
+
+
+def describe_misfit(tensor: Any) -> str | None:
+    """Return a phrase if a DTensor's placements do not say what this rank holds of it; else None. Rank-local.
+
+    FSDP2 shards what tensor parallelism has sharded already. If a dimension does not divide evenly, a rank then holds
+    another part than torch computes from the placements; see :mod:`distckpt.ptformat.shard_geometry`.
+    """
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None:
+        return None
+    shape, own = tuple(tensor.shape), tuple(tensor._local_tensor.shape)  # noqa: SLF001 - to_local() returns a new tensor
+    _, mesh_shape = mesh_ranks(tensor.device_mesh)
+    try:
+        expected = shard_shape(shape, mesh_shape, coordinate, tensor.placements)
+    except ValueError as error:
+        return f"a DTensor that cannot be saved: {error}"
+    if expected is None:
+        return (
+            f"a DTensor of shape {shape} that FSDP2 and tensor parallelism share unevenly: its placements do not say "
+            "which part a rank holds. Make the sharded dimension a multiple of the ranks"
+        )
+    if own != expected:
+        return f"a DTensor of which this rank holds a shard of shape {own}, where its placements give {expected}"
+    return None
 
 
 def is_shard(placement: Any) -> bool:

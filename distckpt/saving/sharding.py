@@ -9,12 +9,12 @@ Source: ``torch.chunk``, by which ``torch.distributed.tensor.Shard`` splits; ``_
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from distckpt.ptformat.layout import align_up
-from distckpt.ptformat.shard_geometry import DimShard, chunk_of, fsdp_order, split_dimension
+from distckpt.ptformat.shard_geometry import chunk_of, split_dimension
 from distckpt.storage.base import BLOCK_BYTES
 
 Ranges = tuple[tuple[int, int], ...]
@@ -133,33 +133,11 @@ def find_holders(layout: ShardLayout, begin: int, end: int, turn: int = 0) -> It
         begin = last
 
 
-def is_certain(layout: ShardLayout) -> bool:
-    """Return True if the placements say which rows each rank holds.
-
-    FSDP2 shards what tensor parallelism has sharded already. If rows do not divide evenly, a rank then holds other rows
-    than torch computes from the placements; see :mod:`distckpt.ptformat.shard_geometry`.
-    """
-    return max(layout.splits, default=0) <= 1 or _is_certain(layout.num_rows, layout.mesh.shape, layout.splits)
-
-
-@functools.lru_cache(maxsize=256)
-def _is_certain(num_rows: int, mesh_shape: tuple[int, ...], splits: tuple[int, ...]) -> bool:
-    for coordinate in itertools.product(*map(range, mesh_shape)):
-        order = fsdp_order(_shards_at(mesh_shape, splits, coordinate))
-        if order and tuple(split_dimension(num_rows, order)) != _rows(num_rows, mesh_shape, splits, coordinate):
-            return False
-    return True
-
-
 @functools.lru_cache(maxsize=4096)
 def _rows(num_rows: int, mesh_shape: tuple[int, ...], splits: tuple[int, ...], coordinate: tuple[int, ...]) -> Ranges:
     """Return the rows of the shard at a coordinate of the mesh. Dimensions of the mesh split from left to right."""
-    return tuple(split_dimension(num_rows, _shards_at(mesh_shape, splits, coordinate)))
-
-
-def _shards_at(mesh_shape: Sequence[int], splits: Sequence[int], coordinate: Sequence[int]) -> list[DimShard]:
     places = zip(mesh_shape, coordinate, splits, strict=True)
-    return [(0, size, number, split) for size, number, split in places if split]
+    return tuple(split_dimension(num_rows, [(0, size, number, split) for size, number, split in places if split]))
 
 
 def _part(begin: int, end: int, number: int, count: int) -> tuple[int, int]:

@@ -16,8 +16,8 @@ import torch
 
 from distckpt._checksum import crc32, memory_at
 from distckpt.ptformat.sharded import TensorShard, as_whole, is_dtensor, sharded_error
-from distckpt.saving.shard_placement import RankPlacement, find_rank_placement, is_shard
-from distckpt.saving.sharding import ShardLayout, held_bytes, is_certain, make_mesh
+from distckpt.saving.shard_placement import RankPlacement, describe_misfit, find_rank_placement, is_shard
+from distckpt.saving.sharding import ShardLayout, held_bytes, make_mesh
 
 NO_ROWS: Final[torch.UntypedStorage] = torch.empty(0, dtype=torch.uint8).untyped_storage()
 """Stands for the rows of a rank that holds none, or holds none any more."""
@@ -305,30 +305,24 @@ class Shards:
         return self._add(tensor, name, tensor.placement) if known is None else known[1]
 
     def _add(self, it: Any, name: str, placement: RankPlacement) -> TensorShard:
-        if placement.refused:
-            raise sharded_error(name, placement.refused)
+        held: Any = it.held if isinstance(it, StageTensor) else it
+        problem = placement.refused or (is_dtensor(held) and describe_misfit(held))
+        if problem:
+            raise sharded_error(name, problem)
         shape, dtype = tuple(it.shape), it.dtype
-        held: Any = it
         key: Any = id(it)
-        if isinstance(it, StageTensor):  # other ranks do not see its storage, and have to count alike
-            held = it.held
-        else:
+        if held is it:  # of a StageTensor, other ranks do not see the storage, and have to count alike
             local = local_of(it)
             # A parameter's state_dict entries are new tensors of one storage, of which each rank holds its shard.
             storage = local.untyped_storage()._cdata  # noqa: SLF001 - torch's identity of a storage
             signs = local.is_conj(), local.is_neg()
-            key = storage, local.storage_offset(), shape, it.stride(), dtype, signs, id(placement)
+            strides = it.stride(), local.stride()
+            key = storage, local.storage_offset(), shape, strides, dtype, signs, id(placement)
         number = self._numbers.setdefault(key, len(self.sources))
         shard = TensorShard(number, dtype, shape, it.requires_grad, isinstance(it, torch.nn.Parameter))
         if number == len(self.sources):
             num_rows, row_bytes = shape[0] if shape else 1, math.prod(shape[1:]) * dtype.itemsize
             layout = ShardLayout(num_rows, row_bytes, placement.mesh, placement.splits, placement.num_replicas)
-            if not is_certain(layout):
-                problem = (
-                    f"a DTensor of {shape[0]} rows that FSDP2 and tensor parallelism share unevenly: its placements do "
-                    "not say which rows a rank holds. Make the number of rows a multiple of the ranks"
-                )
-                raise sharded_error(name, problem)
             text = f"{name}: {dtype} {shape}, {placement.text}"
             self.sources.append(ShardSource(name, text, held, placement, layout))
             self.tensors.append(shard)

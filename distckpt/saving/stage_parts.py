@@ -85,7 +85,8 @@ class StagePart:
             raise ShardedStateError(msg)
         storage = held.untyped_storage()._cdata  # noqa: SLF001 - torch's identity of a storage
         signs = held.is_conj(), held.is_neg()
-        key = storage, held.storage_offset(), tensor.shape, held.stride(), held.dtype, signs, placement
+        strides = tensor.stride(), held.stride()
+        key = storage, held.storage_offset(), tensor.shape, strides, held.dtype, signs, placement
         if key not in self._numbers:
             self._numbers[key] = len(self.tensors)
             self.tensors.append(tensor)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from distckpt.ptformat.shard_geometry import Ranges, local_ranges, num_indices
+from distckpt.ptformat.shard_geometry import Ranges, local_ranges, num_indices, shard_shape
 
 Cut = list[list[int]]  # indices of the whole tensor along each dimension, in the order of the local shard
 
@@ -167,3 +167,28 @@ def test_placement_that_gives_no_part_is_refused(placement: Any) -> None:
 def test_local_shard_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\(S\(0\)\) over a mesh of 2 ranks give no shard of shape \(3,\) at \(1,\)"):
         local_ranges((5,), (2,), (1,), (Shard(0),), (3,))
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize(
+    ("size", "mesh", "is_known"),
+    [(5, (2, 2), True), (50_257, (2, 2), True), (50_304, (4, 2), True), (50_257, (4, 2), False)],
+)
+def test_a_dimension_that_fsdp_may_have_cut_in_another_order_has_no_known_shard(
+    size: int, mesh: tuple[int, int], dim: int, *, is_known: bool
+) -> None:
+    shape = [3, 3]
+    shape[dim] = size
+    strided = (_StridedShard(dim, split_factor=mesh[1]), Shard(dim))
+    found = [shard_shape(shape, mesh, at, strided) for at in coordinates(mesh)]
+    assert (None not in found) == is_known
+    plain = [shard_shape(shape, mesh, at, (Shard(dim), Shard(dim))) for at in coordinates(mesh)]
+    assert sum(one[dim] for one in plain if one is not None) == size
+
+
+@pytest.mark.parametrize("placements", [(Shard(0), Shard(1)), (Replicate(), Shard(-1)), (Shard(1), Replicate())])
+def test_the_shape_of_a_shard_is_that_of_its_ranges(placements: tuple[Any, ...]) -> None:
+    for at in coordinates((2, 3)):
+        shape = shard_shape((7, 5), (2, 3), at, placements)
+        assert shape is not None
+        assert shape == tuple(map(num_indices, local_ranges((7, 5), (2, 3), at, placements, shape)))

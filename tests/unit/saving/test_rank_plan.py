@@ -11,7 +11,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from distckpt.ptformat.image import ShardBuffer, build_tail, combine_checksums, plan_image
 from distckpt.saving.rank_plan import RankPlan, plan_rank, split_received
-from distckpt.saving.sharding import ShardLayout, find_holders, held_bytes, is_certain, make_mesh, written_pieces
+from distckpt.saving.sharding import ShardLayout, find_holders, held_bytes, make_mesh, written_pieces
 
 BLOCK = 4096
 MESHES = [
@@ -81,17 +81,6 @@ def test_each_byte_has_one_writer_that_holds_it(
     holders = list(find_holders(layout, 0, layout.num_bytes, turn))
     merged = [(begin, end, rank) for (begin, end, _), rank in sorted(pieces)]
     assert [tuple(one) for one in holders] == merged
-
-
-@pytest.mark.parametrize(
-    ("num_rows", "shape", "is_known"),
-    [(5, (2, 2), True), (50_257, (2, 2), True), (50_304, (4, 2), True), (50_257, (4, 2), False)],
-)
-def test_rows_that_fsdp_shares_in_another_order_than_its_placements_are_noticed(
-    num_rows: int, shape: tuple[int, int], *, is_known: bool
-) -> None:
-    assert is_certain(layout_of(num_rows, 4, shape, (shape[1], 1))) == is_known
-    assert is_certain(layout_of(num_rows, 4, shape, (1, 1)))
 
 
 def test_replicas_share_the_work_evenly() -> None:
