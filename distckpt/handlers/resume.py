@@ -118,7 +118,7 @@ def resume(
        all ranks if it is damaged on some rank, differs between ranks or lacks an object, and log the reason.
     3. (all ranks) check that it fits the objects. If it does not fit on some rank, raise on all ranks; no object
        has changed.
-    4. (all ranks) load it: on each rank all objects, or none. If a rank fails, raise on all ranks.
+    4. (all ranks) load it: all objects on all ranks, or none. If a rank fails, raise on all ranks.
     5. (all ranks) restore the histories of `dirname_or_handler` and of the handlers in `to_load` and on the engine, so
        that they continue to remove old checkpoints. Other handlers restore theirs in their first save. Remove the
        checkpoints that a killed save had still to remove.
@@ -333,13 +333,10 @@ def _load(
         chosen.state = None  # tensors without a reference are not read
         fitted[0][1].fill()
 
-    def load() -> None:
-        loaded, prepared = fitted[0]
-        loaded.report = prepared.load()
-
-    for doing, work in (("fitting", fit), ("loading", load)):
-        context.run_phase(f"{doing} {chosen.name}", work)
-    return fitted[0][0]
+    context.run_phase(f"fitting {chosen.name}", fit)
+    loaded, prepared = fitted[0]
+    loaded.report = api.load_on_all_ranks(context, chosen.name, prepared)
+    return loaded
 
 
 def _find_extras(

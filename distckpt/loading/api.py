@@ -37,11 +37,11 @@ def load(
     verify: bool = True,
     timeout_s: float | None = None,
 ) -> LoadReport:
-    """Collective. Load a checkpoint into the objects of all ranks: on each rank all objects, or none.
+    """Collective. Load a checkpoint into the objects of all ranks: all objects on all ranks, or none.
 
     1. (all ranks) verify the file; the ranks of a machine share the reading. Meanwhile try the state on the objects.
     2. (all ranks) if the state does not fit on one rank, no rank changes an object.
-    3. (all ranks) load the objects.
+    3. (all ranks) load the objects; see :func:`load_on_all_ranks`.
 
     Args:
         objects: objects with ``load_state_dict``, in nested mappings and lists. DistributedDataParallel, DataParallel
@@ -104,10 +104,36 @@ def load(
             try_state(file, states.pop())
         prepared[0].fill()
 
-    reports: list[LoadReport] = []
     with file:
         context.run_phase(f"fitting {location.name}", fit)
-        context.run_phase(f"loading {location.name}", lambda: reports.append(prepared[0].load()))
+        return load_on_all_ranks(context, location.name, prepared[0])
+
+
+def load_on_all_ranks(context: LoadContext, name: str, prepared: PreparedLoad) -> LoadReport:
+    """Collective. Load objects on all ranks; if a rank fails, restore those that were changed, on all ranks.
+
+    1. (all ranks) load the objects that may refuse their state.
+    2. (all ranks) load plain modules, and read into live tensors. That fails only if reading does.
+
+    Args:
+        context: the operation.
+        name: of the file.
+        prepared: this rank's load.
+
+    Returns:
+        The keys that were passed over on this rank.
+
+    Raises:
+        RemoteRankError: a rank failed; on every rank.
+        PartialLoadError: some objects of this rank could not be restored.
+    """
+    reports: list[LoadReport] = []
+    try:
+        context.run_phase(f"loading {name}", prepared.load_refusable)
+        context.run_phase(f"reading {name} into live tensors", lambda: reports.append(prepared.load_rest()))
+    except BaseException as error:
+        prepared.roll_back(error)
+        raise
     return reports[0]
 
 

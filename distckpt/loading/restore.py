@@ -1,21 +1,22 @@
-"""Load a state into live objects: all of them, or none.
+"""Load a state into live objects: all of them, or none; with several ranks, on all of them.
 
 :func:`prepare` changes no object. It pairs each object with its state, tries plain modules in a dry run, and compares
 the groups of plain optimizers. One error lists everything that does not fit. Then live tensors that can take their
 bytes straight from the file replace the tensors of the state.
 
-:meth:`PreparedLoad.load` changes the objects:
+:meth:`PreparedLoad.load` changes the objects. Where several ranks load together, :func:`~distckpt.loading.api.load_on_all_ranks` lets each
+know after step 2, and again after step 4, whether another rank has failed:
 
 1. copy the state of every object that is not plain, for a rollback. Give it DTensors where it has DTensors.
 2. load these objects by their own ``load_state_dict``, then plain optimizers, then objects without a copy. If one
-   refuses its state, all loaded objects are rolled back.
+   refuses its state, on any rank, all loaded objects are rolled back.
 3. load plain modules: they are known to fit, so they need no copy.
 4. read the bytes that go straight into live tensors.
 """
 
 import contextlib
 import functools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -26,6 +27,7 @@ from torch import nn
 from distckpt._unwrap import rename_for_module, unwrap
 from distckpt._values import copy_at, replace_at
 from distckpt.errors import (
+    CollectiveError,
     LoadError,
     PartialLoadError,
     StateMismatchError,
@@ -219,6 +221,8 @@ class PreparedLoad:
     _loads: list[_ObjectLoad]
     _options: dict[str, Any]
     _file: OpenCheckpoint | None
+    _begun: list[_ObjectLoad] = field(default_factory=list)
+    _reports: list[LoadReport] = field(default_factory=list)
 
     def fill(self) -> None:
         """Read the data that does not go straight into live tensors. Changes no object."""
@@ -229,9 +233,8 @@ class PreparedLoad:
                     one.new_targets = []
             self._file.fill()
 
-    @gc_paused()
     def load(self) -> LoadReport:
-        """Load all objects, or none.
+        """Load all objects of this rank, or none. Rank-local; issues no collectives.
 
         Returns:
             The keys that were passed over; none if the load is strict.
@@ -241,6 +244,12 @@ class PreparedLoad:
                 not be rolled back. The objects that it names have to be loaded again.
             Exception: an object's ``load_state_dict`` raised it. No object is changed.
         """
+        self.load_refusable()
+        return self.load_rest()
+
+    @gc_paused()
+    def load_refusable(self) -> None:
+        """Run steps 1 and 2: load the objects that may refuse their state. Raises what :meth:`load` does."""
         self.fill()
         wait_for_deferred_copies()  # a pending save must get the former state
         for one in self._loads:  # before any object can refuse: a user's metric may gather here
@@ -248,17 +257,55 @@ class PreparedLoad:
         for one in self._loads:
             one.use_slices()
         self._loads.sort(key=lambda one: one.order)
-        begun: list[_ObjectLoad] = []
-        reports = []
-        try:
-            for one in self._loads:
-                begun.append(one)
-                reports.append(one.load(self._options))
+        with self._rolled_back_on_error():
+            self._load([one for one in self._loads if one.order is not _Order.PLAIN_MODULE])
+
+    @gc_paused()
+    def load_rest(self) -> LoadReport:
+        """Run steps 3 and 4. Returns and raises what :meth:`load` does."""
+        with self._rolled_back_on_error():
+            self._load([one for one in self._loads if one.order is _Order.PLAIN_MODULE])
             self._read_in_place()
+        return join_reports(self._reports)
+
+    def _load(self, loads: Sequence[_ObjectLoad]) -> None:
+        for one in loads:
+            self._begun.append(one)
+            self._reports.append(one.load(self._options))
+
+    @contextlib.contextmanager
+    def _rolled_back_on_error(self) -> Iterator[None]:
+        try:
+            yield
         except BaseException as error:
-            _roll_back(begun, error)
+            self.roll_back(error)
             raise
-        return join_reports(reports)
+
+    def roll_back(self, error: BaseException) -> None:
+        """Restore the objects whose load has begun, and say in the error which ones. A second call does nothing.
+
+        Args:
+            error: why, raised on this rank or on another one.
+
+        Raises:
+            PartialLoadError: some objects could not be restored. It is also of the type of `error`. An interrupt and
+                the error of a lost rank get a note instead.
+        """
+        begun, self._begun = self._begun, []
+        failed = {one.name: why for one in reversed(begun) if (why := one.roll_back())}
+        restored = [repr(one.name) for one in begun if one.order is _Order.OWN_WAY and one.name not in failed]
+        if restored:
+            error.add_note(
+                f"Restored by their own load_state_dict(): {', '.join(restored)}. Their attributes that state_dict() "
+                "does not return may have changed."
+            )
+        if not failed or isinstance(error, PartialLoadError):
+            return
+        reasons = "; ".join(f"{name!r} could not be restored ({why})" for name, why in failed.items())
+        msg = f"{error}. {reasons}: load it again, from this or another checkpoint. All other objects are unchanged."
+        if isinstance(error, Exception) and not isinstance(error, CollectiveError):
+            raise partial_load_error(msg, type_names(error)) from error
+        error.add_note(msg)
 
     def _read_in_place(self) -> None:
         targets = [target for one in self._loads for target in one.targets]
@@ -277,29 +324,6 @@ class PreparedLoad:
                 "are unchanged."
             )
             raise partial_load_error(msg, type_names(error)) from error
-
-
-def _roll_back(begun: Sequence[_ObjectLoad], error: BaseException) -> None:
-    """Restore the objects whose load has begun, and say in the error which ones.
-
-    Raises:
-        PartialLoadError: some objects could not be restored. It is also of the type of `error`. An interrupt gets a
-        note instead.
-    """
-    failed = {one.name: why for one in reversed(begun) if (why := one.roll_back())}
-    restored = [repr(one.name) for one in begun if one.order is _Order.OWN_WAY and one.name not in failed]
-    if restored:
-        error.add_note(
-            f"Restored by their own load_state_dict(): {', '.join(restored)}. Their attributes that state_dict() does "
-            "not return may have changed."
-        )
-    if not failed or isinstance(error, PartialLoadError):
-        return
-    reasons = "; ".join(f"{name!r} could not be restored ({why})" for name, why in failed.items())
-    msg = f"{error}. {reasons}: load it again, from this or another checkpoint. All other objects are unchanged."
-    if isinstance(error, Exception):
-        raise partial_load_error(msg, type_names(error)) from error
-    error.add_note(msg)
 
 
 def check_complete(to_load: Mapping[str, Any], state: Any) -> None:

@@ -13,8 +13,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
-from distckpt import ShardedStateError, StateMismatchError
-from tests.distributed.programs import gather
+import distckpt
+from distckpt import RemoteRankError, ShardedStateError, StateMismatchError
+from distckpt.loading import inplace
+from tests.distributed.programs import gather, kinds, raised
 from tests.distributed.test_sharded_loading import (
     Net,
     Tensors,
@@ -187,3 +189,60 @@ def test_partial_sums_are_refused(tmp_path: Path) -> None:
         load({"optimizer": optimizer}, file)
     assert not summand.to_local().any()
     assert gather(1) == [1, 1]
+
+
+class RefusesOnRankOne(Holds):
+    """An object that rank 1 refuses to load."""
+
+    def load_state_dict(self, state: Any) -> None:
+        if job.rank() == 1 and state["average"]["tensors"][0].to_local().any():
+            raise ValueError("refused here")
+        super().load_state_dict(state)
+
+
+def load_collectively(objects: Any, file: Path) -> None:
+    distckpt.load(objects, file)
+
+
+def resume(objects: Any, file: Path) -> None:
+    distckpt.resume(objects, file.parent)
+
+
+@pytest.mark.parametrize("way", [load_collectively, resume])
+@pytest.mark.parametrize("fault", ["object", "reading"])
+@run_distributed(world_size=2)
+def test_no_rank_keeps_what_it_has_loaded_if_another_rank_fails(
+    tmp_path: Path, way: Any, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, optimizer = trained(2)
+    rows = torch.ones(4, 2)
+    state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "average": {"average": {"tensors": [rows]}}}
+    file = saved(tmp_path, state)
+    sharded = fsdp(plain())
+    its_optimizer = torch.optim.AdamW(sharded.parameters())
+    step(sharded, its_optimizer)
+    layout = (rows.shape, init_device_mesh("cpu", (2,)), [Shard(0)])
+    average = (RefusesOnRankOne if fault == "object" else Holds)(distribute(torch.zeros(4, 2), layout))
+    objects = {"net": sharded, "optimizer": its_optimizer, "average": average}
+    before = [local(one) for one in copies(sharded, its_optimizer)]
+
+    def fail(*_: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        if fault == "reading" and job.rank() == 1:
+            patched.setattr(inplace, "read_into", fail)
+        error = raised(lambda: way(objects, file))
+    assert ("ValueError" if fault == "object" else "PartialLoadError") in kinds(error), error
+    assert isinstance(error, RemoteRankError)
+    assert not average.tensors[0].to_local().any()
+    if fault == "object":
+        assert equal(local(sharded.state_dict()), before[0])
+        assert equal(local(its_optimizer.state_dict()), before[1])
+    else:
+        assert "Of optimizer, net some tensors hold the old values" in str(error)
+    average.__class__ = Holds
+    way(objects, file)
+    assert equal(whole(sharded.state_dict()), dict(net.state_dict()))
+    assert equal(whole(its_optimizer.state_dict()), optimizer.state_dict())
+    assert torch.equal(average.tensors[0].full_tensor(), rows)

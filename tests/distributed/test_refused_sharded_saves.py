@@ -113,8 +113,8 @@ def test_a_mesh_of_ranks_in_another_order_is_refused_where_it_shards(tmp_path: P
 
 def misfit(kind: str) -> DTensor:
     """Return a DTensor of which rank 0 holds less, and rank 1 more, than the placements give."""
-    first, line, form = job.rank() == 0, mesh_of(2), {"run_check": False, "shape": torch.Size((4, 5)), "stride": (5, 1)}
-    values = numbers(4, 5)
+    first, line, values = job.rank() == 0, mesh_of(2), numbers(4, 5)
+    form: Any = {"run_check": False, "shape": values.shape, "stride": values.stride()}
     if kind == "columns":
         return DTensor.from_local((values[:, :2] if first else values[:, 2:]).clone(), line, [Shard(1)], **form)
     return DTensor.from_local((values[:1] if first else values[1:]).clone(), line, [Shard(0)], **form)
