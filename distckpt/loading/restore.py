@@ -4,8 +4,8 @@
 the groups of plain optimizers. One error lists everything that does not fit. Then live tensors that can take their
 bytes straight from the file replace the tensors of the state.
 
-:meth:`PreparedLoad.load` changes the objects. Where several ranks load together, :func:`~distckpt.loading.api.load_on_all_ranks` lets each
-know after step 2, and again after step 4, whether another rank has failed:
+:meth:`PreparedLoad.load` changes the objects. Where several ranks load together
+(:func:`distckpt.loading.api.load_on_all_ranks`), each learns after step 2, and after step 4, whether another has failed:
 
 1. copy the state of every object that is not plain, for a rollback. Give it DTensors where it has DTensors.
 2. load these objects by their own ``load_state_dict``, then plain optimizers, then objects without a copy. If one

@@ -125,6 +125,32 @@ def is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
+def fits_storage(dtype: torch.dtype, num_bytes: int, offset: int, shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Return True if a storage consists of whole elements, and has all those of a tensor.
+
+    Args:
+        dtype: of the tensor.
+        num_bytes: of the storage.
+        offset: of the tensor's first element, in elements.
+        shape: sizes.
+        stride: in elements.
+
+    Example:
+        >>> fits_storage(torch.float32, 11, 0, (2,), (1,)), fits_storage(torch.float32, 4, 0, (2,), (1,))
+        (False, False)
+    """
+    return num_bytes % dtype.itemsize == 0 and has_elements(dtype, num_bytes, offset, shape, stride)
+
+
+def has_elements(dtype: torch.dtype, num_bytes: int, offset: int, shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Return True if a storage has all elements of a tensor; arguments as for :func:`fits_storage`.
+
+    Not so for a tensor whose storage was freed by ``resize_(0)``.
+    """
+    last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    return 0 in shape or (last + 1) * dtype.itemsize <= num_bytes
+
+
 class PlainWalk:
     """A walk over a plain state.
 
@@ -283,9 +309,11 @@ class PlainWalk:
         self._put_form(form, None, shard.number, path)
 
     def _put_form(self, form: _TensorForm, storage: torch.UntypedStorage | None, number: int, path: str) -> None:
-        dtype, _, _, offset, shape, _, _ = form
+        dtype, num_bytes, _, offset, shape, stride, _ = form
         found = self._forms.get(form)
         if found is None:
+            if not fits_storage(dtype, num_bytes, offset, shape, stride):
+                raise NotPlain
             # Twice: the first tensor writes its parts in full, and later ones refer to them.
             found = (*self._form_of(*form, storage), Form(dtype, tuple(shape), offset), form)
             self._forms[form] = (*self._form_of(*form, storage), *found[2:])

@@ -8,6 +8,7 @@ The pickler notes the types of all objects, which costs nothing. The pickle is e
 
 import io
 import pickle
+import re
 import types
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable
@@ -16,7 +17,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import nn
 
-from distckpt.ptformat.numpy_arrays import NAMES, holds_objects
+from distckpt.ptformat.numpy_arrays import NAMES, find_lost_arrays, holds_objects
 from distckpt.ptformat.sharded import find_paths
 
 _HARMLESS: Final = frozenset(
@@ -29,10 +30,20 @@ _HARMLESS: Final = frozenset(
 """Types whose pickles call only what ``weights_only`` always allows."""
 CALLED: Final = (type, types.FunctionType, types.BuiltinFunctionType)
 """Types of what a pickle calls by name."""
-_LONG: Final = b"\x8b"
-"""Opcode of an integer of more than 255 bytes, which ``weights_only`` does not know."""
+_ODD: Final = re.compile(rb"\x8b|[01][hj]")
+"""Matches, and sometimes text does too, where a pickle of protocol 2 has an opcode that ``weights_only`` does not know:
+that of an integer of more than 255 bytes, and those that end a tuple which contains itself."""
 _LONG_BITS: Final = 255 * 8
+_PROTOCOL: Final = 2
 _NEWEST_PROTOCOL: Final = 3
+_UNKNOWN_OPERAND: Final = "Unsupported operand "
+_TUPLE: Final = "a tuple that contains itself"
+_OPERANDS: Final = {
+    **dict.fromkeys(("48", "49"), _TUPLE),
+    **dict.fromkeys(("66", "67"), "bytes, which only pickle_protocol=2 can save"),
+    "139": "an integer of more than 255 bytes",
+}
+"""What pickles to opcodes that ``weights_only`` does not know, by their numbers."""
 _MOST: Final = 3
 
 
@@ -64,23 +75,28 @@ def find_refused(
         return (RefusedObject("", f"pickle_protocol={protocol}, above {_NEWEST_PROTOCOL}"),)
     odd = [*called, *(kind for kind in kinds if kind not in _HARMLESS)]
     has_arrays = any(kind.__module__.partition(".")[0] == "numpy" for kind in odd if isinstance(kind, type))
-    if not refused_names(map(_name_of, odd)) and _LONG not in data and not (has_arrays and holds_objects(data)):
-        return ()
-    names = _refused_in(data)
-    return locate_refused(state, names) if names else ()
+    is_known = protocol == _PROTOCOL and not _ODD.search(data) and not (has_arrays and holds_objects(data))
+    if not is_known or refused_names(map(_name_of, odd)):
+        names = _refused_in(data)
+        if names:
+            return locate_refused(state, names, protocol=protocol)
+    lost = find_lost_arrays(state, most=_MOST) if has_arrays else []
+    return tuple(RefusedObject(path, "a NumPy array or dtype where none can be read") for path in lost)
 
 
-def locate_refused(state: Any, names: Collection[str]) -> tuple[RefusedObject, ...]:
+def locate_refused(state: Any, names: Collection[str], *, protocol: int = _PROTOCOL) -> tuple[RefusedObject, ...]:
     """Return the first objects of a state that pickle to one of the refused names. Slow: for messages."""
     found: list[RefusedObject] = []
     whats: list[str] = []
 
     def is_refused(one: Any) -> bool:
         kind = type(one)
-        is_odd = (kind is int and one.bit_length() >= _LONG_BITS) or (kind is bytes and not one)
+        is_odd = (
+            (kind is int and one.bit_length() >= _LONG_BITS) or kind is bytes or (kind is tuple and _TUPLE in names)
+        )
         if kind in _HARMLESS and not is_odd:
             return False
-        refused = _refused_names_of(one)
+        refused = _refused_names_of(one, protocol)
         if refused is None:  # only another pickler can pickle it, with its own names
             whats.append(_name_of(kind))
             return True
@@ -93,6 +109,12 @@ def locate_refused(state: Any, names: Collection[str]) -> tuple[RefusedObject, .
     paths = find_paths(state, is_refused, most=_MOST)
     found.extend(RefusedObject(path, what) for path, what in zip(paths, whats, strict=True))
     return tuple(found) or tuple(RefusedObject("", name) for name in sorted(names))
+
+
+def describe_unreadable(error: Exception) -> str:
+    """Return what torch's unpickler cannot read, as a phrase, from the error that it has raised."""
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return _OPERANDS.get(text.removeprefix(_UNKNOWN_OPERAND), text)
 
 
 def refused_names(names: Iterable[str]) -> list[str]:
@@ -108,14 +130,14 @@ def _refused_in(data: bytes) -> list[str]:
         called = unpickling.get_globals_in_pkl(io.BytesIO(data))
         return refused_names(called | {"numpy.object_"} if called & NAMES and holds_objects(data) else called)
     except (pickle.UnpicklingError, EOFError) as error:
-        return [str(error).splitlines()[0] if str(error) else type(error).__name__]
+        return [describe_unreadable(error)]
 
 
-def _refused_names_of(one: Any) -> set[str] | None:
+def _refused_names_of(one: Any, protocol: int) -> set[str] | None:
     """Return the refused names in the pickle of one object; None if it cannot be pickled."""
     buffer = io.BytesIO()
     try:
-        _WithoutStorages(buffer, 2).dump(one)
+        _WithoutStorages(buffer, protocol).dump(one)
     except Exception:  # noqa: BLE001 - a user's own method
         return None
     return set(_refused_in(buffer.getvalue()))

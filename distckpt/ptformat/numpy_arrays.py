@@ -13,12 +13,15 @@ Source: ``array_reduce`` and ``arraydescr_reduce`` of NumPy 1.26 and 2.3 (``nump
 import contextlib
 import math
 import re
+import sys
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from distckpt.ptformat.sharded import find_paths, key_to_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,6 +44,10 @@ _ALIGNED = 0x80
 """NumPy's flag of a dtype whose fields are aligned as in C."""
 _UNSPELLABLE = "\n"
 """Prefix of names that no pickle can call, because the unpickler reads names by the line."""
+_SEARCHED = frozenset({dict, OrderedDict, Counter, list, tuple})
+"""Types of the containers in which placeholders are replaced."""
+_LEAVES = frozenset({str, int, float, bool, complex, bytes, bytearray, type(None)})
+_LOST = "a NumPy array or dtype is in an object that is no mapping, list or tuple"
 _LOCK = threading.Lock()
 _NDARRAY = object()
 """Replaces NumPy's array class. A memmap is pickled with its data, and loads as an array."""
@@ -133,6 +140,49 @@ def holds_objects(data: bytes) -> bool:
     return _OBJECTS.search(data) is not None
 
 
+def find_lost_arrays(state: Any, *, most: int) -> list[str]:
+    """Return the paths of the first arrays and dtypes of a state that cannot be read back from its pickle.
+
+    These are in an object that is no mapping, list or tuple, or in a key or a set.
+
+    Args:
+        state: before it is pickled.
+        most: number of paths to return.
+    """
+    found: list[str] = []
+    todo: list[tuple[str, Any]] = [("", state)]
+    seen: set[int] = set()
+    while todo and len(found) < most:
+        path, one = todo.pop()
+        kind = type(one)
+        if id(one) in seen or _is_numpy(one):
+            continue
+        seen.add(id(one))
+        if kind not in _SEARCHED:
+            found += find_paths(one, _is_numpy, path, most=most - len(found))
+            continue
+        lead = f"{path}." if path else ""
+        pairs = list(enumerate(one) if kind in (list, tuple) else one.items())
+        keys = [key for key, _ in pairs if type(key) not in _LEAVES]
+        found += [f"{lead}{key_to_text(key)}" for key in keys if find_paths(key, _is_numpy, most=1)]
+        todo += [(f"{lead}{key_to_text(key)}", item) for key, item in reversed(pairs) if not _is_leaf(item)]
+        if kind is OrderedDict:
+            todo.append((path, vars(one)))
+    return found[:most]
+
+
+def _is_leaf(one: Any) -> bool:
+    """Return True for a value that holds no other one: most values, and quick to find out."""
+    kind = type(one)
+    return kind in _LEAVES or (kind is torch.Tensor and not one.__dict__)
+
+
+def _is_numpy(one: Any) -> bool:
+    """Return True for an array or dtype."""
+    np = sys.modules.get("numpy")
+    return np is not None and isinstance(one, np.ndarray | np.dtype)
+
+
 def _numpy() -> Any:
     try:
         import numpy as np  # noqa: PLC0415 - only for a file that has arrays
@@ -146,8 +196,14 @@ def _restored(tree: Any, arrays: list[_Array]) -> Any:
     filling = _Filling()
     found = filling.fill(tree)
     if len(filling.met) != len(arrays):
-        raise NumpyRefused("a NumPy array is in an object that is no mapping, list or tuple")
+        raise NumpyRefused(_LOST)
     return found
+
+
+def _require_none_in(value: Any) -> None:
+    """Raise NumpyRefused if there is a placeholder in an object that is not searched."""
+    if find_paths(value, lambda one: isinstance(one, _Placeholder), most=1):
+        raise NumpyRefused(_LOST)
 
 
 class _Filling:
@@ -166,7 +222,9 @@ class _Filling:
             return value.value
         if kind is _DType:
             return value.value
-        if kind not in (dict, OrderedDict, Counter, list, tuple):
+        if kind not in _SEARCHED:
+            if not _is_leaf(value):
+                _require_none_in(value)
             return value
         if id(value) not in self._seen:
             self._fill_container(value, kind)

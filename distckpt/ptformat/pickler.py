@@ -1,7 +1,8 @@
 """Make a state's ``data.pkl`` and the list of its storages, without copying them.
 
 A plain state is pickled by :mod:`distckpt.ptformat.fast_pickle`. Any other gets the bytes that ``torch.save`` writes, a
-few times as fast for plain tensors.
+few times as fast for plain tensors. Only a tensor whose storage does not consist of whole elements gets other bytes,
+because ``torch.load`` cannot read what ``torch.save`` writes of it.
 
 Source: ``torch.serialization._save`` and ``torch.Tensor.__reduce_ex__`` of torch 2.9 to 2.13.
 """
@@ -18,7 +19,16 @@ from typing import Any
 import torch
 
 from distckpt.errors import ShardedStateError
-from distckpt.ptformat.fast_pickle import TYPES, Form, NotPlain, PlainWalk, TensorLocation, is_plain, pickle_plain
+from distckpt.ptformat.fast_pickle import (
+    TYPES,
+    Form,
+    NotPlain,
+    PlainWalk,
+    TensorLocation,
+    has_elements,
+    is_plain,
+    pickle_plain,
+)
 from distckpt.ptformat.loadable import CALLED, RefusedObject, find_refused
 from distckpt.ptformat.sharded import (
     TensorShard,
@@ -113,6 +123,9 @@ def pickle_like_torch(
     data = buffer.getvalue()
     kinds, called = pickler.kinds.values(), pickler.called.values()
     refused = find_refused(state, data, kinds=kinds, called=called, protocol=protocol)
+    if pickler.has_freed:
+        paths = find_paths(state, _is_freed)
+        refused += tuple(RefusedObject(path, "a tensor whose storage was freed") for path in paths or [""])
     return PickledState(data, tuple(pickler.storages), tuple(_named(state, pickler.numbers, shards or {})), refused)
 
 
@@ -153,6 +166,7 @@ class _Pickler(pickle.Pickler):
         self.numbers: dict[int, str] = {}  # torch's identity of a storage -> its number
         self.kinds: dict[int, type] = {}  # types without opcodes of their own
         self.called: dict[int, Any] = {}  # classes and functions
+        self.has_freed = False  # whether a tensor's storage lacks some of its elements
         self._dtypes: dict[int, torch.dtype] = {}  # address of the data -> dtype
 
     def persistent_id(self, obj: Any) -> Any:
@@ -183,21 +197,25 @@ class _Pickler(pickle.Pickler):
             else:
                 self.kinds[id(kind)] = kind
             return NotImplemented
+        self.has_freed = self.has_freed or _is_freed(obj)
         dtype = obj.dtype
         storage_type = TYPES.get(dtype)
         if storage_type is None or not is_plain(obj):
             return NotImplemented
         storage = obj.untyped_storage()
-        pid = self._pid_of(storage, dtype, storage_type, storage.nbytes() // dtype.itemsize)
-        args: tuple[Any, ...] = (
-            _Storage(pid),
+        numel, rest = divmod(storage.nbytes(), dtype.itemsize)
+        location: tuple[Any, ...] = (
             obj.storage_offset(),
             tuple(obj.size()),
             obj.stride(),
             obj.requires_grad,
             OrderedDict(),
         )
-        return torch._utils._rebuild_tensor_v2, args  # noqa: SLF001 - the name that every .pt file calls
+        if rest:
+            pid = self._pid_of(storage, dtype, torch.UntypedStorage, storage.nbytes())
+            return torch._utils._rebuild_tensor_v3, (_Storage(pid), *location, dtype)  # noqa: SLF001 - as below
+        pid = self._pid_of(storage, dtype, storage_type, numel)
+        return torch._utils._rebuild_tensor_v2, (_Storage(pid), *location)  # noqa: SLF001 - the name that every .pt file calls
 
     def _reduce_sharded(self, obj: Any, kind: type) -> Any:
         """Return how a sharded or replicated tensor is pickled; None for other objects."""
@@ -227,6 +245,16 @@ class _Pickler(pickle.Pickler):
             self.storages.append(storage)
         location = "cpu" if device.type == "cpu" else torch.serialization.location_tag(storage)
         return ("storage", kind, key, location, numel)
+
+
+def _is_freed(one: Any) -> bool:
+    """Return True for a tensor whose storage lacks some of its elements."""
+    if type(one) not in (torch.Tensor, torch.nn.Parameter) or one.layout is not torch.strided or one.is_nested:
+        return False
+    if one.is_meta:
+        return False
+    num_bytes = one.untyped_storage().nbytes()
+    return not has_elements(one.dtype, num_bytes, int(one.storage_offset()), one.shape, one.stride())
 
 
 def _reduce_shard(shard: TensorShard) -> tuple[Any, ...]:

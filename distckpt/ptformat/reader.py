@@ -34,7 +34,7 @@ from distckpt.ptformat.archive import (
 from distckpt.ptformat.gc_pause import gc_paused
 from distckpt.ptformat.layout import RecordLocation, UnsupportedArchive
 from distckpt.ptformat.lazy_state import LazyState, NeedsTorchLoad, read_lazy_state
-from distckpt.ptformat.loadable import refused_names
+from distckpt.ptformat.loadable import describe_unreadable, refused_names
 from distckpt.ptformat.manifest import SCHEMA, Head
 from distckpt.ptformat.pickler import pickle_state
 from distckpt.ptformat.torch_format import describe_format, load_by_torch
@@ -397,7 +397,7 @@ def find_refused_names(file: StoredFile) -> list[str]:
     try:
         return refused_names(torch.serialization.get_unsafe_globals_in_checkpoint(file.stream()))
     except pickle.UnpicklingError as error:  # a newer pickle protocol
-        return str(error).splitlines()[:1]
+        return [describe_unreadable(error)]
     except Exception:  # noqa: BLE001 - it knows the zip format alone
         try:
             read_pt(file, verified=False)

@@ -247,6 +247,7 @@ CRAFTED: dict[str, Callable[[], Any]] = {
     "a function of NumPy's": lambda: Calls(np.load, "/dev/null"),
     "a key": lambda: {Calls(reconstruct(), np.ndarray, (0,), b"b"): 1},
     "in a tensor's attributes": lambda: with_attribute(np.ones(2)),
+    "a dtype in a tensor's attributes": lambda: with_attribute([np.ones(2).dtype]),
 }
 
 

@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import nn
 
+import distckpt
 from distckpt import DiskSaver
 from distckpt.ptformat.reader import verify
+from tests.unit.toys import Notebook
 
 
 class NoAnswers(torch.Tensor):
@@ -83,3 +85,30 @@ def test_a_key_with_a_surrogate_is_in_the_manifest_as_it_is(tmp_path: Path) -> N
     with zipfile.ZipFile(tmp_path / "a.pt") as archive:
         assert [one[0] for one in json.loads(archive.read("archive/distckpt.json"))["tensors"]] == [key]
     assert list(torch.load(tmp_path / "a.pt", weights_only=True)) == [key]
+
+
+ODD_STORAGES: dict[str, Callable[[], torch.Tensor]] = {
+    "bytes": lambda: torch.arange(11, dtype=torch.uint8)[:8].view(torch.float32),
+    "complex": lambda: torch.arange(5.0)[:4].view(torch.complex64),
+    "part": lambda: torch.arange(11, dtype=torch.uint8)[:8].view(torch.int16)[1:3],
+    "parameter": lambda: nn.Parameter(torch.arange(11, dtype=torch.uint8)[:8].view(torch.float32)),
+}
+
+
+@pytest.mark.parametrize("how", ["weights_only", "mmap", "distckpt"])
+@pytest.mark.parametrize("kind", ODD_STORAGES)
+def test_a_storage_that_does_not_consist_of_whole_elements_is_saved(tmp_path: Path, kind: str, how: str) -> None:
+    path, tensor = tmp_path / "a.pt", ODD_STORAGES[kind]()
+    distckpt.save({"a": Notebook({"x": tensor, "again": tensor, "plain": torch.ones(2)})}, path)
+    verify(path)
+    if how == "distckpt":
+        book = Notebook()
+        distckpt.load({"a": book}, path)
+        found: Any = book.state
+    else:
+        found = torch.load(path, weights_only=True, mmap=how == "mmap")
+    assert type(found["x"]) is type(tensor)
+    assert (found["x"].dtype, found["x"].shape) == (tensor.dtype, tensor.shape)
+    assert torch.equal(found["x"].view(torch.uint8), tensor.view(torch.uint8))
+    assert found["x"].untyped_storage().nbytes() == tensor.untyped_storage().nbytes()
+    assert found["again"] is found["x"]

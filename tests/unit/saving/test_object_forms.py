@@ -61,7 +61,7 @@ def test_a_tensor_of_another_form_under_the_same_name_gives_another_digest(chang
     changed: dict[str, Any] = {
         "shape": torch.ones(2, 3),
         "dtype": state["weight"].double(),
-        "type": torch.UntypedStorage(4),
+        "type": nn.Parameter(state["weight"]),
         "no tensor": None,
     }
     assert digests.digest(model, {**state, "weight": changed[change]}) != before
