@@ -5,7 +5,7 @@ the groups of plain optimizers. One error lists everything that does not fit. Th
 bytes straight from the file replace the tensors of the state.
 
 :meth:`PreparedLoad.load` changes the objects. Where several ranks load together
-(:func:`distckpt.loading.api.load_on_all_ranks`), each learns after step 2, and after step 4, whether another has failed:
+(:func:`distckpt.loading.api.load_on_all_ranks`), each learns after steps 2 and 4 whether another has failed:
 
 1. copy the state of every object that is not plain, for a rollback. Give it DTensors where it has DTensors.
 2. load these objects by their own ``load_state_dict``, then plain optimizers, then objects without a copy. If one
@@ -358,15 +358,15 @@ def _is_bare(obj: Any, state: Mapping[str, Any], key: str) -> bool:
         return obj.keys() <= state.keys() and not is_inner
     if isinstance(obj, torch.optim.Optimizer):
         return "param_groups" in state and not (isinstance(inner, Mapping) and "param_groups" in inner)
-    if isinstance(inner, Mapping) or not hasattr(obj, "load_state_dict"):
+    has_own_way = getattr(type(obj), "state_dict", None) is not nn.Module.state_dict
+    if not hasattr(obj, "load_state_dict") or (isinstance(inner, Mapping) and not has_own_way):
         return False
-    if isinstance(obj, nn.Module):
-        return True
-    try:
+    own: Any = None
+    with contextlib.suppress(Exception):  # a user's code; ignite takes the item at the key
         own = own_state(obj)
-        return isinstance(own, Mapping) and key in own  # else the item at the key is such a state
-    except Exception:  # noqa: BLE001 - a user's code; ignite takes the item at the key
-        return False
+    if isinstance(own, Mapping) and isinstance(inner, Mapping):  # part of the object's state, or that state itself
+        return own.keys() == state.keys() != inner.keys()
+    return isinstance(own, Mapping) and (key in own or isinstance(obj, nn.Module))
 
 
 def _walk(name: str, obj: Any, state: Any, loads: list[_ObjectLoad], mismatches: _Mismatches) -> None:

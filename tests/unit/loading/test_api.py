@@ -10,7 +10,7 @@ from ignite.engine import Engine
 from ignite.handlers import Checkpoint as Ignites
 from torch import nn
 
-from distckpt import Checkpoint
+from distckpt import Checkpoint, DiskSaver
 from tests.unit.toys import Notebook, equal, linear, run_epochs, snapshot
 
 load = Checkpoint.load_objects
@@ -119,6 +119,55 @@ def test_one_object_whose_state_has_its_name_makes_the_round_trip(tmp_path: Path
     fresh = Notebook({"page": 0})
     load({"page": fresh}, tmp_path / "page_1.pt")
     assert fresh.state == {"page": 3}
+
+
+class TensorState(nn.Module):
+    """A module whose state is a tensor."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((2,), value))
+
+    def state_dict(self, *_: Any, **__: Any) -> Any:
+        return self.weight.detach()
+
+    def load_state_dict(self, state_dict: Any, *_: Any, **__: Any) -> Any:
+        self.weight.data.copy_(state_dict)
+
+
+@pytest.mark.parametrize("others", [{}, {"other": 1}])
+def test_a_module_whose_state_is_a_tensor_gets_it(tmp_path: Path, others: dict[str, Any]) -> None:
+    to_save = {"model": TensorState(7.0), **{name: Notebook({"x": one}) for name, one in others.items()}}
+    run_epochs(Checkpoint(to_save, tmp_path), 1)
+    fresh = TensorState(0.0)
+    load({"model": fresh}, next(tmp_path.glob("*.pt")))
+    assert fresh.weight.tolist() == [7.0, 7.0]
+
+
+class Wrapper:
+    """An object of the user's whose state has the state of a model."""
+
+    def __init__(self, epoch: int) -> None:
+        self.model, self.epoch = linear(epoch), epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"model": self.model.state_dict(), "epoch": self.epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.epoch = state["epoch"]
+
+
+@pytest.mark.parametrize("name", ["model", "epoch", "wrapper"])
+def test_one_object_whose_state_has_a_state_of_its_name_makes_the_round_trip(tmp_path: Path, name: str) -> None:
+    saved, fresh = Wrapper(9), Wrapper(0)
+    run_epochs(Checkpoint({name: saved}, tmp_path), 1)
+    load({name: fresh}, tmp_path / f"{name}_1.pt")
+    assert fresh.epoch == 9
+    assert equal(fresh.model.state_dict(), saved.model.state_dict())
+    run_epochs(Checkpoint({name: Wrapper(8), "other": linear(1)}, DiskSaver(tmp_path, require_empty=False)), 1)
+    load({name: fresh}, tmp_path / "checkpoint_1.pt")
+    assert fresh.epoch == 8
 
 
 def test_nested_mappings_and_lists_make_the_round_trip(tmp_path: Path) -> None:
