@@ -282,7 +282,8 @@ def _dtype_of(base: "np.dtype[Any]", state: Any) -> Any:
         unit = unit.decode() if type(unit) is bytes else unit
         _require(type(unit) is str and _UNIT.match(unit) is not None and type(number) is int, "a dtype's unit")
         base = np.dtype(f"{base.kind}8" if unit == "generic" else f"{base.kind}8[{number}{unit}]")
-    return base.newbyteorder(order) if order in ("<", ">") else base
+    ordered = base.newbyteorder(order) if order in ("<", ">") else base
+    return base if ordered.isnative else ordered  # memoryviews refuse an explicit byte order, though it is native
 
 
 def _no_bytes() -> bytes:

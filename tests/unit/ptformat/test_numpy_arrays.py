@@ -104,6 +104,25 @@ def test_arrays_load_as_they_were(tmp_path: Path, kind: str, how: str) -> None:
     assert same({"a": array, "again": [array]}, read_pt(saved(tmp_path / "a.pt", {"a": array, "again": [array]}, how)))
 
 
+def byte_orders(dtype: np.dtype[Any]) -> list[Any]:
+    """Return the byte orders of a dtype and of the dtypes in it."""
+    inner = [dtype.base] if dtype.subdtype else [field[0] for field in (dtype.fields or {}).values()]
+    return [dtype.byteorder, *map(byte_orders, inner)]
+
+
+@pytest.mark.parametrize("kind", ARRAYS)
+def test_arrays_and_dtypes_keep_their_byte_orders(tmp_path: Path, kind: str) -> None:
+    array = ARRAYS[kind]()
+    found = read_pt(saved(tmp_path / "a.pt", {"array": array, "dtype": array.dtype}))
+    assert byte_orders(found["array"].dtype) == byte_orders(array.dtype)
+    assert byte_orders(found["dtype"]) == byte_orders(array.dtype)
+
+
+def test_loaded_arrays_can_be_read_through_a_memoryview(tmp_path: Path) -> None:
+    found = memoryview(read_pt(saved(tmp_path / "a.pt", np.arange(3.0))))
+    assert (found.format, found.tolist()) == ("d", [0.0, 1.0, 2.0])
+
+
 @pytest.mark.parametrize("how", ["torch", "distckpt", "NumPy 1"])
 @pytest.mark.parametrize("kind", SCALARS)
 def test_scalars_load_as_they_were(tmp_path: Path, kind: str, how: str) -> None:
