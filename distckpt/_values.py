@@ -27,6 +27,17 @@ def has_python_value(scalar: Any) -> bool:
     return scalar.dtype.kind in _PLAIN_KINDS and type(scalar.item()) in _PLAIN_TYPES
 
 
+def is_array(value: Any) -> bool:
+    """Return True for a tensor or a NumPy array. Imports neither torch nor NumPy."""
+    kinds = ((sys.modules.get("torch"), "Tensor"), (sys.modules.get("numpy"), "ndarray"))
+    return any(module is not None and isinstance(value, getattr(module, name, ())) for module, name in kinds)
+
+
+def without_dimensions(value: Any) -> Any:
+    """Return the number in a tensor or NumPy array without dimensions. Other values are returned unchanged."""
+    return value.item() if is_array(value) and value.ndim == 0 else value
+
+
 def plain_score(score: Any) -> int | float:
     """Return a user's score as a plain Python number.
 

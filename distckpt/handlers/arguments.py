@@ -80,19 +80,20 @@ def check_include_self(to_save: Mapping[str, Any], *, include_self: bool) -> Non
         raise ValueError(msg)
 
 
-def check_rank(rank: object, name: str = "save_on_rank") -> None:
-    """Check an argument that is a rank. Whether the job has that rank is checked at the first event.
+def check_rank(rank: Any, name: str = "save_on_rank") -> int:
+    """Return the value of an argument that is a rank. Whether the job has that rank is checked at the first event.
 
     Raises:
-        TypeError: `rank` is not an int.
+        TypeError: `rank` is not an integer.
         ValueError: `rank` is negative.
     """
-    if not isinstance(rank, int) or isinstance(rank, bool):
+    if not isinstance(rank, numbers.Integral) or isinstance(rank, bool):
         msg = f"Argument {name} should be a non-negative integer, but given {type(rank)}"
         raise TypeError(msg)
     if rank < 0:
         msg = f"Argument {name} should be a non-negative integer, but given {rank}"
         raise ValueError(msg)
+    return int(rank)
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from ignite.base.mixins import Serializable
 from ignite.engine import Engine, Events, State
 
-from distckpt._values import plain_score
+from distckpt._values import plain_score, without_dimensions
 from distckpt.backends.base import Backend
 from distckpt.backends.detect import current
 from distckpt.backends.serial import SingleRank
@@ -404,7 +404,7 @@ class Checkpoint(Serializable, Voter):
         if isinstance(state_dict, Mapping) and "_saved" not in state_dict and "saved" in state_dict:
             state_dict = {"_saved": state_dict["saved"]}
         super().load_state_dict(state_dict)
-        entries = [(plain_score(priority), str(name)) for priority, name in state_dict["_saved"]]
+        entries = [(plain_score(without_dimensions(priority)), str(name)) for priority, name in state_dict["_saved"]]
         self._history.replace(entries, is_user_given=True)
 
     def reload_objects(

@@ -125,11 +125,10 @@ class DiskSaver(BaseSaveHandler):
         if not isinstance(dirname, str | os.PathLike):
             msg = f"Argument dirname should be a string or Path object, but given {type(dirname)}"
             raise TypeError(msg)
-        check_rank(save_on_rank)
         check_choice("when_busy", when_busy, ("wait", "skip"))
         check_choice("share_write", share_write, (None, "node", "world"))
         self.dirname = Path(dirname).expanduser()
-        self.save_on_rank = save_on_rank
+        self.save_on_rank = check_rank(save_on_rank)
         self.background = bool(background)
         self.when_busy = when_busy
         self.share_write = share_write

@@ -7,12 +7,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-import torch
 from ignite.base.mixins import ResettableHandler, Serializable
 from ignite.engine import Engine, Events
 
 from distckpt._messages import log_level
-from distckpt._values import check_timeout, is_nan, plain_score
+from distckpt._values import check_timeout, is_array, is_nan, plain_score
 from distckpt.backends.detect import current
 from distckpt.coordination import phases
 from distckpt.handlers.compat import deprecated
@@ -244,8 +243,8 @@ class EarlyStopping(Serializable, ResettableHandler):
 
 
 def _plain(score: Any) -> int | float:
-    # ignite compares any value: a tensor of one element is a score here, though not for Checkpoint.
-    return plain_score(score.item() if isinstance(score, torch.Tensor) else score)
+    # ignite compares any value: a tensor or array of one element is a score here, though not for Checkpoint.
+    return plain_score(score.item() if is_array(score) else score)
 
 
 def _check_arguments(

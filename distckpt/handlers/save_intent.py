@@ -5,10 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from ignite.engine import Engine, Events
 
-from distckpt._values import is_numpy_scalar, plain_score
+from distckpt._values import is_numpy_scalar, plain_score, without_dimensions
 from distckpt.backends.detect import current
 from distckpt.handlers.checkpoint_history import CheckpointHistory
 from distckpt.handlers.compat import CHECKPOINT_OVERRIDES, refuse_overrides
@@ -74,8 +73,7 @@ def name_of(to_save: Mapping[str, Any]) -> str:
 def coordinator_of(handler: Settings) -> int:
     """Return the rank that decides and commits, according to this rank's settings."""
     saver = handler.save_handler
-    rank: int = handler.save_on_rank if directory_of(saver) is None else saver.save_on_rank
-    return rank
+    return int(handler.save_on_rank if directory_of(saver) is None else saver.save_on_rank)
 
 
 def policy_of(handler: Settings) -> SavePolicy:
@@ -103,9 +101,7 @@ def call_user_functions(handler: Settings, engine: Engine) -> UserFacts:
     refuse_overrides(handler, CHECKPOINT_OVERRIDES)
     step: Any = None
     if handler.global_step_transform is not None:
-        step = handler.global_step_transform(engine, engine.last_event_name)
-        if isinstance(step, torch.Tensor) and step.dim() == 0:
-            step = step.item()
+        step = without_dimensions(handler.global_step_transform(engine, engine.last_event_name))
     score = None
     if handler.score_function is not None:
         score = plain_score(handler.score_function(engine))
@@ -113,10 +109,11 @@ def call_user_functions(handler: Settings, engine: Engine) -> UserFacts:
         step = engine.state.get_event_attrib_value(Events.ITERATION_COMPLETED)
     else:
         try:
-            plain_score(step)  # as text, "9" would rank above "10"
+            number = plain_score(step)  # as text, "9" would rank above "10"
         except ValueError:
             msg = f"Output of global_step_transform should be a number, but given {type(step)}"
             raise ValueError(msg) from None
+        step = step if isinstance(step, int | float) else number
     return UserFacts(step.item() if is_numpy_scalar(step) else step, score)
 
 

@@ -57,7 +57,13 @@ def test_early_stopping_walks_the_same_states(
     assert states(IGNITE) == states(OURS)
 
 
-@pytest.mark.parametrize("kind", [int, bool, np.float32, np.float64, np.int64, torch.tensor])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(int, bool, np.float32, np.float64, np.int64, torch.tensor, np.array),
+        *(lambda value: torch.tensor([value]), lambda value: np.array([value])),
+    ],
+)
 def test_early_stopping_takes_the_same_kinds_of_score(kind: Callable[[int], Any]) -> None:
     def stopped_at(library: Library) -> Any:
         trainer, evaluator = _idle(), _idle()

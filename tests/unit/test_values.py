@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distckpt._values import is_nan, is_numpy_scalar, plain_score
+from distckpt._values import is_nan, is_numpy_scalar, plain_score, without_dimensions
 
 
 @pytest.mark.parametrize(
@@ -95,6 +95,28 @@ def test_anything_else_is_refused_and_its_type_named(score: object) -> None:
 )
 def test_numpy_scalars_are_recognised(value: object, *, expected: bool) -> None:
     assert is_numpy_scalar(value) is expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (np.array(4), 4),
+        (np.array(0.5, dtype=np.float32), 0.5),
+        (torch.tensor(4), 4),
+        (torch.tensor(0.5), 0.5),
+        (3, 3),
+        ("a", "a"),
+    ],
+    ids=repr,
+)
+def test_a_value_without_dimensions_becomes_pythons_own(value: object, expected: object) -> None:
+    found = without_dimensions(value)
+    assert (found, type(found)) == (expected, type(expected))
+
+
+@pytest.mark.parametrize("value", [np.array([4]), torch.tensor([4]), np.int64(4)], ids=repr)
+def test_another_value_stays_as_it_is(value: object) -> None:
+    assert without_dimensions(value) is value
 
 
 def test_without_numpy_nothing_is_its_scalar(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 import ignite.handlers
+import numpy as np
 import pytest
 import torch
 from ignite.handlers import checkpoint as ignites
@@ -102,6 +103,17 @@ def test_a_directory_means_a_disk_saver(tmp_path: Path, kind: Callable[[str], An
     assert handler.save_handler.dirname == tmp_path / "new"
     assert handler.save_handler.save_on_rank == 0
     assert (tmp_path / "new").is_dir()
+
+
+@pytest.mark.parametrize("save_handler", [str, DiskSaver, lambda _folder: InMemory()])
+def test_counts_and_ranks_may_be_numpys(tmp_path: Path, save_handler: Callable[[Path], Any]) -> None:
+    numbers: dict[str, Any] = {"n_saved": np.int64(2), "save_on_rank": np.int64(0)}
+    handler = Checkpoint({"model": MODEL}, save_handler(tmp_path), score_name="acc", **numbers)
+    engine = idle_engine()
+    for score in (0.1, 0.2, 0.3):
+        engine.state.metrics["acc"] = score
+        handler(engine)
+    assert handler.state_dict() == {"_saved": [(0.2, "model_acc=0.2000.pt"), (0.3, "model_acc=0.3000.pt")]}
 
 
 def test_what_was_given_stands_in_attributes() -> None:

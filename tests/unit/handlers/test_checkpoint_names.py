@@ -2,6 +2,7 @@
 
 import fractions
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,9 @@ def test_metadata_holds_exactly_what_the_contract_says() -> None:
         ({"global_step_transform": lambda _engine, _event: None}, 203),
         ({"global_step_transform": lambda _engine, _event: np.int64(4)}, 4),
         ({"global_step_transform": lambda _engine, _event: torch.tensor(4)}, 4),
+        ({"global_step_transform": lambda _engine, _event: np.array(4)}, 4),
+        ({"global_step_transform": lambda _engine, _event: np.longdouble(4.5)}, 4.5),
+        ({"global_step_transform": lambda _engine, _event: Decimal("4.5")}, 4.5),
     ],
 )
 def test_priority_is_score_else_global_step_else_iteration(options: dict[str, Any], priority: float) -> None:

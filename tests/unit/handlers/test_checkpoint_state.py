@@ -29,7 +29,11 @@ def test_state_is_the_list_of_priorities_and_names() -> None:
 
 @pytest.mark.parametrize("key", ["_saved", "saved"])
 @pytest.mark.parametrize(
-    "entry", [(0.5, "a.pt"), [0.5, "a.pt"], Checkpoint.Item(0.5, "a.pt"), (np.float64(0.5), "a.pt")]
+    "entry",
+    [
+        *((0.5, "a.pt"), [0.5, "a.pt"], Checkpoint.Item(0.5, "a.pt")),
+        *((np.float64(0.5), "a.pt"), (np.array(0.5), "a.pt"), (torch.tensor(0.5), "a.pt")),  # steps of ignite's handler
+    ],
 )
 def test_states_of_both_releases_are_loaded(key: str, entry: Any) -> None:
     handler = _checkpoint()

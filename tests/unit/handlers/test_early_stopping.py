@@ -125,7 +125,17 @@ def test_it_is_called_without_an_engine() -> None:
     assert trainer.should_terminate
 
 
-@pytest.mark.parametrize("kind", [int, np.float32, np.int64, torch.tensor, bool])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(int, bool, np.float32, np.int64, torch.tensor, np.array),
+        *(
+            lambda value: torch.tensor([value]),
+            lambda value: np.array([value]),
+            lambda value: np.array([[value]], np.float32),
+        ),
+    ],
+)
 def test_any_kind_of_number_becomes_pythons_own(kind: Callable[[int], Any]) -> None:
     handler, stopped = _walk([kind(1), kind(1), kind(0)])
     assert stopped == 3
@@ -133,7 +143,7 @@ def test_any_kind_of_number_becomes_pythons_own(kind: Callable[[int], Any]) -> N
     assert isinstance(handler.best_score, int | float)
 
 
-@pytest.mark.parametrize("score", ["0.5", None, 1j])
+@pytest.mark.parametrize("score", ["0.5", None, 1j, np.array("0.5"), np.array([1j]), np.array(None)])
 def test_what_is_no_number_is_refused(score: Any) -> None:
     with pytest.raises(ValueError, match=r"^Output of score_function should be a number"):
         _walk([score])
@@ -154,6 +164,7 @@ def test_state_holds_counter_best_and_mode() -> None:
         ({"counter": 1, "best_score": 3.0}, "abs"),  # a release without threshold_mode
         ({"counter": 1, "best_score": np.float64(3.0)}, "abs"),
         ({"counter": 1, "best_score": torch.tensor(3.0)}, "abs"),
+        ({"counter": 1, "best_score": np.array([3.0])}, "abs"),
     ],
 )
 def test_states_of_older_releases_are_loaded(state: dict[str, Any], mode: str) -> None:
