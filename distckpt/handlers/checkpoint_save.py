@@ -171,7 +171,7 @@ class CheckpointSave:
         self.history.saved_at = RunIteration(self.engine)
         self.history.commit(self.agreed, took_s=self.log.committed())
         if self.agreed.removal == RemovalOrder.BEFORE:
-            self.history.orphans = self._orphans
+            self.history.orphans = tuple(name for name in self._orphans if name != self.decision.filename)
         else:
             self._remove_after(written)
         self._log_saved()

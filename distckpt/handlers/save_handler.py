@@ -155,6 +155,14 @@ def removal_order_of(handler: object) -> RemovalOrder:
     return RemovalOrder.BEFORE if isinstance(handler, BaseSaveHandler) else RemovalOrder.NEVER
 
 
+def replaces_file(handler: object) -> bool:
+    """Return True if a save replaces a file of its name; False if ``remove`` has to come first, as in ignite.
+
+    An atomic replacement is never preceded by a removal: if the save failed, no checkpoint would be left.
+    """
+    return storage_saver(handler) is not None or removal_order_of(handler) != RemovalOrder.BEFORE
+
+
 def is_same_directory(one: object, other: object) -> bool:
     """Return True if two save handlers write into the same local directory."""
     first, second = directory_of(one), directory_of(other)

@@ -15,7 +15,7 @@ from distckpt.handlers.engine_events import find_engine_handling_exception, get_
 from distckpt.handlers.own_files import OwnFiles
 from distckpt.handlers.progress import num_completed_epochs, position_of
 from distckpt.handlers.runs import run_of
-from distckpt.handlers.save_handler import directory_of, removal_order_of, storage_saver
+from distckpt.handlers.save_handler import directory_of, removal_order_of, replaces_file, storage_saver
 from distckpt.policy.decision import RemovalOrder, SaveIntent, SavePolicy
 from distckpt.policy.policies import EveryHours, Policy, policies_of, whole_minutes
 from distckpt.policy.retention import rank_candidate, wants
@@ -188,6 +188,7 @@ def make_intent(
         needs_consolidation=needs_consolidation(handler.to_save),
         knows_writers=stored is None or stored.knows_writers(backend),
         removal=int(RemovalOrder.BEFORE if history.unseen_handler is saver else removal_order_of(saver)),
+        replaces_file=replaces_file(saver),
         handler=None if directory is None else own.identity,
         run=run.as_json(),
         number=run_of(outermost).num_saved,

@@ -110,6 +110,7 @@ class SaveIntent:
         needs_consolidation: whether some object's state is distributed over the ranks.
         knows_writers: whether this rank knows which ranks write the file.
         removal: when evicted files are removed.
+        replaces_file: whether the save replaces a file of its name. Otherwise that file is removed before the save.
         handler: the handler's identity, the same in the next run; None without manifests.
         run: the run that the save belongs to, as in a manifest.
         number: the number of checkpoints that the run has saved.
@@ -133,6 +134,7 @@ class SaveIntent:
     needs_consolidation: bool = False
     knows_writers: bool = True
     removal: int = RemovalOrder.AFTER
+    replaces_file: bool = True
     handler: Mapping[str, Any] | None = None
     run: Mapping[str, Any] | None = None
     number: int = 0
@@ -155,7 +157,7 @@ class SaveDecision:
         priority: the new checkpoint's priority; higher is better.
         metadata: ``basename``, ``score_name`` and ``priority``, for the save handler.
         kept: the history after the commit.
-        evicted: the files to remove.
+        evicted: the files to remove. A file of the new checkpoint's name is among them if the save does not replace it.
         reasons: why policies keep the new checkpoint, in words.
     """
 
@@ -165,6 +167,11 @@ class SaveDecision:
     kept: History
     evicted: tuple[str, ...]
     reasons: tuple[str, ...]
+
+    @property
+    def evicted_others(self) -> tuple[str, ...]:
+        """The files to remove, without one of the new checkpoint's name."""
+        return tuple(name for name in self.evicted if name != self.filename)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,6 +260,8 @@ def _make_decision(own: SaveIntent, history: History, score: float | None, prior
         is_scored=is_scored,
     )
     orphans = [name for name in own.orphans if name != filename and name not in retained.evicted]
+    is_there = history.has_name(filename) or filename in own.orphans
+    replaced = [filename] if is_there and not own.replaces_file else []
     return SaveDecision(
         filename=filename,
         priority=priority,
@@ -262,7 +271,7 @@ def _make_decision(own: SaveIntent, history: History, score: float | None, prior
             "priority": priority,
         },
         kept=retained.kept,
-        evicted=(*retained.evicted, *orphans),
+        evicted=(*replaced, *retained.evicted, *orphans),
         reasons=retained.reasons,
     )
 

@@ -151,6 +151,18 @@ def _no_disk_saver_with_prefix(library: Library, folder: Path) -> Any:
     return Saver()
 
 
+def _new_files_only(library: Library, folder: Path) -> Any:
+    class Saver(library.BaseSaveHandler):  # type: ignore[misc, name-defined]  # of either library
+        def __call__(self, checkpoint: Any, filename: str, metadata: Any = None) -> None:  # noqa: ARG002
+            with (folder / filename).open("xb") as file:
+                torch.save(checkpoint, file)
+
+        def remove(self, filename: str) -> None:
+            (folder / filename).unlink()
+
+    return Saver()
+
+
 SAVERS = [
     _fixed_name,
     _fixed_name_without_rename,
@@ -164,6 +176,7 @@ SAVERS = [
     _forgiving,
     _no_disk_saver,
     _no_disk_saver_with_prefix,
+    _new_files_only,
 ]
 
 
@@ -200,6 +213,20 @@ def test_what_stands_after_each_save_is_what_stands_with_ignites_checkpoint(
     )
     assert ours == theirs
     assert not [name for name in os.listdir(tmp_path / "distckpt") if name.startswith(".")]
+
+
+@pytest.mark.parametrize("n_saved", [1, 2, 3, None])
+@pytest.mark.parametrize("num_names", [1, 2])
+def test_a_name_is_used_again_as_by_ignites_checkpoint(tmp_path: Path, n_saved: int | None, num_names: int) -> None:
+    options = {
+        "n_saved": n_saved,
+        "filename_pattern": "{global_step}.{ext}",
+        "global_step_transform": lambda engine, _event: engine.state.epoch % num_names,
+    }
+    theirs, ours = run_with_both(
+        lambda library, folder: _run(_new_files_only, library, library, folder, **options), tmp_path
+    )
+    assert ours == theirs
 
 
 @pytest.mark.parametrize("make", SAVERS)

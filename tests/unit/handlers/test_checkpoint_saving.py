@@ -1,5 +1,6 @@
 """When Checkpoint saves, in which order, and what it says of it. One process."""
 
+import errno
 import math
 import os
 import re
@@ -12,7 +13,8 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
-from distckpt import Checkpoint, CheckpointEvents, DiskSaver, global_step_from_engine
+from distckpt import BaseSaveHandler, Checkpoint, CheckpointEvents, DiskSaver, global_step_from_engine
+from distckpt.storage.local import LocalStorage
 from tests.unit.toys import InMemory, idle_engine, linear, run_epochs
 
 NAN = float("nan")
@@ -169,10 +171,80 @@ def test_the_old_checkpoint_is_removed_only_after_the_new_one_is_there(tmp_path:
     ]
 
 
-def test_a_checkpoint_of_the_same_name_is_overwritten_and_not_removed() -> None:
+@pytest.mark.parametrize("n_saved", [1, 2, None])
+def test_a_custom_handler_removes_a_file_whose_name_is_used_again(n_saved: int | None) -> None:
     saver = InMemory()
+    handler = Checkpoint({"model": nn.Identity()}, saver, filename_pattern="last.{ext}", n_saved=n_saved)
+    run_epochs(handler, 3)
+    assert saver.calls == ["save last.pt", *["remove last.pt", "save last.pt"] * 2]
+    assert handler.state_dict() == {"_saved": [(3, "last.pt")]}
+
+
+def test_a_file_that_could_not_be_removed_before_its_name_is_used_again_is_kept(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Stubborn(InMemory):
+        def remove(self, filename: str) -> None:
+            self.calls.append(f"remove {filename}")
+            raise PermissionError("denied")
+
+    saver = Stubborn()
+    options: dict[str, Any] = {"filename_pattern": "{global_step}.{ext}", "n_saved": None}
+    handler = Checkpoint(
+        {"model": nn.Identity()}, saver, global_step_transform=lambda e, _: min(2, e.state.epoch), **options
+    )
+    handler.greater_or_equal = True
+    run_epochs(handler, 3)
+    assert "2.pt could not be removed: PermissionError: denied" in caplog.text
+    handler.global_step_transform = lambda e, _: e.state.epoch + 10
+    run_epochs(handler, 1)
+    assert saver.calls == ["save 1.pt", "save 2.pt", "remove 2.pt", "save 2.pt", "save 11.pt"]
+    assert handler.state_dict() == {"_saved": [(1, "1.pt"), (2, "2.pt"), (11, "11.pt")]}
+
+
+def test_a_part_that_a_failed_save_left_is_removed_before_its_name_is_used_again(tmp_path: Path) -> None:
+    is_full = False
+
+    class New(BaseSaveHandler):
+        def __call__(
+            self, checkpoint: Mapping[str, Any], filename: str, metadata: Mapping[str, Any] | None = None
+        ) -> None:
+            del checkpoint, metadata
+            with (tmp_path / filename).open("xb") as file:
+                file.write(b"part")
+                if is_full:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                file.write(b", all")
+
+        def remove(self, filename: str) -> None:
+            (tmp_path / filename).unlink()
+
+    handler = Checkpoint({"model": nn.Identity()}, New(), filename_pattern="last.{ext}")
+    run_epochs(handler, 1)
+    engine = idle_engine()
+    engine.state.iteration, is_full = 5, True
+    with pytest.raises(OSError, match="No space"):
+        handler(engine)
+    assert handler.state_dict() == {"_saved": []}
+    is_full = False
+    handler(engine)
+    assert (tmp_path / "last.pt").read_bytes() == b"part, all"
+    assert handler.state_dict() == {"_saved": [(5, "last.pt")]}
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_disk_saver_replaces_a_file_and_never_removes_it(
+    tmp_path: Path,
+    background: bool,  # noqa: FBT001
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    removed: list[str] = []
+    monkeypatch.setattr(DiskSaver, "remove", lambda _self, name: removed.append(name))
+    monkeypatch.setattr(LocalStorage, "remove", lambda _self, name: removed.append(name))
+    saver = DiskSaver(tmp_path, background=background)
     run_epochs(Checkpoint({"model": nn.Identity()}, saver, filename_pattern="last.{ext}", n_saved=2), 3)
-    assert saver.calls == ["save last.pt"] * 3
+    assert removed == []
+    assert os.listdir(tmp_path) == ["last.pt"]
 
 
 @pytest.mark.parametrize("failing", ["capture", "write"])
