@@ -238,9 +238,9 @@ class Checkpoint(Serializable, Voter):
     def save_early(self, engine: Engine, event: Any, calls: Sequence[Callable[[Engine], Any]] = ()) -> None:
         """Collective. Save the present state, as on `event`, because the run is being ended.
 
-        The file is named as on `event`. In the middle of an epoch, if `event` counts epochs, the priority is half a
-        step lower: after a resume the end of that epoch replaces the file. An iteration is saved only once, by this
-        call or on another event.
+        The file is named as on `event`. In the middle of an epoch, if `event` counts epochs, the priority is below
+        the step, unless the step has a fraction: after a resume the end of that epoch replaces the file. An iteration
+        is saved only once, by this call or on another event.
 
         Args:
             engine: the engine whose run is ended.

@@ -1,6 +1,7 @@
 """The global step of another engine: :func:`global_step_from_engine`. Rank-local."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from ignite.engine import Engine, State
@@ -32,11 +33,28 @@ def global_step_from_engine(
         msg = f"Argument engine should be an instance of Engine, but given {type(engine)}"
         raise TypeError(msg)
 
-    def global_step(_: Any, event_name: Any) -> int:
-        event = event_name if custom_event_name is None else custom_event_name
-        if event in State.event_to_attr:
-            return int(engine.state.get_event_attrib_value(event))
-        step: int = getattr(engine.state, fallback_attr)
+    return _EngineStep(engine, custom_event_name, fallback_attr)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _EngineStep:
+    """A ``global_step_transform`` that reads a count of an engine's state."""
+
+    engine: Engine
+    custom_event_name: Any
+    fallback_attr: str
+
+    def attribute(self, event_name: Any) -> str:
+        """Return the name of the state's attribute that is the step on an event."""
+        event = event_name if self.custom_event_name is None else self.custom_event_name
+        name: str = State.event_to_attr.get(event, self.fallback_attr)
+        return name
+
+    def __call__(self, _: Any, event_name: Any) -> int:
+        step: int = getattr(self.engine.state, self.attribute(event_name))
         return step
 
-    return global_step
+
+def may_count_epochs(transform: Callable[..., Any] | None, event_name: Any) -> bool:
+    """Return False if a ``global_step_transform`` is known to count something other than epochs on an event."""
+    return not isinstance(transform, _EngineStep) or transform.attribute(event_name) == "epoch"

@@ -17,6 +17,7 @@ from distckpt.policy.decision import SavePolicy
 from distckpt.policy.history import Entry, History
 from distckpt.policy.naming import check_name, printable
 from distckpt.policy.policies import SavedFile
+from distckpt.policy.retention import below_epoch_end
 from distckpt.ptformat.records import Record, read_record, read_records
 
 _logger = logging.getLogger(__name__)
@@ -275,21 +276,21 @@ class OwnFiles:
             return None if self._directory is None else read_record(self._directory / name)
         return None
 
-    def named_history(self, resumed: str, others: Iterable[str], *, is_mid_epoch: bool) -> list[Entry] | None:
+    def named_history(self, resumed: str, others: Iterable[str], *, unfinished_epoch: int | None) -> list[Entry] | None:
         """Return the history that follows from names of files without records; None if `resumed` holds no priority.
 
         Args:
             resumed: the file that the handler resumes from. The history holds it.
             others: the handler's other files that are intact. Those beyond ``n_saved`` are left alone. With other
                 policies all of them are part of the history, and the next save evicts what no policy keeps.
-            is_mid_epoch: whether `resumed` was saved in the middle of an epoch.
+            unfinished_epoch: the number of the epoch in whose middle `resumed` was saved; None if it was at an end.
         """
         priority = self._priority_of(resumed)
         if priority is None:
             return None
         is_scored = self._naming.is_scored
-        if is_mid_epoch and self._naming.has_transform and not is_scored:
-            priority -= 0.5  # as rank_candidate does
+        if priority == unfinished_epoch and self._naming.has_transform and not is_scored:
+            priority = below_epoch_end(priority)
         known = [(self._priority_of(name), name) for name in others if name != resumed]
         entries = [(value, name) for value, name in known if value is not None and (is_scored or value < priority)]
         entries.sort()

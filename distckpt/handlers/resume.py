@@ -392,12 +392,13 @@ def _find_history(
         states = dict(select.find_engine_states(chosen.state))
         engine_state = next(iter(states.values())) if len(states) == 1 else {}
     length = engine_state.get("epoch_length")
-    is_mid_epoch = bool(length and engine_state["iteration"] % length)
+    num_epochs, in_epoch = divmod(engine_state["iteration"], length) if length else (0, 0)
+    unfinished_epoch = num_epochs + 1 if in_epoch else None
     others = [name for name in names if name not in chosen.refused]
     entries = None
     if chosen.name in names:
         own = handler._find_own_files()  # noqa: SLF001 - resume's half
-        entries = own.named_history(chosen.name, others, is_mid_epoch=is_mid_epoch)
+        entries = own.named_history(chosen.name, others, unfinished_epoch=unfinished_epoch)
     if entries is None:
         return None, "the handler's history is unknown, and older files stay (include_self=True saves it)"
     return {"_saved": entries}, f"the handler's history is read from the names of {len(entries)} files"

@@ -12,6 +12,7 @@ from distckpt.backends.detect import current
 from distckpt.handlers.checkpoint_history import CheckpointHistory
 from distckpt.handlers.compat import CHECKPOINT_OVERRIDES, refuse_overrides
 from distckpt.handlers.engine_events import find_engine_handling_exception, get_firing_engines
+from distckpt.handlers.global_step import may_count_epochs
 from distckpt.handlers.own_files import OwnFiles
 from distckpt.handlers.progress import num_completed_epochs, position_of
 from distckpt.handlers.runs import run_of
@@ -59,10 +60,12 @@ class UserFacts(NamedTuple):
     Attributes:
         global_step: the step in the file name; None if the name holds a score alone.
         score: the score; None without a ``score_function``.
+        may_count_epochs: whether the step may be the number of an epoch. A float may be a part of epochs.
     """
 
     global_step: Any
     score: int | float | None
+    may_count_epochs: bool
 
 
 def name_of(to_save: Mapping[str, Any]) -> str:
@@ -100,8 +103,9 @@ def call_user_functions(handler: Settings, engine: Engine) -> UserFacts:
     """
     refuse_overrides(handler, CHECKPOINT_OVERRIDES)
     step: Any = None
-    if handler.global_step_transform is not None:
-        step = without_dimensions(handler.global_step_transform(engine, engine.last_event_name))
+    transform, event = handler.global_step_transform, engine.last_event_name
+    if transform is not None:
+        step = without_dimensions(transform(engine, event))
     score = None
     if handler.score_function is not None:
         score = plain_score(handler.score_function(engine))
@@ -114,20 +118,31 @@ def call_user_functions(handler: Settings, engine: Engine) -> UserFacts:
             msg = f"Output of global_step_transform should be a number, but given {type(step)}"
             raise ValueError(msg) from None
         step = step if isinstance(step, int | float) else number
-    return UserFacts(step.item() if is_numpy_scalar(step) else step, score)
+    step = step.item() if is_numpy_scalar(step) else step
+    return UserFacts(step, score, type(step) is int and may_count_epochs(transform, event))
 
 
 def is_mid_epoch(handler: Settings, facts: UserFacts, engine: Engine, *, is_early: bool) -> bool:
     """Return True if the step is the number of an unfinished epoch, at whose end a save is to replace this one.
 
-    `engine` is the outermost engine that fires. `is_early`: the run is being ended in the middle of an epoch.
+    The save at the epoch's end has the same step, and of two equal steps only the first is saved. So this save has a
+    lower priority, unlike ignite's. A user's function that counts iterations cannot be told from one that counts epochs
+    while both have the same number, as in the first iteration.
+
+    Args:
+        handler: the Checkpoint.
+        facts: the results of its functions.
+        engine: the outermost engine that fires.
+        is_early: whether the run is being ended in the middle of an epoch. ignite makes no such save.
     """
     if handler.global_step_transform is None or facts.score is not None:
         return False
     step, epoch = facts.global_step, engine.state.epoch
+    if is_early:
+        return bool(step % 1 == 0)  # a part of epochs is below the number at their end already
     # Outside of a run a user may have set the state: it does not show what was trained.
-    is_epoch = bool(get_firing_engines()) and type(step) in (int, float) and step == epoch
-    return is_early or (is_epoch and num_completed_epochs(engine) < epoch)
+    is_epoch = bool(get_firing_engines()) and facts.may_count_epochs and step == epoch
+    return is_epoch and num_completed_epochs(engine) < epoch
 
 
 def may_want(

@@ -176,6 +176,18 @@ def _reasons(
     return tuple(dict.fromkeys(reasons))
 
 
+def below_epoch_end(step: float) -> int | float:
+    """Return the priority of a file that was saved under an epoch's number before the epoch's end.
+
+    It is above all lower steps, and below the epoch's end, which then replaces the file.
+
+    Example:
+        >>> below_epoch_end(3), 2.75 < below_epoch_end(3.0) < 3.0  # floats may be parts of epochs
+        (2.5, True)
+    """
+    return step - 0.5 if isinstance(step, int) else math.nextafter(step, -math.inf)
+
+
 def rank_candidate(
     history: History,
     *,
@@ -187,7 +199,7 @@ def rank_candidate(
     """Return the priority of a checkpoint to save, and the history that it is compared with.
 
     The priority is the score, if there is one, else the global step. A checkpoint that is saved in the middle of an
-    epoch, under the epoch's number, ranks half a step lower, so that the epoch's end replaces it.
+    epoch, under the epoch's number, ranks below the epoch's end, which replaces it: see :func:`below_epoch_end`.
 
     Files of former runs are older than the new checkpoint. If their steps say otherwise, the runs count steps in
     different units: then the files of former runs rank below all others.
@@ -207,7 +219,7 @@ def rank_candidate(
     """
     if score is not None:
         return score, history
-    priority = global_step - 0.5 if is_mid_epoch else global_step
+    priority = below_epoch_end(global_step) if is_mid_epoch else global_step
     if not any(value >= priority for value, name in history.from_highest(priority) if name in former):
         return priority, history
     lowered = [(-math.inf, name) for _, name in history if name in former]

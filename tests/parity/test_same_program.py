@@ -106,6 +106,50 @@ def test_retention_keeps_the_same_files(
     assert same(theirs, ours)
 
 
+def _part_of_epochs(engine: Engine) -> Callable[[Engine, Any], float]:
+    return lambda _engine, _event: engine.state.iteration / 4
+
+
+STEPS: dict[str, Callable[[Library], Callable[[Engine], Any]]] = {
+    "part of epochs": lambda _library: _part_of_epochs,
+    "of the engine": lambda library: library.global_step_from_engine,
+    "iterations of the engine": lambda library: (
+        lambda engine: library.global_step_from_engine(engine, Events.ITERATION_STARTED)
+    ),
+    "epochs before this one": lambda _library: lambda engine: lambda _engine, _event: engine.state.epoch - 1,
+}
+
+
+@pytest.mark.parametrize("kind", STEPS)
+@pytest.mark.parametrize("n_saved", [1, 2, None])
+@pytest.mark.parametrize(
+    "event", [Events.ITERATION_STARTED, Events.ITERATION_COMPLETED, Events.ITERATION_COMPLETED(every=2)]
+)
+def test_steps_of_iterations_give_the_same_files_and_priorities(
+    tmp_path: Path, event: Any, n_saved: int | None, kind: str
+) -> None:
+    def program(library: Library, folder: Path) -> list[Any]:
+        trainer, saved = Engine(lambda _engine, _batch: None), list[Any]()
+
+        class Noted(library.DiskSaver):  # type: ignore[misc, name-defined]  # of either library
+            def __call__(self, checkpoint: Any, filename: str, metadata: Any = None) -> None:
+                saved.append((filename, metadata["priority"]))
+                super().__call__(checkpoint, filename, metadata)
+
+        handler = library.Checkpoint(
+            {"model": nn.Identity()},
+            Noted(folder),
+            n_saved=n_saved,
+            global_step_transform=STEPS[kind](library)(trainer),
+        )
+        trainer.add_event_handler(event, handler)
+        trainer.run(range(4), max_epochs=2)
+        return [saved, handler.state_dict(), sorted(os.listdir(folder))]
+
+    theirs, ours = run_with_both(program, tmp_path)
+    assert ours == theirs
+
+
 @pytest.mark.parametrize("objects", [_one, _all, _nested, _one_list])
 def test_files_hold_the_same_tree(tmp_path: Path, objects: Callable[[Training], dict[str, Any]]) -> None:
     theirs, ours = run_with_both(_saving_program({"n_saved": 2}, objects), tmp_path)

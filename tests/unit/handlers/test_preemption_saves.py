@@ -118,6 +118,38 @@ def test_a_checkpoint_of_epochs_names_the_epoch_in_progress() -> None:
     assert saver.metadata["priority"] == priority
 
 
+def test_a_part_of_an_epoch_stays_the_priority() -> None:
+    trainer = trainer_that({6: send})
+    checkpoint = latest(trainer, OneByOne(), n_saved=2)
+    checkpoint.global_step_transform = lambda engine, _: engine.state.iteration / 4
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, checkpoint)
+    Preemption(trainer, checkpoint)
+    trainer.run([0] * 4, max_epochs=5)
+    assert checkpoint.state_dict()["_saved"] == [(1.0, "latest_trainer_1.0.pt"), (1.5, "latest_trainer_1.5.pt")]
+
+
+def test_an_epoch_number_that_is_a_float_is_replaced_at_the_end_of_its_epoch() -> None:
+    def start(actions: Mapping[int, Callable[[], object]]) -> tuple[Engine, Checkpoint]:
+        trainer = trainer_that(actions)
+        checkpoint = latest(trainer, OneByOne())
+        checkpoint.global_step_transform = lambda engine, _: float(engine.state.epoch)  # type: ignore[assignment]
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, checkpoint)
+        return trainer, checkpoint
+
+    trainer, checkpoint = start({6: send})
+    Preemption(trainer, checkpoint)
+    trainer.run([0] * 4, max_epochs=5)
+    ((priority, name),) = checkpoint.state_dict()["_saved"]
+    assert 1 < priority < 2
+    assert name == "latest_trainer_2.0.pt"
+    resumed, again = start({})
+    resumed.load_state_dict(trainer.state_dict())
+    again.load_state_dict(checkpoint.state_dict())
+    resumed.add_event_handler(Events.EPOCH_COMPLETED, resumed.terminate)
+    resumed.run([0] * 4)
+    assert again.state_dict()["_saved"] == [(2.0, "latest_trainer_2.0.pt")]
+
+
 @pytest.mark.parametrize("n_saved", [1, 2, None])
 @pytest.mark.parametrize("num_signals", [1, 2])
 def test_the_end_of_the_epoch_replaces_it_after_a_resume(tmp_path: Path, n_saved: int | None, num_signals: int) -> None:

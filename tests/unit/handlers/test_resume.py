@@ -304,6 +304,18 @@ def test_an_epoch_that_was_saved_in_its_middle_is_replaced_by_its_end(tmp_path: 
     assert torch.load(tmp_path / "checkpoint_3.pt", weights_only=True)["trainer"]["iteration"] == 12
 
 
+@pytest.mark.parametrize(("name", "other"), [("2.5", "2.25"), ("10", "9")])
+def test_a_step_that_is_no_epoch_number_stays_the_priority(tmp_path: Path, name: str, other: str) -> None:
+    put(tmp_path / f"checkpoint_{other}.pt", 9)
+    put(tmp_path / f"checkpoint_{name}.pt", 10)
+    live = objects()
+    handler = saver(tmp_path, live, n_saved=2, global_step_transform=lambda e, _: e.state.iteration / 4)
+    resume(live, handler, engine=live["trainer"])
+    assert handler.state_dict() == {
+        "_saved": [(float(other), f"checkpoint_{other}.pt"), (float(name), f"checkpoint_{name}.pt")]
+    }
+
+
 def test_a_damaged_file_is_not_taken_into_the_history(tmp_path: Path) -> None:
     put(tmp_path / "checkpoint_4.pt", 4)
     put(tmp_path / "checkpoint_8.pt", 8)
