@@ -35,7 +35,9 @@ _MAX_KEPT = 100
 """A longer history is not recorded: each file would hold the names of all others."""
 
 
-def build_manifest(backend: Backend, engine: Engine, agreed: AgreedSave, to_save: Mapping[str, Any]) -> Manifest:
+def build_manifest(
+    backend: Backend, engine: Engine, agreed: AgreedSave, to_save: Mapping[str, Any], key: str | None
+) -> Manifest:
     """Return the manifest of a checkpoint that is being saved, without its tensors. Rank-local.
 
     Args:
@@ -43,6 +45,7 @@ def build_manifest(backend: Backend, engine: Engine, agreed: AgreedSave, to_save
         engine: the engine on whose event the checkpoint is saved.
         agreed: what the ranks agreed on.
         to_save: the objects.
+        key: that of the single object whose bare state the file holds; None if it holds a mapping.
     """
     decision, event = agreed.decision, engine.last_event_name
     return Manifest(
@@ -51,6 +54,7 @@ def build_manifest(backend: Backend, engine: Engine, agreed: AgreedSave, to_save
         score=agreed.score,
         priority=None if decision is None else decision.priority,
         reason=None if event is None else str(getattr(event, "name", event)),
+        key=key,
         **describe_job(backend),
         record=_make_record(engine, agreed, to_save),
     )

@@ -197,7 +197,7 @@ def resume(
         return None
     context = LoadContext(backend=backend, name="resume", coordinator=coordinator, timeout_s=timeout_s)
     chosen = select.select_checkpoint(
-        context, directory, listing["names"], check=lambda state: check_complete(to_load, state), verify=verify
+        context, directory, listing["names"], check=functools.partial(check_complete, to_load), verify=verify
     )
     with chosen.file:
         load_again = _make_reloader(chosen, to_load, kwargs)

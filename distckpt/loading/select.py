@@ -137,7 +137,7 @@ def select_checkpoint(
     directory: Path,
     names: Sequence[str],
     *,
-    check: Callable[[Any], None] | None = None,
+    check: Callable[[Any, OpenCheckpoint], None] | None = None,
     verify: bool = True,
 ) -> SelectedCheckpoint:
     """Collective. Return the first file that is whole, complete and the same on all ranks. Step 2 of this module.
@@ -146,7 +146,7 @@ def select_checkpoint(
         context: the operation that needs a checkpoint.
         directory: the checkpoints' directory; the same on every rank.
         names: at least one, newest first; the same on every rank.
-        check: raises ValueError if a state lacks objects.
+        check: raises ValueError if the state of a file lacks objects.
         verify: compare the files with their checksums.
 
     Raises:

@@ -109,7 +109,7 @@ def verify_on_all_ranks(
     context: LoadContext,
     path: Path,
     *,
-    check: Callable[[Any], None] | None = None,
+    check: Callable[[Any, OpenCheckpoint], None] | None = None,
     take: Callable[[OpenCheckpoint], bool] | None = None,
     verify: bool = True,
 ) -> tuple[OpenCheckpoint, Any]:
@@ -118,7 +118,7 @@ def verify_on_all_ranks(
     Args:
         context: the operation that needs the file.
         path: the file; the same on every rank.
-        check: raises ValueError if the state lacks objects. Not called for a state that was taken.
+        check: raises ValueError if the state of the file lacks objects. Not called for a state that was taken.
         take: called while bytes are fetched, before any is verified. Returns True if it has taken the file's state.
         verify: compare the file with its checksums.
 
@@ -163,7 +163,7 @@ def verify_on_all_ranks(
             states.append(file.state())
             try:
                 if check is not None:
-                    check(states[0])
+                    check(states[0], file)
             except ValueError as error:
                 raise LoadError(f"it lacks what is to be loaded: {error}") from error
 

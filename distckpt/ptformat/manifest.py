@@ -57,6 +57,7 @@ class Manifest:
         reason: why it was saved, such as ``ITERATION_COMPLETED``.
         world_size: number of ranks.
         backend: the job's, such as ``gloo``.
+        key: that of the single object whose bare state the file holds; None if it holds a mapping of states.
         versions: of the libraries that wrote it, by name.
         wall_time_s: when its capture began, in seconds since 1970 (UTC).
         record: what a later run needs of the handler and of the run, as plain JSON
@@ -72,6 +73,7 @@ class Manifest:
     reason: str | None = None
     world_size: int = 1
     backend: str = "serial"
+    key: str | None = None
     versions: Mapping[str, str]
     wall_time_s: float
     record: Mapping[str, Any] | None = None
@@ -88,6 +90,7 @@ class Head(NamedTuple):
         record: see :class:`Manifest`.
         iteration: see :class:`Manifest`.
         wall_time_s: see :class:`Manifest`; None if it is no number.
+        key: see :class:`Manifest`; None too in older files.
     """
 
     schema: int
@@ -95,6 +98,7 @@ class Head(NamedTuple):
     record: Mapping[str, Any] | None = None
     iteration: int | None = None
     wall_time_s: float | None = None
+    key: str | None = None
 
 
 _TENSOR_FIELDS = TensorEntry._fields
@@ -109,7 +113,7 @@ def to_json(manifest: Manifest) -> bytes:
         >>> from_json(text).iteration
         7
     """
-    names = [field.name for field in fields(Manifest) if field.name not in ("tensors", "schema", "record")]
+    names = [field.name for field in fields(Manifest) if field.name not in ("tensors", "schema", "key", "record")]
     head = {"schema": manifest.schema} | {name: getattr(manifest, name) for name in names}
     head |= {
         "versions": dict(manifest.versions),
@@ -117,6 +121,8 @@ def to_json(manifest: Manifest) -> bytes:
         "priority": to_json_value(manifest.priority),
         "tensor_fields": _TENSOR_FIELDS,
     }
+    if manifest.key is not None:
+        head["key"] = manifest.key
     if manifest.record is not None:
         head["record"] = to_json_value(manifest.record)
     # Five times as fast as json.dumps: this runs while training does.
@@ -147,13 +153,14 @@ def read_head(data: bytes) -> Head:
         raise ValueError("it has no schema")
     versions, record = found.get("versions"), found.get("record")
     writer = versions.get("distckpt") if isinstance(versions, dict) else None
-    iteration, wall_time_s = found.get("iteration"), found.get("wall_time_s")
+    iteration, wall_time_s, key = found.get("iteration"), found.get("wall_time_s"), found.get("key")
     return Head(
         schema,
         writer if isinstance(writer, str) else "unknown",
         record if isinstance(record, dict) else None,
         iteration if type(iteration) is int else None,
         wall_time_s if isinstance(wall_time_s, float) else None,
+        key if isinstance(key, str) else None,
     )
 
 

@@ -174,6 +174,11 @@ class OpenCheckpoint:
         """Return the head of the manifest; None if the file has no manifest, or a damaged one."""
         return read_manifest_head(self._file)
 
+    def bare_key(self) -> str | None:
+        """Return the key of the single object whose bare state the file holds; None for more objects, or if unknown."""
+        head = self.head()
+        return None if head is None else head.key
+
     def has_damaged_head(self) -> bool:
         """Return True if the directory or the manifest of a file by distckpt is damaged. Reads nothing else."""
         if self._archive is None:

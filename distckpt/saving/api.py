@@ -244,11 +244,11 @@ def _start(
         return next(iter(state.values())) if len(state) == 1 else state
 
     def make_writer() -> RankWriter:
-        key = str(next(iter(objects))) if len(objects) == 1 else ""
+        key = str(next(iter(objects))) if len(objects) == 1 else None
         return RankWriter(
             storage,
             target.name,
-            manifest=Manifest(**describe_job(backend), iteration=step),
+            manifest=Manifest(**describe_job(backend), iteration=step, key=key),
             memory=thread_memory(),
             write_range=group.range_of(backend.rank),
             is_coordinator=backend.rank == save_on_rank,
@@ -256,7 +256,7 @@ def _start(
             deferred_devices=("cuda",) if overlap_copy else (),
             num_threads=get_num_threads(backend.world_size),
             check_replicas=group.check_replicas,
-            on_refused=functools.partial(warn_of_refused, target, key),
+            on_refused=functools.partial(warn_of_refused, target, key or ""),
         )
 
     pending = start_save(

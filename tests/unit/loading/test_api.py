@@ -11,6 +11,8 @@ from ignite.handlers import Checkpoint as Ignites
 from torch import nn
 
 from distckpt import Checkpoint, DiskSaver
+from distckpt.loading.restore import check_complete
+from distckpt.ptformat.reader import OpenCheckpoint, read_pt
 from tests.unit.toys import Notebook, equal, linear, run_epochs, snapshot
 
 load = Checkpoint.load_objects
@@ -149,9 +151,11 @@ class Wrapper:
 
     def __init__(self, epoch: int) -> None:
         self.model, self.epoch = linear(epoch), epoch
+        self.num_calls = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"model": self.model.state_dict(), "epoch": self.epoch}
+        self.num_calls += 1
+        return {"model": self.model.state_dict(), "epoch": self.epoch, **({"best": 1} if self.epoch > 8 else {})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
@@ -168,6 +172,16 @@ def test_one_object_whose_state_has_a_state_of_its_name_makes_the_round_trip(tmp
     run_epochs(Checkpoint({name: Wrapper(8), "other": linear(1)}, DiskSaver(tmp_path, require_empty=False)), 1)
     load({name: fresh}, tmp_path / "checkpoint_1.pt")
     assert fresh.epoch == 8
+
+
+def test_the_state_of_an_object_is_not_asked_for_to_pair_it_with_one(tmp_path: Path) -> None:
+    run_epochs(Checkpoint({"wrapper": Wrapper(9)}, tmp_path), 1)
+    fresh = Wrapper(0)
+    file, state = OpenCheckpoint(tmp_path / "wrapper_1.pt"), read_pt(tmp_path / "wrapper_1.pt")
+    with file:
+        check_complete({"wrapper": fresh}, state, file)
+        check_complete({"model": fresh}, {"model": {}, "other": 1})
+    assert fresh.num_calls == 0
 
 
 def test_nested_mappings_and_lists_make_the_round_trip(tmp_path: Path) -> None:
