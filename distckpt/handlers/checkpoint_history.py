@@ -219,7 +219,7 @@ class CheckpointHistory:
     def commit(self, agreed: AgreedSave, *, took_s: float) -> None:
         """Take over a committed save. What it evicts is an orphan until it is removed."""
         if agreed.decision is not None:
-            self.kept, self.orphans = agreed.decision.kept, agreed.decision.evicted_others
+            self.kept, self.orphans = agreed.decision.kept, agreed.decision.evicted
         self.last_save_s = took_s
 
     def remove(self, removed: Collection[str]) -> None:
@@ -233,9 +233,9 @@ class CheckpointHistory:
             return
         filename = agreed.decision.filename
         is_overwritten = self.kept.has_name(filename)  # False if it was removed before the save
-        is_removed = filename in agreed.decision.evicted and filename not in self.orphans
+        is_removed = bool(agreed.decision.replaced) and filename not in self.orphans
         if isinstance(error, CommitNotDurable) and is_overwritten:
-            self.kept, self.orphans = agreed.decision.kept, agreed.decision.evicted_others  # the older file is replaced
+            self.kept, self.orphans = agreed.decision.kept, agreed.decision.evicted  # the older file is replaced
         elif not is_overwritten and (
             is_removed or isinstance(error, CommitNotDurable) or not isinstance(error, Exception)
         ):

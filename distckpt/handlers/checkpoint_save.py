@@ -328,7 +328,7 @@ class CheckpointSave:
         return "" if self.handler.include_self or len(self.handler.to_save) != 1 else name_of(self.handler.to_save)
 
     def _build_manifest(self) -> Any:
-        return build_manifest(current(), self.engine, self.agreed, self.handler.to_save)
+        return build_manifest(current(), self.engine, self.agreed, self.handler.to_save, self._object_key() or None)
 
     def _write(self, checkpoint: Any) -> None:
         filename, metadata = self.decision.filename, dict(self.decision.metadata)
@@ -351,9 +351,10 @@ class CheckpointSave:
         """Collective. Remove evicted files before the write, if the handler needs that; return the removed ones."""
         if self.agreed.removal != RemovalOrder.BEFORE:
             return []
-        self._remove(self.sync_point("removing evicted files first"), self.decision.evicted, None)
+        names = (*self.decision.replaced, *self.decision.evicted)
+        self._remove(self.sync_point("removing evicted files first"), names, None)
         self._orphans = self.history.orphans
-        removed = [name for name in self.decision.evicted if name not in self._orphans]
+        removed = [name for name in names if name not in self._orphans]
         self.history.remove(removed)
         return removed
 

@@ -126,8 +126,8 @@ def is_mid_epoch(handler: Settings, facts: UserFacts, engine: Engine, *, is_earl
     """Return True if the step is the number of an unfinished epoch, at whose end a save is to replace this one.
 
     The save at the epoch's end has the same step, and of two equal steps only the first is saved. So this save has a
-    lower priority, unlike ignite's. A user's function that counts iterations cannot be told from one that counts epochs
-    while both have the same number, as in the first iteration.
+    lower priority, unlike ignite's. Whether a user's function counts iterations or epochs cannot be known while both
+    have the same number, as in the first iteration.
 
     Args:
         handler: the Checkpoint.

@@ -107,7 +107,7 @@ class SaveLog:
             "num_bytes": _size_of(str(Path(intent.directory or "", filename))),
             "stall_s": round(stall_s, _DIGITS),
             "durable_s": round(durable_s, _DIGITS),
-            "removed": [name for name in (() if decision is None else decision.evicted_others) if name not in orphans],
+            "removed": [name for name in (() if decision is None else decision.evicted) if name not in orphans],
         }
 
     def write(self, rank: int, agreed: AgreedSave, policy: SavePolicy, orphans: Collection[str]) -> None:
@@ -130,7 +130,7 @@ class SaveLog:
             clauses.append(f"replaced the file of that name ({ranked_by} {before[decision.filename]})")
         wanted_by = ", ".join(map(str, policy.policies(is_scored=agreed.score is not None)))
         why = f"n_saved={policy.n_saved}" if policy.keep is None else f"not kept by {wanted_by}"
-        for name in decision.evicted_others:
+        for name in decision.evicted:
             if name in orphans:
                 continue
             if name in before:

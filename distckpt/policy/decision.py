@@ -157,7 +157,8 @@ class SaveDecision:
         priority: the new checkpoint's priority; higher is better.
         metadata: ``basename``, ``score_name`` and ``priority``, for the save handler.
         kept: the history after the commit.
-        evicted: the files to remove. A file of the new checkpoint's name is among them if the save does not replace it.
+        evicted: the files to remove.
+        replaced: the file of the new checkpoint's name, if it has to be removed before the save. Else none.
         reasons: why policies keep the new checkpoint, in words.
     """
 
@@ -167,11 +168,7 @@ class SaveDecision:
     kept: History
     evicted: tuple[str, ...]
     reasons: tuple[str, ...]
-
-    @property
-    def evicted_others(self) -> tuple[str, ...]:
-        """The files to remove, without one of the new checkpoint's name."""
-        return tuple(name for name in self.evicted if name != self.filename)
+    replaced: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,7 +258,6 @@ def _make_decision(own: SaveIntent, history: History, score: float | None, prior
     )
     orphans = [name for name in own.orphans if name != filename and name not in retained.evicted]
     is_there = history.has_name(filename) or filename in own.orphans
-    replaced = [filename] if is_there and not own.replaces_file else []
     return SaveDecision(
         filename=filename,
         priority=priority,
@@ -271,8 +267,9 @@ def _make_decision(own: SaveIntent, history: History, score: float | None, prior
             "priority": priority,
         },
         kept=retained.kept,
-        evicted=(*replaced, *retained.evicted, *orphans),
+        evicted=(*retained.evicted, *orphans),
         reasons=retained.reasons,
+        replaced=(filename,) if is_there and not own.replaces_file else (),
     )
 
 

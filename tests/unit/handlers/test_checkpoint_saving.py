@@ -233,17 +233,26 @@ def test_a_part_that_a_failed_save_left_is_removed_before_its_name_is_used_again
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_a_disk_saver_replaces_a_file_and_never_removes_it(
+def test_a_disk_saver_keeps_a_file_of_the_same_name_until_the_new_one_replaces_it(
     tmp_path: Path,
     background: bool,  # noqa: FBT001
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    removed: list[str] = []
-    monkeypatch.setattr(DiskSaver, "remove", lambda _self, name: removed.append(name))
-    monkeypatch.setattr(LocalStorage, "remove", lambda _self, name: removed.append(name))
     saver = DiskSaver(tmp_path, background=background)
-    run_epochs(Checkpoint({"model": nn.Identity()}, saver, filename_pattern="last.{ext}", n_saved=2), 3)
-    assert removed == []
+    handler = Checkpoint({"model": nn.Linear(1, 1)}, saver, filename_pattern="last.{ext}", n_saved=2)
+    run_epochs(handler, 1)
+    handler.wait_until_finished()
+    before = (tmp_path / "last.pt").read_bytes()
+
+    def fail(*_: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalStorage, "create", fail)
+        with pytest.raises(OSError, match="No space left"):
+            run_epochs(handler, 2)
+            handler.wait_until_finished()
+    assert (tmp_path / "last.pt").read_bytes() == before
     assert os.listdir(tmp_path) == ["last.pt"]
 
 
