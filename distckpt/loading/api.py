@@ -113,7 +113,7 @@ def load_on_all_ranks(context: LoadContext, name: str, prepared: PreparedLoad) -
     """Collective. Load objects on all ranks; if a rank fails, restore those that were changed, on all ranks.
 
     1. (all ranks) load the objects that may refuse their state.
-    2. (all ranks) load plain modules, and read into live tensors. That fails only if reading does.
+    2. (all ranks) load plain modules, and read into live tensors. Only the reading can fail here.
 
     Args:
         context: the operation.

@@ -5,7 +5,7 @@ the groups of plain optimizers. One error lists everything that does not fit. Th
 bytes straight from the file replace the tensors of the state.
 
 :meth:`PreparedLoad.load` changes the objects. Where several ranks load together
-(:func:`distckpt.loading.api.load_on_all_ranks`), each learns after steps 2 and 4 whether another has failed:
+(:func:`distckpt.loading.api.load_on_all_ranks`), all ranks learn after steps 2 and 4 if a rank has failed:
 
 1. copy the state of every object that is not plain, for a rollback. Give it DTensors where it has DTensors.
 2. load these objects by their own ``load_state_dict``, then plain optimizers, then objects without a copy. If one
@@ -16,7 +16,7 @@ bytes straight from the file replace the tensors of the state.
 
 import contextlib
 import functools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -183,7 +183,7 @@ def prepare(
             for missing objects, list lengths and optimizer groups, a RuntimeError for a module.
     """
     options = dict(module_options)
-    loads, mismatches = _pair_objects(to_load, state)
+    loads, mismatches = _pair_objects(to_load, state, file)
     if only is not None:
         wanted = {id(one) for obj in only for one in loaded_objects(obj)}
         loads = [one for one in loads if id(one.obj) in wanted]
@@ -223,6 +223,7 @@ class PreparedLoad:
     _file: OpenCheckpoint | None
     _begun: list[_ObjectLoad] = field(default_factory=list)
     _reports: list[LoadReport] = field(default_factory=list)
+    _has_read: bool = False  # whether live tensors may have been read into
 
     def fill(self) -> None:
         """Read the data that does not go straight into live tensors. Changes no object."""
@@ -244,12 +245,22 @@ class PreparedLoad:
                 not be rolled back. The objects that it names have to be loaded again.
             Exception: an object's ``load_state_dict`` raised it. No object is changed.
         """
-        self.load_refusable()
-        return self.load_rest()
+        try:
+            self.load_refusable()
+            return self.load_rest()
+        except BaseException as error:
+            self.roll_back(error)
+            raise
 
     @gc_paused()
     def load_refusable(self) -> None:
-        """Run steps 1 and 2: load the objects that may refuse their state. Raises what :meth:`load` does."""
+        """Run steps 1 and 2: load the objects that may refuse their state.
+
+        If it fails, :meth:`roll_back` has to follow.
+
+        Raises:
+            Exception: an object's ``load_state_dict`` raised it.
+        """
         self.fill()
         wait_for_deferred_copies()  # a pending save must get the former state
         for one in self._loads:  # before any object can refuse: a user's metric may gather here
@@ -257,15 +268,20 @@ class PreparedLoad:
         for one in self._loads:
             one.use_slices()
         self._loads.sort(key=lambda one: one.order)
-        with self._rolled_back_on_error():
-            self._load([one for one in self._loads if one.order is not _Order.PLAIN_MODULE])
+        self._load([one for one in self._loads if one.order is not _Order.PLAIN_MODULE])
 
     @gc_paused()
     def load_rest(self) -> LoadReport:
-        """Run steps 3 and 4. Returns and raises what :meth:`load` does."""
-        with self._rolled_back_on_error():
-            self._load([one for one in self._loads if one.order is _Order.PLAIN_MODULE])
-            self._read_in_place()
+        """Run steps 3 and 4. If it fails, :meth:`roll_back` has to follow.
+
+        Returns:
+            The keys that were passed over; none if the load is strict.
+
+        Raises:
+            PartialLoadError: reading into live tensors failed twice.
+        """
+        self._load([one for one in self._loads if one.order is _Order.PLAIN_MODULE])
+        self._read_in_place()
         return join_reports(self._reports)
 
     def _load(self, loads: Sequence[_ObjectLoad]) -> None:
@@ -273,26 +289,22 @@ class PreparedLoad:
             self._begun.append(one)
             self._reports.append(one.load(self._options))
 
-    @contextlib.contextmanager
-    def _rolled_back_on_error(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException as error:
-            self.roll_back(error)
-            raise
-
     def roll_back(self, error: BaseException) -> None:
-        """Restore the objects whose load has begun, and say in the error which ones. A second call does nothing.
+        """Restore the objects whose load has begun, and say in the error which ones.
 
         Args:
-            error: why, raised on this rank or on another one.
+            error: the reason, raised on any rank.
 
         Raises:
             PartialLoadError: some objects could not be restored. It is also of the type of `error`. An interrupt and
                 the error of a lost rank get a note instead.
         """
-        begun, self._begun = self._begun, []
-        failed = {one.name: why for one in reversed(begun) if (why := one.roll_back())}
+        begun = self._begun
+        failed = {}
+        for one in reversed(begun):
+            why = one.roll_back() or ("its tensors have new values" if self._has_read and one.targets else "")
+            if why:
+                failed[one.name] = why
         restored = [repr(one.name) for one in begun if one.order is _Order.OWN_WAY and one.name not in failed]
         if restored:
             error.add_note(
@@ -311,6 +323,7 @@ class PreparedLoad:
         targets = [target for one in self._loads for target in one.targets]
         if not targets or self._file is None:
             return
+        self._has_read = True
         with contextlib.suppress(OSError, LoadError):  # then a second try: the bytes could be read a moment ago
             inplace.read_into(targets, self._file)
             return
@@ -326,24 +339,32 @@ class PreparedLoad:
             raise partial_load_error(msg, type_names(error)) from error
 
 
-def check_complete(to_load: Mapping[str, Any], state: Any) -> None:
+def check_complete(to_load: Mapping[str, Any], state: Any, file: OpenCheckpoint | None = None) -> None:
     """Refuse a state that lacks some of the objects. Rank-local; issues no collectives, changes no object.
+
+    Args:
+        to_load: the objects.
+        state: the state.
+        file: it was read from; None if it was not.
 
     Raises:
         StateMismatchError: an object has no state, or a list has another length. It is a ValueError too.
     """
-    _, mismatches = _pair_objects(to_load, state)
+    _, mismatches = _pair_objects(to_load, state, file)
     if mismatches:
         raise join_mismatches(mismatches)
 
 
-def _pair_objects(to_load: Mapping[str, Any], state: Any) -> tuple[list[_ObjectLoad], _Mismatches]:
+def _pair_objects(
+    to_load: Mapping[str, Any], state: Any, file: OpenCheckpoint | None
+) -> tuple[list[_ObjectLoad], _Mismatches]:
     """Find each object's state; return the pairs, and an error for each object or list without one."""
     loads: list[_ObjectLoad] = []
     mismatches: _Mismatches = []
     if len(to_load) == 1:
         ((key, obj),) = to_load.items()
-        if not isinstance(state, Mapping) or key not in state or _is_bare(obj, state, key):
+        is_known = file is not None and file.bare_key() == key
+        if is_known or not isinstance(state, Mapping) or key not in state or _is_bare(obj, state, key):
             _walk(key, obj, state, loads, mismatches)
             return loads, mismatches
     _walk("", dict(to_load), state, loads, mismatches)
@@ -358,15 +379,13 @@ def _is_bare(obj: Any, state: Mapping[str, Any], key: str) -> bool:
         return obj.keys() <= state.keys() and not is_inner
     if isinstance(obj, torch.optim.Optimizer):
         return "param_groups" in state and not (isinstance(inner, Mapping) and "param_groups" in inner)
-    has_own_way = getattr(type(obj), "state_dict", None) is not nn.Module.state_dict
-    if not hasattr(obj, "load_state_dict") or (isinstance(inner, Mapping) and not has_own_way):
+    if isinstance(inner, Mapping) or not hasattr(obj, "load_state_dict"):
         return False
-    own: Any = None
-    with contextlib.suppress(Exception):  # a user's code; ignite takes the item at the key
+    try:
         own = own_state(obj)
-    if isinstance(own, Mapping) and isinstance(inner, Mapping):  # part of the object's state, or that state itself
-        return own.keys() == state.keys() != inner.keys()
-    return isinstance(own, Mapping) and (key in own or isinstance(obj, nn.Module))
+    except Exception:  # noqa: BLE001 - a user's code; ignite takes the item at the key
+        return False
+    return isinstance(own, Mapping) and (key in own or isinstance(obj, nn.Module))  # else the item is such a state
 
 
 def _walk(name: str, obj: Any, state: Any, loads: list[_ObjectLoad], mismatches: _Mismatches) -> None:

@@ -114,9 +114,10 @@ class RankWriter:
                 types of their devices.
 
         Returns:
-            What other ranks need: ``shards``, the digest of the sharded tensors, and ``homes``, the rank of each tensor
-            that is on one rank. If several ranks write the file, also ``layout``, the image's digest, and on the
-            coordinator ``file_token``, by which they join the file, and ``save_id``, which is unique.
+            What other ranks need: ``shards`` and ``replicas``, the digests of the sharded tensors and of the replicas
+            beside them, and ``homes``, the rank of each tensor that is on one rank. If several ranks write the file,
+            also ``layout``, the image's digest, and on the coordinator ``file_token``, by which they join the file, and
+            ``save_id``, which is unique.
 
         Raises:
             ValueError: the name points outside the storage.
@@ -136,7 +137,8 @@ class RankWriter:
             num_threads=self._num_threads,
         )
         if has_shards:
-            answer |= {"shards": snapshot.shards_digest(), "homes": shards.homes if shards is not None else []}
+            homes = shards.homes if shards is not None else []
+            answer |= {"shards": snapshot.shards_digest(), "replicas": snapshot.replicas_digest(), "homes": homes}
         elif self._write_range is None:
             return answer
         if self.is_coordinator and snapshot.refused and self._on_refused is not None:
@@ -156,6 +158,11 @@ class RankWriter:
     def describe_shards(self) -> list[str]:
         """Return phrases that must be equal on all ranks for these to write their shards."""
         return [] if self._snapshot is None else self._snapshot.describe_shards()
+
+    def drop_replicas(self) -> None:
+        """Let the coordinator write the replicas beside sharded tensors alone."""
+        if self._snapshot is not None:
+            self._snapshot = self._snapshot.without_replicas()
 
     def bind_shards(self, write_range: WriteRange | None) -> None:
         """Find this rank's rows of the sharded tensors, and memory for what it writes.

@@ -1,6 +1,7 @@
 """The part of a save in which the ranks bring the bytes of sharded tensors to their writers.
 
 1. (all ranks) compare the sharded tensors. If they differ, all ranks raise an error that names the first difference.
+   If replicas beside them differ, or have other numbers, the coordinator writes its replicas alone.
 2. (all ranks) find the ranks that see the coordinator's storage, unless they are known. All ranks that hold rows have
    to be among them.
 3. (all ranks) find this rank's rows, and memory for what it writes. If tensors have to be redistributed, do so in a
@@ -56,13 +57,9 @@ def exchange_shards(
     if len({answer["shards"] for answer in answers}) > 1:
         point = sync_point(f"comparing the shards of {filename}")
         _raise_difference(phases.run(backend, point, writer.describe_shards, timeout_s=timeout_s))
-    homes = answers[coordinator]["homes"]
-    for rank, answer in enumerate(answers):
-        differ = [at for at, other in zip(homes, answer["homes"], strict=True) if at not in (other, coordinator)]
-        if differ:
-            msg = f"a sharded tensor is on rank {differ[0]} for rank {coordinator}, but elsewhere for rank {rank}"
-            raise ShardedStateError(f"{msg}. Nothing was saved")
-    shards.settle(homes)
+    if len({answer["replicas"] for answer in answers}) > 1:
+        writer.drop_replicas()
+    shards.settle(_agreed_homes(answers, coordinator))
     is_known = all(answer.get("knows_writers") for answer in answers)
     group = WriterGroup(ranks=shard_writers.find(sync_point, is_known=is_known))
     sent: list[tuple[list[bytearray], list[int]]] = []
@@ -91,6 +88,17 @@ def exchange_shards(
     point = sync_point(f"exchanging the shards of {filename}")
     writer.stage_shards(backend.exchange_host(parts, num_received, what=point, timeout_s=timeout_s))
     return group.ranks
+
+
+def _agreed_homes(answers: Sequence[Mapping[str, Any]], coordinator: int) -> Sequence[int]:
+    """Return the rank that saves each tensor whose device mesh has one rank."""
+    homes: Sequence[int] = answers[coordinator]["homes"]
+    for rank, answer in enumerate(answers):
+        differ = [at for at, other in zip(homes, answer["homes"], strict=True) if at not in (other, coordinator)]
+        if differ:
+            msg = f"a sharded tensor is on rank {differ[0]} for rank {coordinator}, but elsewhere for rank {rank}"
+            raise ShardedStateError(f"{msg}. Nothing was saved")
+    return homes
 
 
 def _raise_difference(descriptions: Sequence[Sequence[str]]) -> None:

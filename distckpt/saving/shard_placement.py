@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 
+from distckpt.ptformat.fast_pickle import is_freed
 from distckpt.ptformat.shard_geometry import shard_shape
 from distckpt.ptformat.sharded import describe_disorder, is_replicated, mesh_ranks
 from distckpt.saving.sharding import Mesh, make_mesh
@@ -180,7 +181,9 @@ def _describe_partial(placements: Sequence[Any]) -> str | None:
 
 
 def describe_misfit(tensor: Any) -> str | None:
-    """Return a phrase if a DTensor's placements do not say what this rank holds of it; else None. Rank-local.
+    """Return a phrase if a DTensor's placements do not match this rank's shard, or its storage was freed; else None.
+
+    Rank-local.
 
     FSDP2 shards what tensor parallelism has sharded already. If a dimension does not divide evenly, a rank then holds
     another part than torch computes from the placements; see :mod:`distckpt.ptformat.shard_geometry`.
@@ -201,7 +204,7 @@ def describe_misfit(tensor: Any) -> str | None:
         )
     if own != expected:
         return f"a DTensor of which this rank holds a shard of shape {own}, where its placements give {expected}"
-    return None
+    return "a DTensor whose storage was freed" if is_freed(tensor._local_tensor) else None  # noqa: SLF001 - as above
 
 
 def is_shard(placement: Any) -> bool:

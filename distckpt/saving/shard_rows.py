@@ -91,8 +91,8 @@ def plan_copies(
 
 
 def gather_rows(
-    shards: Shards, rows: Rows, copies: RankCopies, view: memoryview
-) -> tuple[dict[int, bytearray], dict[int, tuple[int, int]]]:
+    shards: Shards, rows: Rows, copies: RankCopies, view: memoryview, outgoing: Mapping[int, bytearray]
+) -> dict[int, tuple[int, int]]:
     """Collective where tensors are redistributed. Collect what other ranks write of this rank's rows.
 
     Rows of a redistributed tensor are copied at once, and then dropped: one tensor is held at a time.
@@ -102,12 +102,11 @@ def gather_rows(
         rows: where this rank's rows are.
         copies: this rank's.
         view: this rank's memory.
+        outgoing: memory for what other ranks write of this rank's rows, by rank.
 
     Returns:
-        By rank, what it writes of this rank's rows; and CRC-32 and length of what is in this rank's memory by now, by
-        its offset.
+        CRC-32 and length of what is in this rank's memory by now, by its offset.
     """
-    outgoing = {other: bytearray(num_bytes) for other, num_bytes in copies.num_outgoing.items()}
     checksums: dict[int, tuple[int, int]] = {}
     for number, (own, sent) in copies.redistributed.items():
         storage, offset = shards.sources[number].rows()
@@ -117,7 +116,7 @@ def gather_rows(
     for other, items in copies.outgoing.items():
         target = memoryview(outgoing[other])
         Staging(rows.storages, items, target, 0, addresses=rows.addresses).run_on(1)
-    return outgoing, checksums
+    return checksums
 
 
 def _shifted(item: CopyItem, offsets: Sequence[int]) -> CopyItem:

@@ -96,7 +96,8 @@ class Snapshot:
         self._staging: Staging | None = None
         self._deferred: Staging | None = None
         self._rank_plan = RankPlan()
-        self._collect: Callable[[], tuple[dict[int, bytearray], dict[int, tuple[int, int]]]] | None = None
+        self._outgoing: dict[int, bytearray] = {}  # by rank, memory for what it writes of this rank's shards
+        self._collect: Callable[[], dict[int, tuple[int, int]]] | None = None
         self._view = memoryview(b"")
         self._known: dict[int, tuple[int, int]] = {}  # CRC-32 and length of what was not staged, by offset
         self._guard: OptimizerStepGuard | None = None
@@ -143,16 +144,19 @@ class Snapshot:
 
     def describe_shards(self) -> list[str]:
         """Return phrases that must be equal on all ranks for these to write their shards into one file."""
-        return [
-            *map(str, self._shards),
-            *self._describe_replicas(),
-            f"{self._plan.shared_end} bytes of small shards and replicas",
-        ]
+        return list(map(str, self._shards))
 
     def shards_digest(self) -> int:
         """Return a digest of :meth:`describe_shards`."""
-        text = "\n".join(self.describe_shards())
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).digest(), "little")
+        return _digest_of(self.describe_shards())
+
+    def replicas_digest(self) -> int:
+        """Return a digest of the replicas. Ranks with equal digests can write them into one file together."""
+        return _digest_of(self._describe_replicas())
+
+    def without_replicas(self) -> "Snapshot":
+        """Return a snapshot of the same state in which no storage counts as a replica."""
+        return Snapshot(self._pickled, shards=self._shards, num_threads=self._num_threads)
 
     def replica_checksums(self) -> list[tuple[str, int]]:
         """Return the checksum of each storage that should be equal on all ranks, with the name of a tensor in it."""
@@ -192,7 +196,8 @@ class Snapshot:
         storages: list[torch.UntypedStorage] = [*rows.storages, *self._pickled.storages]
         self._rank_plan, self._view = plan, view
         if len(shards):
-            self._collect = functools.partial(gather_rows, shards, rows, found, view)
+            self._outgoing = {other: bytearray(num_bytes) for other, num_bytes in found.num_outgoing.items()}
+            self._collect = functools.partial(gather_rows, shards, rows, found, view, self._outgoing)
         self._buffer = ShardBuffer(self._plan, view, plan.segments, plan.late)
         if deferred:
             is_deferred = [storage._cdata in deferred for storage in storages]  # noqa: SLF001 - torch's identity
@@ -205,10 +210,10 @@ class Snapshot:
 
     def collect_rows(self, num_ranks: int) -> list[bytearray]:
         """Return what each rank writes of this rank's shards. Collective where tensors are redistributed."""
-        outgoing = dict[int, bytearray]()
         if self._collect is not None:
-            outgoing, self._known = self._collect()
+            self._known = self._collect()
             self._collect = None
+        outgoing, self._outgoing = self._outgoing, {}
         return [outgoing.get(rank, bytearray()) for rank in range(num_ranks)]
 
     def num_incoming(self, num_ranks: int) -> list[int]:
@@ -358,6 +363,10 @@ class Snapshot:
             entries.append(TensorEntry(name, dtype, shape, record, offset + begin_bytes, num_bytes, crc))
         data = build_tail(self._plan, crcs, self._pickled.data, to_json(replace(manifest, tensors=tuple(entries))))
         return _Tail(checksums, crcs, data)
+
+
+def _digest_of(phrases: Sequence[str]) -> int:
+    return int.from_bytes(hashlib.blake2b("\n".join(phrases).encode(), digest_size=_DIGEST_BYTES).digest(), "little")
 
 
 def _required(one: _T | None) -> _T:

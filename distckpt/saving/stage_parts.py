@@ -12,6 +12,7 @@ import torch
 
 from distckpt.backends import wire
 from distckpt.errors import ShardedStateError
+from distckpt.ptformat.fast_pickle import is_freed
 from distckpt.ptformat.sharded import as_whole, describe_shard, is_dtensor, none_sharded
 from distckpt.saving.shard_placement import MeshPlacement, place_on_rank
 from distckpt.saving.shards import local_of
@@ -78,6 +79,8 @@ class StagePart:
             problem = f"a tensor of layout {held.layout}, quantized or nested"
         if problem is None and held.is_meta:
             problem = "a tensor on the meta device"
+        if problem is None and is_freed(held):
+            problem = "a tensor whose storage was freed"
         if problem is None and hasattr(type(held), "__tensor_flatten__"):
             problem = f"a {type(held).__name__}, which is made of other tensors"
         if problem is not None:

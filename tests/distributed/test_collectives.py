@@ -139,18 +139,20 @@ def test_a_save_by_a_handler_takes_so_many_collectives(tmp_path: Path, kind: str
 
 @pytest.mark.only_on("gloo", why="device meshes over Gloo")
 @pytest.mark.parametrize("background", [False, True], ids=["foreground", "background"])
+@pytest.mark.parametrize("dim", [0, 1], ids=["rows", "columns"])
 @run_distributed(world_size=2)
-def test_a_save_of_sharded_tensors_takes_so_many_collectives(tmp_path: Path, *, background: bool) -> None:
+def test_a_save_of_sharded_tensors_takes_so_many_collectives(tmp_path: Path, dim: int, *, background: bool) -> None:
     model = nn.Linear(40, 40)
     mesh = init_device_mesh("cpu", (2,))
     for name, parameter in list(model.named_parameters()):
-        shard = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
+        shard = distribute_tensor(parameter.detach(), mesh, [Shard(min(dim, parameter.dim() - 1))], src_data_rank=None)
         model.register_parameter(name, nn.Parameter(shard))
     *_, last = handler_saves(DiskSaver(tmp_path, background=background), scores_differ=False, model=model)
     # Decide, stage (the file's token is gathered), find the rows, write (the checksums are gathered), commit.
+    # Columns are redistributed: before it the ranks meet once more.
     assert last.count("exchange") == 1
     rest = [name for name in last if name != "exchange"]
-    assert counts(rest) in ([(4, 2), (5, 2)] if background else [(5, 2)]), last
+    assert counts(rest) in ([(4 + dim, 2), (5 + dim, 2)] if background else [(5 + dim, 2)]), last
     assert is_alike_on_ranks(last)
 
 

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 import distckpt
 from distckpt import RemoteRankError, ShardedStateError, StateMismatchError
 from distckpt.loading import inplace
-from tests.distributed.programs import gather, kinds, raised
+from tests.distributed.programs import Stateful, gather, kinds, raised
 from tests.distributed.test_sharded_loading import (
     Net,
     Tensors,
@@ -200,6 +201,37 @@ class RefusesOnRankOne(Holds):
         super().load_state_dict(state)
 
 
+class GathersOnRankOne:
+    """An object whose state is gathered, as by torch's state API, and that rank 1 refuses to load."""
+
+    def __init__(self) -> None:
+        self.values = torch.zeros(2)
+        self.refuses = True
+
+    def state_dict(self) -> Any:
+        return {"values": gather(self.values)}
+
+    def load_state_dict(self, state: Any) -> None:
+        loaded = gather(state["values"])[0]
+        if self.refuses and job.rank() == 1 and bool(loaded[0].any()):
+            raise ValueError("refused here")
+        self.values = loaded[job.rank()]
+
+
+@pytest.mark.parametrize("way", ["load", "resume"])
+@run_distributed(world_size=2)
+def test_an_object_with_a_collective_state_is_restored_on_all_ranks_together(tmp_path: Path, way: str) -> None:
+    file = saved(tmp_path, {"gathers": {"values": [torch.ones(2), torch.ones(2)]}, "other": {}})
+    gathers = GathersOnRankOne()
+    objects = {"gathers": gathers, "other": Stateful({})}
+    error = raised(partial(WAYS[way], objects, file))
+    assert "ValueError" in kinds(error), error
+    assert not gathers.values.any()
+    gathers.refuses = False
+    WAYS[way](objects, file)
+    assert gathers.values.all()
+
+
 def load_collectively(objects: Any, file: Path) -> None:
     distckpt.load(objects, file)
 
@@ -208,11 +240,14 @@ def resume(objects: Any, file: Path) -> None:
     distckpt.resume(objects, file.parent)
 
 
-@pytest.mark.parametrize("way", [load_collectively, resume])
+WAYS: dict[str, Any] = {"load": load_collectively, "resume": resume}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("fault", ["object", "reading"])
 @run_distributed(world_size=2)
 def test_no_rank_keeps_what_it_has_loaded_if_another_rank_fails(
-    tmp_path: Path, way: Any, fault: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, way: str, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net, optimizer = trained(2)
     rows = torch.ones(4, 2)
@@ -232,7 +267,7 @@ def test_no_rank_keeps_what_it_has_loaded_if_another_rank_fails(
     with monkeypatch.context() as patched:
         if fault == "reading" and job.rank() == 1:
             patched.setattr(inplace, "read_into", fail)
-        error = raised(lambda: way(objects, file))
+        error = raised(lambda: WAYS[way](objects, file))
     assert ("ValueError" if fault == "object" else "PartialLoadError") in kinds(error), error
     assert isinstance(error, RemoteRankError)
     assert not average.tensors[0].to_local().any()
@@ -242,7 +277,7 @@ def test_no_rank_keeps_what_it_has_loaded_if_another_rank_fails(
     else:
         assert "Of optimizer, net some tensors hold the old values" in str(error)
     average.__class__ = Holds
-    way(objects, file)
+    WAYS[way](objects, file)
     assert equal(whole(sharded.state_dict()), dict(net.state_dict()))
     assert equal(whole(its_optimizer.state_dict()), optimizer.state_dict())
     assert torch.equal(average.tensors[0].full_tensor(), rows)

@@ -137,6 +137,22 @@ def test_a_shard_that_is_not_what_its_placements_give_is_refused(tmp_path: Path,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("staged", [False, True])
+@run_distributed(world_size=2)
+def test_a_shard_whose_storage_was_freed_is_refused(tmp_path: Path, *, staged: bool) -> None:
+    path, model = tmp_path / "file.pt", nn.Module()
+    weight: Any = nn.Parameter(shard(numbers(400, 300), mesh_of(2), [Shard(0)]))
+    model.weight = weight
+    objects = {"one": StageState(model) if staged else model}
+    distckpt.save(objects, path)
+    weight.to_local().untyped_storage().resize_(0)
+    error = raised(lambda: distckpt.save(objects, path))
+    assert "ShardedStateError" in kinds(error)
+    assert "storage was freed" in str(error)
+    job.barrier()
+    assert torch.equal(torch.load(path, weights_only=True)["weight"], numbers(400, 300))
+
+
 @run_distributed(world_size=2)
 def test_a_rank_that_fails_before_tensors_are_redistributed_leaves_no_rank_in_that_collective(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

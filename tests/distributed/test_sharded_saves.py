@@ -220,6 +220,21 @@ def test_tied_and_nested_tensors_keep_their_form(tmp_path: Path) -> None:
     assert torch.equal(found["parameter"], numbers(6))
 
 
+@pytest.mark.parametrize("num_rows", [70, 15], ids=["large", "small"])
+@run_distributed(world_size=2)
+def test_replicas_that_have_other_numbers_on_each_rank_are_saved(tmp_path: Path, num_rows: int) -> None:
+    whole_tensor = numbers(num_rows, 999)
+    replica = DistributedDataParallel(nn.Sequential(*[nn.Linear(40, 40) for _ in range(6)]))
+    first = {f"own {index}": torch.ones(500) for index in range(1 + 3 * job.rank())}
+    state = {"shard": shard(whole_tensor, mesh_of(2), [Shard(0)])}
+    objects = {"first": Stateful(first), "replica": replica, "state": Stateful(state)}
+    distckpt.save(objects, tmp_path / "file.pt", share_write="world")
+    check_file(
+        tmp_path / "file.pt",
+        {"first": {"own 0": torch.ones(500)}, "replica": replica.module.state_dict(), "state": {"shard": whole_tensor}},
+    )
+
+
 @run_distributed(world_size=2)
 def test_tensors_of_one_storage_that_read_it_in_another_order_are_not_one_tensor(tmp_path: Path) -> None:
     mine = shard(numbers(8, 4), mesh_of(2), [Shard(0)])
