@@ -125,8 +125,8 @@ def is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
-def fits_storage(dtype: torch.dtype, num_bytes: int, offset: int, shape: Sequence[int], stride: Sequence[int]) -> bool:
-    """Return True if a storage consists of whole elements, and has all those of a tensor.
+def has_elements(dtype: torch.dtype, num_bytes: int, offset: int, shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Return True if a storage contains all elements of a tensor.
 
     Args:
         dtype: of the tensor.
@@ -136,19 +136,21 @@ def fits_storage(dtype: torch.dtype, num_bytes: int, offset: int, shape: Sequenc
         stride: in elements.
 
     Example:
-        >>> fits_storage(torch.float32, 11, 0, (2,), (1,)), fits_storage(torch.float32, 4, 0, (2,), (1,))
-        (False, False)
-    """
-    return num_bytes % dtype.itemsize == 0 and has_elements(dtype, num_bytes, offset, shape, stride)
-
-
-def has_elements(dtype: torch.dtype, num_bytes: int, offset: int, shape: Sequence[int], stride: Sequence[int]) -> bool:
-    """Return True if a storage has all elements of a tensor; arguments as for :func:`fits_storage`.
-
-    Not so for a tensor whose storage was freed by ``resize_(0)``.
+        >>> has_elements(torch.float32, 8, 0, (2,), (1,)), has_elements(torch.float32, 8, 1, (2,), (1,))
+        (True, False)
     """
     last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
     return 0 in shape or (last + 1) * dtype.itemsize <= num_bytes
+
+
+def is_freed(tensor: torch.Tensor) -> bool:
+    """Return True for a dense tensor whose storage lacks some of its elements, as after ``storage.resize_(0)``."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout is not _STRIDED:
+        return False
+    if tensor.is_meta or tensor.is_nested or tensor.is_quantized:
+        return False
+    num_bytes = tensor.untyped_storage().nbytes()
+    return not has_elements(tensor.dtype, num_bytes, int(tensor.storage_offset()), tensor.shape, tensor.stride())
 
 
 class PlainWalk:
@@ -312,7 +314,7 @@ class PlainWalk:
         dtype, num_bytes, _, offset, shape, stride, _ = form
         found = self._forms.get(form)
         if found is None:
-            if not fits_storage(dtype, num_bytes, offset, shape, stride):
+            if num_bytes % dtype.itemsize or not has_elements(dtype, num_bytes, offset, shape, stride):
                 raise NotPlain
             # Twice: the first tensor writes its parts in full, and later ones refer to them.
             found = (*self._form_of(*form, storage), Form(dtype, tuple(shape), offset), form)

@@ -98,7 +98,7 @@ class ImagePlan:
     def write_ranges(self, num_writers: int) -> tuple[tuple[int, int], ...]:
         """Split the image into one range a writer, of lengths as equal as possible; the last is the coordinator's.
 
-        With sharded tensors, ranks with other storages of different sizes compute equal begins.
+        With sharded tensors, ranks whose other storages have different sizes compute the same begins.
 
         Returns:
             Begin and end by writer. All begins are multiples of 4096, and all ends but the image's.

@@ -30,9 +30,11 @@ _HARMLESS: Final = frozenset(
 """Types whose pickles call only what ``weights_only`` always allows."""
 CALLED: Final = (type, types.FunctionType, types.BuiltinFunctionType)
 """Types of what a pickle calls by name."""
-_ODD: Final = re.compile(rb"\x8b|[01][hj]")
-"""Matches, and sometimes text does too, where a pickle of protocol 2 has an opcode that ``weights_only`` does not know:
-that of an integer of more than 255 bytes, and those that end a tuple which contains itself."""
+_LONG: Final = b"\x8b"
+_TUPLE_ENDS: Final = re.compile(rb"0[hj]"), re.compile(rb"1[hj]")
+"""Opcodes of a pickle of protocol 2 that ``weights_only`` does not know: that of an integer of more than 255 bytes, and
+those that end a tuple which contains itself. Text and numbers match too. A search for a pattern that begins with a
+literal is twenty times as fast."""
 _LONG_BITS: Final = 255 * 8
 _PROTOCOL: Final = 2
 _NEWEST_PROTOCOL: Final = 3
@@ -40,7 +42,7 @@ _UNKNOWN_OPERAND: Final = "Unsupported operand "
 _TUPLE: Final = "a tuple that contains itself"
 _OPERANDS: Final = {
     **dict.fromkeys(("48", "49"), _TUPLE),
-    **dict.fromkeys(("66", "67"), "bytes, which only pickle_protocol=2 can save"),
+    **dict.fromkeys(("66", "67"), "bytes by pickle_protocol=3"),
     "139": "an integer of more than 255 bytes",
 }
 """What pickles to opcodes that ``weights_only`` does not know, by their numbers."""
@@ -75,8 +77,8 @@ def find_refused(
         return (RefusedObject("", f"pickle_protocol={protocol}, above {_NEWEST_PROTOCOL}"),)
     odd = [*called, *(kind for kind in kinds if kind not in _HARMLESS)]
     has_arrays = any(kind.__module__.partition(".")[0] == "numpy" for kind in odd if isinstance(kind, type))
-    is_known = protocol == _PROTOCOL and not _ODD.search(data) and not (has_arrays and holds_objects(data))
-    if not is_known or refused_names(map(_name_of, odd)):
+    is_odd = protocol != _PROTOCOL or _LONG in data or any(one.search(data) for one in _TUPLE_ENDS)
+    if is_odd or (has_arrays and holds_objects(data)) or refused_names(map(_name_of, odd)):
         names = _refused_in(data)
         if names:
             return locate_refused(state, names, protocol=protocol)
@@ -109,6 +111,16 @@ def locate_refused(state: Any, names: Collection[str], *, protocol: int = _PROTO
     paths = find_paths(state, is_refused, most=_MOST)
     found.extend(RefusedObject(path, what) for path, what in zip(paths, whats, strict=True))
     return tuple(found) or tuple(RefusedObject("", name) for name in sorted(names))
+
+
+def find_unreadable(data: bytes) -> str | None:
+    """Return a phrase for the first value of a pickle with an opcode that ``weights_only`` does not know; else None."""
+    try:
+        torch._weights_only_unpickler.get_globals_in_pkl(io.BytesIO(data))  # noqa: SLF001 - as below
+    except Exception as error:  # noqa: BLE001 - of what a damaged pickle holds
+        what = describe_unreadable(error)
+        return what if what in _OPERANDS.values() else None
+    return None
 
 
 def describe_unreadable(error: Exception) -> str:

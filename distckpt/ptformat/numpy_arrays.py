@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from distckpt.ptformat.sharded import find_paths, key_to_text
+from distckpt.ptformat.sharded import TensorShard, find_paths, key_to_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,7 +46,9 @@ _UNSPELLABLE = "\n"
 """Prefix of names that no pickle can call, because the unpickler reads names by the line."""
 _SEARCHED = frozenset({dict, OrderedDict, Counter, list, tuple})
 """Types of the containers in which placeholders are replaced."""
-_LEAVES = frozenset({str, int, float, bool, complex, bytes, bytearray, type(None)})
+_LEAVES = frozenset({str, int, float, bool, complex, bytes, bytearray, type(None), TensorShard})
+_LEAVES |= {torch.Size, torch.dtype, torch.device}
+_TENSORS = (torch.Tensor, torch.nn.Parameter)
 _LOST = "a NumPy array or dtype is in an object that is no mapping, list or tuple"
 _LOCK = threading.Lock()
 _NDARRAY = object()
@@ -174,7 +176,7 @@ def find_lost_arrays(state: Any, *, most: int) -> list[str]:
 def _is_leaf(one: Any) -> bool:
     """Return True for a value that holds no other one: most values, and quick to find out."""
     kind = type(one)
-    return kind in _LEAVES or (kind is torch.Tensor and not one.__dict__)
+    return kind in _LEAVES or (kind in _TENSORS and not one.__dict__)
 
 
 def _is_numpy(one: Any) -> bool:

@@ -25,7 +25,7 @@ from distckpt.ptformat.fast_pickle import (
     NotPlain,
     PlainWalk,
     TensorLocation,
-    has_elements,
+    is_freed,
     is_plain,
     pickle_plain,
 )
@@ -123,9 +123,12 @@ def pickle_like_torch(
     data = buffer.getvalue()
     kinds, called = pickler.kinds.values(), pickler.called.values()
     refused = find_refused(state, data, kinds=kinds, called=called, protocol=protocol)
-    if pickler.has_freed:
-        paths = find_paths(state, _is_freed)
-        refused += tuple(RefusedObject(path, "a tensor whose storage was freed") for path in paths or [""])
+    for has_any, is_unreadable, what in (
+        (pickler.has_freed, is_freed, "a tensor whose storage was freed"),
+        (pickler.has_odd, _is_odd, "a tensor whose storage does not consist of whole elements"),
+    ):
+        paths = (find_paths(state, is_unreadable) or [""]) if has_any else []
+        refused += tuple(RefusedObject(path, what) for path in paths)
     return PickledState(data, tuple(pickler.storages), tuple(_named(state, pickler.numbers, shards or {})), refused)
 
 
@@ -167,6 +170,7 @@ class _Pickler(pickle.Pickler):
         self.kinds: dict[int, type] = {}  # types without opcodes of their own
         self.called: dict[int, Any] = {}  # classes and functions
         self.has_freed = False  # whether a tensor's storage lacks some of its elements
+        self.has_odd = False  # whether a storage that does not consist of whole elements is pickled by its type
         self._dtypes: dict[int, torch.dtype] = {}  # address of the data -> dtype
 
     def persistent_id(self, obj: Any) -> Any:
@@ -178,6 +182,7 @@ class _Pickler(pickle.Pickler):
         if kind is torch.storage.TypedStorage or isinstance(obj, torch.storage.TypedStorage):
             # torch's own accessors would warn of their removal.
             name = obj._pickle_storage_type()  # noqa: SLF001
+            self.has_odd = self.has_odd or _is_odd(obj)
             return self._pid_of(obj._untyped_storage, obj.dtype, getattr(torch, name), obj._size())  # noqa: SLF001
         if torch.is_storage(obj):
             storage: Any = obj
@@ -197,7 +202,7 @@ class _Pickler(pickle.Pickler):
             else:
                 self.kinds[id(kind)] = kind
             return NotImplemented
-        self.has_freed = self.has_freed or _is_freed(obj)
+        self.has_freed = self.has_freed or is_freed(obj)
         dtype = obj.dtype
         storage_type = TYPES.get(dtype)
         if storage_type is None or not is_plain(obj):
@@ -247,14 +252,17 @@ class _Pickler(pickle.Pickler):
         return ("storage", kind, key, location, numel)
 
 
-def _is_freed(one: Any) -> bool:
-    """Return True for a tensor whose storage lacks some of its elements."""
-    if type(one) not in (torch.Tensor, torch.nn.Parameter) or one.layout is not torch.strided or one.is_nested:
+def _is_odd(one: Any) -> bool:
+    """Return True for a tensor or typed storage whose bytes are no multiple of its element size."""
+    if isinstance(one, torch.Tensor):
+        if one.layout is not torch.strided or one.is_nested or one.is_quantized:
+            return False
+        storage = one.untyped_storage()
+    elif isinstance(one, torch.storage.TypedStorage):
+        storage = one._untyped_storage  # noqa: SLF001 - its own accessor warns
+    else:
         return False
-    if one.is_meta:
-        return False
-    num_bytes = one.untyped_storage().nbytes()
-    return not has_elements(one.dtype, num_bytes, int(one.storage_offset()), one.shape, one.stride())
+    return bool(storage.nbytes() % one.dtype.itemsize)
 
 
 def _reduce_shard(shard: TensorShard) -> tuple[Any, ...]:

@@ -7,7 +7,6 @@ import errno
 import functools
 import inspect
 import pickle
-import pickletools
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from distckpt._messages import ignore_warnings
 from distckpt.errors import CorruptCheckpointError, UnsafeCheckpoint
 from distckpt.ptformat.archive import Archive, read_record_bytes
+from distckpt.ptformat.loadable import find_unreadable
 from distckpt.ptformat.numpy_arrays import NumpyRefused, allow_numpy, may_allow_numpy
 from distckpt.ptformat.pickler import name_sharded_tensor
 from distckpt.ptformat.sharded import as_whole, may_be_sharded
@@ -189,7 +189,7 @@ def _describe_archive(file: Readable, archive: Archive) -> str | None:
             data = read_record_bytes(file, archive.records[number], archive.inflated.get(number))
         except ValueError:
             return None
-        return _describe_protocol(data) or _describe_long_integer(data)
+        return _describe_protocol(data) or _describe_unknown(data)
     return None
 
 
@@ -211,12 +211,6 @@ def _describe_protocol(data: bytes) -> str | None:
     )
 
 
-def _describe_long_integer(data: bytes) -> str | None:
-    try:
-        has_one = any(opcode.name == "LONG4" for opcode, *_ in pickletools.genops(data))
-    except Exception:  # noqa: BLE001 - of what a damaged pickle holds
-        return None
-    what = (
-        "a checkpoint with an integer of more than 255 bytes, which torch's reader that executes nothing does not know"
-    )
-    return f"{what}. Save it as text" if has_one else None
+def _describe_unknown(data: bytes) -> str | None:
+    what = find_unreadable(data)
+    return what and f"a checkpoint with {what}, which torch's reader that executes nothing does not know"

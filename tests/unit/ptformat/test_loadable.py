@@ -47,6 +47,12 @@ class Mapped(dict[str, Any]):
     """A mapping of the user's."""
 
 
+def quantized(dtype: torch.dtype) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch has deprecated them
+        return torch.quantize_per_channel(torch.ones(2, 4), torch.ones(2), torch.zeros(2), 0, dtype)
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
     "object": (dt.timedelta(1), "datetime.timedelta"),
     "object with a function of its module": (decimal.Decimal(1), "decimal.Decimal"),
@@ -70,6 +76,8 @@ TAKEN: dict[str, Any] = {
     "complex": 1j,
     "size, dtype, device": (torch.Size([1]), torch.float16, torch.device("cpu"), torch.strided),
     "sparse": torch.eye(3).to_sparse(),
+    "two elements a byte": quantized(torch.quint4x2),
+    "quantized": quantized(torch.qint8),
     "meta": torch.ones(2, device="meta"),
     "tensor with attributes": torch.ones(2),
     "shared list": [[1]] * 2,
@@ -138,13 +146,21 @@ def freed() -> torch.Tensor:
     return tensor
 
 
+def odd(**attributes: Any) -> torch.Tensor:
+    tensor = torch.arange(11, dtype=torch.uint8)[:8].view(torch.float32)
+    vars(tensor).update(attributes)
+    return tensor
+
+
 UNREADABLE: dict[str, tuple[Any, dict[str, Any], str]] = {
     "tuple in itself": (around_itself(), {}, "'book.a.1.x' (a tuple that contains itself)"),
     "short tuple in itself": (around_itself(0), {}, "'book.a.1.x' (a tuple that contains itself)"),
-    "bytes": (b"abc", {"pickle_protocol": 3}, "'book.a.1.x' (bytes, which only pickle_protocol=2 can save)"),
-    "many bytes": (b"abc" * 99, {"pickle_protocol": 3}, "(bytes, which only pickle_protocol=2 can save)"),
+    "bytes": (b"abc", {"pickle_protocol": 3}, "'book.a.1.x' (bytes by pickle_protocol=3)"),
+    "many bytes": (b"abc" * 99, {"pickle_protocol": 3}, "(bytes by pickle_protocol=3)"),
     "freed storage": (freed(), {}, "'book.a.1.x' (a tensor whose storage was freed)"),
     "freed storage of a parameter": (nn.Parameter(freed()), {}, "'book.a.1.x' (a tensor whose storage was freed)"),
+    "odd storage with an attribute": (odd(note=1), {}, "'book.a.1.x' (a tensor whose storage does not consist of"),
+    "odd storage, negated": (torch._neg_view(odd()), {}, "'book.a.1.x' (a tensor whose storage does not consist of"),
     "array of an allowed class": (Allowed([np.ones(2)]), {}, "'book.a.1.x.held.0' (a NumPy array or dtype"),
     "dtype of an allowed class": (Allowed(np.dtype("f4")), {}, "'book.a.1.x.held' (a NumPy array or dtype"),
     "attribute of a tensor": (with_attribute(np.ones(2)), {}, "'book.a.1.x.note' (a NumPy array or dtype"),
