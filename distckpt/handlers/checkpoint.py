@@ -103,6 +103,8 @@ class Checkpoint(Serializable, Voter):
     Item = _Item
     keeps_history: bool = False
     """Whether :meth:`reset` keeps the history; True before the first batch of a resumed run."""
+    resumes_with: Callable[[], None] | None = None
+    """What the next call does instead of a save: it restores the state that this call has saved before the resume."""
     vote_kind = VoteKind.SAVE_WANTED
     may_run_early = False  # a call saves the state at its own place among the handlers
     lag = None
@@ -192,6 +194,9 @@ class Checkpoint(Serializable, Voter):
             CommitNotDurable: the file is in place, but may not survive a power cut.
         """
         restore_event_name(engine)
+        if self.resumes_with is not None:
+            self.resumes_with()
+            return
         backend = current()
         has_others = backend.world_size > 1
         failing = find_engine_handling_exception()
@@ -203,8 +208,8 @@ class Checkpoint(Serializable, Voter):
             self._save_alone(engine, backend)
             return
         # Without user functions every call saves. On events other than iterations a vote costs more than it avoids.
-        has_functions = self.score_function is not None or self.global_step_transform is not None
-        asks = has_functions and has_others and is_iteration_event(engine)
+        is_plain = self.score_function is None and self.global_step_transform is None
+        asks = has_others and not is_plain and is_iteration_event(engine)
         self._asking_engine, self._facts, self._is_wanted = (engine if asks else None), None, not asks
         try:
             hold_votes(engine, self, backend if has_others else None, asks=asks)
@@ -223,7 +228,7 @@ class Checkpoint(Serializable, Voter):
         facts = self._facts = self._find_facts(engine)
         is_wanted = not self._history.is_agreed or self._is_forced
         is_wanted = is_wanted or may_want(self, self._history, facts, engine, is_early=self._is_early)
-        return _report_nothing if is_wanted else None
+        return (lambda: None) if is_wanted else None  # a yes has no details
 
     def _act(self, engine: Engine, reports: Mapping[int, Any]) -> None:
         self._is_wanted = True
@@ -441,7 +446,3 @@ class Checkpoint(Serializable, Voter):
             global_step=filename_components.get("global_step"),
         )
         return api.load_objects(to_load, directory / filename, verify=verify, **(load_kwargs or {}))
-
-
-def _report_nothing() -> None:
-    """Report a yes without a detail."""

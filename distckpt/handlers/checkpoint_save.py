@@ -344,8 +344,7 @@ class CheckpointSave:
         if self.agreed.removal != RemovalOrder.AFTER_KEEPING or not self.decision.evicted or directory is None:
             return None
         saver = storage_saver(self.handler.save_handler)
-        is_only_one = saver is not None and saver.writes_one_file
-        return WrittenFiles(directory, self.decision.filename, is_only_one=is_only_one)
+        return WrittenFiles(directory, self.decision.filename, is_only_one=saver is not None and saver.writes_one_file)
 
     def _remove_first(self) -> list[str]:
         """Collective. Remove evicted files before the write, if the handler needs that; return the removed ones."""

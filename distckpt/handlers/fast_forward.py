@@ -65,6 +65,8 @@ class FastForward:
     6. ITERATION_STARTED: without data, set the generators here. If the iteration had been started before the save,
        restore the objects that handlers have changed.
 
+    An event in which the checkpoint was saved is restored where it was saved, not after all handlers.
+
     If the run starts at another iteration, the handlers do nothing. Without `skip_batches`, no batch is dropped.
     """
 
@@ -86,7 +88,7 @@ class FastForward:
         self._resets_workers = False
         self._num_consumed = 0
         self._restore_generators: list[Callable[[], None]] = []
-        self._restore_epoch_end: list[Callable[[], None]] = []
+        self._restore_between_epochs: list[Callable[[], None]] = []
         self._engine_rng_states: Any = None
         for handler in get_handlers(engine, Events.EPOCH_STARTED):
             earlier = getattr(handler, "__self__", None)
@@ -240,10 +242,13 @@ class FastForward:
         set_start_hook(engine, None)
         end_expectation(engine)
         self._has_begun_batches = False
+        was_saved_here = self._restored.saved.event_name == "STARTED"
+        self._restored.restore_in_event(engine, "STARTED", self._restore_loaded if was_saved_here else lambda: None)
         after_event(engine, self._after_started)
 
     def _after_started(self, engine: Engine) -> None:
-        self._restored.restore_changed("STARTED")
+        if self._restored.saved.event_name == "STARTED":
+            self._restore_between_epochs = [one.capture_current() for one in self._rng_states]
         if self._point.seed is not None and isinstance(engine, DeterministicEngine):
             engine.state.seed = self._point.seed
         if self._point.is_end_due and engine.state.iteration == self._point.trained:
@@ -263,7 +268,7 @@ class FastForward:
         with unknown_as_nan(engine, self._restored.objects):
             engine.fire_event(Events.EPOCH_COMPLETED)
         engine.should_terminate_single_epoch = False  # as ignite does after this event
-        self._restore_epoch_end = [one.capture_current() for one in self._rng_states]
+        self._restore_between_epochs = [one.capture_current() for one in self._rng_states]
 
     def _on_epoch_started(self, engine: Engine) -> None:
         if self._has_begun_batches:  # the epoch before had no batch: the data were exhausted
@@ -275,8 +280,9 @@ class FastForward:
             return
         if self._point.epoch_begun:
             self._restored.keep_histories()
-        elif self._restore_epoch_end:
-            for restore in self._restore_epoch_end:
+            self._restored.restore_in_event(engine, "EPOCH_STARTED", self._restore_loaded)
+        elif self._restore_between_epochs:
+            for restore in self._restore_between_epochs:
                 restore()
         else:
             self._restore_loaded()
@@ -284,13 +290,9 @@ class FastForward:
 
     def _before_iterator(self, engine: Engine) -> None:
         point, data = self._point, engine.state.dataloader
-        if point.epoch_begun:
-            self._restored.restore_changed("EPOCH_STARTED")
         if data is None:
             return
         self._num_consumed = (point.batches or 0) if point.is_mid_pass else 0
-        if point.epoch_begun:
-            self._restore_loaded()
         if self._data_know_position(engine, data):
             self._skip_batches = False
         elif point.trained:
@@ -402,11 +404,7 @@ class FastForward:
         if self._point.iteration_begun:
             self._set_generators()  # as above
             self._restored.keep_histories()
-            after_event(engine, self._after_iteration_started)
-
-    def _after_iteration_started(self, engine: Engine) -> None:
-        self._restored.restore_changed("ITERATION_STARTED")
-        self._set_generators()
+            self._restored.restore_in_event(engine, "ITERATION_STARTED", self._set_generators)
 
     def _restore_loaded(self) -> None:
         for one in self._rng_states:

@@ -2,7 +2,8 @@
 
 In a resumed run the handlers of STARTED run again, and in an interrupted epoch those of EPOCH_STARTED. They reset
 metrics and counters, step schedulers, initialise models: the restored state holds the results already. So the state is
-captured before these handlers, and what they have changed is restored after them.
+captured before these handlers, and what they have changed is restored after them, or where the checkpoint was saved
+among them.
 
 A large tensor is not copied. If its fingerprint has changed, it is loaded from the checkpoint again.
 """
@@ -12,7 +13,7 @@ import copy
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from ignite.engine import Engine
@@ -21,6 +22,7 @@ from distckpt._messages import log_level
 from distckpt.backends.detect import current
 from distckpt.coordination import phases
 from distckpt.handlers.checkpoint import Checkpoint
+from distckpt.handlers.engine_events import after_event
 from distckpt.handlers.rng_state import RngState
 from distckpt.loading.rollback import copy_state, is_same, load_own_state, own_state
 
@@ -29,17 +31,25 @@ _SMALL_BYTES = 64 << 10
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+class SavedInEvent(NamedTuple):
+    """The file name of a checkpoint, and the name of the event in which it was saved; None if unknown."""
+
+    filename: str
+    event_name: str | None
+
+
 class RestoredState:
     """The objects that a resume restored, by names that are the same on all ranks.
 
-    `handlers` are those whose histories were restored. `load_again` loads some objects from the checkpoint again; it is
-    rank-local.
+    `handlers` are those whose histories were restored, and `saved` says which of them saved the checkpoint, and when.
+    `load_again` loads some objects from the checkpoint again; it is rank-local.
     """
 
     def __init__(
         self,
         objects: Mapping[str, Any],
         handlers: Sequence[Checkpoint],
+        saved: SavedInEvent,
         load_again: Callable[[Sequence[Any]], None],
         timeout_s: float | None,
     ) -> None:
@@ -50,6 +60,7 @@ class RestoredState:
             if not isinstance(obj, Checkpoint | RngState)
         }
         self._handlers = handlers
+        self.saved = saved
         self._load_again = load_again
         self._timeout_s = timeout_s
         self._captured: dict[str, _CapturedState | None] = {}
@@ -67,11 +78,39 @@ class RestoredState:
         self.keep_histories()
 
     def keep_histories(self) -> None:
-        """Let ``reset()`` of the handlers keep their histories until :meth:`restore_changed`."""
+        """Let ``reset()`` of the handlers keep their histories until :meth:`restore_in_event` has restored."""
         for handler in self._handlers:
             handler.keeps_history = True
 
-    def restore_changed(self, event_name: str) -> None:
+    def restore_in_event(
+        self, engine: Engine, event_name: str, restore_more: Callable[[], None] = lambda: None
+    ) -> None:
+        """Collective. Restore the objects in the engine's present event.
+
+        The checkpoint has the effects of the event's handlers before the one that saved it, if it was saved in this
+        event. So the objects are restored when that handler is called, which then saves nothing; else after the event.
+
+        Args:
+            engine: the engine.
+            event_name: of the event that it fires.
+            restore_more: called after the objects are restored.
+        """
+        waiting = [restore_more]
+
+        def restore() -> None:
+            for one in savers:
+                one.resumes_with = None
+            if waiting:
+                self._restore_changed(event_name)
+                waiting.pop()()
+
+        filename = self.saved.filename if self.saved.event_name == event_name else ""
+        savers = [one for one in self._handlers if one._history.kept.has_name(filename)]  # noqa: SLF001 - half of a resume
+        for one in savers:
+            one.resumes_with = restore
+        after_event(engine, lambda _: restore())
+
+    def _restore_changed(self, event_name: str) -> None:
         """Collective. Restore the objects that were changed since :meth:`capture`.
 
         1. (all ranks) find the changed objects. An object that was changed on any rank is restored on all.

@@ -26,7 +26,7 @@ from distckpt.handlers.checkpoint import Checkpoint
 from distckpt.handlers.disk_saver import DiskSaver
 from distckpt.handlers.fast_forward import FastForward
 from distckpt.handlers.object_trees import find_path, iter_objects
-from distckpt.handlers.restored_state import RestoredState
+from distckpt.handlers.restored_state import RestoredState, SavedInEvent
 from distckpt.handlers.resume_histories import find_handlers, restore_histories
 from distckpt.handlers.resume_point import ResumePoint, find_engine, find_resume_point
 from distckpt.handlers.run_record import note_resume
@@ -223,7 +223,9 @@ def resume(
         point = find_resume_point(engine, to_load, loaded.record, backend.rank, backend.world_size)
         objects = dict(zip(names, (obj for _, obj in iter_objects(to_load)), strict=True))
         objects |= {f"the {type(obj).__name__}": obj for obj, _ in loaded.extras}
-        restored = RestoredState(objects, find_handlers(handler, to_load, [engine]), load_again, timeout_s)
+        handlers = find_handlers(handler, to_load, [engine])
+        saved = SavedInEvent(chosen.name, loaded.saved_on)
+        restored = RestoredState(objects, handlers, saved, load_again, timeout_s)
         FastForward(engine, point, restored, skip_batches=skip_batches, timeout_s=timeout_s)
     resumed = _describe(chosen, engine, point, loaded.record)
     note_resume(engine, resumed, loaded.record, time.monotonic() - start_s)
@@ -305,6 +307,7 @@ class _Loaded:
     extras: list[tuple[Any, Any]]  # the engine and the handler with their states, if they are not in `to_load`
     warning: str  # that the engine's state is missing, or empty
     history: str  # a phrase about the handler's history, or empty
+    saved_on: str | None = None  # name of the event of the save; None if unknown
     report: api.LoadReport = field(default_factory=api.LoadReport)
 
 
@@ -328,6 +331,7 @@ def _load(
         record = {} if head is None or head.record is None else head.record
         nameless = handler if parse_record(record) is None else None
         loaded = _find_extras(nameless, chosen, names, to_load, engine or find_engine(to_load, record), record)
+        loaded.saved_on = None if head is None else head.reason
         unread = chosen.file if chosen.file.read_structure() else None
         fitted.append((loaded, prepare(to_load, chosen.state, options, unread, loaded.extras)))
         chosen.state = None  # tensors without a reference are not read

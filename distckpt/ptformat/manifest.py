@@ -91,6 +91,7 @@ class Head(NamedTuple):
         iteration: see :class:`Manifest`.
         wall_time_s: see :class:`Manifest`; None if it is no number.
         key: see :class:`Manifest`; None too in older files.
+        reason: see :class:`Manifest`.
     """
 
     schema: int
@@ -99,6 +100,7 @@ class Head(NamedTuple):
     iteration: int | None = None
     wall_time_s: float | None = None
     key: str | None = None
+    reason: str | None = None
 
 
 _TENSOR_FIELDS = TensorEntry._fields
@@ -153,7 +155,8 @@ def read_head(data: bytes) -> Head:
         raise ValueError("it has no schema")
     versions, record = found.get("versions"), found.get("record")
     writer = versions.get("distckpt") if isinstance(versions, dict) else None
-    iteration, wall_time_s, key = found.get("iteration"), found.get("wall_time_s"), found.get("key")
+    iteration, wall_time_s = found.get("iteration"), found.get("wall_time_s")
+    key, reason = found.get("key"), found.get("reason")
     return Head(
         schema,
         writer if isinstance(writer, str) else "unknown",
@@ -161,6 +164,7 @@ def read_head(data: bytes) -> Head:
         iteration if type(iteration) is int else None,
         wall_time_s if isinstance(wall_time_s, float) else None,
         key if isinstance(key, str) else None,
+        reason if isinstance(reason, str) else None,
     )
 
 

@@ -1,5 +1,6 @@
 """Restored objects are as restored when the first batch is trained, whatever handlers do before it."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from ignite.engine import Engine, Events
 from ignite.metrics import Average
 from torch import nn
 
-from distckpt import Checkpoint, DiskSaver, EarlyStopping, resume
+from distckpt import Checkpoint, DiskSaver, EarlyStopping, RngState, resume
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
 LARGE = 200  # 160,000 bytes of weights: too large for a copy
@@ -186,3 +187,58 @@ def test_a_removed_file_is_named_when_it_is_needed(tmp_path: Path) -> None:
     found.unlink()
     with pytest.raises(FileNotFoundError, match=found.name):
         after.run()
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+class Draws(Program):
+    """A program whose checkpoint stands before or after other handlers of an event."""
+
+    def __init__(self, folder: Path, event: Events, *, is_first: bool, kill_at: int | None) -> None:
+        self.rates: list[Any] = []
+        self.kill_at = kill_at
+        super().__init__(folder)
+        self.rng = RngState(self.trainer)
+        self.objects["rng"] = self.rng
+        self.saver = Checkpoint(self.objects, DiskSaver(folder, require_empty=False), n_saved=1)
+        if is_first:
+            self.trainer.add_event_handler(event, self.saver)
+        self.trainer.add_event_handler(event, self.change)
+        if not is_first:
+            self.trainer.add_event_handler(event, self.saver)
+
+    def change(self) -> None:
+        self.counter.counts["steps"] += 1
+        self.scheduler.step()
+        self.counter.counts["notes"] = [*self.counter.counts["notes"], torch.rand(1).item()]
+
+    def step(self, engine: Engine, batch: float) -> float:
+        if engine.state.iteration == self.kill_at:
+            raise Killed
+        self.rates.append((engine.state.iteration, self.optimizer.param_groups[0]["lr"], torch.rand(1).item()))
+        return batch
+
+
+@pytest.mark.parametrize("kills", [[6], [6, 6], [6, 6, 7]])
+@pytest.mark.parametrize("is_first", [True, False], ids=["checkpoint first", "checkpoint last"])
+@pytest.mark.parametrize("event", [Events.EPOCH_STARTED, Events.ITERATION_STARTED, Events.STARTED])
+def test_handlers_before_and_after_a_checkpoint_have_their_effects_once(
+    tmp_path: Path, event: Events, *, is_first: bool, kills: list[int]
+) -> None:
+    def run(folder: Path, kill_at: int | None) -> Draws:
+        torch.manual_seed(0)
+        program = Draws(folder, event, is_first=is_first, kill_at=kill_at)
+        resume(program.objects, program.saver, engine=program.trainer)
+        with contextlib.suppress(Killed):
+            program.trainer.run([1.0, 2.0, 3.0], max_epochs=3)
+        return program
+
+    alone = run(tmp_path / "alone", None)
+    for kill_at in kills:
+        run(tmp_path / "killed", kill_at)
+    resumed = run(tmp_path / "killed", None)
+    assert resumed.rates == alone.rates[-len(resumed.rates) :]
+    assert resumed.counter.counts == alone.counter.counts
+    assert len(resumed.rates) < len(alone.rates) or event == Events.STARTED
