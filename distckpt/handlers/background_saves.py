@@ -16,7 +16,7 @@ from distckpt.backends.detect import current
 from distckpt.coordination.phases import HandlerId
 from distckpt.coordination.votes import Answer, VoteKind
 from distckpt.errors import RemoteRankError
-from distckpt.handlers.engine_events import find_engine_handling_exception, get_firing_engines
+from distckpt.handlers.engine_events import find_engine_handling_exception, get_running_engines
 from distckpt.handlers.engine_votes import Poller, hold_votes, start_polling, stop_polling
 from distckpt.saving.pending_save import PendingSave
 
@@ -30,7 +30,7 @@ OnEnd = Callable[[PendingSave, BaseException | None], None]
 class BackgroundSaves(Poller):
     """The pending save of one Checkpoint, if any.
 
-    It votes with the outermost engine that fires as the save starts. After each of that engine's iterations all ranks
+    It votes with the outermost running engine as the save starts. After each of that engine's iterations all ranks
     vote on whether a rank is still writing, together with the other votes. No iteration waits for a
     rank that is still writing.
 
@@ -61,7 +61,7 @@ class BackgroundSaves(Poller):
     def add(self, engine: Engine, pending: PendingSave, on_end: OnEnd) -> None:
         """All ranks. Poll a save that has started on an event of `engine`; call `on_end` when it has ended."""
         self._pending, self._on_end = pending, on_end
-        self._engine = next(iter(get_firing_engines()), engine)
+        self._engine = next(iter(get_running_engines()), engine)
         start_polling(self._engine, self)
 
     def poll(self, engine: Engine) -> None:

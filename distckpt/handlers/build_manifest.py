@@ -12,8 +12,9 @@ The manifest's ``record`` is what a later run resumes from:
 * ``step``: the step that policies see: the global step in the name, or the iteration of the outermost engine;
 * ``time_s``: when the ranks decided on the save, in whole minutes; missing unless a policy asks for it;
 * ``evicted``: the names of the files that this save removes after the commit;
-* ``engine``: of the outermost engine that fires: ``key`` (its place in ``to_save`` as a list; null if it is not there),
-  ``iteration``, ``epoch``, ``max_epochs``, ``max_iters`` and ``epoch_length``;
+* ``engine``: of the outermost running engine that is in ``to_save``, else of the outermost one: ``key`` (its place in
+  ``to_save`` as a list; null if it is not there), ``iteration``, ``epoch``, ``max_epochs``, ``max_iters`` and
+  ``epoch_length``;
 * ``data``: the position in the training data: one mapping if it is equal on all ranks, else a list by rank.
 """
 
@@ -24,8 +25,9 @@ from typing import Any
 from ignite.engine import Engine
 
 from distckpt.backends.base import Backend
-from distckpt.handlers.engine_events import get_firing_engines
+from distckpt.handlers.engine_events import get_running_engines
 from distckpt.handlers.object_trees import find_path
+from distckpt.handlers.save_intent import find_trainer
 from distckpt.policy.decision import AgreedSave, SaveDecision
 from distckpt.policy.policies import to_plain
 from distckpt.ptformat.manifest import Manifest
@@ -64,8 +66,8 @@ def _make_record(engine: Engine, agreed: AgreedSave, to_save: Mapping[str, Any])
     decision = agreed.decision
     if decision is None or agreed.intent.handler is None or agreed.intent.run is None:
         return None
-    outermost = next(iter(get_firing_engines()), engine)
-    path = find_path(outermost, to_save)
+    trainer = find_trainer((*get_running_engines(), engine), to_save)
+    path = find_path(trainer, to_save)
     is_plain = path is not None and all(isinstance(key, str | int) for key in path)
     counters = ("iteration", "epoch", "max_epochs", "max_iters", "epoch_length")
     is_equal = all(position == agreed.data[0] for position in agreed.data)
@@ -80,7 +82,7 @@ def _make_record(engine: Engine, agreed: AgreedSave, to_save: Mapping[str, Any])
         "step": agreed.intent.step,
         "evicted": list(decision.evicted),
         "engine": {"key": list(path) if path is not None and is_plain else None}
-        | {name: _as_int(getattr(outermost.state, name, None)) for name in counters},
+        | {name: _as_int(getattr(trainer.state, name, None)) for name in counters},
         "data": dict(agreed.data[0]) if is_equal else [dict(position) for position in agreed.data],
     }
 

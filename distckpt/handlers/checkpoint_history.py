@@ -165,7 +165,7 @@ class CheckpointHistory:
         files = own.survey() if is_coordinator and is_new and (run is None or not self._is_searched) else {}
         if run is None:
             started_s = [record.run.started_s for record in files.values() if record is not None]
-            run = propose_run(engines[0], self._origin, max(started_s, default=0.0))
+            run = propose_run(engines, self._origin, max(started_s, default=0.0))
         if is_new and not self._is_searched and run.lineage:
             newest = own.find_newest(files, run.root)
             found = None if newest is None else own.recorded_history(newest, files)

@@ -22,7 +22,7 @@ from distckpt.coordination.phases import SyncPoint
 from distckpt.handlers.background_saves import BackgroundSaves
 from distckpt.handlers.build_manifest import build_manifest
 from distckpt.handlers.checkpoint_history import CheckpointHistory, RunIteration
-from distckpt.handlers.engine_events import get_firing_engines
+from distckpt.handlers.engine_events import get_running_engines
 from distckpt.handlers.ignite_hooks import CheckpointEvents, register_checkpoint_events
 from distckpt.handlers.own_files import OwnFiles
 from distckpt.handlers.run_record import record_directory_of
@@ -56,7 +56,7 @@ class CheckpointSave:
     Attributes:
         handler: the Checkpoint.
         history: its history.
-        find_own_files: takes the engines that fire, and returns what identifies its files.
+        find_own_files: takes the running engines, and returns what identifies its files.
         find_facts: calls the user's functions.
         engine: the engine on whose event it saves.
         backend: the job's backend, or a :class:`SingleRank`.
@@ -82,7 +82,7 @@ class CheckpointSave:
     sync_point: Callable[[str], SyncPoint] = field(init=False)
     agreed: AgreedSave = field(init=False)
     decision: SaveDecision = field(init=False)
-    _outermost: Engine = field(init=False)  # of the engines that fire
+    _outermost: Engine = field(init=False)  # of the running engines
     _position: dict[str, Any] = field(init=False)
     _objects: CapturedObjects = field(init=False)
     _gathered: dict[int, Any] = field(default_factory=dict)
@@ -102,7 +102,7 @@ class CheckpointSave:
             ValueError: the ranks name different coordinators, or one that does not exist.
             KeyError: the user's pattern holds an unknown field.
         """
-        engines, is_alone = (*get_firing_engines(), self.engine), isinstance(self.backend, SingleRank)
+        engines, is_alone = (*get_running_engines(), self.engine), isinstance(self.backend, SingleRank)
 
         def make() -> SaveIntent:
             facts, own = self.find_facts(), self.find_own_files(engines)
@@ -215,7 +215,7 @@ class CheckpointSave:
             self.backend, self.sync_point, is_known=self.agreed.knows_writers, timeout_s=self.handler.timeout_s
         )
         removes_at_commit = saver.writes_on_one_rank and self.agreed.removal == RemovalOrder.AFTER
-        own, written, version = self.find_own_files(get_firing_engines()), self._watch_writes(), self.history.version
+        own, written, version = self.find_own_files(get_running_engines()), self._watch_writes(), self.history.version
         filename, rank, step = self.decision.filename, self.backend.rank, self.sync_point("").step
         evicted, agreed = self.decision.evicted, self.agreed
         self._has_shards = True
@@ -389,7 +389,7 @@ class CheckpointSave:
 
     def _remove(self, point: SyncPoint, evicted: Sequence[str], written: WrittenFiles | None) -> None:
         """Collective. Remove evicted files. Those that cannot be removed are orphans."""
-        own, timeout_s = self.find_own_files(get_firing_engines()), self.handler.timeout_s
+        own, timeout_s = self.find_own_files(get_running_engines()), self.handler.timeout_s
         remove_one = functools.partial(self._remove_one, own=own, written=written)
         remove = functools.partial(protocol.remove_local, evicted, remove_one)
         answers = phases.run(self.backend, point, remove, timeout_s=timeout_s) if evicted else []

@@ -1,4 +1,4 @@
-"""Events that engines fire on this thread: what runs after them, and which handlers they have still to call.
+"""Runs and events of engines on this thread: what runs after an event, and which handlers it has still to call.
 
 ignite exposes neither. :mod:`distckpt.handlers.ignite_hooks` keeps this state, from wrappers of the engine's methods.
 """
@@ -97,6 +97,10 @@ class Attachment:
         function(*first, *args, *others, **(self._kwargs | kwargs))
 
 
+class KeepsEventName:
+    """Base of engines that depend on ``last_event_name`` after each event, though handlers may have fired others."""
+
+
 class Firing:
     """An event that an engine fires on this thread.
 
@@ -134,10 +138,17 @@ class Firing:
 
 
 class Firings(threading.local):
-    """The firings of this thread, outermost first: replicas may be threads of one process."""
+    """The firings and runs of this thread, outermost first: replicas may be threads of one process.
+
+    Attributes:
+        stack: the firings.
+        runs: the engines whose runs are under way, each with the number of firings around its run. References are
+            weak: a program may abandon a run that is driven in steps.
+    """
 
     def __init__(self) -> None:
         self.stack: list[Firing] = []
+        self.runs: list[tuple[int, weakref.ref[Engine]]] = []
 
 
 FIRINGS = Firings()
@@ -190,9 +201,37 @@ def is_iteration_event(engine: Engine) -> bool:
     return event is _ITERATION_COMPLETED or (event is not None and State.event_to_attr.get(event) == "iteration")
 
 
-def get_firing_engines() -> list[Engine]:
-    """Return the engines that fire an event on this thread, outermost first."""
-    return [firing.engine for firing in FIRINGS.stack]
+def enter_run(engine: Engine) -> None:
+    """Count the engine among :func:`get_running_engines`, until :func:`leave_run`."""
+    FIRINGS.runs.append((len(FIRINGS.stack), weakref.ref(engine)))
+
+
+def leave_run(engine: Engine) -> None:
+    """Undo :func:`enter_run`. Does nothing if the engine is not counted on this thread."""
+    runs = FIRINGS.runs
+    for index in reversed(range(len(runs))):  # the last one, unless a program drives several runs in turn
+        if runs[index][1]() is engine:
+            del runs[index]
+            return
+
+
+def get_running_engines() -> list[Engine]:
+    """Return the engines whose run or event is under way on this thread, each once, outermost first.
+
+    An engine that runs between two events, in its step function or in the program's own loop, counts like one that
+    fires an event.
+    """
+    engines = [firing.engine for firing in FIRINGS.stack]
+    for num_firings, reference in reversed(FIRINGS.runs):
+        engine = reference()
+        if engine is not None:
+            engines.insert(num_firings, engine)
+    return list(dict.fromkeys(engines))
+
+
+def get_enclosing_engines(engine: Engine) -> list[Engine]:
+    """Return the other engines of :func:`get_running_engines`."""
+    return [one for one in get_running_engines() if one is not engine]
 
 
 def find_engine_handling_exception() -> Engine | None:

@@ -19,9 +19,9 @@ from distckpt.handlers.engine_events import (
     TrackedHandler,
     get_attachments,
     get_early_handlers,
-    get_firing_engines,
     get_hooks,
     get_run,
+    get_running_engines,
     get_tracked_handlers,
     is_iteration_event,
     restore_event_name,
@@ -211,7 +211,7 @@ def announce_errors(engine: Engine, *, is_uncaught: bool) -> None:
         engine: the engine that handles the exception.
         is_uncaught: whether the exception leaves the run although no handler of EXCEPTION_RAISED raises.
     """
-    for one in (engine, *get_firing_engines()):
+    for one in (engine, *get_running_engines()):
         _votes_of(one).announces_errors = True
     _votes_of(engine).has_uncaught_error = is_uncaught
 
@@ -227,8 +227,8 @@ def mark_nonfinite(engine: Engine) -> None:
 
 
 def is_nonfinite(engine: Engine) -> bool:
-    """Return True if the present iteration of the engine, or of one that fires an event around it, was voted NaN."""
-    for one in (engine, *get_firing_engines()):
+    """Return True if the present iteration of the engine, or of one that runs around it, was voted NaN."""
+    for one in (engine, *get_running_engines()):
         votes = get_hooks(one)
         if votes is not None and votes.nonfinite_at is not None and votes.nonfinite_at == one.state.iteration:
             return True
@@ -238,7 +238,7 @@ def is_nonfinite(engine: Engine) -> bool:
 def hold_votes(
     engine: Engine, saver: Voter | None = None, backend: Backend | None = None, *, asks: bool = False
 ) -> None:
-    """Collective if a vote is open or a handler detects NaN. Hold the votes of all engines that fire an event.
+    """Collective if a vote is open or a handler detects NaN. Hold the votes of all running engines.
 
     Call it only where all ranks do, as in a save.
 
@@ -254,7 +254,7 @@ def hold_votes(
         backend: the job's backend, for `saver`.
         asks: whether `saver` has a question for `engine`'s vote.
     """
-    for one in dict.fromkeys((*get_firing_engines(), engine)):
+    for one in dict.fromkeys((*get_running_engines(), engine)):
         votes, is_own = get_hooks(one), one is engine
         detectors = [handler for handler in get_early_handlers(one) if handler.detects_nan]
         if detectors or (asks and is_own) or (votes is not None and votes.has_votes):

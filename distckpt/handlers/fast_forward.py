@@ -23,7 +23,6 @@ from distckpt.handlers.epoch_metrics import show_numbers, unknown_as_nan
 from distckpt.handlers.ignite_hooks import (
     add_first_handler,
     end_expectation,
-    end_trained_epoch,
     expect_run,
     get_handlers,
     get_iterator,
@@ -43,6 +42,7 @@ from distckpt.handlers.sample_order import (
     warn_if_ranks_changed,
     warn_of_new_workers,
 )
+from distckpt.handlers.stepped_engine import end_trained_epoch
 from distckpt.samplers import batches_left, find_resumable
 
 _logger = logging.getLogger(__name__)

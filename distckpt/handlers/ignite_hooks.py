@@ -1,24 +1,22 @@
-"""Hooks into ignite's engine, and all access to its private names.
+"""Hooks into ignite's engine, and access to its private names.
 
-distckpt needs to know when the last handler of an event has run, which engines fire an event on this thread, which
-voting handlers that event has still to call, and which exception leaves a run. ignite has no events for these, so
+distckpt needs to know when the last handler of an event has run, which engines run on this thread, which voting
+handlers an event has still to call, and which exception leaves a run. ignite has no events for these, so
 :func:`install` wraps methods of ``Engine``, once, when :mod:`distckpt.handlers` is imported. An engine without handlers
 of distckpt behaves as before.
 
-``tests/unit/handlers/test_ignite_hooks.py`` checks each name, signature and statement of ignite that this module and
-:mod:`distckpt.handlers.idist_bridge` rely on. The bridge is a module of its own since it concerns
-``ignite.distributed`` and metrics, not engines.
+``tests/unit/handlers/test_ignite_hooks.py`` checks each name, signature and statement of ignite that this module,
+:mod:`distckpt.handlers.stepped_engine` and :mod:`distckpt.handlers.idist_bridge` rely on. The bridge is a module of its
+own since it concerns ``ignite.distributed`` and metrics, not engines.
 """
 
 import functools
 import logging
-from collections.abc import Callable, Generator, Iterator, Mapping
-from enum import Enum, auto
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from ignite.engine import DeterministicEngine, Engine, EventEnum, Events, State
 from ignite.engine.deterministic import _set_rng_states
-from ignite.engine.engine import _EngineTerminateException
 from ignite.engine.events import EventsList
 
 from distckpt.handlers.engine_events import (
@@ -28,10 +26,13 @@ from distckpt.handlers.engine_events import (
     START_HOOK,
     Attachment,
     Firing,
+    KeepsEventName,
     TrackedHandler,
+    enter_run,
     get_attachments,
     get_hooks,
     get_run,
+    leave_run,
 )
 
 _MAX_WRAPPERS = 16  # around one handler: a wrapper may claim to wrap itself
@@ -76,18 +77,6 @@ def expect_run(engine: Engine) -> None:
 def end_expectation(engine: Engine) -> None:
     """Undo :func:`expect_run`: let the engine find out itself whether its run is complete."""
     vars(engine).pop("_is_done", None)
-
-
-def end_trained_epoch(engine: Engine, end: Callable[[Engine], None]) -> None:
-    """Call `end` for an epoch whose batches are all trained.
-
-    Calls it at once or, for a :class:`SteppedEngine`, after the program has done the rest of the epoch. To be called
-    after STARTED.
-    """
-    if isinstance(engine, SteppedEngine):
-        engine.end_epoch = end
-    else:
-        end(engine)
 
 
 def take_rng_states(engine: Engine) -> Any:
@@ -213,10 +202,11 @@ def _wrap_fire_event(
                 firing.end_iteration()
         finally:
             stack.pop()
-        if firing.actions is not None or isinstance(self, SteppedEngine):
-            self.last_event_name = event_name  # handlers may have fired others
         for action in firing.actions or ():
+            self.last_event_name = event_name  # handlers may have fired others
             action(self)
+        if isinstance(self, KeepsEventName):
+            self.last_event_name = event_name
 
     return fire_event
 
@@ -285,34 +275,41 @@ def _wrap_handle_exception(handle: Callable[..., None]) -> Callable[..., None]:
 
 def _wrap_run(run: Callable[..., Any]) -> Callable[..., Any]:
     def run_with_hooks(self: Engine, *args: Any, **kwargs: Any) -> Any:
-        state = _before_run(self, *args, **kwargs)
+        state = before_run(self, *args, **kwargs)
         if state is not None:
             return state
         try:
-            state = run(self, *args, **kwargs)
-            _after_run(self)
+            enter_run(self)
+            try:
+                state = run(self, *args, **kwargs)
+            finally:
+                leave_run(self)
+            after_run(self)
         except BaseException as raised:
-            _end_run(self, raised)
+            end_run(self, raised)
             raise
-        _end_run(self, None)
+        end_run(self, None)
         return state
 
     return run_with_hooks
 
 
-def _before_run(engine: Engine, *args: Any, **kwargs: Any) -> State | None:
+def before_run(engine: Engine, *args: Any, **kwargs: Any) -> State | None:
+    """Prepare a run with the arguments of ``Engine.run()``; return the state if there is nothing to run."""
     start = vars(engine).get(START_HOOK)
     state: State | None = None if start is None else start.before_run(engine, *args, **kwargs)
     return state
 
 
-def _after_run(engine: Engine) -> None:
+def after_run(engine: Engine) -> None:
+    """Call the hook ``after_run``, at the end of a run without an error."""
     hooks = get_hooks(engine)
     if hooks is not None:
         hooks.after_run(engine)
 
 
-def _end_run(engine: Engine, error: BaseException | None) -> None:
+def end_run(engine: Engine, error: BaseException | None) -> None:
+    """Note that a run ends, with an error or without one (None)."""
     found = get_run(engine)
     if found is not None:
         found.end(engine, error)
@@ -338,112 +335,3 @@ def _wrap_set_data(set_data: Callable[..., None], progress_of: Callable[[Engine]
         progress_of(self).begin_pass()
 
     return set_data_and_count
-
-
-class Pause(Enum):
-    """Where the run of a :class:`SteppedEngine` pauses."""
-
-    RUN_STARTED = auto()
-    EPOCH_TRAINED = auto()
-    """In a resumed run: all batches of an epoch were trained before. The caller does what follows them."""
-    EPOCH_STARTED = auto()
-    ITERATION_STARTED = auto()
-    """The caller makes the step."""
-    ITERATION_COMPLETED = auto()  # only of an engine that pauses after iterations
-    BATCHES_ENDED = auto()
-    """The epoch has no further batch, or the run is to stop. EPOCH_COMPLETED or TERMINATE is not fired yet."""
-    RUN_ENDED = auto()
-
-
-class SteppedEngine(Engine):
-    """An engine that its caller runs from one :class:`Pause` to the next.
-
-    ignite implements its run as a generator, for ``interrupt()``. Here the generator yields at more places. What
-    happens between them, and the order of events, are as in ignite. With `pauses_after_iterations` the engine also
-    pauses between two iterations, for a loop that may end after any of them.
-
-    Attributes:
-        pause: where the run is paused; None if there is no run.
-        end_epoch: see :func:`end_trained_epoch`; None if no epoch is to be ended.
-    """
-
-    interrupt_resume_enabled = True  # the generator, even if a program prefers ignite's other loop
-
-    def __init__(self, *, pauses_after_iterations: bool = False) -> None:
-        super().__init__(lambda engine, _batch: engine.state.output)  # which the step has set
-        self.pause: Pause | None = None
-        self.end_epoch: Callable[[Engine], None] | None = None
-        self._pauses_after_iterations = pauses_after_iterations
-
-    def begin(self, data: Any, max_epochs: int | None, max_iters: int | None, epoch_length: int | None) -> None:
-        """Start a run and fire STARTED; the arguments are those of ``Engine.run()``.
-
-        A resumed run that had ended is at ``Pause.RUN_ENDED`` at once.
-        """
-        self.end_epoch = None
-        if _before_run(self, data, max_epochs, max_iters, epoch_length) is not None:
-            self.pause = Pause.RUN_ENDED
-            return
-        Engine.run.__wrapped__(self, data, max_epochs, max_iters, epoch_length)  # type: ignore[attr-defined]
-        self.advance()
-
-    def advance(self) -> Pause:
-        """Run to the next pause and return it."""
-        return self._go_on(lambda generator: generator.send(None))
-
-    def throw(self, error: BaseException) -> Pause:
-        """Raise an exception in the run, as if its step had raised it; return the next pause if a handler caught it."""
-        return self._go_on(lambda generator: generator.throw(error))
-
-    def _go_on(self, resume: Callable[[Generator[Any, None, State]], Pause]) -> Pause:
-        generator = self._internal_run_generator
-        if generator is None:
-            raise RuntimeError("there is no run")
-        try:
-            try:
-                self.pause = pause = resume(generator)
-            except StopIteration:
-                self._internal_run_generator = None
-                self.pause = pause = Pause.RUN_ENDED
-                _after_run(self)
-        except BaseException as raised:
-            self._internal_run_generator = self.pause = None
-            _end_run(self, raised)
-            raise
-        if pause is Pause.RUN_ENDED:
-            _end_run(self, None)
-        return pause
-
-    def interrupt(self) -> NoReturn:
-        """Raise RuntimeError: the program has control between two steps anyway."""
-        raise RuntimeError(f"{type(self).__name__} cannot be interrupted: leave its for statements instead")
-
-    def _internal_run(self) -> State:
-        self._internal_run_generator = self._internal_run_as_gen()
-        return self.state
-
-    def _maybe_terminate_or_interrupt(self) -> Generator[Any, None, None]:
-        if self.should_terminate or self.should_terminate_single_epoch:
-            yield from super()._maybe_terminate_or_interrupt()
-        fired = self.last_event_name
-        if fired is _ITERATION_STARTED:
-            yield Pause.ITERATION_STARTED  # the iteration is completed before the run may stop
-        elif fired is _ITERATION_COMPLETED and self._pauses_after_iterations:
-            yield Pause.ITERATION_COMPLETED
-            yield from super()._maybe_terminate_or_interrupt()
-        elif fired is Events.STARTED or fired is Events.EPOCH_STARTED:
-            yield Pause.RUN_STARTED if fired is Events.STARTED else Pause.EPOCH_STARTED
-            if self.end_epoch is not None:
-                yield Pause.EPOCH_TRAINED
-                end, self.end_epoch = self.end_epoch, None
-                end(self)
-            yield from super()._maybe_terminate_or_interrupt()
-
-    def _run_once_on_dataset_as_gen(self) -> Generator[Any, None, float]:
-        try:
-            time_s: float = yield from super()._run_once_on_dataset_as_gen()
-        except _EngineTerminateException:
-            yield Pause.BATCHES_ENDED
-            raise
-        yield Pause.BATCHES_ENDED
-        return time_s

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
 
-from distckpt.handlers.ignite_hooks import Pause, SteppedEngine
+from distckpt.handlers.stepped_engine import Pause, SteppedEngine
 
 
 class Loop(SteppedEngine):

@@ -19,7 +19,12 @@ from typing import Any
 from ignite.engine import Engine
 
 from distckpt.backends.detect import current
-from distckpt.handlers.engine_events import get_firing_engines, get_run, get_tracked_handlers
+from distckpt.handlers.engine_events import (
+    get_enclosing_engines,
+    get_run,
+    get_running_engines,
+    get_tracked_handlers,
+)
 from distckpt.handlers.progress import progress_of
 from distckpt.handlers.save_handler import directory_of, storage_saver
 from distckpt.policy.naming import EVENTS_NAME
@@ -50,7 +55,7 @@ def record_directory_of(save_handler: object) -> Path | None:
 
 
 class RunRecord:
-    """The events of one engine. A call of ``engine.run()`` outside of other engines' events is a session.
+    """The events of one engine. A call of ``engine.run()`` outside of other engines' runs is a session.
 
     Attributes:
         resumed: the event of a resume, which the next session continues; None if there is none.
@@ -71,8 +76,8 @@ class RunRecord:
 
     def begin(self, engine: Engine) -> None:
         """Begin a session, as the engine fires STARTED."""
-        if get_firing_engines():
-            return  # it runs in an event of another engine, whose session this is
+        if get_enclosing_engines(engine):
+            return  # it runs within the run of another engine, whose session this is
         self._close()
         self._open(engine, engine.state.iteration)
         handlers = (getattr(handler, "save_handler", None) for handler in get_tracked_handlers(engine))
@@ -87,7 +92,7 @@ class RunRecord:
             directory: see :func:`record_directory_of`.
             facts: the event, without its session.
         """
-        if self._session is None and get_firing_engines():
+        if self._session is None and get_running_engines():
             self._open(engine, None)  # of a Checkpoint that is attached to another engine
         self._write(engine, directory, [{"event": "save", **facts}])
 

@@ -1,12 +1,13 @@
 """The run that checkpoints belong to: its id, the runs that it resumed, and how many checkpoints it has saved.
 
-A run belongs to the outermost engine that fires, and gets its id with its first save: all ranks take the coordinator's.
+A run belongs to the outermost running engine, and gets its id with its first save: all ranks take the coordinator's.
 The files of one run are ordered by a count, the files of several runs by the times at which the runs started. A run's
 time is later than those of the runs that it resumes, even if a clock was set back. Rank-local.
 """
 
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,18 +92,19 @@ def run_key(engine: Engine) -> tuple[Any, ...]:
     return (None if found.run is None else found.run.id, found.num_starts)
 
 
-def propose_run(engine: Engine, origin: Origin | None, newest_s: float) -> Run:
+def propose_run(engines: Sequence[Engine], origin: Origin | None, newest_s: float) -> Run:
     """Return the current run, or a new one.
 
     Args:
-        engine: the outermost engine that fires.
-        origin: what the handler resumes; used if the engine itself resumes nothing.
+        engines: the running engines, outermost first. An inner one may be the one that was resumed.
+        origin: what the handler resumes; used if no engine resumes anything.
         newest_s: the time at which the newest known run started; 0.0 for none.
     """
-    found = run_of(engine)
-    if found.run is not None:
-        return found.run
-    former = (found.origin or origin or Origin(run=None)).run
+    current = run_of(engines[0]).run
+    if current is not None:
+        return current
+    origins = [found.origin for found in map(get_run, engines) if found is not None]
+    former = next((one.run for one in (*origins, origin) if one is not None), None)
     newest_s = max(newest_s, 0.0 if former is None else former.started_s)
     return Run(
         id=uuid.uuid4().hex[:16],

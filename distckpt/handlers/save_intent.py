@@ -11,8 +11,9 @@ from distckpt._values import is_numpy_scalar, plain_score, without_dimensions
 from distckpt.backends.detect import current
 from distckpt.handlers.checkpoint_history import CheckpointHistory
 from distckpt.handlers.compat import CHECKPOINT_OVERRIDES, refuse_overrides
-from distckpt.handlers.engine_events import find_engine_handling_exception, get_firing_engines
+from distckpt.handlers.engine_events import find_engine_handling_exception, get_running_engines
 from distckpt.handlers.global_step import may_count_epochs
+from distckpt.handlers.object_trees import find_path
 from distckpt.handlers.own_files import OwnFiles
 from distckpt.handlers.progress import num_completed_epochs, position_of
 from distckpt.handlers.runs import run_of
@@ -132,7 +133,7 @@ def is_mid_epoch(handler: Settings, facts: UserFacts, engine: Engine, *, is_earl
     Args:
         handler: the Checkpoint.
         facts: the results of its functions.
-        engine: the outermost engine that fires.
+        engine: see :func:`find_trainer`.
         is_early: whether the run is being ended in the middle of an epoch. ignite makes no such save.
     """
     if handler.global_step_transform is None or facts.score is not None:
@@ -141,19 +142,34 @@ def is_mid_epoch(handler: Settings, facts: UserFacts, engine: Engine, *, is_earl
     if is_early:
         return bool(step % 1 == 0)  # a part of epochs is below the number at their end already
     # Outside of a run a user may have set the state: it does not show what was trained.
-    is_epoch = bool(get_firing_engines()) and facts.may_count_epochs and step == epoch
+    is_epoch = bool(get_running_engines()) and facts.may_count_epochs and step == epoch
     return is_epoch and num_completed_epochs(engine) < epoch
+
+
+def find_trainer(engines: Sequence[Engine], to_save: Mapping[str, Any]) -> Engine:
+    """Return the engine whose position a file records: the outermost running one in `to_save`, else the outermost one.
+
+    An engine around the trainer, such as a search over settings, is not in the file, and cannot continue from it.
+
+    Args:
+        engines: the running engines, outermost first, and the engine on whose event the Checkpoint saves.
+        to_save: the objects of the Checkpoint.
+    """
+    if all(engine is engines[0] for engine in engines):
+        return engines[0]
+    return next((engine for engine in engines if find_path(engine, to_save) is not None), engines[0])
 
 
 def may_want(
     handler: Settings, history: CheckpointHistory, facts: UserFacts, engine: Engine, *, is_early: bool
 ) -> bool:
     """Return True if this rank's facts call for a save. If no rank's do, then the agreed score does not either."""
+    trainer = find_trainer((*get_running_engines(), engine), handler.to_save)
     priority, entries = rank_candidate(
         history.kept,
         score=facts.score,
         global_step=facts.global_step,
-        is_mid_epoch=is_mid_epoch(handler, facts, next(iter(get_firing_engines()), engine), is_early=is_early),
+        is_mid_epoch=is_mid_epoch(handler, facts, trainer, is_early=is_early),
         former=history.former,
     )
     # Without a SavePolicy: this may run in every iteration.
@@ -178,7 +194,7 @@ def make_intent(
         handler: the Checkpoint.
         history: its history.
         own: identifies its files.
-        engines: the engines that fire, outermost first, and the engine on whose event it saves.
+        engines: the running engines, outermost first, and the engine on whose event it saves.
         facts: the results of its functions.
         is_early: see :func:`is_mid_epoch`.
         is_forced: whether the run is being ended.
@@ -187,7 +203,7 @@ def make_intent(
     searches = backend.rank == coordinator or find_engine_handling_exception() is not None
     run = history.enter_run(engines, own, is_coordinator=searches)
     directory, stored = directory_of(saver), storage_saver(saver)
-    outermost, is_nested = engines[0], len(engines) > 1
+    outermost, is_nested, trainer = engines[0], len(engines) > 1, find_trainer(engines, handler.to_save)
     policy, step = policy_of(handler), facts.global_step
     if searches:
         history.look_at_files(own, policy.keep)
@@ -207,10 +223,10 @@ def make_intent(
         handler=None if directory is None else own.identity,
         run=run.as_json(),
         number=run_of(outermost).num_saved,
-        data=position_of(outermost),
+        data=position_of(trainer),
         former=history.former,
         digest=history.digest,
-        is_mid_epoch=is_mid_epoch(handler, facts, outermost, is_early=is_early),
+        is_mid_epoch=is_mid_epoch(handler, facts, trainer, is_early=is_early),
         is_final=is_forced or (is_nested and outermost.last_event_name in _RUN_ENDS),
         is_saved=history.saved_at.is_present(engines[-1]) or history.is_saved_before(outermost),
         step=step if isinstance(step, int | float) else outermost.state.iteration,

@@ -20,7 +20,7 @@ from distckpt.coordination.heartbeat import HeartbeatMonitor
 from distckpt.coordination.liveness import ensure_heartbeat
 from distckpt.coordination.votes import VoteEntry, VoteResult, VoteRound, VoteScope
 from distckpt.errors import CollectiveError, DesyncError, RemoteRankError
-from distckpt.handlers.engine_events import after_event, get_firing_engines, get_hooks, is_iteration_event
+from distckpt.handlers.engine_events import after_event, get_enclosing_engines, get_hooks, is_iteration_event
 
 if TYPE_CHECKING:
     from distckpt.handlers.engine_votes import Poller, StopReason, Voter
@@ -224,7 +224,7 @@ class EngineVotes:
     def after_run(self, engine: Engine) -> None:
         """Wait for background work, and end the program if a handler asked for an exit code."""
         self._wait_all(engine)
-        if self._monitor is not None and not get_firing_engines():
+        if self._monitor is not None and not get_enclosing_engines(engine):
             self._monitor.leave_run()
         if self.exit_code:
             code, self.exit_code = self.exit_code, 0
@@ -254,7 +254,7 @@ class EngineVotes:
             return error
         if vars(error).get(_REPORTED) and not monitor.in_run:
             return error  # ignite handles it twice: where it is raised, and around the run
-        if any(get_hooks(one) is not None for one in get_firing_engines()):
+        if any(get_hooks(one) is not None for one in get_enclosing_engines(engine)):
             return error  # the engine around this one may catch the error; otherwise that engine reports it
         monitor.step = engine.state.iteration
         vars(error)[_REPORTED] = True
@@ -267,7 +267,7 @@ class EngineVotes:
                     return failure
             monitor.report_error(error, "".join(traceback.format_exception(error)))
         finally:
-            if not get_firing_engines():
+            if not get_enclosing_engines(engine):
                 monitor.leave_run()
         return error
 

@@ -13,10 +13,10 @@ from distckpt.handlers import rng_generators
 from distckpt.handlers.checkpoint import Checkpoint
 from distckpt.handlers.data_loaders import is_data_generator
 from distckpt.handlers.disk_saver import DiskSaver
-from distckpt.handlers.ignite_hooks import Pause, SteppedEngine
 from distckpt.handlers.preemption import Preemption
 from distckpt.handlers.resume import Resumed, resume
 from distckpt.handlers.rng_state import RngState
+from distckpt.handlers.stepped_engine import Pause, SteppedEngine
 from distckpt.handlers.terminate_on_nan import TerminateOnNan
 
 _logger = logging.getLogger(__name__)

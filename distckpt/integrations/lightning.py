@@ -5,7 +5,7 @@ from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from distckpt.handlers.ignite_hooks import Pause
+from distckpt.handlers.stepped_engine import Pause
 from distckpt.integrations import lightning_hooks
 from distckpt.integrations.callback_loop import LoopCallback
 

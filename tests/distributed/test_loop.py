@@ -193,3 +193,57 @@ def test_a_loop_that_failed_on_all_ranks_continues_bit_for_bit(tmp_path: Path) -
         assert math.isnan(trained(folder, on_loop=True, die_at=die_at))
         job.barrier()
         assert trained(folder, on_loop=True) == alone
+
+
+@pytest.mark.parametrize("pace", [{}, {"lag": 1}, {"every": 2}], ids=str)
+@run_distributed(world_size=2)
+def test_an_evaluation_in_the_loop_saves_no_state_that_one_rank_found_nan(pace: dict[str, Any], tmp_path: Path) -> None:
+    model, evaluator, loop = torch.nn.Linear(1, 1), idle_engine(), Loop(range(4), max_epochs=3)
+    best = Checkpoint(
+        {"model": model},
+        DiskSaver(tmp_path, require_empty=False),
+        n_saved=None,
+        score_function=lambda _: loop.state.iteration,
+    )
+    evaluator.add_event_handler(Events.COMPLETED, best)
+    loop.add_event_handler(Events.ITERATION_COMPLETED, TerminateOnNan(**pace))
+    with loop:
+        for _ in loop.epochs():
+            for _ in loop.batches():
+                training_step()
+                loop.output = math.nan if loop.state.iteration == 6 and job.rank() == 1 else 1.0
+            evaluator.run([0])
+    assert gather(stop_reason(loop)) == ["nan"] * 2
+    assert len(list(tmp_path.glob("*.pt"))) == 1, "the one of the first epoch"
+
+
+@pytest.mark.parametrize("is_caught", [True, False])
+@run_distributed(world_size=2)
+def test_an_error_in_an_evaluation_reaches_the_other_ranks_unless_it_is_caught(*, is_caught: bool) -> None:
+    loop = Loop(range(3), max_epochs=2)
+    loop.add_event_handler(Events.ITERATION_COMPLETED, TerminateOnNan(timeout_s=LIMIT_S))
+
+    def fail(_engine: Engine, batch: int) -> None:
+        if batch == 1 and (is_caught or job.rank() == 1):
+            raise OwnError
+
+    evaluator = Engine(fail)
+    evaluator.add_event_handler(Events.ITERATION_COMPLETED, TerminateOnNan(timeout_s=LIMIT_S))
+
+    def train() -> None:
+        with loop:
+            for _ in loop.epochs():
+                for _ in loop.batches():
+                    training_step()
+                try:
+                    evaluator.run([0, 1])
+                except OwnError:
+                    if not is_caught:
+                        raise
+
+    error = raised(train)
+    if is_caught:
+        assert error is None
+        assert loop.state.iteration == 6
+    else:
+        assert isinstance(error, OwnError if job.rank() == 1 else RemoteRankError)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from ignite.engine import Events
 
-from distckpt.handlers.ignite_hooks import Pause
+from distckpt.handlers.stepped_engine import Pause
 from distckpt.integrations.callback_loop import CallbackLoop
 
 

@@ -193,7 +193,7 @@ def test_no_other_module_uses_private_names_of_ignite() -> None:
     private = {name for name in names if re.fullmatch(r"_[a-z]\w*", name) and not name.startswith("_abc")}
     assert "_dataloader_iter" in private
     for path in Path(distckpt.__file__).parent.rglob("*.py"):
-        if path.name not in {"ignite_hooks.py", "idist_bridge.py"}:
+        if path.name not in {"ignite_hooks.py", "stepped_engine.py", "idist_bridge.py"}:
             used = {
                 f"{ast.unparse(node)}, line {node.lineno}"
                 for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))

@@ -3,7 +3,7 @@
 import pytest
 from ignite.engine import Events
 
-from distckpt.handlers.ignite_hooks import Pause, SteppedEngine
+from distckpt.handlers.stepped_engine import Pause, SteppedEngine
 
 
 def begun(**limits: int) -> SteppedEngine:
