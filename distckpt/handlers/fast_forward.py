@@ -34,6 +34,7 @@ from distckpt.handlers.progress import continue_from
 from distckpt.handlers.restored_state import RestoredState
 from distckpt.handlers.resume_point import ResumePoint, fit_to_data
 from distckpt.handlers.rng_state import RngState
+from distckpt.handlers.run_limits import ReachedLimits, RunLimits
 from distckpt.handlers.sample_order import (
     draw_first_indices,
     exhaust_sampler,
@@ -51,8 +52,8 @@ _logger = logging.getLogger(__name__)
 class FastForward:
     """Handlers for a resumed engine's next run. They detach themselves when its first iteration starts.
 
-    1. Before ``run()``: return if nothing is left to train. Translate the resume point for the given data, or raise on
-       all ranks. Capture the restored objects.
+    1. Before ``run()``: return if nothing is left to train within its limits; a call with higher limits is then the
+       next run. Translate the resume point for the given data, or raise on all ranks. Capture the restored objects.
     2. STARTED, after all other handlers: restore the objects that these have changed. If the last batch of an epoch was
        trained before the save, and EPOCH_COMPLETED was not fired: set the generators to their loaded states, fire it.
     3. EPOCH_STARTED, before all other handlers, between two epochs: set the generators to their loaded states, or to
@@ -84,6 +85,8 @@ class FastForward:
         self._rng_states = [one for one in restored.objects if isinstance(one, RngState)]
         self._skip_batches = skip_batches
         self._timeout_s = timeout_s
+        self._reached_limits = ReachedLimits(engine, restored, self._rng_states)
+        self._has_ended_epoch = False
         self._has_begun_batches = False
         self._resets_workers = False
         self._num_consumed = 0
@@ -134,18 +137,19 @@ class FastForward:
             ValueError: the position in the data cannot be determined; raised on every rank.
         """
         state = engine.state
+        limits = RunLimits(max_epochs or state.max_epochs, max_iters or state.max_iters)
         is_reset = state.max_epochs is None and state.max_iters is None and state.iteration > 0
-        if state.iteration != self._point.trained or is_reset:
+        if state.iteration != self._point.trained or is_reset or not self._reached_limits.are_passed_by(limits):
             self._cancel(engine)
             return None
+        self._restore_between_epochs = self._reached_limits.leave()
         if get_iterator(engine) is not None:  # set_data() was called
             data = state.dataloader
         recorded, backend = self._recorded, current()
-        limits = (max_epochs or state.max_epochs, max_iters or state.max_iters)
         fitted: list[ResumePoint] = []
 
         def fit() -> bool:
-            if recorded.is_run_complete(*limits) and not self._is_end_due_within(*limits):
+            if recorded.is_run_complete(limits.max_epochs, limits.max_iters) and not self._is_end_due_within(limits):
                 return True
             fitted.append(self._fit(engine, data, epoch_length))
             return False
@@ -154,12 +158,12 @@ class FastForward:
         are_complete = phases.run(backend, sync_point, fit, timeout_s=self._timeout_s)
         level = log_level(backend.rank, {0})
         if all(are_complete):
-            self._cancel(engine)
             state.epoch = recorded.epoch + (recorded.in_epoch > 0)  # as when the run ended, maybe within an epoch
+            self._reached_limits.reach(limits, stateful_parts_of(data))
             _logger.log(
                 level,
-                "resume: nothing is left to train: the run was complete, at iteration %d, epoch %d. A later run() "
-                "starts at iteration 0, as in ignite",
+                "resume: nothing is left to train within the limits of this run(): iteration %d, epoch %d was reached. "
+                "A run() with higher limits continues there; another one starts at iteration 0, as in ignite",
                 state.iteration,
                 state.epoch,
             )
@@ -185,9 +189,9 @@ class FastForward:
         self._restored.capture(excluded=stateful_parts_of(data))
         return None
 
-    def _is_end_due_within(self, max_epochs: int | None, max_iters: int | None) -> bool:
+    def _is_end_due_within(self, limits: RunLimits) -> bool:
         """Return True if the end of the recorded epoch is still to come, in a run with these limits."""
-        recorded = self._recorded
+        recorded, max_epochs, max_iters = self._recorded, limits.max_epochs, limits.max_iters
         is_within = max_epochs is None or recorded.epoch <= max_epochs
         return recorded.is_end_due and is_within and (max_iters is None or recorded.trained <= max_iters)
 
@@ -233,6 +237,7 @@ class FastForward:
         """Let the next run start as it would without a resume."""
         self.detach(engine)
         end_expectation(engine)
+        self._restored.release_histories()
         set_init_iter(engine, None)
         continue_from(engine, None)
 
@@ -241,6 +246,10 @@ class FastForward:
     def _on_started(self, engine: Engine) -> None:
         set_start_hook(engine, None)
         end_expectation(engine)
+        if self._has_ended_epoch:  # the run ended with that epoch: this one continues where it ended
+            self.detach(engine)
+            continue_from(engine, None)
+            return
         self._has_begun_batches = False
         was_saved_here = self._restored.saved.event_name == "STARTED"
         self._restored.restore_in_event(engine, "STARTED", self._restore_loaded if was_saved_here else lambda: None)
@@ -260,6 +269,7 @@ class FastForward:
             end_trained_epoch(engine, self._end_epoch)
 
     def _end_epoch(self, engine: Engine) -> None:
+        self._has_ended_epoch = True
         _logger.log(
             log_level(current().rank, {0}),
             "resume: the batches of epoch %d were all trained before: firing EPOCH_COMPLETED",

@@ -101,7 +101,7 @@ class RestoredState:
             for one in savers:
                 one.resumes_with = None
             if waiting:
-                self._restore_changed(event_name)
+                self.restore_changed(f"handlers of {event_name}")
                 waiting.pop()()
 
         filename = self.saved.filename if self.saved.event_name == event_name else ""
@@ -110,25 +110,30 @@ class RestoredState:
             one.resumes_with = restore
         after_event(engine, lambda _: restore())
 
-    def _restore_changed(self, event_name: str) -> None:
+    def release_histories(self) -> None:
+        """Let ``reset()`` of the handlers clear their histories again."""
+        for handler in self._handlers:
+            handler.keeps_history = False
+
+    def restore_changed(self, changed_by: str) -> None:
         """Collective. Restore the objects that were changed since :meth:`capture`.
+
+        Args:
+            changed_by: what may have changed them, in the plural, for the log and for errors.
 
         1. (all ranks) find the changed objects. An object that was changed on any rank is restored on all.
         2. (all ranks) load the captured states, or the checkpoint again.
         """
-        for handler in self._handlers:
-            handler.keeps_history = False
+        self.release_histories()
         backend = current()
-        sync_point = phases.SyncPoint(handler="resume", phase=f"finding what {event_name} has changed", step=0)
+        sync_point = phases.SyncPoint(handler="resume", phase=f"finding what {changed_by} have changed", step=0)
         answers = phases.run(backend, sync_point, self._find_changed, timeout_s=self._timeout_s)
         names = [name for name in self._captured if any(name in answer for answer in answers)]
         if not names:
             return
-        sync_point = phases.SyncPoint(handler="resume", phase=f"restoring what {event_name} has changed", step=0)
+        sync_point = phases.SyncPoint(handler="resume", phase=f"restoring what {changed_by} have changed", step=0)
         phases.run(backend, sync_point, lambda: self._restore(names), timeout_s=self._timeout_s)
-        _logger.log(
-            log_level(backend.rank, {0}), "resume: handlers of %s changed %s: restored", event_name, ", ".join(names)
-        )
+        _logger.log(log_level(backend.rank, {0}), "resume: %s changed %s: restored", changed_by, ", ".join(names))
 
     def _find_changed(self) -> list[str]:
         return [name for name, captured in self._captured.items() if captured is None or captured.is_changed()]
