@@ -266,7 +266,10 @@ class FastForward:
             for one in self._restored.objects:
                 if isinstance(one, torch.optim.Optimizer):
                     vars(one)["_opt_called"] = True  # it has stepped: torch's schedulers warn if it has not
-            end_trained_epoch(engine, self._end_epoch)
+            if self._point.is_rest_done:
+                self._end_epoch(engine)
+            else:
+                end_trained_epoch(engine, self._end_epoch)
 
     def _end_epoch(self, engine: Engine) -> None:
         self._has_ended_epoch = True

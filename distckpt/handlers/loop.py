@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
 
+from distckpt.handlers.progress import progress_of
 from distckpt.handlers.stepped_engine import Pause, SteppedEngine
 
 
@@ -16,10 +17,11 @@ class Loop(SteppedEngine):
     ITERATION_STARTED and ITERATION_COMPLETED around the body of ``for batch``, and COMPLETED after the last epoch. What
     follows ``for batch`` in an epoch, such as an evaluation or a scheduler's step, runs before EPOCH_COMPLETED.
 
-    If a handler stops the run, both ``for`` statements end. ``break`` in ``for batch`` completes the iteration and ends
-    the epoch, like :meth:`terminate_epoch` in a step function. Leaving ``with`` before the end completes the iteration
-    and stops the run, like :meth:`terminate`. An exception that leaves ``with`` is handled as one that a step function
-    raises: EXCEPTION_RAISED fires, and the other ranks raise a RemoteRankError.
+    If a handler stops the run, TERMINATE and COMPLETED fire, and both ``for`` statements end. What follows the
+    batches still runs, after these events. ``break`` in ``for batch`` completes the iteration and ends the epoch, like
+    :meth:`terminate_epoch` in a step function. Leaving ``with`` before the end completes the iteration and stops the
+    run, like :meth:`terminate`. An exception that leaves ``with`` is handled as one that a step function raises:
+    EXCEPTION_RAISED fires, and the other ranks raise a RemoteRankError.
 
     Args:
         data: the batches: a DataLoader or another iterable; None for no data, and then give `epoch_length`.
@@ -94,6 +96,7 @@ class Loop(SteppedEngine):
                 raise RuntimeError("the epoch's batches were not drawn: iterate over Loop.batches() in each epoch")
             if self.pause is Pause.ITERATION_STARTED:  # `break`
                 self.terminate_epoch()
+                progress_of(self).is_rest_done = True
             if self.advance() in (Pause.EPOCH_STARTED, Pause.EPOCH_TRAINED):
                 yield self.state.epoch
 

@@ -31,6 +31,7 @@ class Progress:
     epochs: int = 0  # completed epochs
     epoch_began_at: int = 0  # `trained` at the start of the present epoch
     has_epoch_begun: bool = False  # an epoch is under way
+    is_rest_done: bool = False  # a Loop's program has done what follows the epoch's batches
     # `trained` at the start of the present pass; negative if a resumed run has fewer iterations than the one before.
     pass_began_at: int = 0
     iterator_began_at: int = 0  # `trained` when the present iterator was made
@@ -75,7 +76,7 @@ def count_event(engine: Engine, event: Any) -> None:
     elif event is Events.EPOCH_STARTED:
         progress.epochs = engine.state.epoch - 1
         progress.epoch_began_at = progress.trained - _num_trained_in_epoch(engine, progress)
-        progress.has_epoch_begun = True
+        progress.has_epoch_begun, progress.is_rest_done = True, False
         if get_iterator(engine) is None:  # ignite makes it after this event
             _begin_first_pass(progress)
             progress.needs_iterator = True
@@ -168,6 +169,7 @@ def position_of(engine: Engine) -> dict[str, Any]:
         "in_epoch": progress.trained - progress.epoch_began_at if is_under_way else 0,
         "epoch_begun": is_under_way,
         "is_end_due": is_end_due,
+        "is_rest_done": is_end_due and progress.is_rest_done,
         "pass_begun": data is not None and has_pass_begun,
         "iteration_begun": has_iteration_begun,
         "is_drawn": is_drawn,

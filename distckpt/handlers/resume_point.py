@@ -39,6 +39,7 @@ class ResumePoint:
     iteration_begun: bool = False  # an iteration was started and not trained
     is_drawn: bool = False  # the next batch was already drawn from the data
     is_end_due: bool = False  # the last batch of an epoch is trained, and EPOCH_COMPLETED has not been fired
+    is_rest_done: bool = False  # likewise, and a Loop's program has done what follows the batches
     event: str | None = None  # the event of the save; None outside of a run
     scale: int = 0  # number of resumes that changed the number of samples in an iteration
     seed: int | None = None  # of a DeterministicEngine's run
@@ -54,6 +55,7 @@ class ResumePoint:
         if not isinstance(position, Mapping):
             return None
         known: dict[str, Any] = {field.name: position.get(field.name) for field in fields(cls)}
+        known["is_rest_done"] = known["is_rest_done"] is True  # missing in older files
         is_sound = (
             all(_is_count(known[name]) for name in _INTEGERS)
             and all(known[name] is None or _is_count(known[name]) for name in _OPTIONAL)

@@ -27,7 +27,7 @@ class Pause(Enum):
     """The caller makes the step."""
     ITERATION_COMPLETED = auto()  # only of an engine that pauses after iterations
     BATCHES_ENDED = auto()
-    """The epoch has no further batch, or the run is to stop. EPOCH_COMPLETED or TERMINATE is not fired yet."""
+    """The epoch has no further batch: EPOCH_COMPLETED is not fired yet. Or the run has stopped, after all events."""
     RUN_ENDED = auto()
 
 
@@ -50,6 +50,7 @@ class SteppedEngine(KeepsEventName, Engine):
         self.pause: Pause | None = None
         self.end_epoch: Callable[[Engine], None] | None = None
         self._pauses_after_iterations = pauses_after_iterations
+        self._is_stopped_in_epoch = False
 
     def begin(self, data: Any, max_epochs: int | None, max_iters: int | None, epoch_length: int | None) -> None:
         """Start a run and fire STARTED; the arguments are those of ``Engine.run()``.
@@ -123,10 +124,22 @@ class SteppedEngine(KeepsEventName, Engine):
         try:
             time_s: float = yield from super()._run_once_on_dataset_as_gen()
         except _EngineTerminateException:
-            yield Pause.BATCHES_ENDED
+            self._is_stopped_in_epoch = True
             raise
         yield Pause.BATCHES_ENDED
         return time_s
+
+    def _internal_run_as_gen(self) -> Generator[Any, None, State]:
+        self._is_stopped_in_epoch = False
+        state: State = yield from super()._internal_run_as_gen()
+        if self._is_stopped_in_epoch:
+            # After TERMINATE and COMPLETED: a resumed run repeats what the caller does now, so no checkpoint of these
+            # events may hold its effects.
+            try:
+                yield Pause.BATCHES_ENDED
+            except BaseException as error:  # noqa: BLE001 - as ignite does
+                self._handle_exception(error)
+        return state
 
 
 def end_trained_epoch(engine: Engine, end: Callable[[Engine], None]) -> None:
