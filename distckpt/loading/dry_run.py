@@ -1,4 +1,4 @@
-"""Find out whether a plain module would accept a state, without touching the module.
+"""Find out whether a plain module or optimizer would accept a state, without touching it.
 
 If keys or shapes differ, a twin of the module on the meta device loads the state, which needs no memory for data. Then
 each pair of tensors is checked for reasons why a copy would fail.
@@ -6,7 +6,7 @@ each pair of tensors is checked for reasons why a copy would fail.
 
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -175,3 +175,42 @@ def _overlaps(given: torch.Tensor, live: torch.Tensor) -> bool:
     if live.untyped_storage()._cdata != given.untyped_storage()._cdata:  # noqa: SLF001 - torch's identity of a storage
         return False
     return (live.data_ptr(), live.shape, live.stride()) != (given.data_ptr(), given.shape, given.stride())
+
+
+def refuse_names(name: str, optimizer: torch.optim.Optimizer, state: Any) -> None:
+    """Refuse an optimizer's state by parameter names, since torch's ``load_state_dict`` goes by their order.
+
+    Raises:
+        StateMismatchError: the state is by names, and the optimizer loads it as torch does; a ValueError too.
+    """
+    groups = state.get("param_groups") if isinstance(state, Mapping) else None
+    is_named = isinstance(groups, Sequence) and any(
+        isinstance(key, str) for group in groups if isinstance(group, Mapping) for key in group.get("params", ())
+    )
+    kind: Any = type(optimizer)
+    has_own_way = kind.load_state_dict is not torch.optim.Optimizer.load_state_dict
+    if is_named and not has_own_way and not optimizer._optimizer_load_state_dict_pre_hooks:  # noqa: SLF001 - no public way
+        msg = (
+            f"the checkpoint's {name!r} holds the states of parameters by name, as distckpt.StageState saves them, and "
+            "an optimizer goes by their order. Load it into distckpt.StageState(optimizer, model)"
+        )
+        raise state_mismatch_error(msg, ["ValueError"], mismatched=[f"{name}.param_groups".lstrip(".")])
+
+
+def check_groups(name: str, optimizer: torch.optim.Optimizer, state: Any) -> None:
+    """Compare what ``Optimizer.load_state_dict`` compares, before anything is changed.
+
+    Raises:
+        StateMismatchError: it would refuse the state; a ValueError too.
+    """
+    groups = state.get("param_groups") if isinstance(state, Mapping) else None
+    if not isinstance(groups, Sequence) or not isinstance(state.get("state"), Mapping):
+        msg = f"the checkpoint's {name!r} is not an optimizer's state: it lacks 'state' or 'param_groups'"
+        raise state_mismatch_error(msg, ["ValueError"], mismatched=[f"{name}.param_groups".lstrip(".")])
+    own, given = ([len(group["params"]) for group in one] for one in (optimizer.param_groups, groups))
+    if own != given:
+        what = "has a different number of parameter groups"
+        if len(own) == len(given):
+            what = "contains a parameter group that doesn't match the size of optimizer's group"
+        msg = f"loaded state dict {what} ({name!r}: the checkpoint's groups hold {given}, the optimizer's {own})"
+        raise state_mismatch_error(msg, ["ValueError"], mismatched=[f"{name}.param_groups".lstrip(".")])

@@ -36,7 +36,7 @@ from distckpt.errors import (
     type_names,
 )
 from distckpt.loading import inplace
-from distckpt.loading.dry_run import try_load
+from distckpt.loading.dry_run import check_groups, refuse_names, try_load
 from distckpt.loading.dtensors import find_dtensors, make_like_own, slice_like
 from distckpt.loading.plain_objects import is_plain_optimizer
 from distckpt.loading.report import LoadReport, join_mismatches, join_reports
@@ -89,9 +89,9 @@ class _ObjectLoad:
             if report is not None:
                 self.order, self.report = _Order.PLAIN_MODULE, report
         elif isinstance(self.obj, torch.optim.Optimizer):
-            _refuse_names(self.name, self.obj, self.state)
+            refuse_names(self.name, self.obj, self.state)
             if is_plain_optimizer(self.obj):
-                _check_groups(self.name, self.obj, self.state)
+                check_groups(self.name, self.obj, self.state)
                 self.order = _Order.OPTIMIZER
 
     def find_targets(self, file: OpenCheckpoint) -> list[inplace.InplaceTarget]:
@@ -419,42 +419,3 @@ def _walk(name: str, obj: Any, state: Any, loads: list[_ObjectLoad], mismatches:
         where = repr(name) if name else "its top level"
         msg = f"Argument to_load holds {type(obj)} at {where}, but the checkpoint holds {type(state)} there"
     mismatches.append((name, state_mismatch_error(msg, ["ValueError"], mismatched=[name])))
-
-
-def _refuse_names(name: str, optimizer: torch.optim.Optimizer, state: Any) -> None:
-    """Refuse an optimizer's state by parameter names, since torch's ``load_state_dict`` goes by their order.
-
-    Raises:
-        StateMismatchError: the state is by names, and the optimizer loads it as torch does; a ValueError too.
-    """
-    groups = state.get("param_groups") if isinstance(state, Mapping) else None
-    is_named = isinstance(groups, Sequence) and any(
-        isinstance(key, str) for group in groups if isinstance(group, Mapping) for key in group.get("params", ())
-    )
-    kind: Any = type(optimizer)
-    has_own_way = kind.load_state_dict is not torch.optim.Optimizer.load_state_dict
-    if is_named and not has_own_way and not optimizer._optimizer_load_state_dict_pre_hooks:  # noqa: SLF001 - no public way
-        msg = (
-            f"the checkpoint's {name!r} holds the states of parameters by name, as distckpt.StageState saves them, and "
-            "an optimizer goes by their order. Load it into distckpt.StageState(optimizer, model)"
-        )
-        raise state_mismatch_error(msg, ["ValueError"], mismatched=[f"{name}.param_groups".lstrip(".")])
-
-
-def _check_groups(name: str, optimizer: torch.optim.Optimizer, state: Any) -> None:
-    """Compare what ``Optimizer.load_state_dict`` compares, before anything is changed.
-
-    Raises:
-        StateMismatchError: it would refuse the state; a ValueError too.
-    """
-    groups = state.get("param_groups") if isinstance(state, Mapping) else None
-    if not isinstance(groups, Sequence) or not isinstance(state.get("state"), Mapping):
-        msg = f"the checkpoint's {name!r} is not an optimizer's state: it lacks 'state' or 'param_groups'"
-        raise state_mismatch_error(msg, ["ValueError"], mismatched=[f"{name}.param_groups".lstrip(".")])
-    own, given = ([len(group["params"]) for group in one] for one in (optimizer.param_groups, groups))
-    if own != given:
-        what = "has a different number of parameter groups"
-        if len(own) == len(given):
-            what = "contains a parameter group that doesn't match the size of optimizer's group"
-        msg = f"loaded state dict {what} ({name!r}: the checkpoint's groups hold {given}, the optimizer's {own})"
-        raise state_mismatch_error(msg, ["ValueError"], mismatched=[f"{name}.param_groups".lstrip(".")])
