@@ -61,8 +61,9 @@ class FastForward:
     4. EPOCH_STARTED, after all other handlers, before ignite makes the iterator: in an interrupted epoch, restore the
        objects that these have changed. In the middle of a pass, set the generators to their states from the start of
        the pass, so that its order is the same.
-    5. GET_BATCH_STARTED: draw and drop the batches that are already trained, then set the generators to their loaded
-       states. If the next batch had been drawn before the save, set the generators after it is drawn.
+    5. GET_BATCH_STARTED: set the generators to their states before the first batch of the pass. Draw and drop the
+       batches that are already trained, then set the generators to their loaded states. If the next batch had been
+       drawn before the save, set the generators after it is drawn.
     6. ITERATION_STARTED: without data, set the generators here. If the iteration had been started before the save,
        restore the objects that handlers have changed.
 
@@ -322,7 +323,12 @@ class FastForward:
         if point.is_mid_pass:
             self._engine_rng_states = take_rng_states(engine)  # to be set after the order is drawn
             for one in self._rng_states:
-                one.begin_pass(point.trained - self._num_consumed)
+                one.begin_pass(point.trained - self._num_consumed, is_order_drawn=self._is_order_drawn)
+
+    @property
+    def _is_order_drawn(self) -> bool:
+        """Return True if a batch of the pass under way was drawn before the save."""
+        return self._point.is_mid_pass and (self._num_consumed > 0 or self._point.is_drawn)
 
     def _is_exhaustion_due(self, data: Any) -> bool:
         """Return True if all batches of the loaded pass were trained, and ignite had not asked for another one."""
@@ -373,8 +379,14 @@ class FastForward:
         if engine.state.iteration != self._point.trained:
             self.detach(engine)
             return
+        if self._is_order_drawn:
+            for one in self._rng_states:
+                one.restore_first_batch()
         if self._num_consumed and self._skip_batches:
             self._skip_consumed(engine)
+        if self._is_order_drawn and self._point.is_drawn:  # the batch follows handlers that may draw again
+            for restore in [one.capture_current() for one in self._rng_states]:
+                after_event(engine, lambda _, restore=restore: restore())
         if self._engine_rng_states is not None:
             draw_first_indices(get_iterator(engine))
             set_rng_states(self._engine_rng_states)

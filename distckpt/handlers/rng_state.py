@@ -28,10 +28,10 @@ class RngState:
     job of another size, a new rank gets states derived from all ranks' states, with a warning.
 
     With the trainer, the state also holds the generators of the trainer's DataLoader, its samplers and its data set,
-    and all generators as they were at the start of the pass over the data. :func:`~distckpt.resume` then gives the rest
-    of an interrupted epoch the same sample order, and a DataLoader's workers the same seeds. Without the trainer, the
-    order is the same for a ``DistributedSampler`` or a :class:`~distckpt.ResumableSampler`, but not for
-    ``DataLoader(shuffle=True)``.
+    and all generators as they were at the start of the pass over the data, and before its first batch.
+    :func:`~distckpt.resume` then gives the rest of an interrupted epoch the same sample order, and a DataLoader's
+    workers the same seeds. Without the trainer, the order is the same for a ``DistributedSampler`` or a
+    :class:`~distckpt.ResumableSampler`, but not for ``DataLoader(shuffle=True)``.
 
     Args:
         trainer: the engine that draws from the data; None to leave out the data's generators.
@@ -82,7 +82,7 @@ class RngState:
             # When ignite makes a new iterator: for the first epoch of a run, and after an exhausted one.
             trainer.add_event_handler(Events.EPOCH_STARTED, self._on_epoch_started)
             trainer.add_event_handler(Events.DATALOADER_STOP_ITERATION, self._on_pass_end)
-            trainer.add_event_handler(Events.TERMINATE_SINGLE_EPOCH, self._on_pass_end)
+            trainer.add_event_handler(Events.TERMINATE_SINGLE_EPOCH, self._on_epoch_terminated)
 
     # -- saving and loading ------------------------------------------------------------------------
 
@@ -194,16 +194,25 @@ class RngState:
         if self._pass is not None:
             rng_generators.restore(self._pass["state"], self._generators)
 
-    def begin_pass(self, began_at: int) -> None:
+    def restore_first_batch(self) -> None:
+        """Set this rank's generators to their states before the loaded pass's first batch, if known. Rank-local."""
+        if self._pass is not None and self._pass.get("first_batch") is not None:
+            rng_generators.restore(self._pass["first_batch"], self._generators)
+
+    def begin_pass(self, began_at: int, *, is_order_drawn: bool) -> None:
         """Set this rank's generators for the rest of the loaded pass, before the iterator is made. Rank-local.
 
-        `began_at` is the number of iterations trained at the pass's start, for a state that does not hold it.
+        Args:
+            began_at: number of iterations trained at the pass's start, for a state that does not hold it.
+            is_order_drawn: True if the pass's first batch was drawn before the save.
         """
         if self._loaded is not None and self._pass is not None:
             self.restore_pass_start()
         else:
             self._capture_pass_start(began_at)
         self._is_pass_known = True
+        if not is_order_drawn:
+            self._await_first_batch()
 
     def capture_current(self) -> Callable[[], None]:
         """Capture this rank's generators, and return a function that restores them. Rank-local."""
@@ -223,10 +232,32 @@ class RngState:
     def _on_pass_end(self, engine: Engine, *_args: Any, **_kwargs: Any) -> None:
         after_event(engine, lambda _: self._capture_pass_start(engine.state.iteration))
 
+    def _on_epoch_terminated(self, engine: Engine, *_args: Any, **_kwargs: Any) -> None:
+        self._on_pass_end(engine)
+        self._await_first_batch()
+
     def _before_iterator(self, engine: Engine) -> None:
         if not self._is_pass_known:
             self._capture_pass_start(engine.state.iteration)
+            self._await_first_batch()
         self._is_pass_known = False
+
+    def _await_first_batch(self) -> None:
+        """Capture the generators again before the first batch: a sampler draws then, after handlers that may draw.
+
+        A new iterator has no event before its first batch if it follows DATALOADER_STOP_ITERATION.
+        """
+        event, trainer = Events.GET_BATCH_STARTED, self._trainer
+        if trainer is not None and not trainer.has_event_handler(self._on_first_batch, event):
+            trainer.add_event_handler(event, self._on_first_batch)
+
+    def _on_first_batch(self, engine: Engine) -> None:
+        engine.remove_event_handler(self._on_first_batch, Events.GET_BATCH_STARTED)
+        after_event(engine, self._capture_first_batch)
+
+    def _capture_first_batch(self, _engine: Engine) -> None:
+        if self._pass is not None:
+            self._pass = {**self._pass, "first_batch": rng_generators.capture(self._generators)}
 
     def _capture_pass_start(self, began_at: int) -> None:
         by_reset = resets_workers(self._data)
@@ -264,5 +295,8 @@ def _derive(states: list[Any], rank: int) -> dict[str, Any]:
     derived: dict[str, Any] = {"now": rng_generators.derive([one["now"] for one in states], rank), "pass": None}
     passes = [one.get("pass") for one in states]
     if all(isinstance(one, Mapping) for one in passes):
-        derived["pass"] = {**passes[0], "state": rng_generators.derive([one["state"] for one in passes], rank)}
+        derived["pass"] = dict(passes[0])
+        for key in ("state", "first_batch"):
+            if all(one.get(key) is not None for one in passes):
+                derived["pass"][key] = rng_generators.derive([one[key] for one in passes], rank)
     return derived

@@ -58,6 +58,8 @@ def exhaust_sampler(data: Any, rng_states: Sequence[RngState]) -> None:
         one.restore_pass_start()
     torch.empty((), dtype=torch.int64).random_(generator=data.generator)  # the seed of the pass's workers
     indices = iter(data.sampler if data.batch_sampler is None else data.batch_sampler)
+    for one in rng_states:
+        one.restore_first_batch()
     for _ in range(len(data)):
         next(indices, None)
     for function in restore:

@@ -274,7 +274,7 @@ def test_a_restored_pass_has_the_same_order() -> None:
     trainer.run(data, max_epochs=2)
     draw()
     rng_state.load_state_dict(rng_state.state_dict())
-    rng_state.begin_pass(0)
+    rng_state.begin_pass(0, is_order_drawn=True)
     assert [batch[0].tolist() for batch in data] == seen[4:]
 
 

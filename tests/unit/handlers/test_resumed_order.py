@@ -1,0 +1,115 @@
+"""A resumed pass has the order of the interrupted one, whatever drew or iterated between its start and its batches."""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from torch.utils.data import DataLoader, TensorDataset
+
+from distckpt import Checkpoint, DiskSaver, RngState, resume
+
+Attach = Callable[[Engine], None]
+
+
+class KilledError(Exception):
+    """What ends a run in its middle."""
+
+
+def draw_validation_seed() -> None:
+    for _ in DataLoader(range(2)):  # it draws a seed for its workers, though it has none
+        pass
+
+
+def make_shuffled(**kwargs: Any) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(torch.arange(12)), batch_size=2, shuffle=True, **kwargs)
+
+
+def terminate_second_batch(trainer: Engine) -> None:
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), trainer.terminate_epoch)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, draw_validation_seed)
+
+
+def terminate_and_skip(trainer: Engine) -> None:
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED(once=2), lambda: trainer.terminate_epoch(skip_epoch_completed=True)
+    )
+    trainer.add_event_handler(Events.EPOCH_STARTED, draw_validation_seed)
+
+
+def terminate_between_passes(trainer: Engine) -> None:
+    trainer.add_event_handler(
+        Events.DATALOADER_STOP_ITERATION, lambda: trainer.state.epoch == 1 and trainer.terminate_epoch()
+    )
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, draw_validation_seed)
+
+
+def draw_before_batches(trainer: Engine) -> None:
+    trainer.add_event_handler(Events.GET_BATCH_STARTED(every=3), draw_validation_seed)
+
+
+DRAWS: list[Attach] = [terminate_second_batch, terminate_and_skip, terminate_between_passes, draw_before_batches]
+
+
+def train(
+    folder: Path | None,
+    attach: Attach,
+    *,
+    event: Any = Events.ITERATION_COMPLETED,
+    die_at: int = 0,
+    run: dict[str, int] | None = None,
+    **loader: Any,
+) -> list[tuple[Any, ...]]:
+    """Train; return the batches, with the step's random numbers. Resume from a folder if it has a file."""
+    torch.manual_seed(0)
+    if "generator" in loader:
+        loader["generator"] = torch.Generator().manual_seed(5)
+    seen: list[tuple[Any, ...]] = []
+
+    def step(engine: Engine, batch: Any) -> None:
+        if engine.state.iteration == die_at:
+            raise KilledError
+        seen.append((engine.state.epoch, engine.state.iteration, batch[0].tolist(), torch.rand(1).item()))
+
+    trainer = Engine(step)
+    attach(trainer)
+    objects = {"trainer": trainer, "rng": RngState(trainer)}
+    if folder is not None:
+        saver = Checkpoint(objects, DiskSaver(folder, require_empty=False), n_saved=2)
+        trainer.add_event_handler(event, saver)
+        resume(objects, saver)
+    with contextlib.suppress(KilledError):
+        trainer.run(make_shuffled(**loader), **(run or {"max_epochs": 3}))
+    return seen
+
+
+def resumed(folder: Path, attach: Attach, die_at: tuple[int, ...], **kwargs: Any) -> list[tuple[Any, ...]]:
+    """Train, killed at each of some iterations; return the last of each iteration's batches."""
+    last: dict[int, tuple[Any, ...]] = {}
+    for number in (*die_at, 0):
+        last |= {one[1]: one for one in train(folder, attach, die_at=number, **kwargs)}
+    return [last[number] for number in sorted(last)]
+
+
+@pytest.mark.parametrize("event", [Events.ITERATION_COMPLETED, Events.GET_BATCH_COMPLETED], ids=str)
+@pytest.mark.parametrize("loader", [{}, {"generator": None}], ids=["global generator", "own generator"])
+@pytest.mark.parametrize("attach", DRAWS)
+def test_numbers_drawn_between_an_iterator_and_its_first_batch_keep_the_order(
+    tmp_path: Path, attach: Attach, loader: dict[str, Any], event: Any
+) -> None:
+    run = {"max_epochs": 3, "epoch_length": 8} if attach is terminate_between_passes else {"max_epochs": 3}
+    alone = train(None, attach, run=run, **loader)
+    for die_at in ((3,), (4,), (5, 6), (8, 9), (10, 12)):
+        folder = tmp_path / str(die_at)
+        assert resumed(folder, attach, die_at, event=event, run=run, **loader) == alone
+
+
+@pytest.mark.filterwarnings("ignore:resume. the loader starts new workers")
+@pytest.mark.parametrize("persistent_workers", [False, True])
+def test_workers_that_have_drawn_the_order_before_keep_it(tmp_path: Path, *, persistent_workers: bool) -> None:
+    loader = {"num_workers": 1, "persistent_workers": persistent_workers}
+    alone = train(None, terminate_second_batch, **loader)
+    assert resumed(tmp_path, terminate_second_batch, (5, 9), **loader) == alone
