@@ -40,8 +40,9 @@ class ResumableSampler(DistributedSampler[int]):
     remaining sample of the epoch comes once. No batch is drawn and dropped, and no list of all indices is made.
 
     :func:`~distckpt.resume` continues where the checkpoint's run was. It counts trained samples, not those that workers
-    have drawn already; the sampler need not be among the objects. Without an ignite engine, save the sampler's state
-    with the other objects. It then counts drawn samples, which may be more than trained ones if the loader has workers.
+    have drawn already; the sampler need not be among the objects. An evaluator may use the same loader: its passes are
+    epochs of the sampler too. Without an ignite engine, save the sampler's state with the other objects. It then counts
+    drawn samples, which may be more than trained ones if the loader has workers, of the iterator that began last.
 
     Args:
         dataset_or_length: the data set, or its number of samples.
@@ -100,10 +101,12 @@ class ResumableSampler(DistributedSampler[int]):
                 msg = f"Argument {name} should be a bool, but given {type(flag)}"
                 raise TypeError(msg)
         self._loaded: _Position | None = None  # where the next pass starts, if a state was loaded
+        self.distckpt_is_reserved = False  # the loaded state is for a later pass than the next one
         self._start: _Position | None = None  # where the pass under way started
         self._next_epoch = 0
         self._num_drawn = 0  # of the pass under way, by this rank
-        self._num_trained: Callable[[], int | None] | None = None
+        self._engine_position: Callable[[], dict[str, Any]] | None = None
+        self._is_engine_iterating: Callable[[], bool] = lambda: False
         super().__init__(
             dataset,  # type: ignore[arg-type]  # torch asks for a Dataset, and uses its length
             num_replicas=num_replicas,
@@ -151,7 +154,8 @@ class ResumableSampler(DistributedSampler[int]):
             epoch: any integer, the same on all ranks.
         """
         if self._loaded is not None and self._loaded.num_samples:
-            self._next_epoch = self._loaded.epoch + 1 if epoch == self._loaded.epoch else epoch
+            if epoch != self._loaded.epoch:
+                self._next_epoch = epoch
             return
         self._loaded = None
         self._next_epoch = epoch
@@ -162,12 +166,14 @@ class ResumableSampler(DistributedSampler[int]):
         """Return the position in the data, the same on all ranks. Rank-local.
 
         Returns:
-            ``epoch``, ``position`` (the number of its samples that all ranks have trained together), ``length``,
-            ``seed``, ``shuffle`` and ``kind``: numbers, text and a bool.
+            ``epoch``, ``position`` (the number of its samples that all ranks have trained together), ``next_epoch``
+            (of the following pass), ``length``, ``seed``, ``shuffle`` and ``kind``: numbers, text and a bool.
         """
-        if self._loaded is not None or self._start is None:
-            return self._state_at(self._loaded or _Position(self._next_epoch))
-        return self.distckpt_position(self._num_drawn if self._num_trained is None else self._num_trained())
+        if self._loaded is None and self._start is None:
+            return self._state_at_next()
+        if self._loaded is not None:
+            return self._state_at(self._loaded)
+        return self.distckpt_position(self._num_drawn) if self._engine_position is None else self._engine_position()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Let the next pass start at a saved position. Rank-local.
@@ -204,10 +210,11 @@ class ResumableSampler(DistributedSampler[int]):
                 f"sampler has shuffle={self.shuffle}: give it the same"
             )
             raise ValueError(msg)
+        following = state_dict.get("next_epoch")
         self.seed = state_dict["seed"]
-        is_complete = position.num_samples and not self._num_left(position)
-        self._loaded = _Position(position.epoch + 1) if is_complete else position
-        self._next_epoch = self._loaded.epoch + 1
+        self._loaded, self._next_epoch = position, following if _is_int(following) else position.epoch + 1
+        if position.num_samples and not self._num_left(position):
+            self._loaded, self._next_epoch = _Position(self._next_epoch), self._next_epoch + 1
 
     # -- for resume --------------------------------------------------------------------------------
 
@@ -221,25 +228,39 @@ class ResumableSampler(DistributedSampler[int]):
         """Return the number of samples that the next pass has for each rank."""
         return self._num_left(self._loaded or _Position(0))
 
-    def distckpt_set_counter(self, num_trained: Callable[[], int | None]) -> None:
-        """Let :meth:`state_dict` count trained samples, by the argument of :meth:`distckpt_position`."""
-        self._num_trained = num_trained
+    @property
+    def distckpt_start(self) -> Any:
+        """Return where the pass that began last started, for :meth:`distckpt_position`; None before the first one."""
+        return self._start
 
-    def distckpt_position(self, num_trained: int | None) -> dict[str, Any]:
-        """Return the state after each rank has trained a number of samples of its present iterator.
+    def distckpt_set_engine(self, position: Callable[[], dict[str, Any]], is_iterating: Callable[[], bool]) -> None:
+        """Let :meth:`state_dict` return an engine's position, which counts trained samples.
 
-        `num_trained` is None if the loader has no batch left in the pass, even if some samples are left.
+        An engine that iterates keeps its place, such as a trainer beside an evaluator on the same loader.
+
+        Args:
+            position: returns the result of :meth:`distckpt_position`.
+            is_iterating: returns True if the engine has an iterator over its data.
         """
-        following = _Position(self._next_epoch)
-        start = self._loaded or self._start or following
-        if num_trained is None:
-            return self._state_at(start if start is self._loaded else following)
-        trained = min(start.num_samples + num_trained * self.num_replicas, self.length)
+        if not self._is_engine_iterating():
+            self._engine_position, self._is_engine_iterating = position, is_iterating
+
+    def distckpt_position(self, num_trained: int | None, start: Any = None) -> dict[str, Any]:
+        """Return the state after each rank has trained a number of samples of an iterator.
+
+        Args:
+            num_trained: the number; None if the loader has no batch left in the pass, even if some samples are left.
+            start: :attr:`distckpt_start` of the iterator; None for the iterator that began last.
+        """
+        start = self._loaded or start or self._start
+        if start is None or (num_trained is None and start is not self._loaded):
+            return self._state_at_next()
+        trained = min(start.num_samples + (num_trained or 0) * self.num_replicas, self.length)
         position = _Position(start.epoch, trained)
-        return self._state_at(following if num_trained > 0 and not self._num_left(position) else position)
+        return self._state_at_next() if num_trained and not self._num_left(position) else self._state_at(position)
 
     def _begin_pass(self) -> "_Position":
-        if self._loaded is None:
+        if self._loaded is None or self.distckpt_is_reserved:
             self._start = _Position(self._next_epoch)
             self._next_epoch += 1
         else:
@@ -252,11 +273,15 @@ class ResumableSampler(DistributedSampler[int]):
         left = self.length - position.num_samples
         return left // self.num_replicas if self.drop_last else -(-left // self.num_replicas)
 
-    def _state_at(self, position: "_Position") -> dict[str, Any]:
+    def _state_at_next(self) -> dict[str, Any]:
+        return self._state_at(_Position(self._next_epoch), self._next_epoch + 1)
+
+    def _state_at(self, position: "_Position", next_epoch: int | None = None) -> dict[str, Any]:
         return {
             "kind": _KIND,
             "epoch": position.epoch,
             "position": position.num_samples,
+            "next_epoch": self._next_epoch if next_epoch is None else next_epoch,
             "length": self.length,
             "seed": self.seed,
             "shuffle": self.shuffle,

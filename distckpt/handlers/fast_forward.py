@@ -43,8 +43,9 @@ from distckpt.handlers.sample_order import (
     warn_if_ranks_changed,
     warn_of_new_workers,
 )
+from distckpt.handlers.sampler_position import SamplerPosition
 from distckpt.handlers.stepped_engine import end_trained_epoch
-from distckpt.samplers import batches_left, find_resumable
+from distckpt.samplers import find_resumable
 
 _logger = logging.getLogger(__name__)
 
@@ -91,6 +92,7 @@ class FastForward:
         self._has_begun_batches = False
         self._resets_workers = False
         self._num_consumed = 0
+        self._sampler = SamplerPosition(point)
         self._restore_generators: list[Callable[[], None]] = []
         self._restore_between_epochs: list[Callable[[], None]] = []
         self._engine_rng_states: Any = None
@@ -197,11 +199,7 @@ class FastForward:
         return recorded.is_end_due and is_within and (max_iters is None or recorded.trained <= max_iters)
 
     def _fit(self, engine: Engine, data: Any, epoch_length: int | None) -> ResumePoint:
-        num_left, sampler = None, find_resumable(data)
-        if sampler is not None:
-            if self._recorded.sampler is not None:
-                sampler.load_state_dict(self._recorded.sampler)
-            num_left = batches_left(data) if sampler.distckpt_is_positioned else None
+        num_left = self._sampler.load(data)
         return fit_to_data(
             replace(self._recorded, batches=self._num_batches_trained(data)),
             data,
@@ -253,7 +251,7 @@ class FastForward:
             return
         self._has_begun_batches = False
         was_saved_here = self._restored.saved.event_name == "STARTED"
-        self._restored.restore_in_event(engine, "STARTED", self._restore_loaded if was_saved_here else lambda: None)
+        self._restore_where_saved(engine, "STARTED", self._restore_loaded if was_saved_here else lambda: None)
         after_event(engine, self._after_started)
 
     def _after_started(self, engine: Engine) -> None:
@@ -294,7 +292,7 @@ class FastForward:
             return
         if self._point.epoch_begun:
             self._restored.keep_histories()
-            self._restored.restore_in_event(engine, "EPOCH_STARTED", self._restore_loaded)
+            self._restore_where_saved(engine, "EPOCH_STARTED", self._restore_loaded)
         elif self._restore_between_epochs:
             for restore in self._restore_between_epochs:
                 restore()
@@ -304,6 +302,7 @@ class FastForward:
 
     def _before_iterator(self, engine: Engine) -> None:
         point, data = self._point, engine.state.dataloader
+        self._sampler.release(data)
         if data is None:
             return
         self._num_consumed = (point.batches or 0) if point.is_mid_pass else 0
@@ -380,13 +379,7 @@ class FastForward:
             self.detach(engine)
             return
         if self._is_order_drawn:
-            for one in self._rng_states:
-                one.restore_first_batch()
-        if self._num_consumed and self._skip_batches:
-            self._skip_consumed(engine)
-        if self._is_order_drawn and self._point.is_drawn:  # the batch follows handlers that may draw again
-            for restore in [one.capture_current() for one in self._rng_states]:
-                after_event(engine, lambda _, restore=restore: restore())
+            self._draw_again(engine)
         if self._engine_rng_states is not None:
             draw_first_indices(get_iterator(engine))
             set_rng_states(self._engine_rng_states)
@@ -396,7 +389,22 @@ class FastForward:
     def _on_get_batch_completed(self, engine: Engine) -> None:
         if self._point.is_drawn and not self._point.iteration_begun:
             self._set_generators()  # now, since a handler may save here; again below, since another may draw
-            after_event(engine, lambda _: self._set_generators())
+            after_event(engine, self._after_batch_drawn)
+
+    def _after_batch_drawn(self, engine: Engine) -> None:
+        self._sampler.restore_next_epoch(engine)
+        self._set_generators()
+
+    def _draw_again(self, engine: Engine) -> None:
+        """Draw the order of the pass and the trained batches, as before the save."""
+        for one in self._rng_states:
+            one.restore_first_batch()
+        self._sampler.draw_first_indices(engine)
+        if self._num_consumed and self._skip_batches:
+            self._skip_consumed(engine)
+        if self._point.is_drawn:  # the batch is drawn after handlers that may draw numbers again
+            for restore in [one.capture_current() for one in self._rng_states]:
+                after_event(engine, lambda _, restore=restore: restore())
 
     def _skip_consumed(self, engine: Engine) -> None:
         iterator: Iterator[Any] = get_iterator(engine)  # type: ignore[assignment]  # made by now
@@ -429,7 +437,16 @@ class FastForward:
         if self._point.iteration_begun:
             self._set_generators()  # as above
             self._restored.keep_histories()
-            self._restored.restore_in_event(engine, "ITERATION_STARTED", self._set_generators)
+            self._restore_where_saved(engine, "ITERATION_STARTED", lambda: self._after_batch_drawn(engine))
+
+    def _restore_where_saved(self, engine: Engine, event_name: str, restore_generators: Callable[[], None]) -> None:
+        """Restore objects, sampler and generators where the checkpoint was saved, or after the present event."""
+
+        def restore_more() -> None:
+            self._sampler.load_again(engine.state.dataloader)
+            restore_generators()
+
+        self._restored.restore_in_event(engine, event_name, restore_more)
 
     def _restore_loaded(self) -> None:
         for one in self._rng_states:

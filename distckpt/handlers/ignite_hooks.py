@@ -142,7 +142,7 @@ def install(progress_of: Callable[[Engine], Any], count_event: Callable[[Engine,
     Args:
         progress_of: returns an engine's :class:`~distckpt.handlers.progress.Progress`. That module imports this one,
             so its functions come as arguments.
-        count_event: counts an event that does not occur in each iteration.
+        count_event: counts an event that does not occur in each iteration, or one of a pass's first batch.
     """
     wrappers: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
         "_assert_allowed_event": _wrap_assert_allowed_event,
@@ -184,9 +184,10 @@ def _wrap_fire_event(
         is_frequent = True
         if event_name is _ITERATION_COMPLETED:
             progress_of(self).trained = self.state.iteration
-        elif event_name is get_completed:
-            progress_of(self).needs_iterator = False
-        elif not (event_name is get_started or event_name is _ITERATION_STARTED):  # does not occur in each iteration
+        elif event_name is get_completed or event_name is get_started:
+            if progress_of(self).awaits_batch:  # the first one of a pass
+                count_event(self, event_name)
+        elif event_name is not _ITERATION_STARTED:  # does not occur in each iteration
             is_frequent = False
             count_event(self, event_name)
             _before_run_event(self, event_name)

@@ -8,6 +8,7 @@ A pass starts when ignite makes a new iterator over the data. It need not be an 
 the data's length.
 """
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,10 @@ from distckpt.handlers.data_loaders import batch_size_of, num_batches_of, num_sa
 from distckpt.handlers.epoch_metrics import shown_numbers
 from distckpt.handlers.ignite_hooks import get_init_iter, get_iterator
 from distckpt.handlers.resume_point import ResumePoint
-from distckpt.samplers import find_resumable
+from distckpt.samplers import ResumableSampler, find_resumable
 
 _ATTRIBUTE = "_distckpt_progress"
+_FIRST_BATCH = (Events.GET_BATCH_STARTED, Events.GET_BATCH_COMPLETED)
 
 
 @dataclass(slots=True)
@@ -36,6 +38,8 @@ class Progress:
     pass_began_at: int = 0
     iterator_began_at: int = 0  # `trained` when the present iterator was made
     needs_iterator: bool = True  # ignite makes a new iterator before the next batch, or has just made it
+    awaits_batch: bool = True  # the present iterator has given no batch yet
+    sampler_start: Any = None  # `ResumableSampler.distckpt_start` of the present iterator; None if it draws no indices
     scale: int = 0  # as in ResumePoint
     resumed: ResumePoint | None = None  # where the next run continues; None if it starts where ignite would
 
@@ -43,6 +47,7 @@ class Progress:
         """Count the following batches from here, as those of a new iterator."""
         self.pass_began_at = self.iterator_began_at = self.trained
         self.needs_iterator = False
+        self.awaits_batch, self.sampler_start = True, None
 
     def end_pass(self) -> None:
         """Count the following batches as those of a new pass."""
@@ -67,11 +72,19 @@ def continue_from(engine: Engine, point: ResumePoint | None) -> None:
 
 
 def count_event(engine: Engine, event: Any) -> None:
-    """Update the counters before the handlers of an event, except for the events of every iteration."""
+    """Update the counters before the handlers of an event.
+
+    Of the events of every iteration, it counts those of a pass's first batch.
+    """
     progress = progress_of(engine)
     if engine.last_event_name is Events.TERMINATE_SINGLE_EPOCH:  # after which ignite has made an iterator
         progress.needs_iterator = False
-    if event is Events.STARTED:
+        note_sampler_start(engine, is_drawn=False)
+    if event in _FIRST_BATCH:
+        note_sampler_start(engine, is_drawn=event is Events.GET_BATCH_COMPLETED)
+        progress.awaits_batch = event is Events.GET_BATCH_STARTED
+        progress.needs_iterator &= progress.awaits_batch
+    elif event is Events.STARTED:
         _begin_run(engine, progress)
     elif event is Events.EPOCH_STARTED:
         progress.epochs = engine.state.epoch - 1
@@ -80,10 +93,7 @@ def count_event(engine: Engine, event: Any) -> None:
         if get_iterator(engine) is None:  # ignite makes it after this event
             _begin_first_pass(progress)
             progress.needs_iterator = True
-            data = engine.state.dataloader
-            sampler = find_resumable(data)
-            if sampler is not None:  # its own state, too, then counts trained samples
-                sampler.distckpt_set_counter(lambda: _num_samples_trained(data, progress))
+            _count_for_sampler(engine, progress)
         progress.resumed = None
     elif event is Events.DATALOADER_STOP_ITERATION:
         progress.end_pass()
@@ -94,6 +104,31 @@ def count_event(engine: Engine, event: Any) -> None:
         _end_epoch(engine, progress)
         if engine.last_event_name is Events.GET_BATCH_STARTED:  # data without a length are exhausted
             progress.end_pass()
+
+
+def note_sampler_start(engine: Engine, *, is_drawn: bool) -> None:
+    """Note where the present iterator's ResumableSampler started, if the iterator has drawn its first index.
+
+    Another engine may iterate over the same loader afterwards, as an evaluator does. A loader with workers draws
+    indices when its iterator is made, another one with its first batch: `is_drawn` is True after that.
+    """
+    progress, data = progress_of(engine), engine.state.dataloader
+    sampler = find_resumable(data)
+    if sampler is not None and progress.sampler_start is None and (is_drawn or getattr(data, "num_workers", 0)):
+        progress.sampler_start = sampler.distckpt_start
+
+
+def _count_for_sampler(engine: Engine, progress: Progress) -> None:
+    """Let the state of the data's ResumableSampler, too, count trained samples."""
+    data, reference = engine.state.dataloader, weakref.ref(engine)
+
+    def is_iterating() -> bool:
+        counting = reference()
+        return counting is not None and get_iterator(counting) is not None
+
+    sampler = find_resumable(data)
+    if sampler is not None:
+        sampler.distckpt_set_engine(lambda: _sampler_position(sampler, data, progress), is_iterating)
 
 
 def _begin_run(engine: Engine, progress: Progress) -> None:
@@ -183,9 +218,16 @@ def position_of(engine: Engine) -> dict[str, Any]:
         "scale": progress.scale,
         "seed": getattr(state, "seed", None) if isinstance(engine, DeterministicEngine) else None,
         "world_size": current().world_size,
-        "sampler": None if sampler is None else sampler.distckpt_position(_num_samples_trained(data, progress)),
+        "sampler": None if sampler is None else _sampler_position(sampler, data, progress),
         **(shown_numbers(state) if is_end_due else {}),
     }
+
+
+def _sampler_position(sampler: ResumableSampler, data: Any, progress: Progress) -> dict[str, Any]:
+    num_trained = _num_samples_trained(data, progress)
+    if not num_trained and progress.sampler_start is None:  # the iterator draws its first index after all others'
+        num_trained = None
+    return sampler.distckpt_position(num_trained, progress.sampler_start)
 
 
 def _num_samples_trained(data: Any, progress: Progress) -> int | None:

@@ -141,9 +141,10 @@ def test_trained_samples_count_if_they_are_known() -> None:
     drawn = iter(sampler)
     for _ in range(30):
         next(drawn)
-    sampler.distckpt_set_counter(lambda: 8)
+    sampler.distckpt_set_engine(lambda: sampler.distckpt_position(8), lambda: False)
     assert sampler.state_dict()["position"] == 16
-    sampler.distckpt_set_counter(lambda: None)
+    sampler.distckpt_set_engine(lambda: sampler.distckpt_position(None), lambda: True)
+    sampler.distckpt_set_engine(lambda: sampler.distckpt_position(8), lambda: True)
     assert (sampler.state_dict()["epoch"], sampler.state_dict()["position"]) == (1, 0)
 
 
@@ -173,7 +174,7 @@ def test_a_checkpoint_brings_it_back_with_its_seed(tmp_path: Path) -> None:
 def test_set_epoch_keeps_the_position_of_a_continued_pass() -> None:
     for epoch in (4, 9):
         sampler = ResumableSampler(10, num_replicas=1, rank=0)
-        sampler.load_state_dict(sampler.state_dict() | {"epoch": 4, "position": 3})
+        sampler.load_state_dict(sampler.state_dict() | {"epoch": 4, "position": 3, "next_epoch": 5})
         sampler.set_epoch(epoch)
         assert sampler.epoch == 4
         assert len(list(sampler)) == 7

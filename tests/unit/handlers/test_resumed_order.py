@@ -10,7 +10,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch.utils.data import DataLoader, TensorDataset
 
-from distckpt import Checkpoint, DiskSaver, RngState, resume
+from distckpt import Checkpoint, DiskSaver, ResumableSampler, RngState, resume
 
 Attach = Callable[[Engine], None]
 
@@ -113,3 +113,83 @@ def test_workers_that_have_drawn_the_order_before_keep_it(tmp_path: Path, *, per
     loader = {"num_workers": 1, "persistent_workers": persistent_workers}
     alone = train(None, terminate_second_batch, **loader)
     assert resumed(tmp_path, terminate_second_batch, (5, 9), **loader) == alone
+
+
+# -- an evaluator on the trainer's loader ------------------------------------------------------------------------------
+
+EVALUATIONS = {
+    "started": Events.STARTED,
+    "epoch started": Events.EPOCH_STARTED,
+    "batch wanted": Events.GET_BATCH_STARTED(every=3),
+    "batch drawn": Events.GET_BATCH_COMPLETED(every=3),
+    "iteration completed": Events.ITERATION_COMPLETED(every=2),
+    "epoch completed": Events.EPOCH_COMPLETED,
+    "pass over": Events.DATALOADER_STOP_ITERATION,
+}
+SAVES = {
+    "iteration completed": Events.ITERATION_COMPLETED,
+    "batch drawn": Events.GET_BATCH_COMPLETED,
+    "epoch completed": Events.EPOCH_COMPLETED,
+}
+
+
+def evaluate_beside(folder: Path | None, evaluation: Any, die_at: int = 0, **options: Any) -> list[tuple[Any, ...]]:
+    """Train on a ResumableSampler's loader, over which an evaluator iterates too; return the trained batches."""
+    data = range(12)
+    sampler = ResumableSampler(data, num_replicas=1, rank=0, seed=1)
+    loader: DataLoader[Any] = DataLoader(data, batch_size=2, sampler=sampler, **options.get("loader", {}))  # type: ignore[arg-type]
+    seen: list[tuple[Any, ...]] = []
+
+    def step(engine: Engine, batch: Any) -> None:
+        if engine.state.iteration == die_at:
+            raise KilledError
+        seen.append((engine.state.epoch, engine.state.iteration, batch.tolist()))
+
+    trainer, evaluator = Engine(step), Engine(lambda _engine, _batch: None)
+    length = options.get("evaluated", 6)
+
+    def evaluate() -> None:
+        evaluator.run(loader, epoch_length=length)
+
+    trainer.add_event_handler(evaluation, evaluate)
+    objects: dict[str, Any] = {"trainer": trainer}
+    if options.get("saves_sampler"):
+        objects["sampler"] = sampler
+    if folder is not None:
+        saver = Checkpoint(objects, DiskSaver(folder, require_empty=False), n_saved=2)
+        trainer.add_event_handler(SAVES[options.get("save", "iteration completed")], saver)
+        resume(objects, saver, engine=trainer)
+    with contextlib.suppress(KilledError):
+        trainer.run(loader, max_epochs=4, epoch_length=options.get("epoch_length"))
+    return seen
+
+
+@pytest.mark.filterwarnings("ignore:resume. the loader starts new workers")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"epoch_length": 4},
+        {"evaluated": 2},
+        {"evaluated": 2, "epoch_length": 4, "save": "epoch completed"},
+        {"save": "batch drawn"},
+        {"save": "epoch completed", "epoch_length": 4, "saves_sampler": True},
+        {"saves_sampler": True},
+        {"loader": {"num_workers": 1}, "epoch_length": 4},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("evaluation", EVALUATIONS)
+def test_an_evaluator_on_the_same_loader_leaves_the_trainers_position(
+    tmp_path: Path, evaluation: str, options: dict[str, Any]
+) -> None:
+    alone = evaluate_beside(None, EVALUATIONS[evaluation], **options)
+    kills: tuple[tuple[int, ...], ...] = ((5,), (7, 8), (9, 10, 12))
+    if evaluation == "pass over":
+        kills = ((5,), (8, 9), (10, 12))  # a resume after the last batch of a pass does not fire this event
+    for die_at in kills if "loader" not in options else ((6, 9),):
+        folder, last = tmp_path / str(die_at), dict[int, tuple[Any, ...]]()
+        for number in (*die_at, 0):
+            found = evaluate_beside(folder, EVALUATIONS[evaluation], number, **options)
+            last |= {one[1]: one for one in found}
+        assert [last[number] for number in sorted(last)] == alone
