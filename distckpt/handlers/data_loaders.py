@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
 from distckpt.handlers.rng_generators import is_generator
+from distckpt.samplers import ResumableSampler
 
 _PREFIX = "state.dataloader"
 _MAX_OBJECTS = 2000
@@ -72,6 +73,18 @@ def find_random_sampler(data: Any) -> Any:
         if type(sampler) is not BatchSampler and not isinstance(sampler, _NOT_RANDOM):
             found = sampler
     return found
+
+
+def find_epoch_sampler(data: Any) -> Any:
+    """Return the loader's sampler whose order depends on ``set_epoch``; None if there is none.
+
+    A ResumableSampler does not count: its state holds the epoch.
+    """
+    for sampler in samplers_of(data):
+        has_epoch = isinstance(getattr(sampler, "epoch", None), int) and callable(getattr(sampler, "set_epoch", None))
+        if has_epoch and not isinstance(sampler, ResumableSampler):
+            return sampler
+    return None
 
 
 def stateful_parts_of(data: Any) -> list[Any]:

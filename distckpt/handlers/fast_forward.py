@@ -18,7 +18,7 @@ from distckpt._messages import log_level
 from distckpt.backends.detect import current
 from distckpt.coordination import phases
 from distckpt.handlers.data_loaders import find_random_sampler, num_batches_of, samplers_of, stateful_parts_of
-from distckpt.handlers.engine_events import after_event, set_start_hook
+from distckpt.handlers.engine_events import TrackedHandler, after_event, set_start_hook
 from distckpt.handlers.epoch_metrics import show_numbers, unknown_as_nan
 from distckpt.handlers.ignite_hooks import (
     add_first_handler,
@@ -39,7 +39,9 @@ from distckpt.handlers.sample_order import (
     draw_first_indices,
     exhaust_sampler,
     start_workers,
+    warn_if_epoch_unknown,
     warn_if_order_differs,
+    warn_if_pass_end_lost,
     warn_if_ranks_changed,
     warn_of_new_workers,
 )
@@ -92,7 +94,7 @@ class FastForward:
         self._has_begun_batches = False
         self._resets_workers = False
         self._num_consumed = 0
-        self._sampler = SamplerPosition(point)
+        self._sampler = SamplerPosition(point, restored.objects)
         self._restore_generators: list[Callable[[], None]] = []
         self._restore_between_epochs: list[Callable[[], None]] = []
         self._engine_rng_states: Any = None
@@ -302,7 +304,7 @@ class FastForward:
 
     def _before_iterator(self, engine: Engine) -> None:
         point, data = self._point, engine.state.dataloader
-        self._sampler.release(data)
+        self._sampler.begin_iterator(data)
         if data is None:
             return
         self._num_consumed = (point.batches or 0) if point.is_mid_pass else 0
@@ -311,6 +313,9 @@ class FastForward:
         elif point.trained:
             warn_if_order_differs(data, self._rng_states, is_mid_pass=point.is_mid_pass and self._num_consumed > 0)
             before, now = self._recorded.world_size, current().world_size
+            warn_if_epoch_unknown(data, point)
+            handlers = get_handlers(engine, Events.DATALOADER_STOP_ITERATION)
+            warn_if_pass_end_lost(data, self._recorded, [one for one in handlers if not _is_of_library(one)])
             warn_if_ranks_changed(data, before, now, is_mid_pass=point.is_mid_pass)
         if not point.is_mid_pass and self._is_exhaustion_due(data):
             exhaust_sampler(data, self._rng_states)
@@ -379,6 +384,10 @@ class FastForward:
             self.detach(engine)
             return
         if self._is_order_drawn:
+            for one in self._rng_states:
+                one.restore_first_batch()
+        self._sampler.end_drawing(engine, is_order_drawn=self._is_order_drawn)
+        if self._is_order_drawn:
             self._draw_again(engine)
         if self._engine_rng_states is not None:
             draw_first_indices(get_iterator(engine))
@@ -396,10 +405,7 @@ class FastForward:
         self._set_generators()
 
     def _draw_again(self, engine: Engine) -> None:
-        """Draw the order of the pass and the trained batches, as before the save."""
-        for one in self._rng_states:
-            one.restore_first_batch()
-        self._sampler.draw_first_indices(engine)
+        """Draw the trained batches, as before the save."""
         if self._num_consumed and self._skip_batches:
             self._skip_consumed(engine)
         if self._point.is_drawn:  # the batch is drawn after handlers that may draw numbers again
@@ -455,3 +461,8 @@ class FastForward:
     def _set_generators(self) -> None:
         for restore in self._restore_generators:
             restore()
+
+
+def _is_of_library(handler: Any) -> bool:
+    owner = getattr(handler, "__self__", handler)
+    return isinstance(owner, Engine | RngState | TrackedHandler)

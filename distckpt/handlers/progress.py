@@ -15,7 +15,7 @@ from typing import Any
 from ignite.engine import DeterministicEngine, Engine, Events
 
 from distckpt.backends.detect import current
-from distckpt.handlers.data_loaders import batch_size_of, num_batches_of, num_samples_of
+from distckpt.handlers.data_loaders import batch_size_of, find_epoch_sampler, num_batches_of, num_samples_of
 from distckpt.handlers.epoch_metrics import shown_numbers
 from distckpt.handlers.ignite_hooks import get_init_iter, get_iterator
 from distckpt.handlers.resume_point import ResumePoint
@@ -40,6 +40,9 @@ class Progress:
     needs_iterator: bool = True  # ignite makes a new iterator before the next batch, or has just made it
     awaits_batch: bool = True  # the present iterator has given no batch yet
     sampler_start: Any = None  # `ResumableSampler.distckpt_start` of the present iterator; None if it draws no indices
+    pass_epoch: int | None = (
+        None  # the epoch of another sampler when the present iterator drew its order; None likewise
+    )
     scale: int = 0  # as in ResumePoint
     resumed: ResumePoint | None = None  # where the next run continues; None if it starts where ignite would
 
@@ -47,7 +50,7 @@ class Progress:
         """Count the following batches from here, as those of a new iterator."""
         self.pass_began_at = self.iterator_began_at = self.trained
         self.needs_iterator = False
-        self.awaits_batch, self.sampler_start = True, None
+        self.awaits_batch, self.sampler_start, self.pass_epoch = True, None, None
 
     def end_pass(self) -> None:
         """Count the following batches as those of a new pass."""
@@ -107,15 +110,20 @@ def count_event(engine: Engine, event: Any) -> None:
 
 
 def note_sampler_start(engine: Engine, *, is_drawn: bool) -> None:
-    """Note where the present iterator's ResumableSampler started, if the iterator has drawn its first index.
+    """Note the position or epoch at which the present iterator's sampler started, if it has drawn its first index.
 
-    Another engine may iterate over the same loader afterwards, as an evaluator does. A loader with workers draws
-    indices when its iterator is made, another one with its first batch: `is_drawn` is True after that.
+    Another engine may iterate over the same loader afterwards, as an evaluator does, or a handler change the epoch. A
+    loader with workers draws indices when its iterator is made, another one with its first batch: `is_drawn` is True
+    after that.
     """
     progress, data = progress_of(engine), engine.state.dataloader
-    sampler = find_resumable(data)
-    if sampler is not None and progress.sampler_start is None and (is_drawn or getattr(data, "num_workers", 0)):
+    if not is_drawn and not getattr(data, "num_workers", 0):
+        return
+    sampler, other = find_resumable(data), find_epoch_sampler(data)
+    if sampler is not None and progress.sampler_start is None:
         progress.sampler_start = sampler.distckpt_start
+    if other is not None and progress.pass_epoch is None:
+        progress.pass_epoch = other.epoch
 
 
 def _count_for_sampler(engine: Engine, progress: Progress) -> None:
@@ -144,6 +152,7 @@ def _begin_first_pass(progress: Progress) -> None:
     progress.begin_pass()
     if progress.resumed is not None:
         progress.pass_began_at -= progress.resumed.batches or 0
+        progress.pass_epoch = progress.resumed.pass_epoch
 
 
 def _end_epoch(engine: Engine, progress: Progress) -> None:
@@ -188,6 +197,7 @@ def position_of(engine: Engine) -> dict[str, Any]:
     is_terminated = progress.has_epoch_begun and bool(engine.should_terminate_single_epoch)
     is_end_skipped = engine.should_terminate_single_epoch == "skip_epoch_completed"
     batches, length = progress.trained - progress.pass_began_at, num_batches_of(data)
+    is_pass_end_due = data is not None and 0 < batches == length and not is_terminated
     batches = length or 0 if is_terminated else batches  # ignite makes a new iterator then
     event = engine.last_event_name
     has_iteration_begun = state.iteration > progress.trained and not is_terminated
@@ -219,6 +229,9 @@ def position_of(engine: Engine) -> dict[str, Any]:
         "seed": getattr(state, "seed", None) if isinstance(engine, DeterministicEngine) else None,
         "world_size": current().world_size,
         "sampler": None if sampler is None else _sampler_position(sampler, data, progress),
+        "is_pass_end_due": is_pass_end_due,
+        "pass_epoch": progress.pass_epoch if data is not None and has_pass_begun else None,
+        "sampler_epoch": getattr(find_epoch_sampler(data), "epoch", None),
         **(shown_numbers(state) if is_end_due else {}),
     }
 

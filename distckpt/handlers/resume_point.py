@@ -40,11 +40,14 @@ class ResumePoint:
     is_drawn: bool = False  # the next batch was already drawn from the data
     is_end_due: bool = False  # the last batch of an epoch is trained, and EPOCH_COMPLETED has not been fired
     is_rest_done: bool = False  # likewise, and a Loop's program has done what follows the batches
+    is_pass_end_due: bool = False  # all batches of the pass are trained, and the next one is not requested
     event: str | None = None  # the event of the save; None outside of a run
     scale: int = 0  # number of resumes that changed the number of samples in an iteration
     seed: int | None = None  # of a DeterministicEngine's run
     world_size: int | None = None  # number of ranks
     sampler: Mapping[str, Any] | None = None  # the state of a ResumableSampler
+    pass_epoch: int | None = None  # of another sampler, when the pass under way drew its order
+    sampler_epoch: int | None = None  # of that sampler, at the save
     output: Any = None  # the numbers in the engine's output, if `is_end_due`; see epoch_numbers.py
     metrics: Mapping[str, Any] | None = None  # likewise
     lacking: Sequence[str] = ()  # names of what is left out of both
@@ -64,6 +67,9 @@ class ResumePoint:
         if not is_sound:
             return None
         known["event"] = known["event"] if isinstance(known["event"], str) else None
+        known["is_pass_end_due"] = known["is_pass_end_due"] is True
+        for name in ("pass_epoch", "sampler_epoch"):
+            known[name] = known[name] if _is_int(known[name]) else None
         for name in ("sampler", "metrics"):
             known[name] = known[name] if isinstance(known[name], Mapping) else None
         known["lacking"] = [str(one) for one in known["lacking"]] if isinstance(known["lacking"], list) else ()
@@ -258,5 +264,9 @@ def _refusal(point: ResumePoint, length: int | None, size: int | None, problem: 
     )
 
 
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return _is_int(value) and value >= 0

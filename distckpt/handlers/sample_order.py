@@ -14,14 +14,21 @@ Rank-local; issues no collectives.
 
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
 
-from distckpt.handlers.data_loaders import find_random_sampler, resets_workers, samplers_of
+from distckpt.handlers.data_loaders import (
+    find_epoch_sampler,
+    find_random_sampler,
+    num_batches_of,
+    resets_workers,
+    samplers_of,
+)
+from distckpt.handlers.resume_point import ResumePoint
 from distckpt.handlers.rng_state import RngState
 
 _DRAW_ONCE = (SubsetRandomSampler, WeightedRandomSampler)
@@ -114,6 +121,37 @@ def warn_if_order_differs(data: Any, rng_states: Sequence[RngState], *, is_mid_p
                 f"another order than without the interruption. Give the trainer to the RngState: RngState(trainer)",
                 stacklevel=2,
             )
+
+
+def warn_if_epoch_unknown(data: Any, point: ResumePoint) -> None:
+    """Warn if a pass continues under an epoch that its order may not be of: passes are not epochs."""
+    sampler = find_epoch_sampler(data)
+    if not point.batches or point.pass_epoch is not None or point.epoch_length == num_batches_of(data):
+        return
+    if sampler is not None and getattr(sampler, "shuffle", True):
+        warnings.warn(
+            f"resume: the checkpoint does not say for which epoch {type(sampler).__name__} drew the order of the pass "
+            f"under way, and passes are not epochs: some of its samples may come twice, others never. Use a "
+            f"distckpt.ResumableSampler",
+            stacklevel=2,
+        )
+
+
+def warn_if_pass_end_lost(data: Any, point: ResumePoint, handlers: Iterable[Any]) -> None:
+    """Warn if a handler of DATALOADER_STOP_ITERATION may have changed the order of the coming pass, and is not called.
+
+    Args:
+        data: the engine's data.
+        point: the resume point.
+        handlers: the program's handlers of that event.
+    """
+    if point.is_pass_end_due and find_epoch_sampler(data) is not None and list(handlers):
+        warnings.warn(
+            "resume: the checkpoint was saved after the last batch of a pass. The handlers of "
+            "DATALOADER_STOP_ITERATION are not called for that pass: if one of them sets the sampler's epoch, the "
+            "samples come in another order than without the interruption. Set the epoch on EPOCH_STARTED",
+            stacklevel=2,
+        )
 
 
 def warn_if_ranks_changed(data: Any, before: int | None, now: int, *, is_mid_pass: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ignite.engine import Engine, Events
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from distckpt import Checkpoint, DiskSaver, ResumableSampler, RngState, resume
 
@@ -193,3 +193,84 @@ def test_an_evaluator_on_the_same_loader_leaves_the_trainers_position(
             found = evaluate_beside(folder, EVALUATIONS[evaluation], number, **options)
             last |= {one[1]: one for one in found}
         assert [last[number] for number in sorted(last)] == alone
+
+
+# -- a sampler with set_epoch, and passes that are not epochs ----------------------------------------------------------
+
+EPOCH_EVENTS = {
+    "epoch started": Events.EPOCH_STARTED,
+    "epoch completed": Events.EPOCH_COMPLETED,
+    "pass over": Events.DATALOADER_STOP_ITERATION,
+    "batch wanted": Events.GET_BATCH_STARTED,
+}
+
+
+def set_epochs(folder: Path | None, epochs_on: Any, die_at: int = 0, **options: Any) -> list[tuple[Any, ...]]:
+    """Train on a DistributedSampler's loader, whose epoch a handler sets; return the trained batches."""
+    data = range(5)
+    sampler: DistributedSampler[int] = DistributedSampler(data, num_replicas=1, rank=0)  # type: ignore[arg-type]
+    loader: DataLoader[Any] = DataLoader(data, sampler=sampler, num_workers=options.get("num_workers", 0))  # type: ignore[arg-type]
+    seen: list[tuple[Any, ...]] = []
+
+    def step(engine: Engine, batch: Any) -> None:
+        if engine.state.iteration == die_at:
+            raise KilledError
+        seen.append((engine.state.epoch, engine.state.iteration, batch.tolist()))
+
+    trainer = Engine(step)
+    trainer.add_event_handler(epochs_on, lambda: sampler.set_epoch(trainer.state.epoch))
+    objects = {"trainer": trainer}
+    if folder is not None:
+        saver = Checkpoint(objects, DiskSaver(folder, require_empty=False), n_saved=2)
+        trainer.add_event_handler(options.get("save", Events.ITERATION_COMPLETED), saver)
+        resume(objects, saver, engine=trainer)
+    with contextlib.suppress(KilledError):
+        trainer.run(loader, max_epochs=6, epoch_length=options.get("epoch_length", 3))
+    return seen
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"epoch_length": 5}, {"epoch_length": 8}, {"save": Events.GET_BATCH_COMPLETED}, {"num_workers": 1}],
+    ids=str,
+)
+@pytest.mark.parametrize("epochs_on", EPOCH_EVENTS)
+def test_a_pass_continues_under_the_epoch_that_it_began_with(
+    tmp_path: Path, epochs_on: str, options: dict[str, Any]
+) -> None:
+    alone = set_epochs(None, EPOCH_EVENTS[epochs_on], **options)
+    kills: tuple[tuple[int, ...], ...] = ((4,), (5,), (8, 9), (10, 12), (14, 15))
+    for die_at in kills if "num_workers" not in options else ((8, 9),):
+        folder, last = tmp_path / str(die_at), dict[int, tuple[Any, ...]]()
+        for number in (*die_at, 0):
+            last |= {one[1]: one for one in set_epochs(folder, EPOCH_EVENTS[epochs_on], number, **options)}
+        assert [last[number] for number in sorted(last)] == alone
+
+
+def test_an_epoch_set_by_the_program_stays(tmp_path: Path) -> None:
+    orders = []
+    for num_epochs in (1, 2):
+        sampler: DistributedSampler[int] = DistributedSampler(range(5), num_replicas=1, rank=0)  # type: ignore[arg-type]
+        trainer = Engine(lambda _engine, _batch: None)
+        saver = Checkpoint({"trainer": trainer}, DiskSaver(tmp_path, require_empty=False))
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, saver)
+        resume(saver.to_save, saver, engine=trainer)
+        sampler.set_epoch(6 + num_epochs)
+        trainer.run(DataLoader(range(5), sampler=sampler), max_epochs=num_epochs)  # type: ignore[arg-type]
+        orders.append(sampler.epoch)
+    assert orders == [7, 8]
+
+
+def test_an_unknown_epoch_of_a_pass_is_warned_of(tmp_path: Path) -> None:
+    trainer = Engine(lambda _engine, _batch: None)
+    torch.save({"trainer": {"epoch_length": 3, "iteration": 4, "max_epochs": 4}}, tmp_path / "a.pt")
+    resume({"trainer": trainer}, tmp_path, engine=trainer)
+    sampler: DistributedSampler[int] = DistributedSampler(range(5), num_replicas=1, rank=0)  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match="does not say for which epoch DistributedSampler drew the order"):
+        trainer.run(DataLoader(range(5), sampler=sampler), max_epochs=4, epoch_length=3)  # type: ignore[arg-type]
+
+
+def test_a_pass_end_that_is_not_reported_again_is_warned_of(tmp_path: Path) -> None:
+    set_epochs(tmp_path, Events.DATALOADER_STOP_ITERATION, 6)
+    with pytest.warns(UserWarning, match="DATALOADER_STOP_ITERATION are not called for that pass"):
+        set_epochs(tmp_path, Events.DATALOADER_STOP_ITERATION)
