@@ -12,11 +12,13 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from ignite.engine import Engine, Events, State
 from ignite.metrics import Metric
 
 from distckpt.handlers.epoch_numbers import NOTHING, decode, encode, encode_all
 from distckpt.handlers.ignite_hooks import get_handlers
+from distckpt.handlers.resume_point import ResumePoint
 
 _MOST_NAMES = 3
 
@@ -30,6 +32,20 @@ def shown_numbers(state: State) -> dict[str, Any]:
     if isinstance(metrics, Mapping):
         found["metrics"] = encode_all(metrics, lacking)
     return {**found, "lacking": lacking[:_MOST_NAMES]} if lacking else found
+
+
+def show_trained_epoch(engine: Engine, point: ResumePoint, objects: Collection[Any]) -> None:
+    """Let EPOCH_COMPLETED's handlers find the numbers of a record in the engine's state, and optimizers that stepped.
+
+    Args:
+        engine: the engine.
+        point: the resume point of the record.
+        objects: the restored objects.
+    """
+    show_numbers(engine.state, point.output, point.metrics, point.lacking)
+    for one in objects:
+        if isinstance(one, torch.optim.Optimizer):
+            vars(one)["_opt_called"] = True  # it has stepped: torch's schedulers warn if it has not
 
 
 def show_numbers(state: State, output: Any, metrics: Mapping[str, Any] | None, lacking: Sequence[str]) -> None:

@@ -8,18 +8,18 @@ epoch would train its first batches twice and its last ones never. A completed r
 import logging
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-import torch
 from ignite.engine import DeterministicEngine, Engine, Events, State
 
 from distckpt._messages import log_level
 from distckpt.backends.detect import current
 from distckpt.coordination import phases
 from distckpt.handlers.data_loaders import find_random_sampler, num_batches_of, samplers_of, stateful_parts_of
-from distckpt.handlers.engine_events import TrackedHandler, after_event, set_start_hook
-from distckpt.handlers.epoch_metrics import show_numbers, unknown_as_nan
+from distckpt.handlers.engine_events import after_event, set_start_hook
+from distckpt.handlers.epoch_metrics import show_trained_epoch, unknown_as_nan
 from distckpt.handlers.ignite_hooks import (
     add_first_handler,
     end_expectation,
@@ -69,6 +69,7 @@ class FastForward:
        drawn before the save, set the generators after it is drawn.
     6. ITERATION_STARTED: without data, set the generators here. If the iteration had been started before the save,
        restore the objects that handlers have changed.
+    7. EPOCH_COMPLETED, if the interrupted epoch had no batch left: set the numbers in the engine's state as in step 2.
 
     An event in which the checkpoint was saved is restored where it was saved, not after all handlers.
 
@@ -98,6 +99,7 @@ class FastForward:
         self._restore_generators: list[Callable[[], None]] = []
         self._restore_between_epochs: list[Callable[[], None]] = []
         self._engine_rng_states: Any = None
+        self._while_unknown = ExitStack()
         for handler in get_handlers(engine, Events.EPOCH_STARTED):
             earlier = getattr(handler, "__self__", None)
             if isinstance(earlier, FastForward):  # of another resume, without a run since
@@ -110,6 +112,7 @@ class FastForward:
     def detach(self, engine: Engine) -> None:
         """Remove the handlers from the engine."""
         set_start_hook(engine, None)
+        self._while_unknown.close()
         for event, handler in self._handlers():
             if engine.has_event_handler(handler, event):
                 engine.remove_event_handler(handler, event)
@@ -121,6 +124,7 @@ class FastForward:
             (Events.GET_BATCH_STARTED, self._on_get_batch_started),
             (Events.GET_BATCH_COMPLETED, self._on_get_batch_completed),
             (Events.ITERATION_STARTED, self._on_iteration_started),
+            (Events.EPOCH_COMPLETED, self._on_epoch_completed),
         ]
 
     # -- before the run ----------------------------------------------------------------------------
@@ -263,10 +267,7 @@ class FastForward:
             engine.state.seed = self._point.seed
         if self._point.is_end_due and engine.state.iteration == self._point.trained:
             self._restore_loaded()
-            show_numbers(engine.state, self._point.output, self._point.metrics, self._point.lacking)
-            for one in self._restored.objects:
-                if isinstance(one, torch.optim.Optimizer):
-                    vars(one)["_opt_called"] = True  # it has stepped: torch's schedulers warn if it has not
+            show_trained_epoch(engine, self._point, self._restored.objects)
             if self._point.is_rest_done:
                 self._end_epoch(engine)
             else:
@@ -312,11 +313,9 @@ class FastForward:
             self._skip_batches = False
         elif point.trained:
             warn_if_order_differs(data, self._rng_states, is_mid_pass=point.is_mid_pass and self._num_consumed > 0)
-            before, now = self._recorded.world_size, current().world_size
             warn_if_epoch_unknown(data, point)
-            handlers = get_handlers(engine, Events.DATALOADER_STOP_ITERATION)
-            warn_if_pass_end_lost(data, self._recorded, [one for one in handlers if not _is_of_library(one)])
-            warn_if_ranks_changed(data, before, now, is_mid_pass=point.is_mid_pass)
+            warn_if_pass_end_lost(engine, self._recorded)
+            warn_if_ranks_changed(data, self._recorded.world_size, current().world_size, is_mid_pass=point.is_mid_pass)
         if not point.is_mid_pass and self._is_exhaustion_due(data):
             exhaust_sampler(data, self._rng_states)
         self._restore_generators = [one.capture_current() for one in self._rng_states]
@@ -454,6 +453,12 @@ class FastForward:
 
         self._restored.restore_in_event(engine, event_name, restore_more)
 
+    def _on_epoch_completed(self, engine: Engine) -> None:
+        if self._has_begun_batches and self._point.in_epoch:  # data without a length had no further batch
+            show_trained_epoch(engine, self._point, self._restored.objects)
+            self._while_unknown.enter_context(unknown_as_nan(engine, self._restored.objects))
+            after_event(engine, self.detach)
+
     def _restore_loaded(self) -> None:
         for one in self._rng_states:
             one.restore_loaded()
@@ -461,8 +466,3 @@ class FastForward:
     def _set_generators(self) -> None:
         for restore in self._restore_generators:
             restore()
-
-
-def _is_of_library(handler: Any) -> bool:
-    owner = getattr(handler, "__self__", handler)
-    return isinstance(owner, Engine | RngState | TrackedHandler)

@@ -101,8 +101,7 @@ def count_event(engine: Engine, event: Any) -> None:
     elif event is Events.DATALOADER_STOP_ITERATION:
         progress.end_pass()
     elif event is Events.TERMINATE_SINGLE_EPOCH:
-        _end_epoch(engine, progress)
-        progress.end_pass()
+        _terminate_epoch(engine, progress)
     elif event is Events.EPOCH_COMPLETED:
         _end_epoch(engine, progress)
         if engine.last_event_name is Events.GET_BATCH_STARTED:  # data without a length are exhausted
@@ -158,6 +157,13 @@ def _begin_first_pass(progress: Progress) -> None:
 def _end_epoch(engine: Engine, progress: Progress) -> None:
     # ignite skips an iteration that was started and not trained: the next one has the following number.
     progress.trained, progress.epochs, progress.has_epoch_begun = engine.state.iteration, engine.state.epoch, False
+
+
+def _terminate_epoch(engine: Engine, progress: Progress) -> None:
+    _end_epoch(engine, progress)
+    progress.end_pass()
+    if engine.should_terminate_single_epoch != "skip_epoch_completed":  # which is still to come
+        progress.epochs, progress.has_epoch_begun = engine.state.epoch - 1, True
 
 
 def _num_trained_in_epoch(engine: Engine, progress: Progress) -> int:
@@ -232,7 +238,7 @@ def position_of(engine: Engine) -> dict[str, Any]:
         "is_pass_end_due": is_pass_end_due,
         "pass_epoch": progress.pass_epoch if data is not None and has_pass_begun else None,
         "sampler_epoch": getattr(find_epoch_sampler(data), "epoch", None),
-        **(shown_numbers(state) if is_end_due else {}),
+        **(shown_numbers(state) if is_end_due or (is_under_way and state.epoch_length is None) else {}),
     }
 
 

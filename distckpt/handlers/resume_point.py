@@ -48,7 +48,7 @@ class ResumePoint:
     sampler: Mapping[str, Any] | None = None  # the state of a ResumableSampler
     pass_epoch: int | None = None  # of another sampler, when the pass under way drew its order
     sampler_epoch: int | None = None  # of that sampler, at the save
-    output: Any = None  # the numbers in the engine's output, if `is_end_due`; see epoch_numbers.py
+    output: Any = None  # the numbers in the engine's output, if the epoch may have ended; see epoch_numbers.py
     metrics: Mapping[str, Any] | None = None  # likewise
     lacking: Sequence[str] = ()  # names of what is left out of both
 

@@ -14,10 +14,11 @@ Rank-local; issues no collectives.
 
 import itertools
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from ignite.engine import Engine, Events
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
 
@@ -28,6 +29,8 @@ from distckpt.handlers.data_loaders import (
     resets_workers,
     samplers_of,
 )
+from distckpt.handlers.engine_events import TrackedHandler
+from distckpt.handlers.ignite_hooks import get_handlers
 from distckpt.handlers.resume_point import ResumePoint
 from distckpt.handlers.rng_state import RngState
 
@@ -137,15 +140,16 @@ def warn_if_epoch_unknown(data: Any, point: ResumePoint) -> None:
         )
 
 
-def warn_if_pass_end_lost(data: Any, point: ResumePoint, handlers: Iterable[Any]) -> None:
+def warn_if_pass_end_lost(engine: Engine, point: ResumePoint) -> None:
     """Warn if a handler of DATALOADER_STOP_ITERATION may have changed the order of the coming pass, and is not called.
 
-    Args:
-        data: the engine's data.
-        point: the resume point.
-        handlers: the program's handlers of that event.
+    Handlers of this library and of the engine itself do not count.
     """
-    if point.is_pass_end_due and find_epoch_sampler(data) is not None and list(handlers):
+    if not point.is_pass_end_due or find_epoch_sampler(engine.state.dataloader) is None:
+        return
+    handlers = get_handlers(engine, Events.DATALOADER_STOP_ITERATION)
+    owners = [getattr(handler, "__self__", handler) for handler in handlers]
+    if not all(isinstance(owner, Engine | RngState | TrackedHandler) for owner in owners):
         warnings.warn(
             "resume: the checkpoint was saved after the last batch of a pass. The handlers of "
             "DATALOADER_STOP_ITERATION are not called for that pass: if one of them sets the sampler's epoch, the "

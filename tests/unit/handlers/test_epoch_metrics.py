@@ -3,6 +3,7 @@
 import contextlib
 import math
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +186,46 @@ def test_within_an_epoch_nothing_is_recorded(tmp_path: Path) -> None:
     trainer.add_event_handler(Events.ITERATION_COMPLETED(once=1), checkpoint)
     trainer.run(BATCHES, max_epochs=1)
     assert not {"output", "metrics"} & set(record_of(Path(str(checkpoint.last_checkpoint)))["data"])
+
+
+@pytest.mark.parametrize("saves_metric", [False, True])
+@pytest.mark.parametrize("on_loop", [False, True])
+def test_the_first_epoch_of_data_without_a_length_is_completed(
+    tmp_path: Path, *, on_loop: bool, saves_metric: bool
+) -> None:
+    def go(*, is_killed: bool) -> list[Any]:
+        class Stream:
+            def __iter__(self) -> Iterator[float]:
+                return iter(BATCHES)
+
+        trainer = Loop(Stream(), max_epochs=2) if on_loop else Engine(lambda _engine, batch: batch)
+        average, seen = Average(), list[Any]()
+        average.attach(trainer, "average")
+        objects = {"trainer": trainer} | ({"average": average} if saves_metric else {})
+        checkpoint = Checkpoint(objects, DiskSaver(tmp_path, require_empty=False))
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, checkpoint)
+
+        @trainer.on(Events.EPOCH_COMPLETED)
+        def look() -> None:
+            if is_killed:
+                raise KilledError
+            seen.append((trainer.state.output, trainer.state.metrics["average"], trainer.state.iteration))
+
+        resume(objects, checkpoint, engine=trainer)
+        if isinstance(trainer, Loop):
+            with trainer:
+                for _ in trainer.epochs():
+                    for batch in trainer.batches():
+                        trainer.output = batch
+        else:
+            trainer.run(Stream(), max_epochs=2)
+        return seen
+
+    with contextlib.suppress(KilledError):
+        go(is_killed=True)
+    if saves_metric:
+        assert go(is_killed=False) == [(6.0, 3.0, 4), (6.0, 3.0, 8)]
+        return
+    with pytest.warns(UserWarning, match=r"epoch 1 were trained before, .*metrics \(Average\) are not"):
+        first, second = go(is_killed=False)
+    assert (first[0], math.isnan(first[1]), second) == (6.0, True, (6.0, 3.0, 8))

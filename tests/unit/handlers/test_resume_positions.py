@@ -472,3 +472,35 @@ def test_an_epoch_saved_after_its_last_batch_is_ended(tmp_path: Path, ends_epoch
         fire_epochs(folder, die_at=die_at, **program)  # type: ignore[arg-type]
         assert fire_epochs(folder, **program) == alone  # type: ignore[arg-type]
         assert fire_epochs(folder, **program) == alone  # type: ignore[arg-type]  # the run's last file is of its last batch
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_an_epoch_saved_while_it_is_terminated_is_ended(tmp_path: Path, *, skips: bool) -> None:
+    def go(folder: Path, *, is_killed: bool) -> list[Any]:
+        model = Model()
+
+        def step(engine: Engine, batch: int) -> None:
+            model.seen.append((engine.state.epoch, batch))
+            if engine.state.iteration == 2:
+                engine.terminate_epoch(skip_epoch_completed=skips)
+
+        trainer = Engine(step)
+        objects = {"trainer": trainer, "model": model}
+        saver = Checkpoint(objects, DiskSaver(folder, require_empty=False))
+        trainer.add_event_handler(Events.TERMINATE_SINGLE_EPOCH, saver)
+        resume(objects, saver)
+
+        @trainer.on(Events.EPOCH_STARTED if skips else Events.EPOCH_COMPLETED)
+        def kill() -> None:
+            if is_killed and trainer.state.iteration == 2:
+                raise KilledError
+
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: model.seen.append((trainer.state.epoch, "end")))
+        with contextlib.suppress(KilledError):
+            trainer.run(range(4), max_epochs=2)
+        return model.seen
+
+    alone = go(tmp_path / "alone", is_killed=False)
+    assert alone.count((1, "end")) == (not skips)
+    go(tmp_path / "two", is_killed=True)
+    assert go(tmp_path / "two", is_killed=False) == alone
