@@ -210,7 +210,7 @@ class ResumableSampler(DistributedSampler[int]):
                 f"sampler has shuffle={self.shuffle}: give it the same"
             )
             raise ValueError(msg)
-        following = state_dict.get("next_epoch")
+        following: Any = state_dict.get("next_epoch")
         self.seed = state_dict["seed"]
         self._loaded, self._next_epoch = position, following if _is_int(following) else position.epoch + 1
         if position.num_samples and not self._num_left(position):
@@ -227,6 +227,11 @@ class ResumableSampler(DistributedSampler[int]):
     def distckpt_num_left(self) -> int:
         """Return the number of samples that the next pass has for each rank."""
         return self._num_left(self._loaded or _Position(0))
+
+    def distckpt_end_pass(self) -> None:
+        """Let the next pass be the epoch that follows the loaded one: no batch is left in that."""
+        self._loaded, self._next_epoch = _Position(self._next_epoch), self._next_epoch + 1
+        self.distckpt_is_reserved = False
 
     @property
     def distckpt_start(self) -> Any:

@@ -183,7 +183,7 @@ class FastForward:
             raise ValueError(msg)
         self._point = fitted[0]
         self._position_engine(engine)
-        if recorded.is_end_due:
+        if self._point.is_end_due:
             expect_run(engine)
         set_init_iter(engine, self._point.in_epoch)  # ignite derives it from the iteration
         if self._point.scale != recorded.scale:
@@ -408,8 +408,8 @@ class FastForward:
         if self._num_consumed and self._skip_batches:
             self._skip_consumed(engine)
         if self._point.is_drawn:  # the batch is drawn after handlers that may draw numbers again
-            for restore in [one.capture_current() for one in self._rng_states]:
-                after_event(engine, lambda _, restore=restore: restore())
+            for one in self._rng_states:
+                one.keep_during_event(engine)
 
     def _skip_consumed(self, engine: Engine) -> None:
         iterator: Iterator[Any] = get_iterator(engine)  # type: ignore[assignment]  # made by now

@@ -171,8 +171,6 @@ def fit_to_data(
     new_length = epoch_length or (length if is_pass_an_epoch else point.epoch_length) or point.epoch_length
     batches = 0
     if num_left is not None and length is not None:
-        if not num_left and length:
-            raise ValueError(_refusal(point, length, size, "fewer samples are left than a batch has"))
         batches = max(0, length - num_left)
     elif point.is_mid_pass:
         problem = _why_unknown(point, data, world_size, knows_pass=knows_pass)
@@ -190,7 +188,7 @@ def fit_to_data(
     trained = point.trained - point.in_epoch + in_epoch
     if new_length is not None and new_length != point.epoch_length and counts_epochs:
         trained = point.epoch * new_length + in_epoch
-    return replace(
+    fitted = replace(
         point,
         trained=trained,
         in_epoch=in_epoch,
@@ -201,6 +199,17 @@ def fit_to_data(
         num_samples=total,
         scale=point.scale + (trained != point.trained),
     )
+    if num_left == 0 and length:  # fewer samples are left than a batch has, and the loader leaves them out
+        return _end_pass(fitted, ends_epoch=is_pass_an_epoch and in_epoch > 0)
+    return fitted
+
+
+def _end_pass(point: ResumePoint, *, ends_epoch: bool) -> ResumePoint:
+    """Return the resume point after the pass under way, and after its epoch's last batch if `ends_epoch`."""
+    point = replace(point, batches=0, pass_begun=False, iteration_begun=False, is_drawn=False)
+    if ends_epoch:
+        point = replace(point, epoch=point.epoch + 1, in_epoch=0, epoch_begun=False, is_end_due=True)
+    return point
 
 
 def _distributed_sampler_of(data: Any) -> Any:

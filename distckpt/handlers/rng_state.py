@@ -223,6 +223,11 @@ class RngState:
 
         return restore
 
+    def keep_during_event(self, engine: Engine) -> None:
+        """Restore this rank's present states after the handlers of the engine's present event. Rank-local."""
+        restore = self.capture_current()
+        after_event(engine, lambda _: restore())
+
     # -- the passes over the data ------------------------------------------------------------------
 
     def _on_epoch_started(self, engine: Engine) -> None:

@@ -50,7 +50,10 @@ class SamplerPosition:
             is_begun = self._point.is_drawn or state["position"] > 0
             sampler.distckpt_is_reserved = is_begun or (self._point.is_mid_pass and bool(data.num_workers))
         self._start = sampler.distckpt_start
-        return batches_left(data) if sampler.distckpt_is_positioned else None
+        num_left = batches_left(data) if sampler.distckpt_is_positioned else None
+        if num_left == 0 and len(data):  # the loader leaves out a last batch that is not whole
+            sampler.distckpt_end_pass()
+        return num_left
 
     def load_again(self, data: Any) -> None:
         """Load the position again if another iterator has drawn indices since."""

@@ -20,7 +20,7 @@ class KilledError(Exception):
 
 
 def draw_validation_seed() -> None:
-    for _ in DataLoader(range(2)):  # it draws a seed for its workers, though it has none
+    for _ in DataLoader(TensorDataset(torch.arange(2))):  # it draws a seed for its workers, though it has none
         pass
 
 
@@ -42,7 +42,7 @@ def terminate_and_skip(trainer: Engine) -> None:
 
 def terminate_between_passes(trainer: Engine) -> None:
     trainer.add_event_handler(
-        Events.DATALOADER_STOP_ITERATION, lambda: trainer.state.epoch == 1 and trainer.terminate_epoch()
+        Events.DATALOADER_STOP_ITERATION, lambda: trainer.terminate_epoch() if trainer.state.epoch == 1 else None
     )
     trainer.add_event_handler(Events.EPOCH_COMPLETED, draw_validation_seed)
 
@@ -110,7 +110,7 @@ def test_numbers_drawn_between_an_iterator_and_its_first_batch_keep_the_order(
 @pytest.mark.filterwarnings("ignore:resume. the loader starts new workers")
 @pytest.mark.parametrize("persistent_workers", [False, True])
 def test_workers_that_have_drawn_the_order_before_keep_it(tmp_path: Path, *, persistent_workers: bool) -> None:
-    loader = {"num_workers": 1, "persistent_workers": persistent_workers}
+    loader: dict[str, Any] = {"num_workers": 1, "persistent_workers": persistent_workers}
     alone = train(None, terminate_second_batch, **loader)
     assert resumed(tmp_path, terminate_second_batch, (5, 9), **loader) == alone
 
@@ -274,3 +274,54 @@ def test_a_pass_end_that_is_not_reported_again_is_warned_of(tmp_path: Path) -> N
     set_epochs(tmp_path, Events.DATALOADER_STOP_ITERATION, 6)
     with pytest.warns(UserWarning, match="DATALOADER_STOP_ITERATION are not called for that pass"):
         set_epochs(tmp_path, Events.DATALOADER_STOP_ITERATION)
+
+
+# -- a last batch that is left out -------------------------------------------------------------------------------------
+
+
+def leave_out(folder: Path, batch_size: int, die_at: int = 0, **run: int) -> tuple[list[int], list[str]]:
+    """Train on a ResumableSampler's loader with ``drop_last``; return the samples and the fired events."""
+    data = range(48)
+    sampler = ResumableSampler(data, num_replicas=1, rank=0, seed=1)
+    loader: DataLoader[Any] = DataLoader(data, batch_size=batch_size, sampler=sampler, drop_last=True)  # type: ignore[arg-type]
+    samples: list[int] = []
+    events: list[str] = []
+
+    def step(engine: Engine, batch: Any) -> None:
+        if engine.state.iteration == die_at:
+            raise KilledError
+        samples.extend(batch.tolist())
+
+    trainer = Engine(step)
+    saver = Checkpoint({"trainer": trainer}, DiskSaver(folder, require_empty=False), n_saved=1)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, saver)
+    for event in (Events.EPOCH_STARTED, Events.EPOCH_COMPLETED, Events.COMPLETED):
+        trainer.add_event_handler(event, lambda _, name: events.append(f"{name} {trainer.state.epoch}"), event.name)
+    resume(saver.to_save, saver, engine=trainer)
+    with contextlib.suppress(KilledError):
+        trainer.run(loader, **run)
+    return samples, events
+
+
+def test_an_epoch_whose_last_samples_are_no_batch_ends(tmp_path: Path) -> None:
+    first, _ = leave_out(tmp_path, 4, 12, max_epochs=1)
+    assert len(first) == 44
+    rest, events = leave_out(tmp_path, 8, 8, max_epochs=2)
+    assert events == ["EPOCH_COMPLETED 1", "EPOCH_STARTED 2"]
+    again, events = leave_out(tmp_path, 8, max_epochs=2)
+    assert events == ["EPOCH_STARTED 2", "EPOCH_COMPLETED 2", "COMPLETED 2"]
+    assert len(rest) == 8
+    assert sorted(rest + again) == list(range(48))
+
+
+def test_a_run_whose_last_samples_are_no_batch_ends(tmp_path: Path) -> None:
+    leave_out(tmp_path, 4, 12, max_epochs=1)
+    assert leave_out(tmp_path, 8, max_epochs=1) == ([], ["EPOCH_COMPLETED 1", "COMPLETED 1"])
+
+
+def test_a_pass_whose_last_samples_are_no_batch_ends_within_an_epoch(tmp_path: Path) -> None:
+    leave_out(tmp_path, 4, 12, max_epochs=2, epoch_length=15)
+    rest, events = leave_out(tmp_path, 8, max_epochs=2, epoch_length=15)
+    assert events == ["EPOCH_STARTED 1", "EPOCH_COMPLETED 1", "EPOCH_STARTED 2", "EPOCH_COMPLETED 2", "COMPLETED 2"]
+    assert len(rest) == 8 * (30 - 11)
+    assert sorted(rest[:48]) == list(range(48))
