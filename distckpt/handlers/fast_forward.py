@@ -7,7 +7,7 @@ epoch would train its first batches twice and its last ones never. A completed r
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -38,6 +38,7 @@ from distckpt.handlers.run_limits import ReachedLimits, RunLimits
 from distckpt.handlers.sample_order import (
     draw_first_indices,
     exhaust_sampler,
+    skip_batches,
     start_workers,
     warn_if_epoch_unknown,
     warn_if_order_differs,
@@ -406,31 +407,10 @@ class FastForward:
     def _draw_again(self, engine: Engine) -> None:
         """Draw the trained batches, as before the save."""
         if self._num_consumed and self._skip_batches:
-            self._skip_consumed(engine)
+            skip_batches(get_iterator(engine), self._num_consumed, engine.state.epoch)
         if self._point.is_drawn:  # the batch is drawn after handlers that may draw numbers again
             for one in self._rng_states:
                 one.keep_during_event(engine)
-
-    def _skip_consumed(self, engine: Engine) -> None:
-        iterator: Iterator[Any] = get_iterator(engine)  # type: ignore[assignment]  # made by now
-        num_skipped = 0
-        for _ in range(self._num_consumed):
-            try:
-                next(iterator)
-            except StopIteration:
-                warnings.warn(
-                    f"resume: {self._num_consumed} batches of this pass over the data were trained before, but the "
-                    f"data ended after {num_skipped}. Are they the same data, in batches of the same size?",
-                    stacklevel=2,
-                )
-                break
-            num_skipped += 1
-        _logger.log(
-            log_level(current().rank, {0}),
-            "resume: skipped %d batches of epoch %d that were trained before",
-            num_skipped,
-            engine.state.epoch,
-        )
 
     def _on_iteration_started(self, engine: Engine) -> None:
         self.detach(engine)

@@ -13,6 +13,7 @@ Rank-local; issues no collectives.
 """
 
 import itertools
+import logging
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,8 @@ from ignite.engine import Engine, Events
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
 
+from distckpt._messages import log_level
+from distckpt.backends.detect import current
 from distckpt.handlers.data_loaders import (
     find_epoch_sampler,
     find_random_sampler,
@@ -34,6 +37,7 @@ from distckpt.handlers.ignite_hooks import get_handlers
 from distckpt.handlers.resume_point import ResumePoint
 from distckpt.handlers.rng_state import RngState
 
+_logger = logging.getLogger(__name__)
 _DRAW_ONCE = (SubsetRandomSampler, WeightedRandomSampler)
 """Samplers that draw from a generator only at the start of a pass."""
 
@@ -171,3 +175,27 @@ def warn_if_ranks_changed(data: Any, before: int | None, now: int, *, is_mid_pas
         f"distckpt.ResumableSampler",
         stacklevel=2,
     )
+
+
+def skip_batches(iterator: Any, num_batches: int, epoch: int) -> None:
+    """Draw and drop the batches of a pass that were trained before; warn if there are fewer.
+
+    Args:
+        iterator: ignite's, made by now.
+        num_batches: that were trained.
+        epoch: number of the epoch, for the log.
+    """
+    num_skipped = 0
+    for _ in range(num_batches):
+        try:
+            next(iterator)
+        except StopIteration:
+            warnings.warn(
+                f"resume: {num_batches} batches of this pass over the data were trained before, but the data ended "
+                f"after {num_skipped}. Are they the same data, in batches of the same size?",
+                stacklevel=2,
+            )
+            break
+        num_skipped += 1
+    level = log_level(current().rank, {0})
+    _logger.log(level, "resume: skipped %d batches of epoch %d that were trained before", num_skipped, epoch)
