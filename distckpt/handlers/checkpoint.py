@@ -104,7 +104,7 @@ class Checkpoint(Serializable, Voter):
     keeps_history: bool = False
     """Whether :meth:`reset` keeps the history; True before the first batch of a resumed run."""
     resumes_with: Callable[[], None] | None = None
-    """What the next call does instead of a save: it restores the state that this call has saved before the resume."""
+    """What a call does instead of a save, in an event that a resumed run repeats."""
     vote_kind = VoteKind.SAVE_WANTED
     may_run_early = False  # a call saves the state at its own place among the handlers
     lag = None

@@ -87,8 +87,9 @@ class RestoredState:
     ) -> None:
         """Collective. Restore the objects in the engine's present event.
 
-        The checkpoint has the effects of the event's handlers before the one that saved it, if it was saved in this
-        event. So the objects are restored when that handler is called, which then saves nothing; else after the event.
+        The event was fired before the save. If the checkpoint was saved in it, it has the effects of the handlers
+        before the one that saved it: the objects are restored when that handler is called. Otherwise it has the effects
+        of all handlers, and the objects are restored after the event. Until then no Checkpoint saves.
 
         Args:
             engine: the engine.
@@ -98,16 +99,16 @@ class RestoredState:
         waiting = [restore_more]
 
         def restore() -> None:
-            for one in savers:
+            for one in self._handlers:
                 one.resumes_with = None
             if waiting:
                 self.restore_changed(f"handlers of {event_name}")
                 waiting.pop()()
 
         filename = self.saved.filename if self.saved.event_name == event_name else ""
-        savers = [one for one in self._handlers if one._history.kept.has_name(filename)]  # noqa: SLF001 - half of a resume
-        for one in savers:
-            one.resumes_with = restore
+        for one in self._handlers:
+            is_saver = one._history.kept.has_name(filename)  # noqa: SLF001 - the other half of a resume
+            one.resumes_with = restore if is_saver else lambda: None
         after_event(engine, lambda _: restore())
 
     def release_histories(self) -> None:

@@ -242,3 +242,27 @@ def test_handlers_before_and_after_a_checkpoint_have_their_effects_once(
     assert resumed.rates == alone.rates[-len(resumed.rates) :]
     assert resumed.counter.counts == alone.counter.counts
     assert len(resumed.rates) < len(alone.rates) or event == Events.STARTED
+
+
+@pytest.mark.parametrize("kills", [[6], [6, 6], [6, 6, 7]])
+@pytest.mark.parametrize("is_first", [True, False], ids=["checkpoint first", "checkpoint last"])
+@pytest.mark.parametrize("event", [Events.EPOCH_STARTED, Events.ITERATION_STARTED, Events.STARTED])
+def test_no_checkpoint_saves_in_an_event_that_was_fired_before_the_save(
+    tmp_path: Path, event: Events, *, is_first: bool, kills: list[int]
+) -> None:
+    def run(folder: Path, kill_at: int | None) -> Draws:
+        torch.manual_seed(0)
+        program = Draws(folder, event, is_first=is_first, kill_at=kill_at)
+        latest = Checkpoint(program.objects, DiskSaver(folder, require_empty=False), "latest", n_saved=1)
+        program.trainer.add_event_handler(Events.ITERATION_COMPLETED(every=2), latest)
+        resume(program.objects, folder, engine=program.trainer)
+        with contextlib.suppress(Killed):
+            program.trainer.run([1.0, 2.0, 3.0], max_epochs=3)
+        return program
+
+    alone = run(tmp_path / "alone", None)
+    for kill_at in kills:
+        run(tmp_path / "killed", kill_at)
+    resumed = run(tmp_path / "killed", None)
+    assert resumed.rates == alone.rates[-len(resumed.rates) :]
+    assert resumed.counter.counts == alone.counter.counts
