@@ -104,7 +104,10 @@ def _start(form: str, folder: Path, result: Path) -> Callable[[Callable[[int], N
 
 
 def _kill_and_resume(root: str, kills: int, seed: int) -> dict[str, tuple[int, int, list[str]]]:
-    """Run trainings until enough starts were killed; return kills, resumes and findings of each form."""
+    """Run trainings until enough starts were killed, and enough resumed; return these numbers and findings by form.
+
+    On a busy machine many kills come before the first save: then there are more of them.
+    """
     torch.set_num_threads(1)
     moments, found = random.Random(seed), {}
     for form in FORMS:
@@ -113,14 +116,14 @@ def _kill_and_resume(root: str, kills: int, seed: int) -> dict[str, tuple[int, i
         alone.run()
         span_s = time.monotonic() - begin_s
         num_kills, num_resumes, number, findings = 0, 0, 0, list[str]()
-        while num_kills < kills:
+        while num_kills < kills or num_resumes <= kills // 4:
             number += 1
             folder, result = Path(root) / f"{form}{number}", Path(root) / f"{form}{number}.result"
             folder.mkdir()
             while not result.exists():
                 with forked(_start(form, folder, result)) as child:
                     num_resumes += child.acknowledged[0] > 0
-                    if num_kills < kills and moments.random() < 0.9:
+                    if (num_kills < kills or num_resumes <= kills // 4) and moments.random() < 0.9:
                         time.sleep(moments.uniform(0.0, span_s))  # the random moment itself, nothing is waited for
                         child.kill()
                         num_kills += not result.exists()
@@ -148,4 +151,3 @@ def test_a_killed_training_ends_as_the_run_left_alone(
             f"{len(findings)} ended otherwise than the run left alone"
         )
     assert {form: findings for form, (_, _, findings) in found.items()} == {form: [] for form in FORMS}
-    assert all(num_resumes > kills // 4 for _, num_resumes, _ in found.values()), "the kills came too early"
