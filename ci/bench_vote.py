@@ -195,7 +195,6 @@ def measure(rank: int, world_size: int, store: str, arguments: argparse.Namespac
     steps = {"the host waits": lambda: time.sleep(STEP_S)}
     if world_size <= (os.cpu_count() or 1):
         steps["the host computes"] = make_computing_step(STEP_S)
-
     for number in range(arguments.rounds + 1):
         taken = seconds_of_exact_votes(n)
         taken["loop, ignite"] = seconds_per_iteration("ignite", None, n)

@@ -208,8 +208,8 @@ class Checkpoint(Serializable, Voter):
             self._save_alone(engine, backend)
             return
         # Without user functions every call saves. On events other than iterations a vote costs more than it avoids.
-        is_plain = self.score_function is None and self.global_step_transform is None
-        asks = has_others and not is_plain and is_iteration_event(engine)
+        has_functions = self.score_function is not None or self.global_step_transform is not None
+        asks = has_functions and has_others and is_iteration_event(engine)
         self._asking_engine, self._facts, self._is_wanted = (engine if asks else None), None, not asks
         try:
             hold_votes(engine, self, backend if has_others else None, asks=asks)

@@ -92,6 +92,7 @@ class FastForward:
         self._skip_batches = skip_batches
         self._timeout_s = timeout_s
         self._reached_limits = ReachedLimits(engine, restored, self._rng_states)
+        self._is_saved_on_started = restored.saved.event_name == "STARTED"
         self._has_ended_epoch = False
         self._has_begun_batches = False
         self._resets_workers = False
@@ -257,12 +258,13 @@ class FastForward:
             continue_from(engine, None)
             return
         self._has_begun_batches = False
-        was_saved_here = self._restored.saved.event_name == "STARTED"
-        self._restore_where_saved(engine, "STARTED", self._restore_loaded if was_saved_here else lambda: None)
+        self._restore_where_saved(
+            engine, "STARTED", self._restore_loaded if self._is_saved_on_started else lambda: None
+        )
         after_event(engine, self._after_started)
 
     def _after_started(self, engine: Engine) -> None:
-        if self._restored.saved.event_name == "STARTED":
+        if self._is_saved_on_started:
             self._restore_between_epochs = [one.capture_current() for one in self._rng_states]
         if self._point.seed is not None and isinstance(engine, DeterministicEngine):
             engine.state.seed = self._point.seed

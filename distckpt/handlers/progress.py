@@ -40,9 +40,7 @@ class Progress:
     needs_iterator: bool = True  # ignite makes a new iterator before the next batch, or has just made it
     awaits_batch: bool = True  # the present iterator has given no batch yet
     sampler_start: Any = None  # `ResumableSampler.distckpt_start` of the present iterator; None if it draws no indices
-    pass_epoch: int | None = (
-        None  # the epoch of another sampler when the present iterator drew its order; None likewise
-    )
+    pass_epoch: int | None = None  # another sampler's epoch when the present iterator drew its order; None likewise
     scale: int = 0  # as in ResumePoint
     resumed: ResumePoint | None = None  # where the next run continues; None if it starts where ignite would
 

@@ -82,9 +82,7 @@ class RestoredState:
         for handler in self._handlers:
             handler.keeps_history = True
 
-    def restore_in_event(
-        self, engine: Engine, event_name: str, restore_more: Callable[[], None] = lambda: None
-    ) -> None:
+    def restore_in_event(self, engine: Engine, event_name: str, restore_more: Callable[[], None]) -> None:
         """Collective. Restore the objects in the engine's present event.
 
         The event was fired before the save. If the checkpoint was saved in it, it has the effects of the handlers
@@ -96,14 +94,16 @@ class RestoredState:
             event_name: of the event that it fires.
             restore_more: called after the objects are restored.
         """
-        waiting = [restore_more]
+        is_restored = False
 
         def restore() -> None:
+            nonlocal is_restored
             for one in self._handlers:
                 one.resumes_with = None
-            if waiting:
+            if not is_restored:
+                is_restored = True
                 self.restore_changed(f"handlers of {event_name}")
-                waiting.pop()()
+                restore_more()
 
         filename = self.saved.filename if self.saved.event_name == event_name else ""
         for one in self._handlers:

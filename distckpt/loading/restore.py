@@ -363,8 +363,9 @@ def _pair_objects(
     mismatches: _Mismatches = []
     if len(to_load) == 1:
         ((key, obj),) = to_load.items()
-        is_known = file is not None and file.bare_key() == key
-        if is_known or not isinstance(state, Mapping) or key not in state or _is_bare(obj, state, key):
+        is_bare = not isinstance(state, Mapping) or key not in state
+        is_bare = is_bare or (file is not None and file.bare_key() == key)
+        if is_bare or _is_bare(obj, state, key):
             _walk(key, obj, state, loads, mismatches)
             return loads, mismatches
     _walk("", dict(to_load), state, loads, mismatches)

@@ -46,8 +46,12 @@ _UNSPELLABLE = "\n"
 """Prefix of names that no pickle can call, because the unpickler reads names by the line."""
 _SEARCHED = frozenset({dict, OrderedDict, Counter, list, tuple})
 """Types of the containers in which placeholders are replaced."""
-_LEAVES = frozenset({str, int, float, bool, complex, bytes, bytearray, type(None), TensorShard})
-_LEAVES |= {torch.Size, torch.dtype, torch.device}
+_LEAVES = frozenset(
+    {
+        *(str, int, float, bool, complex, bytes, bytearray, type(None)),
+        *(torch.Size, torch.dtype, torch.device, TensorShard),
+    }
+)
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 _LOST = "a NumPy array or dtype is in an object that is no mapping, list or tuple"
 _LOCK = threading.Lock()

@@ -191,7 +191,8 @@ def describe_misfit(tensor: Any) -> str | None:
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
         return None
-    shape, own = tuple(tensor.shape), tuple(tensor._local_tensor.shape)  # noqa: SLF001 - to_local() returns a new tensor
+    local = tensor._local_tensor  # noqa: SLF001 - to_local() returns a new tensor
+    shape, own = tuple(tensor.shape), tuple(local.shape)
     _, mesh_shape = mesh_ranks(tensor.device_mesh)
     try:
         expected = shard_shape(shape, mesh_shape, coordinate, tensor.placements)
@@ -204,7 +205,7 @@ def describe_misfit(tensor: Any) -> str | None:
         )
     if own != expected:
         return f"a DTensor of which this rank holds a shard of shape {own}, where its placements give {expected}"
-    return "a DTensor whose storage was freed" if is_freed(tensor._local_tensor) else None  # noqa: SLF001 - as above
+    return "a DTensor whose storage was freed" if is_freed(local) else None
 
 
 def is_shard(placement: Any) -> bool:

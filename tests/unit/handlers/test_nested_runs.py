@@ -27,8 +27,13 @@ class StepError(Exception):
     """What a step raises."""
 
 
-def after_the_batches(evaluate: Evaluate) -> tuple[Engine, Callable[[], object]]:
-    """Return a Loop that evaluates after each epoch's batches, and the function that runs it."""
+def in_a_loop(evaluate: Evaluate, *, is_last: bool) -> tuple[Engine, Callable[[], object]]:
+    """Return a Loop that evaluates in each epoch, and the function that runs it.
+
+    Args:
+        evaluate: evaluates.
+        is_last: whether it is called after the epoch's batches, or else in the last iteration.
+    """
     loop = Loop([0, 1], max_epochs=6)
 
     def run() -> None:
@@ -36,23 +41,22 @@ def after_the_batches(evaluate: Evaluate) -> tuple[Engine, Callable[[], object]]
             for _ in loop.epochs():
                 for batch in loop.batches():
                     loop.output = batch
-                evaluate(loop)
+                    if batch == 1 and not is_last:
+                        evaluate(loop)
+                if is_last:
+                    evaluate(loop)
 
     return loop, run
+
+
+def after_the_batches(evaluate: Evaluate) -> tuple[Engine, Callable[[], object]]:
+    """Return a Loop that evaluates after each epoch's batches, and the function that runs it."""
+    return in_a_loop(evaluate, is_last=True)
 
 
 def among_the_batches(evaluate: Evaluate) -> tuple[Engine, Callable[[], object]]:
     """Return a Loop that evaluates in each epoch's last iteration, and the function that runs it."""
-    loop = Loop([0, 1], max_epochs=6)
-
-    def run() -> None:
-        with loop:
-            for _ in loop.epochs():
-                for batch in loop.batches():
-                    if batch == 1:
-                        evaluate(loop)
-
-    return loop, run
+    return in_a_loop(evaluate, is_last=False)
 
 
 def in_the_step_function(evaluate: Evaluate) -> tuple[Engine, Callable[[], object]]:

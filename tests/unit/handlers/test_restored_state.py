@@ -221,26 +221,46 @@ class Draws(Program):
         return batch
 
 
+def train_through_kills(
+    folder: Path, event: Events, kills: list[int], *, is_first: bool, has_latest: bool
+) -> tuple[Draws, Draws]:
+    """Return a program that ran alone, and one that was killed in some iterations; both have trained to the end.
+
+    Args:
+        folder: of the checkpoints.
+        event: of the program's checkpoint.
+        kills: the iterations in which it is killed, one in each start.
+        is_first: see `Draws`.
+        has_latest: whether another checkpoint saves after each second iteration. The newest file of both is resumed.
+    """
+
+    def run(own: Path, kill_at: int | None) -> Draws:
+        torch.manual_seed(0)
+        program = Draws(own, event, is_first=is_first, kill_at=kill_at)
+        if has_latest:
+            latest = Checkpoint(program.objects, DiskSaver(own, require_empty=False), "latest", n_saved=1)
+            program.trainer.add_event_handler(Events.ITERATION_COMPLETED(every=2), latest)
+        resume(program.objects, own if has_latest else program.saver, engine=program.trainer)
+        with contextlib.suppress(Killed):
+            program.trainer.run([1.0, 2.0, 3.0], max_epochs=3)
+        return program
+
+    alone = run(folder / "alone", None)
+    for kill_at in kills:
+        run(folder / "killed", kill_at)
+    resumed = run(folder / "killed", None)
+    assert resumed.rates == alone.rates[-len(resumed.rates) :]
+    assert resumed.counter.counts == alone.counter.counts
+    return alone, resumed
+
+
 @pytest.mark.parametrize("kills", [[6], [6, 6], [6, 6, 7]])
 @pytest.mark.parametrize("is_first", [True, False], ids=["checkpoint first", "checkpoint last"])
 @pytest.mark.parametrize("event", [Events.EPOCH_STARTED, Events.ITERATION_STARTED, Events.STARTED])
 def test_handlers_before_and_after_a_checkpoint_have_their_effects_once(
     tmp_path: Path, event: Events, *, is_first: bool, kills: list[int]
 ) -> None:
-    def run(folder: Path, kill_at: int | None) -> Draws:
-        torch.manual_seed(0)
-        program = Draws(folder, event, is_first=is_first, kill_at=kill_at)
-        resume(program.objects, program.saver, engine=program.trainer)
-        with contextlib.suppress(Killed):
-            program.trainer.run([1.0, 2.0, 3.0], max_epochs=3)
-        return program
-
-    alone = run(tmp_path / "alone", None)
-    for kill_at in kills:
-        run(tmp_path / "killed", kill_at)
-    resumed = run(tmp_path / "killed", None)
-    assert resumed.rates == alone.rates[-len(resumed.rates) :]
-    assert resumed.counter.counts == alone.counter.counts
+    alone, resumed = train_through_kills(tmp_path, event, kills, is_first=is_first, has_latest=False)
     assert len(resumed.rates) < len(alone.rates) or event == Events.STARTED
 
 
@@ -250,19 +270,4 @@ def test_handlers_before_and_after_a_checkpoint_have_their_effects_once(
 def test_no_checkpoint_saves_in_an_event_that_was_fired_before_the_save(
     tmp_path: Path, event: Events, *, is_first: bool, kills: list[int]
 ) -> None:
-    def run(folder: Path, kill_at: int | None) -> Draws:
-        torch.manual_seed(0)
-        program = Draws(folder, event, is_first=is_first, kill_at=kill_at)
-        latest = Checkpoint(program.objects, DiskSaver(folder, require_empty=False), "latest", n_saved=1)
-        program.trainer.add_event_handler(Events.ITERATION_COMPLETED(every=2), latest)
-        resume(program.objects, folder, engine=program.trainer)
-        with contextlib.suppress(Killed):
-            program.trainer.run([1.0, 2.0, 3.0], max_epochs=3)
-        return program
-
-    alone = run(tmp_path / "alone", None)
-    for kill_at in kills:
-        run(tmp_path / "killed", kill_at)
-    resumed = run(tmp_path / "killed", None)
-    assert resumed.rates == alone.rates[-len(resumed.rates) :]
-    assert resumed.counter.counts == alone.counter.counts
+    train_through_kills(tmp_path, event, kills, is_first=is_first, has_latest=True)
