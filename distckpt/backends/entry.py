@@ -73,6 +73,10 @@ def initialize(
         _initialize_other(backend, init_method=init_method, rank=rank, world_size=world_size, timeout=timeout)
     else:
         _initialize_torch(backend, init_method, rank, world_size, timeout)
+    if backend == "gloo":
+        # Gloo has connected the ranks. One that is done first and then ends at once, by an error of its own, would
+        # break the connections that others still make, and their errors would hide its own.
+        dist.barrier()
 
 
 def _initialize_torch(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,28 @@ def test_parallel_joins_the_ranks_that_a_launcher_started(tmp_path: Path, launch
         distckpt.barrier()
     assert notes_in(tmp_path) == [expected_note(rank, 2, "word", 7) for rank in range(2)]
     assert not dist.is_initialized()
+
+
+@torch_only
+@run_distributed(world_size=2, backend=None)
+def test_no_rank_goes_on_before_all_have_joined(
+    tmp_path: Path, launcher_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.environ["MASTER_PORT"] = str(launcher_port)
+    has_joined, join = tmp_path / "has joined", dist.init_process_group
+
+    def join_late(*args: Any, **options: Any) -> None:
+        join(*args, **options)
+        time.sleep(0.5)
+        has_joined.touch()
+
+    if os.environ["RANK"] == "0":
+        monkeypatch.setattr(dist, "init_process_group", join_late)
+    distckpt.initialize("gloo")
+    try:
+        assert has_joined.exists(), "an error of this rank would break the connections of the other, and be hidden"
+    finally:
+        distckpt.finalize()
 
 
 @torch_only
