@@ -194,13 +194,13 @@ def test_a_save_waits_for_an_earlier_one_to_its_path_as_long_as_that_takes(tmp_p
     write = DirectFile.write
 
     def slowly(self: DirectFile, data: memoryview, offset: int) -> None:
-        time.sleep(2.0)
+        time.sleep(4.0)
         write(self, data, offset)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DirectFile, "write", slowly)
-        first = async_save({"model": Constant(1.0)}, tmp_path / "a.pt", timeout_s=1.0)
-        second = save({"model": Constant(2.0)}, tmp_path / "a.pt", timeout_s=1.0)
+        first = async_save({"model": Constant(1.0)}, tmp_path / "a.pt", timeout_s=2.0)
+        second = save({"model": Constant(2.0)}, tmp_path / "a.pt", timeout_s=2.0)
     first.wait()
     assert torch.load(second, weights_only=True)["value"] == 2.0
 

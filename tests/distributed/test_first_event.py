@@ -145,6 +145,6 @@ def test_handlers_that_are_attached_on_both_ranks_meet(tmp_path: Path) -> None:
     if job.rank() == 1:
         checkpoint(tmp_path / "never attached")
         terminate_on_nan(tmp_path)
-    handler = checkpoint(tmp_path / "attached")
+    handler = Checkpoint({"model": model_of(1.0)}, tmp_path / "attached")
     fire(handler)
     assert gather(handler.last_checkpoint) == [tmp_path / "attached" / "model_1.pt"] * 2

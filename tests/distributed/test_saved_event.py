@@ -122,11 +122,11 @@ def test_a_write_may_take_longer_than_the_others_wait_for_anything_else(tmp_path
 
     def slow_write(write: Callable[..., object], *args: Any, **kwargs: Any) -> None:
         with contextlib.suppress(RuntimeError):
-            store.wait(["never set"], timedelta(seconds=1.0))
+            store.wait(["never set"], timedelta(seconds=4.0))
         write(*args, **kwargs)
 
     with written_by(slow_write):
-        handler = Checkpoint({"model": model_of(1.0)}, tmp_path, timeout_s=0.5)
+        handler = Checkpoint({"model": model_of(1.0)}, tmp_path, timeout_s=2.0)
         fire(handler)
     assert gather(handler.last_checkpoint) == [tmp_path / "model_1.pt"] * 2
 
