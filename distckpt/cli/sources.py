@@ -1,7 +1,7 @@
 """Open a checkpoint of any format, and read its tensors on request.
 
-The state's tensors are on the CPU and have no data (see :mod:`distckpt.ptformat.lazy_state`): untouched memory takes no
-space. Their bytes are read in chunks, or one tensor at a time. Nothing from a file is executed.
+The state's tensors are on the CPU and have no data (see :mod:`distckpt.ptformat.lazy_state`): memory that nobody writes
+to takes no space. Their bytes are read in chunks, or one tensor at a time. Nothing from a file is executed.
 """
 
 import contextlib

@@ -202,7 +202,7 @@ class DiskSaver(BaseSaveHandler):
             TypeError: the constructor got a keyword argument that ``torch.save`` does not take; raised on every rank.
             ShardedStateError: the checkpoint holds a sharded tensor; raised on every rank that has a shard.
             ValueError: the name would leave the directory, or meets a symlink.
-            SaveError: the file could not be written. An earlier file of that name is untouched.
+            SaveError: the file could not be written. An earlier file of that name is unchanged.
             CommitNotDurable: the file is in place, but may not survive a power cut.
         """
         state = plain_state(checkpoint, "the checkpoint", convert_numpy=False)

@@ -207,7 +207,7 @@ def enter_run(engine: Engine) -> None:
 
 
 def leave_run(engine: Engine) -> None:
-    """Undo :func:`enter_run`. Does nothing if the engine is not counted on this thread."""
+    """Reverse :func:`enter_run`. Does nothing if the engine is not counted on this thread."""
     runs = FIRINGS.runs
     for index in reversed(range(len(runs))):  # the last one, unless a program drives several runs in turn
         if runs[index][1]() is engine:

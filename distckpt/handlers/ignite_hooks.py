@@ -35,7 +35,7 @@ from distckpt.handlers.engine_events import (
     leave_run,
 )
 
-_MAX_WRAPPERS = 16  # around one handler: a wrapper may claim to wrap itself
+_MAX_WRAPPERS = 16  # around one handler: a wrapper may say that it wraps itself
 _ITERATION_STARTED, _ITERATION_COMPLETED = Events.ITERATION_STARTED, Events.ITERATION_COMPLETED  # slow to look up
 
 
@@ -75,7 +75,7 @@ def expect_run(engine: Engine) -> None:
 
 
 def end_expectation(engine: Engine) -> None:
-    """Undo :func:`expect_run`: let the engine find out itself whether its run is complete."""
+    """Reverse :func:`expect_run`: let the engine find out itself whether its run is complete."""
     vars(engine).pop("_is_done", None)
 
 

@@ -45,7 +45,7 @@ class DistckptCallback(LoopCallback, Callback, lightning_hooks.FitHooks):  # typ
         >>> Trainer(callbacks=[callback], enable_checkpointing=False).fit(module, loader)  # doctest: +SKIP
     """
 
-    _undo: Callable[[], None] | None = None
+    _uninstall: Callable[[], None] | None = None
     _is_first_epoch = True
 
     def _make_progress(self) -> lightning_hooks.FitProgress:
@@ -67,7 +67,7 @@ class DistckptCallback(LoopCallback, Callback, lightning_hooks.FitHooks):  # typ
             raise RuntimeError("a DistckptCallback is for one call of fit(): make another one")
         self._run.find()
         self._progress.trainer = trainer
-        self._undo = lightning_hooks.install(trainer, self)
+        self._uninstall = lightning_hooks.install(trainer, self)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collective. Load what was found."""
@@ -103,9 +103,9 @@ class DistckptCallback(LoopCallback, Callback, lightning_hooks.FitHooks):  # typ
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore the Trainer's own methods and the signals' previous handlers."""
-        if self._undo is not None:
-            self._undo()
-            self._undo = None
+        if self._uninstall is not None:
+            self._uninstall()
+            self._uninstall = None
         self._run.close()
 
     # -- what the Trainer has no events for ----------------------------------------------------------

@@ -44,7 +44,7 @@ class FitHooks(ABC):
 
 
 def install(trainer: Trainer, hooks: FitHooks) -> Callable[[], None]:
-    """Let a Trainer call the hooks; return a function that undoes it."""
+    """Let a Trainer call the hooks; return a function that removes them."""
     fit, epoch, signals = trainer.fit_loop, trainer.fit_loop.epoch_loop, trainer._signal_connector  # noqa: SLF001 - so below
 
     def start_epoch(inner: Callable[..., Any], fetcher: Any) -> None:
@@ -79,11 +79,11 @@ def install(trainer: Trainer, hooks: FitHooks) -> Callable[[], None]:
         inner = getattr(obj, name)
         setattr(obj, name, functools.wraps(inner)(functools.partial(wrapper, inner)))
 
-    def undo() -> None:
+    def uninstall() -> None:
         for obj, name, _ in wrappers:
             vars(obj).pop(name, None)
 
-    return undo
+    return uninstall
 
 
 def why_unsupported(trainer: Trainer) -> str | None:

@@ -91,7 +91,7 @@ def save(
         ShardedStateError: a state is sharded in a way that cannot be saved, or not alike on all ranks; or the ranks
             have different modules or optimizers under one key; on every rank.
         ReplicasDiffer: replicas differ; on every rank.
-        SaveError: the file could not be written; on every rank. A file that `path` named before is untouched.
+        SaveError: the file could not be written; on every rank. A file that `path` named before is unchanged.
         CommitNotDurable: the file has its name, but may not survive a power cut; on every rank.
         RemoteRankError: base class of what is raised for an error on another rank.
 

@@ -153,7 +153,7 @@ class PendingSave:
         Raises:
             TimeoutError: the save has not ended; on every rank. It continues, and :meth:`wait` may be called again.
             RemoteRankError: the save failed on some rank; on every rank, with the type of the error there.
-            SaveError: with one rank, the file could not be written. A file that `path` named before is untouched.
+            SaveError: with one rank, the file could not be written. A file that `path` named before is unchanged.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while not self._has_ended:

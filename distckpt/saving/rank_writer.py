@@ -266,7 +266,7 @@ class RankWriter:
         """Run step 3, with the checksums of all writers in the order of their ranges. Other ranks do nothing.
 
         Raises:
-            SaveError: the storage failed; the previous file of that name is untouched.
+            SaveError: the storage failed; the previous file of that name is unchanged.
             CommitNotDurable: the file has its name, but may not survive a power cut.
         """
         if self.is_coordinator and self._file is not None and self._snapshot is not None:
@@ -316,7 +316,7 @@ def write_file(
 
     Raises:
         ValueError: the name points outside the storage.
-        SaveError: the storage failed; the previous file of that name is untouched.
+        SaveError: the storage failed; the previous file of that name is unchanged.
         CommitNotDurable: the file has its name, but may not survive a power cut.
     """
     if uses_default_format(options):

@@ -135,7 +135,7 @@ class NewFile(Readable, Protocol):
             check: returns what is wrong with the file's content. Called if the storage may have lost bytes.
 
         Raises:
-            SaveError: the storage failed; the previous file of that name is untouched.
+            SaveError: the storage failed; the previous file of that name is unchanged.
             CommitNotDurable: the file has its name, but may not survive a power cut.
         """
 
