@@ -26,7 +26,6 @@ from tests.crash.modes import MODES, disk_saver, is_background, is_sharded
 from tests.crash.subject import idle_engine
 from tests.crash.trained import local_of, shard_parameters
 from tests.support import run_ranks
-from tests.support.selection import quick
 
 pytestmark = pytest.mark.crash
 
@@ -113,7 +112,6 @@ def _damage_on_ranks(root: str, mode: str, num: int, seed: int) -> list[str]:
     return wrong
 
 
-@quick(3)
 @pytest.mark.parametrize("mode", MODES)
 def test_damage_is_reported_on_all_ranks_and_all_resume_from_the_older_one(
     tmp_path: Path,

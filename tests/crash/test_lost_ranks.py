@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from tests.crash.lost_jobs import End, Job, Jobs, Table
-from tests.support.selection import quick
 
 WORLD = 4
 LIMIT_S = 3.0
@@ -163,7 +162,6 @@ def lose(jobs: Jobs, table: Table, plans: Sequence[dict[str, Any]], *, tolerance
     return found
 
 
-@quick(1)
 @pytest.mark.parametrize("launcher", ["nobody", "agent"])
 def test_a_writing_rank_that_is_lost_is_named_by_those_that_wait_for_it(
     jobs: Jobs, table: Table, launcher: str
@@ -216,7 +214,6 @@ def test_a_rank_that_is_lost_right_after_its_first_event_is_named(
     lose(jobs, table, [{**how, "fault": fault} for fault in FAULTS])
 
 
-@quick(1)
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_rank_that_is_lost_with_an_overlapped_vote_is_named(jobs: Jobs, table: Table, victim: int) -> None:
     how = {"lag": 1, "victim": victim, "launcher": "agent"}
@@ -283,7 +280,6 @@ def test_orphans_end_by_themselves(jobs: Jobs, launcher: str, step: str) -> None
 # -- no fault ----------------------------------------------------------------------------------------
 
 
-@quick(1)
 @pytest.mark.parametrize("step", ["same engine", "new engine", "one after the other"])
 def test_ranks_that_all_raised_and_caught_it_run_again(jobs: Jobs, step: str) -> None:
     how = {"program": "run again", "step": step, "at": 5, "victim": -1, "world_size": 3, "timeout_s": LIMIT_S}
@@ -314,7 +310,6 @@ def test_a_rank_that_ends_its_run_before_the_others_is_named(jobs: Jobs, table: 
     )
 
 
-@quick(1)
 @pytest.mark.parametrize("launcher", ["nobody", "parent", "agent"])
 def test_a_job_without_a_fault_ends_in_silence(jobs: Jobs, launcher: str) -> None:
     how = {"program": "end well", "at": 15, "victim": -1, "world_size": 3, "timeout_s": LIMIT_S, "launcher": launcher}

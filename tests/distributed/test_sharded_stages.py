@@ -31,7 +31,6 @@ from tests.distributed.test_stage_state import (
     check_trained,
 )
 from tests.support import job, run_distributed, run_ranks
-from tests.support.selection import quick
 
 pytestmark = pytest.mark.only_on("gloo", why="stages send over Gloo")
 SHAPES = {"pipeline, FSDP2": (2, 2, 1), "pipeline, tensor parallel": (2, 1, 2), "FSDP2, tensor parallel": (1, 2, 2)}
@@ -121,7 +120,6 @@ def check_loads(path: Path, shape: Sequence[int]) -> None:
     check_held(torch.load(path, weights_only=True), model, optimizer)
 
 
-@quick(2)
 @pytest.mark.parametrize("name", SHAPES)
 @run_distributed(world_size=4)
 def test_sharded_stages_are_whole_in_the_file_and_load_in_any_layout(tmp_path: Path, name: str) -> None:

@@ -11,7 +11,6 @@ from ignite.engine import Engine, Events
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from distckpt import Checkpoint, DiskSaver, ResumableSampler, RngState, resume
-from tests.support.selection import quick
 
 Attach = Callable[[Engine], None]
 
@@ -165,7 +164,6 @@ def evaluate_beside(folder: Path | None, evaluation: Any, die_at: int = 0, **opt
     return seen
 
 
-@quick(4)
 @pytest.mark.filterwarnings("ignore:resume. the loader starts new workers")
 @pytest.mark.parametrize(
     "options",
