@@ -49,7 +49,7 @@ def initialize(
 
     Reads ``RANK``, ``LOCAL_RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT`` (torchrun), or SLURM's variables
     of a plain ``srun``. ``horovod`` calls ``hvd.init()``; ``xla`` makes this process, or this replica's thread, part of
-    a torch_xla job. Neither takes the other arguments.
+    a torch_xla job. Neither takes the other arguments. Over Gloo it returns once all ranks have joined.
 
     Args:
         backend: one of :func:`available_backends`.

@@ -90,7 +90,7 @@ class _UnreadStorages:
 
     def alive(self) -> list[tuple[RecordLocation, torch.UntypedStorage]]:
         """Return the storages that the caller still refers to, in the order of the file."""
-        revive: Any = torch.UntypedStorage._new_with_weak_ptr  # noqa: SLF001 - what torch hands storages to processes by
+        revive: Any = torch.UntypedStorage._new_with_weak_ptr  # noqa: SLF001 - torch.multiprocessing uses it
         held = [(record, revive(reference.cdata)) for record, reference in self.storages.values()]
         return sorted(((record, one) for record, one in held if one is not None), key=lambda pair: pair[0].offset)
 
