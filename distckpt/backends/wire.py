@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from distckpt._values import is_numpy_scalar
+from distckpt._values import has_python_value, is_numpy_scalar
 
 _MARK = "$"
 
@@ -22,7 +22,7 @@ def encode(value: Any) -> bytes:
 
     Args:
         value: None, bool, int, float, complex, str, bytes, Path, a tensor of any dtype and shape (decoded on the CPU),
-            a NumPy scalar (decoded as Python's), and dicts, lists, tuples and sets of them.
+            a NumPy scalar with a Python value (decoded as that), and dicts, lists, tuples and sets of them.
 
     Returns:
         ASCII bytes.
@@ -62,7 +62,7 @@ def _pack(value: Any) -> Any:
         return value
     if isinstance(value, list):
         return [_pack(item) for item in value]
-    if is_numpy_scalar(value):
+    if is_numpy_scalar(value) and has_python_value(value):
         return _pack(value.item())
     for kind, pack in _PACK:
         if isinstance(value, kind):

@@ -197,7 +197,10 @@ class Own:
 
 @pytest.mark.parametrize(
     "value",
-    [Own(), Own, len, range(3), Decimal(1), np.zeros(2), memoryview(b""), PurePosixPath("a"), iter([])],
+    [
+        *(Own(), Own, len, range(3), Decimal(1), np.zeros(2), memoryview(b""), PurePosixPath("a"), iter([])),
+        *(np.longdouble(0.5), np.clongdouble(1j), np.datetime64(1, "ns"), np.void(b"ab")),  # no Python type holds them
+    ],
     ids=lambda value: type(value).__name__,
 )
 def test_other_types_are_refused_and_named(value: object) -> None:
