@@ -53,16 +53,22 @@ def run_with_both(program: Callable[[Library, Path], Any], folder: Path) -> tupl
     return results[0], results[1]
 
 
-def same(one: Any, other: Any) -> bool:
-    """Return True if two trees of tensors, numbers and containers are bit-equal."""
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+def assert_same(one: Any, other: Any, where: str = "") -> None:
+    """Raise AssertionError, which names the first difference, unless two trees of tensors and numbers are bit-equal."""
     if isinstance(one, Mapping):
-        alike = isinstance(other, Mapping) and list(one) == list(other)
-        return alike and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, Sequence) and not isinstance(one, str | bytes):
-        return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
-    return bool(one == other)
+        assert isinstance(other, Mapping), f"{where}: {one} and {other}"
+        assert list(one) == list(other), f"{where}: keys {list(one)} and {list(other)}"
+        for key in one:
+            assert_same(one[key], other[key], f"{where}[{key!r}]")
+    elif isinstance(one, Sequence) and not isinstance(one, str | bytes):
+        assert len(one) == len(other), f"{where}: {one} and {other}"
+        for index, (first, second) in enumerate(zip(one, other, strict=True)):
+            assert_same(first, second, f"{where}[{index}]")
+    elif isinstance(one, torch.Tensor):
+        is_equal = isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+        assert is_equal, f"{where}: {one} and {other}"
+    else:
+        assert one == other, f"{where}: {one} and {other}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from tests.distributed.idist import fresh_idist
 from tests.parity.ignite_sdist import VERSION, cached_archive, rewrite_imports
-from tests.parity.libraries import IGNITE, OURS, Library, same
+from tests.parity.libraries import IGNITE, OURS, Library, assert_same
 from tests.support import run_ranks
 
 STAND_INS = Path(__file__).parent / "stand_ins"
@@ -86,7 +86,7 @@ def _with_both(folder: Path, name: str, work: str) -> Any:
             results.append(globals()[work](own / f"pytorch_ignite-{VERSION}" / "examples" / name, own))
         _barrier()
     theirs, ours = results
-    assert same(theirs, ours)
+    assert_same(theirs, ours)
     return ours
 
 

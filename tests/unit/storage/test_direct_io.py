@@ -9,7 +9,9 @@ import mmap
 import os
 import random
 import resource
+import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -180,23 +182,37 @@ def test_aligned_memory_is_written_with_o_direct_and_bytes_never_are(tmp_path: P
 
 
 @needs_extension
-def test_a_thread_that_writes_chunks_rarely_waits_for_the_gil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sleep = ctypes.PyDLL(None).usleep  # PyDLL keeps the GIL, as an optimizer's step does
-    chunks = blocks_of(aligned(MIB // 4))
+def test_a_thread_that_writes_chunks_does_not_wait_for_the_gil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    libc = ctypes.PyDLL(None)  # PyDLL keeps the GIL, as an optimizer's step does
+    content = CONTENT[: MIB // 4]
+    chunks = blocks_of(aligned(len(content)))
 
-    def num_sleeps() -> int:
-        with opened(tmp_path / "a") as (_, direct):
-            thread, found = threading.Thread(target=direct.write_chunks, args=(chunks,)), 0
+    def is_written_meanwhile(limit_s: float) -> bool:
+        """Whether all chunks are written while this thread keeps the GIL, once the first one is."""
+        found = ctypes.create_string_buffer(len(content))
+        with opened(tmp_path / "a") as (fd, direct):
+            os.ftruncate(fd, 0)
+            thread = threading.Thread(target=direct.write_chunks, args=(chunks,))
             thread.start()
-            while thread.is_alive():
-                sleep(20_000)
-                found += 1
-        assert (tmp_path / "a").read_bytes() == CONTENT[: MIB // 4]
-        return found
+            while not os.fstat(fd).st_size:
+                time.sleep(0.001)
+            deadline = time.monotonic() + limit_s
+            while found.raw != content and time.monotonic() < deadline:
+                libc.usleep(1000)
+                libc.pread(fd, found, ctypes.c_size_t(len(content)), ctypes.c_long(0))
+            is_written = found.raw == content
+            thread.join()
+        assert (tmp_path / "a").read_bytes() == content
+        return is_written
 
-    in_c = num_sleeps()
-    monkeypatch.setattr(direct_io, "_native", None)
-    assert in_c < num_sleeps() / 2
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(600.0)  # this thread has to offer the GIL, and is not asked for it
+    try:
+        assert is_written_meanwhile(limit_s=60.0)
+        monkeypatch.setattr(direct_io, "_native", None)
+        assert not is_written_meanwhile(limit_s=1.0)
+    finally:
+        sys.setswitchinterval(interval_s)
 
 
 @needs_extension
