@@ -1,6 +1,7 @@
 """pytest's settings for all tests: options, selection, and the rank processes' end."""
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import settings
 
 from tests.contracts.implementations import not_run
 from tests.support import outcomes, selection
+from tests.support.isolate import forget_runs
 from tests.support.pool import discard_pools
 from tests.support.store import shorten_lookups
 
@@ -41,6 +43,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item], config: pytest.Confi
         outcomes.record_reason(item)
         if "crash" in item.path.parts:
             item.add_marker(pytest.mark.crash)
+
+
+@pytest.fixture(autouse=True)
+def ended_runs() -> Iterator[None]:
+    """Fail a test that leaves an engine's run under way."""
+    yield
+    assert forget_runs() == []
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from ignite.engine import Events
 
+from distckpt.handlers.engine_events import leave_run
 from distckpt.handlers.stepped_engine import Pause
 from distckpt.integrations.callback_loop import CallbackLoop
 
@@ -58,6 +59,11 @@ def train(loop: CallbackLoop, num_steps: int) -> None:
         assert loop.complete_iteration(0.0)
 
 
+def kill(loop: CallbackLoop) -> None:
+    """Forget a run, as the end of its process would."""
+    leave_run(loop.engine)
+
+
 def test_epochs_end_where_the_loop_says(tmp_path: Path) -> None:
     loop = make(tmp_path)
     names = events_of(loop)
@@ -93,21 +99,26 @@ def test_an_epoch_that_ends_after_a_resume_has_its_metrics(tmp_path: Path) -> No
     first, second = make(tmp_path), make(tmp_path)
     start(first)
     first.engine.state.metrics.update(loss=0.5, accuracy=torch.tensor(0.75))
-    train(first, 2)  # and it is killed before the epoch's end
+    train(first, 2)
+    kill(first)  # before the epoch's end
     found: list[dict[str, Any]] = []
     second.engine.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: found.append(dict(engine.state.metrics)))
     assert second.find() is not None
     start(second)
     assert second.begin_epoch()
     assert found == [{"loss": 0.5, "accuracy": torch.tensor(0.75)}]
+    second.end()
 
 
 def test_an_epoch_that_ends_early_is_refused_while_the_run_goes_on(tmp_path: Path) -> None:
     loop = make(tmp_path)
     start(loop)
     train(loop, 1)
-    with pytest.raises(RuntimeError, match="an epoch ended after 1 of 2 steps"):
+    with pytest.raises(RuntimeError, match="an epoch ended after 1 of 2 steps") as caught:
         loop.end_epoch(stops=False)
+    with pytest.raises(RuntimeError, match="an epoch ended"):
+        loop.fail(caught.value)
+    assert loop.has_ended
 
 
 def test_a_handler_stops_the_loop_after_its_iteration(tmp_path: Path) -> None:
@@ -152,6 +163,7 @@ def test_the_next_pass_after_a_resume_draws_as_the_first(tmp_path: Path) -> None
                 if name == "first" and len(seen) == 2:
                     break
             if name == "first":
+                kill(loop)
                 break
             loop.end_epoch(stops=loop.engine.state.iteration == 6)
     assert drawn["first"] + drawn["second"] == drawn["alone"]

@@ -15,7 +15,7 @@ import _pytest.outcomes
 from torch.distributed import Store
 
 from tests.support.channel import Channel, set_call_store
-from tests.support.isolate import collect_background_errors, isolate, leftover_threads
+from tests.support.isolate import collect_background_errors, forget_runs, isolate, leftover_threads
 from tests.support.locate import load_function
 from tests.support.messages import Idle, Outcome, Ready, Release, Task, pack, unpack
 from tests.support.runtime import join, leave
@@ -63,6 +63,7 @@ def _serve_one(task: Task, channel: Channel, store: Store, scope: TaskScope) -> 
     threads = set(threading.enumerate())
     with scope.enter(task) as errors:
         outcome = _run(task, store)
+        errors.extend(forget_runs())
         if errors and outcome.kind == "returned":
             outcome = Outcome(kind="raised", reason=errors[0], traceback="\n".join(errors))
         channel.send(outcome)

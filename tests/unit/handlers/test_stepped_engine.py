@@ -46,3 +46,5 @@ def test_without_the_argument_an_iteration_follows_the_other_at_once() -> None:
     engine.begin(None, 1, None, 2)
     engine.advance()
     assert [engine.advance(), engine.advance()] == [Pause.ITERATION_STARTED] * 2
+    while engine.advance() is not Pause.RUN_ENDED:
+        pass

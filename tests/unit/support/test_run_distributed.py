@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from distckpt import Loop
 from tests.support import (
     RankFailedError,
     run_distributed,
@@ -145,6 +146,18 @@ def test_an_exception_in_a_ranks_thread_fails_the_test_and_its_output_is_shown()
     with pytest.raises(RankFailedError, match="uncaught exception in thread") as caught:
         run_ranks(_fails_in_a_thread, 1)
     assert "what the rank printed" in str(caught.value)
+
+
+LEFT: list[Loop] = []
+
+
+def _leaves_a_run() -> None:
+    LEFT.append(Loop(max_epochs=1, epoch_length=1).__enter__())
+
+
+def test_a_run_that_a_rank_leaves_under_way_fails_the_test() -> None:
+    with pytest.raises(RankFailedError, match=r"left a run of .*Loop.* under way"):
+        run_ranks(_leaves_a_run, 1)
 
 
 def _prints() -> None:
