@@ -221,12 +221,12 @@ def decide_from(intents: Sequence[SaveIntent]) -> AgreedSave:
         score=score,
         global_step=own.global_step,
         is_mid_epoch=own.is_mid_epoch,
-        former=() if own.is_saved else own.former,
+        former=own.former,
     )
     is_forced = own.is_final and score is None and not own.is_saved
     is_scored = score is not None
     is_saved = is_forced or retention.wants(
-        history,
+        own.history if own.is_saved else history,  # what was saved before replaces nothing under a lower step
         priority,
         policies=own.policy.policies(is_scored=is_scored),
         is_scored=is_scored,

@@ -116,6 +116,15 @@ def test_a_resumed_run_that_trains_nothing_saves_nothing_again(tmp_path: Path) -
     assert record_of(tmp_path / "checkpoint_8.pt") == before
 
 
+@pytest.mark.parametrize("n_saved", [None, 3])
+def test_a_state_that_is_saved_again_under_a_lower_step_is_the_newest(tmp_path: Path, n_saved: int | None) -> None:
+    program(2, saver(tmp_path, n_saved=n_saved), event=Events.ITERATION_COMPLETED(every=4))
+    handler = program(2, saver(tmp_path, n_saved=n_saved, global_step_transform=lambda e, _: e.state.epoch))
+    names = [name for _, name in handler.state_dict()["_saved"]]
+    assert names == ["checkpoint_4.pt", "checkpoint_8.pt", "checkpoint_2.pt"]
+    assert handler.last_checkpoint == tmp_path / "checkpoint_2.pt"
+
+
 # -- the owners of files -----------------------------------------------------------------------------
 
 
