@@ -13,6 +13,7 @@ import torch
 from distckpt.backends import wire
 from distckpt.backends.base import Backend
 from tests.contracts.implementations import SEVERAL_RANKS, clause
+from tests.support.equality import equal
 
 BIG = 2**53 + 1
 TEXT = "naïve Ünïcödé, 検査点, \N{PARTY POPPER}, \0, \ud800, \n"
@@ -39,17 +40,6 @@ OBJECTS: dict[str, object] = {
     "like our marks": {"$": "tuple", "v": [1, 2]},
     "path": Path("some/where ß"),
 }
-
-
-def equal(one: Any, other: Any) -> bool:
-    """Tell whether two values are equal, of equal types, and of equal bits where they are floats."""
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, dict):
-        return list(one) == list(other) and all(equal(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return one.hex() == other.hex() if isinstance(one, float) else bool(one == other)
 
 
 @pytest.mark.parametrize("kind", OBJECTS)

@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from distckpt import Checkpoint, DiskSaver, Preemption, RngState, global_step_from_engine, resume, stop_reason
 from tests.support import run_ranks
+from tests.support.equality import equal
 from tests.support.limits import PROGRAM_LIMIT_S
 from tests.support.selection import only_on, quick
-from tests.unit.toys import equal
 
 MAX_EPOCHS = 3
 EPOCH_LENGTH = 8

@@ -22,6 +22,7 @@ import distckpt
 from distckpt import Checkpoint, resume
 from distckpt.ptformat.reader import OpenCheckpoint
 from tests.support import job, run_distributed, run_ranks
+from tests.support.equality import equal
 
 pytestmark = pytest.mark.only_on("gloo", why="device meshes over Gloo")
 
@@ -260,14 +261,6 @@ def whole(state: Any) -> Any:
     if isinstance(state, dict):
         return {key: whole(item) for key, item in state.items()}
     return state.full_tensor() if isinstance(state, DTensor) else state
-
-
-def equal(one: Any, other: Any) -> bool:
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
-    if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    return bool(one == other)
 
 
 def into_sharded(path: str, kind: str, num_steps: int) -> None:

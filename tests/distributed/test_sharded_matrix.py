@@ -24,7 +24,6 @@ from tests.distributed.test_sharded_loading import (
     Tensors,
     bits,
     distribute,
-    equal,
     gathered,
     layouts,
     numbered,
@@ -35,6 +34,7 @@ from tests.distributed.test_sharded_loading import (
     whole as with_whole_tensors,
 )
 from tests.support import run_ranks
+from tests.support.equality import equal
 from tests.support.selection import is_full
 
 pytestmark = [

@@ -29,6 +29,7 @@ from distckpt.storage.direct_io import DirectFile
 from distckpt.storage.local import LocalStorage
 from tests.distributed.programs import all_equal, gather, raised, training_step, warned
 from tests.support import job, run_distributed
+from tests.support.equality import equal
 from tests.support.selection import torch_only
 
 MODES = pytest.mark.parametrize("background", [False, True], ids=["foreground", "background"])
@@ -78,10 +79,6 @@ def held(path: Path, like: Job) -> dict[str, torch.Tensor]:
     return {**state["model"], **states}
 
 
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-
-
 @contextlib.contextmanager
 def noted_writes(error: OSError | None = None) -> Iterator[list[int]]:
     """Note how many bytes of images this rank writes; fail instead where an error is given."""
@@ -116,7 +113,7 @@ def save_together(folder: Path, *, background: bool, width: int = 200, saving: i
     assert names == ["checkpoint_9.pt"] * job.world_size()
     for iteration in (3, 6, 9):
         if job.rank() == saving:  # the buffers are the saving rank's
-            assert same(held(folder / f"checkpoint_{iteration}.pt", one), expected[iteration])
+            assert equal(held(folder / f"checkpoint_{iteration}.pt", one), expected[iteration])
     written = gather(sum(lengths) / 3)
     assert max(written) < 1.1 * sum(written) / job.world_size() + (1 << 16)
     job.barrier()
@@ -185,7 +182,7 @@ def test_coordinator_writes_all_and_warns_if_layouts_differ(tmp_path: Path, *, b
     assert written[0] > 0
     assert written[1] == 0
     if job.rank() == 0:
-        assert same(held(tmp_path / "checkpoint_1.pt", one), expected)
+        assert equal(held(tmp_path / "checkpoint_1.pt", one), expected)
 
 
 @MODES

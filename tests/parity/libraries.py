@@ -1,6 +1,6 @@
 """Run a program on ignite's handlers and on distckpt's, and compare the results."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,24 +51,6 @@ def run_with_both(program: Callable[[Library, Path], Any], folder: Path) -> tupl
         torch.manual_seed(0)
         results.append(program(library, own))
     return results[0], results[1]
-
-
-def assert_same(one: Any, other: Any, where: str = "") -> None:
-    """Raise AssertionError, which names the first difference, unless two trees of tensors and numbers are bit-equal."""
-    if isinstance(one, Mapping):
-        assert isinstance(other, Mapping), f"{where}: {one} and {other}"
-        assert list(one) == list(other), f"{where}: keys {list(one)} and {list(other)}"
-        for key in one:
-            assert_same(one[key], other[key], f"{where}[{key!r}]")
-    elif isinstance(one, Sequence) and not isinstance(one, str | bytes):
-        assert len(one) == len(other), f"{where}: {one} and {other}"
-        for index, (first, second) in enumerate(zip(one, other, strict=True)):
-            assert_same(first, second, f"{where}[{index}]")
-    elif isinstance(one, torch.Tensor):
-        is_equal = isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-        assert is_equal, f"{where}: {one} and {other}"
-    else:
-        assert one == other, f"{where}: {one} and {other}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from ignite.handlers import LRScheduler
 import distckpt
 from distckpt.handlers import common
 from tests.parity.ignite_sdist import rewrite_imports, run_pytest, unpack
-from tests.parity.libraries import IGNITE, Library, Training, assert_same, run_with_both
+from tests.parity.libraries import IGNITE, Library, Training, run_with_both
+from tests.support.equality import equal
 from tests.support.selection import full_only
 
 FUNCTIONS = [
@@ -99,7 +100,7 @@ def test_a_run_leaves_the_same_files(tmp_path: Path, how: str, scheduler: str | 
         return files, training.trainer.state.epoch, training.trainer.state.metrics, many.state_dict(), one.state_dict()
 
     theirs, ours = run_with_both(program, tmp_path)
-    assert_same(theirs, ours)
+    assert equal(theirs, ours)
     assert ours[1] == 5, "the last two kinds of handlers had their say"
     assert len(ours[0]) == 5
 

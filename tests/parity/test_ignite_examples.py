@@ -20,8 +20,9 @@ import torch.distributed as dist
 
 from tests.distributed.idist import fresh_idist
 from tests.parity.ignite_sdist import VERSION, cached_archive, rewrite_imports
-from tests.parity.libraries import IGNITE, OURS, Library, assert_same
+from tests.parity.libraries import IGNITE, OURS, Library
 from tests.support import run_ranks
+from tests.support.equality import equal
 
 STAND_INS = Path(__file__).parent / "stand_ins"
 WORLDS = pytest.mark.parametrize("world_size", [1, 2])
@@ -86,7 +87,7 @@ def _with_both(folder: Path, name: str, work: str) -> Any:
             results.append(globals()[work](own / f"pytorch_ignite-{VERSION}" / "examples" / name, own))
         _barrier()
     theirs, ours = results
-    assert_same(theirs, ours)
+    assert equal(theirs, ours)
     return ours
 
 

@@ -17,8 +17,9 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
-from tests.parity.libraries import IGNITE, OURS, Library, assert_same, run_with_both
+from tests.parity.libraries import IGNITE, OURS, Library, run_with_both
 from tests.support import job, run_distributed
+from tests.support.equality import equal
 
 _MODULES = {
     "CheckpointSaver": "checkpoint_saver",
@@ -140,7 +141,7 @@ def test_the_saver_leaves_the_same_files_for_every_argument(tmp_path: Path, argu
     theirs, ours = run_with_both(
         lambda library, folder: _outcome(lambda: _save(library, folder, **arguments)), tmp_path
     )
-    assert_same(theirs, ours)
+    assert equal(theirs, ours)
 
 
 @pytest.mark.parametrize("filename", [None, "model.pt"])
@@ -159,7 +160,7 @@ def test_the_saver_takes_the_same_objects_and_metrics(
 ) -> None:
     arguments = {"save_key_metric": True, "key_metric_filename": filename, **arguments}
     theirs, ours = run_with_both(lambda library, folder: _save(library, folder, **arguments), tmp_path)
-    assert_same(theirs, ours)
+    assert equal(theirs, ours)
 
 
 @pytest.mark.parametrize("filename", [None, "final.pt"])
@@ -179,7 +180,7 @@ def test_the_saver_saves_on_an_exception(tmp_path: Path, breaks_at: int, filenam
         return _outcome(lambda: training.engine.run([0] * 4, max_epochs=2)), _contents(folder)
 
     theirs, ours = run_with_both(program, tmp_path)
-    assert_same(theirs, ours)
+    assert equal(theirs, ours)
     assert ours[0] == ("LookupError", "its own")
     assert len(ours[1]) == 1
 
@@ -208,7 +209,7 @@ def test_a_key_metrics_history_is_resumed(tmp_path: Path, key_metric_filename: s
         return standings
 
     theirs, ours = run_with_both(program, tmp_path)
-    assert_same(theirs, ours)
+    assert equal(theirs, ours)
 
 
 class _Twin(nn.Sequential):
@@ -255,7 +256,7 @@ def test_the_loader_loads_the_same_for_every_argument(tmp_path: Path, options: d
         return (error[0], sorted(to_load)) if error is not None else (net.state_dict(), optimizer.state_dict())
 
     theirs, ours = run_with_both(program, tmp_path)
-    assert_same(theirs, ours)
+    assert equal(theirs, ours)
 
 
 @pytest.mark.parametrize("max_epochs", [3, 8])
@@ -271,7 +272,7 @@ def test_the_loader_goes_on_with_the_engine(tmp_path: Path, max_epochs: int) -> 
         return error, state.epoch, state.iteration, state.max_epochs, second.net.state_dict()
 
     theirs, ours = run_with_both(program, tmp_path)
-    assert_same(theirs, ours)
+    assert equal(theirs, ours)
 
 
 @pytest.mark.parametrize(
@@ -335,6 +336,6 @@ def test_two_ranks_leave_the_same_files(tmp_path: Path, key_metric_filename: str
         )
         job.barrier()
     theirs, ours = results
-    assert_same(theirs[1:], ours[1:])
+    assert equal(theirs[1:], ours[1:])
     job.barrier()
-    assert_same(_contents(tmp_path / "ignite"), _contents(tmp_path / "distckpt"))
+    assert equal(_contents(tmp_path / "ignite"), _contents(tmp_path / "distckpt"))

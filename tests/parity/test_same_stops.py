@@ -17,7 +17,8 @@ from ignite.handlers import timing as ignites_timing
 
 from distckpt.handlers import time_limit as our_time_limit
 from distckpt.handlers import timer as our_timer
-from tests.parity.libraries import IGNITE, OURS, Library, Training, assert_same, run_with_both
+from tests.parity.libraries import IGNITE, OURS, Library, Training, run_with_both
+from tests.support.equality import equal
 
 _score = st.integers(-3, 3) | st.floats(-2, 2, allow_nan=False)
 
@@ -198,7 +199,7 @@ def test_model_checkpoint_saves_and_recovers_alike(tmp_path: Path) -> None:
         return names, handler.last_checkpoint.name, handler.state_dict(), states
 
     theirs, ours = run_with_both(program, tmp_path)
-    assert_same(theirs, ours)
+    assert equal(theirs, ours)
 
 
 @pytest.mark.parametrize(("saver", "loader"), [(IGNITE, OURS), (OURS, IGNITE)], ids=["theirs-ours", "ours-theirs"])
@@ -210,4 +211,4 @@ def test_each_loads_what_the_other_wrote(tmp_path: Path, saver: Library, loader:
     training.run(max_epochs=2)
     loader.Checkpoint.load_objects({name: fresh.objects()[name] for name in names}, str(handler.last_checkpoint))
     for name in names:
-        assert_same(fresh.objects()[name].state_dict(), training.objects()[name].state_dict())
+        assert equal(fresh.objects()[name].state_dict(), training.objects()[name].state_dict())

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from distckpt import Checkpoint, CorruptCheckpointError, LoadError, UnsafeCheckpoint
-from tests.unit.toys import Notebook, equal, linear, run_epochs, snapshot
+from tests.support.equality import equal
+from tests.unit.toys import Notebook, linear, run_epochs, snapshot
 
 
 class Payload:

@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distckpt import Checkpoint
 from distckpt._unwrap import unwrap
-from tests.unit.toys import equal, linear, run_epochs
+from tests.support.equality import equal
+from tests.unit.toys import linear, run_epochs
 
 
 def _compile(module: nn.Module) -> nn.Module:

@@ -1,7 +1,7 @@
 """Small engines, objects and savers that the unit tests play with."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -77,19 +77,6 @@ def run_epochs(handler: Checkpoint, num_epochs: int) -> Engine:
     engine.add_event_handler(Events.EPOCH_COMPLETED, handler)
     engine.run([0], max_epochs=num_epochs)
     return engine
-
-
-def equal(one: Any, other: Any) -> bool:
-    """Compare trees of tensors, numbers and containers, types included."""
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, Mapping):
-        if not isinstance(other, Mapping) or list(one) != list(other):
-            return False
-        return all(equal(one[key], other[key]) for key in one)
-    if isinstance(one, Sequence) and not isinstance(one, str | bytes):
-        return len(one) == len(other) and all(equal(a, b) for a, b in zip(one, other, strict=True))
-    return type(one) is type(other) and bool(one == other)
 
 
 def snapshot(objects: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distckpt.backends import wire
+from tests.support.equality import equal
 
 DTYPES = (
     torch.bool,
@@ -57,21 +58,6 @@ class Colour(enum.IntEnum):
 Pair = namedtuple("Pair", "first second")  # noqa: PYI024 - an untyped one is what users send
 
 
-def same(one: Any, other: Any) -> bool:
-    """Tell whether two values are equal, of equal types throughout, and of equal bits where they are floats."""
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, dict):
-        return same(list(one.items()), list(other.items()))
-    if isinstance(one, complex):
-        return same((one.real, one.imag), (other.real, other.imag))
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    if isinstance(one, float):
-        return repr(one) == repr(other)  # NaN is not equal to itself, and -0.0 is equal to 0.0
-    return bool(one == other)
-
-
 def raw(tensor: torch.Tensor) -> bytes:
     return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else b""
 
@@ -108,14 +94,14 @@ def returned(value: Any) -> Any:
     ids=lambda value: ascii(value)[:40],
 )
 def test_value_comes_back_equal(value: object) -> None:
-    assert same(returned(value), value)
-    assert same(returned([value]), [value])
-    assert same(returned({"k": value}), {"k": value})
+    assert equal(returned(value), value)
+    assert equal(returned([value]), [value])
+    assert equal(returned({"k": value}), {"k": value})
 
 
 @given(VALUES)
 def test_any_nesting_comes_back_equal(value: object) -> None:
-    assert same(returned(value), value)
+    assert equal(returned(value), value)
 
 
 @given(st.one_of(st.integers(), st.floats(), st.text(st.characters())))
@@ -188,7 +174,7 @@ def test_returned_tensor_can_be_written_to() -> None:
     ids=repr,
 )
 def test_subclasses_and_numpy_scalars_come_back_as_pythons_own(value: object, plain: object) -> None:
-    assert same(returned(value), plain)
+    assert equal(returned(value), plain)
 
 
 class Own:

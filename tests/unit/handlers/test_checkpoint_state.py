@@ -11,7 +11,8 @@ from ignite.engine import Events
 from torch import nn
 
 from distckpt import Checkpoint, DiskSaver
-from tests.unit.toys import InMemory, Notebook, equal, idle_engine, linear, run_epochs
+from tests.support.equality import equal
+from tests.unit.toys import InMemory, Notebook, idle_engine, linear, run_epochs
 
 
 def _checkpoint(**options: Any) -> Checkpoint:

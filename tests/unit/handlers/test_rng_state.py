@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from distckpt import Checkpoint, RngState
 from distckpt.handlers import rng_generators
 from distckpt.saving.capture import capture, consolidate
-from tests.unit.toys import Refuses, equal, idle_engine, run_epochs
+from tests.support.equality import equal
+from tests.unit.toys import Refuses, idle_engine, run_epochs
 
 
 def draw() -> list[Any]:

@@ -13,7 +13,8 @@ from torch import nn
 from distckpt import Checkpoint, DiskSaver
 from distckpt.loading.restore import check_complete
 from distckpt.ptformat.reader import OpenCheckpoint, read_pt
-from tests.unit.toys import Notebook, equal, linear, run_epochs, snapshot
+from tests.support.equality import equal
+from tests.unit.toys import Notebook, linear, run_epochs, snapshot
 
 load = Checkpoint.load_objects
 

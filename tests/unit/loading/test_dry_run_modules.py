@@ -11,7 +11,8 @@ from torch import nn
 
 from distckpt import Checkpoint
 from distckpt.loading import dry_run
-from tests.unit.toys import Refuses, equal, linear, snapshot
+from tests.support.equality import equal
+from tests.unit.toys import Refuses, linear, snapshot
 
 WRONG = linear(1, in_features=3).state_dict()
 

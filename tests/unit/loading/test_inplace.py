@@ -18,8 +18,9 @@ from distckpt import Checkpoint, CorruptCheckpointError, DiskSaver, PartialLoadE
 from distckpt.loading.inplace import InplaceTarget, drop_overlapping, read_into
 from distckpt.loading.part_reads import TensorPart
 from distckpt.ptformat.reader import OpenCheckpoint
+from tests.support.equality import equal
 from tests.unit.loading.test_dry_run import KINDS, bits, other_state
-from tests.unit.toys import Notebook, Refuses, equal, linear, snapshot
+from tests.unit.toys import Notebook, Refuses, linear, snapshot
 
 load = Checkpoint.load_objects
 

@@ -17,8 +17,9 @@ import distckpt
 from distckpt import Checkpoint, CorruptCheckpointError, LoadError, LoadReport, StateMismatchError, UnsafeCheckpoint
 from distckpt.loading.restore import prepare
 from distckpt.ptformat.reader import OpenCheckpoint
+from tests.support.equality import equal
 from tests.support.limits import PROGRAM_LIMIT_S
-from tests.unit.toys import Notebook, equal, linear, run_epochs, snapshot
+from tests.unit.toys import Notebook, linear, run_epochs, snapshot
 
 
 def cut(path: Path) -> Path:

@@ -17,7 +17,8 @@ from distckpt import Checkpoint, DiskSaver
 from distckpt.loading.dry_run import try_load
 from distckpt.loading.plain_objects import is_plain_optimizer
 from distckpt.ptformat.reader import OpenCheckpoint
-from tests.unit.toys import equal, linear
+from tests.support.equality import equal
+from tests.unit.toys import linear
 
 load = Checkpoint.load_objects
 

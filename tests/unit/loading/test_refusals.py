@@ -15,7 +15,8 @@ from ignite.metrics import Average
 from torch import nn
 
 from distckpt import Checkpoint, LoadReport, PartialLoadError, StateMismatchError
-from tests.unit.toys import Notebook, Refuses, equal, linear, snapshot
+from tests.support.equality import equal
+from tests.unit.toys import Notebook, Refuses, linear, snapshot
 
 load = Checkpoint.load_objects
 FLOAT4 = torch.arange(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)

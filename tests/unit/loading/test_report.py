@@ -13,8 +13,9 @@ from torch import nn
 
 from distckpt import Checkpoint, DiskSaver, LoadError, LoadReport, StateMismatchError, resume
 from distckpt.loading.report import join_mismatches
+from tests.support.equality import equal
 from tests.unit.loading.test_dry_run_modules import Hooked
-from tests.unit.toys import Notebook, equal, linear, run_epochs, snapshot
+from tests.unit.toys import Notebook, linear, run_epochs, snapshot
 
 load = Checkpoint.load_objects
 SURPLUS = {"weight": torch.ones(2, 2), "more": torch.ones(1)}

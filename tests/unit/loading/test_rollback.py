@@ -12,7 +12,8 @@ from ignite.metrics import Average
 from torch import nn
 
 from distckpt import Checkpoint, EarlyStopping, PartialLoadError
-from tests.unit.toys import InMemory, Notebook, Refuses, equal, idle_engine, linear, run_epochs, snapshot
+from tests.support.equality import equal
+from tests.unit.toys import InMemory, Notebook, Refuses, idle_engine, linear, run_epochs, snapshot
 
 
 class InPlace(Notebook):

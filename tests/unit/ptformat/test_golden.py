@@ -22,8 +22,8 @@ from distckpt.ptformat.reader import OpenCheckpoint, read_pt
 from distckpt.ptformat.verify import check_range, find_faults, split_ranges
 from distckpt.storage.local import LocalFile
 from tests.golden.files import ABOUT, FOLDER, golden_state, name_of, write
+from tests.support.equality import equal
 from tests.support.selection import is_full
-from tests.unit.ptformat.test_image import same
 from tests.unit.toys import Notebook
 
 FILES = sorted(FOLDER.glob("*.pt"))
@@ -40,9 +40,9 @@ def test_there_are_files_of_every_schema() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_golden_file_loads_to_what_was_saved(name: str) -> None:
     path = FOLDER / name
-    assert same(golden_state(), torch.load(path, weights_only=True))
-    assert same(golden_state(), torch.load(path, weights_only=True, mmap=True))
-    assert same(golden_state(), read_pt(path))
+    assert equal(golden_state(), torch.load(path, weights_only=True))
+    assert equal(golden_state(), torch.load(path, weights_only=True, mmap=True))
+    assert equal(golden_state(), read_pt(path))
     views = read_pt(path)["views"]
     assert len({view.untyped_storage().data_ptr() for view in views}) == 1
     with OpenCheckpoint(path) as file:
@@ -191,7 +191,7 @@ def test_a_damaged_manifest_of_a_newer_schema_is_damaged(tmp_path: Path) -> None
 @pytest.mark.parametrize("schema", [None, "2", 0, -1, 2.0, True, [2]])
 def test_a_manifest_without_a_schema_does_not_keep_a_sound_file_from_loading(tmp_path: Path, schema: Any) -> None:
     path = rewritten(tmp_path / "a.pt", lambda said: said | {"schema": schema})
-    assert same(golden_state(), read_pt(path))
+    assert equal(golden_state(), read_pt(path))
 
 
 def test_the_schema_comes_first_in_the_manifest() -> None:

@@ -26,6 +26,7 @@ from distckpt.ptformat.layout import FOLDER, RecordLocation, build_directory, lo
 from distckpt.ptformat.pickler import pickle_like_torch, pickle_state
 from distckpt.saving.staging import HostMemory, Staging
 from distckpt.storage.base import BLOCK_BYTES
+from tests.support.equality import equal
 from tests.unit.storages import bytes_of, storages_of
 
 GIB = 1 << 30
@@ -98,20 +99,6 @@ def zoo() -> dict[str, Any]:
     }
 
 
-def same(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        if one.layout is torch.sparse_coo:
-            return same(one.to_dense(), other.to_dense())
-        is_like = type(one) is type(other) and one.dtype == other.dtype and one.stride() == other.stride()
-        equal = one.resolve_conj().contiguous().reshape(-1).view(torch.uint8), other.resolve_conj().contiguous()
-        return is_like and one.shape == other.shape and torch.equal(equal[0], equal[1].reshape(-1).view(torch.uint8))
-    if isinstance(one, dict):
-        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
-
-
 def pickle_by_torch(state: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -162,7 +149,7 @@ def test_torch_loads_every_kind_of_tensor_to_the_bit(
     path = file_of(state, tmp_path / "a.pt", replicated=range(num_storages), num_ranks=num_ranks)
     with config.patch({"load.calculate_storage_offsets": computed}):  # type: ignore[attr-defined]
         loaded = torch.load(path, weights_only=True, **options)
-    assert same(state, loaded)
+    assert equal(state, loaded)
     assert loaded["zoo"]["view"].untyped_storage().data_ptr() == loaded["zoo"]["base"].untyped_storage().data_ptr()
 
 
