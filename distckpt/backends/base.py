@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from distckpt.backends import wire
-from distckpt.errors import DesyncError, DistckptError
+from distckpt.errors import DesyncError, DistckptError, ShardedStateError
 
 ReduceOp = Literal["SUM", "MIN", "MAX"]
 TensorOp = Literal["SUM", "PRODUCT", "MIN", "MAX", "AND", "OR"]
@@ -154,10 +154,12 @@ class Backend(ABC):
             timeout_s: see :class:`Backend`.
 
         Raises:
-            NotImplementedError: the runtime cannot do it.
+            ShardedStateError: the runtime cannot do it; on every rank.
         """
-        msg = f"the backend {self.name} cannot exchange bytes between ranks"
-        raise NotImplementedError(msg)
+        raise ShardedStateError(
+            f"sharded state and the stages of a pipeline cannot be saved on {self.name}, whose ranks cannot exchange "
+            "bytes. Nothing was saved. Use a job of torch.distributed (NCCL, Gloo)"
+        )
 
     @abstractmethod
     def reduce_tensor(self, tensor: torch.Tensor, op: TensorOp) -> torch.Tensor:

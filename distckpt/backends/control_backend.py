@@ -115,11 +115,6 @@ class ControlGroupBackend(Backend):
     def gather_host(self, data: bytes, num_bytes: int, *, what: object, timeout_s: float | None) -> list[bytes]:
         return self._control_group.gather_bytes(data, num_bytes, what=what, timeout_s=_limit(timeout_s))
 
-    def exchange_host(
-        self, parts: Sequence[bytes | bytearray], num_received: Sequence[int], *, what: object, timeout_s: float | None
-    ) -> list[memoryview]:
-        return self._control_group.exchange(parts, num_received, what=what, timeout_s=_limit(timeout_s))
-
     def reduce_tensor(self, tensor: torch.Tensor, op: TensorOp) -> torch.Tensor:
         if tensor.dtype is torch.bool:
             return self.reduce_tensor(tensor.to(torch.uint8), _BOOL_OPS.get(op, op)).to(torch.bool)

@@ -76,6 +76,7 @@ class GlooTransport(Transport):
         num_sent: Sequence[int],
         timeout_s: float,
     ) -> Any:
+        """Send parts of `mine`, uint8 (n,), to each rank, and fill `result`, uint8 (m,), with what each rank sends."""
         options = _limited(c10d.AllToAllOptions(), timeout_s)
         return self._track(self._group.alltoall_base(result, mine, list(num_received), list(num_sent), options))
 

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import os
 import weakref
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -76,6 +77,12 @@ class TorchDistBackend(ControlGroupBackend):
         if group is not None:
             with contextlib.suppress(RuntimeError):
                 group.abort()
+
+    def exchange_host(
+        self, parts: Sequence[bytes | bytearray], num_received: Sequence[int], *, what: object, timeout_s: float | None
+    ) -> list[memoryview]:
+        limit_s = default_timeout_s() if timeout_s is None else timeout_s
+        return self._control_group.exchange(parts, num_received, what=what, timeout_s=limit_s)
 
     def _can_reduce(self, tensor: torch.Tensor, op: TensorOp) -> bool:
         return tensor.device.type != "cpu" or tensor.dtype in _GLOO_REDUCES

@@ -70,22 +70,6 @@ class Transport(ABC):
     def broadcast(self, result: torch.Tensor, src: int, timeout_s: float) -> Any:
         """Fill `result` with that of rank `src`: uint8 (n,), the same n > 0 on all ranks."""
 
-    def exchange(
-        self,
-        result: torch.Tensor,
-        mine: torch.Tensor,
-        num_received: Sequence[int],
-        num_sent: Sequence[int],
-        timeout_s: float,
-    ) -> Any:
-        """Send parts of `mine`, uint8 (n,), to each rank, and fill `result`, uint8 (m,), with what each rank sends.
-
-        Raises:
-            NotImplementedError: the runtime cannot do it.
-        """
-        msg = "this runtime cannot exchange bytes between ranks"
-        raise NotImplementedError(msg)
-
     @abstractmethod
     def start_max(self, values: list[int], timeout_s: float) -> TensorMaxWork:
         """Start to reduce twelve int64 with MAX. Does not wait."""
