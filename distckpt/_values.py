@@ -73,6 +73,11 @@ def is_timeout(timeout_s: object) -> bool:
     return _is_number(timeout_s) and 0 < timeout_s < math.inf  # type: ignore[operator]  # a number
 
 
+def valid_timeout(timeout_s: Any) -> Any:
+    """Return a time limit; None if it is none, for the collective in which all ranks learn that."""
+    return timeout_s if is_timeout(timeout_s) else None
+
+
 def check_timeout(timeout_s: object) -> None:
     """Check the argument ``timeout_s``: a positive number of seconds, or None.
 

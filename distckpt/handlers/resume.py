@@ -18,7 +18,7 @@ from typing import Any, Self
 from ignite.engine import Engine
 
 from distckpt._messages import log_level
-from distckpt._values import check_timeout
+from distckpt._values import check_timeout, valid_timeout
 from distckpt.backends.detect import current
 from distckpt.coordination import phases
 from distckpt.errors import LoadError
@@ -187,7 +187,7 @@ def resume(
         return answer | (_list_candidates(directory, handler, engine, to_load) if backend.rank == coordinator else {})
 
     sync_point = phases.SyncPoint(handler="resume", phase="looking for checkpoints", step=0)
-    answers = phases.run(backend, sync_point, list_candidates, timeout_s=timeout_s)
+    answers = phases.run(backend, sync_point, list_candidates, timeout_s=valid_timeout(timeout_s))
     coordinator = _agree_on_coordinator([answer["coordinator"] for answer in answers])
     listing, level = answers[coordinator], log_level(backend.rank, {coordinator})
     directory = Path(listing["directory"])

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distckpt._threads import get_num_threads
-from distckpt._values import check_timeout
+from distckpt._values import check_timeout, valid_timeout
 from distckpt.backends.detect import current
 from distckpt.loading.dtensors import refuse_unloadable
 from distckpt.loading.report import LoadReport
@@ -72,7 +72,7 @@ def load(
         >>> torch.equal(model.weight, twin.weight)
         True
     """
-    context = LoadContext(backend=current(), name="load", timeout_s=timeout_s)
+    context = LoadContext(backend=current(), name="load", timeout_s=valid_timeout(timeout_s))
 
     def check_arguments() -> str:
         check_timeout(timeout_s)
@@ -171,7 +171,7 @@ def latest(
         ...     before, distckpt.latest(folder).name
         (None, 'a.pt')
     """
-    context = LoadContext(backend=current(), name="latest", timeout_s=timeout_s)
+    context = LoadContext(backend=current(), name="latest", timeout_s=valid_timeout(timeout_s))
 
     def list_files() -> dict[str, Any]:
         check_timeout(timeout_s)

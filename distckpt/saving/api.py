@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from distckpt._threads import get_num_threads
-from distckpt._values import check_timeout, is_timeout
+from distckpt._values import check_timeout, valid_timeout
 from distckpt.backends.base import Backend
 from distckpt.backends.detect import current
 from distckpt.coordination import phases
@@ -196,7 +196,8 @@ def _start(
         _check_arguments(objects, path, step, share_write, timeout_s)
         backend.check_rank(save_on_rank, "save_on_rank")
         target = Path(path).expanduser()
-        number = _begin(target) if backend.rank == save_on_rank else 0
+        # Another rank may not be allowed to look there. Mostly its answer is the same, which saves a collective.
+        number, exists = _begin(target) if backend.rank == save_on_rank else (0, os.path.exists(target))  # noqa: PTH110 - see above
         same = {
             "the name in path": target.name,
             "save_on_rank": save_on_rank,
@@ -205,10 +206,9 @@ def _start(
             "async": in_background,
         }
         is_sharded = needs_consolidation(objects)
-        return {"same": same, "is_sharded": is_sharded, "exists": target.exists(), "number": number}
+        return {"same": same, "is_sharded": is_sharded, "exists": exists, "number": number}
 
-    limit_s = timeout_s if is_timeout(timeout_s) else None
-    answers = phases.run(backend, sync_point("checking the arguments"), check, timeout_s=limit_s)
+    answers = phases.run(backend, sync_point("checking the arguments"), check, timeout_s=valid_timeout(timeout_s))
     _check_same([answer["same"] for answer in answers])
     number, target = answers[save_on_rank]["number"], Path(path).expanduser()
     if number is None:  # an earlier save to this path is being written
@@ -319,13 +319,19 @@ def _check_same(arguments: Sequence[Mapping[str, Any]]) -> None:
             raise ValueError(msg)
 
 
-def _begin(target: Path) -> int | None:
-    """Rank-local. Check the target; return a number that no pending save has, or None if a save to it is pending."""
-    if target.exists() and not target.is_file():
+def _begin(target: Path) -> tuple[int | None, bool]:
+    """Rank-local. Check the target.
+
+    Returns:
+        A number that no pending save has, or None if a save to the target is pending; and whether the target exists.
+    """
+    exists = target.exists()
+    if exists and not target.is_file():
         what = "a directory" if target.is_dir() else "no regular file"
         raise ValueError(f"Argument path should name a file, but {target} is {what}")
     path = target.absolute()
-    return None if path in _PENDING and not _PENDING[path][1].done() else _wait_for_pending(path)
+    is_pending = path in _PENDING and not _PENDING[path][1].done()
+    return None if is_pending else _wait_for_pending(path), exists
 
 
 def _wait_for_pending(path: Path) -> int:

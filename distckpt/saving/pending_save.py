@@ -278,9 +278,11 @@ class PendingSave:
         if self._writer.in_background and has_work:
             try:
                 self._future = run_in_background(self._run if self._at_exit is not None else work)
-            except BaseException:
-                self._writer.abort()
-                raise
+            except Exception as error:  # noqa: BLE001 - no thread can be started: the other ranks learn of it in advance()
+                self._future = Future()
+                self._future.set_exception(error)
+                if self._completions is not None:
+                    self._completions.publish(self.backend.rank, None)
 
     def _run(self) -> dict[str, Any]:
         """Run a step, and log its error: the caller may never wait for the save."""

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from distckpt import CollectiveError, RemoteRankError, ReplicasDiffer, async_save, save
 from distckpt.backends.detect import current
 from distckpt.ptformat.reader import verify
+from distckpt.saving import pending_save
 from distckpt.storage.direct_io import DirectFile
 from tests.distributed.programs import gather, raised
 from tests.support import fresh_ranks, job, run_distributed
@@ -133,6 +134,41 @@ def test_error_on_one_rank_is_raised_on_all(tmp_path: Path, *, share_write: Any,
     job.barrier()
     assert holds(path, before)
     assert os.listdir(tmp_path) == ["a.pt"]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+@run_distributed(world_size=2)
+def test_a_thread_that_cannot_be_started_on_one_rank_is_an_error_on_all(tmp_path: Path, failing: int) -> None:
+    def fail(_work: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    model, optimizer = training()
+    objects, before = {"model": model, "optimizer": optimizer}, copy_of(model)
+    path = save(objects, tmp_path / "a.pt")
+    step(model, optimizer)
+    with pytest.MonkeyPatch.context() as patch:
+        if job.rank() == failing:
+            patch.setattr(pending_save, "run_in_background", fail)
+        pending = async_save(objects, path, share_write="node")
+        error = raised(pending.wait)
+    assert isinstance(error, RemoteRankError)
+    assert f"can't start new thread (RuntimeError on rank {failing}, while: " in str(error)
+    job.barrier()
+    assert holds(path, before)
+    assert os.listdir(tmp_path) == ["a.pt"]
+
+
+@run_distributed(world_size=2)
+def test_only_the_coordinator_looks_at_its_directory(tmp_path: Path) -> None:
+    def refuse(*_args: object, **_kwargs: object) -> bool:
+        raise PermissionError("not for this node")
+
+    model, optimizer = training()
+    with pytest.MonkeyPatch.context() as patch:
+        if job.rank() == 0:
+            patch.setattr(Path, "exists", refuse)
+        path = save({"model": model, "optimizer": optimizer}, tmp_path / "a.pt", save_on_rank=1)
+    assert holds(path, copy_of(model))
 
 
 @run_distributed(world_size=2)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,30 @@ def newest(directory: Path) -> dict[str, Any]:
         "error": None if error is None else str(error),
         "kinds": kinds(error),
     }
+
+
+def with_timeout(directory: Path, timeout_s: Any) -> list[str]:
+    """Load, look and resume with a wrong time limit; return the errors."""
+    model = model_of(0.0)
+    calls = (
+        lambda: distckpt.load({"model": model}, directory / "checkpoint_8.pt", timeout_s=timeout_s),
+        lambda: distckpt.latest(directory, timeout_s=timeout_s),
+        lambda: distckpt.resume({"model": model}, directory, timeout_s=timeout_s),
+        lambda: distckpt.save({"model": model}, directory / "a.pt", timeout_s=timeout_s),
+    )
+    errors = []
+    for call in calls:
+        if job.rank() == 1:
+            time.sleep(0.2)  # the other rank waits
+        errors.append(repr(raised(call)))
+    return errors
+
+
+@pytest.mark.parametrize("timeout_s", ["30", 0])
+def test_a_wrong_time_limit_is_one_error_on_all_ranks(tmp_path: Path, timeout_s: Any) -> None:
+    for errors in run_ranks(with_timeout, 2, tmp_path, timeout_s):
+        assert len(errors) == 4
+        assert all("Argument timeout_s should be" in error for error in errors), errors
 
 
 def newest_per_rank(directory: Path) -> dict[str, Any]:
