@@ -220,7 +220,7 @@ class Checkpoint(Serializable, Voter):
         elif self._is_wanted and not self._ended_at.is_present(engine):
             self._save(engine, backend, self._facts)
         elif self._facts is not None and not self._is_wanted:
-            self._skip_log.refused(self, self._history, engine, self._facts.score)
+            self._skip_log.refused(self, self._history, engine, self._facts.score, self._facts.global_step)
 
     def _probe(self, engine: Engine) -> Answer:
         if engine is not self._asking_engine:

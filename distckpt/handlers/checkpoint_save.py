@@ -89,6 +89,8 @@ class CheckpointSave:
     _has_shards: bool = False  # whether sharded tensors can be saved
     _problems: list[str] = field(default_factory=list)
     _orphans: tuple[str, ...] = ()
+    _version: int = field(init=False)  # of the history that the decision is about
+    _removes_at_commit: bool = False
 
     def decide(self, sync_point: Callable[[str], SyncPoint]) -> bool:
         """Collective. Decide with all ranks, and take over the coordinator's history. Return True if they save.
@@ -117,17 +119,14 @@ class CheckpointSave:
         self.agreed = replace(agreed, coordinator=self.backend.rank) if is_alone else agreed
         self._position = {"iteration": engines[0].state.iteration, "epoch": engines[0].state.epoch}
         self.history.adopt(agreed, engines[0])
+        self._version = self.history.version
         self.history.directory = (self.handler.save_handler, agreed.intent.directory)
         self.history.is_agreed = self.history.is_agreed or not is_alone
         if agreed.scores is not None:
-            rule = self.handler.score_rule
-            self.skip_log.warn_once(
-                "scores",
-                f"the ranks have different scores, {list(agreed.scores)}; their {rule} counts, {agreed.score}. "
-                "Reduce the metric over all ranks.",
-            )
+            found = f"the ranks have different scores, {list(agreed.scores)}; their {self.handler.score_rule} counts"
+            self.skip_log.warn_once("scores", f"{found}, {agreed.score}. Reduce the metric over all ranks.")
         if agreed.decision is None:
-            self.skip_log.refused(self.handler, self.history, self.engine, agreed.score)
+            self.skip_log.refused(self.handler, self.history, self.engine, agreed.score, agreed.intent.global_step)
             return False
         self.decision = agreed.decision
         return True
@@ -214,11 +213,11 @@ class CheckpointSave:
         group = saver.find_group(
             self.backend, self.sync_point, is_known=self.agreed.knows_writers, timeout_s=self.handler.timeout_s
         )
-        removes_at_commit = saver.writes_on_one_rank and self.agreed.removal == RemovalOrder.AFTER
-        own, written, version = self.find_own_files(get_running_engines()), self._watch_writes(), self.history.version
+        own, written = self.find_own_files(get_running_engines()), self._watch_writes()
         filename, rank, step = self.decision.filename, self.backend.rank, self.sync_point("").step
         evicted, agreed = self.decision.evicted, self.agreed
         self._has_shards = True
+        self._removes_at_commit = saver.writes_on_one_rank and agreed.removal == RemovalOrder.AFTER
         pending = protocol.start_save(
             self.backend,
             self.sync_point,
@@ -233,8 +232,8 @@ class CheckpointSave:
                 self.backend, filename, self._build_manifest(), group, self._object_key()
             ),
             group=group,
-            remove_replaced=(lambda: protocol.remove_local(evicted, lambda name: self._remove_stored(name, own, saver)))
-            if removes_at_commit
+            remove_replaced=(lambda: self._remove_local(evicted, lambda name: self._remove_stored(name, own, saver)))
+            if self._removes_at_commit
             else None,
             shards=Shards(rank, self.backend.world_size),
             shard_writers=saver.shard_writers(self.backend, timeout_s=self.handler.timeout_s),
@@ -245,12 +244,10 @@ class CheckpointSave:
         self.history.saved_at = RunIteration(self.engine)
 
         def end(pending: PendingSave, error: BaseException | None) -> None:
-            # If a load or a reset has replaced the history, the file stays in place but is not part of the history.
-            is_current = self.history.version == version
             if error is None:
-                self._end(pending, written, is_current=is_current, removes_at_commit=removes_at_commit)
+                self._end(pending, written)
             else:
-                self._end_with_error(pending, error, is_current=is_current, removes_at_commit=removes_at_commit)
+                self._end_with_error(pending, error)
 
         if saver.background:
             self.log.training_continues()
@@ -264,19 +261,19 @@ class CheckpointSave:
                 raise
             end(pending, None)
         if pending.layout_difference is not None:
-            self.skip_log.warn_once(
-                "layouts",
-                f"the ranks cannot write {filename} together: {pending.layout_difference}. "
-                f"Rank {agreed.coordinator} writes all of it.",
-            )
+            text = f"the ranks cannot write {filename} together: {pending.layout_difference}"
+            self.skip_log.warn_once("layouts", f"{text}. Rank {agreed.coordinator} writes all of it.")
 
-    def _end(
-        self, pending: PendingSave, written: WrittenFiles | None, *, is_current: bool, removes_at_commit: bool
-    ) -> None:
+    @property
+    def _is_current(self) -> bool:
+        """Whether no load or reset has replaced the history since. After one, all files stay."""
+        return self.history.version == self._version
+
+    def _end(self, pending: PendingSave, written: WrittenFiles | None) -> None:
         """Collective. Take over a save that is committed."""
-        if is_current:
+        if self._is_current:
             self.history.commit(self.agreed, took_s=self.log.committed())
-        if removes_at_commit:
+        if self._removes_at_commit:
             self._take_over(protocol.merge_problems(self.decision.evicted, pending.problems))
         else:
             self._remove_after(written)
@@ -284,20 +281,18 @@ class CheckpointSave:
         self._log_saved()
         self._fire_event()
 
-    def _end_with_error(
-        self, pending: PendingSave, error: BaseException, *, is_current: bool, removes_at_commit: bool
-    ) -> None:
+    def _end_with_error(self, pending: PendingSave, error: BaseException) -> None:
         """Rank-local. Take over the save if this rank has committed it; else note the failure.
 
         The other ranks take over the coordinator's history with the next save.
         """
         self.history.saved_at = RunIteration()
         pending.wait_local()  # an interrupt has not ended this rank's work
-        if is_current and not pending.has_committed:
+        if self._is_current and not pending.has_committed:
             self.history.fail(self.agreed, error)
-        elif is_current:
+        elif self._is_current:
             self.history.commit(self.agreed, took_s=self.log.committed())
-            if removes_at_commit:
+            if self._removes_at_commit:
                 self._take_over(protocol.merge_problems(self.decision.evicted, [pending.own_problems]))
         if pending.has_committed:
             self.log.committed(pending.committed_at_s)
@@ -373,13 +368,8 @@ class CheckpointSave:
             return
         try:
             # Keep the files on all ranks before any rank removes: a handler need not check its rank.
-            found = phases.run(
-                self.backend,
-                self.sync_point("keeping the written files"),
-                lambda: written is not None and written.keep(),
-                timeout_s=self.handler.timeout_s,
-            )
-            if any(found):
+            point, keep = self.sync_point("keeping the written files"), lambda: written is not None and written.keep()
+            if any(phases.run(self.backend, point, keep, timeout_s=self.handler.timeout_s)):
                 self._remove(self.sync_point("removing evicted files"), evicted, written)
             else:
                 self.history.unseen_handler = self.handler.save_handler
@@ -391,9 +381,13 @@ class CheckpointSave:
         """Collective. Remove evicted files. Those that cannot be removed are orphans."""
         own, timeout_s = self.find_own_files(get_running_engines()), self.handler.timeout_s
         remove_one = functools.partial(self._remove_one, own=own, written=written)
-        remove = functools.partial(protocol.remove_local, evicted, remove_one)
+        remove = functools.partial(self._remove_local, evicted, remove_one)
         answers = phases.run(self.backend, point, remove, timeout_s=timeout_s) if evicted else []
         self._take_over(protocol.merge_problems(evicted, answers))
+
+    def _remove_local(self, names: Sequence[str], remove: Callable[[str], None]) -> Problems:
+        """Rank-local. Remove files, unless the history was replaced. Callable from any thread."""
+        return protocol.remove_local(names if self._is_current else (), remove)
 
     def _remove_one(self, filename: str, own: OwnFiles, written: WrittenFiles | None) -> None:
         """Rank-local. Let the save handler remove a file that is the Checkpoint's own."""
@@ -425,6 +419,8 @@ class CheckpointSave:
         saver.storage.remove(filename)
 
     def _take_over(self, problems: Problems) -> None:
+        if not self._is_current:
+            return
         self.history.orphans = tuple(name for name, (is_gone, _) in problems.items() if not is_gone)
         self._problems += [
             f"{text}.{'' if is_gone else ' The next save tries again.'}" for is_gone, text in problems.values()

@@ -30,10 +30,12 @@ class SkipLog:
         self._last = (RunIteration(), "")
         self._warned: set[str] = set()
 
-    def refused(self, handler: Settings, history: CheckpointHistory, engine: Engine, score: float | None) -> None:
+    def refused(
+        self, handler: Settings, history: CheckpointHistory, engine: Engine, score: float | None, step: Any
+    ) -> None:
         """All ranks. Log that the priority is too low to save."""
-        if is_nan(score):
-            self.write(handler, engine, "the score is NaN")
+        if is_nan(score) or (score is None and is_nan(step)):
+            self.write(handler, engine, f"the {'step' if score is None else 'score'} is NaN")
         elif score is None and not history.saved_at.is_present(engine):
             policies = policy_of(handler).policies(is_scored=False)
             step, name = find_rival(history.kept, policies, is_scored=False) or history.kept[0]

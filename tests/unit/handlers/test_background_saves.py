@@ -391,6 +391,23 @@ def test_a_history_that_is_reset_meanwhile_stays_so(tmp_path: Path, gate: Gate) 
     assert names_in(tmp_path) == ["obj_0.pt"]
 
 
+def test_a_history_that_is_loaded_meanwhile_keeps_its_files(tmp_path: Path, gate: Gate) -> None:
+    gate.is_open.set()
+    engine = idle_engine()
+    handler = Checkpoint({"obj": Notebook({"a": 1})}, saver(tmp_path))
+    handler(engine)
+    handler.wait_until_finished()
+    state = handler.state_dict()
+    gate.is_open.clear()
+    engine.state.iteration = 1
+    handler(engine)
+    handler.load_state_dict(state)
+    gate.is_open.set()
+    handler.wait_until_finished()
+    assert handler.last_checkpoint == tmp_path / "obj_0.pt"
+    assert names_in(tmp_path) == ["obj_0.pt", "obj_1.pt"]
+
+
 def test_a_copy_has_nothing_pending(tmp_path: Path, gate: Gate) -> None:
     handler = Checkpoint({"obj": Notebook({"a": 1})}, saver(tmp_path))
     handler(idle_engine())

@@ -247,6 +247,13 @@ def test_a_step_voted_nan_and_a_skipped_save_are_warnings(tmp_path: Path, caplog
     )
 
 
+@pytest.mark.parametrize("steps", [[NAN], [1.0, NAN]])
+def test_a_step_that_is_nan_is_not_saved(tmp_path: Path, caplog: pytest.LogCaptureFixture, steps: list[Any]) -> None:
+    handler = Checkpoint({"model": linear(0)}, tmp_path, global_step_transform=lambda *_: steps.pop(0))
+    run_epochs(handler, len(steps))
+    assert "is not saved: the step is NaN. " in caplog.text
+
+
 def test_a_score_that_is_no_better_is_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="distckpt")
     run_epochs(Checkpoint({"model": linear(0)}, tmp_path, score_function=lambda _: 0.5), 3)
