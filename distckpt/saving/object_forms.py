@@ -118,6 +118,8 @@ class CapturedObjects:
         if self._digests is None or not isinstance(obj, nn.Module | torch.optim.Optimizer):
             return
         digest = self._digests.digest(obj, state)
+        while name in self._found:  # {"a": {"b": one}, "a.b": other}
+            name += " (another)"
         if digest is not None:
             self._found[name] = digest
             self._objects[name] = obj, state

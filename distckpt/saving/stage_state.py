@@ -311,6 +311,8 @@ def _is_equal(one: Any, other: Any) -> bool:
         return one is other or (is_alike and checksum_of(held) == checksum_of(its))
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(_is_equal(item, other[key]) for key, item in one.items())
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_is_equal, one, other))
     return bool(one == other)
 
 

@@ -105,6 +105,8 @@ def _of_rank(kind: str, *, is_odd: bool) -> dict[str, Any]:
         "parameters": lambda: {"optimizer": torch.optim.SGD(list(model.parameters())[: 1 if is_odd else 2])},
         "nested": lambda: {"nets": [model, {"inner": other if is_odd else model}]},
         "key": lambda: {"model": model, "other": other} if is_odd else {"model": model},
+        "namesakes": lambda: {"nets": {"a": other if is_odd else model}, "nets.a": model},
+        "other namesakes": lambda: {"nets.a": model, "nets": {"a": other if is_odd else model}},
     }
     return made[kind]()
 
@@ -119,6 +121,8 @@ DIFFERENCES = {
     "parameters": "rank 0 has param_groups[0], 1 (torch.float32 (3,)); rank 1 has no param_groups[0], 1",
     "nested": "to_save['nets[1].inner'] is",
     "key": "to_save['other'] is another object on some ranks: rank 0 has no weight; rank 1 has weight (",
+    "namesakes": "to_save['nets.a'] is another object on some ranks: rank 0 has weight",
+    "other namesakes": "to_save['nets.a (another)'] is another object on some ranks: rank 0 has weight",
 }
 
 

@@ -116,6 +116,18 @@ def test_parameters_of_one_name_with_different_states_are_refused() -> None:
     assert objects["optimizer"].state_dict()["state"]["tied"]["exp_avg"].isnan().all(), "equal bits"
 
 
+def test_lists_of_tensors_are_compared() -> None:
+    modules, (optimizer,), objects = built(one_optimizer=True)
+    step(optimizer)
+    tied: list[Any] = [module.tied for module in modules]
+    for one in tied:
+        optimizer.state[one]["history"] = [torch.ones(2), (torch.zeros(1), 3)]
+    assert torch.equal(objects["optimizer"].state_dict()["state"]["tied"]["history"][0], torch.ones(2))
+    optimizer.state[tied[1]]["history"][0].fill_(7.0)
+    with pytest.raises(ValueError, match="two parameters of this rank are called 'tied', with different values"):
+        objects["optimizer"].state_dict()
+
+
 def test_an_empty_group_takes_the_hyperparameters_of_the_file(tmp_path: Path) -> None:
     def make(lr: float) -> tuple[torch.optim.Optimizer, StageState]:
         module = layers(0)
