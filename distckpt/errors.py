@@ -286,7 +286,8 @@ def remote_rank_error(phase: str, failures: Sequence[RankFailure]) -> RemoteRank
         (True, True, 28)
     """
     kinds = failures[0].kinds
-    mixed = _mixed((RemoteRankError, *_nearest(_OWN, kinds), *_nearest(_BUILTIN, kinds)))
+    own = _nearest(_OWN, kinds) if DistckptError.__name__ in kinds else []  # a program's class may have the same name
+    mixed = _mixed((RemoteRankError, *own, *_nearest(_BUILTIN, kinds)))
     error: RemoteRankError = mixed(phase, failures)
     return error
 

@@ -27,7 +27,14 @@ from typing import Any, NoReturn, Protocol
 from distckpt.backends import wire
 from distckpt.backends.base import Backend, default_timeout_s
 from distckpt.coordination.phases import raise_unreported
-from distckpt.errors import CollectiveError, CollectiveTimeout, DesyncError, RankFailure, remote_rank_error
+from distckpt.errors import (
+    CollectiveError,
+    CollectiveTimeout,
+    DesyncError,
+    RankFailure,
+    RemoteRankError,
+    remote_rank_error,
+)
 
 _POLL_S = 0.0002
 
@@ -253,6 +260,8 @@ class _Vote:
         """Wait for step 2, and take steps 3 and 4."""
         try:
             return self._finish()
+        except RemoteRankError:  # all ranks know of the error, even of one that is a CollectiveError
+            raise
         except CollectiveError as lost:
             self.raise_local(lost)
 

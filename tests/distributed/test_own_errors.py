@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from ignite.engine import Engine, Events
 
-from distckpt import Checkpoint, CollectiveError, CollectiveTimeout, TerminateOnNan
+from distckpt import Checkpoint, CollectiveError, CollectiveTimeout, RemoteRankError, TerminateOnNan
 from distckpt.backends.detect import current
 from distckpt.coordination import phases
 from tests.distributed.failures import Stateful
@@ -54,6 +55,22 @@ def test_a_phase_that_the_others_do_not_come_to_ends_with_the_rank_s_own_error(o
             phases.run(current(), place("failing"), failing(own), timeout_s=LIMIT_S)
         check_own(caught.value, own)
     job.store_barrier()
+
+
+@run_distributed(world_size=2)
+def test_a_collective_s_error_in_a_vote_is_raised_on_all_ranks(tmp_path: Path) -> None:
+    def score(_engine: Engine) -> float:
+        if job.rank() == 1:
+            raise CollectiveError("a collective of the program's own broke")
+        return 0.5
+
+    trainer = Engine(lambda _engine, _batch: None)
+    handler = Checkpoint({"state": Stateful(1.0)}, tmp_path, score_function=score)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, handler)
+    error = raised(lambda: trainer.run([0]))
+    assert isinstance(error, RemoteRankError)
+    assert "a collective of the program's own broke (CollectiveError on rank 1, while: " in str(error)
+    assert not hasattr(error, "__notes__")
 
 
 @run_distributed(world_size=2)

@@ -217,6 +217,11 @@ def test_phases_error_says_what_on_which_rank_and_where() -> None:
     assert text == "bad (ValueError on rank 1, 2, 3, while: save a.pt, step 3)\nrank 2: TypeError: worse"
 
 
+def test_phases_error_is_not_of_a_namesakes_type() -> None:
+    namesake = type("SaveError", (Exception,), {})
+    assert not isinstance(of_phase(namesake("mine")), OSError)
+
+
 def test_lowest_failing_rank_gives_the_type() -> None:
     error = of_phase(FULL, KeyError("k"))
     assert isinstance(error, OSError)
