@@ -106,7 +106,7 @@ class ResumableSampler(DistributedSampler[int]):
         self._next_epoch = 0
         self._num_drawn = 0  # of the pass under way, by this rank
         self._engine_position: Callable[[], dict[str, Any]] | None = None
-        self._is_engine_iterating: Callable[[], bool] = lambda: False
+        self._is_engine_iterating: Callable[[], bool] = bool
         super().__init__(
             dataset,  # type: ignore[arg-type]  # torch asks for a Dataset, and uses its length
             num_replicas=num_replicas,
@@ -116,6 +116,10 @@ class ResumableSampler(DistributedSampler[int]):
             drop_last=drop_last,
         )
         self.length = len(dataset)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the engine: a copy counts the samples that are drawn from itself."""
+        return {**vars(self), "_engine_position": None, "_is_engine_iterating": bool}
 
     def __iter__(self) -> Iterator[int]:
         """Yield this rank's indices of the next epoch, or of the rest of a loaded one.

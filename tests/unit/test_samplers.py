@@ -1,7 +1,9 @@
 """ResumableSampler: each sample of an epoch once, on any number of ranks, wherever the epoch was interrupted."""
 
+import copy
 import itertools
 import json
+import pickle
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -146,6 +148,17 @@ def test_trained_samples_count_if_they_are_known() -> None:
     sampler.distckpt_set_engine(lambda: sampler.distckpt_position(None), lambda: True)
     sampler.distckpt_set_engine(lambda: sampler.distckpt_position(8), lambda: True)
     assert (sampler.state_dict()["epoch"], sampler.state_dict()["position"]) == (1, 0)
+
+
+def test_a_copy_belongs_to_no_engine() -> None:
+    sampler = ResumableSampler(100, num_replicas=2, rank=0)
+    drawn = iter(sampler)
+    for _ in range(30):
+        next(drawn)
+    sampler.distckpt_set_engine(lambda: sampler.distckpt_position(8), lambda: True)
+    for twin in (copy.deepcopy(sampler), pickle.loads(pickle.dumps(sampler))):  # noqa: S301 - made in the same line
+        assert twin.state_dict()["position"] == 60
+    assert sampler.state_dict()["position"] == 16
 
 
 def test_a_state_is_loaded_twice_and_nothing_is_skipped_twice() -> None:
