@@ -38,6 +38,8 @@ _PART = 1 << 20
 _memcmp = ctypes.CDLL(None).memcmp
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _SHORT_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_LONG_INTEGERS = (torch.int64, torch.uint64)
+_EXACT_BELOW = 2.0**62
 _CHANGES = (Column("KEY", can_shrink=True), Column("CHANGE"), Column("FIRST"), Column("SECOND"))
 _VALUES = (
     Column("KEY", can_shrink=True),
@@ -264,6 +266,9 @@ def _add_part(difference: Difference, one: torch.Tensor, other: torch.Tensor) ->
     difference.has_other_bits = True
     numbers = [_as_numbers(each) for each in (one, other)]
     apart = (numbers[0] - numbers[1]).abs_()
+    if one.dtype in _LONG_INTEGERS:  # float64 does not hold all of them, nor int64 all differences
+        exact = (one.view(torch.int64) - other.view(torch.int64)).abs_().to(torch.float64)
+        apart = torch.where(apart < _EXACT_BELOW, exact, apart)
     if apart.dim() > 1:  # real and imaginary parts
         apart = torch.linalg.vector_norm(apart, dim=-1)
     total = float(apart.sum())

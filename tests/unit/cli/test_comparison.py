@@ -151,6 +151,21 @@ def test_numbers_that_are_not_finite(
 
 
 @pytest.mark.parametrize(
+    ("one", "other", "dtype"),
+    [
+        (2**60, 2**60 + 1, torch.int64),
+        (-(2**62), -(2**62) + 3, torch.int64),
+        (-(2**63), 2**63 - 1, torch.int64),
+        (2**64 - 1, 2**64 - 2, torch.uint64),
+        (0, 2**64 - 1, torch.uint64),
+    ],
+)
+def test_differences_of_large_integers_are_exact(one: int, other: int, dtype: torch.dtype) -> None:
+    found = compare(torch.tensor([one, 5], dtype=dtype), torch.tensor([other, 5], dtype=dtype))
+    assert (found.largest, found.num_different) == (float(abs(other - one)), 1)
+
+
+@pytest.mark.parametrize(
     "dtype",
     [
         *(torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.complex64),
