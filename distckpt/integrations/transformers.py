@@ -1,9 +1,7 @@
 """distckpt in the Trainer of Hugging Face transformers: :class:`DistckptCallback`."""
 
-import shutil
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -48,7 +46,7 @@ class DistckptCallback(LoopCallback, TrainerCallback, trainer_hooks.TrainerHooks
         >>> trainer.train(resume_from_checkpoint=callback.resume(trainer))  # doctest: +SKIP
     """
 
-    _folder: Path | None = None
+    _folder: tempfile.TemporaryDirectory[str] | None = None
 
     def _make_progress(self) -> trainer_hooks.TrainerProgress:
         self._progress = trainer_hooks.TrainerProgress()
@@ -79,9 +77,9 @@ class DistckptCallback(LoopCallback, TrainerCallback, trainer_hooks.TrainerHooks
         trainer_hooks.install(trainer, self)
         if found is None:
             return None
-        self._folder = Path(tempfile.mkdtemp(prefix="distckpt-"))
-        self._progress.write(str(self._folder / TRAINER_STATE_NAME))
-        return str(self._folder)
+        self._folder = tempfile.TemporaryDirectory(prefix="distckpt-", ignore_cleanup_errors=True)
+        self._progress.write(f"{self._folder.name}/{TRAINER_STATE_NAME}")
+        return self._folder.name
 
     # -- the Trainer's events ------------------------------------------------------------------------
 
@@ -165,5 +163,5 @@ class DistckptCallback(LoopCallback, TrainerCallback, trainer_hooks.TrainerHooks
 
     def _remove_folder(self) -> None:
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.cleanup()
             self._folder = None
