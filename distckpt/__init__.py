@@ -197,8 +197,7 @@ if not TYPE_CHECKING:  # type checkers would take any name for an existing one
         if name in _MODULES:
             return importlib.import_module(f"distckpt.{name}")
         if name not in __all__:
-            msg = f"module {__name__!r} has no attribute {name!r}"
-            raise AttributeError(msg)
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         home = next((module for module, names in _HOMES.items() if name in names), "distckpt.handlers")
         value = globals()[name] = getattr(importlib.import_module(home), name)
         return value

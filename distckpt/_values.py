@@ -59,8 +59,7 @@ def plain_score(score: Any) -> int | float:
         return int(value)
     if isinstance(value, numbers.Number) and not isinstance(value, complex):
         return float(value)  # type: ignore[arg-type]  # Fraction, Decimal and the like
-    msg = f"Output of score_function should be a number, but given {type(score)}"
-    raise ValueError(msg)
+    raise ValueError(f"Output of score_function should be a number, but given {type(score)}")
 
 
 def is_nan(score: float | None) -> bool:

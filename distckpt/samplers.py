@@ -91,15 +91,12 @@ class ResumableSampler(DistributedSampler[int]):
             ("seed", seed, None),
         ):
             if not _is_int(value):
-                msg = f"Argument {name} should be an integer, but given {type(value)}"
-                raise TypeError(msg)
+                raise TypeError(f"Argument {name} should be an integer, but given {type(value)}")
             if minimum is not None and value < minimum:
-                msg = f"Argument {name} should be {minimum} or more, but given {value}"
-                raise ValueError(msg)
+                raise ValueError(f"Argument {name} should be {minimum} or more, but given {value}")
         for name, flag in (("shuffle", shuffle), ("drop_last", drop_last)):
             if not isinstance(flag, bool):
-                msg = f"Argument {name} should be a bool, but given {type(flag)}"
-                raise TypeError(msg)
+                raise TypeError(f"Argument {name} should be a bool, but given {type(flag)}")
         self._loaded: _Position | None = None  # where the next pass starts, if a state was loaded
         self.distckpt_is_reserved = False  # the loaded state is for a later pass than the next one
         self._start: _Position | None = None  # where the pass under way started
@@ -190,30 +187,25 @@ class ResumableSampler(DistributedSampler[int]):
             ValueError: it belongs to a data set of another length or to another order, or is no sampler's state.
         """
         if not isinstance(state_dict, Mapping):
-            msg = f"Argument state_dict should be a dictionary, but given {type(state_dict)}"
-            raise TypeError(msg)
+            raise TypeError(f"Argument state_dict should be a dictionary, but given {type(state_dict)}")
         numbers = [state_dict.get(key) for key in ("epoch", "position", "length", "seed")]
         if state_dict.get("kind") != _KIND or not all(_is_int(number) for number in numbers):
-            msg = f"Argument state_dict is no state of a {_KIND}: it has the keys {list(state_dict)}"
-            raise ValueError(msg)
+            raise ValueError(f"Argument state_dict is no state of a {_KIND}: it has the keys {list(state_dict)}")
         position = _Position(state_dict["epoch"], state_dict["position"])
         if not 0 <= position.num_samples <= state_dict["length"]:
             where = f"position {position.num_samples} of {state_dict['length']}"
-            msg = f"Argument state_dict is no state of a {_KIND}: {where}"
-            raise ValueError(msg)
+            raise ValueError(f"Argument state_dict is no state of a {_KIND}: {where}")
         if position.num_samples and state_dict["length"] != self.length:
-            msg = (
+            raise ValueError(
                 f"rank {self.rank}: the state is of {state_dict['length']} samples, {position.num_samples} of them "
                 f"trained, and this data set has {self.length}. Continue with the same data set, or restart the epoch "
                 f"by leaving the sampler's state out"
             )
-            raise ValueError(msg)
         if bool(state_dict.get("shuffle")) is not self.shuffle:
-            msg = (
+            raise ValueError(
                 f"rank {self.rank}: the state is of an order with shuffle={bool(state_dict.get('shuffle'))}, and this "
                 f"sampler has shuffle={self.shuffle}: give it the same"
             )
-            raise ValueError(msg)
         following: Any = state_dict.get("next_epoch")
         self.seed = state_dict["seed"]
         self._loaded, self._next_epoch = position, following if _is_int(following) else position.epoch + 1

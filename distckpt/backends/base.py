@@ -40,8 +40,7 @@ def default_timeout_s() -> float:
     except ValueError:
         value = 0.0
     if not 0.0 < value < math.inf:
-        msg = f"{TIMEOUT_VARIABLE} should be a positive number of seconds, but is {text!r}"
-        raise ValueError(msg)
+        raise ValueError(f"{TIMEOUT_VARIABLE} should be a positive number of seconds, but is {text!r}")
     return value
 
 
@@ -282,11 +281,10 @@ class Backend(ABC):
             num_bytes = self.all_reduce_ints([len(data)], "MAX", what=why, timeout_s=timeout_s)[0]
             points = [chunk.decode() for chunk in self.gather_host(data, num_bytes, what=why, timeout_s=timeout_s)]
             all_points = "; ".join(f"rank {rank} is at: {point}" for rank, point in enumerate(points))
-            msg = (
+            raise DesyncError(
                 f"The ranks entered one collective at different points. {all_points}. Handlers have to be built and "
                 "attached on all ranks, in the same order, and all ranks have to run the same iterations."
             )
-            raise DesyncError(msg)
 
         return finish_check
 

@@ -222,8 +222,7 @@ class ControlGroup:
             raise
         except RuntimeError as error:
             self._raise_failure(_GRACE_S)
-            msg = f"rank {self._rank}: the ranks could not be connected for {what}: {error}"
-            raise CollectiveError(msg) from error
+            raise CollectiveError(f"rank {self._rank}: the ranks could not be connected for {what}: {error}") from error
         self._is_formed = True
         atexit.register(_close_if_alive, weakref.ref(self))
         if self._transport.can_share_memory:

@@ -88,14 +88,12 @@ def import_runtime(name: str) -> Any:
         xla_version = importlib.metadata.version("torch_xla")
         built_for = ".".join(xla_version.split(".")[:2])
         if torch_version.split(".")[:2] != xla_version.split(".")[:2]:
-            msg = (
+            raise RuntimeError(
                 f"torch_xla {xla_version} was built for torch {built_for}, but torch is {torch_version}. Install a "
                 f"matching pair: pip install 'torch=={built_for}.*' 'torch_xla=={built_for}.*'"
             )
-            raise RuntimeError(msg)
     try:
         return importlib.import_module(f"distckpt.backends.{name}")
     except ImportError as error:
         version = importlib.metadata.version(package)
-        msg = f"{package} {version} cannot be imported with torch {torch_version}: {error}"
-        raise RuntimeError(msg) from error
+        raise RuntimeError(f"{package} {version} cannot be imported with torch {torch_version}: {error}") from error

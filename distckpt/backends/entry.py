@@ -87,14 +87,11 @@ def _initialize_torch(
     timeout: timedelta | float | None,
 ) -> None:
     if dist.is_initialized():
-        msg = "Can not create new distributed process group if default one is already initialized"
-        raise RuntimeError(msg)
+        raise RuntimeError("Can not create new distributed process group if default one is already initialized")
     if (rank is None) != (world_size is None):
-        msg = f"Both rank and world_size should be provided, but given {rank} and {world_size}"
-        raise ValueError(msg)
+        raise ValueError(f"Both rank and world_size should be provided, but given {rank} and {world_size}")
     if backend == "nccl" and not torch.cuda.is_available():
-        msg = "Nccl backend is required but no cuda capable devices"
-        raise RuntimeError(msg)
+        raise RuntimeError("Nccl backend is required but no cuda capable devices")
     options: dict[str, Any] = {}
     if timeout is not None:
         options["timeout"] = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
@@ -131,8 +128,7 @@ def _initialize_other(backend: str, **arguments: Any) -> None:
 def check_backend(backend: str) -> None:
     """Raise ValueError if this build does not have `backend`."""
     if backend not in available_backends():
-        msg = f"Backend should be one of '{available_backends()}', but given {backend!r}"
-        raise ValueError(msg)
+        raise ValueError(f"Backend should be one of '{available_backends()}', but given {backend!r}")
 
 
 def _prepare_environment() -> None:
@@ -155,10 +151,9 @@ def _prepare_environment() -> None:
                 timeout=30,
             )
         except (OSError, subprocess.SubprocessError) as error:
-            msg = (
+            raise RuntimeError(
                 f"MASTER_ADDR is not set, and scontrol cannot name the first of {nodes!r}: set MASTER_ADDR to its name"
-            )
-            raise RuntimeError(msg) from error
+            ) from error
         os.environ["MASTER_ADDR"] = shown.stdout.split()[0]
     # The same on every node, and rarely the same for two jobs.
     os.environ.setdefault("MASTER_PORT", str(15000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 10000))
@@ -230,16 +225,13 @@ def all_reduce(tensor: torch.Tensor | float, op: TensorOp = "SUM") -> torch.Tens
         ValueError: there is no such operation.
     """
     if op not in get_args(TensorOp):
-        msg = f"Unsupported reduction operation: '{op}'"
-        raise ValueError(msg)
+        raise ValueError(f"Unsupported reduction operation: '{op}'")
     if not isinstance(tensor, torch.Tensor | int | float):
-        msg = f"Unhandled input type {type(tensor)}"
-        raise TypeError(msg)
+        raise TypeError(f"Unhandled input type {type(tensor)}")
     kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor)
     is_real = tensor.is_floating_point() or tensor.is_complex() if isinstance(tensor, torch.Tensor) else kind is float
     if op in ("AND", "OR") and is_real:
-        msg = f"{op} takes integers or booleans, but given {kind}"
-        raise TypeError(msg)
+        raise TypeError(f"{op} takes integers or booleans, but given {kind}")
     current().check_in_sync(f"all_reduce {op}", timeout_s=None)
     if isinstance(tensor, torch.Tensor):
         return current().reduce_tensor(tensor, op)

@@ -197,8 +197,7 @@ class _Work:
         while not self.is_completed():
             elapsed_s = time.monotonic() - begin_s
             if elapsed_s > limit_s:
-                msg = f"an operation of Horovod's has not ended within {limit_s:g} s"
-                raise RuntimeError(msg)
+                raise RuntimeError(f"an operation of Horovod's has not ended within {limit_s:g} s")
             time.sleep(_BRISK_PAUSE_S if elapsed_s < _BRISK_S else _PAUSE_S)
         if not self._has_ended:
             self._has_ended = True

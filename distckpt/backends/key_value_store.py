@@ -90,8 +90,7 @@ class TorchKeyValueStore(KeyValueStore):
         answer: Future[T] = Future()
         with self._lock:
             if self._is_closed:
-                msg = "the job's store is gone: this process has left the job"
-                raise ConnectionError(msg)
+                raise ConnectionError("the job's store is gone: this process has left the job")
             self._calls.put((answer, call))
             if self._worker is None:
                 self._worker = threading.Thread(
@@ -102,11 +101,9 @@ class TorchKeyValueStore(KeyValueStore):
             return answer.result(limit_s)
         except TimeoutError:
             answer.cancel()
-            msg = f"the job's store did not answer within {limit_s:g} s"
-            raise TimeoutError(msg) from None
+            raise TimeoutError(f"the job's store did not answer within {limit_s:g} s") from None
         except RuntimeError as error:
-            msg = f"the job's store is gone: {error}"
-            raise ConnectionError(msg) from error
+            raise ConnectionError(f"the job's store is gone: {error}") from error
 
     def _connection(self) -> dist.Store:
         if self._own is None:

@@ -132,20 +132,16 @@ def check_nodes(
 ) -> None:
     """Raise ValueError if the numbers of processes and nodes do not fit together; it names the argument."""
     if nproc_per_node < 1:
-        msg = f"Argument nproc_per_node should positive, but given {nproc_per_node}"
-        raise ValueError(msg)
+        raise ValueError(f"Argument nproc_per_node should positive, but given {nproc_per_node}")
     if nnodes < 1:
-        msg = f"Argument nnodes should positive, but given {nnodes}"
-        raise ValueError(msg)
+        raise ValueError(f"Argument nnodes should positive, but given {nnodes}")
     if not 0 <= node_rank < nnodes:
-        msg = f"Argument node_rank should be between 0 and {nnodes - 1}, but given {node_rank}"
-        raise ValueError(msg)
+        raise ValueError(f"Argument node_rank should be between 0 and {nnodes - 1}, but given {node_rank}")
     if nnodes > 1 and (master_addr is None or master_port is None) and init_method is None:
-        msg = (
+        raise ValueError(
             "If number of nodes larger than one, arguments master_addr and master_port or init_method should be "
             f"specified, but given master_addr={master_addr}, master_port={master_port} and init_method={init_method}."
         )
-        raise ValueError(msg)
 
 
 class Parallel:
@@ -194,15 +190,13 @@ class Parallel:
         given = {name: value for name, value in given.items() if value is not None}
         if backend is None:
             for name, value in given.items():
-                msg = f"If backend is None, argument '{name}' should be also None, but given {value}"
-                raise ValueError(msg)
+                raise ValueError(f"If backend is None, argument '{name}' should be also None, but given {value}")
         else:
             check_backend(backend)
         self._spawn_options: dict[str, Any] | None = None
         if backend is not None and nproc_per_node is not None:
             if (nnodes or 1) > 1 and node_rank is None:
-                msg = "If number of nodes larger than one, arguments node_rank should be given"
-                raise ValueError(msg)
+                raise ValueError("If number of nodes larger than one, arguments node_rank should be given")
             check_nodes(
                 nproc_per_node, 1 if nnodes is None else nnodes, node_rank or 0, master_addr, master_port, init_method
             )

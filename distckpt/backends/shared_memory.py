@@ -139,8 +139,7 @@ class SharedMemory:
     def start_gather(self, number: int, data: bytes) -> "GatherOperation":
         """Start a gather: write this rank's bytes, at most `ROOM_BYTES`. The number is as in :meth:`start_max`."""
         if len(data) > ROOM_BYTES:
-            msg = f"{len(data)} bytes, but there is room for {ROOM_BYTES}"
-            raise ValueError(msg)
+            raise ValueError(f"{len(data)} bytes, but there is room for {ROOM_BYTES}")
         at = self._offset(self._rank, number) + _LINE_BYTES
         self._memory[at : at + len(data)] = data
         self._write(number, [len(data), zlib.crc32(data), *[0] * (NUM_WORDS - 2)])

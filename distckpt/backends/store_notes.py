@@ -91,11 +91,10 @@ class DesyncDetector:
             self._last, self._since_s = names, time.monotonic()
         elif self._since_s is not None and time.monotonic() - self._since_s > _DESYNC_S:
             where = "; ".join(f"rank {rank} is at {other}" for rank, other in enumerate(names))
-            msg = (
+            raise DesyncError(
                 f"The ranks wait at different barriers, and none can complete: {where}. Handlers have to be built and "
                 "attached on all ranks, in the same order."
             )
-            raise DesyncError(msg)
 
 
 class GroupNotes:

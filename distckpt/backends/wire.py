@@ -111,8 +111,7 @@ _PACK: tuple[tuple[type, Callable[[Any], Any]], ...] = (
 def _unpack_tensor(packed: dict[str, Any]) -> torch.Tensor:
     dtype = getattr(torch, packed["dtype"], None)
     if not isinstance(dtype, torch.dtype):
-        msg = f"no such dtype: {packed['dtype']!r}"
-        raise TypeError(msg)
+        raise TypeError(f"no such dtype: {packed['dtype']!r}")
     raw = bytearray(base64.b64decode(packed["v"]))
     flat = torch.frombuffer(raw, dtype=torch.uint8).view(dtype) if raw else torch.empty(0, dtype=dtype)
     return flat.reshape(packed["shape"])

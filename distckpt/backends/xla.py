@@ -84,11 +84,10 @@ def _run_replica(
     join()
     num_devices = int(xr.local_device_count())
     if num_ranks not in (None, 1, num_devices):
-        msg = (
+        raise ValueError(
             f"torch_xla starts one replica or one for each of the {num_devices} devices here, but nproc_per_node is "
             f"{num_ranks}; limit the devices by its own variables (CPU_NUM_DEVICES, TPU_VISIBLE_CHIPS)"
         )
-        raise ValueError(msg)
     try:
         fn(int(xr.local_ordinal()), *args, **kwargs)
     finally:

@@ -77,8 +77,7 @@ class XlaTransport(Transport):
         """Start to reduce twelve numbers with MAX. Unknown ones are bool () or integers () on this replica's device."""
         known = [0 if isinstance(value, torch.Tensor) else value for value in values]
         if any(not -_INT32 <= value < _INT32 for value in known):
-            msg = f"numbers that XLA reduces have to fit into int32, but given {known}"
-            raise OverflowError(msg)
+            raise OverflowError(f"numbers that XLA reduces have to fit into int32, but given {known}")
         mine = torch.tensor(known, dtype=torch.int32).to(self._device)
         for index, value in enumerate(values):
             if isinstance(value, torch.Tensor):
@@ -164,8 +163,7 @@ class _Work:
             self._gate.arrive(self._number, self._rank)
         limit_s = default_timeout_s() if timeout is None else timeout.total_seconds()
         if not self._gate.wait(self._number, limit_s):
-            msg = f"not all replicas of this process have come within {limit_s:g} s"
-            raise RuntimeError(msg)
+            raise RuntimeError(f"not all replicas of this process have come within {limit_s:g} s")
         self._has_ended = True
         self._exchange()
 

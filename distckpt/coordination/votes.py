@@ -319,11 +319,10 @@ class _Vote:
             if failure is not None:
                 raise failure
             if time.monotonic() > deadline:
-                msg = (
+                raise CollectiveTimeout(
                     f"rank {self.backend.rank}: waited {limit_s:g} s for this rank's own accelerator in "
                     f"{self.scope}: does a collective of the job's hang there?"
                 )
-                raise CollectiveTimeout(msg)
             time.sleep(_POLL_S)
 
     def _gather(self, cleared: tuple[VoteEntry, ...]) -> VoteResult:

@@ -27,24 +27,20 @@ def check_settings(handler: Settings) -> None:
         ValueError: an argument has a wrong value.
     """
     if not isinstance(handler.to_save, Mapping):
-        msg = f"Argument `to_save` should be a dictionary, but given {type(handler.to_save)}"
-        raise TypeError(msg)
+        raise TypeError(f"Argument `to_save` should be a dictionary, but given {type(handler.to_save)}")
     check_objects(dict(handler.to_save), "state_dict")
     if not (isinstance(handler.save_handler, str | Path | BaseSaveHandler) or callable(handler.save_handler)):
-        msg = (
+        raise TypeError(
             "Argument `save_handler` should be a string or Path object or callable or inherit from BaseSaveHandler, "
             f"but given {type(handler.save_handler)}"
         )
-        raise TypeError(msg)
     for name, kind in _KINDS.items():
         value = getattr(handler, name)
         if not isinstance(value, kind) or (name == "n_saved" and isinstance(value, bool)):
             expected = "int | None" if name == "n_saved" else getattr(kind, "__name__", kind)
-            msg = f"Argument {name} should be {expected}, but given {type(value)}"
-            raise TypeError(msg)
+            raise TypeError(f"Argument {name} should be {expected}, but given {type(value)}")
     if handler.n_saved is not None and handler.n_saved < 1:
-        msg = f"n_saved must be a positive integer or None, got {handler.n_saved}"
-        raise ValueError(msg)
+        raise ValueError(f"n_saved must be a positive integer or None, got {handler.n_saved}")
     if handler.keep is not None:
         is_scored = handler.score_function is not None or handler.score_name is not None
         check_policies(handler.keep, is_scored=is_scored)
@@ -56,8 +52,7 @@ def check_settings(handler: Settings) -> None:
     for name in ("score_function", "global_step_transform"):
         function = getattr(handler, name)
         if function is not None and not callable(function):
-            msg = f"{name} should be a function, got {type(function)} instead."
-            raise TypeError(msg)
+            raise TypeError(f"{name} should be a function, got {type(function)} instead.")
     check_include_self(handler.to_save, include_self=handler.include_self)
     check_rank(handler.save_on_rank)
     check_timeout(handler.timeout_s)
@@ -73,11 +68,9 @@ def check_include_self(to_save: Mapping[str, Any], *, include_self: bool) -> Non
     if not include_self:
         return
     if not isinstance(to_save, MutableMapping):
-        msg = f"If `include_self` is True, then `to_save` must be mutable, but given {type(to_save)}."
-        raise TypeError(msg)
+        raise TypeError(f"If `include_self` is True, then `to_save` must be mutable, but given {type(to_save)}.")
     if "checkpointer" in to_save:
-        msg = f"Cannot have key 'checkpointer' if `include_self` is True: {to_save}"
-        raise ValueError(msg)
+        raise ValueError(f"Cannot have key 'checkpointer' if `include_self` is True: {to_save}")
 
 
 def check_rank(rank: Any, name: str = "save_on_rank") -> int:
@@ -88,11 +81,9 @@ def check_rank(rank: Any, name: str = "save_on_rank") -> int:
         ValueError: `rank` is negative.
     """
     if not isinstance(rank, numbers.Integral) or isinstance(rank, bool):
-        msg = f"Argument {name} should be a non-negative integer, but given {type(rank)}"
-        raise TypeError(msg)
+        raise TypeError(f"Argument {name} should be a non-negative integer, but given {type(rank)}")
     if rank < 0:
-        msg = f"Argument {name} should be a non-negative integer, but given {rank}"
-        raise ValueError(msg)
+        raise ValueError(f"Argument {name} should be a non-negative integer, but given {rank}")
     return int(rank)
 
 
@@ -103,5 +94,4 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
         ValueError: `value` is none of them.
     """
     if value not in choices:
-        msg = f"Argument {name} should be one of {', '.join(map(repr, choices))}, but given {value!r}"
-        raise ValueError(msg)
+        raise ValueError(f"Argument {name} should be one of {', '.join(map(repr, choices))}, but given {value!r}")

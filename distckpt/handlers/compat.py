@@ -77,8 +77,7 @@ def accept_older_order(
             )
             twice = sorted(given.keys() & kwargs.keys())
             if twice:
-                msg = f"{init.__qualname__}() got multiple values for argument '{twice[0]}'"
-                raise TypeError(msg)
+                raise TypeError(f"{init.__qualname__}() got multiple values for argument '{twice[0]}'")
             init(self, **given, **kwargs)
 
         return wrapper  # type: ignore[return-value]  # functools.wraps keeps the signature

@@ -123,8 +123,7 @@ class DiskSaver(BaseSaveHandler):
         **kwargs: Any,
     ) -> None:
         if not isinstance(dirname, str | os.PathLike):
-            msg = f"Argument dirname should be a string or Path object, but given {type(dirname)}"
-            raise TypeError(msg)
+            raise TypeError(f"Argument dirname should be a string or Path object, but given {type(dirname)}")
         check_choice("when_busy", when_busy, ("wait", "skip"))
         check_choice("share_write", share_write, (None, "node", "world"))
         self.dirname = Path(dirname).expanduser()
@@ -167,18 +166,16 @@ class DiskSaver(BaseSaveHandler):
         if create_dir:
             make_directory(dirname)
         if not dirname.exists():
-            msg = f"Directory path '{dirname}' is not found"
-            raise ValueError(msg)
+            raise ValueError(f"Directory path '{dirname}' is not found")
         if not dirname.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(dirname))
         if require_empty:
             matched = sorted(path.name for path in dirname.iterdir() if path.name.endswith(".pt"))
             if matched:
-                msg = (
+                raise ValueError(
                     f"Files {matched} with extension '.pt' are already present in the directory {dirname}. "
                     "If you want to use this directory anyway, pass `require_empty=False`."
                 )
-                raise ValueError(msg)
 
     @property
     def storage(self) -> LocalStorage:  # type: ignore[override]  # `dirname` may be assigned
@@ -373,8 +370,7 @@ class DiskSaver(BaseSaveHandler):
         has_other = written is not None and written not in self._unloadable
         others = (self.dirname / name for name in kept if name not in (filename, written))
         if not has_other and not any(map(is_loadable, others)) and is_loadable(self.dirname / filename):
-            msg = f"{filename} is kept: load_objects would refuse every other"
-            raise StillNeeded(msg)
+            raise StillNeeded(f"{filename} is kept: load_objects would refuse every other")
         self._unloadable.discard(filename)
 
     @contextlib.contextmanager

@@ -251,23 +251,17 @@ def _check_arguments(
     patience: Any, score_function: Any, trainer: Any, threshold: Any, threshold_mode: Any, mode: Any
 ) -> None:
     if not callable(score_function):
-        msg = f"Argument score_function should be a function. Given {type(score_function)}"
-        raise TypeError(msg)
+        raise TypeError(f"Argument score_function should be a function. Given {type(score_function)}")
     for name, value in (("patience", patience), ("threshold", threshold)):
         if not isinstance(value, numbers.Real):
-            msg = f"Argument {name} should be a number. Given {type(value)}"
-            raise TypeError(msg)
+            raise TypeError(f"Argument {name} should be a number. Given {type(value)}")
     if patience < 1:
-        msg = f"Argument patience should be positive integer. Given {patience!r}"
-        raise ValueError(msg)
+        raise ValueError(f"Argument patience should be positive integer. Given {patience!r}")
     if not isinstance(trainer, Engine):
-        msg = f"Argument trainer should be an instance of Engine. Given {type(trainer)}"
-        raise TypeError(msg)
+        raise TypeError(f"Argument trainer should be an instance of Engine. Given {type(trainer)}")
     if threshold < 0.0:
-        msg = f"Argument threshold should not be a negative number. Given {threshold!r}"
-        raise ValueError(msg)
+        raise ValueError(f"Argument threshold should not be a negative number. Given {threshold!r}")
     choices = (("threshold_mode", threshold_mode, "abs", "rel"), ("mode", mode, "min", "max"))
     for name, value, one, other in choices:
         if value not in (one, other):
-            msg = f"Argument {name} should be either '{one}' or '{other}'. Given {value!r}"
-            raise ValueError(msg)
+            raise ValueError(f"Argument {name} should be either '{one}' or '{other}'. Given {value!r}")

@@ -56,11 +56,9 @@ class Voter(TrackedHandler, ABC):
     def _init_voter(self, module: str, *, lag: int | None, every: int | None, timeout_s: float | None) -> None:
         """Check and set the arguments of a handler that users construct; `module` names its logger."""
         if lag not in (None, 0, 1) or isinstance(lag, bool):
-            msg = f"Argument lag should be 0 or 1, but given {lag!r}"
-            raise ValueError(msg)
+            raise ValueError(f"Argument lag should be 0 or 1, but given {lag!r}")
         if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
-            msg = f"Argument every should be a positive integer. Given {every!r}"
-            raise ValueError(msg)
+            raise ValueError(f"Argument every should be a positive integer. Given {every!r}")
         check_timeout(timeout_s)
         self.lag, self.every, self.timeout_s = lag, every, timeout_s
         self.logger = logging.getLogger(f"{module}.{type(self).__name__}")

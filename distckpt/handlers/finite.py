@@ -170,8 +170,7 @@ def _scalar_is_finite(value: Any) -> bool:
         return value.is_finite()
     if isinstance(value, numbers.Number):
         return math.isfinite(value)  # type: ignore[arg-type]  # a real number of another library
-    msg = f"x must contain numbers, tensors, NumPy arrays, dicts or lists; found {type(value)}"
-    raise TypeError(msg)
+    raise TypeError(f"x must contain numbers, tensors, NumPy arrays, dicts or lists; found {type(value)}")
 
 
 def _tensor_is_finite(tensor: torch.Tensor) -> bool:

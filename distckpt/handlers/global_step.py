@@ -30,8 +30,7 @@ def global_step_from_engine(
         2
     """
     if not isinstance(engine, Engine):
-        msg = f"Argument engine should be an instance of Engine, but given {type(engine)}"
-        raise TypeError(msg)
+        raise TypeError(f"Argument engine should be an instance of Engine, but given {type(engine)}")
 
     return _EngineStep(engine, custom_event_name, fallback_attr)
 

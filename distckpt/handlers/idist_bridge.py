@@ -202,8 +202,7 @@ def _consolidate(self: Metric, to: int) -> Any:
     point = phases.SyncPoint(handler=name, phase="calling the metric's state_dict()", step=0)
     counts = phases.run(backend, point, record_states)
     if len(set(counts)) > 1:
-        msg = f"{name}.state_dict() gathers a different number of states on each rank: {counts}, by rank"
-        raise RuntimeError(msg)
+        raise RuntimeError(f"{name}.state_dict() gathers a different number of states on each rank: {counts}, by rank")
     gathered: Iterator[Any] = iter([idist.all_gather(state) for state in states])
     found: list[Any] = []
     point = phases.SyncPoint(handler=name, phase="combining the metric's state", step=0)

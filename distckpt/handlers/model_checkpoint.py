@@ -149,8 +149,7 @@ class ModelCheckpoint(Checkpoint):
         """The path of the kept checkpoint of highest priority; None if there is none."""
         last = super().last_checkpoint
         if last is not None and directory_of(self.save_handler) is None:
-            msg = f"Internal error, save_handler should be DiskSaver, but has {type(self.save_handler)}."
-            raise RuntimeError(msg)
+            raise RuntimeError(f"Internal error, save_handler should be DiskSaver, but has {type(self.save_handler)}.")
         return None if last is None else Path(last)
 
     def _object_names(self) -> frozenset[str]:
@@ -159,8 +158,7 @@ class ModelCheckpoint(Checkpoint):
     def _find_facts(self, engine: Engine) -> UserFacts:
         # Check here, in the phase that reports every rank's error to every rank, and not earlier.
         if len(self.to_save) == 0:
-            msg = "No objects to checkpoint found."
-            raise RuntimeError(msg)
+            raise RuntimeError("No objects to checkpoint found.")
         check_objects(dict(self.to_save), "state_dict")
         check_include_self(self.to_save, include_self=self.include_self)
         return super()._find_facts(engine)

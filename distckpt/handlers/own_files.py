@@ -199,15 +199,12 @@ class OwnFiles:
     def refuse_removal(self, filename: str, record: Record | None) -> None:
         """Raise ValueError if a file to remove belongs to another handler, or to another run. Any thread."""
         if any(one.kept.has_name(filename) for one in self._others):
-            msg = "another handler of this program keeps it"
-            raise ValueError(msg)
+            raise ValueError("another handler of this program keeps it")
         if record is not None and not self.has_record(record):
             values = [f"{key}={value!r}" for key, value in record.handler.items() if value not in (None, "", False, 0)]
-            msg = f"its manifest says that another handler saved it ({printable(', '.join(values))})"
-            raise ValueError(msg)
+            raise ValueError(f"its manifest says that another handler saved it ({printable(', '.join(values))})")
         if record is not None and self._saved_in.get(filename, record.run.id) != record.run.id:
-            msg = f"its manifest says that another run has saved it since ({record.run.id})"
-            raise ValueError(msg)
+            raise ValueError(f"its manifest says that another run has saved it since ({record.run.id})")
 
     def find_newest(self, files: Mapping[str, Record | None], root: str, damaged: Collection[str] = ()) -> str | None:
         """Return the handler's newest intact file of all runs that go back to the run `root`; None if there is none.

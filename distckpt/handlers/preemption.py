@@ -261,23 +261,18 @@ class Preemption(Voter):
 
 def _check_engine(name: str, engine: object) -> None:
     if not isinstance(engine, Engine):
-        msg = f"Argument {name} should be an instance of Engine, but given {type(engine)}"
-        raise TypeError(msg)
+        raise TypeError(f"Argument {name} should be an instance of Engine, but given {type(engine)}")
 
 
 def _check_numbers(grace_s: object, exit_code: object) -> None:
     if grace_s is not None and (not isinstance(grace_s, int | float) or isinstance(grace_s, bool)):
-        msg = f"Argument grace_s should be a positive number of seconds or None, but given {type(grace_s)}"
-        raise TypeError(msg)
+        raise TypeError(f"Argument grace_s should be a positive number of seconds or None, but given {type(grace_s)}")
     if grace_s is not None and not 0 < grace_s < math.inf:
-        msg = f"Argument grace_s should be a positive number of seconds or None, but given {grace_s!r}"
-        raise ValueError(msg)
+        raise ValueError(f"Argument grace_s should be a positive number of seconds or None, but given {grace_s!r}")
     if not isinstance(exit_code, int) or isinstance(exit_code, bool):
-        msg = f"Argument exit_code should be an integer between 0 and 255, but given {type(exit_code)}"
-        raise TypeError(msg)
+        raise TypeError(f"Argument exit_code should be an integer between 0 and 255, but given {type(exit_code)}")
     if not 0 <= exit_code <= 255:  # noqa: PLR2004 - the exit codes of a process
-        msg = f"Argument exit_code should be an integer between 0 and 255, but given {exit_code}"
-        raise ValueError(msg)
+        raise ValueError(f"Argument exit_code should be an integer between 0 and 255, but given {exit_code}")
 
 
 def _check_signals(signals: object) -> list[int]:
@@ -288,8 +283,7 @@ def _check_signals(signals: object) -> list[int]:
         raise TypeError(msg)
     numbers = list(dict.fromkeys(int(one) for one in given))
     if not numbers:
-        msg = "Argument signals should name at least one signal, but is empty"
-        raise ValueError(msg)
+        raise ValueError("Argument signals should name at least one signal, but is empty")
     for number in numbers:
         if number not in signal.valid_signals() or number in (signal.SIGKILL, signal.SIGSTOP):
             msg = f"Argument signals should name signals that a process can handle, but given {_name_of(number)}"

@@ -180,8 +180,7 @@ def resume(
         check_timeout(timeout_s)
         api.check_to_load(to_load)
         if engine is not None and not isinstance(engine, Engine):
-            msg = f"Argument engine should be an instance of Engine or None, but given {type(engine)}"
-            raise TypeError(msg)
+            raise TypeError(f"Argument engine should be an instance of Engine or None, but given {type(engine)}")
         directory, coordinator = _find_source(dirname_or_handler)
         answer = {"coordinator": coordinator, "directory": str(directory)}
         return answer | (_list_candidates(directory, handler, engine, to_load) if backend.rank == coordinator else {})
@@ -417,11 +416,10 @@ def _make_reloader(
     def load_again(objects: Sequence[Any]) -> None:
         with OpenCheckpoint(chosen.path) as file:
             if [*file.fingerprint(), *file.identity()] != fingerprint:
-                msg = (
+                raise LoadError(
                     f"{chosen.path} was replaced by another file after the resume. What handlers of STARTED or "
                     f"EPOCH_STARTED have changed cannot be restored. Leave the file in place until the first batch"
                 )
-                raise LoadError(msg)
             state = file.state()
             prepared = prepare(to_load, state, options, file if file.read_structure() else None, only=objects)
             del state  # tensors without a reference are not read

@@ -68,8 +68,7 @@ def restore(state: Mapping[str, Any], generators: Mapping[str, Any] | None = Non
         return _restore(state, generators or {})
     except Exception as error:  # each kind of generator raises another type
         _restore(before, generators or {})
-        msg = f"this is no state of random number generators: {type(error).__name__}: {error}"
-        raise ValueError(msg) from error
+        raise ValueError(f"this is no state of random number generators: {type(error).__name__}: {error}") from error
 
 
 def derive(states: Sequence[Mapping[str, Any]], rank: int) -> dict[str, Any]:

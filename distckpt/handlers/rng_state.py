@@ -61,16 +61,14 @@ class RngState:
         timeout_s: float | None = None,
     ) -> None:
         if trainer is not None and not isinstance(trainer, Engine):
-            msg = f"Argument trainer should be an instance of Engine or None, but given {type(trainer)}"
-            raise TypeError(msg)
+            raise TypeError(f"Argument trainer should be an instance of Engine or None, but given {type(trainer)}")
         named = {} if generators is None else dict(generators)
         for name, generator in named.items():
             if not isinstance(name, str) or not rng_generators.is_generator(generator):
-                msg = (
+                raise TypeError(
                     f"Argument generators should map names to torch.Generators, or to Python's or NumPy's generators, "
                     f"but holds {name!r}: {type(generator)}"
                 )
-                raise TypeError(msg)
         check_timeout(timeout_s)
         self.timeout_s = timeout_s
         self._named = named
@@ -116,8 +114,7 @@ class RngState:
             ValueError: it holds no states of random number generators.
         """
         if not isinstance(state_dict, Mapping):
-            msg = f"Argument state_dict should be a dictionary, but given {type(state_dict)}"
-            raise TypeError(msg)
+            raise TypeError(f"Argument state_dict should be a dictionary, but given {type(state_dict)}")
         if not isinstance(state_dict.get("ranks"), Mapping) or "world_size" not in state_dict:
             msg = f"Argument state_dict should hold 'world_size' and 'ranks', but has the keys {list(state_dict)}"
             raise ValueError(msg)
@@ -295,8 +292,7 @@ def _derive(states: list[Any], rank: int) -> dict[str, Any]:
         ValueError: an item is no state of random number generators.
     """
     if not all(isinstance(one, Mapping) and isinstance(one.get("now"), Mapping) for one in states):
-        msg = "this is no state of random number generators: a rank's state lacks 'now'"
-        raise ValueError(msg)
+        raise ValueError("this is no state of random number generators: a rank's state lacks 'now'")
     derived: dict[str, Any] = {"now": rng_generators.derive([one["now"] for one in states], rank), "pass": None}
     passes = [one.get("pass") for one in states]
     if all(isinstance(one, Mapping) for one in passes):

@@ -116,8 +116,7 @@ def call_user_functions(handler: Settings, engine: Engine) -> UserFacts:
         try:
             number = plain_score(step)  # as text, "9" would rank above "10"
         except ValueError:
-            msg = f"Output of global_step_transform should be a number, but given {type(step)}"
-            raise ValueError(msg) from None
+            raise ValueError(f"Output of global_step_transform should be a number, but given {type(step)}") from None
         step = step if isinstance(step, int | float) else number
     step = step.item() if is_numpy_scalar(step) else step
     return UserFacts(step, score, type(step) is int and may_count_epochs(transform, event))

@@ -52,8 +52,7 @@ class TerminateOnNan(Voter):
         timeout_s: float | None = None,
     ) -> None:
         if not callable(output_transform):
-            msg = f"Argument output_transform should be a function, but given {type(output_transform)}"
-            raise TypeError(msg)
+            raise TypeError(f"Argument output_transform should be a function, but given {type(output_transform)}")
         self._init_voter(__name__, lag=lag, every=every, timeout_s=timeout_s)
         self._output_transform = output_transform
         self._nonfinite_output: Any = None

@@ -50,11 +50,9 @@ class TimeLimit(Voter):
         timeout_s: float | None = None,
     ) -> None:
         if not isinstance(limit_sec, int):
-            msg = f"Argument limit_sec should be an integer. Given {type(limit_sec)}"
-            raise TypeError(msg)
+            raise TypeError(f"Argument limit_sec should be an integer. Given {type(limit_sec)}")
         if isinstance(limit_sec, bool) or limit_sec <= 0:
-            msg = f"Argument limit_sec should be a positive integer. Given {limit_sec!r}"
-            raise ValueError(msg)
+            raise ValueError(f"Argument limit_sec should be a positive integer. Given {limit_sec!r}")
         self._init_voter(__name__, lag=lag, every=every, timeout_s=timeout_s)
         self.limit_sec = limit_sec
         self.start_time = time.monotonic()

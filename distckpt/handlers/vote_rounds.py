@@ -132,11 +132,10 @@ class EngineVotes:
                 continue
             before, other = self._schedule.setdefault(name, (value, handler))
             if before != value:
-                msg = (
+                raise ValueError(
                     f"The handlers of one engine share one vote, but {handler} has {name}={value} and {other} has "
                     f"{name}={before}. Give it to one of them, or the same to all."
                 )
-                raise ValueError(msg)
         self._lag, self._every = self._schedule.get("lag", (0, ""))[0], self._schedule.get("every", (1, ""))[0]
         text = "" if self._lag == 0 else f", lag={self._lag}"
         self._schedule_text = text if self._every == 1 else f"{text}, every={self._every}"
@@ -174,8 +173,7 @@ class EngineVotes:
 
     def _start(self) -> Callable[[], VoteResult]:
         if self._backend is None or self._scope is None:
-            msg = "a vote without an answer"
-            raise AssertionError(msg)
+            raise AssertionError("a vote without an answer")
         self._scope.schedule = self._schedule_text  # of all handlers: the event's first handler has made the scope
         timeout_s = self._default_timeout_s if self._timeout_s is None else self._timeout_s
         return self._round.start(self._backend, self._scope, timeout_s=timeout_s)

@@ -156,8 +156,7 @@ class CallbackLoop:
         """
         both = sorted(objects.keys() & self._own.keys() | self._objects.keys() & self._own.keys())
         if both:
-            msg = f"Argument to_save has the names {', '.join(both)}, which are saved anyway"
-            raise ValueError(msg)
+            raise ValueError(f"Argument to_save has the names {', '.join(both)}, which are saved anyway")
         self.checkpoint.to_save = {**self._objects, **objects, **self._own}
         if self._found is not None:
             # find() has verified the file already.
@@ -214,11 +213,10 @@ class CallbackLoop:
         if engine.pause is Pause.ITERATION_COMPLETED and self.num_in_epoch == 0:
             engine.advance()
         elif engine.pause is Pause.ITERATION_COMPLETED and not stops:
-            msg = (
+            raise RuntimeError(
                 f"an epoch ended after {self.num_in_epoch} of {self._epoch_length} steps, and the run goes on: a "
                 f"resumed run could not find its position in the data"
             )
-            raise RuntimeError(msg)
         if stops and not self.has_ended and state.iteration != state.max_iters:
             engine.terminate()
         while engine.pause not in (None, Pause.EPOCH_STARTED, Pause.RUN_ENDED):

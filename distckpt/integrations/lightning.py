@@ -61,8 +61,7 @@ class DistckptCallback(LoopCallback, Callback, lightning_hooks.FitHooks):  # typ
             return
         problem = lightning_hooks.why_unsupported(trainer)
         if problem is not None:
-            msg = f"DistckptCallback cannot resume a Trainer with {problem}"
-            raise ValueError(msg)
+            raise ValueError(f"DistckptCallback cannot resume a Trainer with {problem}")
         if self._progress.trainer is not None:
             raise RuntimeError("a DistckptCallback is for one call of fit(): make another one")
         self._run.find()

@@ -66,8 +66,7 @@ class DistckptCallback(LoopCallback, TrainerCallback, trainer_hooks.TrainerHooks
         """
         problem = trainer_hooks.why_unsupported(trainer)
         if problem is not None:
-            msg = f"DistckptCallback cannot resume a Trainer with {problem}"
-            raise ValueError(msg)
+            raise ValueError(f"DistckptCallback cannot resume a Trainer with {problem}")
         if not any(one is self for one in trainer.callback_handler.callbacks):
             raise RuntimeError("give the DistckptCallback to its Trainer first: Trainer(..., callbacks=[callback])")
         if self._progress.trainer is not None:
@@ -92,8 +91,7 @@ class DistckptCallback(LoopCallback, TrainerCallback, trainer_hooks.TrainerHooks
             msg = "call trainer.train(resume_from_checkpoint=callback.resume(trainer)): it has to know the Trainer"
             raise RuntimeError(msg)
         if (self._folder is None) != (self._progress.loaded is None) or state.global_step != self._num_steps_loaded:
-            msg = "train() was not called with resume_from_checkpoint=callback.resume(trainer)"
-            raise RuntimeError(msg)
+            raise RuntimeError("train() was not called with resume_from_checkpoint=callback.resume(trainer)")
         self._remove_folder()
         loader = kwargs["train_dataloader"]
         num_steps = trainer_hooks.num_steps_in_epoch(trainer, loader)

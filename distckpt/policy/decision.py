@@ -283,12 +283,10 @@ def find_coordinator(intents: Sequence[SaveIntent]) -> int:
     _check_same_handler(intents)
     named = [intent.save_on_rank for intent in intents]
     if len(set(named)) > 1:
-        msg = f"Argument save_on_rank should be the same on every rank, but is, by rank: {named}"
-        raise ValueError(msg)
+        raise ValueError(f"Argument save_on_rank should be the same on every rank, but is, by rank: {named}")
     if named[0] >= len(intents):
         last = len(intents) - 1
-        msg = f"Argument save_on_rank should be a rank of this job (0 to {last}), but given {named[0]}"
-        raise ValueError(msg)
+        raise ValueError(f"Argument save_on_rank should be a rank of this job (0 to {last}), but given {named[0]}")
     return named[0]
 
 
@@ -297,8 +295,7 @@ def _check_same_handler(intents: Sequence[SaveIntent]) -> None:
     names = [(one.policy.name, one.policy.ext, one.policy.score_name, one.score is not None) for one in intents]
     if len(set(names)) > 1:
         by_rank = "; ".join(f"rank {rank}: {name}" for rank, name in enumerate(names))
-        msg = (
+        raise DesyncError(
             "The ranks came to one save with different handlers (name, extension, score's name, has a score): "
             f"{by_rank}. Handlers have to be built and attached on all ranks, in the same order."
         )
-        raise DesyncError(msg)

@@ -30,11 +30,9 @@ def default_pattern(
         '{filename_prefix}_{name}_{global_step}_{score_name}={score}.{ext}'
     """
     if not (with_global_step or with_score):
-        msg = "At least one of with_score and with_global_step should be True."
-        raise ValueError(msg)
+        raise ValueError("At least one of with_score and with_global_step should be True.")
     if with_score_name and not with_score:
-        msg = "If with_score_name is True, with_score should be also True"
-        raise ValueError(msg)
+        raise ValueError("If with_score_name is True, with_score should be also True")
     fields = (
         (with_prefix, "{filename_prefix}"),
         (True, "{name}"),
@@ -134,8 +132,7 @@ def check_name(name: str, *, what: str = "filename") -> tuple[str, ...]:
         ('fold0', 'best_3.pt')
     """
     if not isinstance(name, str):
-        msg = f"Argument {what} should be a string, but given {type(name)}"
-        raise TypeError(msg)
+        raise TypeError(f"Argument {what} should be a string, but given {type(name)}")
     problem = _find_problem(name)
     if problem is not None:
         msg = f"Argument {what} should name a file inside the checkpoint directory, but given {name!r}: {problem}"

@@ -139,8 +139,7 @@ class EveryHours:
 
     def __post_init__(self) -> None:
         if not isinstance(self.hours, numbers.Real) or isinstance(self.hours, bool):
-            msg = f"EveryHours should be given a number of hours, but given {type(self.hours)}"
-            raise TypeError(msg)
+            raise TypeError(f"EveryHours should be given a number of hours, but given {type(self.hours)}")
         if not (self._period_s >= _MINUTE_S and self._period_s < LATEST_S):
             msg = f"EveryHours should be given a number of hours of at least a minute, but given {self.hours}"
             raise ValueError(msg)
@@ -178,11 +177,9 @@ _KINDS: dict[str, Any] = {kind.__name__: kind for kind in (LastN, BestN, EveryNS
 def _check_count(policy: object, number: object) -> None:
     name = type(policy).__name__
     if not isinstance(number, numbers.Integral) or isinstance(number, bool):
-        msg = f"{name} should be given an int, but given {type(number)}"
-        raise TypeError(msg)
+        raise TypeError(f"{name} should be given an int, but given {type(number)}")
     if number < 1:
-        msg = f"{name} should be given a positive int, but given {number}"
-        raise ValueError(msg)
+        raise ValueError(f"{name} should be given a positive int, but given {number}")
 
 
 def check_policies(policies: object, *, is_scored: bool) -> None:
@@ -194,18 +191,15 @@ def check_policies(policies: object, *, is_scored: bool) -> None:
     """
     wanted = "a list of LastN, BestN, EveryNSteps and EveryHours"
     if not isinstance(policies, Sequence) or isinstance(policies, str):
-        msg = f"Argument keep should be {wanted}, but given {type(policies)}"
-        raise TypeError(msg)
+        raise TypeError(f"Argument keep should be {wanted}, but given {type(policies)}")
     for policy in policies:
         if not isinstance(policy, Policy):
-            msg = f"Argument keep should be {wanted}, but given {policy!r} in it"
-            raise TypeError(msg)
+            raise TypeError(f"Argument keep should be {wanted}, but given {policy!r} in it")
     if not policies:
         msg = f"Argument keep should be {wanted}, but is empty. Without it, n_saved=None keeps all checkpoints"
         raise ValueError(msg)
     if not is_scored and any(isinstance(policy, BestN) for policy in policies):
-        msg = "BestN in argument keep needs a score: give score_function or score_name"
-        raise ValueError(msg)
+        raise ValueError("BestN in argument keep needs a score: give score_function or score_name")
 
 
 def to_plain(policies: Iterable[Policy]) -> list[list[Any]]:

@@ -28,8 +28,7 @@ def get_default_score_fn(metric_name: str, score_sign: float = 1.0) -> Callable[
         -0.25
     """
     if score_sign not in (1.0, -1.0):
-        msg = "Argument score_sign should be 1 or -1"
-        raise ValueError(msg)
+        raise ValueError("Argument score_sign should be 1 or -1")
     return lambda engine: score_sign * engine.state.metrics[metric_name]
 
 
@@ -41,8 +40,7 @@ def check_rule(rule: str) -> ScoreRule:
     """
     known = get_args(ScoreRule)
     if rule not in known:
-        msg = f"Argument score_rule should be one of {known}, but given {rule!r}"
-        raise ValueError(msg)
+        raise ValueError(f"Argument score_rule should be one of {known}, but given {rule!r}")
     return rule  # type: ignore[return-value]
 
 

@@ -296,8 +296,7 @@ class PlainWalk:
             self.storages.append(storage)
         at = storage.data_ptr()
         if self._dtypes.setdefault(at, dtype) is not dtype and at != 0:
-            msg = "Cannot save multiple tensors or storages that view the same data as different types"
-            raise RuntimeError(msg)
+            raise RuntimeError("Cannot save multiple tensors or storages that view the same data as different types")
         shape, offset = tensor.shape, int(tensor.storage_offset())
         device = None if tensor.is_cpu else tensor.device
         form = (dtype, storage.nbytes(), device, offset, shape, tensor.stride(), tensor.requires_grad)

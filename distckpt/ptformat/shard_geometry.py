@@ -52,11 +52,10 @@ def local_ranges(
     if unclear is not None:
         names = ", ".join(map(str, placements))
         what = "several shards" if unclear else "no shard"
-        msg = (
+        raise ValueError(
             f"placements ({names}) over a mesh of {'x'.join(map(str, mesh_shape))} ranks give {what} of shape "
             f"{tuple(local_shape)} at {tuple(coordinate)} of a tensor of shape {tuple(shape)}"
         )
-        raise ValueError(msg)
     return tuple(list(ranges) for (ranges,) in fitting)
 
 
@@ -124,8 +123,7 @@ def _find_shards(
         if num_parts == 1 or placement.is_replicate():
             continue
         if type(placement).__name__ not in _SHARDS:
-            msg = f"placement {placement} does not say which part of the tensor a rank holds"
-            raise ValueError(msg)
+            raise ValueError(f"placement {placement} does not say which part of the tensor a rank holds")
         shards.append((placement.dim, num_parts, part, int(getattr(placement, "split_factor", 1))))
     return tuple(shards)
 

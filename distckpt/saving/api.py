@@ -292,21 +292,16 @@ def _start(
 
 def _check_arguments(objects: object, path: object, step: object, share_write: object, timeout_s: object) -> None:
     if not isinstance(objects, Mapping):
-        msg = f"Argument objects should be a dictionary, but given {type(objects)}"
-        raise TypeError(msg)
+        raise TypeError(f"Argument objects should be a dictionary, but given {type(objects)}")
     check_objects(dict(objects), "state_dict")
     if not isinstance(path, str | os.PathLike):
-        msg = f"Argument path should be a string or Path object, but given {type(path)}"
-        raise TypeError(msg)
+        raise TypeError(f"Argument path should be a string or Path object, but given {type(path)}")
     if str(os.fspath(path)).endswith((os.sep, f"{os.sep}.")):
-        msg = f"Argument path should name a file, but given {path!r}, a directory"
-        raise ValueError(msg)
+        raise ValueError(f"Argument path should name a file, but given {path!r}, a directory")
     if step is not None and (not isinstance(step, int) or isinstance(step, bool)):
-        msg = f"Argument step should be int | None, but given {type(step)}"
-        raise TypeError(msg)
+        raise TypeError(f"Argument step should be int | None, but given {type(step)}")
     if share_write not in (None, "node", "world"):
-        msg = f"Argument share_write should be one of None, 'node', 'world', but given {share_write!r}"
-        raise ValueError(msg)
+        raise ValueError(f"Argument share_write should be one of None, 'node', 'world', but given {share_write!r}")
     check_timeout(timeout_s)
 
 
@@ -315,8 +310,7 @@ def _check_same(arguments: Sequence[Mapping[str, Any]]) -> None:
         values = [one[name] for one in arguments]
         if any(value != values[0] for value in values):
             texts = ", ".join(f"{value!r} on rank {rank}" for rank, value in enumerate(values))
-            msg = f"The ranks call distckpt.save or async_save with different arguments: {name} is {texts}"
-            raise ValueError(msg)
+            raise ValueError(f"The ranks call distckpt.save or async_save with different arguments: {name} is {texts}")
 
 
 def _begin(target: Path) -> tuple[int | None, bool]:
@@ -340,8 +334,7 @@ def _wait_for_pending(path: Path) -> int:
         pending = _PENDING[path][1]
         pending.join()
         if not pending.done():
-            msg = f"Argument path: a save to {path} is pending. Call its wait() on all ranks first"
-            raise ValueError(msg)
+            raise ValueError(f"Argument path: a save to {path} is pending. Call its wait() on all ranks first")
     for other in [other for other, (_, pending) in _PENDING.items() if pending.done()]:
         del _PENDING[other]
     used = {number for number, _ in _PENDING.values()}

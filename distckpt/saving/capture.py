@@ -46,8 +46,7 @@ def check_objects(tree: Any, method: str) -> None:
     """Raise TypeError if an object of a tree has no method of that name."""
     for obj in _leaves(tree):
         if not hasattr(obj, method):
-            msg = f"Object {type(obj)} should have `{method}` method"
-            raise TypeError(msg)
+            raise TypeError(f"Object {type(obj)} should have `{method}` method")
 
 
 def capture(
@@ -139,11 +138,10 @@ def refuse_unconsolidated(to_save: Mapping[str, Any], *, rank: int) -> None:
         kind = type(obj)
         is_gathered = _has_consolidate(obj) and not getattr(kind, "distckpt_saves_alone", False)
         if is_gathered or _is_sharded_optimizer(obj) or _has_fsdp(unwrap(obj)):
-            msg = (
+            raise ValueError(
                 f"rank {rank}: the state of to_save[{name!r}] ({kind.__name__}) is sharded over the ranks, and a save "
                 "for an exception runs on one rank alone. Save without it on EXCEPTION_RAISED"
             )
-            raise ValueError(msg)
 
     map_named(check, dict(to_save))
 

@@ -167,12 +167,11 @@ class CapturedObjects:
         for name in lost:
             difference = _find_difference([one.get(name) for one in descriptions], coordinator)
             if difference is not None:
-                msg = (
+                raise ShardedStateError(
                     f"to_save[{name!r}] is another object on some ranks: {difference}. The state of rank {coordinator} "
                     "alone would be saved, so nothing was saved. Wrap it in distckpt.StageState on all ranks if these "
                     "are stages of one model; else give all ranks the same object under one key"
                 )
-                raise ShardedStateError(msg)
 
 
 def captured_objects(world_size: int) -> CapturedObjects:

@@ -232,11 +232,10 @@ def _check_replicas(checksums: Sequence[Sequence[Sequence[Any]]], coordinator: i
             continue
         names = [one[0] for one, other in zip(ours, theirs, strict=False) if one != other]
         what = f"the first tensor that differs is {names[0]}" if names else f"{len(theirs)} tensors against {len(ours)}"
-        msg = (
+        raise ReplicasDiffer(
             f"replicas differ between rank {rank} and rank {coordinator}: {what}. "
             "Nothing was saved. Was a parameter changed on one rank alone, or a gradient not reduced?"
         )
-        raise ReplicasDiffer(msg)
 
 
 def _layout_difference(layouts: Mapping[int, Sequence[str]], coordinator: int) -> str | None:

@@ -67,11 +67,10 @@ def exchange_shards(
     def bind() -> None:
         blind = sorted(shards.holders() - set(group.ranks))
         if blind:
-            msg = (
+            raise SaveError(
                 f"{filename} was not written: rank {', '.join(map(str, blind))} holds shards, but does not see the "
                 f"directory of rank {coordinator}. All ranks need the directory, on a shared file system"
             )
-            raise SaveError(msg)
         writer.bind_shards(group.range_of(backend.rank))
 
     def gather() -> list[list[Any]]:
@@ -104,11 +103,10 @@ def _agreed_homes(answers: Sequence[Mapping[str, Any]], coordinator: int) -> Seq
 def _raise_difference(descriptions: Sequence[Sequence[str]]) -> None:
     difference = find_shard_difference(descriptions)
     if difference is not None:
-        msg = (
+        raise ShardedStateError(
             f"the ranks hold different sharded tensors: {difference}. Nothing was saved. All ranks have to save "
             "the same tensors, with the same placements over the same device mesh"
         )
-        raise ShardedStateError(msg)
 
 
 def _compare_across_meshes(writer: RankWriter, checksums: Sequence[Sequence[Sequence[Any]]]) -> None:
@@ -120,8 +118,7 @@ def _compare_across_meshes(writer: RankWriter, checksums: Sequence[Sequence[Sequ
                 continue
             first, expected = known.setdefault((number, place), (rank, checksum))
             if checksum != expected:
-                msg = (
+                raise ShardedStateError(
                     f"rank {first} and rank {rank} hold different values of {writer.describe_shards()[number]}. "
                     "Nothing was saved. Give objects that differ between ranks keys of their own"
                 )
-                raise ShardedStateError(msg)

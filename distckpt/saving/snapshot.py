@@ -371,8 +371,7 @@ def _digest_of(phrases: Sequence[str]) -> int:
 
 def _required(one: _T | None) -> _T:
     if one is None:
-        msg = "the snapshot has no buffer, or was written already"
-        raise AssertionError(msg)
+        raise AssertionError("the snapshot has no buffer, or was written already")
     return one
 
 

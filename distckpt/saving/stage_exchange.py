@@ -160,11 +160,10 @@ class _StagePlan:
         for (ranks, _), group in groups.items():
             absent = set(ranks).difference(group)
             if absent:
-                msg = (
+                raise ShardedStateError(
                     f"{self.parts[0].kind}: {name!r} is a DTensor over the ranks {list(ranks)}, but rank {min(absent)} "
                     "does not have it. Nothing was saved"
                 )
-                raise ShardedStateError(msg)
             found |= {one.part: group for one in group.values()}
             copies.append([group[rank] for rank in ranks])
         if name not in self.unchecked:
@@ -318,12 +317,11 @@ def join_groups(kind: str, groups_of: Sequence[tuple[int, Sequence[Mapping[str, 
             ours = joined[index]
             for key in sorted((ours.keys() | group.keys()) - {"params"}):
                 if wire.encode([key in ours, ours.get(key)]) != wire.encode([key in group, group.get(key)]):
-                    msg = (
+                    raise ShardedStateError(
                         f"{kind}: param_groups[{index}] has {key} {ours.get(key)!r} on rank {first_ranks[index]} and "
                         f"{group.get(key)!r} on rank {rank}. Nothing was saved. Groups of the same index are one group "
                         "of the whole model, so they need the same hyperparameters"
                     )
-                    raise ShardedStateError(msg)
             for name in group["params"]:
                 if group_of.setdefault(name, index) != index:
                     msg = f"{kind}: {name!r} is in param_groups[{group_of[name]}] on one rank and [{index}] on another"

@@ -248,15 +248,13 @@ class StageState:
         for index, group in enumerate(optimizer.param_groups):
             kind = type(optimizer).__name__
             if not self._modules and "param_names" not in group:
-                msg = (
+                raise ValueError(
                     f"group {index} of the {kind} has no names of parameters. Pass the module too, or make the "
                     "optimizer of named_parameters()"
                 )
-                raise ValueError(msg)
             absent = [number for number, one in enumerate(group["params"]) if self._modules and id(one) not in known]
             if absent:
-                msg = f"parameter {absent[0]} of group {index} of the {kind} is not in the module"
-                raise ValueError(msg)
+                raise ValueError(f"parameter {absent[0]} of group {index} of the {kind} is not in the module")
             found.append([known[id(one)] for one in group["params"]] if self._modules else list(group["param_names"]))
         return found
 

@@ -115,8 +115,7 @@ class HostMemory:
             try:
                 self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             except OSError as error:
-                msg = f"no host memory for a snapshot of {num_bytes} bytes: {error}"
-                raise MemoryError(msg) from error
+                raise MemoryError(f"no host memory for a snapshot of {num_bytes} bytes: {error}") from error
             with contextlib.suppress(OSError):  # fewer pages to fault in, and to pin for direct I/O
                 self._map.madvise(mmap.MADV_HUGEPAGE)
             self.num_bytes = size
