@@ -31,7 +31,7 @@ from distckpt.saving.protocol import StillNeeded
 from distckpt.saving.rank_writer import RankWriter, write_file
 from distckpt.saving.snapshot import WHOLE
 from distckpt.saving.staging import HostMemory, thread_memory
-from distckpt.saving.writer_group import ShardWriters, WriterCache, WriterGroup, find_writers
+from distckpt.saving.writer_group import WriterCache, WriterGroup, WriterSearch
 from distckpt.storage.local import LocalFile, LocalStorage, make_directory
 from distckpt.storage.written_files import identity_of
 
@@ -303,7 +303,7 @@ class DiskSaver(BaseSaveHandler):
 
     def knows_writers(self, backend: Backend) -> bool:
         """Rank-local. Return True if this rank knows which ranks write."""
-        return not self._shares() or self._writers.get(backend, self.storage, self.save_on_rank) is not None
+        return not self._shares() or self._sharing_ranks(backend, None).is_known()
 
     def find_group(
         self, backend: Backend, sync_point: Callable[[str], SyncPoint], *, is_known: bool, timeout_s: float | None
@@ -311,23 +311,18 @@ class DiskSaver(BaseSaveHandler):
         """Return the ranks that write, the same on every rank. Collective unless `is_known`, which is the same too."""
         ranks: tuple[int, ...] = (self.save_on_rank,)
         if self._shares():
-            found = self._writers.get(backend, self.storage, self.save_on_rank) if is_known else None
-            if found is None:
-                found = find_writers(
-                    backend,
-                    sync_point,
-                    self.storage,
-                    coordinator=self.save_on_rank,
-                    same_node=self.share_write == "node",
-                    timeout_s=timeout_s,
-                )
-                self._writers.put(backend, self.storage, self.save_on_rank, found)
-            ranks = found
+            ranks = self._sharing_ranks(backend, timeout_s).find(sync_point, is_known=is_known)
         return WriterGroup(ranks=ranks, check_replicas=self.check_replicas)
 
-    def shard_writers(self, backend: Backend, *, timeout_s: float | None) -> ShardWriters:
+    def _sharing_ranks(self, backend: Backend, timeout_s: float | None) -> WriterSearch:
+        same_node, cache = self.share_write == "node", self._writers
+        return WriterSearch(
+            backend, self.storage, self.save_on_rank, same_node=same_node, cache=cache, timeout_s=timeout_s
+        )
+
+    def shard_writers(self, backend: Backend, *, timeout_s: float | None) -> WriterSearch:
         """Rank-local. Return what finds the ranks that write sharded tensors."""
-        return ShardWriters(backend, self.storage, self.save_on_rank, self._shard_writers, timeout_s)
+        return WriterSearch(backend, self.storage, self.save_on_rank, cache=self._shard_writers, timeout_s=timeout_s)
 
     def make_writer(
         self, backend: Backend, filename: str, manifest: Manifest, group: WriterGroup, key: str = ""

@@ -16,7 +16,7 @@ from distckpt.coordination.phases import SyncPoint
 from distckpt.policy.decision import RemovalOrder
 from distckpt.ptformat.manifest import Manifest
 from distckpt.saving.rank_writer import RankWriter
-from distckpt.saving.writer_group import ShardWriters, WriterGroup
+from distckpt.saving.writer_group import WriterGroup, WriterSearch
 from distckpt.storage.base import Storage
 
 WhenBusy = Literal["wait", "skip"]
@@ -112,7 +112,7 @@ class StorageSaver(Protocol):
     ) -> WriterGroup:
         """Return the ranks that write. Collective unless `is_known`."""
 
-    def shard_writers(self, backend: Backend, *, timeout_s: float | None) -> ShardWriters:
+    def shard_writers(self, backend: Backend, *, timeout_s: float | None) -> WriterSearch:
         """Rank-local. Return what finds the ranks that write sharded tensors."""
 
     def make_writer(

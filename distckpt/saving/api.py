@@ -39,7 +39,7 @@ from distckpt.saving.protocol import start_save
 from distckpt.saving.rank_writer import RankWriter
 from distckpt.saving.shards import Shards
 from distckpt.saving.staging import thread_memory
-from distckpt.saving.writer_group import ShardWriters, WriterGroup, find_writers
+from distckpt.saving.writer_group import WriterGroup, WriterSearch
 from distckpt.storage.local import LocalStorage
 
 ShareWrite = Literal["node", "world"] | None
@@ -218,14 +218,8 @@ def _start(
     storage = LocalStorage(target.parent)
     ranks: tuple[int, ...] = (save_on_rank,)
     if share_write is not None:
-        ranks = find_writers(
-            backend,
-            sync_point,
-            storage,
-            coordinator=save_on_rank,
-            same_node=share_write == "node",
-            timeout_s=timeout_s,
-        )
+        same_node = share_write == "node"
+        ranks = WriterSearch(backend, storage, save_on_rank, same_node=same_node, timeout_s=timeout_s).find(sync_point)
     group = WriterGroup(ranks=ranks, check_replicas=bool(check_replicas))
     gathered: dict[int, Any] = {}
     shards = Shards(backend.rank, backend.world_size)
@@ -275,7 +269,7 @@ def _start(
         group=group,
         remove_replaced=None,
         shards=shards,
-        shard_writers=ShardWriters(backend, storage, save_on_rank, timeout_s=timeout_s),
+        shard_writers=WriterSearch(backend, storage, save_on_rank, timeout_s=timeout_s),
         annotate=functools.partial(_annotate, backend.rank, step, target, answers[save_on_rank]["exists"]),
         in_background=in_background,
         timeout_s=timeout_s,

@@ -44,7 +44,7 @@ from distckpt.saving.pending_save import WRITE_TIMEOUT_S, PendingSave, Problems,
 from distckpt.saving.rank_writer import RankWriter
 from distckpt.saving.shard_exchange import exchange_shards
 from distckpt.saving.shards import Shards
-from distckpt.saving.writer_group import ShardWriters, WriterGroup
+from distckpt.saving.writer_group import WriterGroup, WriterSearch
 
 _KEPT = ("history", "orphans", "former")
 """The fields of an intent that grow with the number of checkpoints. At first the ranks exchange only their digest."""
@@ -118,7 +118,7 @@ def start_save(
     annotate: Callable[[SaveError], SaveError],
     in_background: bool,
     shards: Shards,
-    shard_writers: ShardWriters,
+    shard_writers: WriterSearch,
     timeout_s: float | None,
     path: Path | None = None,
     reports_errors: bool = False,

@@ -19,7 +19,7 @@ from distckpt.errors import SaveError, ShardedStateError
 from distckpt.saving.pending_save import SyncPointFactory
 from distckpt.saving.rank_writer import RankWriter
 from distckpt.saving.shards import Shards, find_shard_difference
-from distckpt.saving.writer_group import ShardWriters, WriterGroup
+from distckpt.saving.writer_group import WriterGroup, WriterSearch
 
 
 def exchange_shards(
@@ -29,7 +29,7 @@ def exchange_shards(
     writer: RankWriter,
     shards: Shards,
     answers: Sequence[Mapping[str, Any]],
-    shard_writers: ShardWriters,
+    shard_writers: WriterSearch,
     coordinator: int,
     *,
     timeout_s: float,

@@ -84,13 +84,14 @@ def find_writers(
     return (*others, coordinator)
 
 
-class ShardWriters:
-    """Finds the ranks that see the coordinator's storage: all of them write a sharded tensor's file.
+class WriterSearch:
+    """Finds the ranks that see the coordinator's storage, with a cache: see :func:`find_writers`.
 
     Args:
         backend: the job's backend.
         storage: this rank's storage.
         coordinator: rank that commits the file.
+        same_node: leave out the ranks of other nodes.
         cache: keeps the result for later saves; None to find it anew.
         timeout_s: seconds to wait for the other ranks; None for the default.
     """
@@ -100,52 +101,43 @@ class ShardWriters:
         backend: Backend,
         storage: Storage,
         coordinator: int,
+        *,
+        same_node: bool = False,
         cache: "WriterCache | None" = None,
         timeout_s: float | None = None,
     ) -> None:
-        self._backend = backend
-        self._storage = storage
-        self._coordinator = coordinator
+        self._key = backend, storage, coordinator, same_node
         self._cache = WriterCache() if cache is None else cache
         self._timeout_s = timeout_s
 
+    def _cached(self) -> tuple[int, ...] | None:
+        return self._cache.ranks if self._cache.key == self._key else None
+
     def is_known(self) -> bool:
         """Rank-local. Return True if this rank's cache holds the ranks."""
-        return self._cache.get(self._backend, self._storage, self._coordinator) is not None
+        return self._cached() is not None
 
-    def find(self, sync_point: Callable[[str], phases.SyncPoint], *, is_known: bool) -> tuple[int, ...]:
+    def find(self, sync_point: Callable[[str], phases.SyncPoint], *, is_known: bool = False) -> tuple[int, ...]:
         """Return the ranks, the coordinator last. Collective unless `is_known`, which must be equal on every rank."""
-        found = self._cache.get(self._backend, self._storage, self._coordinator) if is_known else None
+        found = self._cached() if is_known else None
         if found is None:
+            backend, storage, coordinator, same_node = self._key
             found = find_writers(
-                self._backend,
-                sync_point,
-                self._storage,
-                coordinator=self._coordinator,
-                same_node=False,
-                timeout_s=self._timeout_s,
+                backend, sync_point, storage, coordinator=coordinator, same_node=same_node, timeout_s=self._timeout_s
             )
-            self._cache.put(self._backend, self._storage, self._coordinator, found)
+            self._cache.key, self._cache.ranks = self._key, found
         return found
 
 
 class WriterCache:
-    """Caches the last result of :func:`find_writers`. A copy is empty, since a backend cannot be copied."""
+    """The last result of a :class:`WriterSearch`. A copy is empty, since a backend cannot be copied."""
 
     def __init__(self) -> None:
-        self._key: tuple[Any, ...] = ()
-        self._ranks: tuple[int, ...] = ()
+        self.key: tuple[Any, ...] = ()
+        self.ranks: tuple[int, ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (WriterCache, ())
-
-    def get(self, backend: Backend, storage: Storage, coordinator: int) -> tuple[int, ...] | None:
-        """Return the cached ranks; None if there are none for these arguments."""
-        return self._ranks if self._key == (backend, storage, coordinator) else None
-
-    def put(self, backend: Backend, storage: Storage, coordinator: int, ranks: tuple[int, ...]) -> None:
-        """Cache ranks."""
-        self._key, self._ranks = (backend, storage, coordinator), ranks
 
 
 @contextlib.contextmanager
