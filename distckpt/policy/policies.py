@@ -47,7 +47,21 @@ def whole_minutes(time_s: float) -> int:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class LastN:
+class _Counted:
+    n: int
+
+    def __post_init__(self) -> None:
+        name, number = type(self).__name__, self.n
+        if not isinstance(number, numbers.Integral) or isinstance(number, bool):
+            raise TypeError(f"{name} should be given an int, but given {type(number)}")
+        if number < 1:
+            raise ValueError(f"{name} should be given a positive int, but given {number}")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.n})"
+
+
+class LastN(_Counted):
     """Policy that keeps the newest `n` checkpoints.
 
     A handler without scores counts the checkpoints of the highest steps as the newest.
@@ -57,17 +71,10 @@ class LastN:
         LastN(3)
     """
 
-    n: int
-
-    def __post_init__(self) -> None:
-        _check_count(self, self.n)
-
-    def __repr__(self) -> str:
-        return f"LastN({self.n})"
+    __slots__ = ()
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class BestN:
+class BestN(_Counted):
     """Policy that keeps the `n` checkpoints of the highest scores. Of equal scores the newer counts as the higher.
 
     Example:
@@ -75,17 +82,10 @@ class BestN:
         BestN(2)
     """
 
-    n: int
-
-    def __post_init__(self) -> None:
-        _check_count(self, self.n)
-
-    def __repr__(self) -> str:
-        return f"BestN({self.n})"
+    __slots__ = ()
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class EveryNSteps:
+class EveryNSteps(_Counted):
     """Policy that keeps the first checkpoint at or after each multiple of `n` steps.
 
     The step is the global step in the file name. If the name has none, it is the trainer's iteration.
@@ -96,13 +96,7 @@ class EveryNSteps:
         [None, 1, 1, 2]
     """
 
-    n: int
-
-    def __post_init__(self) -> None:
-        _check_count(self, self.n)
-
-    def __repr__(self) -> str:
-        return f"EveryNSteps({self.n})"
+    __slots__ = ()
 
     def is_unknown(self, file: SavedFile) -> bool:
         """Return True if the file's step is unknown. Such a file is kept."""
@@ -172,14 +166,6 @@ class EveryHours:
 Policy = LastN | BestN | EveryNSteps | EveryHours
 """What may be in the argument ``keep``."""
 _KINDS: dict[str, Any] = {kind.__name__: kind for kind in (LastN, BestN, EveryNSteps, EveryHours)}
-
-
-def _check_count(policy: object, number: object) -> None:
-    name = type(policy).__name__
-    if not isinstance(number, numbers.Integral) or isinstance(number, bool):
-        raise TypeError(f"{name} should be given an int, but given {type(number)}")
-    if number < 1:
-        raise ValueError(f"{name} should be given a positive int, but given {number}")
 
 
 def check_policies(policies: object, *, is_scored: bool) -> None:

@@ -61,7 +61,7 @@ class PickledState:
         refused: the first objects that loading will refuse; empty if there are none.
         walk: what was read of a plain state; None for others.
         facts: of the storages, if they are known.
-        sharded: what :class:`~distckpt.ptformat.state_form.ReadsSharded` has found, if the pickle was made before.
+        sharded: what a :data:`~distckpt.ptformat.state_form.Reader` has found, if the pickle was made before.
     """
 
     data: bytes

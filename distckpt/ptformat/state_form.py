@@ -13,7 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 import torch
 
@@ -29,24 +29,12 @@ _KEYS: Final = frozenset({str, int, bool, type(None)})
 _MOST_FORMS: Final = 4
 
 
-class ReadsSharded(Protocol):
-    """Compares the DTensors of a state with those of an earlier one."""
+Reader = Callable[[list[Any]], tuple[Any, list[torch.Tensor]]]
+"""Compares DTensors, in the order of the pickle, with those of an earlier state; raises :class:`Differs`.
 
-    def read(self, tensors: list[Any]) -> tuple[Any, list[torch.Tensor]]:
-        """Compare DTensors.
-
-        Args:
-            tensors: in the order of the pickle.
-
-        Returns:
-            What was found of the sharded ones, for :attr:`PickledState.sharded`; the others as plain tensors.
-
-        Raises:
-            Differs: they differ.
-        """
-
-
-MakeReader = Callable[[list[Any], list[int]], ReadsSharded]
+Returns what it found of the sharded ones, for :attr:`PickledState.sharded`, and the others as plain tensors.
+"""
+MakeReader = Callable[[list[Any], list[int]], Reader]
 """Takes a state's DTensors and the numbers of their storages in the pickle; returns what compares others with them."""
 
 
@@ -159,7 +147,7 @@ class _StateForm:
             raise Differs
         tensors, sharded = leaves.tensors, None
         if self._reader is not None:
-            sharded, wholes = self._reader.read(list(itertools.compress(tensors, self._is_dtensor)))
+            sharded, wholes = self._reader(list(itertools.compress(tensors, self._is_dtensor)))
             for index, whole in zip(self._wholes_at, wholes, strict=True):
                 tensors[index] = whole
             tensors = list(itertools.compress(tensors, self._is_plain))

@@ -17,6 +17,7 @@ from torch import nn
 from distckpt.ptformat.gc_pause import gc_paused
 from distckpt.ptformat.pickler import PLAIN_PROTOCOL, PickledState, pickle_state
 from distckpt.ptformat.sharded import is_dtensor
+from distckpt.ptformat.state_form import Reader
 from distckpt.saving.plain_state import LiveState, plain_state
 from distckpt.saving.shard_forms import KnownShards, ShardForms
 from distckpt.saving.shards import Shards
@@ -61,7 +62,7 @@ class CapturedState:
             self._state = _replace_shards(tree, shards)
         else:
             known: KnownShards = self._known.sharded
-            shards.reuse(known.sources, known.tensors, known.rows)
+            shards.reuse(*known)
 
     def pickle(self) -> PickledState:
         """Pickle the state, unless that was done for an earlier one of the same form."""
@@ -70,14 +71,17 @@ class CapturedState:
         shards, protocol, state = self._shards, self._protocol, self._state
         if shards is not None and len(shards):
             pickled = pickle_state(state, protocol=protocol, num_shards=len(shards), shards=shards.by_id)
-            return self._memory.live_forms.keep(
-                self._live, pickled, functools.partial(ShardForms, shards=shards), self._key
-            )
+            make_reader = functools.partial(_make_reader, shards)
+            return self._memory.live_forms.keep(self._live, pickled, make_reader, self._key)
         if protocol != PLAIN_PROTOCOL:
             return pickle_state(state, protocol=protocol)
         with gc_paused():
             forms = self._memory.plain_forms
             return forms.match(state) or forms.keep(state, pickle_state(state))
+
+
+def _make_reader(shards: Shards, tensors: list[Any], numbers: list[int]) -> Reader:
+    return ShardForms(tensors, numbers, shards).read
 
 
 def _without_names(tree: Any, names: list[tuple[str, bool]]) -> Any:

@@ -10,6 +10,7 @@
 5. (all ranks) stage. An error is raised where the ranks exchange the results of writing.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from distckpt.coordination import phases
 from distckpt.errors import SaveError, ShardedStateError
 from distckpt.saving.pending_save import SyncPointFactory
 from distckpt.saving.rank_writer import RankWriter
-from distckpt.saving.shards import Shards, find_shard_difference
+from distckpt.saving.shards import Shards
 from distckpt.saving.writer_group import WriterGroup, WriterSearch
 
 
@@ -101,12 +102,19 @@ def _agreed_homes(answers: Sequence[Mapping[str, Any]], coordinator: int) -> Seq
 
 
 def _raise_difference(descriptions: Sequence[Sequence[str]]) -> None:
-    difference = find_shard_difference(descriptions)
-    if difference is not None:
-        raise ShardedStateError(
-            f"the ranks hold different sharded tensors: {difference}. Nothing was saved. All ranks have to save "
-            "the same tensors, with the same placements over the same device mesh"
-        )
+    """Raise an error that names the first difference between the ranks' sharded tensors, which are given as text."""
+    for rank, theirs in enumerate(descriptions):
+        for ours, other in itertools.zip_longest(descriptions[0], theirs):
+            if ours == other:
+                continue
+            difference = f"rank 0 has {ours}; rank {rank} has {other}"
+            if ours is None or other is None:
+                more, fewer = (0, rank) if other is None else (rank, 0)
+                difference = f"rank {more} has {ours or other}; rank {fewer} does not have it"
+            raise ShardedStateError(
+                f"the ranks hold different sharded tensors: {difference}. Nothing was saved. All ranks have to save "
+                "the same tensors, with the same placements over the same device mesh"
+            )
 
 
 def _compare_across_meshes(writer: RankWriter, checksums: Sequence[Sequence[Sequence[Any]]]) -> None:

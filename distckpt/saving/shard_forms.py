@@ -12,7 +12,7 @@ import operator
 import weakref
 from array import array
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 
@@ -29,18 +29,8 @@ _METHODS: Final = ("stride",)
 _PLAIN: Final = frozenset({torch.Tensor})
 
 
-class KnownShards(NamedTuple):
-    """The sharded tensors of a state whose form is known; see :meth:`Shards.reuse`.
-
-    Attributes:
-        sources: the sharded tensors.
-        tensors: what stands for each.
-        rows: where this rank's rows are.
-    """
-
-    sources: list[ShardSource]
-    tensors: list[TensorShard]
-    rows: Rows
+KnownShards = tuple[list[ShardSource], list[TensorShard], Rows]
+"""The sharded tensors of a state whose form is known: the arguments of :meth:`Shards.reuse`."""
 
 
 class ShardForms:
@@ -117,7 +107,7 @@ class ShardForms:
             storages[number] = NO_ROWS
         sources = [source.of(tensors[index]) for source, index in zip(self._sources, self._firsts, strict=True)]
         rows = Rows(storages, self._offsets, addresses, facts.devices, self._others)
-        return KnownShards(sources, self._tensors, rows), wholes
+        return (sources, self._tensors, rows), wholes
 
     def _whole(self, tensor: Any, index: int) -> torch.Tensor:
         # A parameter is one of an attached state: other states with parameters are never kept, as they are not plain.

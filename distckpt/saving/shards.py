@@ -339,23 +339,6 @@ class Shards:
         return found
 
 
-def find_shard_difference(descriptions: Sequence[Sequence[str]]) -> str | None:
-    """Return the first difference between the ranks' sharded tensors as a phrase; None if there is none.
-
-    Args:
-        descriptions: the sharded tensors of each rank, as text.
-    """
-    for rank, theirs in enumerate(descriptions):
-        for ours, other in zip(descriptions[0], theirs, strict=False):
-            if ours != other:
-                return f"rank 0 has {ours}; rank {rank} has {other}"
-        if len(theirs) != len(descriptions[0]):
-            more, fewer = (0, rank) if len(descriptions[0]) > len(theirs) else (rank, 0)
-            extra = descriptions[more][len(descriptions[fewer])]
-            return f"rank {more} has {extra}; rank {fewer} does not have it"
-    return None
-
-
 def checksum_of(tensor: torch.Tensor) -> int:
     """Return a checksum of a tensor's elements, row by row."""
     rows = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).cpu()
