@@ -317,6 +317,19 @@ def test_probe_finds_the_ranks_that_see_a_directory(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["alias0", "alias1", "alias2", "elsewhere"]
 
 
+@run_distributed(world_size=2)
+def test_another_share_write_finds_the_writers_anew(tmp_path: Path) -> None:
+    one, saver = Job(), DiskSaver(tmp_path, share_write="node")
+    handler = Checkpoint(one.to_save(), saver)
+    for share_write, writes in (("node", [True, False]), ("world", [True, True])):
+        saver.share_write = share_write  # type: ignore[assignment]  # one of its values
+        one.trainer.state.iteration += 1
+        with noted_writes() as lengths, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(current(), "node", job.rank())
+            handler(one.trainer)
+        assert gather(len(lengths) > 0) == writes
+
+
 @MODES
 @run_distributed(world_size=2)
 def test_parameter_that_differs_between_ranks_is_named(tmp_path: Path, *, background: bool) -> None:
