@@ -104,16 +104,16 @@ class ControlGroupBackend(Backend):
             self._control_group.monitor = monitor
 
     def key_value_store(self, *, timeout_s: float | None = None) -> KeyValueStore | None:
-        return self._find_store("the first use of the job's store", _limit(timeout_s))
+        return self._find_store("the first use of the job's store", limit_of(timeout_s))
 
     def reduce_host(self, values: torch.Tensor, op: ReduceOp, *, what: object, timeout_s: float | None) -> torch.Tensor:
-        return self._control_group.reduce(values, op, what=what, timeout_s=_limit(timeout_s))
+        return self._control_group.reduce(values, op, what=what, timeout_s=limit_of(timeout_s))
 
     def start_max(self, values: Sequence[int], *, what: object, timeout_s: float | None) -> Callable[[], list[int]]:
-        return self._control_group.start_max(values, what=what, timeout_s=_limit(timeout_s))
+        return self._control_group.start_max(values, what=what, timeout_s=limit_of(timeout_s))
 
     def gather_host(self, data: bytes, num_bytes: int, *, what: object, timeout_s: float | None) -> list[bytes]:
-        return self._control_group.gather_bytes(data, num_bytes, what=what, timeout_s=_limit(timeout_s))
+        return self._control_group.gather_bytes(data, num_bytes, what=what, timeout_s=limit_of(timeout_s))
 
     def reduce_tensor(self, tensor: torch.Tensor, op: TensorOp) -> torch.Tensor:
         if tensor.dtype is torch.bool:
@@ -153,7 +153,7 @@ class ControlGroupBackend(Backend):
             DesyncError: every rank waits, but at different barriers.
             CollectiveError: a rank is lost, or the job's store.
         """
-        limit_s = _limit(timeout_s)
+        limit_s = limit_of(timeout_s)
         store = self._find_store(name, limit_s)
         if store is None:
             self.barrier(what=name, timeout_s=limit_s)
@@ -187,5 +187,6 @@ class ControlGroupBackend(Backend):
         return note
 
 
-def _limit(timeout_s: float | None) -> float:
+def limit_of(timeout_s: float | None) -> float:
+    """Return a time limit in seconds; None stands for the default."""
     return default_timeout_s() if timeout_s is None else timeout_s

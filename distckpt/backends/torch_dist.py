@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from distckpt.backends.base import TensorOp, default_timeout_s
-from distckpt.backends.control_backend import ControlGroupBackend
+from distckpt.backends.control_backend import ControlGroupBackend, limit_of
 from distckpt.backends.gloo import TENSOR_OPS, GlooTransport
 from distckpt.backends.key_value_store import TorchKeyValueStore
 from distckpt.backends.store_notes import store_lost_error
@@ -81,8 +81,7 @@ class TorchDistBackend(ControlGroupBackend):
     def exchange_host(
         self, parts: Sequence[bytes | bytearray], num_received: Sequence[int], *, what: object, timeout_s: float | None
     ) -> list[memoryview]:
-        limit_s = default_timeout_s() if timeout_s is None else timeout_s
-        return self._control_group.exchange(parts, num_received, what=what, timeout_s=limit_s)
+        return self._control_group.exchange(parts, num_received, what=what, timeout_s=limit_of(timeout_s))
 
     def _can_reduce(self, tensor: torch.Tensor, op: TensorOp) -> bool:
         return tensor.device.type != "cpu" or tensor.dtype in _GLOO_REDUCES

@@ -138,11 +138,15 @@ def test_an_end_is_the_beginning_of_the_next_epoch() -> None:
     assert (sampler.state_dict()["epoch"], sampler.state_dict()["position"]) == (1, 0)
 
 
-def test_trained_samples_count_if_they_are_known() -> None:
+def after_thirty() -> ResumableSampler:
+    """Return a sampler from which 30 of its rank's samples are drawn."""
     sampler = ResumableSampler(100, num_replicas=2, rank=0)
-    drawn = iter(sampler)
-    for _ in range(30):
-        next(drawn)
+    list(itertools.islice(sampler, 30))
+    return sampler
+
+
+def test_trained_samples_count_if_they_are_known() -> None:
+    sampler = after_thirty()
     sampler.distckpt_set_engine(lambda: sampler.distckpt_position(8), lambda: False)
     assert sampler.state_dict()["position"] == 16
     sampler.distckpt_set_engine(lambda: sampler.distckpt_position(None), lambda: True)
@@ -151,10 +155,7 @@ def test_trained_samples_count_if_they_are_known() -> None:
 
 
 def test_a_copy_belongs_to_no_engine() -> None:
-    sampler = ResumableSampler(100, num_replicas=2, rank=0)
-    drawn = iter(sampler)
-    for _ in range(30):
-        next(drawn)
+    sampler = after_thirty()
     sampler.distckpt_set_engine(lambda: sampler.distckpt_position(8), lambda: True)
     for twin in (copy.deepcopy(sampler), pickle.loads(pickle.dumps(sampler))):  # noqa: S301 - made in the same line
         assert twin.state_dict()["position"] == 60
